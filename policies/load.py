@@ -1,0 +1,75 @@
+"""What a replica says of its load, and how old that word is."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from policies.modes import Mode
+
+FRESH_S = 1.0
+"""A load at most this old is acted on as it is."""
+LOST_S = 5.0
+"""A load older than this says nothing any more."""
+
+
+class Freshness(StrEnum):
+    FRESH = "fresh"
+    STALE = "stale"
+    LOST = "lost"
+
+
+def freshness(age_s: float) -> Freshness:
+    if age_s <= FRESH_S:
+        return Freshness.FRESH
+    return Freshness.STALE if age_s <= LOST_S else Freshness.LOST
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaLoad:
+    """One replica's load at one moment, as it publishes it.
+
+    num_auto counts the requests, running or waiting, whose mode the policy may choose; the
+    others pin theirs. tokens_per_forward is a recent average by mode, of the modes that ran.
+    """
+
+    replica_id: str
+    num_running: int
+    num_waiting: int
+    num_auto: int
+    max_running: int
+    pages_used: int
+    num_pages: int
+    waiting_prompt_tokens: int = 0
+    running_by_mode: Mapping[Mode, int] = field(default_factory=dict)
+    tokens_per_forward: Mapping[Mode, float] = field(default_factory=dict)
+    tokens_per_s: float = 0.0
+    plan_version: int = 0
+    modes: tuple[Mode, ...] = tuple(Mode)
+    """The modes the replica's model has."""
+
+    @property
+    def num_in_flight(self) -> int:
+        return self.num_running + self.num_waiting
+
+
+@dataclass(frozen=True, slots=True)
+class ObservedLoad:
+    """A replica's load with its age in seconds, by the store's clock."""
+
+    load: ReplicaLoad
+    age_s: float
+
+    @property
+    def freshness(self) -> Freshness:
+        return freshness(self.age_s)
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterLoad:
+    """All replicas' loads as one reader saw them at once, ordered by replica id."""
+
+    replicas: tuple[ObservedLoad, ...]
+
+    @property
+    def num_in_flight(self) -> int:
+        return sum(seen.load.num_in_flight for seen in self.replicas)

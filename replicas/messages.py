@@ -1,0 +1,132 @@
+"""What crosses between the router and a replica. Plain frozen records, cheap to pickle."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from policies.modes import Mode
+from replicas.errors import ErrorCode
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """temperature 0 is greedy. top_k 0 and top_p 1.0 filter nothing.
+
+    seed: the random numbers of a request depend on its seed and the token's position alone, so the
+    same request gives the same tokens in any batch, and in `ar` and `self_speculation` alike.
+    stop: strings that end the text, themselves left out. ignore_eos: only max_tokens ends it.
+    """
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DecodingOptions:
+    """The request's `decoding` field. mode None is `auto`: the replica's plan decides.
+
+    block_length and threshold override the plan's, for the modes that have them; lossless keeps
+    `auto` to modes whose output is AR's.
+    """
+
+    mode: Mode | None = None
+    block_length: int | None = None
+    threshold: float | None = None
+    lossless: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One completion to generate. The prompt is one of: chat messages, text, token ids.
+
+    channel_id: the token channel on which the events of this request go out.
+    timeout_s: seconds from submission after which it ends with DEADLINE_EXCEEDED; None is never.
+    """
+
+    request_id: str
+    channel_id: str
+    prompt: tuple[Mapping[str, str], ...] | str | tuple[int, ...]
+    sampling: SamplingParams
+    decoding: DecodingOptions = DecodingOptions()
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """Every accepted request ends with exactly one Finished or Failed on its channel."""
+
+    request_id: str
+    num_prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """The request did no work and has no events. param names the field at fault, if one is."""
+
+    request_id: str
+    code: ErrorCode
+    message: str
+    param: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New committed text; never taken back. num_tokens may be 0 when a held-back text comes free."""
+
+    request_id: str
+    text: str
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodingReport:
+    """How a request was decoded. A draft and its verify are two forwards; prefill is none of these.
+
+    rule: what chose the last mode ("request" where it was pinned, else the policy's name).
+    """
+
+    tokens_by_mode: Mapping[Mode, int] = field(default_factory=dict)
+    num_forwards: int = 0
+    num_switches: int = 0
+    rule: str = ""
+    replica_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    request_id: str
+    reason: FinishReason
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    report: DecodingReport
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    request_id: str
+    code: ErrorCode
+    message: str
+
+
+Event = Delta | Finished | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a replica serves."""
+
+    name: str
+    modes: tuple[Mode, ...]
+    max_context: int
+    """Prompt and completion together, in tokens."""
+    vocab_size: int
