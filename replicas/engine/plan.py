@@ -1,0 +1,90 @@
+"""What one forward runs. The scheduler makes a StepPlan; whatever implements Runner executes it."""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Protocol
+
+from policies.modes import Mode
+from replicas.messages import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive tokens of one sequence in one forward.
+
+    A causal segment's queries see the sequence's cached tokens and, inside the segment, themselves
+    and what is before; its K/V is kept. A bidirectional segment's queries see the cached tokens and
+    the whole segment; its K/V lands in the same page slots but is garbage afterwards: the caller
+    overwrites it by a causal segment before it counts as cached.
+
+    seq_id: the engine's number of the sequence.
+    start: position of token_ids[0]; the K/V of positions 0..start-1 is cached.
+    pages: the page table; pages[p // page_size] holds position p, up to start + len(token_ids) - 1.
+    wanted: indices into token_ids whose logits are sampled, ascending; may be empty.
+    adapter: whether the draft adapter is on for these rows (bidirectional segments only).
+    """
+
+    seq_id: int
+    start: int
+    token_ids: tuple[int, ...]
+    pages: tuple[int, ...]
+    causal: bool
+    adapter: bool
+    wanted: tuple[int, ...]
+    sampling: SamplingParams
+
+    @property
+    def sampled_positions(self) -> tuple[int, ...]:
+        """For each wanted index the position of the token that its logits predict.
+
+        Causal logits at position i predict i + 1; bidirectional ones predict i itself (no shift).
+        The random numbers of a sample depend on (seed, this position) alone.
+        """
+        shift = 1 if self.causal else 0
+        return tuple(self.start + index + shift for index in self.wanted)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One forward: segments of any kinds and sequences, at most one segment a sequence."""
+
+    segments: tuple[Segment, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(segment.token_ids) for segment in self.segments)
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentOutput:
+    """What was sampled, aligned with Segment.wanted.
+
+    probs: the chosen tokens' probability by the model itself (softmax of the raw logits, before
+    temperature and filters), the confidence of `diffusion`. The mask token is never chosen.
+    """
+
+    token_ids: tuple[int, ...]
+    probs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What the engine must know of the model behind a Runner."""
+
+    modes: tuple[Mode, ...]
+    mask_token_id: int | None
+    eos_token_ids: frozenset[int]
+    max_context: int
+    num_pages: int
+    page_size: int
+
+
+class Runner(Protocol):
+    """Runs forwards. Implementations: replicas.model.runner (torch), and scripted ones in tests."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    def run(self, plan: StepPlan) -> Seq[SegmentOutput]:
+        """One output a segment, in the plan's order."""
+        ...
