@@ -17,12 +17,13 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """temperature 0 is greedy. top_k 0 and top_p 1.0 filter nothing.
 
+    max_tokens: None is up to the context's end.
     seed: the random numbers of a request depend on its seed and the token's position alone, so the
     same request gives the same tokens in any batch, and in `ar` and `self_speculation` alike.
     stop: strings that end the text, themselves left out. ignore_eos: only max_tokens ends it.
     """
 
-    max_tokens: int
+    max_tokens: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
