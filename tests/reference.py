@@ -1,0 +1,215 @@
+"""A naive decoder over transformers' own layers: every forward recomputes everything, one sequence at a time.
+
+It states what the three modes must give, token for token. It shares no code with the engine or the
+model under test, and no cache outlives a forward.
+"""
+
+import copy
+import json
+import math
+import re
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import DynamicCache, Ministral3Config, Ministral3ForCausalLM
+
+from policies.modes import DecodePlan, Mode
+
+Schedule = Callable[[int], DecodePlan]
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """token_ids: the completion; the EOS that ended it is its last token.
+
+    num_forwards: all but the prefill, which gives the first token. A draft and its verify are two; a
+    diffusion block costs its denoising forwards and, unless the request ends in it, one commit.
+    Blocks are cut to the model's context only, never to max_tokens.
+    """
+
+    token_ids: tuple[int, ...]
+    num_forwards: int
+    tokens_by_mode: dict[Mode, int]
+
+
+class Reference:
+    """Decodes greedily from a tri-mode checkpoint folder, in float32."""
+
+    def __init__(self, folder: Path | str):
+        folder = Path(folder)
+        config = json.loads((folder / "config.json").read_text())
+        eos = config["eos_token_id"]
+        self.eos_token_ids = frozenset(eos if isinstance(eos, list) else [eos])
+        self.mask_token_id: int = config["mask_token_id"]
+        self.max_context: int = config["max_position_embeddings"]
+        self.base = _load_base(folder, config)
+        self.drafter = _with_adapter(self.base, folder / "linear_spec_lora")
+
+    @torch.no_grad()
+    def causal_logits(self, token_ids: Seq[int]) -> torch.Tensor:
+        """[T] -> [T, vocab]; row i predicts token i + 1."""
+        return self.base(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
+
+    @torch.no_grad()
+    def block_logits(self, prefix_ids: Seq[int], block_ids: Seq[int], *, adapter: bool) -> torch.Tensor:
+        """[B, vocab]; row i predicts block token i itself.
+
+        The prefix is causal and never sees the adapter; block rows see the prefix and the whole block.
+        """
+        cache = DynamicCache(config=self.base.config)
+        if prefix_ids:
+            self.base.model(torch.tensor([list(prefix_ids)]), past_key_values=cache, use_cache=True)
+        see_all = torch.zeros(1, 1, len(block_ids), len(prefix_ids) + len(block_ids))
+        positions = torch.arange(len(prefix_ids), len(prefix_ids) + len(block_ids))[None]
+        model = self.drafter if adapter else self.base
+        output = model(
+            torch.tensor([list(block_ids)]),
+            attention_mask=see_all,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.logits[0]
+
+    def ar(self, prompt_ids: Seq[int], max_tokens: int, *, ignore_eos: bool = False) -> Decoded:
+        return self.mixed(prompt_ids, max_tokens, lambda _: DecodePlan(Mode.AR), ignore_eos=ignore_eos)
+
+    def self_speculation(
+        self, prompt_ids: Seq[int], max_tokens: int, block_length: int, *, ignore_eos: bool = False
+    ) -> Decoded:
+        plan = DecodePlan(Mode.SELF_SPECULATION, block_length)
+        return self.mixed(prompt_ids, max_tokens, lambda _: plan, ignore_eos=ignore_eos)
+
+    def diffusion(
+        self,
+        prompt_ids: Seq[int],
+        max_tokens: int,
+        block_length: int,
+        threshold: float = 0.9,
+        *,
+        ignore_eos: bool = False,
+    ) -> Decoded:
+        plan = DecodePlan(Mode.DIFFUSION, block_length, threshold)
+        return self.mixed(prompt_ids, max_tokens, lambda _: plan, ignore_eos=ignore_eos)
+
+    def mixed(
+        self, prompt_ids: Seq[int], max_tokens: int, schedule: Schedule, *, ignore_eos: bool = False
+    ) -> Decoded:
+        """schedule(n) is the plan of round n, asked at the safe point before it; the prefill is no round.
+
+        In tokens_by_mode the first token, which the prefill gives, counts for the first round's mode.
+        """
+        eos = frozenset() if ignore_eos else self.eos_token_ids
+        seed, _ = self._choose(self.causal_logits(prompt_ids)[-1])
+        tokens = [seed]
+        by_mode = {schedule(0).mode: 1}
+        num_forwards = 0
+        round_index = 0
+        while len(tokens) < max_tokens and tokens[-1] not in eos:
+            plan = schedule(round_index)
+            remaining = max_tokens - len(tokens)
+            new, forwards = self._round([*prompt_ids, *tokens], plan, remaining, eos)
+            end = next((i + 1 for i, token in enumerate(new) if token in eos), len(new))
+            new = new[: min(end, remaining)]
+            tokens += new
+            by_mode[plan.mode] = by_mode.get(plan.mode, 0) + len(new)
+            num_forwards += forwards
+            round_index += 1
+        return Decoded(tuple(tokens), num_forwards, by_mode)
+
+    def _round(
+        self, context: list[int], plan: DecodePlan, remaining: int, eos: frozenset[int]
+    ) -> tuple[list[int], int]:
+        """One round after `context`, whose last token is the seed: new tokens and forwards."""
+        prefix, seed = context[:-1], context[-1]
+        length = min(plan.block_length, self.max_context - len(prefix))
+        block = [seed] + [self.mask_token_id] * (length - 1)
+        if plan.mode is Mode.DIFFUSION:
+            num_denoisings = self._denoise(prefix, block, plan.threshold, eos)
+            fixed = block[1:]
+            ended = len(fixed) >= remaining or self.mask_token_id in fixed or any(t in eos for t in fixed)
+            if ended:
+                return fixed, num_denoisings
+            return fixed + self._causal_choices(prefix, block)[-1:], num_denoisings + 1
+        num_drafts = 0
+        if length > 1:
+            logits = self.block_logits(prefix, block, adapter=True)
+            block[1:] = [self._choose(row)[0] for row in logits[1:]]
+            num_drafts = 1
+        choices = self._causal_choices(prefix, block)
+        accepted = 0
+        while accepted < length - 1 and block[accepted + 1] == choices[accepted]:
+            accepted += 1
+        return choices[: accepted + 1], num_drafts + 1
+
+    def _denoise(self, prefix: list[int], block: list[int], threshold: float, eos: frozenset[int]) -> int:
+        """Fill the masks of `block` in place; returns the number of forwards."""
+        masked = set(range(1, len(block)))
+        num_forwards = 0
+
+        def ended() -> bool:
+            first_mask = min(masked, default=len(block))
+            return not masked or any(token in eos for token in block[1:first_mask])
+
+        while not ended():
+            logits = self.block_logits(prefix, block, adapter=False)
+            num_forwards += 1
+            choices = {index: self._choose(logits[index]) for index in sorted(masked)}
+            surest = max(choices, key=lambda index: choices[index][1])
+            for index, (token, prob) in choices.items():
+                if index == surest or prob >= threshold:
+                    block[index] = token
+                    masked.discard(index)
+        return num_forwards
+
+    def _causal_choices(self, prefix: list[int], block: list[int]) -> list[int]:
+        logits = self.causal_logits([*prefix, *block])[len(prefix) :]
+        return [self._choose(row)[0] for row in logits]
+
+    def _choose(self, logits: torch.Tensor) -> tuple[int, float]:
+        """The most likely token but the mask, and its probability among all but the mask."""
+        allowed = logits.clone()
+        allowed[self.mask_token_id] = -math.inf
+        token = int(allowed.argmax())
+        return token, float(torch.softmax(allowed, dim=-1)[token])
+
+
+def _load_base(folder: Path, config: dict) -> Ministral3ForCausalLM:
+    known = {key: value for key, value in config.items() if key not in ("model_type", "architectures")}
+    model_config = Ministral3Config(**known)
+    model_config._attn_implementation = "eager"
+    model = Ministral3ForCausalLM(model_config).to(torch.float32).eval()
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    renamed = {re.sub(r"^encoder\.", "model.", name): tensor.float() for name, tensor in tensors.items()}
+    if "diffusion_head.weight" in renamed:
+        renamed["lm_head.weight"] = renamed.pop("diffusion_head.weight")
+    else:
+        renamed["lm_head.weight"] = renamed["model.embed_tokens.weight"]
+    model.load_state_dict(renamed, strict=True)
+    return model
+
+
+def _with_adapter(base: Ministral3ForCausalLM, folder: Path) -> Ministral3ForCausalLM:
+    """A copy of the model with the adapter merged into its weights; the model itself without one."""
+    if not folder.is_dir():
+        return base
+    config = json.loads((folder / "adapter_config.json").read_text())
+    rank = config["r"]
+    scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    merged = copy.deepcopy(base)
+    for name, down in tensors.items():
+        if ".lora_A" not in name:
+            continue
+        up = tensors[name.replace(".lora_A", ".lora_B")]
+        path = re.search(r"layers\.\d+\..*?_proj", name)
+        assert path is not None
+        linear = merged.get_submodule(f"model.{path[0]}")
+        linear.weight.data += scale * (up.float() @ down.float())
+    return merged
