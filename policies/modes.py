@@ -16,6 +16,7 @@ LOSSLESS_MODES = frozenset({Mode.AR, Mode.SELF_SPECULATION})
 """Modes whose output is token for token that of autoregressive decoding."""
 
 MAX_BLOCK_LENGTH = 64
+DEFAULT_BLOCK_LENGTH = {Mode.AR: 1, Mode.DIFFUSION: 32, Mode.SELF_SPECULATION: 16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,11 @@ class DecodePlan:
     mode: Mode
     block_length: int = 1
     threshold: float = 0.9
+
+    @classmethod
+    def default(cls, mode: Mode) -> "DecodePlan":
+        """What a request that names only the mode gets."""
+        return cls(mode, DEFAULT_BLOCK_LENGTH[mode])
 
     def __post_init__(self) -> None:
         low, high = (1, 1) if self.mode is Mode.AR else (2, MAX_BLOCK_LENGTH)

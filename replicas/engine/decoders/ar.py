@@ -1,0 +1,19 @@
+"""Autoregressive decoding: one causal forward of the seed gives the next seed."""
+
+from policies.modes import Mode
+from replicas.engine.decoders.round import Advance, Ask
+from replicas.engine.plan import SegmentOutput
+
+
+class ArRound:
+    mode = Mode.AR
+
+    def __init__(self, start: int, seed: int):
+        self.start = start
+        self._seed = seed
+
+    def ask(self) -> Ask:
+        return Ask((self._seed,), causal=True, adapter=False, wanted=(0,))
+
+    def advance(self, output: SegmentOutput) -> Advance:
+        return Advance(output.token_ids, num_cached=1, done=True)

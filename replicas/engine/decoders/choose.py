@@ -1,0 +1,59 @@
+"""Which round a sequence begins at a safe point."""
+
+from dataclasses import dataclass
+
+from policies.modes import LOSSLESS_MODES, DecodePlan, Mode
+from replicas.engine.decoders.ar import ArRound
+from replicas.engine.decoders.diffusion import DiffusionRound
+from replicas.engine.decoders.round import Round
+from replicas.engine.decoders.self_speculation import SelfSpeculationRound
+from replicas.engine.plan import ModelSpec
+from replicas.engine.sequence import Sequence
+
+PINNED_RULE = "request"
+
+
+@dataclass(frozen=True, slots=True)
+class ActivePlan:
+    """What `auto` sequences do now, and the rule that said so."""
+
+    decode: DecodePlan
+    rule: str
+
+
+def plan_for(sequence: Sequence, active: ActivePlan, spec: ModelSpec) -> ActivePlan:
+    """The request's own mode where it pins one, else the active plan within what the request allows."""
+    options = sequence.decoding
+    if options.mode is not None:
+        base, rule = DecodePlan.default(options.mode), PINNED_RULE
+    else:
+        base, rule = active.decode, active.rule
+        if options.lossless and base.mode not in LOSSLESS_MODES:
+            base = DecodePlan(Mode.SELF_SPECULATION, base.block_length)
+        if base.mode not in spec.modes:
+            base = DecodePlan(Mode.AR)
+    if base.mode is Mode.AR:
+        return ActivePlan(base, rule)
+    block_length = options.block_length or base.block_length
+    threshold = options.threshold or base.threshold
+    return ActivePlan(DecodePlan(base.mode, block_length, threshold), rule)
+
+
+def begin_round(sequence: Sequence, plan: DecodePlan, spec: ModelSpec) -> Round:
+    """A new round of a sequence at a safe point.
+
+    A block never passes the model's context. A draft is cut to what the request may still generate;
+    a diffusion block is not, since its length bears on its tokens: a completion of 10 tokens is to be
+    the beginning of one of 50.
+    """
+    start = len(sequence.tokens) - 1
+    seed = sequence.tokens[start]
+    block_length = min(plan.block_length, spec.max_context - start)
+    if plan.mode is Mode.AR:
+        return ArRound(start, seed)
+    assert spec.mask_token_id is not None, "a model without a mask token has only the mode ar"
+    if plan.mode is Mode.SELF_SPECULATION:
+        length = min(block_length, sequence.num_remaining)
+        return SelfSpeculationRound(start, seed, length, spec.mask_token_id)
+    eos = frozenset() if sequence.sampling.ignore_eos else spec.eos_token_ids
+    return DiffusionRound(start, seed, block_length, plan.threshold, spec.mask_token_id, eos)

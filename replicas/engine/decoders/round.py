@@ -1,0 +1,50 @@
+"""What every decoder is: a round, from one safe point to the next.
+
+At a safe point all tokens of a sequence but the last, the seed, have their K/V cached. A round says
+which segment it wants next, is given that segment's output, and in the end leaves the sequence at
+its next safe point. The scheduler knows nothing of modes beyond this interface.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from policies.modes import Mode
+from replicas.engine.plan import SegmentOutput
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """The segment a round wants, from the seed's position on; fields as in engine.plan.Segment."""
+
+    token_ids: tuple[int, ...]
+    causal: bool
+    adapter: bool
+    wanted: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """What a segment's output did.
+
+    tokens: newly final tokens, to be appended to the sequence and streamed.
+    num_cached: how many tokens from the seed on now have valid K/V; 0 until the round's end.
+    done: whether the sequence is at its next safe point.
+    """
+
+    tokens: tuple[int, ...] = ()
+    num_cached: int = 0
+    done: bool = False
+
+
+class Round(Protocol):
+    @property
+    def mode(self) -> Mode: ...
+
+    @property
+    def start(self) -> int:
+        """The seed's position."""
+        ...
+
+    def ask(self) -> Ask: ...
+
+    def advance(self, output: SegmentOutput) -> Advance: ...

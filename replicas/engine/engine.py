@@ -1,0 +1,189 @@
+"""The engine: sequences in, tokens out, one forward a step. No torch, no text, no threads.
+
+Not thread-safe: one thread calls all of it. Other threads reach it through replicas.service.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+
+from policies.modes import MAX_BLOCK_LENGTH, DecodePlan, Mode
+from replicas.engine.decoders.choose import ActivePlan
+from replicas.engine.plan import Runner
+from replicas.engine.scheduler import Limits, Scheduler
+from replicas.engine.sequence import Progress, Sequence, Status
+from replicas.errors import ErrorCode, TriadError
+from replicas.messages import DecodingOptions, SamplingParams
+
+AUTO = DecodingOptions()
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Raises ValueError when the limits or the pool can't hold one sequence of full context.
+
+    clock: seconds, for the requests' deadlines.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        max_running: int = 64,
+        max_waiting: int = 256,
+        max_step_tokens: int = 512,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        spec = runner.spec
+        if max_running < 1 or max_waiting < 0:
+            raise ValueError(
+                f"max_running must be at least 1 and max_waiting at least 0, got {max_running}, {max_waiting}"
+            )
+        if max_step_tokens < 2 * MAX_BLOCK_LENGTH:
+            raise ValueError(
+                f"max_step_tokens must be at least {2 * MAX_BLOCK_LENGTH}, got {max_step_tokens}"
+            )
+        if spec.num_pages * spec.page_size < spec.max_context:
+            raise ValueError(
+                f"{spec.num_pages} pages of {spec.page_size} tokens can't hold one sequence of "
+                f"{spec.max_context}: raise kv_cache_mb or lower max_context"
+            )
+        self.spec = spec
+        self._runner = runner
+        self._max_running = max_running
+        self._max_waiting = max_waiting
+        self._clock = clock
+        self._sequences: dict[str, Sequence] = {}
+        self._num_submitted = 0
+        self._scheduler = Scheduler(
+            spec, Limits(max_running, max_step_tokens), ActivePlan(DecodePlan(Mode.AR), "start")
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    @property
+    def active_plan(self) -> ActivePlan:
+        return self._scheduler.active
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return self._scheduler
+
+    def set_plan(self, decode: DecodePlan, rule: str) -> None:
+        """What `auto` sequences do from their next safe point on."""
+        self._scheduler.active = ActivePlan(decode, rule)
+
+    def submit(
+        self,
+        request_id: str,
+        prompt_ids: list[int],
+        sampling: SamplingParams,
+        decoding: DecodingOptions = AUTO,
+        timeout_s: float | None = None,
+    ) -> Sequence:
+        """Queues a request. TriadError when it can't be served as it stands, or the queue is full."""
+        self._check(request_id, prompt_ids, sampling, decoding)
+        max_tokens = sampling.max_tokens
+        if max_tokens is None:
+            max_tokens = self.spec.max_context - len(prompt_ids)
+        sequence = Sequence(
+            seq_id=self._num_submitted,
+            request_id=request_id,
+            tokens=list(prompt_ids),
+            max_tokens=max_tokens,
+            sampling=sampling,
+            decoding=decoding,
+            deadline_s=None if timeout_s is None else self._clock() + timeout_s,
+        )
+        self._num_submitted += 1
+        self._sequences[request_id] = sequence
+        self._scheduler.add(sequence)
+        return sequence
+
+    def cancel(self, request_id: str) -> Sequence | None:
+        """Ends a request at once, pages and all; None when it has ended already."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None:
+            self._scheduler.remove(sequence)
+        return sequence
+
+    def step(self) -> list[Progress]:
+        """One forward: schedule, run, commit. What is new, by sequence; each ends exactly once."""
+        expired = self._expire()
+        plan = self._scheduler.schedule()
+        if not plan.segments:
+            return expired
+        try:
+            outputs = self._runner.run(plan)
+        except Exception as error:
+            return expired + self._fail_planned(error)
+        progress = self._scheduler.commit(plan, outputs)
+        for made in progress:
+            if made.ended:
+                del self._sequences[made.sequence.request_id]
+        return expired + progress
+
+    def _check(
+        self, request_id: str, prompt_ids: list[int], sampling: SamplingParams, decoding: DecodingOptions
+    ) -> None:
+        context = self.spec.max_context
+        if request_id in self._sequences:
+            raise TriadError(ErrorCode.INVALID_REQUEST, f"a request {request_id!r} is running already")
+        if not prompt_ids:
+            raise TriadError(
+                ErrorCode.INVALID_REQUEST, "the prompt is empty; give at least one token", "prompt"
+            )
+        if sampling.max_tokens is not None and sampling.max_tokens < 1:
+            raise TriadError(ErrorCode.INVALID_REQUEST, "max_tokens must be at least 1", "max_tokens")
+        num_tokens = len(prompt_ids) + (sampling.max_tokens or 1)
+        if num_tokens > context:
+            raise TriadError(
+                ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+                f"the model's context is {context} tokens, but the prompt has {len(prompt_ids)} and max_tokens "
+                f"asks for {sampling.max_tokens or 1} more; shorten the prompt or lower max_tokens",
+                "max_tokens" if len(prompt_ids) < context else "messages",
+            )
+        if decoding.mode is not None and decoding.mode not in self.spec.modes:
+            raise TriadError(
+                ErrorCode.INVALID_REQUEST,
+                f"this model has no mode {decoding.mode}; it has {', '.join(self.spec.modes)}",
+                "decoding.mode",
+            )
+        if len(self._scheduler.waiting) >= self._max_waiting + self._max_running - len(
+            self._scheduler.running
+        ):
+            raise TriadError(
+                ErrorCode.QUEUE_FULL,
+                f"the replica's queue of {self._max_waiting} requests is full; retry later",
+            )
+
+    def _expire(self) -> list[Progress]:
+        now_s = self._clock()
+        late = [
+            sequence
+            for sequence in self._sequences.values()
+            if sequence.deadline_s is not None and sequence.deadline_s <= now_s
+        ]
+        for sequence in late:
+            self.cancel(sequence.request_id)
+        message = "the request's time is up"
+        return [Progress(sequence, error=ErrorCode.DEADLINE_EXCEEDED, message=message) for sequence in late]
+
+    def _fail_planned(self, error: Exception) -> list[Progress]:
+        """A forward failed: its sequences end with an error, the others go on."""
+        planned = self._scheduler.planned()
+        logger.exception("a forward of %d sequences failed", len(planned), exc_info=error)
+        for sequence in planned:
+            self.cancel(sequence.request_id)
+        message = f"the model's forward failed ({type(error).__name__})"
+        return [Progress(sequence, error=ErrorCode.INTERNAL, message=message) for sequence in planned]
+
+    def check_integrity(self) -> None:
+        """Between steps. Raises AssertionError where the bookkeeping disagrees with itself."""
+        self._scheduler.check_integrity()
+        held = [*self._scheduler.running, *self._scheduler.waiting]
+        assert {sequence.request_id for sequence in held} == set(self._sequences)
+        assert all(sequence.status is not Status.ENDED for sequence in held)

@@ -1,0 +1,118 @@
+"""A request inside the engine: the sole owner of its tokens, counters, page table and status."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from policies.modes import Mode
+from replicas.engine.decoders.round import Round
+from replicas.errors import ErrorCode
+from replicas.messages import DecodingOptions, DecodingReport, FinishReason, SamplingParams
+
+
+class Status(StrEnum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """tokens: the prompt, then everything final. num_cached: leading tokens whose K/V is valid.
+
+    round: the round in progress; None at a safe point and while prefilling. A preempted sequence
+    keeps its round, since part of a block may have been streamed already.
+    deadline_s: on the engine's clock.
+    """
+
+    seq_id: int
+    request_id: str
+    tokens: list[int]
+    max_tokens: int
+    sampling: SamplingParams
+    decoding: DecodingOptions
+    deadline_s: float | None = None
+    num_prompt_tokens: int = field(init=False)
+    status: Status = Status.WAITING
+    num_cached: int = 0
+    pages: list[int] = field(default_factory=list)
+    round: Round | None = None
+    last_mode: Mode | None = None
+    rule: str = ""
+    tokens_by_mode: Counter[Mode] = field(default_factory=Counter)
+    num_forwards: int = 0
+    num_switches: int = 0
+    num_preemptions: int = 0
+    last_step: int = -1
+    """The last step that ran a segment of it; the scheduler serves the longest unserved first."""
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.tokens)
+
+    @property
+    def num_completion_tokens(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens it may still generate."""
+        return self.max_tokens - self.num_completion_tokens
+
+    @property
+    def prefill_end(self) -> int:
+        """Tokens to have cached before the round goes on or a new one begins.
+
+        A new prompt is cached whole, and its last logits give the first token. What is recomputed
+        after a preemption stops short of the seed, so that no mode's tokens depend on preemptions.
+        """
+        if self.round is not None:
+            return self.round.start
+        return len(self.tokens) - (1 if self.num_completion_tokens else 0)
+
+    @property
+    def is_prefilling(self) -> bool:
+        return self.num_cached < self.prefill_end
+
+    def note_mode(self, mode: Mode, rule: str) -> None:
+        """A round or the prefill begins in this mode, chosen by this rule."""
+        if self.last_mode is not None and mode is not self.last_mode:
+            self.num_switches += 1
+        self.last_mode = mode
+        self.rule = rule
+
+    def append(
+        self, tokens: tuple[int, ...], mode: Mode, eos_token_ids: frozenset[int]
+    ) -> tuple[tuple[int, ...], FinishReason | None]:
+        """Appends final tokens up to the end of text or max_tokens; what was taken, and why it ends."""
+        for count, token in enumerate(tokens, start=1):
+            self.tokens.append(token)
+            self.tokens_by_mode[mode] += 1
+            if token in eos_token_ids and not self.sampling.ignore_eos:
+                return tokens[:count], FinishReason.STOP
+            if self.num_remaining <= 0:
+                return tokens[:count], FinishReason.LENGTH
+        return tokens, None
+
+    def report(self, replica_id: str) -> DecodingReport:
+        return DecodingReport(
+            tokens_by_mode=dict(self.tokens_by_mode),
+            num_forwards=self.num_forwards,
+            num_switches=self.num_switches,
+            rule=self.rule,
+            replica_id=replica_id,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a step did for one sequence. It has ended when reason or error is set."""
+
+    sequence: Sequence
+    token_ids: tuple[int, ...] = ()
+    reason: FinishReason | None = None
+    error: ErrorCode | None = None
+    message: str = ""
+
+    @property
+    def ended(self) -> bool:
+        return self.reason is not None or self.error is not None

@@ -1,0 +1,242 @@
+"""The engine against brute force: whatever else runs, a request's tokens are those it gets alone."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from policies.modes import DecodePlan, Mode
+from replicas.engine.engine import Engine
+from replicas.engine.sequence import Progress
+from replicas.errors import ErrorCode, TriadError
+from replicas.messages import DecodingOptions, FinishReason, SamplingParams
+from tests.replicas.engine.scripted import EOS, ScriptedRunner, naive_ar, naive_diffusion
+
+PINNED = {
+    "ar": DecodingOptions(Mode.AR),
+    "diffusion": DecodingOptions(Mode.DIFFUSION, block_length=8, threshold=0.7),
+    "self_speculation": DecodingOptions(Mode.SELF_SPECULATION, block_length=6),
+    "lossless": DecodingOptions(lossless=True),
+}
+
+
+def expected(kind: str, prompt: list[int], max_tokens: int, max_context: int) -> list[int]:
+    if kind == "diffusion":
+        return naive_diffusion(prompt, max_tokens, 8, 0.7, max_context)
+    return naive_ar(prompt, max_tokens)
+
+
+def drain(engine: Engine, max_steps: int = 5000) -> dict[str, list[Progress]]:
+    seen: dict[str, list[Progress]] = {}
+    for _ in range(max_steps):
+        if not engine.has_work:
+            return seen
+        for made in engine.step():
+            seen.setdefault(made.sequence.request_id, []).append(made)
+        engine.check_integrity()
+    raise AssertionError(f"work left after {max_steps} steps")
+
+
+def tokens_of(progress: list[Progress]) -> list[int]:
+    return [token for made in progress for token in made.token_ids]
+
+
+@pytest.mark.parametrize("kind", PINNED)
+@pytest.mark.parametrize("prompt_len", [1, 3, 4, 23])
+def test_alone_equals_naive(kind: str, prompt_len: int) -> None:
+    for seed in range(20):
+        prompt = [3 + (seed * 7 + k) % 50 for k in range(prompt_len)]
+        engine = Engine(ScriptedRunner())
+        engine.submit("r", prompt, SamplingParams(max_tokens=40), PINNED[kind])
+        progress = drain(engine)["r"]
+        assert tokens_of(progress) == expected(kind, prompt, 40, 96)
+        assert [made.ended for made in progress] == [False] * (len(progress) - 1) + [True]
+        last = FinishReason.STOP if tokens_of(progress)[-1] == EOS else FinishReason.LENGTH
+        assert progress[-1].reason is last
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**9), num_pages=st.integers(24, 60), step_tokens=st.integers(128, 200))
+def test_crowd_equals_alone(seed: int, num_pages: int, step_tokens: int) -> None:
+    """Random arrivals, modes, cancels and plan changes on a pool so small that sequences are preempted."""
+    rng = random.Random(seed)
+    runner = ScriptedRunner(num_pages=num_pages, page_size=4, max_context=96)
+    engine = Engine(runner, max_running=rng.randint(1, 12), max_step_tokens=step_tokens)
+    wanted: dict[str, list[int]] = {}
+    seen: dict[str, list[Progress]] = {}
+    to_come = 25
+    for _ in range(5000):
+        if to_come and rng.random() < 0.4:
+            to_come -= 1
+            kind = rng.choice(list(PINNED))
+            prompt = [rng.randint(3, 60) for _ in range(rng.randint(1, 50))]
+            max_tokens = rng.randint(1, 96 - len(prompt))
+            name = f"{kind}-{to_come}"
+            engine.submit(name, prompt, SamplingParams(max_tokens=max_tokens), PINNED[kind])
+            wanted[name] = expected(kind, prompt, max_tokens, 96)
+        if rng.random() < 0.05 and wanted:
+            name = rng.choice(list(wanted))
+            if engine.cancel(name) is not None:
+                del wanted[name]
+                engine.check_integrity()
+        if rng.random() < 0.2:
+            mode = rng.choice(list(Mode))
+            engine.set_plan(DecodePlan(mode, 1 if mode is Mode.AR else rng.randint(2, 16)), "test")
+        for made in engine.step():
+            seen.setdefault(made.sequence.request_id, []).append(made)
+        engine.check_integrity()
+        if not engine.has_work and not to_come:
+            break
+    assert not engine.has_work
+    assert runner.most_tokens <= step_tokens
+    for name, tokens in wanted.items():
+        assert tokens_of(seen[name]) == tokens
+        assert sum(made.ended for made in seen[name]) == 1
+        assert seen[name][-1].ended
+
+
+def test_preemption_happens_and_changes_nothing() -> None:
+    engine = Engine(ScriptedRunner(num_pages=24, page_size=4, max_context=96), max_step_tokens=512)
+    prompts = {kind: [5 + index] * 20 for index, kind in enumerate(PINNED)}
+    sequences = [
+        engine.submit(kind, prompt, SamplingParams(max_tokens=70, ignore_eos=True), PINNED[kind])
+        for kind, prompt in prompts.items()
+        if kind != "diffusion"
+    ]
+    progress = drain(engine)
+    assert sum(sequence.num_preemptions for sequence in sequences) > 0
+    for name, made in progress.items():
+        assert tokens_of(made) == naive_ar(prompts[name], 70, ignore_eos=True)
+
+
+def test_mode_follows_the_plan_in_mid_request() -> None:
+    engine = Engine(ScriptedRunner())
+    sequence = engine.submit(
+        "r", [5, 6, 7], SamplingParams(max_tokens=60, ignore_eos=True), DecodingOptions()
+    )
+    plans = [DecodePlan(Mode.SELF_SPECULATION, 8), DecodePlan(Mode.AR), DecodePlan(Mode.DIFFUSION, 4)]
+    for plan in plans:
+        engine.set_plan(plan, f"to {plan.mode}")
+        for _ in range(8):
+            engine.step()
+        assert sequence.last_mode is plan.mode
+        assert sequence.rule == f"to {plan.mode}"
+    drain(engine)
+    report = sequence.report("replica")
+    assert report.num_switches == 2
+    assert set(report.tokens_by_mode) == set(Mode)
+    assert sum(report.tokens_by_mode.values()) == 60
+
+
+def test_ar_makes_one_token_a_forward_and_speculation_more() -> None:
+    for options, least in ((DecodingOptions(Mode.AR), 1.0), (DecodingOptions(Mode.SELF_SPECULATION, 8), 1.1)):
+        engine = Engine(ScriptedRunner())
+        total = forwards = 0
+        for k in range(20):
+            sampling = SamplingParams(max_tokens=60, ignore_eos=True)
+            sequence = engine.submit(f"r{k}", [5 + k, 6, 7], sampling, options)
+            drain(engine)
+            total += sequence.num_completion_tokens - 1
+            forwards += sequence.num_forwards
+        assert total / forwards >= least
+        if options.mode is Mode.AR:
+            assert total == forwards
+
+
+def test_a_crowd_of_long_blocks_does_not_starve_a_prompt() -> None:
+    engine = Engine(ScriptedRunner(num_pages=600), max_step_tokens=128)
+    options = DecodingOptions(Mode.DIFFUSION, block_length=32)
+    for k in range(20):
+        engine.submit(f"r{k}", [5 + k] * 10, SamplingParams(max_tokens=80, ignore_eos=True), options)
+    for _ in range(20):
+        engine.step()
+    late = engine.submit("late", [9] * 60, SamplingParams(max_tokens=4), DecodingOptions(Mode.AR))
+    for _ in range(4):
+        engine.step()
+    assert late.num_completion_tokens > 0
+
+
+def test_cancel_frees_pages_at_once() -> None:
+    engine = Engine(ScriptedRunner())
+    engine.submit("r", [5] * 30, SamplingParams(max_tokens=40, ignore_eos=True))
+    engine.step()
+    assert engine.scheduler.pages_used > 0
+    assert engine.cancel("r") is not None
+    assert engine.scheduler.pages_used == 0
+    assert engine.cancel("r") is None
+    assert engine.step() == []
+
+
+def test_deadline_ends_waiting_and_running_requests() -> None:
+    now_s = 0.0
+    engine = Engine(ScriptedRunner(), max_running=1, clock=lambda: now_s)
+    for name, timeout_s in (("running", 5.0), ("waiting", 3.0), ("patient", None)):
+        engine.submit(name, [5, 6], SamplingParams(max_tokens=50, ignore_eos=True), timeout_s=timeout_s)
+    engine.step()
+    now_s = 3.0
+    assert [(made.sequence.request_id, made.error) for made in engine.step() if made.ended] == [
+        ("waiting", ErrorCode.DEADLINE_EXCEEDED)
+    ]
+    now_s = 5.0
+    progress = engine.step()
+    assert [made.sequence.request_id for made in progress if made.ended] == ["running"]
+    patient = [made for made in progress if not made.ended] + drain(engine)["patient"]
+    assert tokens_of(patient) == naive_ar([5, 6], 50, ignore_eos=True)
+
+
+def test_a_failed_forward_ends_its_sequences_only() -> None:
+    runner = ScriptedRunner()
+    engine = Engine(runner, max_running=2)
+    for name in ("a", "b", "c"):
+        engine.submit(name, [5, 6], SamplingParams(max_tokens=10))
+    runner.fail_next = RuntimeError("no memory")
+    ended = {made.sequence.request_id: made.error for made in engine.step()}
+    assert ended == {"a": ErrorCode.INTERNAL, "b": ErrorCode.INTERNAL}
+    engine.check_integrity()
+    assert tokens_of(drain(engine)["c"]) == naive_ar([5, 6], 10)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "decoding", "code", "param"),
+    [
+        ([], SamplingParams(), DecodingOptions(), ErrorCode.INVALID_REQUEST, "prompt"),
+        ([5], SamplingParams(max_tokens=0), DecodingOptions(), ErrorCode.INVALID_REQUEST, "max_tokens"),
+        (
+            [5] * 50,
+            SamplingParams(max_tokens=47),
+            DecodingOptions(),
+            ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+            "max_tokens",
+        ),
+        ([5] * 96, SamplingParams(), DecodingOptions(), ErrorCode.CONTEXT_LENGTH_EXCEEDED, "messages"),
+    ],
+)
+def test_bad_requests_are_refused(prompt, sampling, decoding, code, param) -> None:
+    engine = Engine(ScriptedRunner())
+    with pytest.raises(TriadError) as caught:
+        engine.submit("r", prompt, sampling, decoding)
+    assert (caught.value.code, caught.value.param) == (code, param)
+    assert not engine.has_work
+
+
+def test_a_full_queue_refuses() -> None:
+    engine = Engine(ScriptedRunner(), max_running=2, max_waiting=1)
+    for k in range(3):
+        engine.submit(f"r{k}", [5], SamplingParams(max_tokens=2))
+    with pytest.raises(TriadError) as caught:
+        engine.submit("r3", [5], SamplingParams(max_tokens=2))
+    assert caught.value.code is ErrorCode.QUEUE_FULL
+    drain(engine)
+    engine.submit("r3", [5], SamplingParams(max_tokens=2))
+
+
+@pytest.mark.parametrize("limits", [{"max_running": 0}, {"max_step_tokens": 64}])
+def test_limits_are_checked(limits: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="must be at least"):
+        Engine(ScriptedRunner(), **limits)
+
+
+def test_a_pool_smaller_than_one_context_is_refused() -> None:
+    with pytest.raises(ValueError, match="can't hold one sequence"):
+        Engine(ScriptedRunner(num_pages=8, page_size=4, max_context=96))
