@@ -91,7 +91,9 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class DecodingReport:
-    """How a request was decoded. A draft and its verify are two forwards; prefill is none of these.
+    """How a request was decoded. A draft and its verify are two forwards.
+
+    Prefill is none of these, and its token, the first, is counted to the mode that goes on from it.
 
     rule: what chose the last mode ("request" where it was pinned, else the policy's name).
     """
@@ -101,6 +103,11 @@ class DecodingReport:
     num_switches: int = 0
     rule: str = ""
     replica_id: str = ""
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Tokens a forward after the first token; 0 when there was no forward after it."""
+        return (sum(self.tokens_by_mode.values()) - 1) / self.num_forwards if self.num_forwards else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +131,15 @@ Event = Delta | Finished | Failed
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What a replica serves."""
+    """What a replica serves.
+
+    replica_id: Serve's unique id of the replica, by which the router addresses it and under which
+    it publishes its load.
+    """
 
     name: str
     modes: tuple[Mode, ...]
     max_context: int
     """Prompt and completion together, in tokens."""
     vocab_size: int
+    replica_id: str
