@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from policies.modes import Mode
+from policies.modes import DecodePlan, Mode
 
 FRESH_S = 1.0
 """A load at most this old is acted on as it is."""
@@ -46,6 +46,10 @@ class ReplicaLoad:
     plan_version: int = 0
     modes: tuple[Mode, ...] = tuple(Mode)
     """The modes the replica's model has."""
+    decode: DecodePlan | None = None
+    """What the replica's `auto` requests run now: its plan's, or its own choice while it had no plan."""
+    decode_held_s: float = 0.0
+    """For how long it has run that."""
 
     @property
     def num_in_flight(self) -> int:
@@ -69,6 +73,9 @@ class ClusterLoad:
     """All replicas' loads as one reader saw them at once, ordered by replica id."""
 
     replicas: tuple[ObservedLoad, ...]
+
+    def by_id(self) -> dict[str, ObservedLoad]:
+        return {seen.load.replica_id: seen for seen in self.replicas}
 
     @property
     def num_in_flight(self) -> int:

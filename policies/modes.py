@@ -1,7 +1,9 @@
 """The three ways a tri-mode checkpoint decodes, and the plan that says which one to run."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from types import MappingProxyType
 
 
 class Mode(StrEnum):
@@ -15,7 +17,15 @@ class Mode(StrEnum):
 LOSSLESS_MODES = frozenset({Mode.AR, Mode.SELF_SPECULATION})
 """Modes whose output is token for token that of autoregressive decoding."""
 
+CONSERVATIVE_ORDER = (Mode.DIFFUSION, Mode.SELF_SPECULATION, Mode.AR)
+"""From the mode that spends most on one request to the one that spends least; every model has the last."""
+
 MAX_BLOCK_LENGTH = 64
+
+DEFAULT_BLOCK_LENGTHS: Mapping[Mode, int] = MappingProxyType(
+    {Mode.AR: 1, Mode.DIFFUSION: 16, Mode.SELF_SPECULATION: 8}
+)
+"""Block lengths that suit a small replica when nobody has chosen any."""
 DEFAULT_BLOCK_LENGTH = {Mode.AR: 1, Mode.DIFFUSION: 32, Mode.SELF_SPECULATION: 16}
 
 
@@ -42,3 +52,22 @@ class DecodePlan:
             raise ValueError(f"block_length for {self.mode} must be {low} to {high}, got {self.block_length}")
         if not 0.0 < self.threshold <= 1.0:
             raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
+
+
+def default_plan(mode: Mode) -> DecodePlan:
+    return DecodePlan(mode, DEFAULT_BLOCK_LENGTHS[mode])
+
+
+def available_plan(plan: DecodePlan, modes: Collection[Mode]) -> DecodePlan:
+    """The plan itself where a model with these modes can run it, else the next more conservative one."""
+    if plan.mode in modes:
+        return plan
+    for mode in CONSERVATIVE_ORDER[CONSERVATIVE_ORDER.index(plan.mode) + 1 :]:
+        if mode in modes:
+            return default_plan(mode)
+    return default_plan(Mode.AR)
+
+
+def lossless_plan(plan: DecodePlan, modes: Collection[Mode]) -> DecodePlan:
+    """What a `lossless` request runs while the replica's plan is `plan`."""
+    return available_plan(plan, LOSSLESS_MODES.intersection(modes))

@@ -2,7 +2,14 @@
 
 from dataclasses import dataclass
 
+from policies.load import ReplicaLoad
 from policies.modes import DecodePlan
+
+PLAN_STALE_S = 1.5
+"""A plan not confirmed for this long has no leader behind it.
+
+Longer than the take-over of a dead leader's lease takes, so that a take-over goes unnoticed.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,3 +26,35 @@ class ReplicaPlan:
     rule: str
     reason: str
     input_age_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ObservedPlan:
+    """A plan as read from the store; both times in seconds by the store's clock.
+
+    age_s: since the leader last wrote or confirmed it. held_s: since it last changed what to run.
+    """
+
+    plan: ReplicaPlan
+    age_s: float
+    held_s: float
+
+    @property
+    def is_stale(self) -> bool:
+        return self.age_s > PLAN_STALE_S
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionRecord:
+    """One decision of the controller as the log keeps it, with the load it was made from.
+
+    changed: false for the now and then recorded decision to leave things as they are.
+    leader: the controller that decided. at_s: when, in seconds since the epoch by the store's
+    clock; 0 until the store has it.
+    """
+
+    plan: ReplicaPlan
+    load: ReplicaLoad
+    changed: bool
+    leader: str
+    at_s: float = 0.0

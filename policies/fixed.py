@@ -1,0 +1,44 @@
+"""One mode, whatever the load."""
+
+from pydantic import Field, model_validator
+
+from policies.modes import DEFAULT_BLOCK_LENGTHS, DecodePlan, Mode, available_plan
+from policies.policy import Decision, Policy, PolicyParameters, Snapshot
+
+
+class PlanParameters(PolicyParameters):
+    """A plan as it is written in a configuration; block_length None is the mode's default."""
+
+    mode: Mode = Mode.AR
+    block_length: int | None = None
+    threshold: float = Field(default=0.9, gt=0.0, le=1.0)
+
+    @model_validator(mode="after")
+    def _can_be_run(self) -> "PlanParameters":
+        self.decode_plan()
+        return self
+
+    def decode_plan(self) -> DecodePlan:
+        block_length = DEFAULT_BLOCK_LENGTHS[self.mode] if self.block_length is None else self.block_length
+        return DecodePlan(self.mode, block_length, self.threshold)
+
+
+class FixedPolicy(Policy[None]):
+    """A mode the model does not have gives way to the next more conservative one it has."""
+
+    name = "fixed"
+    Parameters = PlanParameters
+
+    def __init__(self, parameters: PlanParameters):
+        super().__init__(parameters)
+        self._plan = parameters.decode_plan()
+
+    def resume(self, current: DecodePlan | None, held_s: float, now_s: float) -> None:
+        return None
+
+    def decide(self, snapshot: Snapshot, state: None, now_s: float) -> tuple[Decision, None]:
+        plan = available_plan(self._plan, snapshot.load.modes)
+        if plan == self._plan:
+            return Decision(plan, f"fixed to {plan.mode}"), None
+        reason = f"fixed to {self._plan.mode}, which this model lacks; {plan.mode} instead"
+        return Decision(plan, reason), None

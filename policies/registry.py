@@ -1,0 +1,74 @@
+"""From a policy's name and parameters, as a configuration has them, to the policy."""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from policies.fixed import FixedPolicy
+from policies.modes import Mode
+from policies.policy import Policy, PolicyParameters
+from policies.stabilise import Stabilised, StabiliseParameters
+from policies.threshold import ThresholdPolicy
+
+POLICIES: Mapping[str, type[Policy[Any]]] = {"fixed": FixedPolicy, "threshold": ThresholdPolicy}
+DEFAULT_POLICY = "threshold"
+
+_STABILISE = "stabilise"
+
+Model = TypeVar("Model", bound=PolicyParameters)
+
+
+class PolicyError(ValueError):
+    """The configured policy does not exist or its parameters are wrong; the message lists the choices."""
+
+
+def policy_names() -> tuple[str, ...]:
+    """The names `create_policy` knows. A mode's name means `fixed` to that mode."""
+    return (*POLICIES, *(mode.value for mode in Mode))
+
+
+def create_policy(name: str, parameters: Mapping[str, Any] | None = None) -> Policy[Any]:
+    """Build a policy, stabilised unless it is `fixed`.
+
+    name: one of policy_names(), or the dotted name of an importable subclass of Policy.
+    parameters: those of the policy, and under "stabilise" those of StabiliseParameters.
+    Raises PolicyError.
+    """
+    given = dict(parameters or {})
+    if name in tuple(Mode):
+        given.setdefault("mode", name)
+        name = FixedPolicy.name
+    cls = POLICIES.get(name) or _import(name)
+    if cls is FixedPolicy:
+        return cls(_validated(cls.Parameters, given, name))
+    bounds = _validated(StabiliseParameters, given.pop(_STABILISE, {}), f"{name}: {_STABILISE}")
+    inner = cls(_validated(cls.Parameters, given, name, extra_key=_STABILISE))
+    return Stabilised(inner, bounds)
+
+
+def _import(name: str) -> type[Policy[Any]]:
+    module_name, _, class_name = name.rpartition(".")
+    choices = f"choose one of {', '.join(policy_names())}, or the dotted name of a Policy class"
+    if not module_name:
+        raise PolicyError(f"unknown policy {name!r}: {choices}")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise PolicyError(f"policy {name!r} can't be imported ({error}): {choices}") from error
+    if not (isinstance(found, type) and issubclass(found, Policy)):
+        raise PolicyError(f"{name!r} is not a subclass of policies.policy.Policy")
+    return found
+
+
+def _validated(model: type[Model], given: Any, where: str, extra_key: str | None = None) -> Model:
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in problem['loc']) or 'parameters'}: {problem['msg']}"
+            for problem in error.errors()
+        )
+        keys = [*model.model_fields, *([extra_key] if extra_key else [])]
+        raise PolicyError(f"policy {where}: {problems} (keys: {', '.join(keys)})") from error
