@@ -5,8 +5,10 @@ Not thread-safe: one thread calls all of it. Other threads reach it through repl
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 
+from policies.load import ReplicaLoad
 from policies.modes import MAX_BLOCK_LENGTH, DecodePlan, Mode
 from replicas.engine.decoders.choose import ActivePlan
 from replicas.engine.plan import Runner
@@ -142,7 +144,7 @@ class Engine:
         if num_tokens > context:
             raise TriadError(
                 ErrorCode.CONTEXT_LENGTH_EXCEEDED,
-                f"the model's context is {context} tokens, but the prompt has {len(prompt_ids)} and max_tokens "
+                f"the context is {context} tokens, but the prompt has {len(prompt_ids)} and max_tokens "
                 f"asks for {sampling.max_tokens or 1} more; shorten the prompt or lower max_tokens",
                 "max_tokens" if len(prompt_ids) < context else "messages",
             )
@@ -180,6 +182,22 @@ class Engine:
             self.cancel(sequence.request_id)
         message = f"the model's forward failed ({type(error).__name__})"
         return [Progress(sequence, error=ErrorCode.INTERNAL, message=message) for sequence in planned]
+
+    def load(self, replica_id: str) -> ReplicaLoad:
+        """The load now, rates left out: they are replicas.stats' to measure."""
+        running, waiting = self._scheduler.running, self._scheduler.waiting
+        return ReplicaLoad(
+            replica_id=replica_id,
+            num_running=len(running),
+            num_waiting=len(waiting),
+            num_auto=sum(sequence.decoding.mode is None for sequence in self._sequences.values()),
+            max_running=self._max_running,
+            pages_used=self._scheduler.pages_used,
+            num_pages=self.spec.num_pages,
+            waiting_prompt_tokens=sum(sequence.num_prompt_tokens for sequence in waiting),
+            running_by_mode=Counter(sequence.last_mode for sequence in running if sequence.last_mode),
+            modes=self.spec.modes,
+        )
 
     def check_integrity(self) -> None:
         """Between steps. Raises AssertionError where the bookkeeping disagrees with itself."""

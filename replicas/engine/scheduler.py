@@ -6,10 +6,11 @@ When pages run out the youngest sequence gives up its own and is recomputed late
 goes on, so something always does.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+from policies.modes import Mode
 from replicas.engine.blocks import PagePool
 from replicas.engine.decoders.choose import ActivePlan, begin_round, plan_for
 from replicas.engine.decoders.round import Ask
@@ -38,6 +39,8 @@ class Scheduler:
         self._planned: tuple[Sequence, ...] = ()  # the sequences of the plan under way, aligned with it
         self._num_steps = 0
         self.active = active
+        self.tokens_by_mode: Counter[Mode] = Counter()
+        self.forwards_by_mode: Counter[Mode] = Counter()
 
     @property
     def running(self) -> Seq[Sequence]:
@@ -210,9 +213,11 @@ class Scheduler:
         else:
             advance = current.advance(output)
             sequence.num_forwards += 1
+            self.forwards_by_mode[current.mode] += 1
             mode, tokens = current.mode, advance.tokens
             if advance.done:
                 sequence.num_cached = current.start + advance.num_cached
                 sequence.round = None
         taken, reason = sequence.append(tokens, mode, self._spec.eos_token_ids)
+        self.tokens_by_mode[mode] += len(taken)
         return Progress(sequence, taken, reason)

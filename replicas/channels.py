@@ -1,0 +1,72 @@
+"""Token channels: one long-lived stream to each ingress carries the events of all its requests.
+
+A stream for each request would cost about a millisecond an item and more than the model itself at
+64 requests; a channel has one item a step, whatever the number of requests.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+
+from replicas.messages import Event
+
+KEEP_ALIVE_S = 1.0
+
+
+class ChannelHub:
+    """Lives on one event loop.
+
+    on_close: called with the id of a channel that has closed, whose requests are to be cancelled.
+    """
+
+    def __init__(self, on_close: Callable[[str], None]):
+        self._on_close = on_close
+        self._open: dict[str, asyncio.Queue[tuple[Event, ...] | None]] = {}
+
+    def is_open(self, channel_id: str) -> bool:
+        return channel_id in self._open
+
+    def publish(self, events: Mapping[str, list[Event]]) -> None:
+        """events by channel. Those of a closed channel have nobody to go to."""
+        for channel_id, batch in events.items():
+            queue = self._open.get(channel_id)
+            if queue is not None:
+                queue.put_nowait(tuple(batch))
+
+    def close(self) -> None:
+        """Ends every channel's stream, after what was published."""
+        for queue in self._open.values():
+            queue.put_nowait(None)
+
+    async def stream(self, channel_id: str) -> AsyncIterator[tuple[Event, ...]]:
+        """Events as they come, those that wait joined into one item; an empty item at once and when idle.
+
+        Opening a channel again ends the stream that had it.
+        """
+        former = self._open.get(channel_id)
+        if former is not None:
+            former.put_nowait(None)
+            self._on_close(channel_id)
+        queue: asyncio.Queue[tuple[Event, ...] | None] = asyncio.Queue()
+        self._open[channel_id] = queue
+        try:
+            yield ()
+            while True:
+                try:
+                    batch = await asyncio.wait_for(queue.get(), KEEP_ALIVE_S)
+                except TimeoutError:
+                    yield ()
+                    continue
+                events: list[Event] = []
+                while batch is not None:
+                    events += batch
+                    if queue.empty():
+                        break
+                    batch = queue.get_nowait()
+                if events:
+                    yield tuple(events)
+                if batch is None:
+                    return
+        finally:
+            if self._open.get(channel_id) is queue:
+                del self._open[channel_id]
+                self._on_close(channel_id)

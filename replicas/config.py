@@ -1,0 +1,29 @@
+"""What one replica is given at its start."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaConfig:
+    """Checked by cluster.config, where each field is explained to operators.
+
+    checkpoint: a folder or a hub name. num_threads None leaves torch's own choice.
+    kv_cache_mb: memory for K/V pages, in MiB. max_running: sequences in one forward.
+    max_step_tokens: query tokens in one forward. max_waiting: queued beyond those running.
+    """
+
+    checkpoint: str
+    served_model_name: str
+    app: str
+    redis_url: str
+    policy: str
+    policy_params: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = "auto"
+    num_threads: int | None = None
+    page_size: int = 16
+    kv_cache_mb: int = 256
+    max_running: int = 64
+    max_step_tokens: int = 512
+    max_waiting: int = 256

@@ -1,0 +1,122 @@
+"""The edge between text and token ids: prompts in, streamed text out. The engine knows ids only."""
+
+from collections.abc import Mapping
+
+from tokenizers.decoders import DecodeStream
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from replicas.errors import ErrorCode, TriadError
+
+
+class TextCodec:
+    """A checkpoint's tokenizer and chat template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, vocab_size: int):
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+
+    @classmethod
+    def load(cls, checkpoint: str, vocab_size: int) -> "TextCodec":
+        """checkpoint: a folder or a hub name."""
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise ValueError(f"{checkpoint} has no tokenizer.json; a fast tokenizer is needed")
+        return cls(tokenizer, vocab_size)
+
+    def encode(self, prompt: tuple[Mapping[str, str], ...] | str | tuple[int, ...]) -> list[int]:
+        """Chat messages by the chat template, text with the tokenizer's own special tokens, ids as they are.
+
+        TriadError when the template refuses the messages or an id is not in the vocabulary.
+        """
+        if isinstance(prompt, str):
+            return list(self._tokenizer.encode(prompt))
+        ids = [item for item in prompt if isinstance(item, int)]
+        messages = [dict(item) for item in prompt if not isinstance(item, int)]
+        if not messages:
+            return self._checked(ids)
+        if self._tokenizer.chat_template is None:
+            raise TriadError(
+                ErrorCode.INVALID_REQUEST,
+                "this model has no chat template; use /v1/completions with a prompt",
+                "messages",
+            )
+        try:
+            text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # the template is the checkpoint's own program and may raise anything
+            message = f"the model's chat template refuses these messages: {error}"
+            raise TriadError(ErrorCode.INVALID_REQUEST, message, "messages") from error
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def stream(self, stop: tuple[str, ...] = ()) -> "TextStream":
+        return TextStream(self._tokenizer, stop)
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        for token in ids:
+            if not 0 <= token < self._vocab_size:
+                raise TriadError(
+                    ErrorCode.INVALID_REQUEST,
+                    f"token id {token} is not in the vocabulary of {self._vocab_size}",
+                    "prompt",
+                )
+        return ids
+
+
+class TextStream:
+    """One completion's text, as its tokens come.
+
+    Text is held back while it may be the beginning of a stop string or of a character whose bytes
+    are not all there. num_tokens counts the tokens taken in, through the one that completed a stop.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: tuple[str, ...]):
+        self._tokenizer = tokenizer
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._stop = stop
+        self._undecoded: list[int] = []
+        self._held = ""
+        self.stopped = False
+        self.num_tokens = 0
+
+    def push(self, token_ids: tuple[int, ...]) -> str:
+        """The text that has become certain. Takes nothing more once stopped."""
+        released = ""
+        for token in token_ids:
+            if self.stopped:
+                break
+            self.num_tokens += 1
+            self._undecoded.append(token)
+            text = self._decoder.step(self._tokenizer.backend_tokenizer, token)
+            if text is not None:
+                self._undecoded.clear()
+                released += self._release(text)
+        return released
+
+    def finish(self) -> str:
+        """What was held back, at the end of a text that no stop string ended."""
+        if self.stopped:
+            return ""
+        rest = str(self._tokenizer.decode(self._undecoded, skip_special_tokens=True))
+        released = self._release(rest) if rest else ""
+        if self.stopped:
+            return released
+        held, self._held = self._held, ""
+        return released + held
+
+    def _release(self, text: str) -> str:
+        self._held += text
+        found = [(at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            return self._held[: min(found)[0]]
+        num_held = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        cut = len(self._held) - num_held
+        released, self._held = self._held[:cut], self._held[cut:]
+        return released
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest proper beginning of stop that text ends with."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
