@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,22 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 """Runs between fork and exec, in an interpreter of its own: a preexec_fn may deadlock in a process
 with threads. The kernel sends the signal when the thread that forked ends, so the supervisor's does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a server listens and what it asks for; drawn before there is one, so that all can be told."""
+
+    port: int
+    password: str = field(repr=False)
+
+    @classmethod
+    def draw(cls) -> "Endpoint":
+        return cls(_free_port(), secrets.token_urlsafe(24))
+
+    @property
+    def url(self) -> str:
+        return f"redis://:{self.password}@{HOST}:{self.port}/0"
 
 
 class EmbeddedRedisError(RuntimeError):
@@ -72,11 +89,11 @@ class EmbeddedRedis:
     """
 
     @classmethod
-    def start(cls) -> "EmbeddedRedis":
-        """Returns once the server answers. Raises EmbeddedRedisError."""
+    def start(cls, endpoint: Endpoint | None = None) -> "EmbeddedRedis":
+        """Returns once the server answers, at `endpoint` or one of its own. Raises EmbeddedRedisError."""
         binary = find_server()
         for _ in range(START_ATTEMPTS):  # the port may be taken between its choice and its use
-            server = cls(binary)
+            server = cls(binary, endpoint or Endpoint.draw())
             server._supervisor.start()
             if server._settled.wait(START_TIMEOUT_S) and server._was_ready:
                 atexit.register(server.stop)
@@ -84,10 +101,9 @@ class EmbeddedRedis:
             server.stop()
         raise EmbeddedRedisError(f"{binary} did not start: {server._last_words()}")
 
-    def __init__(self, binary: Path):
+    def __init__(self, binary: Path, endpoint: Endpoint):
         self._binary = binary
-        self._password = secrets.token_urlsafe(24)
-        self._port = _free_port()
+        self._endpoint = endpoint
         self._output: deque[str] = deque(maxlen=20)
         self._process: subprocess.Popen[str] | None = None
         self._owner_pid = os.getpid()
@@ -99,11 +115,11 @@ class EmbeddedRedis:
 
     @property
     def url(self) -> str:
-        return f"redis://:{self._password}@{HOST}:{self._port}/0"
+        return self._endpoint.url
 
     @property
     def port(self) -> int:
-        return self._port
+        return self._endpoint.port
 
     @property
     def pid(self) -> int | None:
@@ -188,9 +204,9 @@ class EmbeddedRedis:
     def _config(self) -> str:
         """Read by the server from its standard input, so that the password is in no file and no `ps`."""
         lines = (
-            f"port {self._port}",
+            f"port {self.port}",
             f"bind {HOST}",
-            f"requirepass {self._password}",
+            f"requirepass {self._endpoint.password}",
             'save ""',
             "appendonly no",
             f"maxmemory {MAX_MEMORY}",
