@@ -1,0 +1,146 @@
+"""The draft adapter (LoRA): two thin products, on the rows of drafting segments only."""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from replicas.model import layout
+from replicas.model.config import CheckpointError, ModelConfig
+
+_FUSED = {
+    "q_proj": "qkv",
+    "k_proj": "qkv",
+    "v_proj": "qkv",
+    "o_proj": "o",
+    "gate_proj": "gate_up",
+    "up_proj": "gate_up",
+    "down_proj": "down",
+}
+_TENSOR_NAME = re.compile(r"\blayers\.(\d+)\.(?:\w+\.)*?([a-z]+_proj)\.lora_([AB])(?:\.default)?\.weight$")
+
+ReadTensor = Callable[[str, tuple[int, ...]], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRows:
+    """The rows of a packed batch on which the adapter is on. index: [R] int64, None where it is all."""
+
+    index: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """y += x down^T up^T, with the adapter's scale folded into `up`.
+
+    down: [rank, in]; up: [out, rank]. Several projections of one fused matrix stack their ranks.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+
+    def to(self, dtype: torch.dtype) -> "LowRank":
+        return LowRank(self.down.to(dtype).contiguous(), self.up.to(dtype).contiguous())
+
+    def add_to(self, y: torch.Tensor, x: torch.Tensor, rows: AdapterRows) -> torch.Tensor:
+        """y [T, out] changed in place at `rows`, from x [T, in]."""
+        if rows.index is None:
+            return y.addmm_(x @ self.down.t(), self.up.t())
+        delta = (x.index_select(0, rows.index) @ self.down.t()) @ self.up.t()
+        return y.index_add_(0, rows.index, delta)
+
+
+def load_adapter(
+    raw: Mapping[str, Any], names: Sequence[str], read: ReadTensor, config: ModelConfig
+) -> list[dict[str, LowRank]]:
+    """One dict a layer, by the fused matrix's name; float32, in the engine's layout.
+
+    raw: adapter_config.json; names: the tensors of the adapter's file, in PEFT's naming, whatever
+    prefix stands before `layers.N`. Raises CheckpointError.
+    """
+    rank, scale = _rank_and_scale(raw)
+    shapes = _projection_shapes(config)
+    tensors: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+    for name in names:
+        found = _TENSOR_NAME.search(name)
+        if not found or found[2] not in shapes or int(found[1]) >= config.num_layers:
+            raise CheckpointError(f"linear_spec_lora: tensor {name} belongs to no projection of the model")
+        layer, projection, side = int(found[1]), found[2], found[3]
+        rows, columns = shapes[projection]
+        shape = (rank, columns) if side == "A" else (rows, rank)
+        tensors.setdefault((layer, projection), {})[side] = read(name, shape).float()
+    layers: list[dict[str, LowRank]] = []
+    for layer in range(config.num_layers):
+        pairs = {}
+        for projection in shapes:
+            pair = tensors.get((layer, projection))
+            if pair is None:
+                continue
+            if len(pair) < 2:
+                missing = "lora_B" if "A" in pair else "lora_A"
+                raise CheckpointError(f"linear_spec_lora: layer {layer} {projection} has no {missing}")
+            pairs[projection] = _in_layout(projection, pair["A"], scale * pair["B"], config)
+        layers.append(_fuse(pairs, shapes))
+    if not any(layers):
+        raise CheckpointError("linear_spec_lora: the adapter has no tensors")
+    return layers
+
+
+def _rank_and_scale(raw: Mapping[str, Any]) -> tuple[int, float]:
+    rank, alpha = raw.get("r"), raw.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+        raise CheckpointError(
+            f"linear_spec_lora/adapter_config.json: r and lora_alpha must be numbers, got {rank!r}, {alpha!r}"
+        )
+    for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+        if raw.get(key):
+            raise CheckpointError(f"linear_spec_lora/adapter_config.json: {key} is not supported")
+    if raw.get("bias", "none") != "none":
+        raise CheckpointError("linear_spec_lora/adapter_config.json: bias is not supported, only 'none'")
+    return rank, alpha / (math.sqrt(rank) if raw.get("use_rslora") else rank)
+
+
+def _projection_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """[out, in] of each projection, in the order in which they are fused."""
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return {
+        "q_proj": (query, hidden),
+        "k_proj": (key, hidden),
+        "v_proj": (key, hidden),
+        "o_proj": (hidden, query),
+        "gate_proj": (intermediate, hidden),
+        "up_proj": (intermediate, hidden),
+        "down_proj": (hidden, intermediate),
+    }
+
+
+def _in_layout(projection: str, down: torch.Tensor, up: torch.Tensor, config: ModelConfig) -> LowRank:
+    if projection == "q_proj":
+        up = layout.query_rows(up, config)
+    elif projection == "k_proj":
+        up = layout.key_rows(up, config)
+    elif projection == "o_proj":
+        down = layout.output_columns(down, config)
+    return LowRank(down, up)
+
+
+def _fuse(pairs: Mapping[str, LowRank], shapes: Mapping[str, tuple[int, int]]) -> dict[str, LowRank]:
+    """Stack the ranks of projections that share a fused matrix; rows of the others stay zero."""
+    fused = {}
+    for name in dict.fromkeys(_FUSED[projection] for projection in pairs):
+        parts = [projection for projection in shapes if _FUSED[projection] == name]
+        downs = torch.cat([pairs[part].down for part in parts if part in pairs])
+        up = torch.zeros(sum(shapes[part][0] for part in parts), downs.shape[0])
+        row = column = 0
+        for part in parts:
+            if part in pairs:
+                block = pairs[part].up
+                up[row : row + block.shape[0], column : column + block.shape[1]] = block
+                column += block.shape[1]
+            row += shapes[part][0]
+        fused[name] = LowRank(downs, up)
+    return fused

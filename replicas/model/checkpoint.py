@@ -1,0 +1,243 @@
+"""Checkpoints from a folder or a hub name into weights in the engine's layout."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from replicas.model import layout
+from replicas.model.adapter import LowRank, load_adapter
+from replicas.model.config import TRI_MODE_TYPE, CheckpointError, ModelConfig, read_json
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "linear_spec_lora/*"]
+_GIB = 1 << 30
+
+__all__ = ["CheckpointError", "LayerWeights", "ModelWeights", "load_weights", "resolve_folder"]
+
+
+@dataclass(slots=True)
+class LayerWeights:
+    """One decoder layer; q, k, v and gate, up are fused, heads and columns are in the engine's order.
+
+    qkv: [(heads + 2 kv_heads) * head_dim, hidden]; o: [hidden, heads * head_dim]
+    gate_up: [2 * intermediate, hidden]; down: [hidden, intermediate]
+    adapters: by the name of the fused matrix they change ("qkv", "o", "gate_up", "down").
+    """
+
+    input_norm: torch.Tensor
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    query_norm: torch.Tensor | None
+    key_norm: torch.Tensor | None
+    o: torch.Tensor
+    post_norm: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    adapters: dict[str, LowRank] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class ModelWeights:
+    """embedding, head: [vocab, hidden] (one tensor where they are tied); norm: [hidden]."""
+
+    embedding: torch.Tensor
+    layers: list[LayerWeights]
+    norm: torch.Tensor
+    head: torch.Tensor
+
+
+def resolve_folder(checkpoint: str) -> Path:
+    """The folder of a checkpoint; a name that is no folder is fetched from the hub.
+
+    Raises CheckpointError when it can't be found.
+    """
+    folder = Path(checkpoint).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
+        raise CheckpointError(f"{checkpoint} is neither a folder nor a hub name like 'owner/model'")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(checkpoint, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{checkpoint} is no folder and can't be fetched from the hub: {error}"
+        ) from error
+
+
+def load_weights(
+    folder: Path, config: ModelConfig, dtype: torch.dtype, *, reserved_bytes: int = 0
+) -> ModelWeights:
+    """Read all tensors, checked against the config.
+
+    reserved_bytes: what the caller will need besides the weights (K/V pages); it counts in the
+    estimate of whether memory suffices, made before anything is read.
+    Raises CheckpointError for a missing tensor, a wrong shape, a dtype that can't be converted, or
+    too little memory.
+    """
+    _check_memory(config, dtype, reserved_bytes)
+    with ExitStack() as stack:
+        reader = _TensorReader(folder, stack)
+        tri_mode = config.model_type == TRI_MODE_TYPE
+        prefix = "encoder" if tri_mode else "model"
+        head_name = "diffusion_head.weight" if tri_mode else "lm_head.weight"
+
+        def read(name: str, *shape: int) -> torch.Tensor:
+            return reader.read(name, shape).to(dtype)
+
+        vocabulary = (config.vocab_size, config.hidden_size)
+        embedding = read(f"{prefix}.embed_tokens.weight", *vocabulary)
+        tied = config.tie_word_embeddings and head_name not in reader
+        head = embedding if tied else read(head_name, *vocabulary)
+        layers = [
+            _read_layer(reader, f"{prefix}.layers.{index}", config, dtype)
+            for index in range(config.num_layers)
+        ]
+        norm = read(f"{prefix}.norm.weight", config.hidden_size)
+    adapter_folder = folder / "linear_spec_lora"
+    if tri_mode and adapter_folder.is_dir():
+        _attach_adapter(adapter_folder, layers, config, dtype)
+    return ModelWeights(embedding, layers, norm, head)
+
+
+def _read_layer(
+    reader: "_TensorReader", prefix: str, config: ModelConfig, dtype: torch.dtype
+) -> LayerWeights:
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+
+    def read(name: str, *shape: int) -> torch.Tensor:
+        return reader.read(f"{prefix}.{name}", shape).to(dtype)
+
+    def read_qkv(suffix: str, *columns: int) -> torch.Tensor:
+        return torch.cat(
+            [
+                layout.query_rows(read(f"self_attn.q_proj.{suffix}", query, *columns), config),
+                layout.key_rows(read(f"self_attn.k_proj.{suffix}", key, *columns), config),
+                read(f"self_attn.v_proj.{suffix}", key, *columns),
+            ]
+        )
+
+    def read_head_norm(name: str) -> torch.Tensor | None:
+        return layout.head_norm(read(name, config.head_dim)) if config.qk_norm else None
+
+    gate_up = [read(f"mlp.{name}_proj.weight", intermediate, hidden) for name in ("gate", "up")]
+    return LayerWeights(
+        input_norm=read("input_layernorm.weight", hidden),
+        qkv=read_qkv("weight", hidden),
+        qkv_bias=read_qkv("bias") if config.qkv_bias else None,
+        query_norm=read_head_norm("self_attn.q_norm.weight"),
+        key_norm=read_head_norm("self_attn.k_norm.weight"),
+        o=layout.output_columns(read("self_attn.o_proj.weight", hidden, query), config).contiguous(),
+        post_norm=read("post_attention_layernorm.weight", hidden),
+        gate_up=torch.cat(gate_up),
+        down=read("mlp.down_proj.weight", hidden, intermediate),
+    )
+
+
+def _attach_adapter(
+    folder: Path, layers: list[LayerWeights], config: ModelConfig, dtype: torch.dtype
+) -> None:
+    with ExitStack() as stack:
+        reader = _TensorReader(folder, stack, stem="adapter_model")
+        adapters = load_adapter(read_json(folder / "adapter_config.json"), list(reader), reader.read, config)
+    for layer, by_name in zip(layers, adapters, strict=True):
+        layer.adapters = {name: adapter.to(dtype) for name, adapter in by_name.items()}
+
+
+class _TensorReader:
+    """Tensors by name from one safetensors file or from shards with an index, read when asked for."""
+
+    def __init__(self, folder: Path, stack: ExitStack, stem: str = "model"):
+        self._folder = folder
+        self._files: dict[str, Any] = {}
+        self._file_of: dict[str, str] = {}
+        single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            self._file_of = dict(read_json(index).get("weight_map", {}))
+        elif not single.is_file():
+            raise CheckpointError(f"{folder} has neither {single.name} nor {index.name}")
+        for name in sorted(set(self._file_of.values()) or {single.name}):
+            self._files[name] = self._open(folder / name, stack)
+        if not self._file_of:
+            self._file_of = dict.fromkeys(self._files[single.name].keys(), single.name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The tensor as stored. Raises CheckpointError unless it is there, in this shape, in floats."""
+        if name not in self._file_of:
+            raise CheckpointError(f"{self._folder}: tensor {name} is missing; expected shape {list(shape)}")
+        file = self._file_of[name]
+        try:
+            tensor: torch.Tensor = self._files[file].get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self._folder / file}: tensor {name} can't be read: {error}") from error
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(
+                f"{self._folder / file}: tensor {name} has shape {list(tensor.shape)}, "
+                f"config.json implies {list(shape)}"
+            )
+        if tensor.dtype not in _STORED_DTYPES:
+            expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in _STORED_DTYPES)
+            found = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{self._folder / file}: tensor {name} has dtype {found}, expected one of {expected}"
+            )
+        return tensor
+
+    @staticmethod
+    def _open(path: Path, stack: ExitStack) -> Any:
+        try:
+            return stack.enter_context(safe_open(path, framework="pt"))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing, though the index names it") from None
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _check_memory(config: ModelConfig, dtype: torch.dtype, reserved_bytes: int) -> None:
+    weights = config.num_parameters * dtype.itemsize
+    if dtype is torch.bfloat16 and config.tie_word_embeddings:
+        # The prepacked head is a copy of the embedding.
+        weights += config.vocab_size * config.hidden_size * dtype.itemsize
+    available = available_bytes()
+    if weights + reserved_bytes > available:
+        advice = "use bfloat16, a smaller checkpoint" if dtype.itemsize > 2 else "use a smaller checkpoint"
+        raise CheckpointError(
+            f"too little memory: {weights / _GIB:.1f} GiB of weights and {reserved_bytes / _GIB:.1f} GiB of "
+            f"K/V pages, {available / _GIB:.1f} GiB available; {advice} or fewer pages"
+        )
+
+
+def available_bytes() -> int:
+    """Memory this process may still take: the machine's free memory, or the control group's if less."""
+    limits = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+        if found:
+            limits.append(int(found[1]) * 1024)
+    for limit, usage in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        if os.path.isfile(limit) and os.path.isfile(usage):
+            text = Path(limit).read_text().strip()
+            if text.isdigit():
+                limits.append(int(text) - int(Path(usage).read_text()))
+    return min(limits, default=1 << 62)

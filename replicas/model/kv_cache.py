@@ -1,0 +1,50 @@
+"""Paged keys and values."""
+
+import torch
+
+from replicas.model.config import ModelConfig
+
+
+class KvCache:
+    """layers: one tensor a layer, [num_pages, 2, num_kv_heads, page_size, head_dim]; index 0 of the
+    second axis is keys, 1 values.
+
+    A head's keys of one page are contiguous, so a gather of whole pages gives attention contiguous
+    [length, head_dim] blocks. Memory of pages never written is not resident.
+    """
+
+    def __init__(self, config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype):
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.num_kv_heads = config.num_kv_heads
+        self.head_dim = config.head_dim
+        shape = (num_pages, 2, config.num_kv_heads, page_size, config.head_dim)
+        self.layers = [torch.zeros(shape, dtype=dtype) for _ in range(config.num_layers)]
+        self._rows = [layer.view(-1, self.head_dim) for layer in self.layers]
+        self._pages = [layer.view(-1, page_size * self.head_dim) for layer in self.layers]
+
+    @staticmethod
+    def page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
+        """Bytes of one page in all layers."""
+        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * page_size * dtype.itemsize
+
+    def store(self, layer: int, keys_values: torch.Tensor, rows: torch.Tensor) -> None:
+        """keys_values [T, 2, num_kv_heads, head_dim] to rows [T * 2 * num_kv_heads] (`store_rows`)."""
+        self._rows[layer].index_copy_(0, rows, keys_values.reshape(-1, self.head_dim))
+
+    def gather(self, layer: int, blocks: torch.Tensor, num_sequences: int) -> torch.Tensor:
+        """blocks (`gather_blocks`, P pages a sequence) -> [2, S, num_kv_heads, P * page_size, head_dim]."""
+        pages = self._pages[layer].index_select(0, blocks)
+        return pages.view(2, num_sequences, self.num_kv_heads, -1, self.head_dim)
+
+    def store_rows(self, pages: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """Where `store` puts tokens: pages [T] and the offsets [T] in them."""
+        heads = torch.arange(2 * self.num_kv_heads)
+        return (
+            (pages[:, None] * (2 * self.num_kv_heads) + heads) * self.page_size + offsets[:, None]
+        ).flatten()
+
+    def gather_blocks(self, page_table: torch.Tensor) -> torch.Tensor:
+        """What `gather` reads for page_table [S, P]; entries past a sequence's end may be any page."""
+        heads = torch.arange(2 * self.num_kv_heads).view(2, 1, self.num_kv_heads, 1)
+        return (page_table[None, :, None, :] * (2 * self.num_kv_heads) + heads).flatten()

@@ -1,0 +1,143 @@
+"""The torch implementation of replicas.engine.plan.Runner."""
+
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+
+from replicas.engine.plan import ModelSpec, Segment, SegmentOutput, StepPlan
+from replicas.messages import SamplingParams
+from replicas.model.adapter import AdapterRows
+from replicas.model.attention import AttentionPlan, CpuAttention
+from replicas.model.checkpoint import DTYPES, CheckpointError, ModelWeights, load_weights, resolve_folder
+from replicas.model.config import ModelConfig
+from replicas.model.kv_cache import KvCache
+from replicas.model.sampler import SampledRows, sample
+from replicas.model.transformer import Batch, Transformer
+
+DEFAULT_KV_BUDGET_BYTES = 512 << 20
+
+
+class TorchRunner:
+    """Runs StepPlans on the CPU. Not thread-safe: one thread calls `run`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        *,
+        num_pages: int,
+        page_size: int,
+        max_context: int,
+    ):
+        """Takes the weights over (Transformer)."""
+        cache = KvCache(config, num_pages, page_size, weights.embedding.dtype)
+        self._attention = CpuAttention(cache, config.num_heads)
+        self._model = Transformer(config, weights, self._attention, max_context)
+        self._spec = ModelSpec(
+            modes=config.modes,
+            mask_token_id=config.mask_token_id,
+            eos_token_ids=config.eos_token_ids,
+            max_context=max_context,
+            num_pages=num_pages,
+            page_size=page_size,
+        )
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: str,
+        *,
+        dtype: str = "float32",
+        num_pages: int | None = None,
+        kv_budget_bytes: int | None = None,
+        page_size: int = 16,
+        max_context: int | None = None,
+        num_threads: int | None = None,
+    ) -> "TorchRunner":
+        """checkpoint: a folder or a hub name. Raises CheckpointError.
+
+        num_pages or kv_budget_bytes sizes the page pool, the first before the second; with neither it
+        takes DEFAULT_KV_BUDGET_BYTES. max_context is at most the model's own and what the pool holds.
+        num_threads: torch's threads in this process; None leaves them as they are.
+        """
+        if dtype not in DTYPES:
+            raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        if page_size < 1:
+            raise CheckpointError(f"page_size must be positive, got {page_size}")
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        folder = resolve_folder(checkpoint)
+        config = ModelConfig.from_folder(folder)
+        page_bytes = KvCache.page_bytes(config, page_size, DTYPES[dtype])
+        if num_pages is None:
+            budget = DEFAULT_KV_BUDGET_BYTES if kv_budget_bytes is None else kv_budget_bytes
+            num_pages = budget // page_bytes
+        if num_pages < 1:
+            raise CheckpointError(
+                f"the K/V budget holds no page; one of {page_size} tokens takes {page_bytes} bytes"
+            )
+        limits = [config.max_position_embeddings, num_pages * page_size]
+        weights = load_weights(folder, config, DTYPES[dtype], reserved_bytes=num_pages * page_bytes)
+        return cls(
+            config,
+            weights,
+            num_pages=num_pages,
+            page_size=page_size,
+            max_context=min(limits if max_context is None else [*limits, max_context]),
+        )
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._spec
+
+    def run(self, plan: StepPlan) -> Sequence[SegmentOutput]:
+        if not plan.segments:
+            return ()
+        attention = self._attention.plan(plan.segments)
+        segments = [plan.segments[index] for index in attention.order]
+        logits = self._model.forward(_batch(segments, attention))
+        sampled_rows = list(chain.from_iterable(_sampled_rows(segment) for segment in segments))
+        outputs = [SegmentOutput((), ())] * len(segments)
+        if not sampled_rows:
+            return outputs
+        tokens, probs = sample(logits, SampledRows.build(sampled_rows), self._spec.mask_token_id)
+        row = 0
+        for index, segment in zip(attention.order, segments, strict=True):
+            end = row + len(segment.wanted)
+            outputs[index] = SegmentOutput(tuple(tokens[row:end]), tuple(probs[row:end]))
+            row = end
+        return outputs
+
+
+def _sampled_rows(segment: Segment) -> list[tuple[SamplingParams, int]]:
+    return [(segment.sampling, position) for position in segment.sampled_positions]
+
+
+def _batch(segments: Sequence[Segment], attention: AttentionPlan) -> Batch:
+    """Segments in packed order -> the forward's tensors."""
+    token_ids = torch.tensor(list(chain.from_iterable(segment.token_ids for segment in segments)))
+    wanted: list[int] = []
+    adapter: list[int] = []
+    wanted_adapter: list[int] = []
+    row = 0
+    for segment in segments:
+        length = len(segment.token_ids)
+        if segment.adapter:
+            adapter.extend(range(row, row + length))
+            wanted_adapter.extend(range(len(wanted), len(wanted) + len(segment.wanted)))
+        wanted.extend(row + index for index in segment.wanted)
+        row += length
+    return Batch(
+        token_ids=token_ids,
+        attention=attention,
+        wanted=None if len(wanted) == row else torch.tensor(wanted, dtype=torch.int64),
+        adapter=_adapter_rows(adapter, row),
+        wanted_adapter=_adapter_rows(wanted_adapter, len(wanted)),
+    )
+
+
+def _adapter_rows(rows: list[int], num_rows: int) -> AdapterRows | None:
+    if not rows:
+        return None
+    return AdapterRows(None if len(rows) == num_rows else torch.tensor(rows))

@@ -1,0 +1,109 @@
+"""Tiny checkpoints, their reference, and plans with scattered pages for the model's tests."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from replicas.engine.plan import Segment, SegmentOutput, StepPlan
+from replicas.messages import SamplingParams
+from replicas.model.runner import TorchRunner
+from tests.reference import Reference
+from tests.tiny_checkpoint import make_tiny_checkpoint
+
+GREEDY = SamplingParams(max_tokens=1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def reference(tiny_folder: Path) -> Reference:
+    return Reference(tiny_folder)
+
+
+@pytest.fixture
+def runner(tiny_folder: Path) -> TorchRunner:
+    return poisoned_runner(tiny_folder)
+
+
+def poisoned_runner(
+    folder: Path, *, page_size: int = 5, num_pages: int = 120, dtype: str = "float32"
+) -> TorchRunner:
+    """A runner whose pages hold garbage, as after other sequences."""
+    runner = TorchRunner.load(str(folder), dtype=dtype, num_pages=num_pages, page_size=page_size)
+    generator = torch.Generator().manual_seed(7)
+    for layer in runner._attention._cache.layers:
+        layer.copy_(torch.randn(layer.shape, generator=generator) * 50)
+    return runner
+
+
+class LogitsProbe:
+    """Runs segments and returns the logits themselves, in each segment's order of wanted rows."""
+
+    def __init__(self, runner: TorchRunner):
+        self.runner = runner
+        self.rows: torch.Tensor | None = None
+        forward = runner._model.forward
+
+        def recording(batch):
+            logits = forward(batch)
+            self.rows = logits.clone()
+            return logits
+
+        runner._model.forward = recording
+
+    def __call__(self, *segments: Segment) -> list[torch.Tensor]:
+        plan = StepPlan(segments)
+        self.runner.run(plan)
+        order = self.runner._attention.plan(segments).order
+        counts = [len(segments[index].wanted) for index in order]
+        parts = dict(zip(order, self.rows.split(counts), strict=True))
+        return [parts[index] for index in range(len(segments))]
+
+
+class Pages:
+    """Hands out scattered page tables, never one page twice."""
+
+    def __init__(self, num_pages: int, page_size: int, seed: int = 0):
+        order = torch.randperm(num_pages, generator=torch.Generator().manual_seed(seed))
+        self._free = order.tolist()
+        self._page_size = page_size
+
+    def table(self, num_tokens: int) -> tuple[int, ...]:
+        return tuple(self._free.pop() for _ in range(-(-num_tokens // self._page_size)))
+
+
+def segment(
+    token_ids: Sequence[int],
+    pages: tuple[int, ...],
+    *,
+    start: int = 0,
+    causal: bool = True,
+    adapter: bool = False,
+    wanted: Sequence[int] | None = None,
+    sampling: SamplingParams = GREEDY,
+    seq_id: int = 0,
+) -> Segment:
+    """wanted None is all."""
+    rows = range(len(token_ids)) if wanted is None else wanted
+    return Segment(seq_id, start, tuple(token_ids), pages, causal, adapter, tuple(rows), sampling)
+
+
+def prompt(length: int, seed: int, vocab: int = 97) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(6, vocab, (length,), generator=generator).tolist()
+
+
+RunSegments = Callable[..., Sequence[SegmentOutput]]
