@@ -156,10 +156,11 @@ class Controller:
         stored_version = stored.plan.version if stored is not None else 0
         version = max(stored_version, load.plan_version, known.version if known is not None else 0)
         plan = ReplicaPlan(version, decision.decode, self._policy.name, decision.reason, seen.age_s)
+        # A replica that left the stored plan comes back only for a newer one.
         is_as_stored = (
             stored is not None
-            and (stored.plan.version, stored.plan.decode) == (version, plan.decode)
-            and stored.plan.rule == plan.rule
+            and (stored.plan.version, stored.plan.rule) == (version, plan.rule)
+            and stored.plan.decode == plan.decode == running
         )
         if is_as_stored:
             outcome.confirmed.append(load.replica_id)

@@ -22,9 +22,8 @@ class PlanFollower:
 
     read_load: the replica's load now; `plan_version`, `decode` and `decode_held_s` are filled in here.
     on_plan: called with each plan that differs from the one before in what to run or by which rule.
-    While the store is unavailable, or its plan stale, missing or older than the one followed, the
-    replica decides by the same policy from its own load, going on from the plan in force; `rule`
-    then says so.
+    While the store is unavailable, or its plan stale, missing or outdated, the replica decides by
+    the same policy from its own load, going on from the plan in force; `rule` then says so.
     """
 
     def __init__(
@@ -84,10 +83,12 @@ class PlanFollower:
             return self._alone(load, "no plan")
         if seen.is_stale:
             return self._alone(load, "plan stale")
-        if seen.plan.version < self._plan.version:
-            # A store that fell back to older data; the controller sees our version and passes it.
+        differs = seen.plan.decode != self._plan.decode
+        if seen.plan.version < self._plan.version or (differs and seen.plan.version == self._plan.version):
+            # A store that fell back to older data, or a plan left for a decision of our own while
+            # the store was away: the controller sees both in our load, and writes a newer plan.
             return self._alone(load, "plan outdated")
-        if seen.plan.decode != self._plan.decode:
+        if differs:
             self._state = self._policy.resume(seen.plan.decode, seen.held_s, self._clock())
         return seen.plan
 

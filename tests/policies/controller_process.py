@@ -1,0 +1,20 @@
+"""A controller in a process of its own: python -m tests.policies.controller_process URL APP NAME."""
+
+import asyncio
+import sys
+
+from policies.controller import Controller
+from policies.registry import create_policy
+from policies.store import LoadStore
+
+
+async def main(url: str, app: str, name: str) -> None:
+    quick = {"stabilise": {"dwell_s": 0.0, "max_shifts_per_minute": 10_000}}
+    controller = Controller(LoadStore(url, app), create_policy("threshold", quick), name=name)
+    await controller.step()
+    print("running", flush=True)
+    await controller.run(asyncio.Event())
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))

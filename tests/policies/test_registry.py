@@ -1,0 +1,74 @@
+import pytest
+
+from policies.modes import DecodePlan, Mode
+from policies.policy import Decision, Policy, PolicyParameters, Snapshot
+from policies.registry import PolicyError, create_policy, policy_names
+from tests.policies.helpers import a_load, drive
+
+
+class NightParameters(PolicyParameters):
+    block_length: int = 4
+
+
+class NightPolicy(Policy[None]):
+    """A user's own, found by its dotted name."""
+
+    name = "night"
+    Parameters = NightParameters
+
+    def __init__(self, parameters: NightParameters):
+        super().__init__(parameters)
+        self._plan = DecodePlan(Mode.SELF_SPECULATION, parameters.block_length)
+
+    def resume(self, current, held_s, now_s):
+        return None
+
+    def decide(self, snapshot: Snapshot, state, now_s):
+        return Decision(self._plan, "it is night"), None
+
+
+def first_plan(policy):
+    return drive(policy, [(0.0, a_load(1))])[0][1].decode
+
+
+def test_the_named_policies():
+    assert policy_names() == ("fixed", "threshold", "ar", "diffusion", "self_speculation")
+    assert first_plan(create_policy("fixed", {"mode": "diffusion", "block_length": 32})).block_length == 32
+    assert first_plan(create_policy("threshold")).mode is Mode.DIFFUSION
+    for mode in Mode:
+        policy = create_policy(mode.value)
+        assert (policy.name, first_plan(policy).mode) == ("fixed", mode)
+
+
+def test_parameters_reach_the_policy_and_its_stabiliser():
+    levels = [{"max_in_flight": 0, "mode": "self_speculation", "block_length": 4}]
+    policy = create_policy("threshold", {"levels": levels, "stabilise": {"dwell_s": 9.0}})
+    idle, busy = a_load(0), a_load(1)
+    plans = [d.decode.mode for _, d in drive(policy, [(0.0, idle), (5.0, busy), (9.5, busy)])]
+    assert plans == [Mode.SELF_SPECULATION, Mode.SELF_SPECULATION, Mode.AR]
+
+
+def test_any_importable_policy():
+    name = f"{__name__}.NightPolicy"
+    policy = create_policy(name, {"block_length": 6, "stabilise": {"dwell_s": 0.0}})
+    assert policy.name == "night"
+    assert first_plan(policy) == DecodePlan(Mode.SELF_SPECULATION, 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "message"),
+    [
+        ("treshold", {}, r"unknown policy 'treshold': choose one of fixed, threshold, ar"),
+        ("no.such.Policy", {}, r"can't be imported .*choose one of"),
+        ("policies.load.ReplicaLoad", {}, r"not a subclass"),
+        ("threshold", {"bands": 1}, r"bands: Extra inputs.*keys: levels, above, band, stabilise"),
+        ("threshold", {"stabilise": {"dwell": 1}}, r"dwell: .*keys: dwell_s, max_shifts_per_minute, margin"),
+        ("threshold", {"stabilise": 3}, r"threshold: stabilise: parameters: .*dictionary"),
+        ("fixed", {"mode": "turbo"}, r"mode: .*'ar', 'diffusion' or 'self_speculation'"),
+        ("fixed", {"mode": "ar", "block_length": 8}, r"block_length for ar must be 1 to 1, got 8"),
+        ("fixed", {"stabilise": {}}, r"stabilise: Extra"),
+    ],
+)
+def test_errors_list_the_choices(name, parameters, message):
+    with pytest.raises(PolicyError, match=message):
+        create_policy(name, parameters)
