@@ -5,13 +5,13 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from policies.load import ReplicaLoad
-from policies.modes import DecodePlan
+from policies.modes import DecodePlan, Mode
 from replicas.channels import ChannelHub
 from replicas.engine.engine import Engine
 from replicas.engine.sequence import Progress
@@ -46,6 +46,15 @@ class _Live:
     """Tokens whose text is still held back."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """The engine's load and totals at one moment, for other threads to read."""
+
+    load: ReplicaLoad
+    tokens_by_mode: Mapping[Mode, int]
+    forwards_by_mode: Mapping[Mode, int]
+
+
 @dataclass(slots=True)
 class _Outbox:
     """A step's events, by channel."""
@@ -72,6 +81,7 @@ class ReplicaService:
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._live: dict[str, _Live] = {}
         self._stats = DecodingStats(clock)
+        self._seen = self._look()
         self._hub = ChannelHub(self._cancel_channel)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._step_began_s: float | None = None
@@ -112,12 +122,19 @@ class ReplicaService:
     def channel(self, channel_id: str) -> AsyncIterator[tuple[Event, ...]]:
         return self._hub.stream(channel_id)
 
-    async def set_plan(self, decode: DecodePlan, rule: str) -> None:
-        await self._call(lambda: self._engine.set_plan(decode, rule))
+    def set_plan(self, decode: DecodePlan, rule: str) -> None:
+        """What `auto` requests do from their next safe point on. From any thread; does not wait."""
+        self._commands.put(lambda: self._engine.set_plan(decode, rule))
 
-    async def load(self, plan_version: int = 0) -> ReplicaLoad:
-        """The load with recent rates."""
-        return await self._call(lambda: self._load(plan_version))
+    def load(self) -> ReplicaLoad:
+        """The load after the last step or command, with recent rates. Does not wait for the engine."""
+        seen = self._seen
+        self._stats.update(seen.tokens_by_mode, seen.forwards_by_mode)
+        return replace(
+            seen.load,
+            tokens_per_s=self._stats.tokens_per_s,
+            tokens_per_forward=dict(self._stats.tokens_per_forward),
+        )
 
     async def state(self) -> dict[str, Any]:
         """For people: the plan under way and what runs."""
@@ -157,6 +174,7 @@ class ReplicaService:
                 progress = self._engine.step()
                 self._step_began_s = None
                 self._publish(progress)
+                self._seen = self._look()
         except BaseException as error:
             logger.exception("the engine's thread died")
             self._death = error
@@ -174,6 +192,7 @@ class ReplicaService:
             if command is None:
                 return False
             command()
+            self._seen = self._look()
 
     def _submit(self, request: GenerateRequest, prompt_ids: list[int]) -> None:
         self._engine.submit(
@@ -209,15 +228,10 @@ class ReplicaService:
 
         self._commands.put(cancel)
 
-    def _load(self, plan_version: int) -> ReplicaLoad:
+    def _look(self) -> _Seen:
         scheduler = self._engine.scheduler
-        self._stats.update(scheduler.tokens_by_mode, scheduler.forwards_by_mode)
-        return replace(
-            self._engine.load(self.replica_id),
-            tokens_per_s=self._stats.tokens_per_s,
-            tokens_per_forward=dict(self._stats.tokens_per_forward),
-            plan_version=plan_version,
-        )
+        load = self._engine.load(self.replica_id)
+        return _Seen(load, dict(scheduler.tokens_by_mode), dict(scheduler.forwards_by_mode))
 
     def _state(self) -> dict[str, Any]:
         scheduler = self._engine.scheduler

@@ -1,0 +1,101 @@
+"""The Ray Serve deployment of one model server."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ray import serve
+
+from policies.follower import PlanFollower
+from policies.plan import ReplicaPlan
+from policies.registry import create_policy
+from policies.store import LoadStore
+from replicas.config import ReplicaConfig
+from replicas.engine.engine import Engine
+from replicas.messages import Accepted, Event, GenerateRequest, ModelInfo, Rejected
+from replicas.model.runner import TorchRunner
+from replicas.service import ReplicaService
+from replicas.text import TextCodec
+
+logger = logging.getLogger(__name__)
+
+
+class Replica:
+    """What the router calls by handle: submit, cancel and channel; the rest is for operators and Serve.
+
+    Serve awaits the constructor, so that the replica takes no request before its model is loaded.
+    """
+
+    async def __init__(self, config: ReplicaConfig):
+        runner = await asyncio.to_thread(load_runner, config)
+        codec = await asyncio.to_thread(TextCodec.load, config.checkpoint, runner.vocab_size)
+        engine = Engine(
+            runner,
+            max_running=config.max_running,
+            max_waiting=config.max_waiting,
+            max_step_tokens=config.max_step_tokens,
+        )
+        replica_id = serve.get_replica_context().replica_id.unique_id
+        self._info = ModelInfo(
+            config.served_model_name, engine.spec.modes, engine.spec.max_context, runner.vocab_size
+        )
+        self._service = ReplicaService(engine, codec, replica_id)
+        self._store = LoadStore(config.redis_url, config.app)
+        policy = create_policy(config.policy, config.policy_params)
+        self._follower = PlanFollower(self._store, policy, self._service.load, self._apply)
+        self._apply(self._follower.plan)
+        self._stop = asyncio.Event()
+        self._service.start()
+        self._control = asyncio.create_task(self._follower.run(self._stop))
+
+    async def model_info(self) -> ModelInfo:
+        return self._info
+
+    async def replica_id(self) -> str:
+        return self._service.replica_id
+
+    async def submit(self, request: GenerateRequest) -> Accepted | Rejected:
+        """Validates and queues; the request's events go to its channel, and end with exactly one last."""
+        return await self._service.submit(request)
+
+    async def cancel(self, request_ids: tuple[str, ...]) -> None:
+        await self._service.cancel(request_ids)
+
+    async def channel(self, channel_id: str) -> AsyncIterator[tuple[Event, ...]]:
+        """The events of all requests submitted with this channel, one item a step.
+
+        An empty item comes at once and about every second. When the stream ends or is closed, its
+        requests are cancelled.
+        """
+        async for events in self._service.channel(channel_id):
+            yield events
+
+    async def state(self) -> dict[str, Any]:
+        return await self._service.state()
+
+    async def check_health(self) -> None:
+        """Called by Serve; raises RuntimeError when the replica should be replaced."""
+        self._service.check()
+        if self._control.done():
+            raise RuntimeError("the control loop has ended") from self._control.exception()
+
+    async def __del__(self) -> None:
+        """Called by Serve when the replica stops."""
+        self._stop.set()
+        await self._control
+        await self._service.stop()
+        await self._store.close()
+
+    def _apply(self, plan: ReplicaPlan) -> None:
+        self._service.set_plan(plan.decode, plan.rule)
+
+
+def load_runner(config: ReplicaConfig) -> TorchRunner:
+    return TorchRunner.load(
+        config.checkpoint,
+        dtype=config.dtype,
+        kv_budget_bytes=config.kv_cache_mb * 2**20,
+        page_size=config.page_size,
+        num_threads=config.num_threads,
+    )

@@ -1,0 +1,156 @@
+"""The engine on a real model against the naive reference, token for token: alone, in crowds, across modes."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from policies.modes import DecodePlan, Mode
+from replicas.engine.engine import Engine
+from replicas.engine.sequence import Sequence
+from replicas.messages import DecodingOptions, SamplingParams
+from replicas.model.runner import TorchRunner
+from tests.reference import Reference
+from tests.tiny_checkpoint import EOS_TOKEN_ID, MASK_TOKEN_ID, VOCAB_SIZE, make_tiny_checkpoint
+
+PLANS = [
+    DecodePlan(Mode.AR),
+    *(DecodePlan(Mode.SELF_SPECULATION, block) for block in (2, 5, 16)),
+    *(
+        DecodePlan(Mode.DIFFUSION, block, t)
+        for block, t in ((2, 0.9), (4, 0.3), (8, 0.6), (16, 0.2), (16, 1.0))
+    ),
+]
+MAX_TOKENS = 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    make_tiny_checkpoint(path, seed=3)
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Reference:
+    return Reference(folder)
+
+
+@pytest.fixture
+def engine(folder: Path) -> Engine:
+    return make_engine(folder)
+
+
+def make_engine(folder: Path, num_pages: int = 128, **limits: int) -> Engine:
+    return Engine(TorchRunner.load(str(folder), dtype="float32", num_pages=num_pages, page_size=8), **limits)
+
+
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
+    """Lengths on both sides of the 16 positions after which YaRN and query scaling bite."""
+    rng = random.Random(seed)
+    ordinary = [token for token in range(VOCAB_SIZE) if token not in (MASK_TOKEN_ID, EOS_TOKEN_ID)]
+    return [[rng.choice(ordinary) for _ in range(rng.choice((1, 3, 9, 20, 37)))] for _ in range(count)]
+
+
+def pinned(plan: DecodePlan) -> DecodingOptions:
+    block_length = None if plan.mode is Mode.AR else plan.block_length
+    return DecodingOptions(plan.mode, block_length, plan.threshold)
+
+
+def finish(engine: Engine, between: Callable[[int], None] = lambda step: None) -> None:
+    for step in range(3000):
+        if not engine.has_work:
+            return
+        between(step)
+        engine.step()
+        engine.check_integrity()
+    raise AssertionError("the engine did not finish")
+
+
+def completion(sequence: Sequence) -> tuple[int, ...]:
+    return tuple(sequence.tokens[sequence.num_prompt_tokens :])
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: f"{plan.mode}-{plan.block_length}-{plan.threshold}")
+def test_alone(engine: Engine, reference: Reference, plan: DecodePlan) -> None:
+    for index, prompt in enumerate(prompts(4)):
+        sequence = engine.submit(f"r{index}", prompt, SamplingParams(max_tokens=MAX_TOKENS), pinned(plan))
+        finish(engine)
+        expected = reference.mixed(prompt, MAX_TOKENS, lambda _: plan)
+        assert completion(sequence) == expected.token_ids
+        # The engine cuts drafts, and ends in mid-block, when max_tokens is near; the reference does not.
+        spared = expected.num_forwards - sequence.num_forwards
+        assert 0 <= spared < plan.block_length
+
+
+def test_the_tiny_model_is_a_fair_judge(reference: Reference) -> None:
+    """Drafts are sometimes right and sometimes wrong, and the thresholds above matter."""
+    prompt = prompts(3)[2]
+    speculated = reference.self_speculation(prompt, MAX_TOKENS, 5, ignore_eos=True)
+    assert MAX_TOKENS / 5 * 2 < speculated.num_forwards < 2 * MAX_TOKENS
+    forwards = {
+        t: reference.diffusion(prompt, MAX_TOKENS, 8, t, ignore_eos=True).num_forwards
+        for t in (0.2, 0.6, 1.0)
+    }
+    assert forwards[0.2] < forwards[1.0]
+    assert len(set(reference.ar(prompt, MAX_TOKENS, ignore_eos=True).token_ids)) > 5
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_in_a_mixed_batch_that_preempts(folder: Path, reference: Reference, seed: int) -> None:
+    engine = make_engine(folder, num_pages=32, max_running=9, max_step_tokens=128)
+    rng = random.Random(seed)
+    wanted: dict[Sequence, tuple[int, ...]] = {}
+    for index, prompt in enumerate(prompts(14, seed)):
+        plan = PLANS[(index + seed) % len(PLANS)]
+        max_tokens = rng.randint(5, MAX_TOKENS)
+        sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        sequence = engine.submit(f"r{index}", prompt, sampling, pinned(plan))
+        wanted[sequence] = reference.mixed(prompt, max_tokens, lambda _, p=plan: p, ignore_eos=True).token_ids
+    finish(engine)
+    assert {s.request_id: completion(s) for s in wanted} == {s.request_id: t for s, t in wanted.items()}
+    assert sum(sequence.num_preemptions for sequence in wanted) > 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mode_changes_in_the_middle(engine: Engine, reference: Reference, seed: int) -> None:
+    """Plans change at random between steps; what each round really ran is what the reference runs."""
+    rng = random.Random(seed)
+    prompt = prompts(5, seed)[4]
+    sampling = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True)
+    sequence = engine.submit("r", prompt, sampling)
+    schedule: list[DecodePlan] = []
+
+    def between(step: int) -> None:
+        plan = rng.choice(PLANS)
+        engine.set_plan(plan, "test")
+        if sequence.round is None and sequence.num_completion_tokens:
+            schedule.append(plan)  # it begins its next round by this plan
+
+    finish(engine, between)
+    expected = reference.mixed(prompt, MAX_TOKENS, lambda index: schedule[index], ignore_eos=True)
+    assert completion(sequence) == expected.token_ids
+    assert sequence.num_switches > 0
+
+
+@pytest.mark.parametrize("options", [DecodingOptions(Mode.AR), DecodingOptions(Mode.SELF_SPECULATION, 6)])
+def test_sampled_tokens_do_not_depend_on_the_batch(folder: Path, options: DecodingOptions) -> None:
+    """With a seed, AR and self-speculation give the same tokens, alone or in company."""
+    sampling = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.8, top_p=0.95, top_k=20, seed=7)
+    prompt = prompts(4)[3]
+    alone = make_engine(folder)
+    first = alone.submit("r", prompt, sampling, DecodingOptions(Mode.AR))
+    finish(alone)
+    crowd = make_engine(folder, max_step_tokens=128)
+    others = [
+        crowd.submit(f"o{k}", other, SamplingParams(max_tokens=30, temperature=1.0, seed=k), pinned(PLANS[k]))
+        for k, other in enumerate(prompts(8, seed=5))
+    ]
+    second = crowd.submit("r", prompt, sampling, options)
+    finish(crowd)
+    assert completion(second) == completion(first)
+    assert len({completion(other) for other in others}) > 1
+    other_seed = alone.submit("s", prompt, SamplingParams(max_tokens=MAX_TOKENS, temperature=0.8, seed=8))
+    finish(alone)
+    assert completion(other_seed) != completion(first)
