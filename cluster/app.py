@@ -1,0 +1,133 @@
+"""`serve run cluster.app:deploy`: the builder of the whole application."""
+
+# No `from __future__ import annotations` here: Serve reads the annotation of deploy()'s parameter,
+# and as a string it would leave the configuration an unchecked dict.
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
+
+from cluster.config import ClusterConfig
+from cluster.embedded_redis import EmbeddedRedis, Endpoint
+from replicas.config import ReplicaConfig
+from router.ingress import AddressedRouter, Ingress, IngressConfig
+
+UNLIMITED = 100_000
+"""Ongoing requests of an actor. Admission and the replica's queue are the bounds; Serve's own would
+hold back cancels and channels along with requests."""
+
+ADDRESSED_ROUTER = f"{AddressedRouter.__module__}:{AddressedRouter.__name__}"
+
+
+class RedisServer:
+    """Owns the embedded Redis for as long as the application runs, wherever it was deployed from.
+
+    deploy() draws the endpoint, so that everyone is told the same one, and it stays the same when
+    Serve restarts this actor.
+    """
+
+    def __init__(self, endpoint: Endpoint):
+        self._server = EmbeddedRedis.start(endpoint)
+
+    def __del__(self) -> None:
+        self._server.stop()
+
+
+def deploy(args: ClusterConfig) -> Application:
+    """Replicas, ingresses and, without a redis_url, a Redis."""
+    deployed_with: tuple[Any, ...] = ()
+    redis_url = args.redis_url
+    if redis_url is None:
+        endpoint = Endpoint.draw()
+        redis_url = endpoint.url
+        deployed_with = (_redis_server(endpoint),)
+    return _bind(
+        "Ingress",
+        Ingress,
+        args.num_ingresses,
+        {"num_cpus": args.ingress_cpus},
+        args.drain_timeout_s,
+        (_ingress_config(args, redis_url), _replicas(args, redis_url), deployed_with),
+    )
+
+
+def _redis_server(endpoint: Endpoint) -> Application:
+    return _bind("Redis", RedisServer, 1, {"num_cpus": 0}, 1.0, (endpoint,))
+
+
+def _replicas(args: ClusterConfig, redis_url: str) -> Application:
+    # Late, because it brings torch, which nothing else here needs.
+    from replicas.server import Replica
+
+    return _bind(
+        "Replica",
+        Replica,
+        args.num_replicas,
+        {"num_cpus": args.replica_cpus, "num_gpus": args.num_gpus},
+        args.drain_timeout_s,
+        (_replica_config(args, redis_url),),
+        request_router_config=RequestRouterConfig.model_validate({"request_router_class": ADDRESSED_ROUTER}),
+    )
+
+
+def _bind(
+    name: str,
+    cls: type,
+    num_replicas: int,
+    actor_options: Mapping[str, float],
+    drain_timeout_s: float,
+    arguments: tuple[Any, ...],
+    **more: Any,
+) -> Application:
+    deployment = serve.deployment(
+        name=name,
+        num_replicas=num_replicas,
+        ray_actor_options=dict(actor_options),
+        max_ongoing_requests=UNLIMITED,
+        graceful_shutdown_timeout_s=drain_timeout_s,
+        health_check_period_s=5.0,
+        health_check_timeout_s=30.0,
+        **more,
+    )(cls)
+    app: Application = deployment.bind(*arguments)
+    return app
+
+
+def _ingress_config(args: ClusterConfig, redis_url: str) -> IngressConfig:
+    return IngressConfig(
+        app=args.app,
+        model_name=args.model_name,
+        redis_url=redis_url,
+        policy=args.policy,
+        policy_params=args.policy_params,
+        max_running=args.max_running,
+        max_waiting=args.max_waiting,
+        max_body_bytes=args.max_body_bytes,
+    )
+
+
+def _replica_config(args: ClusterConfig, redis_url: str) -> ReplicaConfig:
+    num_threads = args.num_threads
+    if num_threads is None and args.num_gpus == 0:
+        # Ray would give an actor with a fraction of a CPU one thread. All replicas on one machine is
+        # the case to be right for: more threads than cores cost far more than idle ones.
+        num_threads = max(1, (os.cpu_count() or 1) // args.num_replicas)
+    return ReplicaConfig(
+        checkpoint=args.checkpoint,
+        served_model_name=args.model_name,
+        app=args.app,
+        redis_url=redis_url,
+        policy=args.policy,
+        policy_params=args.policy_params,
+        dtype=args.dtype,
+        num_threads=num_threads,
+        page_size=args.page_size,
+        kv_cache_mb=args.kv_cache_mb,
+        max_running=args.max_running,
+        max_step_tokens=args.max_step_tokens,
+        max_waiting=args.max_waiting,
+    )

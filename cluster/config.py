@@ -1,0 +1,102 @@
+"""What an operator may set, checked once at the start."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+import replicas
+from policies.modes import MAX_BLOCK_LENGTH
+from policies.registry import DEFAULT_POLICY, PolicyError, create_policy
+
+EMBEDDED_MODEL = "triad-5m"
+
+_REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
+
+
+def _mapping(value: Any) -> Any:
+    """On the command line a mapping is written as a JSON object."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f'write it as a JSON object, such as {{"low": 4}} ({error})') from error
+
+
+class ClusterConfig(BaseModel):
+    """`serve run cluster.app:deploy key=value ...`, or `args:` in a Serve YAML file.
+
+    An empty value, as an unset variable leaves it, is the same as the key left out.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str = Field(EMBEDDED_MODEL, description="A folder, a hub name, or the embedded model's name.")
+    served_model_name: str | None = Field(None, description="What clients ask for; the model's last part.")
+    app: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = Field(
+        "triad", description="Keeps several apps apart in one Redis."
+    )
+    num_replicas: int = Field(1, ge=1, description="Model servers.")
+    num_ingresses: int = Field(1, ge=1, description="HTTP servers; one also controls, the others stand by.")
+    redis_url: str | None = Field(
+        None, repr=False, description="None: a server of Triad's own, on loopback, so for one machine only."
+    )
+    policy: str = Field(DEFAULT_POLICY, description="A policy's name, a mode's, or a dotted class name.")
+    policy_params: Annotated[dict[str, Any], BeforeValidator(_mapping)] = Field(
+        default_factory=dict, description="The policy's parameters; 'stabilise' has those of the hysteresis."
+    )
+
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Of weights and K/V.")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads a replica; None: its share of them.")
+    page_size: int = Field(16, ge=1, description="Tokens a K/V page.")
+    kv_cache_mb: int = Field(256, ge=1, description="Memory for K/V pages a replica, in MiB.")
+    max_running: int = Field(64, ge=1, description="Requests in one forward.")
+    max_step_tokens: int = Field(512, ge=MAX_BLOCK_LENGTH, description="Query tokens in one forward.")
+    max_waiting: int = Field(256, ge=0, description="Requests queued a replica, beyond those running.")
+    max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Longest HTTP body taken.")
+
+    replica_cpus: float = Field(0.1, ge=0.0, description="CPUs reserved with Ray for a replica's actor.")
+    ingress_cpus: float = Field(0.1, ge=0.0, description="CPUs reserved with Ray for an ingress's actor.")
+    num_gpus: float = Field(0.0, ge=0.0, description="GPUs a replica.")
+    drain_timeout_s: float = Field(600.0, gt=0.0, description="How long a stopping actor may finish streams.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        for key in given.keys() - cls.model_fields.keys():
+            close = difflib.get_close_matches(str(key), cls.model_fields, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"the keys are: {', '.join(cls.model_fields)}"
+            raise ValueError(f"unknown key '{key}': {hint}")
+        return {key: value for key, value in given.items() if value != ""}
+
+    @field_validator("redis_url")
+    @classmethod
+    def _is_redis_url(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith(_REDIS_SCHEMES):
+            raise ValueError(f"start it with one of {', '.join(_REDIS_SCHEMES)}, as in redis://host:6379/0")
+        return url
+
+    @model_validator(mode="after")
+    def _policy_exists(self) -> Self:
+        try:
+            create_policy(self.policy, self.policy_params)
+        except PolicyError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    @property
+    def checkpoint(self) -> str:
+        """A folder or a hub name."""
+        if self.model != EMBEDDED_MODEL:
+            return self.model
+        return str(Path(replicas.__path__[0]) / "checkpoints" / EMBEDDED_MODEL)
+
+    @property
+    def model_name(self) -> str:
+        """What clients ask for."""
+        return self.served_model_name or Path(self.model).name

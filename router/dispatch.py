@@ -1,0 +1,251 @@
+"""Sends each request to a replica and brings its events back, whatever happens to the replica."""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from types import TracebackType
+from typing import Self
+
+from policies.loop import Clock
+from policies.placement import Candidate, OwnTraffic, choose_replica
+from replicas.errors import ErrorCode, TriadError
+from replicas.messages import Delta, Event, Failed, Finished, GenerateRequest, ModelInfo
+from router.admission import AdmissionControl
+from router.link import Inbox, Link, LinkTimes
+from router.load_view import LoadView
+from router.transport import Directory
+
+logger = logging.getLogger(__name__)
+
+DISCOVERY_PERIOD_S = 1.0
+MAX_LOSSES = 1
+"""A request survives this many losses of its replica, as long as nothing of it has been sent."""
+
+_ELSEWHERE = frozenset({ErrorCode.UNAVAILABLE, ErrorCode.QUEUE_FULL})
+"""Refusals for which another replica may have a better answer."""
+
+
+class Dispatcher:
+    """Lives on one event loop; run() finds replicas and keeps a link to each.
+
+    directory: which replicas run. view: their load. Requests go out by `generate`.
+    """
+
+    def __init__(
+        self,
+        directory: Directory,
+        view: LoadView,
+        admission: AdmissionControl,
+        *,
+        times: LinkTimes | None = None,
+        discovery_period_s: float = DISCOVERY_PERIOD_S,
+        rng: random.Random | None = None,
+        clock: Clock = time.monotonic,
+    ):
+        self._directory = directory
+        self._view = view
+        self._admission = admission
+        self._times = times or LinkTimes()
+        self._discovery_period_s = discovery_period_s
+        self._rng = rng or random.Random()
+        self._clock = clock
+        self._traffic = OwnTraffic()
+        self._links: dict[str, Link] = {}
+        self._runs: dict[str, asyncio.Task[None]] = {}
+        self._look_again = asyncio.Event()
+        self._model: ModelInfo | None = None
+
+    @property
+    def ready(self) -> bool:
+        """A replica can take a request."""
+        return any(link.is_open for link in self._links.values())
+
+    @property
+    def model(self) -> ModelInfo | None:
+        """What the replicas serve; None until one has been seen."""
+        return self._model
+
+    def in_flight(self) -> dict[str, int]:
+        """This router's own requests, by replica."""
+        return {replica_id: link.num_in_flight for replica_id, link in sorted(self._links.items())}
+
+    def generate(self, request: GenerateRequest) -> "Generation":
+        return Generation(self, request)
+
+    async def run(self) -> None:
+        """Until cancelled; then every request still here fails."""
+        try:
+            while True:
+                self._look_again.clear()
+                await self._discover()
+                try:
+                    async with asyncio.timeout(self._discovery_period_s):
+                        await self._look_again.wait()
+                except TimeoutError:
+                    continue
+        finally:
+            runs = list(self._runs.values())
+            for run in runs:
+                run.cancel()
+            await asyncio.gather(*runs, return_exceptions=True)
+
+    async def place(self, request: GenerateRequest, avoid: set[str]) -> tuple[Link, Inbox]:
+        """Sends a request to the best replica that takes it. Adds those that refuse to `avoid`.
+
+        Raises TriadError when none does.
+        """
+        self._admission.check(self._candidates(), self._clock())
+        refusal: TriadError | None = None
+        while True:
+            now_s = self._clock()
+            chosen = choose_replica([c for c in self._candidates() if c.replica_id not in avoid], self._rng)
+            if chosen is None:
+                raise refusal or TriadError(ErrorCode.UNAVAILABLE, "No other replica can take the request.")
+            link = self._links[chosen]
+            try:
+                return link, await link.submit(request, now_s)
+            except TriadError as error:
+                if error.code not in _ELSEWHERE:
+                    raise
+                avoid.add(chosen)
+                refusal = error
+
+    def ended(self) -> None:
+        """A request has finished."""
+        self._admission.ended(self._clock())
+
+    def now_s(self) -> float:
+        return self._clock()
+
+    def _candidates(self) -> list[Candidate]:
+        replica_ids = [replica_id for replica_id, link in self._links.items() if link.is_open]
+        return self._traffic.candidates(replica_ids, self._view.loads(), self._clock())
+
+    async def _discover(self) -> None:
+        try:
+            roster = await self._directory.roster()
+        except Exception as error:
+            logger.debug("no roster: %r", error)
+            return
+        found = {client.info.replica_id: client for client in roster.clients}
+        for replica_id, link in self._links.items():
+            if replica_id in found or roster.complete:
+                link.leaving = replica_id not in found
+        for replica_id, client in found.items():
+            self._model = client.info
+            if replica_id not in self._links:
+                link = Link(client, self._traffic, self._times, self._look_again.set)
+                self._links[replica_id] = link
+                run = self._runs[replica_id] = asyncio.create_task(link.run())
+                run.add_done_callback(lambda _, gone=replica_id: self._drop(gone))  # type: ignore[misc]
+
+    def _drop(self, replica_id: str) -> None:
+        del self._links[replica_id]
+        del self._runs[replica_id]
+        self._traffic.forget(replica_id)
+
+
+class Generation:
+    """One request on its way: text, and then either `finished` or one TriadError.
+
+    A context manager: entering sends the request and waits for its first event, so that whatever
+    refuses or breaks it before then is raised there; leaving it before the end, by whatever way,
+    cancels the request at the replica. This is the only place that does.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, request: GenerateRequest):
+        self.finished: Finished | None = None
+        """Set once the text is complete."""
+        self._dispatcher = dispatcher
+        self._request = request
+        self._deadline_s = None if request.timeout_s is None else dispatcher.now_s() + request.timeout_s
+        self._avoid: set[str] = set()
+        self._num_losses = 0
+        self._num_sent = 0
+        self._link: Link | None = None
+        self._request_id = ""
+        self._inbox: Inbox = asyncio.Queue()
+        self._first: Event | None = None
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._start()
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._leave()
+
+    async def texts(self) -> AsyncGenerator[str, None]:
+        """Text as it comes; what has piled up meanwhile comes as one. Raises TriadError if it breaks off."""
+        while self.finished is None:
+            text = ""
+            event = self._first or await self._inbox.get()
+            self._first = None
+            while isinstance(event, Delta):
+                text += event.text
+                if self._inbox.empty():
+                    break
+                event = self._inbox.get_nowait()
+            if text:
+                yield text
+            if isinstance(event, Failed):
+                raise TriadError(event.code, event.message)
+            if isinstance(event, Finished):
+                self.finished = event
+                self._dispatcher.ended()
+
+    async def whole_text(self) -> str:
+        """All of it. Nothing is sent before the end, so the loss of the replica is survived here too."""
+        while True:
+            try:
+                return "".join([text async for text in self.texts()])
+            except TriadError as error:
+                if not self._may_retry(error.code):
+                    raise
+                await self._start()
+
+    async def _start(self) -> None:
+        """Sends the request until a replica answers with a first event."""
+        while True:
+            await self._send()
+            first = await self._inbox.get()
+            if not isinstance(first, Failed):
+                self._first = first
+                return
+            if not self._may_retry(first.code):
+                raise TriadError(first.code, first.message)
+
+    async def _send(self) -> None:
+        # A new id each time: the replica that was lost may still know the old one.
+        self._num_sent += 1
+        self._request_id = f"{self._request.request_id}.{self._num_sent}"
+        request = replace(self._request, request_id=self._request_id, timeout_s=self._time_left())
+        self._link, self._inbox = await self._dispatcher.place(request, self._avoid)
+
+    def _time_left(self) -> float | None:
+        if self._deadline_s is None:
+            return None
+        left_s = self._deadline_s - self._dispatcher.now_s()
+        if left_s <= 0:
+            raise TriadError(ErrorCode.DEADLINE_EXCEEDED, "The request's time was up.", "timeout_s")
+        return left_s
+
+    def _may_retry(self, code: ErrorCode) -> bool:
+        """After a failure: whether its replica was lost and the request may go to another one."""
+        if code is not ErrorCode.UNAVAILABLE or self._num_losses == MAX_LOSSES or self._link is None:
+            return False
+        self._num_losses += 1
+        self._avoid.add(self._link.replica_id)
+        return True
+
+    def _leave(self) -> None:
+        if self._link is not None:
+            self._link.abandon(self._request_id)

@@ -1,0 +1,150 @@
+"""The one table from domain errors to HTTP answers in OpenAI's form, and the handlers for all others."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from replicas.errors import ErrorCode, TriadError
+
+RETRY_AFTER_S = 1
+"""What a contended or starting server asks of a client."""
+
+
+@dataclass(frozen=True, slots=True)
+class HttpError:
+    """How one kind of error looks over HTTP."""
+
+    status: int
+    type: str
+    retry_after_s: int | None = None
+
+
+HTTP_ERRORS: Mapping[ErrorCode, HttpError] = {
+    ErrorCode.INVALID_REQUEST: HttpError(400, "invalid_request_error"),
+    ErrorCode.CONTEXT_LENGTH_EXCEEDED: HttpError(400, "invalid_request_error"),
+    ErrorCode.QUEUE_FULL: HttpError(429, "rate_limit_error", RETRY_AFTER_S),
+    ErrorCode.UNAVAILABLE: HttpError(503, "service_unavailable_error", RETRY_AFTER_S),
+    ErrorCode.DEADLINE_EXCEEDED: HttpError(504, "timeout_error"),
+    ErrorCode.CANCELLED: HttpError(499, "cancelled_error"),
+    ErrorCode.INTERNAL: HttpError(500, "server_error"),
+}
+
+
+class Overloaded(TriadError):
+    """A refusal at the door, before any work. retry_after_s: whole seconds."""
+
+    def __init__(self, code: ErrorCode, message: str, retry_after_s: int):
+        super().__init__(code, message)
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[type, tuple[ErrorCode, str, int]]:  # type: ignore[override]
+        return type(self), (self.code, self.message, self.retry_after_s)
+
+
+class ApiError(Exception):
+    """An error of the HTTP door itself, which no replica knows of."""
+
+    def __init__(self, status: int, code: str, message: str, param: str | None = None):
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param
+
+
+def error_body(type_: str, code: str | None, message: str, param: str | None = None) -> dict[str, Any]:
+    """OpenAI's error object."""
+    return {"error": {"message": message, "type": type_, "param": param, "code": code}}
+
+
+def triad_error_body(error: TriadError) -> dict[str, Any]:
+    return error_body(HTTP_ERRORS[error.code].type, error.code, error.message, error.param)
+
+
+def encode(body: Any) -> bytes:
+    """JSON in UTF-8. A lone surrogate, which UTF-8 doesn't have, becomes '?'."""
+    text = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode(errors="replace")
+
+
+def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(encode(body), status, headers, media_type="application/json")
+
+
+def triad_error_response(error: TriadError) -> Response:
+    http = HTTP_ERRORS[error.code]
+    retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else http.retry_after_s
+    headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
+    return json_response(triad_error_body(error), http.status, headers)
+
+
+def param_name(location: Sequence[int | str]) -> str | None:
+    """A field's place in the body, in OpenAI's spelling: ("messages", 0, "role") -> "messages[0].role"."""
+    name = ""
+    for part in location:
+        name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else part
+    return name or None
+
+
+def validation_error_response(error: RequestValidationError) -> Response:
+    """The first problem found, since OpenAI's form has room for one."""
+    problem = error.errors()[0]
+    source, *location = problem["loc"]
+    if problem["type"] == "conflict":
+        location.append(problem["ctx"]["field"])
+    param = param_name(location) if source == "body" else str(location[-1]) if location else None
+    match problem["type"]:
+        case "json_invalid":
+            return _bad_request("invalid_json", f"The body is not valid JSON: {problem['ctx']['error']}.")
+        case "extra_forbidden":
+            return _bad_request("unknown_parameter", f"Unknown parameter: '{param}'.", param)
+        case "missing" if param is not None:
+            message = f"Missing required parameter: '{param}'."
+            return _bad_request("missing_required_parameter", message, param)
+        case "unsupported_parameter" | "unsupported_value" as code:
+            return _bad_request(code, problem["msg"], param)
+    if param is None:
+        return _bad_request(None, "The body must be a JSON object, sent with Content-Type: application/json.")
+    return _bad_request("invalid_value", f"Invalid '{param}': {problem['msg']}.", param)
+
+
+def _bad_request(code: str | None, message: str, param: str | None = None) -> Response:
+    return json_response(error_body("invalid_request_error", code, message, param), 400)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Every error leaves in OpenAI's form: domain errors, bad bodies, unknown paths, and bugs."""
+
+    @app.exception_handler(TriadError)
+    async def on_triad_error(request: Request, error: TriadError) -> Response:
+        return triad_error_response(error)
+
+    @app.exception_handler(ApiError)
+    async def on_api_error(request: Request, error: ApiError) -> Response:
+        body = error_body("invalid_request_error", error.code, error.message, error.param)
+        return json_response(body, error.status)
+
+    @app.exception_handler(RequestValidationError)
+    async def on_validation_error(request: Request, error: RequestValidationError) -> Response:
+        return validation_error_response(error)
+
+    @app.exception_handler(HTTPException)
+    async def on_http_exception(request: Request, error: HTTPException) -> Response:
+        status = HTTPStatus(error.status_code)
+        message = f"{status.phrase}: {request.method} {request.url.path}"
+        if error.detail != status.phrase:
+            message += f" ({error.detail})"
+        body = error_body("invalid_request_error", status.name.lower(), message)
+        return json_response(body, error.status_code, error.headers)
+
+    @app.exception_handler(Exception)
+    async def on_bug(request: Request, error: Exception) -> Response:
+        # Starlette raises it again once this is sent, and the server logs it.
+        return triad_error_response(TriadError(ErrorCode.INTERNAL, "The server failed; see its log."))

@@ -1,0 +1,184 @@
+"""The Serve deployment of the HTTP door, and the only place where the router touches Ray.
+
+Each ingress keeps a channel to every replica and picks the replica of each request itself, so it
+must reach a given replica. Serve's own extension points do that: `AddressedRouter`, a request
+router that sends a call to the replica named by the handle's `session_id`, and
+`DeploymentHandle.broadcast` to learn which replicas run. So the replicas stay one ordinary
+deployment, which Serve restarts, drains and scales as any other; single-replica deployments by
+number would need none of this, but their number could not change while serving.
+"""
+
+import asyncio
+import contextvars
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.exceptions import ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+from policies.controller import Controller
+from policies.registry import create_policy
+from policies.store import LoadStore
+from replicas.messages import Accepted, Event, GenerateRequest, ModelInfo, Rejected
+from router.admission import AdmissionControl
+from router.api import Door, create_app
+from router.dispatch import Dispatcher
+from router.load_view import LoadView
+from router.transport import Roster
+
+logger = logging.getLogger(__name__)
+
+ROSTER_TIMEOUT_S = 5.0
+
+
+class AddressedRouter(RequestRouter):
+    """Routes a call to the replica whose unique id is the handle's `session_id`.
+
+    A call for a replica that is not running fails at once with ReplicaUnavailableError.
+    """
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        if pending_request is None:
+            return [candidate_replicas]
+        # Without this Serve asks again in a loop that never yields while the replica is at its limit.
+        pending_request.routing_context.should_backoff = True
+        target = pending_request.metadata.session_id
+        chosen = [replica for replica in candidate_replicas if replica.replica_id.unique_id == target]
+        if chosen:
+            return [chosen]
+        if not pending_request.future.done():
+            pending_request.future.set_exception(ReplicaUnavailableError(f"replica {target} is not running"))
+        # Serve looks at the future before it uses these.
+        return [candidate_replicas]
+
+
+class ServeReplicaClient:
+    """router.transport.ReplicaClient over a handle whose deployment routes by AddressedRouter."""
+
+    def __init__(self, handle: DeploymentHandle[Any], info: ModelInfo):
+        self.info = info
+        addressed = handle.options(session_id=info.replica_id)
+        self._submit = addressed.options(method_name="submit")
+        self._cancel = addressed.options(method_name="cancel")
+        self._channel = addressed.options(method_name="channel", stream=True)
+
+    async def submit(self, request: GenerateRequest) -> Accepted | Rejected:
+        reply: Accepted | Rejected = await _call(self._submit, request)
+        return reply
+
+    async def cancel(self, request_ids: tuple[str, ...]) -> None:
+        await _call(self._cancel, request_ids)
+
+    async def channel(self, channel_id: str) -> AsyncGenerator[tuple[Event, ...], None]:
+        stream = _call(self._channel, channel_id)
+        try:
+            async for events in stream:
+                yield events
+        finally:
+            stream.cancel()
+
+
+class ServeDirectory:
+    """router.transport.Directory over a deployment's running replicas."""
+
+    def __init__(self, handle: DeploymentHandle[Any]):
+        self._handle = handle
+
+    async def roster(self) -> Roster:
+        broadcast = contextvars.Context().run(self._handle.broadcast, "model_info")
+        answers = await broadcast.results_async(timeout_s=ROSTER_TIMEOUT_S, return_exceptions=True)
+        infos = [answer for answer in answers if isinstance(answer, ModelInfo)]
+        clients = [ServeReplicaClient(self._handle, info) for info in infos]
+        return Roster(clients, complete=len(infos) == len(answers))
+
+
+def _call(method: DeploymentHandle[Any], *args: Any) -> Any:
+    """In a context of its own: Serve gives calls made while serving one HTTP request one id, and its
+    routers, which find a waiting call by that id, then may mix up calls to different replicas."""
+    return contextvars.Context().run(method.remote, *args)
+
+
+@dataclass(frozen=True, slots=True)
+class IngressConfig:
+    """Checked by cluster.config, where each field is explained to operators.
+
+    max_running, max_waiting: of one replica, for admission.
+    """
+
+    app: str
+    model_name: str
+    redis_url: str = field(repr=False)
+    policy: str
+    policy_params: Mapping[str, Any]
+    max_running: int
+    max_waiting: int
+    max_body_bytes: int
+
+
+@serve.ingress()
+class Ingress:
+    """Serves HTTP; its controller stands ready to lead.
+
+    deployed_with: what belongs to the app without being called from here; Serve deploys what it
+    finds among the arguments.
+    """
+
+    def __init__(
+        self,
+        config: IngressConfig,
+        replicas: DeploymentHandle[Any],
+        deployed_with: tuple[DeploymentHandle[Any], ...] = (),
+    ):
+        self._store = LoadStore(config.redis_url, config.app)
+        self._controller = Controller(self._store, create_policy(config.policy, config.policy_params))
+        self._view = LoadView(self._store)
+        self._dispatcher = Dispatcher(
+            ServeDirectory(replicas), self._view, AdmissionControl(config.max_running, config.max_waiting)
+        )
+        self._door = Door(
+            self._dispatcher,
+            self._view,
+            self._store,
+            config.model_name,
+            int(time.time()),
+            config.max_body_bytes,
+        )
+        self._tasks: tuple[asyncio.Task[None], ...] = ()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self._door, self._background())
+
+    async def check_health(self) -> None:
+        """Raises when a loop has ended, which none does by itself."""
+        for task in self._tasks:
+            if task.done():
+                raise RuntimeError(f"{task.get_name()} has ended") from task.exception()
+
+    @asynccontextmanager
+    async def _background(self) -> AsyncIterator[None]:
+        stop = asyncio.Event()
+        controlling = asyncio.create_task(self._controller.run(stop), name="the controller")
+        self._tasks = (
+            controlling,
+            asyncio.create_task(self._view.run(), name="the load view"),
+            asyncio.create_task(self._dispatcher.run(), name="the dispatcher"),
+        )
+        try:
+            yield
+        finally:
+            running, self._tasks = self._tasks, ()
+            stop.set()
+            for task in running:
+                if task is not controlling:  # it hands its lease over
+                    task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+            await self._store.close()

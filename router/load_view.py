@@ -1,0 +1,56 @@
+"""The cluster's load as this router last read it. Nothing on a request's path waits for Redis."""
+
+import asyncio
+import logging
+import time
+from dataclasses import replace
+
+from policies.load import ClusterLoad, ObservedLoad
+from policies.loop import PERIOD_S, Clock, Sleep, run_every
+from policies.store import LoadStore, StoreUnavailable
+
+logger = logging.getLogger(__name__)
+
+
+class LoadView:
+    """run() refreshes it; loads() answers at once, with ages as of now.
+
+    When the store is lost the last reading ages, past LOST_S says nothing any more, and the
+    router's own counts decide.
+    """
+
+    def __init__(
+        self,
+        store: LoadStore,
+        period_s: float = PERIOD_S,
+        clock: Clock = time.monotonic,
+        sleep: Sleep = asyncio.sleep,
+    ):
+        self._store = store
+        self._period_s = period_s
+        self._clock = clock
+        self._sleep = sleep
+        self._read = ClusterLoad(())
+        self._read_at_s = clock()
+        self.store_error: str | None = None
+        """Why the last reading failed; None if it didn't."""
+
+    def loads(self) -> tuple[ObservedLoad, ...]:
+        since_s = self._clock() - self._read_at_s
+        return tuple(replace(seen, age_s=seen.age_s + since_s) for seen in self._read.replicas)
+
+    async def refresh(self) -> None:
+        # Taken before the call, so that the age errs on the old side.
+        asked_at_s = self._clock()
+        try:
+            self._read = await self._store.read_loads()
+        except StoreUnavailable as error:
+            if self.store_error is None:
+                logger.warning("no loads: %s", error)
+            self.store_error = str(error)
+        else:
+            self._read_at_s = asked_at_s
+            self.store_error = None
+
+    async def run(self) -> None:
+        await run_every(self._period_s, self.refresh, asyncio.Event(), self._clock, self._sleep)

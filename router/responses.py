@@ -1,0 +1,106 @@
+"""A generation's answer over ASGI: its first token before the status, its end when the client goes."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import aclosing
+
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from replicas.errors import TriadError
+from router.dispatch import Generation
+from router.errors import encode
+from router.sse import Answer, error_event
+
+EVENT_STREAM = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",
+}
+
+
+class GenerationResponse(Response):
+    """Runs a generation while it answers; a TriadError before the first byte leaves as an exception."""
+
+    def __init__(self, generation: Generation, answer: Answer, stream: bool):
+        super().__init__()
+        self._generation = generation
+        self._answer = answer
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reply = self._reply_in_events if self._stream else self._reply_whole
+        await run_until_disconnect(receive, lambda: reply(send))
+
+    async def _reply_whole(self, send: Send) -> None:
+        async with self._generation as generation:
+            text = await generation.whole_text()
+            assert generation.finished is not None
+            body = encode(self._answer.whole(text, generation.finished))
+        await _start(send, {"content-type": "application/json", "content-length": str(len(body))})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _reply_in_events(self, send: Send) -> None:
+        async with self._generation as generation, aclosing(generation.texts()) as texts:
+            head = self._answer.head()
+            await _start(send, EVENT_STREAM)
+            try:
+                async for text in texts:
+                    await _send_part(send, head + self._answer.delta(text))
+                    head = b""
+                assert generation.finished is not None
+                last = head + self._answer.tail(generation.finished)
+            except TriadError as error:
+                last = head + error_event(error)
+        await send({"type": "http.response.body", "body": last})
+
+
+async def run_until_disconnect(receive: Receive, work: Callable[[], Awaitable[None]]) -> None:
+    """Runs `work` and cancels it when the client disconnects. Returns when it has ended; raises its error."""
+    working = asyncio.ensure_future(work())
+    watching = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
+    finally:
+        working.cancel()
+        watching.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _start(send: Send, headers: Mapping[str, str]) -> None:
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": 200, "headers": raw})
+
+
+async def _send_part(send: Send, body: bytes) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+class BodyLimit:
+    """ASGI middleware: a body longer than max_bytes is a 413, whether or not its length is declared."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int):
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        num_bytes = 0
+
+        async def limited() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            # An HTTPException, because FastAPI makes any other error in a body's reading a 400.
+            if num_bytes > self._max_bytes:
+                raise HTTPException(413, f"the body is over {self._max_bytes} bytes")
+            return message
+
+        await self._app(scope, limited if scope["type"] == "http" else receive, send)

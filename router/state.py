@@ -1,0 +1,63 @@
+"""The cluster's state for people: loads with their age, plans, last decisions, and this router's own view."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from typing import Any
+
+from policies.load import ObservedLoad
+from policies.plan import ObservedPlan
+from policies.store import LoadStore, StoreUnavailable
+from router.dispatch import Dispatcher
+from router.load_view import LoadView
+
+NUM_DECISIONS = 20
+
+
+async def cluster_state(dispatcher: Dispatcher, view: LoadView, store: LoadStore) -> dict[str, Any]:
+    """From the store where it answers, else with what this router last read from it."""
+    router = {"in_flight": dispatcher.in_flight(), "ready": dispatcher.ready}
+    try:
+        seen = await store.read_view()
+        decisions = await store.recent_decisions(NUM_DECISIONS)
+    except StoreUnavailable as error:
+        return {
+            "store": {"available": False, "error": str(error)},
+            "leader": None,
+            "replicas": [_replica(load, None) for load in view.loads()],
+            "decisions": None,
+            "router": router,
+        }
+    return {
+        "store": {"available": True, "error": None},
+        "leader": seen.leader,
+        "replicas": [_replica(load, seen.plans.get(load.load.replica_id)) for load in seen.loads.replicas],
+        "decisions": plain(decisions),
+        "router": router,
+    }
+
+
+def _replica(seen: ObservedLoad, plan: ObservedPlan | None) -> dict[str, Any]:
+    return {
+        "replica": seen.load.replica_id,
+        "load": plain(seen.load),
+        "age_s": plain(seen.age_s),
+        "freshness": seen.freshness.value,
+        "plan": None if plan is None else plain(plan) | {"stale": plan.is_stale},
+    }
+
+
+def plain(value: Any) -> Any:
+    """Records as JSON has them; a number that JSON doesn't have (no age known: infinite) is null."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(plain(key)): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    return value

@@ -1,0 +1,391 @@
+import asyncio
+import random
+from dataclasses import replace
+
+import pytest
+
+from policies.load import ClusterLoad, ObservedLoad
+from policies.store import ClusterView
+from replicas.errors import ErrorCode, TriadError
+from replicas.messages import GenerateRequest, SamplingParams
+from router.dispatch import Dispatcher
+from router.errors import Overloaded
+from tests.eventually import eventually
+from tests.router.conftest import QUICK, running
+from tests.router.fakes import TEXT, WORDS, FakeDirectory, FakeStore, ScriptedReplica, a_load
+
+
+def a_request(request_id: str = "r", **more) -> GenerateRequest:
+    return GenerateRequest(request_id, "", "Hello", SamplingParams(), **more)
+
+
+async def until_submitted(replica: ScriptedReplica, num: int = 1) -> str:
+    await eventually(lambda: len(replica.submitted) >= num)
+    return replica.submitted[num - 1].request_id
+
+
+def play(replica: ScriptedReplica, request_id: str, num: int = len(WORDS) + 1) -> None:
+    for _ in range(num):
+        replica.step(request_id)
+
+
+async def whole(dispatcher: Dispatcher, request: GenerateRequest) -> str:
+    async with dispatcher.generate(request) as generation:
+        return await generation.whole_text()
+
+
+async def test_text_arrives_in_order_and_ends_with_the_report(start):
+    replica = ScriptedReplica("a")
+    dispatcher = await start(replica)
+    async with running(replica.run()), dispatcher.generate(a_request()) as generation:
+        assert "".join([text async for text in generation.texts()]) == TEXT
+        assert generation.finished is not None
+        assert generation.finished.report.replica_id == "a"
+        assert dispatcher.in_flight() == {"a": 0}
+    assert replica.cancelled == []
+
+
+async def test_text_that_piled_up_comes_as_one(start):
+    replica = ScriptedReplica("a")
+    dispatcher = await start(replica)
+    generation = dispatcher.generate(a_request())
+    entering = asyncio.create_task(generation.__aenter__())
+    request_id = await until_submitted(replica)
+    play(replica, request_id)
+    await entering
+    await eventually(lambda: dispatcher.in_flight() == {"a": 0})
+    assert [text async for text in generation.texts()] == [TEXT]
+
+
+async def test_entering_waits_for_the_first_event(start):
+    replica = ScriptedReplica("a")
+    dispatcher = await start(replica)
+    entering = asyncio.create_task(dispatcher.generate(a_request()).__aenter__())
+    request_id = await until_submitted(replica)
+    await eventually(lambda: dispatcher.in_flight() == {"a": 1})
+    assert not entering.done()
+    replica.step(request_id)
+    await entering
+
+
+async def test_events_may_overtake_the_reply_to_submit(start):
+    replica = ScriptedReplica("a")
+    dispatcher = await start(replica)
+    real = replica.submit
+
+    async def submit(request):
+        reply = await real(request)
+        play(replica, request.request_id)
+        await eventually(lambda: dispatcher.in_flight() == {"a": 0})
+        return reply
+
+    replica.submit = submit
+    assert await whole(dispatcher, a_request()) == TEXT
+
+
+async def test_leaving_early_cancels_at_the_replica(start):
+    replica = ScriptedReplica("a")
+    dispatcher = await start(replica)
+    entering = asyncio.create_task(whole(dispatcher, a_request()))
+    request_id = await until_submitted(replica)
+    replica.step(request_id)
+    entering.cancel()
+    await eventually(lambda: replica.cancelled == [request_id])
+    assert dispatcher.in_flight() == {"a": 0}
+    assert replica.live == {}
+
+
+async def test_leaving_in_mid_submit_cancels_what_the_replica_took_all_the_same(start):
+    replica = ScriptedReplica("a")
+    dispatcher = await start(replica)
+    release = asyncio.Event()
+    replica.on_submit = release.wait
+    held: list[asyncio.Task] = []
+    real = replica.submit
+
+    async def submit(request):
+        # Like a call that has left this process: cancelling its caller doesn't stop it.
+        held.append(asyncio.create_task(real(request)))
+        return await asyncio.shield(held[0])
+
+    replica.submit = submit
+    task = asyncio.create_task(whole(dispatcher, a_request()))
+    await eventually(lambda: held)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    release.set()
+    await held[0]
+    (request_id,) = replica.live
+    replica.step(request_id)
+    await eventually(lambda: replica.cancelled == [request_id])
+
+
+@pytest.mark.parametrize("is_up", [True, False], ids=["channel broke", "replica gone"])
+async def test_lost_before_any_text_goes_to_another_replica_once(start, is_up):
+    replicas = [ScriptedReplica("a"), ScriptedReplica("b")]
+    dispatcher = await start(*replicas)
+    task = asyncio.create_task(whole(dispatcher, a_request()))
+    await eventually(lambda: any(r.submitted for r in replicas))
+    first, second = sorted(replicas, key=lambda r: len(r.submitted), reverse=True)
+    first.is_up = is_up
+    first.break_channels()
+    request_id = await until_submitted(second)
+    assert request_id != first.submitted[0].request_id
+    play(second, request_id)
+    assert await task == TEXT
+
+
+async def test_a_second_loss_is_an_error(start):
+    replicas = [ScriptedReplica(name) for name in "abc"]
+    dispatcher = await start(*replicas)
+    task = asyncio.create_task(whole(dispatcher, a_request()))
+    lost: set[str] = set()
+    for _ in range(2):
+        await eventually(lambda: any(r.live for r in replicas))
+        (at,) = [r for r in replicas if r.live]
+        lost.add(at.info.replica_id)
+        at.break_channels()
+        await eventually(lambda at=at: not at.live)
+    with pytest.raises(TriadError, match="was lost") as caught:
+        await task
+    assert caught.value.code is ErrorCode.UNAVAILABLE
+    assert len(lost) == 2
+
+
+async def test_lost_after_streamed_text_is_an_error_and_no_retry(start):
+    replicas = [ScriptedReplica("a"), ScriptedReplica("b")]
+    dispatcher = await start(*replicas)
+    generation = dispatcher.generate(a_request())
+    entering = asyncio.create_task(generation.__aenter__())
+    await eventually(lambda: any(r.live for r in replicas))
+    (at,) = [r for r in replicas if r.live]
+    at.step(at.submitted[0].request_id)
+    await entering
+    texts = generation.texts()
+    assert await anext(texts) == WORDS[0]
+    at.break_channels()
+    with pytest.raises(TriadError) as caught:
+        await anext(texts)
+    assert caught.value.code is ErrorCode.UNAVAILABLE
+    assert sum(len(r.submitted) for r in replicas) == 1
+
+
+async def test_an_answer_not_streamed_survives_a_loss_after_text(start):
+    replicas = [ScriptedReplica("a"), ScriptedReplica("b")]
+    dispatcher = await start(*replicas)
+    task = asyncio.create_task(whole(dispatcher, a_request()))
+    await eventually(lambda: any(r.live for r in replicas))
+    (at,) = [r for r in replicas if r.live]
+    (other,) = [r for r in replicas if r is not at]
+    play(at, at.submitted[0].request_id, 3)
+    await eventually(lambda: dispatcher.in_flight()[at.info.replica_id] == 1)
+    at.break_channels()
+    play(other, await until_submitted(other))
+    assert await task == TEXT
+
+
+async def test_a_broken_channel_opens_again_by_itself(start):
+    replica = ScriptedReplica("a")
+    dispatcher = await start(replica)
+    replica.break_channels()
+    await eventually(lambda: replica.num_channels == 0)
+    await eventually(lambda: dispatcher.ready)
+    async with running(replica.run()):
+        assert await whole(dispatcher, a_request()) == TEXT
+
+
+async def test_a_silent_channel_counts_as_broken(start):
+    replica = ScriptedReplica("a")
+    dispatcher = await start(replica, times=replace(QUICK, silence_s=0.05))
+    task = asyncio.create_task(whole(dispatcher, a_request()))
+    await until_submitted(replica)
+    with pytest.raises(TriadError) as caught:
+        await task
+    assert caught.value.code is ErrorCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize("code", [ErrorCode.QUEUE_FULL, ErrorCode.UNAVAILABLE])
+async def test_refused_by_one_replica_another_is_asked(start, code):
+    full, free = ScriptedReplica("a"), ScriptedReplica("b")
+    full.refusal = (code, "not now")
+    loads = ClusterLoad((ObservedLoad(a_load("a"), 0.0), ObservedLoad(a_load("b", num_running=3), 0.0)))
+    dispatcher = await start(full, free, store=FakeStore(view=ClusterView(loads)))
+    async with running(free.run()):
+        assert await whole(dispatcher, a_request()) == TEXT
+
+
+async def test_refused_by_all_the_last_reason_is_told(start):
+    replicas = [ScriptedReplica("a"), ScriptedReplica("b")]
+    for replica in replicas:
+        replica.refusal = (ErrorCode.QUEUE_FULL, "the queue is full")
+    dispatcher = await start(*replicas)
+    with pytest.raises(TriadError, match="the queue is full") as caught:
+        await whole(dispatcher, a_request())
+    assert caught.value.code is ErrorCode.QUEUE_FULL
+    assert sum(dispatcher.in_flight().values()) == 0
+
+
+async def test_a_bad_request_is_asked_of_one_replica_only(start):
+    replicas = [ScriptedReplica("a"), ScriptedReplica("b")]
+    for replica in replicas:
+        replica.refusal = (ErrorCode.CONTEXT_LENGTH_EXCEEDED, "too long")
+    dispatcher = await start(*replicas)
+    with pytest.raises(TriadError, match="too long"):
+        await whole(dispatcher, a_request())
+
+
+async def test_a_failure_before_the_first_token_is_raised_on_entering(start):
+    replica = ScriptedReplica("a")
+    dispatcher = await start(replica)
+    task = asyncio.create_task(whole(dispatcher, a_request(timeout_s=1.0)))
+    replica.fail(await until_submitted(replica), ErrorCode.DEADLINE_EXCEEDED, "too late")
+    with pytest.raises(TriadError, match="too late"):
+        await task
+
+
+async def test_without_replicas_a_request_fails_at_once(start):
+    dispatcher = await start()
+    assert not dispatcher.ready
+    with pytest.raises(Overloaded) as caught:
+        await whole(dispatcher, a_request())
+    assert caught.value.code is ErrorCode.UNAVAILABLE
+
+
+async def test_past_all_places_and_the_queue_requests_are_shed(start):
+    replica = ScriptedReplica("a")
+    dispatcher = await start(replica, max_waiting=2)
+    tasks = [asyncio.create_task(whole(dispatcher, a_request(str(i)))) for i in range(4 + 2)]
+    await until_submitted(replica, len(tasks))
+    with pytest.raises(Overloaded) as caught:
+        await whole(dispatcher, a_request("one too many"))
+    assert caught.value.code is ErrorCode.QUEUE_FULL
+    assert caught.value.retry_after_s >= 1
+    async with running(replica.run()):
+        assert await asyncio.gather(*tasks) == [TEXT] * len(tasks)
+
+
+async def test_a_leaving_replica_ends_its_requests_and_takes_no_more(start):
+    old, new = ScriptedReplica("old"), ScriptedReplica("new")
+    directory = FakeDirectory([old])
+    dispatcher = await start(old, directory=directory)
+    task = asyncio.create_task(whole(dispatcher, a_request()))
+    request_id = await until_submitted(old)
+    directory.replicas = [new]
+    await eventually(lambda: new.num_channels == 1)
+    await eventually(lambda: not dispatcher._links["old"].is_open)
+    play(old, request_id)
+    assert await task == TEXT
+    old.idle()
+    await eventually(lambda: old.num_channels == 0)
+    await eventually(lambda: dispatcher.in_flight() == {"new": 0})
+    async with running(new.run()):
+        assert await whole(dispatcher, a_request()) == TEXT
+
+
+@pytest.mark.parametrize("trouble", ["incomplete", "error"])
+async def test_a_roster_in_trouble_removes_nobody(start, trouble):
+    replica = ScriptedReplica("a")
+    directory = FakeDirectory([replica])
+    dispatcher = await start(replica, directory=directory)
+    directory.replicas = []
+    directory.complete = trouble != "incomplete"
+    directory.error = RuntimeError("no answer") if trouble == "error" else None
+    for _ in range(3):
+        dispatcher._look_again.set()
+        await eventually(lambda: not dispatcher._look_again.is_set())
+    assert dispatcher.ready
+
+
+async def test_load_decides_where_requests_go_and_own_counts_when_it_is_lost(start):
+    replicas = [ScriptedReplica("a"), ScriptedReplica("b")]
+    loads = ClusterLoad((ObservedLoad(a_load("a", num_running=4), 0.1), ObservedLoad(a_load("b"), 0.1)))
+    store = FakeStore(view=ClusterView(loads))
+    dispatcher = await start(*replicas, store=store)
+    tasks = [asyncio.create_task(whole(dispatcher, a_request(str(i)))) for i in range(3)]
+    await eventually(lambda: dispatcher.in_flight() == {"a": 0, "b": 3})
+    dispatcher._view._read = ClusterLoad(())
+    tasks += [asyncio.create_task(whole(dispatcher, a_request(str(i)))) for i in range(3, 6)]
+    await eventually(lambda: dispatcher.in_flight() == {"a": 3, "b": 3})
+    for replica in replicas:
+        for request_id in list(replica.live):
+            play(replica, request_id)
+    assert await asyncio.gather(*tasks) == [TEXT] * 6
+
+
+async def client(dispatcher: Dispatcher, name: str, rng: random.Random) -> str:
+    """Streams or collects one answer, perhaps leaving early. Returns how it ended."""
+    patience = rng.choice([None, None, rng.randrange(len(WORDS))])
+    text = ""
+    try:
+        async with dispatcher.generate(a_request(name)) as generation:
+            if rng.random() < 0.5:
+                text = await generation.whole_text()
+            else:
+                async for part in generation.texts():
+                    text += part
+                    assert TEXT.startswith(text)
+                    if patience is not None and len(text) >= patience:
+                        return "left"
+            assert generation.finished is not None
+    except TriadError as error:
+        assert error.code in (ErrorCode.UNAVAILABLE, ErrorCode.QUEUE_FULL, ErrorCode.CANCELLED)
+        return "failed"
+    assert text == TEXT
+    return "finished"
+
+
+@pytest.mark.parametrize("seed", range(40))
+async def test_every_request_ends_once_under_random_faults(start, seed):
+    """Random steps, losses, refusals, disconnects and rosters: nothing hangs, doubles or leaks."""
+    rng = random.Random(seed)
+    replicas = [ScriptedReplica(name) for name in "abc"]
+    directory = FakeDirectory(list(replicas))
+    dispatcher = await start(*replicas, directory=directory, max_waiting=4)
+    clients: list[asyncio.Task[str]] = []
+
+    def act() -> None:
+        replica = rng.choice(replicas)
+        match rng.choices(
+            ["step", "submit", "break", "down", "up", "refuse", "roster", "disconnect"],
+            [60, 12, 2, 1, 4, 2, 3, 3],
+        )[0]:
+            case "step" if replica.live:
+                replica.step(rng.choice(list(replica.live)))
+            case "submit":
+                name = str(len(clients))
+                clients.append(
+                    asyncio.create_task(client(dispatcher, name, random.Random(seed + len(clients))))
+                )
+            case "break":
+                replica.break_channels()
+            case "down":
+                replica.is_up = False
+                replica.break_channels()
+            case "up":
+                replica.is_up = True
+                replica.refusal = None
+            case "refuse":
+                replica.refusal = (rng.choice([ErrorCode.QUEUE_FULL, ErrorCode.UNAVAILABLE]), "no")
+            case "roster":
+                directory.replicas = [r for r in replicas if rng.random() < 0.8]
+                directory.complete = rng.random() < 0.7
+            case "disconnect" if clients:
+                rng.choice(clients).cancel()
+
+    for _ in range(600):
+        act()
+        for _ in range(rng.randrange(4)):
+            await asyncio.sleep(0)
+    for replica in replicas:
+        replica.is_up, replica.refusal = True, None
+    directory.replicas, directory.complete = list(replicas), True
+    async with running(replicas[0].run()), running(replicas[1].run()), running(replicas[2].run()):
+        async with asyncio.timeout(10):
+            outcomes = await asyncio.gather(*clients, return_exceptions=True)
+        await eventually(lambda: not any(replica.live for replica in replicas))
+    assert all(isinstance(o, asyncio.CancelledError) or o in ("left", "failed", "finished") for o in outcomes)
+    assert "finished" in outcomes
+    await eventually(lambda: sum(dispatcher.in_flight().values()) == 0)
+    assert all(dispatcher._traffic.in_flight(r.info.replica_id) == 0 for r in replicas)
+    for replica in replicas:
+        assert len(replica.terminals) == len(set(replica.terminals))
