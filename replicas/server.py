@@ -38,7 +38,11 @@ class Replica:
         )
         replica_id = serve.get_replica_context().replica_id.unique_id
         self._info = ModelInfo(
-            config.served_model_name, engine.spec.modes, engine.spec.max_context, runner.vocab_size
+            replica_id=replica_id,
+            name=config.served_model_name,
+            modes=engine.spec.modes,
+            max_context=engine.spec.max_context,
+            vocab_size=runner.vocab_size,
         )
         self._service = ReplicaService(engine, codec, replica_id)
         self._store = LoadStore(config.redis_url, config.app)
