@@ -14,7 +14,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from cluster.embedded_redis import EmbeddedRedis, EmbeddedRedisError, find_server
+from cluster.embedded_redis import EmbeddedRedis, EmbeddedRedisError, Endpoint, find_server
 
 ROOT = Path(__file__).parents[2]
 
@@ -101,6 +101,18 @@ def test_two_live_side_by_side(server):
     assert client_of(server).get("key") is None
     other.stop()
     assert client_of(server).ping()
+
+
+def test_it_listens_where_it_is_told_or_says_that_it_can_not():
+    endpoint = Endpoint.draw()
+    assert endpoint.password not in repr(endpoint)
+    server = EmbeddedRedis.start(endpoint)
+    assert client_of(server).ping()
+    assert server.url == endpoint.url
+    with pytest.raises(EmbeddedRedisError, match="Failed listening"):
+        EmbeddedRedis.start(endpoint)
+    assert client_of(server).ping()
+    server.stop()
 
 
 def test_it_outlives_the_thread_that_started_it():
