@@ -23,10 +23,9 @@ CONSERVATIVE_ORDER = (Mode.DIFFUSION, Mode.SELF_SPECULATION, Mode.AR)
 MAX_BLOCK_LENGTH = 64
 
 DEFAULT_BLOCK_LENGTHS: Mapping[Mode, int] = MappingProxyType(
-    {Mode.AR: 1, Mode.DIFFUSION: 16, Mode.SELF_SPECULATION: 8}
+    {Mode.AR: 1, Mode.DIFFUSION: 32, Mode.SELF_SPECULATION: 16}
 )
-"""Block lengths that suit a small replica when nobody has chosen any."""
-DEFAULT_BLOCK_LENGTH = {Mode.AR: 1, Mode.DIFFUSION: 32, Mode.SELF_SPECULATION: 16}
+"""The block length of a request, or a policy, that names only the mode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +39,6 @@ class DecodePlan:
     mode: Mode
     block_length: int = 1
     threshold: float = 0.9
-
-    @classmethod
-    def default(cls, mode: Mode) -> "DecodePlan":
-        """What a request that names only the mode gets."""
-        return cls(mode, DEFAULT_BLOCK_LENGTH[mode])
 
     def __post_init__(self) -> None:
         low, high = (1, 1) if self.mode is Mode.AR else (2, MAX_BLOCK_LENGTH)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from policies.modes import LOSSLESS_MODES, DecodePlan, Mode
+from policies.modes import DecodePlan, Mode, available_plan, default_plan, lossless_plan
 from replicas.engine.decoders.ar import ArRound
 from replicas.engine.decoders.diffusion import DiffusionRound
 from replicas.engine.decoders.round import Round
@@ -25,13 +25,11 @@ def plan_for(sequence: Sequence, active: ActivePlan, spec: ModelSpec) -> ActiveP
     """The request's own mode where it pins one, else the active plan within what the request allows."""
     options = sequence.decoding
     if options.mode is not None:
-        base, rule = DecodePlan.default(options.mode), PINNED_RULE
+        base, rule = default_plan(options.mode), PINNED_RULE
+    elif options.lossless:
+        base, rule = lossless_plan(active.decode, spec.modes), active.rule
     else:
-        base, rule = active.decode, active.rule
-        if options.lossless and base.mode not in LOSSLESS_MODES:
-            base = DecodePlan(Mode.SELF_SPECULATION, base.block_length)
-        if base.mode not in spec.modes:
-            base = DecodePlan(Mode.AR)
+        base, rule = available_plan(active.decode, spec.modes), active.rule
     if base.mode is Mode.AR:
         return ActivePlan(base, rule)
     block_length = options.block_length or base.block_length
