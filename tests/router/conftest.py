@@ -1,19 +1,25 @@
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
+import httpx
 import pytest
+import uvicorn
+from fastapi import FastAPI
 
 from router.admission import AdmissionControl
+from router.api import Door
 from router.dispatch import Dispatcher
 from router.link import LinkTimes
 from router.load_view import LoadView
 from tests.eventually import eventually
-from tests.router.fakes import FakeDirectory, FakeStore, ScriptedReplica
+from tests.router.fakes import MODEL, FakeDirectory, FakeStore, ScriptedReplica
 
 QUICK = LinkTimes(silence_s=5.0, call_s=1.0, reopen_s=0.001, max_reopen_s=0.01)
 
-StartDispatcher = Callable[..., "asyncio.Future[Dispatcher]"]
+StartDispatcher = Callable[..., Awaitable[Dispatcher]]
 
 
 @asynccontextmanager
@@ -50,3 +56,36 @@ async def start() -> AsyncIterator[StartDispatcher]:
             return dispatcher
 
         yield start
+
+
+@pytest.fixture
+def make_door(start: StartDispatcher) -> Callable[..., Awaitable[Door]]:
+    async def make_door(*replicas: ScriptedReplica, store: FakeStore | None = None, **more: Any) -> Door:
+        store = store or FakeStore()
+        dispatcher = await start(*replicas, store=store)
+        return Door(dispatcher, dispatcher._view, store, MODEL, 1_700_000_000, **more)
+
+    return make_door
+
+
+@asynccontextmanager
+async def in_process(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """A client that calls the app without a socket."""
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client
+
+
+@asynccontextmanager
+async def over_http(app: FastAPI) -> AsyncIterator[str]:
+    """The app behind a real server on loopback; yields its URL."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
+        serving = asyncio.create_task(server.serve([listener]))
+        try:
+            await eventually(lambda: server.started)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            await serving

@@ -1,0 +1,299 @@
+import asyncio
+import json
+
+import httpx
+import openai
+import pytest
+
+from policies.load import ClusterLoad, ObservedLoad
+from policies.modes import DecodePlan, Mode
+from policies.plan import DecisionRecord, ObservedPlan, ReplicaPlan
+from policies.store import ClusterView
+from replicas.errors import ErrorCode
+from router.api import create_app
+from tests.eventually import eventually
+from tests.router.conftest import in_process, over_http, running
+from tests.router.fakes import MODEL, TEXT, WORDS, FakeStore, ScriptedReplica, a_load
+from tests.router.test_sse import events
+
+CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
+
+
+def error_of(response: httpx.Response, status: int) -> dict:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+async def test_the_openai_client_works_unchanged(make_door):
+    replica = ScriptedReplica("a")
+    door = await make_door(replica)
+    async with running(replica.run()), over_http(create_app(door)) as url:
+        client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+        whole = await client.chat.completions.create(**CHAT, temperature=0, seed=1)
+        assert whole.choices[0].message.content == TEXT
+        assert whole.choices[0].finish_reason == "stop"
+        assert whole.usage.total_tokens == 5 + len(WORDS)
+        assert whole.decoding["tokens_per_forward"] == 1.4
+
+        stream = await client.chat.completions.create(
+            **CHAT, stream=True, stream_options={"include_usage": True}
+        )
+        chunks = [chunk async for chunk in stream]
+        assert chunks[0].choices[0].delta.role == "assistant"
+        assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == TEXT
+        assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
+        assert chunks[-1].usage.completion_tokens == len(WORDS)
+        assert len({c.id for c in chunks}) == 1
+
+        text = await client.completions.create(model=MODEL, prompt="Hi", max_tokens=5)
+        assert text.choices[0].text == TEXT
+        pieces = [c async for c in await client.completions.create(model=MODEL, prompt=[1, 2], stream=True)]
+        assert "".join(c.choices[0].text for c in pieces) == TEXT
+
+        models = [model async for model in client.models.list()]
+        assert [model.id for model in models] == [MODEL]
+        assert (await client.models.retrieve(MODEL)).max_context == 1024
+
+        with pytest.raises(openai.BadRequestError) as bad:
+            await client.chat.completions.create(**CHAT, n=2)
+        assert bad.value.param == "n"
+        with pytest.raises(openai.NotFoundError) as missing:
+            await client.chat.completions.create(**(CHAT | {"model": "gpt"}))
+        assert missing.value.code == "model_not_found"
+
+
+async def test_what_is_asked_for_reaches_the_replica(make_door):
+    replica = ScriptedReplica("a")
+    door = await make_door(replica)
+    async with running(replica.run()), in_process(create_app(door)) as client:
+        body = CHAT | {
+            "temperature": 0.5,
+            "decoding": {"mode": "self_speculation", "block_length": 8},
+            "timeout_s": 9,
+        }
+        assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+        (request,) = replica.submitted
+        assert request.prompt == ({"role": "user", "content": "Hi"},)
+        assert request.sampling.temperature == 0.5
+        assert (request.decoding.mode, request.decoding.block_length) == (Mode.SELF_SPECULATION, 8)
+        assert 0 < request.timeout_s <= 9
+
+
+async def test_seeds_not_given_are_drawn_anew(make_door):
+    replica = ScriptedReplica("a")
+    door = await make_door(replica)
+    async with running(replica.run()), in_process(create_app(door)) as client:
+        for _ in range(2):
+            await client.post("/v1/chat/completions", json=CHAT)
+    first, second = replica.submitted
+    assert first.sampling.seed != second.sampling.seed
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "type_"),
+    [
+        (ErrorCode.INVALID_REQUEST, 400, "invalid_request_error"),
+        (ErrorCode.CONTEXT_LENGTH_EXCEEDED, 400, "invalid_request_error"),
+        (ErrorCode.QUEUE_FULL, 429, "rate_limit_error"),
+        (ErrorCode.UNAVAILABLE, 503, "service_unavailable_error"),
+        (ErrorCode.DEADLINE_EXCEEDED, 504, "timeout_error"),
+        (ErrorCode.INTERNAL, 500, "server_error"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_error_before_the_first_token_has_its_status(make_door, code, status, type_, stream):
+    replica = ScriptedReplica("a")
+    door = await make_door(replica)
+    async with in_process(create_app(door)) as client:
+        asking = asyncio.create_task(client.post("/v1/chat/completions", json=CHAT | {"stream": stream}))
+        await eventually(lambda: replica.live)
+        replica.fail(next(iter(replica.live)), code, "because")
+        response = await asking
+    error = error_of(response, status)
+    assert (error["type"], error["code"]) == (type_, code.value)
+    assert ("retry-after" in response.headers) == (status in (429, 503))
+
+
+async def test_an_error_after_the_first_token_is_an_event(make_door):
+    replica = ScriptedReplica("a")
+    door = await make_door(replica)
+    async with in_process(create_app(door)) as client:
+        asking = asyncio.create_task(client.post("/v1/chat/completions", json=CHAT | {"stream": True}))
+        await eventually(lambda: replica.live)
+        (request_id,) = replica.live
+        replica.step(request_id)
+        replica.fail(request_id, ErrorCode.DEADLINE_EXCEEDED, "too late")
+        response = await asking
+    assert response.status_code == 200
+    *parts, last = events(response.content)
+    assert last["error"]["code"] == "deadline_exceeded"
+    assert "".join(p["choices"][0]["delta"].get("content", "") for p in parts) == WORDS[0]
+
+
+def streaming(client: httpx.AsyncClient, body: dict) -> asyncio.Task[httpx.Response]:
+    """Done once the status is there; the body is to be read."""
+    request = client.build_request("POST", "/v1/chat/completions", json=body)
+    return asyncio.create_task(client.send(request, stream=True))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("num_words", [0, 2], ids=["before the first token", "in mid-stream"])
+async def test_a_disconnect_cancels_at_the_replica(make_door, stream, num_words):
+    replica = ScriptedReplica("a")
+    door = await make_door(replica)
+    async with over_http(create_app(door)) as url, httpx.AsyncClient(base_url=url) as client:
+        opening = streaming(client, CHAT | {"stream": stream})
+        await eventually(lambda: replica.live)
+        (request_id,) = replica.live
+        for _ in range(num_words):
+            replica.step(request_id)
+        if stream and num_words:
+            response = await opening
+            await anext(response.aiter_raw())
+            await response.aclose()
+        else:
+            opening.cancel()
+        await eventually(lambda: replica.cancelled == [request_id])
+        await eventually(lambda: door.dispatcher.in_flight() == {"a": 0})
+
+
+async def test_the_first_token_comes_before_the_status(make_door):
+    replica = ScriptedReplica("a")
+    door = await make_door(replica)
+    async with over_http(create_app(door)) as url, httpx.AsyncClient(base_url=url) as client:
+        opening = streaming(client, CHAT | {"stream": True})
+        await eventually(lambda: replica.live)
+        # The server answers something else meanwhile, so it had its chance to send the status.
+        assert (await client.get("/healthz")).status_code == 200
+        assert not opening.done()
+        (request_id,) = replica.live
+        replica.step(request_id)
+        response = await opening
+        assert response.headers["content-type"].startswith("text/event-stream")
+        await response.aclose()
+
+
+@pytest.mark.parametrize(
+    ("more", "param", "code"),
+    [
+        ({"decoding": {"mode": "diffusion"}}, "decoding.mode", "invalid_request"),
+        ({"max_tokens": 1024}, "max_tokens", "context_length_exceeded"),
+    ],
+)
+async def test_what_the_model_cannot_do_is_a_400(make_door, more, param, code):
+    door = await make_door(ScriptedReplica("a", modes=[Mode.AR]))
+    async with in_process(create_app(door)) as client:
+        error = error_of(await client.post("/v1/chat/completions", json=CHAT | more), 400)
+    assert (error["param"], error["code"]) == (param, code)
+
+
+async def test_token_ids_beyond_the_vocabulary_are_a_400(make_door):
+    door = await make_door(ScriptedReplica("a"))
+    async with in_process(create_app(door)) as client:
+        response = await client.post("/v1/completions", json={"model": MODEL, "prompt": [1, 500]})
+    assert error_of(response, 400)["param"] == "prompt"
+
+
+async def chunks_of(body: bytes, size: int):
+    for at in range(0, len(body), size):
+        yield body[at : at + size]
+
+
+@pytest.mark.parametrize("declared", [True, False])
+async def test_a_body_too_large_is_a_413(make_door, declared):
+    door = await make_door(ScriptedReplica("a"), max_body_bytes=2000)
+    body = json.dumps(CHAT | {"user": "x" * 3000}).encode()
+    content = body if declared else chunks_of(body, 500)
+    async with over_http(create_app(door)) as url, httpx.AsyncClient(base_url=url) as client:
+        response = await client.post(
+            "/v1/chat/completions", content=content, headers={"content-type": "application/json"}
+        )
+    error_of(response, 413)
+
+
+async def test_unknown_paths_and_methods_answer_in_the_same_form(make_door):
+    door = await make_door(ScriptedReplica("a"))
+    async with in_process(create_app(door)) as client:
+        error_of(await client.get("/v1/nothing"), 404)
+        response = await client.get("/v1/chat/completions")
+        error_of(response, 405)
+        assert response.headers["allow"] == "POST"
+        error_of(await client.get("/v1/models/gpt"), 404)
+        error_of(
+            await client.post("/v1/chat/completions", content=b"{}", headers={"content-type": "text/plain"}),
+            400,
+        )
+
+
+async def test_a_bug_is_a_500_in_the_same_form(make_door):
+    door = await make_door(ScriptedReplica("a"))
+    app = create_app(door)
+
+    @app.get("/bug")
+    async def bug() -> None:
+        raise ZeroDivisionError("secret detail")
+
+    async with in_process(app) as client:
+        error = error_of(await client.get("/bug"), 500)
+    assert error["type"] == "server_error"
+    assert "secret" not in error["message"]
+
+
+async def test_ready_once_a_replica_is(make_door):
+    async with in_process(create_app(await make_door())) as client:
+        assert (await client.get("/healthz")).status_code == 200
+        error_of(await client.get("/readyz"), 503)
+        error_of(await client.post("/v1/chat/completions", json=CHAT), 503)
+        assert (await client.get("/v1/models")).json()["data"][0]["modes"] is None
+    async with in_process(create_app(await make_door(ScriptedReplica("a")))) as client:
+        assert (await client.get("/readyz")).status_code == 200
+        (entry,) = (await client.get("/v1/models")).json()["data"]
+        assert entry["modes"] == ["ar", "diffusion", "self_speculation"]
+        assert entry["max_context"] == 1024
+
+
+async def test_the_state_shows_loads_plans_and_decisions(make_door):
+    plan = ReplicaPlan(3, DecodePlan(Mode.DIFFUSION, 16), "threshold", "1 in flight <= 2", 0.1)
+    load = a_load("a", num_running=1, running_by_mode={Mode.DIFFUSION: 1})
+    view = ClusterView(
+        ClusterLoad((ObservedLoad(load, 0.2), ObservedLoad(a_load("gone"), float("inf")))),
+        {"a": ObservedPlan(plan, 0.1, 7.0)},
+        "leader-1",
+    )
+    store = FakeStore(view=view, decisions=(DecisionRecord(plan, load, True, "leader-1", 1.5),))
+    door = await make_door(ScriptedReplica("a"), store=store)
+    async with in_process(create_app(door)) as client:
+        state = (await client.get("/v1/triad/state")).json()
+        assert state["store"] == {"available": True, "error": None}
+        assert state["leader"] == "leader-1"
+        first, second = state["replicas"]
+        assert (first["replica"], first["freshness"], first["age_s"]) == ("a", "fresh", 0.2)
+        assert first["load"]["running_by_mode"] == {"diffusion": 1}
+        assert first["plan"]["plan"]["decode"]["mode"] == "diffusion"
+        assert first["plan"]["stale"] is False
+        assert (second["freshness"], second["age_s"], second["plan"]) == ("lost", None, None)
+        assert state["decisions"][0]["plan"]["reason"] == "1 in flight <= 2"
+        assert state["router"] == {"in_flight": {"a": 0}, "ready": True}
+
+        store.error = "no answer"
+        state = (await client.get("/v1/triad/state")).json()
+        assert state["store"] == {"available": False, "error": "no answer"}
+        assert [replica["replica"] for replica in state["replicas"]] == ["a", "gone"]
+        assert state["decisions"] is None
+
+
+async def test_without_a_store_requests_are_served(make_door):
+    replicas = [ScriptedReplica("a"), ScriptedReplica("b")]
+    door = await make_door(*replicas, store=FakeStore(error="down"))
+    async with running(replicas[0].run()), running(replicas[1].run()), in_process(create_app(door)) as client:
+        answers = await asyncio.gather(*(client.post("/v1/chat/completions", json=CHAT) for _ in range(8)))
+    assert [a.json()["choices"][0]["message"]["content"] for a in answers] == [TEXT] * 8
+
+
+async def test_the_openapi_document_can_be_made(make_door):
+    async with in_process(create_app(await make_door())) as client:
+        document = (await client.get("/openapi.json")).json()
+    assert "decoding" in document["components"]["schemas"]["ChatCompletionRequest"]["properties"]
