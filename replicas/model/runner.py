@@ -34,6 +34,7 @@ class TorchRunner:
         cache = KvCache(config, num_pages, page_size, weights.embedding.dtype)
         self._attention = CpuAttention(cache, config.num_heads)
         self._model = Transformer(config, weights, self._attention, max_context)
+        self._vocab_size = config.vocab_size
         self._spec = ModelSpec(
             modes=config.modes,
             mask_token_id=config.mask_token_id,
@@ -86,6 +87,10 @@ class TorchRunner:
             page_size=page_size,
             max_context=min(limits if max_context is None else [*limits, max_context]),
         )
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
 
     @property
     def spec(self) -> ModelSpec:

@@ -47,7 +47,7 @@ def test_a_level_is_come_back_to_below_its_band(num_in_flight, current, expected
 
 
 def test_a_level_for_one_request_is_come_back_to_with_one_request():
-    table = ThresholdParameters(levels=(Level(max_in_flight=1, mode=Mode.DIFFUSION),))
+    table = ThresholdParameters(levels=(Level(max_in_flight=1, mode=Mode.DIFFUSION, block_length=16),))
     policy = ThresholdPolicy(table)
     assert decided(2, DIFFUSION, policy) == AR
     assert decided(1, AR, policy) == DIFFUSION
