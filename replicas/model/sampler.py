@@ -55,7 +55,7 @@ def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:
     return numbers
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def _mix(x: "np.ndarray[tuple[int], np.dtype[np.uint64]]") -> "np.ndarray[tuple[int], np.dtype[np.uint64]]":
     """SplitMix64's output function (Steele, Lea, Flood 2014), on [R] uint64."""
     x = x + _GOLDEN
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
