@@ -24,12 +24,13 @@ logger = logging.getLogger(__name__)
 class Replica:
     """What the router calls by handle: submit, cancel and channel; the rest is for operators and Serve.
 
-    Serve awaits the constructor, so that the replica takes no request before its model is loaded.
+    Serve runs the constructor on the event loop that the calls will run on, and sends none before it
+    is done.
     """
 
-    async def __init__(self, config: ReplicaConfig):
-        runner = await asyncio.to_thread(load_runner, config)
-        codec = await asyncio.to_thread(TextCodec.load, config.checkpoint, runner.vocab_size)
+    def __init__(self, config: ReplicaConfig):
+        runner = load_runner(config)
+        codec = TextCodec.load(config.checkpoint, runner.vocab_size)
         engine = Engine(
             runner,
             max_running=config.max_running,
