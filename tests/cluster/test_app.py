@@ -1,0 +1,135 @@
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray import cloudpickle
+from ray.serve import Application
+from ray.serve.schema import ServeDeploySchema
+
+import cluster.app
+from cluster.app import deploy
+from cluster.config import ClusterConfig
+from cluster.embedded_redis import EmbeddedRedis, Endpoint
+from replicas.config import ReplicaConfig
+from router.ingress import IngressConfig
+
+
+def nodes(app: Application) -> dict[str, Application]:
+    """The application's deployments by name, found as Serve finds them: among the arguments."""
+    found = {app._bound_deployment.name: app}
+    for argument in app._bound_deployment.init_args:
+        for inner in argument if isinstance(argument, tuple) else (argument,):
+            if isinstance(inner, Application):
+                found |= nodes(inner)
+    return found
+
+
+def argument(app: Application, position: int = 0) -> Any:
+    return app._bound_deployment.init_args[position]
+
+
+def test_without_a_redis_url_one_is_deployed_that_all_know():
+    found = nodes(deploy(ClusterConfig(num_replicas=2)))
+    assert set(found) == {"Ingress", "Replica", "Redis"}
+    endpoint = argument(found["Redis"])
+    assert isinstance(endpoint, Endpoint)
+    ingress, replica = argument(found["Ingress"]), argument(found["Replica"])
+    assert isinstance(ingress, IngressConfig)
+    assert isinstance(replica, ReplicaConfig)
+    assert ingress.redis_url == replica.redis_url == endpoint.url
+    assert (ingress.app, ingress.model_name) == (replica.app, replica.served_model_name)
+
+
+def test_with_a_redis_url_none_is_deployed():
+    url = "redis://:password@redis.example:6379/3"
+    found = nodes(deploy(ClusterConfig(redis_url=url)))
+    assert set(found) == {"Ingress", "Replica"}
+    assert argument(found["Ingress"]).redis_url == argument(found["Replica"]).redis_url == url
+
+
+def test_what_is_configured_arrives():
+    config = ClusterConfig(
+        num_replicas=3,
+        num_ingresses=2,
+        model="some/model",
+        policy="ar",
+        dtype="bfloat16",
+        num_threads=4,
+        page_size=32,
+        kv_cache_mb=99,
+        max_running=5,
+        max_step_tokens=128,
+        max_waiting=6,
+        max_body_bytes=5000,
+        num_gpus=1,
+        drain_timeout_s=77,
+    )
+    found = nodes(deploy(config))
+    replica = found["Replica"]._bound_deployment
+    assert replica.num_replicas == 3
+    assert replica.ray_actor_options == {"num_cpus": 0.1, "num_gpus": 1.0}
+    assert replica._deployment_config.graceful_shutdown_timeout_s == 77
+    assert found["Ingress"]._bound_deployment.num_replicas == 2
+    given = argument(found["Replica"])
+    assert (given.checkpoint, given.policy, given.dtype, given.num_threads) == (
+        "some/model",
+        "ar",
+        "bfloat16",
+        4,
+    )
+    assert (given.page_size, given.kv_cache_mb, given.max_running) == (32, 99, 5)
+    assert (given.max_step_tokens, given.max_waiting) == (128, 6)
+    ingress = argument(found["Ingress"])
+    assert (ingress.max_running, ingress.max_waiting, ingress.max_body_bytes) == (5, 6, 5000)
+
+
+@pytest.mark.parametrize(("num_replicas", "num_threads"), [(1, 8), (3, 2), (16, 1)])
+def test_replicas_share_the_cpus(monkeypatch, num_replicas, num_threads):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    found = nodes(deploy(ClusterConfig(num_replicas=num_replicas)))
+    assert argument(found["Replica"]).num_threads == num_threads
+
+
+def test_everything_fits_a_machine_with_two_cores():
+    found = nodes(deploy(ClusterConfig(num_replicas=2)))
+    cpus = [
+        n._bound_deployment.ray_actor_options["num_cpus"] * n._bound_deployment.num_replicas
+        for n in found.values()
+    ]
+    assert sum(cpus) <= 0.5
+
+
+def test_calls_to_replicas_are_routed_by_their_address():
+    router_config = nodes(deploy(ClusterConfig()))[
+        "Replica"
+    ]._bound_deployment._deployment_config.request_router_config
+    assert router_config.request_router_class == "router.ingress:AddressedRouter"
+
+
+def test_what_serve_sends_to_actors_can_be_pickled():
+    for app in nodes(deploy(ClusterConfig())).values():
+        arguments = [a for a in app._bound_deployment.init_args if not isinstance(a, Application | tuple)]
+        assert cloudpickle.loads(cloudpickle.dumps(arguments)) == arguments
+
+
+def test_the_serve_file_is_valid_and_its_keys_are_known():
+    path = Path(cluster.app.__file__).with_name("serve.yaml")
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
+    (application,) = schema.applications
+    assert application.import_path == "cluster.app:deploy"
+    assert nodes(deploy(ClusterConfig.model_validate(application.args)))
+
+
+def test_serve_sees_the_type_of_the_builders_argument():
+    assert deploy.__annotations__["args"] is ClusterConfig
+
+
+def test_the_redis_deployment_runs_its_server_at_the_endpoint():
+    endpoint = Endpoint.draw()
+    server = cluster.app.RedisServer(endpoint)
+    assert isinstance(server._server, EmbeddedRedis)
+    assert server._server.url == endpoint.url
+    assert server._server.pid is not None
+    del server

@@ -1,0 +1,76 @@
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from cluster.config import ClusterConfig
+
+
+def from_command_line(*arguments: str) -> ClusterConfig:
+    """As `serve run` passes key=value."""
+    return ClusterConfig.model_validate(dict(argument.split("=", 1) for argument in arguments))
+
+
+def test_the_defaults_serve_the_embedded_model():
+    config = ClusterConfig()
+    assert config.model_name == "triad-5m"
+    assert Path(config.checkpoint).parts[-3:] == ("replicas", "checkpoints", "triad-5m")
+    assert config.redis_url is None
+
+
+def test_strings_become_what_they_should_be():
+    config = from_command_line(
+        "num_replicas=2", "replica_cpus=0.5", "num_threads=1", "dtype=bfloat16", "policy=ar", "max_running=8"
+    )
+    assert (config.num_replicas, config.replica_cpus, config.num_threads) == (2, 0.5, 1)
+    assert (config.dtype, config.policy, config.max_running) == ("bfloat16", "ar", 8)
+
+
+def test_a_mapping_is_json_on_the_command_line():
+    config = from_command_line('policy_params={"stabilise": {"dwell_s": 3}}')
+    assert config.policy_params == {"stabilise": {"dwell_s": 3}}
+
+
+def test_an_empty_value_is_the_default():
+    config = from_command_line("model=", "redis_url=", "num_replicas=", "policy=")
+    assert config == ClusterConfig()
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [("/models/llama-8b", "llama-8b"), ("nvidia/Nemotron-3B", "Nemotron-3B")]
+)
+def test_a_model_is_asked_for_by_its_last_part(model, name):
+    config = ClusterConfig(model=model)
+    assert (config.checkpoint, config.model_name) == (model, name)
+    assert ClusterConfig(model=model, served_model_name="mine").model_name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("num_replica=2", ["num_replica", "did you mean 'num_replicas'?"]),
+        ("zzz=1", ["zzz", "the keys are", "redis_url"]),
+        ("num_replicas=0", ["num_replicas", "greater than or equal to 1"]),
+        ("num_replicas=two", ["num_replicas", "integer"]),
+        ("redis_url=localhost:6379", ["redis_url", "redis://"]),
+        ("policy=fastest", ["policy", "fastest", "threshold"]),
+        ("policy_params=dwell", ["policy_params", "JSON object"]),
+        ('policy_params={"dwel_s": 1}', ["dwel_s", "keys"]),
+        ("dtype=int8", ["dtype", "bfloat16"]),
+        ("max_step_tokens=8", ["max_step_tokens", "64"]),
+        ("app=a b", ["app", "pattern"]),
+    ],
+)
+def test_an_error_names_the_key_and_what_to_change(argument, words):
+    with pytest.raises(ValidationError) as caught:
+        from_command_line(argument)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_the_password_is_not_shown():
+    assert "secret" not in repr(ClusterConfig(redis_url="redis://:secret@host:1/0"))
+
+
+def test_it_does_not_change():
+    with pytest.raises(ValidationError):
+        ClusterConfig().num_replicas = 3  # type: ignore[misc]
