@@ -51,6 +51,7 @@ class _Seen:
     """The engine's load and totals at one moment, for other threads to read."""
 
     load: ReplicaLoad
+    num_tokens: int
     tokens_by_mode: Mapping[Mode, int]
     forwards_by_mode: Mapping[Mode, int]
 
@@ -129,7 +130,7 @@ class ReplicaService:
     def load(self) -> ReplicaLoad:
         """The load after the last step or command, with recent rates. Does not wait for the engine."""
         seen = self._seen
-        self._stats.update(seen.tokens_by_mode, seen.forwards_by_mode)
+        self._stats.update(seen.num_tokens, seen.tokens_by_mode, seen.forwards_by_mode)
         return replace(
             seen.load,
             tokens_per_s=self._stats.tokens_per_s,
@@ -231,7 +232,8 @@ class ReplicaService:
     def _look(self) -> _Seen:
         scheduler = self._engine.scheduler
         load = self._engine.load(self.replica_id)
-        return _Seen(load, dict(scheduler.tokens_by_mode), dict(scheduler.forwards_by_mode))
+        by_mode = dict(scheduler.tokens_by_mode), dict(scheduler.forwards_by_mode)
+        return _Seen(load, scheduler.num_tokens, *by_mode)
 
     def _state(self) -> dict[str, Any]:
         scheduler = self._engine.scheduler

@@ -39,7 +39,8 @@ class Scheduler:
         self._planned: tuple[Sequence, ...] = ()  # the sequences of the plan under way, aligned with it
         self._num_steps = 0
         self.active = active
-        self.tokens_by_mode: Counter[Mode] = Counter()
+        self.num_tokens = 0
+        self.tokens_by_mode: Counter[Mode] = Counter()  # by rounds; a prefill's token is nobody's yield
         self.forwards_by_mode: Counter[Mode] = Counter()
 
     @property
@@ -219,5 +220,7 @@ class Scheduler:
                 sequence.num_cached = current.start + advance.num_cached
                 sequence.round = None
         taken, reason = sequence.append(tokens, mode, self._spec.eos_token_ids)
-        self.tokens_by_mode[mode] += len(taken)
+        self.num_tokens += len(taken)
+        if current is not None:
+            self.tokens_by_mode[mode] += len(taken)
         return Progress(sequence, taken, reason)
