@@ -123,7 +123,7 @@ def _replica_config(args: ClusterConfig, redis_url: str) -> ReplicaConfig:
         redis_url=redis_url,
         policy=args.policy,
         policy_params=args.policy_params,
-        dtype=args.dtype,
+        dtype=args.weights_dtype,
         num_threads=num_threads,
         page_size=args.page_size,
         kv_cache_mb=args.kv_cache_mb,

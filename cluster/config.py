@@ -49,7 +49,9 @@ class ClusterConfig(BaseModel):
         default_factory=dict, description="The policy's parameters; 'stabilise' has those of the hysteresis."
     )
 
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Of weights and K/V.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Of weights and K/V; auto: float32 on CPUs, bfloat16 on GPUs."
+    )
     num_threads: int | None = Field(None, ge=1, description="CPU threads a replica; None: its share of them.")
     page_size: int = Field(16, ge=1, description="Tokens a K/V page.")
     kv_cache_mb: int = Field(256, ge=1, description="Memory for K/V pages a replica, in MiB.")
@@ -95,6 +97,13 @@ class ClusterConfig(BaseModel):
         if self.model != EMBEDDED_MODEL:
             return self.model
         return str(Path(replicas.__path__[0]) / "checkpoints" / EMBEDDED_MODEL)
+
+    @property
+    def weights_dtype(self) -> str:
+        """On a CPU exactness comes first: in float32 greedy decoding is the same in any batch."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "bfloat16" if self.num_gpus else "float32"
 
     @property
     def model_name(self) -> str:

@@ -67,6 +67,14 @@ def test_an_error_names_the_key_and_what_to_change(argument, words):
     assert [word for word in words if word not in str(caught.value)] == []
 
 
+@pytest.mark.parametrize(
+    ("given", "dtype"),
+    [({}, "float32"), ({"num_gpus": 1}, "bfloat16"), ({"dtype": "float32", "num_gpus": 1}, "float32")],
+)
+def test_the_dtype_fits_the_device(given, dtype):
+    assert ClusterConfig(**given).weights_dtype == dtype
+
+
 def test_the_password_is_not_shown():
     assert "secret" not in repr(ClusterConfig(redis_url="redis://:secret@host:1/0"))
 
