@@ -1,0 +1,158 @@
+"""The training-side transformer: Ministral 3's layers under the published checkpoint's tensor names.
+
+`transformers.models.ministral3` computes the same (a test compares them); this one exists because it
+compiles into one graph and attends from the clean and the noisy half separately, which makes a step on
+a CPU faster. Query scaling is 1 within `original_max_position_embeddings` and therefore absent here.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the model; head_dim is hidden_size / num_heads."""
+
+    vocab_size: int
+    hidden_size: int = 256
+    intermediate_size: int = 704
+    num_layers: int = 6
+    num_heads: int = 8
+    num_kv_heads: int = 4
+    max_position_embeddings: int = 1024
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [rows, heads, length, head_dim] by cos, sin [rows, 1, length, head_dim / 2]."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = (
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+        )
+        hidden = config.hidden_size
+        self.q_proj = nn.Linear(hidden, self.num_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden, self.num_kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden, self.num_kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden, bias=False)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, clean_mask: Tensor, noisy_mask: Tensor | None
+    ) -> Tensor:
+        rows, length, _ = x.shape
+        q = self.q_proj(x).view(rows, length, self.num_heads, self.head_dim).transpose(1, 2)
+        k = self.k_proj(x).view(rows, length, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(rows, length, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        groups = self.num_heads // self.num_kv_heads
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        num_clean = clean_mask.shape[-1]
+        out = F.scaled_dot_product_attention(
+            q[:, :, :num_clean], k[:, :, :num_clean], v[:, :, :num_clean], attn_mask=clean_mask[:, None]
+        )
+        if noisy_mask is not None:
+            noisy = F.scaled_dot_product_attention(q[:, :, num_clean:], k, v, attn_mask=noisy_mask[:, None])
+            out = torch.cat((out, noisy), dim=2)
+        return self.o_proj(out.transpose(1, 2).reshape(rows, length, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, clean_mask: Tensor, noisy_mask: Tensor | None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, clean_mask, noisy_mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class TriModel(nn.Module):
+    """Ministral 3 layers over [clean | noisy] sequences.
+
+    Embedding and head share one matrix: any attention head that passes a token's embedding on copies it, so
+    copying is learned for all words at once. The exported checkpoint holds the matrix twice.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.diffusion_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.diffusion_head.weight = self.encoder.embed_tokens.weight
+        inv_freq = config.rope_theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+        angles = torch.arange(config.max_position_embeddings)[:, None] * inv_freq  # [positions, head_dim / 2]
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                scale = 0.02 if "embed" in name or "head" in name else parameter.shape[1] ** -0.5 * 0.8
+                if "o_proj" in name or "down_proj" in name:
+                    scale /= (2 * config.num_layers) ** 0.5
+                nn.init.normal_(parameter, std=scale)
+
+    def forward(
+        self, ids: Tensor, positions: Tensor, clean_mask: Tensor, noisy_mask: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states after the last norm, [rows, clean + noisy, hidden].
+
+        ids, positions: int64 [rows, clean + noisy]; clean_mask: bool [rows, clean, clean], True where a clean
+        query may attend; noisy_mask: bool [rows, noisy, clean + noisy], or None when there is no noisy half.
+        """
+        x = self.encoder.embed_tokens(ids)
+        cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
+        for layer in self.encoder.layers:
+            x = layer(x, cos, sin, clean_mask, noisy_mask)
+        return self.encoder.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., vocab_size] of hidden states [..., hidden]."""
+        return self.diffusion_head(hidden)
