@@ -10,6 +10,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
+from ray.serve.schema import LoggingConfig
 
 from cluster.config import ClusterConfig
 from cluster.embedded_redis import EmbeddedRedis, Endpoint
@@ -56,7 +57,7 @@ def deploy(args: ClusterConfig) -> Application:
 
 
 def _redis_server(endpoint: Endpoint) -> Application:
-    return _bind("Redis", RedisServer, 1, {"num_cpus": 0}, 1.0, (endpoint,))
+    return _bind("Redis", RedisServer, 1, {"num_cpus": 0}, 10.0, (endpoint,))
 
 
 def _replicas(args: ClusterConfig, redis_url: str) -> Application:
@@ -70,6 +71,8 @@ def _replicas(args: ClusterConfig, redis_url: str) -> Application:
         {"num_cpus": args.replica_cpus, "num_gpus": args.num_gpus},
         args.drain_timeout_s,
         (_replica_config(args, redis_url),),
+        # The ingress asks each replica every second who it is; its own log has the requests.
+        logging_config=LoggingConfig(enable_access_log=False),
         request_router_config=RequestRouterConfig.model_validate({"request_router_class": ADDRESSED_ROUTER}),
     )
 
