@@ -3,10 +3,10 @@
 `serve run cluster.app:deploy` takes the same keys, but Serve lets the port be chosen in a file only.
 """
 
+import json
 import sys
 from collections.abc import Sequence
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.config import ClusterConfig
@@ -36,14 +36,13 @@ def serve_file(arguments: Sequence[str]) -> str:
         "import_path": "cluster.app:deploy",
         "args": config.model_dump(mode="json", exclude_unset=True),
     }
-    return yaml.safe_dump(
-        {"http_options": address.model_dump(), "applications": [application]}, sort_keys=False
-    )
+    file = {"http_options": address.model_dump(), "applications": [application]}
+    return json.dumps(file, indent=2)  # YAML takes JSON too
 
 
 def main() -> None:
     try:
-        print(serve_file(sys.argv[1:]), end="")
+        print(serve_file(sys.argv[1:]))
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, e['loc'])) or 'configuration'}: {e['msg']}" for e in error.errors()]
         sys.exit("\n".join(problems))
