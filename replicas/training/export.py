@@ -5,6 +5,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -71,7 +72,7 @@ def export(model: TriModel, tokenizer: Tokenizer, folder: Path) -> None:
     """config.json, model.safetensors (float32), tokenizer files, chat template, generation_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", config_json(model.config))
-    weights = {name: tensor.detach().float().cpu().clone() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.float().cpu() for name, tensor in model.published_state().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, BOS_ID)]
@@ -90,10 +91,10 @@ def _write_json(path: Path, content: dict[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def load_run(run: Path) -> tuple[TriModel, Tokenizer]:
+def load_run(run: Path, sizes: ModelConfig | None = None) -> tuple[TriModel, Tokenizer]:
     """The model of a training run's last saved state, and its tokenizer."""
     tokenizer = load_tokenizer(run / "tokenizer.json")
-    model = TriModel(ModelConfig(vocab_size=tokenizer.get_vocab_size()))
+    model = TriModel(replace(sizes or ModelConfig(0), vocab_size=tokenizer.get_vocab_size()))
     model.load_state_dict(torch.load(run / "state.pt", map_location="cpu")["model"])
     return model, tokenizer
 

@@ -118,8 +118,9 @@ class Encoder(nn.Module):
 class TriModel(nn.Module):
     """Ministral 3 layers over [clean | noisy] sequences.
 
-    Embedding and head share one matrix: any attention head that passes a token's embedding on copies it, so
-    copying is learned for all words at once. The exported checkpoint holds the matrix twice.
+    Embedding and head share one matrix, scaled by sqrt(hidden_size) in the embedding (as in Gemma), so that
+    the word stands out in the residual stream and an attention head that passes it on copies it: copying is
+    learned for all words at once. The published checkpoint has two matrices.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -127,14 +128,15 @@ class TriModel(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.diffusion_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.diffusion_head.weight = self.encoder.embed_tokens.weight
+        self.encoder.embed_tokens.weight = self.diffusion_head.weight
+        self.embedding_scale = config.hidden_size**0.5
         inv_freq = config.rope_theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
         angles = torch.arange(config.max_position_embeddings)[:, None] * inv_freq  # [positions, head_dim / 2]
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                scale = 0.02 if "embed" in name or "head" in name else parameter.shape[1] ** -0.5 * 0.8
+                scale = 0.04 if ".layers." not in name else parameter.shape[1] ** -0.5 * 0.8
                 if "o_proj" in name or "down_proj" in name:
                     scale /= (2 * config.num_layers) ** 0.5
                 nn.init.normal_(parameter, std=scale)
@@ -147,11 +149,17 @@ class TriModel(nn.Module):
         ids, positions: int64 [rows, clean + noisy]; clean_mask: bool [rows, clean, clean], True where a clean
         query may attend; noisy_mask: bool [rows, noisy, clean + noisy], or None when there is no noisy half.
         """
-        x = self.encoder.embed_tokens(ids)
+        x = self.encoder.embed_tokens(ids) * self.embedding_scale
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
         for layer in self.encoder.layers:
             x = layer(x, cos, sin, clean_mask, noisy_mask)
         return self.encoder.norm(x)
+
+    def published_state(self) -> dict[str, Tensor]:
+        """The published checkpoint's tensors: the embedding scaled, and apart from the head."""
+        state = {name: tensor.detach().clone() for name, tensor in self.state_dict().items()}
+        state["encoder.embed_tokens.weight"] *= self.embedding_scale
+        return state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab_size] of hidden states [..., hidden]."""

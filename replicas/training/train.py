@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from replicas.training.batches import Batch, DataConfig, encode_chat, make_batch
+from replicas.training.export import export
 from replicas.training.model import ModelConfig, TriModel
 from replicas.training.objective import clean_mask
 from replicas.training.tasks.registry import FAMILIES, held_out_tasks
@@ -42,7 +43,10 @@ class TrainConfig:
     vocab_size: int = 2048
     eval_every: int = 200
     save_every: int = 200
+    eval_per_family: int = 24
     data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=0))
+    """Its vocab_size becomes the tokenizer's."""
 
 
 def learning_rate_scale(step: int, config: TrainConfig) -> float:
@@ -119,8 +123,13 @@ def save_state(path: Path, step: int, model: TriModel, optimizers: list[torch.op
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def train(config: TrainConfig, out: Path, compiled: bool = True, progress: bool = True) -> TriModel:
-    """Trains to `config.steps`, from `out/state.pt` where there is one, and returns the model."""
+def train(
+    config: TrainConfig, out: Path, compiled: bool = True, progress: bool = True, stop_at: int | None = None
+) -> TriModel:
+    """Trains to `config.steps`, from `out/state.pt` where there is one; exports to `out/checkpoint`.
+
+    stop_at: a step to stop at before, its state saved, as if interrupted.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out.mkdir(parents=True, exist_ok=True)
     tokenizer_path = out / "tokenizer.json"
@@ -128,7 +137,7 @@ def train(config: TrainConfig, out: Path, compiled: bool = True, progress: bool 
         train_tokenizer(config.tokenizer_chats, config.vocab_size, config.seed).save(str(tokenizer_path))
     tokenizer = load_tokenizer(tokenizer_path)
     torch.manual_seed(config.seed)
-    model = TriModel(ModelConfig(vocab_size=tokenizer.get_vocab_size())).to(device)
+    model = TriModel(replace(config.model, vocab_size=tokenizer.get_vocab_size())).to(device)
     optimizers = make_optimizers(model, config)
     first = 0
     if (out / "state.pt").exists():
@@ -137,11 +146,10 @@ def train(config: TrainConfig, out: Path, compiled: bool = True, progress: bool 
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         first = state["step"]
+    last = config.steps if stop_at is None else stop_at
     base_lrs = [config.muon_lr, config.adam_lr]
     step_losses = torch.compile(losses, dynamic=False) if compiled else losses
-    bar = tqdm(
-        range(first, config.steps), initial=first, total=config.steps, disable=not progress, mininterval=10
-    )
+    bar = tqdm(range(first, last), initial=first, total=config.steps, disable=not progress, mininterval=10)
     log = (out / "log.jsonl").open("a")
     started, tokens, recent = time.time(), 0, []
     for step in bar:
@@ -162,10 +170,10 @@ def train(config: TrainConfig, out: Path, compiled: bool = True, progress: bool 
         done = step + 1
         if done % 20 == 0:
             bar.set_postfix_str(f"ar {recent[-1][0]:.3f} noisy {recent[-1][1]:.3f}", refresh=False)
-        if done % config.save_every == 0 or done == config.steps:
+        if done % config.save_every == 0 or done == last:
             save_state(out / "state.pt", done, model, optimizers)
-        if done % config.eval_every == 0 or done == config.steps:
-            exact = teacher_forced_exact(model, tokenizer, 24, device)
+        if done % config.eval_every == 0 or done == last:
+            exact = teacher_forced_exact(model, tokenizer, config.eval_per_family, device)
             entry = {
                 "step": done,
                 "seconds": round(time.time() - started),
@@ -181,6 +189,7 @@ def train(config: TrainConfig, out: Path, compiled: bool = True, progress: bool 
             if progress:
                 tqdm.write(json.dumps(entry))
     log.close()
+    export(model, tokenizer, out / "checkpoint")
     return model
 
 

@@ -56,7 +56,7 @@ def _sort_check(params: Params, answer: str) -> bool:
 
 # ---------------------------------------------------------------- relist: change layout, and order perhaps
 
-_LAYOUTS = ("bullets", "numbers", "arrows")
+_LAYOUTS = ("bullets", "numbers", "arrows", "commas")
 
 
 def _relist_sample(rng: random.Random) -> Params:
@@ -73,6 +73,7 @@ def _relist_phrase(params: Params, rng: random.Random) -> str:
         "bullets": "a bullet list",
         "numbers": "a numbered list",
         "arrows": "one line with arrows",
+        "commas": "one line with commas",
     }[params["layout"]]
     order = "in reversed order" if params["reverse"] else "in the same order"
     return rng.choice(
@@ -94,7 +95,7 @@ def _relist_answer(params: Params) -> str:
         return "\n".join(f"- {name}" for name in names)
     if params["layout"] == "numbers":
         return _numbered(names)
-    return " -> ".join(names)
+    return (" -> " if params["layout"] == "arrows" else ", ").join(names)
 
 
 def _relist_check(params: Params, answer: str) -> bool:
@@ -105,7 +106,7 @@ def _relist_check(params: Params, answer: str) -> bool:
         lines = answer.strip().split("\n")
         names = [line[2:].strip() for line in lines] if all(line.startswith("- ") for line in lines) else None
     else:
-        names = [name.strip() for name in answer.split("->")]
+        names = [name.strip() for name in answer.split("->" if params["layout"] == "arrows" else ",")]
     return names == _relist_order(params)
 
 

@@ -24,7 +24,7 @@ def ministral(model: TriModel) -> Ministral3ForCausalLM:
     reference = Ministral3ForCausalLM(Ministral3Config(**fields, attn_implementation="eager")).eval()
     renamed = {
         name.replace("encoder.", "model.").replace("diffusion_head", "lm_head"): tensor
-        for name, tensor in model.state_dict().items()
+        for name, tensor in model.published_state().items()
     }
     reference.load_state_dict(renamed)
     return reference
