@@ -1,47 +1,115 @@
-"""The pool of K/V pages. Pure bookkeeping: which page is whose; the tensors live with the runner."""
+"""The pool of K/V pages. Pure bookkeeping: which page is whose; the tensors live with the runner.
+
+Full pages of committed K/V are kept findable after their sequences end, by content: a page's key is
+its tokens and the key of the page before it, so equal keys mean equal whole prefixes, compared token
+for token and not by a hash that could collide. Committed K/V is the same in all modes, and so is the
+cache. Pages that nobody uses are evicted, the longest unused first, when others are needed.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+
+ROOT = 0
+"""The key number of the empty prefix."""
 
 
 class PagePool:
-    """Hands out page numbers 0 to num_pages - 1, each to one owner at a time."""
+    """Hands out page numbers 0 to num_pages - 1. A page has one owner, or several that only read it."""
 
     def __init__(self, num_pages: int, page_size: int):
         if num_pages < 1 or page_size < 1:
             raise ValueError(f"num_pages and page_size must be at least 1, got {num_pages} and {page_size}")
         self.num_pages = num_pages
         self.page_size = page_size
-        self._free = list(range(num_pages - 1, -1, -1))
-        self._used: set[int] = set()
+        self._free = list(range(num_pages - 1, -1, -1))  # of unknown content
+        self._idle: OrderedDict[int, None] = OrderedDict()  # findable and unused, the longest unused first
+        self._num_owners: dict[int, int] = {}
+        self._page_of: dict[tuple[int, tuple[int, ...]], int] = {}
+        self._key_of: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self._number_of: dict[int, int] = {}
+        self._last_number = ROOT
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """Pages that allocate() could give."""
+        return len(self._free) + len(self._idle)
 
     @property
     def num_used(self) -> int:
-        return len(self._used)
+        return len(self._num_owners)
 
     def pages_for(self, num_tokens: int) -> int:
         """How many pages hold num_tokens tokens."""
         return -(-num_tokens // self.page_size)
 
     def allocate(self, count: int) -> list[int] | None:
-        """count pages, or None, and nothing taken, when fewer are free."""
-        if count > len(self._free):
+        """count pages of unknown content, or None, and nothing taken, when fewer are free."""
+        if count > self.num_free:
             return None
-        pages = [self._free.pop() for _ in range(count)]
-        self._used.update(pages)
+        pages = []
+        for _ in range(count):
+            page = self._free.pop() if self._free else self._evict()
+            self._num_owners[page] = 1
+            pages.append(page)
         return pages
 
-    def release(self, pages: list[int]) -> None:
-        """Takes pages back. Releasing a page that is not in use is a bug of the caller: KeyError."""
-        for page in pages:
-            self._used.remove(page)
-            self._free.append(page)
+    def find(self, tokens: Sequence[int]) -> tuple[list[int], int]:
+        """Takes the cached pages of the longest prefix of tokens; whole pages only.
 
-    def check_integrity(self, owned: list[int]) -> None:
-        """owned: the pages of all sequences. Raises AssertionError on a leak or a double owner."""
-        assert len(owned) == len(set(owned)), "a page has two owners"
-        assert set(owned) == self._used, "pages in use and pages owned differ"
-        assert len(self._free) == len(set(self._free)), "a page is free twice"
-        assert self._used.isdisjoint(self._free), "a page is free and in use"
-        assert len(self._used) + len(self._free) == self.num_pages, "a page was lost"
+        Returns them, to be released like allocated ones, and the key number of what they hold.
+        """
+        pages: list[int] = []
+        number = ROOT
+        for start in range(0, len(tokens) - self.page_size + 1, self.page_size):
+            page = self._page_of.get((number, tuple(tokens[start : start + self.page_size])))
+            if page is None:
+                break
+            self._num_owners[page] = self._num_owners.get(page, 0) + 1
+            self._idle.pop(page, None)
+            pages.append(page)
+            number = self._number_of[page]
+        return pages, number
+
+    def keep(self, page: int, parent: int, tokens: tuple[int, ...]) -> int:
+        """Makes a full page findable, whose owner has committed its K/V and will not write it again.
+
+        parent: the key number of the prefix before it. Returns its own. Where another page holds the
+        same already, that one stays the one to be found.
+        """
+        key = (parent, tokens)
+        known = self._page_of.get(key)
+        if known is not None:
+            return self._number_of[known]
+        self._last_number += 1
+        self._page_of[key] = page
+        self._key_of[page] = key
+        self._number_of[page] = self._last_number
+        return self._last_number
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Takes pages back, in their order in the sequence. KeyError for a page that is not in use."""
+        for page in reversed(pages):  # a prefix outlives what follows it, without which it is still of use
+            self._num_owners[page] -= 1
+            if self._num_owners[page] == 0:
+                del self._num_owners[page]
+                if page in self._key_of:
+                    self._idle[page] = None
+                else:
+                    self._free.append(page)
+
+    def _evict(self) -> int:
+        page, _ = self._idle.popitem(last=False)
+        del self._page_of[self._key_of.pop(page)]
+        del self._number_of[page]
+        return page
+
+    def check_integrity(self, owned: Iterable[int]) -> None:
+        """owned: the pages of all sequences, once an owner. AssertionError where the books disagree."""
+        assert Counter(owned) == Counter(self._num_owners), "pages in use and pages owned differ"
+        sets = (set(self._free), set(self._idle), set(self._num_owners))
+        assert sum(map(len, sets)) == self.num_pages == len(set().union(*sets)), "a page was lost or is twice"
+        assert len(self._free) == len(sets[0]), "a page is free twice"
+        assert set(self._idle) <= set(self._key_of), "an idle page can't be found"
+        assert set(self._free).isdisjoint(self._key_of), "a free page can be found"
+        assert {page: key for key, page in self._page_of.items()} == self._key_of, "keys and pages differ"
+        assert self._number_of.keys() == self._key_of.keys(), "a kept page has no number"

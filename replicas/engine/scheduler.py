@@ -11,7 +11,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from policies.modes import Mode
-from replicas.engine.blocks import PagePool
+from replicas.engine.blocks import ROOT, PagePool
 from replicas.engine.decoders.choose import ActivePlan, begin_round, plan_for
 from replicas.engine.decoders.round import Ask
 from replicas.engine.plan import ModelSpec, Segment, SegmentOutput, StepPlan
@@ -102,6 +102,7 @@ class Scheduler:
         progress = []
         for sequence, segment, output in zip(self._planned, plan.segments, outputs, strict=True):
             made = self._apply(sequence, segment, output)
+            self._keep(sequence)
             if made.ended:
                 self.remove(sequence)
             if made.token_ids or made.ended:
@@ -144,16 +145,40 @@ class Scheduler:
                 budget -= len(asks[sequence].token_ids)
         num_promised = 0
         while self._waiting and budget > 0 and len(self._running) < self._limits.max_running:
-            num_pages = self._pool.pages_for(self._waiting[0].prefill_end + 1)
+            sequence = self._waiting[0]
+            self._reuse(sequence)
+            num_pages = self._pool.pages_for(sequence.prefill_end + 1) - len(sequence.pages)
             if num_promised + num_pages > self._pool.num_free:
+                self._release(sequence)
                 break
             num_promised += num_pages
-            sequence = self._waiting.popleft()
+            self._waiting.popleft()
             sequence.status = Status.RUNNING
             self._running.append(sequence)
-            asks[sequence] = self._ask_prefill(sequence, budget)
-            budget -= len(asks[sequence].token_ids)
+            if sequence.is_prefilling:
+                asks[sequence] = self._ask_prefill(sequence, budget)
+                budget -= len(asks[sequence].token_ids)
         return asks
+
+    def _reuse(self, sequence: Sequence) -> None:
+        """Gives a sequence about to run the cached pages of its prefix; its first token needs a forward."""
+        needed = sequence.prefill_end - (1 if sequence.num_completion_tokens == 0 else 0)
+        sequence.pages, sequence.key_number = self._pool.find(sequence.tokens[:needed])
+        sequence.num_kept = len(sequence.pages)
+        sequence.num_cached = sequence.num_kept * self._spec.page_size
+        if sequence.num_completion_tokens == 0:
+            sequence.num_reused = sequence.num_cached
+
+    def _keep(self, sequence: Sequence) -> None:
+        """Makes pages findable that have become full of committed K/V."""
+        size = self._spec.page_size
+        # A sequence that ends inside an accepted draft has K/V cached for tokens it did not take.
+        num_tokens = min(sequence.num_cached, len(sequence.tokens))
+        while (end := (sequence.num_kept + 1) * size) <= num_tokens:
+            tokens = tuple(sequence.tokens[end - size : end])
+            page = sequence.pages[sequence.num_kept]
+            sequence.key_number = self._pool.keep(page, sequence.key_number, tokens)
+            sequence.num_kept += 1
 
     def _ask_round(self, sequence: Sequence, budget: int) -> Ask | None:
         """None when the budget is too small for it; it then begins its round another time."""
@@ -193,7 +218,6 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
         self._release(sequence)
-        sequence.num_cached = 0
         sequence.num_preemptions += 1
         sequence.status = Status.WAITING
         self._waiting.appendleft(sequence)
@@ -201,6 +225,8 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self._pool.release(sequence.pages)
         sequence.pages = []
+        sequence.num_cached = sequence.num_kept = 0
+        sequence.key_number = ROOT
 
     def _apply(self, sequence: Sequence, segment: Segment, output: SegmentOutput) -> Progress:
         current = sequence.round

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from policies.modes import Mode
+from replicas.engine.blocks import ROOT
 from replicas.engine.decoders.round import Round
 from replicas.errors import ErrorCode
 from replicas.messages import DecodingOptions, DecodingReport, FinishReason, SamplingParams
@@ -36,6 +37,12 @@ class Sequence:
     status: Status = Status.WAITING
     num_cached: int = 0
     pages: list[int] = field(default_factory=list)
+    num_kept: int = 0
+    """Leading pages that are full and findable by content."""
+    key_number: int = ROOT
+    """Of what the kept pages hold."""
+    num_reused: int = 0
+    """Prompt tokens whose K/V another request had left."""
     round: Round | None = None
     last_mode: Mode | None = None
     rule: str = ""

@@ -66,11 +66,13 @@ def test_crowd_equals_alone(seed: int, num_pages: int, step_tokens: int) -> None
     wanted: dict[str, list[int]] = {}
     seen: dict[str, list[Progress]] = {}
     to_come = 25
+    prefixes = [[rng.randint(3, 60) for _ in range(30)] for _ in range(2)]
     for _ in range(5000):
         if to_come and rng.random() < 0.4:
             to_come -= 1
             kind = rng.choice(list(PINNED))
-            prompt = [rng.randint(3, 60) for _ in range(rng.randint(1, 50))]
+            shared = rng.choice(prefixes)[: rng.randint(0, 30)]
+            prompt = shared + [rng.randint(3, 60) for _ in range(rng.randint(1, 20))]
             max_tokens = rng.randint(1, 96 - len(prompt))
             name = f"{kind}-{to_come}"
             engine.submit(name, prompt, SamplingParams(max_tokens=max_tokens), PINNED[kind])
@@ -155,6 +157,33 @@ def test_a_crowd_of_long_blocks_does_not_starve_a_prompt() -> None:
     for _ in range(4):
         engine.step()
     assert late.num_completion_tokens > 0
+
+
+@pytest.mark.parametrize("first", PINNED)
+@pytest.mark.parametrize("second", PINNED)
+def test_a_prefix_is_computed_once_whatever_the_modes(first: str, second: str) -> None:
+    """The second turn of a chat repeats the first turn's prompt and answer."""
+    engine = Engine(ScriptedRunner())
+    prompt = [9, 8, 7, 6, 5, 4, 3, 10]
+    one = engine.submit("one", prompt, SamplingParams(max_tokens=30, ignore_eos=True), PINNED[first])
+    drain(engine)
+    again = [*one.tokens, 20, 21]
+    two = engine.submit("two", again, SamplingParams(max_tokens=20), PINNED[second])
+    made = drain(engine)["two"]
+    assert tokens_of(made) == expected(second, again, 20, 96)
+    # All full pages but those of the last block: what diffusion had not committed when it ended.
+    lost = 8 if first == "diffusion" else 4
+    assert len(one.tokens) - lost <= two.num_reused <= len(one.tokens)
+
+
+def test_the_same_prompt_again_needs_one_token_of_prefill() -> None:
+    runner = ScriptedRunner()
+    engine = Engine(runner)
+    for name in ("one", "two"):
+        runner.most_tokens = 0
+        engine.submit(name, [5] * 32, SamplingParams(max_tokens=1))
+        drain(engine)
+    assert runner.most_tokens == 4  # the last page again: its last logits are wanted
 
 
 def test_cancel_frees_pages_at_once() -> None:
