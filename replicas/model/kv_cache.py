@@ -21,7 +21,10 @@ class KvCache:
         shape = (num_pages, 2, config.num_kv_heads, page_size, config.head_dim)
         self.layers = [torch.zeros(shape, dtype=dtype) for _ in range(config.num_layers)]
         self._rows = [layer.view(-1, self.head_dim) for layer in self.layers]
-        self._pages = [layer.view(-1, page_size * self.head_dim) for layer in self.layers]
+        self._block = page_size * self.head_dim
+        self._pages = [layer.view(-1, self._block) for layer in self.layers]
+        # Reused, because fresh pages of a large buffer cost more than the copy into them.
+        self._gathered = torch.empty(0, dtype=dtype)
 
     @staticmethod
     def page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
@@ -33,8 +36,15 @@ class KvCache:
         self._rows[layer].index_copy_(0, rows, keys_values.reshape(-1, self.head_dim))
 
     def gather(self, layer: int, blocks: torch.Tensor, num_sequences: int) -> torch.Tensor:
-        """blocks (`gather_blocks`, P pages a sequence) -> [2, S, num_kv_heads, P * page_size, head_dim]."""
-        pages = self._pages[layer].index_select(0, blocks)
+        """blocks (`gather_blocks`, P pages a sequence) -> [2, S, num_kv_heads, P * page_size, head_dim].
+
+        The result is valid until the next gather.
+        """
+        length = len(blocks) * self._block
+        if length > len(self._gathered):
+            self._gathered = self._gathered.new_empty(2 * length)
+        pages = self._gathered[:length].view(-1, self._block)
+        torch.index_select(self._pages[layer], 0, blocks, out=pages)
         return pages.view(2, num_sequences, self.num_kv_heads, -1, self.head_dim)
 
     def store_rows(self, pages: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
