@@ -69,7 +69,7 @@ class Attention(Protocol):
         self, layer: int, queries: torch.Tensor, keys_values: torch.Tensor, plan: AttentionPlan
     ) -> torch.Tensor:
         """queries [T, heads, head_dim], heads ordered (query of a kv head, kv head);
-        keys_values [T, 2, kv_heads, head_dim] -> [T, heads * head_dim]. Stores keys and values."""
+        keys_values [T, 2 * kv_heads, head_dim], keys first; stores them -> [T, heads * head_dim]"""
         ...
 
 

@@ -212,7 +212,7 @@ class _TensorReader:
 
 def _check_memory(config: ModelConfig, dtype: torch.dtype, reserved_bytes: int) -> None:
     weights = config.num_parameters * dtype.itemsize
-    if dtype is torch.bfloat16 and config.tie_word_embeddings:
+    if config.tie_word_embeddings:
         # The prepacked head is a copy of the embedding.
         weights += config.vocab_size * config.hidden_size * dtype.itemsize
     available = available_bytes()

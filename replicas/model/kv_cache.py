@@ -32,7 +32,7 @@ class KvCache:
         return 2 * config.num_layers * config.num_kv_heads * config.head_dim * page_size * dtype.itemsize
 
     def store(self, layer: int, keys_values: torch.Tensor, rows: torch.Tensor) -> None:
-        """keys_values [T, 2, num_kv_heads, head_dim] to rows [T * 2 * num_kv_heads] (`store_rows`)."""
+        """keys_values [T, 2 * num_kv_heads, head_dim] to rows [T * 2 * num_kv_heads] (`store_rows`)."""
         self._rows[layer].index_copy_(0, rows, keys_values.reshape(-1, self.head_dim))
 
     def gather(self, layer: int, blocks: torch.Tensor, num_sequences: int) -> torch.Tensor:

@@ -27,22 +27,26 @@ class RotaryTable:
         if beta is not None and original_max is not None:
             self.query_scale = 1 + beta * torch.log(1 + torch.floor(positions / original_max))
 
-    def query_and_key(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T] -> the factors of queries and keys, each [T, 1, head_dim / 2] complex64."""
-        key = self.phases[positions].unsqueeze(1)
+    def factors(self, positions: torch.Tensor, num_heads: int, num_kv_heads: int) -> torch.Tensor:
+        """[T] -> what query heads, then key heads are multiplied by: [T, heads + kv_heads, head_dim / 2]."""
+        keys = self.phases[positions].unsqueeze(1)
         if self.query_scale is None:
-            return key, key
-        return key * self.query_scale[positions, None, None], key
+            return keys
+        queries = keys * self.query_scale[positions, None, None]
+        return torch.cat((queries.expand(-1, num_heads, -1), keys.expand(-1, num_kv_heads, -1)), 1)
 
 
-def rotate(heads: torch.Tensor, phases: torch.Tensor) -> torch.Tensor:
-    """heads [T, N, head_dim], neighbours 2j and 2j + 1 one complex number; phases [T, 1, head_dim / 2].
+def rotate_(heads: torch.Tensor, factors: torch.Tensor) -> None:
+    """Multiply heads [T, N, head_dim] in place by factors [T, N or 1, head_dim / 2] complex64.
 
-    The pairs are neighbours because the loader interleaves the two halves of each head (layout.py).
-    Returns a new contiguous tensor of the same dtype; the product is taken in float32.
+    Neighbours 2j and 2j + 1 are one complex number, because the loader interleaves the two halves of
+    each head (layout.py). The product is taken in float32.
     """
-    pairs = torch.view_as_complex(heads.float().view(*heads.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * phases).flatten(-2).to(heads.dtype)
+    pairs = heads.view(*heads.shape[:2], -1, 2)
+    if heads.dtype is torch.float32:
+        torch.view_as_complex(pairs).mul_(factors)
+    else:
+        pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()).mul_(factors)))
 
 
 def _frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:

@@ -10,7 +10,7 @@ from replicas.model.attention import Attention, AttentionPlan
 from replicas.model.checkpoint import LayerWeights, ModelWeights
 from replicas.model.config import ModelConfig
 from replicas.model.linear import Linear, make_linear
-from replicas.model.rotary import RotaryTable, rotate
+from replicas.model.rotary import RotaryTable, rotate_
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,7 @@ class Transformer:
 
     def __init__(self, config: ModelConfig, weights: ModelWeights, attention: Attention, num_positions: int):
         self._eps = config.rms_norm_eps
+        self._heads = (config.num_heads, config.num_kv_heads)
         self._rotary = RotaryTable(config, num_positions)
         self._attention = attention
         self._embedding = weights.embedding
@@ -48,13 +49,13 @@ class Transformer:
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
         """-> logits [W, vocab] of the wanted rows, in the model's dtype."""
-        phases = self._rotary.query_and_key(batch.attention.positions)
+        factors = self._rotary.factors(batch.attention.positions, *self._heads)
         hidden = F.embedding(batch.token_ids, self._embedding)
         for layer in self._layers[:-1]:
-            attended = layer.attend(hidden, phases, batch.attention, self._attention, batch.adapter)
+            attended = layer.attend(hidden, factors, batch.attention, self._attention, batch.adapter)
             hidden = layer.finish(hidden, attended, batch.adapter)
         last = self._layers[-1]
-        attended = last.attend(hidden, phases, batch.attention, self._attention, batch.adapter)
+        attended = last.attend(hidden, factors, batch.attention, self._attention, batch.adapter)
         if batch.wanted is not None:
             hidden, attended = hidden[batch.wanted], attended[batch.wanted]
         if not len(hidden):
@@ -76,7 +77,9 @@ class _Layer:
     def __init__(self, config: ModelConfig, weights: LayerWeights, index: int):
         self._index = index
         self._eps = config.rms_norm_eps
-        self._split = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        self._num_kv_heads = config.num_kv_heads
+        self._num_rotated = config.num_heads + config.num_kv_heads
+        self._split = [config.num_heads, 2 * config.num_kv_heads]
         self._head_dim = config.head_dim
         self._input_norm, self._post_norm = weights.input_norm, weights.post_norm
         self._query_norm, self._key_norm = weights.query_norm, weights.key_norm
@@ -89,7 +92,7 @@ class _Layer:
     def attend(
         self,
         hidden: torch.Tensor,
-        phases: tuple[torch.Tensor, torch.Tensor],
+        factors: torch.Tensor,
         plan: AttentionPlan,
         attention: Attention,
         adapter: AdapterRows | None,
@@ -97,12 +100,12 @@ class _Layer:
         """hidden [T, hidden_size] -> [T, heads * head_dim], before the output projection."""
         x = rms_norm(hidden, self._input_norm, self._eps)
         qkv = self._adapted("qkv", self._qkv(x), x, adapter).view(len(x), -1, self._head_dim)
-        queries, keys, values = qkv.split_with_sizes(self._split, 1)
+        queries, keys_values = qkv.split_with_sizes(self._split, 1)
         if self._query_norm is not None and self._key_norm is not None:
-            queries = rms_norm(queries, self._query_norm, self._eps)
-            keys = rms_norm(keys, self._key_norm, self._eps)
-        queries = rotate(queries, phases[0])
-        keys_values = torch.stack((rotate(keys, phases[1]), values), 1)
+            keys = keys_values[:, : self._num_kv_heads]
+            queries.copy_(rms_norm(queries, self._query_norm, self._eps))
+            keys.copy_(rms_norm(keys, self._key_norm, self._eps))
+        rotate_(qkv[:, : self._num_rotated], factors)
         return attention(self._index, queries, keys_values, plan)
 
     def finish(
