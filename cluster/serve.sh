@@ -4,19 +4,19 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 port="${PORT:-8000}"
+# May hold the password of redis_url; mktemp makes it readable to its owner only.
 file="$(mktemp)"
-# The file may hold the password of redis_url; mktemp made it readable to its owner only.
+trap 'rm -f "$file"' EXIT
 python -m cluster.serve_file "port=$port" "model=${MODEL:-}" "num_replicas=${REPLICAS:-}" \
   "redis_url=${REDIS_URL:-}" "policy=${POLICY:-}" >"$file"
 
-serve run "$file" &
-server=$!
-trap 'rm -f "$file"' EXIT
-trap 'kill -INT "$server" 2>/dev/null; wait "$server"; exit 130' INT TERM
-
-until curl -sf -o /dev/null --max-time 2 "http://127.0.0.1:$port/readyz"; do
-  kill -0 "$server" 2>/dev/null || { wait "$server"; exit 1; }
-  sleep 1
-done
-echo "== Triad is ready on http://127.0.0.1:$port (try /v1/models, /v1/triad/state) =="
-wait "$server"
+# The server stays in the foreground, where Ctrl-C reaches it; this waits behind it and then says so.
+(
+  ready="import urllib.request as r; r.urlopen('http://127.0.0.1:$port/readyz', timeout=2)"
+  until python -c "$ready" 2>/dev/null; do
+    kill -0 $$ 2>/dev/null || exit 0
+    sleep 1
+  done
+  echo "== Triad is ready on http://127.0.0.1:$port (try /v1/models, /v1/triad/state) =="
+) &
+serve run "$file"
