@@ -21,6 +21,12 @@ class SamplingParams:
     seed: the random numbers of a request depend on its seed and the token's position alone, so the
     same request gives the same tokens in any batch, and in `ar` and `self_speculation` alike.
     stop: strings that end the text, themselves left out. ignore_eos: only max_tokens ends it.
+    min_p: tokens less probable than min_p times the most probable one are left out.
+    presence_penalty, frequency_penalty: taken off the logit of a token that the completion has already,
+    once and by count; repetition_penalty divides the logits of tokens seen, prompt included (multiplies
+    negative ones), as in CTRL (arXiv 1909.05858).
+    logit_bias: (token id, what is added to its logit). min_tokens: no end of text before so many.
+    logprobs: how many of the most probable tokens to report with each token, 0 for itself alone.
     """
 
     max_tokens: int | None = None
@@ -30,6 +36,34 @@ class SamplingParams:
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    logprobs: int | None = None
+
+    @property
+    def has_penalties(self) -> bool:
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
+        return penalties != (0.0, 0.0, 1.0)
+
+    @property
+    def needs_causal_order(self) -> str | None:
+        """A field whose meaning needs every token before the one sampled, which diffusion has not got."""
+        for name, neutral in _CAUSAL_FIELDS.items():
+            if getattr(self, name) != neutral:
+                return name
+        return None
+
+
+_CAUSAL_FIELDS = {
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "logprobs": None,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +115,26 @@ class Rejected:
 
 
 @dataclass(frozen=True, slots=True)
+class TextLogprob:
+    """A token's text, its bytes and its log-probability by the model, before temperature and filters."""
+
+    text: str
+    bytes: bytes
+    logprob: float
+    top: tuple["TextLogprob", ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
-    """New committed text; never taken back. num_tokens may be 0 when a held-back text comes free."""
+    """New committed text; never taken back. num_tokens may be 0 when a held-back text comes free.
+
+    logprobs: of the num_tokens tokens, where the request asks for them.
+    """
 
     request_id: str
     text: str
     num_tokens: int
+    logprobs: tuple[TextLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +165,8 @@ class Finished:
     num_prompt_tokens: int
     num_completion_tokens: int
     report: DecodingReport
+    num_reused_tokens: int = 0
+    """Prompt tokens that cost nothing, since their K/V was in the prefix cache."""
 
 
 @dataclass(frozen=True, slots=True)

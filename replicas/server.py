@@ -30,7 +30,7 @@ class Replica:
 
     def __init__(self, config: ReplicaConfig):
         runner = load_runner(config)
-        codec = TextCodec.load(config.checkpoint, runner.vocab_size)
+        codec = TextCodec.load(config.checkpoint)
         engine = Engine(
             runner,
             max_running=config.max_running,
@@ -43,7 +43,7 @@ class Replica:
             name=config.served_model_name,
             modes=engine.spec.modes,
             max_context=engine.spec.max_context,
-            vocab_size=runner.vocab_size,
+            vocab_size=engine.spec.vocab_size,
         )
         self._service = ReplicaService(engine, codec, replica_id)
         self._store = LoadStore(config.redis_url, config.app)

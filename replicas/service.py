@@ -25,6 +25,7 @@ from replicas.messages import (
     FinishReason,
     GenerateRequest,
     Rejected,
+    TextLogprob,
 )
 from replicas.stats import DecodingStats
 from replicas.text import TextCodec, TextStream
@@ -44,6 +45,7 @@ class _Live:
     text: TextStream
     num_unsent: int = 0
     """Tokens whose text is still held back."""
+    unsent_logprobs: list[TextLogprob] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,19 +262,28 @@ class ReplicaService:
         request_id, channel_id = live.request.request_id, live.request.channel_id
         before = live.text.num_tokens
         text = live.text.push(made.token_ids)
-        live.num_unsent += live.text.num_tokens - before
+        num_taken = live.text.num_tokens - before
+        live.num_unsent += num_taken
+        live.unsent_logprobs += map(self._codec.logprob, made.logprobs[:num_taken])
         if made.reason is not None:
             text += live.text.finish()
         reason = FinishReason.STOP if live.text.stopped else made.reason
         if text:
-            outbox.add(channel_id, Delta(request_id, text, live.num_unsent))
+            outbox.add(channel_id, Delta(request_id, text, live.num_unsent, tuple(live.unsent_logprobs)))
             live.num_unsent = 0
+            live.unsent_logprobs = []
         if made.error is not None:
             last: Event = Failed(request_id, made.error, made.message)
         elif reason is not None:
-            report = made.sequence.report(self.replica_id)
-            num_prompt, num_tokens = made.sequence.num_prompt_tokens, live.text.num_tokens
-            last = Finished(request_id, reason, num_prompt, num_tokens, report)
+            sequence = made.sequence
+            last = Finished(
+                request_id,
+                reason,
+                sequence.num_prompt_tokens,
+                live.text.num_tokens,
+                sequence.report(self.replica_id),
+                sequence.num_reused,
+            )
         else:
             return
         del self._live[request_id]

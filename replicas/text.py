@@ -4,36 +4,41 @@ from collections.abc import Mapping
 
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from replicas.engine.plan import TokenLogprob
 from replicas.errors import ErrorCode, TriadError
+from replicas.messages import TextLogprob
+
+_BYTES: dict[str, int] = {char: byte for byte, char in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
+"""Of byte-level tokenizers: what character stands for which byte."""
 
 
 class TextCodec:
     """A checkpoint's tokenizer and chat template."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, vocab_size: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
         self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
 
     @classmethod
-    def load(cls, checkpoint: str, vocab_size: int) -> "TextCodec":
+    def load(cls, checkpoint: str) -> "TextCodec":
         """checkpoint: a folder or a hub name."""
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise ValueError(f"{checkpoint} has no tokenizer.json; a fast tokenizer is needed")
-        return cls(tokenizer, vocab_size)
+        return cls(tokenizer)
 
     def encode(self, prompt: tuple[Mapping[str, str], ...] | str | tuple[int, ...]) -> list[int]:
         """Chat messages by the chat template, text with the tokenizer's own special tokens, ids as they are.
 
-        TriadError when the template refuses the messages or an id is not in the vocabulary.
+        TriadError when the template refuses the messages.
         """
         if isinstance(prompt, str):
             return list(self._tokenizer.encode(prompt))
         ids = [item for item in prompt if isinstance(item, int)]
         messages = [dict(item) for item in prompt if not isinstance(item, int)]
         if not messages:
-            return self._checked(ids)
+            return ids
         if self._tokenizer.chat_template is None:
             raise TriadError(
                 ErrorCode.INVALID_REQUEST,
@@ -50,15 +55,17 @@ class TextCodec:
     def stream(self, stop: tuple[str, ...] = ()) -> "TextStream":
         return TextStream(self._tokenizer, stop)
 
-    def _checked(self, ids: list[int]) -> list[int]:
-        for token in ids:
-            if not 0 <= token < self._vocab_size:
-                raise TriadError(
-                    ErrorCode.INVALID_REQUEST,
-                    f"token id {token} is not in the vocabulary of {self._vocab_size}",
-                    "prompt",
-                )
-        return ids
+    def logprob(self, made: TokenLogprob) -> TextLogprob:
+        """A token's log-probability in text; its bytes may be part of a character only."""
+        top = tuple(self._entry(token, logprob) for token, logprob in made.top)
+        return self._entry(made.token_id, made.logprob, top)
+
+    def _entry(self, token_id: int, logprob: float, top: tuple[TextLogprob, ...] = ()) -> TextLogprob:
+        text = str(self._tokenizer.decode([token_id]))
+        piece = str(self._tokenizer.convert_ids_to_tokens(token_id))
+        is_bytes = token_id not in self._tokenizer.all_special_ids and all(char in _BYTES for char in piece)
+        raw = bytes(_BYTES[char] for char in piece) if is_bytes else text.encode()
+        return TextLogprob(text, raw, logprob, top)
 
 
 class TextStream:

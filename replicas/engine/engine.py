@@ -138,6 +138,10 @@ class Engine:
             raise TriadError(
                 ErrorCode.INVALID_REQUEST, "the prompt is empty; give at least one token", "prompt"
             )
+        self._check_vocabulary("prompt", prompt_ids)
+        self._check_vocabulary("logit_bias", [token for token, _ in sampling.logit_bias])
+        if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
+            raise TriadError(ErrorCode.INVALID_REQUEST, "min_tokens is above max_tokens", "min_tokens")
         if sampling.max_tokens is not None and sampling.max_tokens < 1:
             raise TriadError(ErrorCode.INVALID_REQUEST, "max_tokens must be at least 1", "max_tokens")
         num_tokens = len(prompt_ids) + (sampling.max_tokens or 1)
@@ -154,6 +158,14 @@ class Engine:
                 f"this model has no mode {decoding.mode}; it has {', '.join(self.spec.modes)}",
                 "decoding.mode",
             )
+        causal_field = sampling.needs_causal_order
+        if decoding.mode is Mode.DIFFUSION and causal_field is not None:
+            raise TriadError(
+                ErrorCode.INVALID_REQUEST,
+                f"{causal_field} has no meaning in diffusion, which does not sample from left to right; "
+                f"leave it out, or use the mode ar, self_speculation or auto",
+                causal_field,
+            )
         if len(self._scheduler.waiting) >= self._max_waiting + self._max_running - len(
             self._scheduler.running
         ):
@@ -161,6 +173,13 @@ class Engine:
                 ErrorCode.QUEUE_FULL,
                 f"the replica's queue of {self._max_waiting} requests is full; retry later",
             )
+
+    def _check_vocabulary(self, param: str, token_ids: list[int]) -> None:
+        vocab_size = self.spec.vocab_size
+        for token in token_ids:
+            if not 0 <= token < vocab_size:
+                message = f"token id {token} is not in the vocabulary of {vocab_size}"
+                raise TriadError(ErrorCode.INVALID_REQUEST, message, param)
 
     def _expire(self) -> list[Progress]:
         now_s = self._clock()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from math import inf, log
 from typing import Protocol
 
 from policies.modes import Mode
@@ -21,6 +22,8 @@ class Segment:
     start: position of token_ids[0]; the K/V of positions 0..start-1 is cached.
     pages: the page table; pages[p // page_size] holds position p, up to start + len(token_ids) - 1.
     wanted: indices into token_ids whose logits are sampled, ascending; may be empty.
+    prompt_len: tokens of the sequence's prompt.
+    history: the tokens before start, where the sampling has penalties; else empty.
     adapter: whether the draft adapter is on for these rows (bidirectional segments only).
     """
 
@@ -32,6 +35,8 @@ class Segment:
     adapter: bool
     wanted: tuple[int, ...]
     sampling: SamplingParams
+    prompt_len: int = 0
+    history: tuple[int, ...] = ()
 
     @property
     def sampled_positions(self) -> tuple[int, ...]:
@@ -55,6 +60,10 @@ class StepPlan:
         return sum(len(segment.token_ids) for segment in self.segments)
 
 
+TokenProb = tuple[int, float]
+"""A token id and its log-probability."""
+
+
 @dataclass(frozen=True, slots=True)
 class SegmentOutput:
     """What was sampled, aligned with Segment.wanted.
@@ -65,6 +74,24 @@ class SegmentOutput:
 
     token_ids: tuple[int, ...]
     probs: tuple[float, ...]
+    top: tuple[tuple[TokenProb, ...], ...] = ()
+    """Where asked for: for each chosen token the most probable ones, in order."""
+
+    def logprobs(self, count: int) -> tuple["TokenLogprob", ...]:
+        """Of the first count tokens; empty where none were asked for."""
+        if not self.top:
+            return ()
+        chosen = zip(self.token_ids[:count], self.probs, self.top, strict=False)
+        return tuple(TokenLogprob(token, log(prob) if prob > 0 else -inf, top) for token, prob, top in chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token, its log-probability, and the most probable tokens in its place."""
+
+    token_id: int
+    logprob: float
+    top: tuple[TokenProb, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +104,7 @@ class ModelSpec:
     max_context: int
     num_pages: int
     page_size: int
+    vocab_size: int
 
 
 class Runner(Protocol):

@@ -91,6 +91,8 @@ class Scheduler:
                     adapter=ask.adapter,
                     wanted=ask.wanted,
                     sampling=sequence.sampling,
+                    prompt_len=sequence.num_prompt_tokens,
+                    history=tuple(sequence.tokens[:start]) if sequence.sampling.has_penalties else (),
                 )
             )
         self._num_steps += 1
@@ -236,12 +238,12 @@ class Scheduler:
                 return Progress(sequence)
             plan = plan_for(sequence, self.active, self._spec)
             sequence.note_mode(plan.decode.mode, plan.rule)
-            mode, tokens = plan.decode.mode, output.token_ids
+            mode, tokens, logprobs = plan.decode.mode, output.token_ids, output.logprobs(1)
         else:
             advance = current.advance(output)
             sequence.num_forwards += 1
             self.forwards_by_mode[current.mode] += 1
-            mode, tokens = current.mode, advance.tokens
+            mode, tokens, logprobs = current.mode, advance.tokens, advance.logprobs
             if advance.done:
                 sequence.num_cached = current.start + advance.num_cached
                 sequence.round = None
@@ -249,4 +251,4 @@ class Scheduler:
         self.num_tokens += len(taken)
         if current is not None:
             self.tokens_by_mode[mode] += len(taken)
-        return Progress(sequence, taken, reason)
+        return Progress(sequence, taken, logprobs[: len(taken)], reason)

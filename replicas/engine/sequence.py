@@ -7,6 +7,7 @@ from enum import StrEnum
 from policies.modes import Mode
 from replicas.engine.blocks import ROOT
 from replicas.engine.decoders.round import Round
+from replicas.engine.plan import TokenLogprob
 from replicas.errors import ErrorCode
 from replicas.messages import DecodingOptions, DecodingReport, FinishReason, SamplingParams
 
@@ -116,6 +117,7 @@ class Progress:
 
     sequence: Sequence
     token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
     reason: FinishReason | None = None
     error: ErrorCode | None = None
     message: str = ""

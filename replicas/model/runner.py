@@ -6,13 +6,12 @@ from itertools import chain
 import torch
 
 from replicas.engine.plan import ModelSpec, Segment, SegmentOutput, StepPlan
-from replicas.messages import SamplingParams
 from replicas.model.adapter import AdapterRows
 from replicas.model.attention import AttentionPlan, CpuAttention
 from replicas.model.checkpoint import DTYPES, CheckpointError, ModelWeights, load_weights, resolve_folder
 from replicas.model.config import ModelConfig
 from replicas.model.kv_cache import KvCache
-from replicas.model.sampler import SampledRows, sample
+from replicas.model.sampler import Row, sample
 from replicas.model.transformer import Batch, Transformer
 
 DEFAULT_KV_BUDGET_BYTES = 512 << 20
@@ -34,7 +33,6 @@ class TorchRunner:
         cache = KvCache(config, num_pages, page_size, weights.embedding.dtype)
         self._attention = CpuAttention(cache, config.num_heads)
         self._model = Transformer(config, weights, self._attention, max_context)
-        self._vocab_size = config.vocab_size
         self._spec = ModelSpec(
             modes=config.modes,
             mask_token_id=config.mask_token_id,
@@ -42,6 +40,7 @@ class TorchRunner:
             max_context=max_context,
             num_pages=num_pages,
             page_size=page_size,
+            vocab_size=config.vocab_size,
         )
 
     @classmethod
@@ -89,10 +88,6 @@ class TorchRunner:
         )
 
     @property
-    def vocab_size(self) -> int:
-        return self._vocab_size
-
-    @property
     def spec(self) -> ModelSpec:
         return self._spec
 
@@ -102,21 +97,29 @@ class TorchRunner:
         attention = self._attention.plan(plan.segments)
         segments = [plan.segments[index] for index in attention.order]
         logits = self._model.forward(_batch(segments, attention))
-        sampled_rows = list(chain.from_iterable(_sampled_rows(segment) for segment in segments))
+        rows = list(chain.from_iterable(_rows(segment) for segment in segments))
         outputs = [SegmentOutput((), ())] * len(segments)
-        if not sampled_rows:
+        if not rows:
             return outputs
-        tokens, probs = sample(logits, SampledRows.build(sampled_rows), self._spec.mask_token_id)
+        tokens, probs, tops = sample(logits, rows, self._spec.mask_token_id, self._spec.eos_token_ids)
         row = 0
         for index, segment in zip(attention.order, segments, strict=True):
             end = row + len(segment.wanted)
-            outputs[index] = SegmentOutput(tuple(tokens[row:end]), tuple(probs[row:end]))
+            top = () if segment.sampling.logprobs is None else tuple(tops[r] for r in range(row, end))
+            outputs[index] = SegmentOutput(tuple(tokens[row:end]), tuple(probs[row:end]), top)
             row = end
         return outputs
 
 
-def _sampled_rows(segment: Segment) -> list[tuple[SamplingParams, int]]:
-    return [(segment.sampling, position) for position in segment.sampled_positions]
+def _rows(segment: Segment) -> list[Row]:
+    """A bidirectional row knows, of its own segment, the seed alone: a draft, to be verified."""
+    rows = []
+    for index, position in zip(segment.wanted, segment.sampled_positions, strict=True):
+        seen: tuple[int, ...] = ()
+        if segment.sampling.has_penalties:
+            seen = segment.history + segment.token_ids[: index + 1 if segment.causal else 1]
+        rows.append(Row(segment.sampling, position, segment.prompt_len, seen))
+    return rows
 
 
 def _batch(segments: Sequence[Segment], attention: AttentionPlan) -> Batch:

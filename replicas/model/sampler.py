@@ -5,22 +5,48 @@ position, and on nothing else of the batch: one uniform number a row from a stat
 position) picks from the cumulative distribution in the order of token ids.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from replicas.engine.plan import TokenProb
 from replicas.messages import SamplingParams
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True, slots=True)
+class Row:
+    """One row of logits to choose from.
+
+    position: of the token chosen. prompt_len: of its sequence.
+    seen: all tokens before it, where the sampling has penalties; else empty.
+    """
+
+    sampling: SamplingParams
+    position: int
+    prompt_len: int = 0
+    seen: tuple[int, ...] = ()
+
+    @property
+    def has_rules(self) -> bool:
+        """Its logits are changed before the choice."""
+        sampling = self.sampling
+        return sampling.has_penalties or bool(sampling.logit_bias) or self.forbids_end
+
+    @property
+    def forbids_end(self) -> bool:
+        return self.position < self.prompt_len + self.sampling.min_tokens
+
+
+@dataclass(frozen=True, slots=True)
 class SampledRows:
     """The rows that are not greedy, R of W.
 
-    rows: [R] int64; temperature, top_p: [R] float32; top_k: [R] int64, 0 for no limit
+    rows: [R] int64; temperature, top_p, min_p: [R] float32; top_k: [R] int64, 0 for no limit
     uniforms: [R] float64 in [0, 1)
     """
 
@@ -28,21 +54,24 @@ class SampledRows:
     temperature: torch.Tensor
     top_k: torch.Tensor
     top_p: torch.Tensor
+    min_p: torch.Tensor
     uniforms: torch.Tensor
 
     @classmethod
-    def build(cls, rows: Sequence[tuple[SamplingParams, int]]) -> "SampledRows | None":
-        """rows: parameters and sampled position of each of the W rows; None if all are greedy."""
-        picked = [(row, *entry) for row, entry in enumerate(rows) if entry[0].temperature > 0]
+    def build(cls, rows: Sequence[Row]) -> "SampledRows | None":
+        """None if all of the W rows are greedy."""
+        picked = [index for index, row in enumerate(rows) if row.sampling.temperature > 0]
         if not picked:
             return None
-        params = [entry[1] for entry in picked]
+        params = [rows[index].sampling for index in picked]
+        positions = [rows[index].position for index in picked]
         return cls(
-            rows=torch.tensor([entry[0] for entry in picked]),
-            temperature=torch.tensor([p.temperature for p in params], dtype=torch.float32),
+            rows=torch.tensor(picked),
+            temperature=torch.tensor([max(p.temperature, 1e-5) for p in params], dtype=torch.float32),
             top_k=torch.tensor([p.top_k for p in params]),
             top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32),
-            uniforms=torch.from_numpy(uniforms([p.seed for p in params], [entry[2] for entry in picked])),
+            min_p=torch.tensor([p.min_p for p in params], dtype=torch.float32),
+            uniforms=torch.from_numpy(uniforms([p.seed for p in params], positions)),
         )
 
 
@@ -65,33 +94,81 @@ def _mix(x: "np.ndarray[tuple[int], np.dtype[np.uint64]]") -> "np.ndarray[tuple[
 
 @torch.inference_mode()
 def sample(
-    logits: torch.Tensor, sampled: SampledRows | None, mask_token_id: int | None
-) -> tuple[list[int], list[float]]:
-    """logits [W, vocab] -> W token ids and probabilities. Overwrites logits.
+    logits: torch.Tensor,
+    rows: Sequence[Row],
+    mask_token_id: int | None,
+    eos_token_ids: Set[int] = frozenset(),
+) -> tuple[list[int], list[float], dict[int, tuple[TokenProb, ...]]]:
+    """logits [W, vocab] -> W token ids, W probabilities, and by row the most probable tokens asked for.
 
-    The mask token is never chosen. A probability is that of the chosen token in the softmax of the
-    raw logits without the mask token, before temperature and filters.
+    The mask token is never chosen. Probabilities are those of the softmax of the raw logits without
+    the mask token: before penalties, bias, temperature and filters. Overwrites logits.
     """
     logits = logits.float()
     if mask_token_id is not None:
         logits[:, mask_token_id] = float("-inf")
-    chosen_logits, tokens = logits.max(-1)
     normalisers = logits.logsumexp(-1)
+    ruled = [index for index, row in enumerate(rows) if row.has_rules]
+    choices = _ruled(logits, rows, ruled, eos_token_ids) if ruled else logits
+    tokens = choices.argmax(-1)
+    sampled = SampledRows.build(rows)
     if sampled is not None:
-        rows = sampled.rows
-        picked = _pick(logits[rows], sampled)
-        tokens[rows] = picked
-        chosen_logits[rows] = logits[rows, picked]
-    probs = (chosen_logits - normalisers).exp_()
+        tokens[sampled.rows] = _pick(choices[sampled.rows], sampled)
+    chosen = logits.gather(1, tokens[:, None]).squeeze(1)
+    probs = (chosen - normalisers).exp_()
     # float64 holds any token id exactly, so ids and probabilities leave the device in one copy.
     ids, values = torch.stack((tokens.double(), probs.double())).tolist()
-    return [int(token) for token in ids], values
+    return [int(token) for token in ids], values, _most_probable(logits, normalisers, rows)
+
+
+def _ruled(
+    logits: torch.Tensor, rows: Sequence[Row], ruled: Sequence[int], eos_token_ids: Set[int]
+) -> torch.Tensor:
+    """A copy of logits with penalties, bias and min_tokens applied to the ruled rows, in this order."""
+    changed = logits.clone()
+    for index in ruled:
+        row, line = rows[index], changed[index]
+        sampling = row.sampling
+        if sampling.repetition_penalty != 1.0 and row.seen:
+            ids = torch.tensor(sorted(set(row.seen)))
+            values = line[ids]
+            line[ids] = torch.where(
+                values > 0, values / sampling.repetition_penalty, values * sampling.repetition_penalty
+            )
+        counts = Counter(row.seen[row.prompt_len :])
+        if counts:
+            amounts = torch.tensor(list(counts.values()), dtype=line.dtype)
+            penalty = sampling.presence_penalty + sampling.frequency_penalty * amounts
+            line[torch.tensor(list(counts))] -= penalty
+        for token, bias in sampling.logit_bias:
+            line[token] += bias
+        if row.forbids_end:
+            line[list(eos_token_ids)] = float("-inf")
+    return changed
+
+
+def _most_probable(
+    logits: torch.Tensor, normalisers: torch.Tensor, rows: Sequence[Row]
+) -> dict[int, tuple[TokenProb, ...]]:
+    """By row, for those that ask for log-probabilities: as many as each asks for, most probable first."""
+    asking = [index for index, row in enumerate(rows) if row.sampling.logprobs is not None]
+    if not asking:
+        return {}
+    most = max(rows[index].sampling.logprobs or 0 for index in asking)
+    values, ids = (logits[asking] - normalisers[asking, None]).topk(min(most, logits.shape[1]))
+    found = {}
+    for index, row_ids, row_values in zip(asking, ids.tolist(), values.tolist(), strict=True):
+        count = rows[index].sampling.logprobs or 0
+        found[index] = tuple(zip(row_ids, row_values, strict=True))[:count]
+    return found
 
 
 def _pick(logits: torch.Tensor, sampled: SampledRows) -> torch.Tensor:
     """logits [R, vocab] -> [R] token ids."""
     scaled = logits / sampled.temperature[:, None]
     weights = torch.softmax(scaled, -1)
+    if bool((sampled.min_p > 0).any()):
+        weights.masked_fill_(weights < sampled.min_p[:, None] * weights.amax(-1, keepdim=True), 0.0)
     filtered = ((sampled.top_k > 0) | (sampled.top_p < 1)).nonzero().flatten()
     if len(filtered):
         weights[filtered] = _filter(weights[filtered], sampled.top_k[filtered], sampled.top_p[filtered])

@@ -128,7 +128,7 @@ def evaluate(
     tasks = {family: list(held_out_tasks(family, per_family)) for family in FAMILIES}
     everything = [task for family in FAMILIES for task in tasks[family]]
     engine = Engine(runner, max_waiting=len(everything))
-    codec = TextCodec.load(str(checkpoint), runner.vocab_size)
+    codec = TextCodec.load(str(checkpoint))
     scores: list[Score] = []
     by_ar: list[Answer] = []
     with tqdm(total=len(plans) * len(everything), unit="answer") as bar:

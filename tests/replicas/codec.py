@@ -22,4 +22,4 @@ def byte_codec(chat_template: str | None = TEMPLATE) -> TextCodec:
         tokenizer_object=backend, pad_token="<pad>", mask_token="<mask>", eos_token="<eos>"
     )
     tokenizer.chat_template = chat_template
-    return TextCodec(tokenizer, len(vocab))
+    return TextCodec(tokenizer)

@@ -2,12 +2,14 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from policies.modes import DecodePlan, Mode
 from replicas.engine.engine import Engine
+from replicas.engine.plan import TokenLogprob
 from replicas.engine.sequence import Sequence
 from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.runner import TorchRunner
@@ -132,6 +134,47 @@ def test_mode_changes_in_the_middle(engine: Engine, reference: Reference, seed: 
     expected = reference.mixed(prompt, MAX_TOKENS, lambda index: schedule[index], ignore_eos=True)
     assert completion(sequence) == expected.token_ids
     assert sequence.num_switches > 0
+
+
+RULES = SamplingParams(
+    max_tokens=MAX_TOKENS,
+    presence_penalty=0.5,
+    frequency_penalty=0.3,
+    repetition_penalty=1.2,
+    logit_bias=((40, 0.5), (41, -1.0)),
+    min_tokens=30,
+    logprobs=2,
+)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_penalties_bias_and_logprobs_mean_the_same_in_every_lossless_mode(
+    engine: Engine, temperature: float
+) -> None:
+    prompt = prompts(4)[3]
+    plain = engine.submit("plain", prompt, SamplingParams(max_tokens=MAX_TOKENS))
+    finish(engine)
+    made: dict[str, list[TokenLogprob]] = {}
+    engine.set_plan(DecodePlan(Mode.DIFFUSION, 8), "test")
+    sampling = replace(RULES, temperature=temperature)
+    options = {
+        "ar": DecodingOptions(Mode.AR),
+        "speculation": DecodingOptions(Mode.SELF_SPECULATION, 6),
+        "auto": DecodingOptions(),
+    }
+    for name, decoding in options.items():
+        sequence = engine.submit(name, prompt, sampling, decoding)
+        made[name] = []
+        while engine.has_work:
+            for progress in engine.step():
+                made[name] += progress.logprobs
+                assert len(progress.logprobs) == len(progress.token_ids)
+        assert tuple(entry.token_id for entry in made[name]) == completion(sequence)
+    for name in ("speculation", "auto"):
+        assert [e.token_id for e in made[name]] == [e.token_id for e in made["ar"]]
+        assert [e.logprob for e in made[name]] == pytest.approx([e.logprob for e in made["ar"]], abs=1e-4)
+        assert all(len(e.top) == 2 and e.top[0][1] >= e.logprob - 1e-4 for e in made[name])
+    assert tuple(e.token_id for e in made["ar"]) != completion(plain)
 
 
 @pytest.mark.parametrize("options", [DecodingOptions(Mode.AR), DecodingOptions(Mode.SELF_SPECULATION, 6)])

@@ -66,7 +66,6 @@ def test_prompts() -> None:
 @pytest.mark.parametrize(
     ("codec", "prompt", "param"),
     [
-        (CODEC, (5, 9999), "prompt"),
         (CODEC, ({"role": "robot", "content": "hi"},), "messages"),
         (byte_codec(None), ({"role": "user", "content": "hi"},), "messages"),
     ],

@@ -16,4 +16,4 @@ class ArRound:
         return Ask((self._seed,), causal=True, adapter=False, wanted=(0,))
 
     def advance(self, output: SegmentOutput) -> Advance:
-        return Advance(output.token_ids, num_cached=1, done=True)
+        return Advance(output.token_ids, output.logprobs(1), num_cached=1, done=True)

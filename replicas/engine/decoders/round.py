@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from policies.modes import Mode
-from replicas.engine.plan import SegmentOutput
+from replicas.engine.plan import SegmentOutput, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +27,13 @@ class Advance:
     """What a segment's output did.
 
     tokens: newly final tokens, to be appended to the sequence and streamed.
+    logprobs: of these tokens, where the request asks for them; else empty.
     num_cached: how many tokens from the seed on now have valid K/V; 0 until the round's end.
     done: whether the sequence is at its next safe point.
     """
 
     tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
     num_cached: int = 0
     done: bool = False
 

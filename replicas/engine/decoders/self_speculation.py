@@ -37,4 +37,5 @@ class SelfSpeculationRound:
         while num_accepted < len(self._draft) and self._draft[num_accepted] == output.token_ids[num_accepted]:
             num_accepted += 1
         # The seed and the accepted drafts are cached; the token after them, AR's own, is the next seed.
-        return Advance(output.token_ids[: num_accepted + 1], num_cached=num_accepted + 1, done=True)
+        count = num_accepted + 1
+        return Advance(output.token_ids[:count], output.logprobs(count), num_cached=count, done=True)

@@ -41,7 +41,7 @@ def denoise(prefix: tuple[int, ...], block: tuple[int, ...], adapter: bool) -> d
 
 class ScriptedRunner:
     def __init__(self, num_pages: int = 64, page_size: int = 4, max_context: int = 96):
-        self._spec = ModelSpec(tuple(Mode), MASK, frozenset({EOS}), max_context, num_pages, page_size)
+        self._spec = ModelSpec(tuple(Mode), MASK, frozenset({EOS}), max_context, num_pages, page_size, 300)
         self._slots = [[GARBAGE] * page_size for _ in range(num_pages)]
         self.num_forwards = 0
         self.most_tokens = 0

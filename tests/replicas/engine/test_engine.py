@@ -239,6 +239,29 @@ def test_a_failed_forward_ends_its_sequences_only() -> None:
             "max_tokens",
         ),
         ([5] * 96, SamplingParams(), DecodingOptions(), ErrorCode.CONTEXT_LENGTH_EXCEEDED, "messages"),
+        ([5, 300], SamplingParams(), DecodingOptions(), ErrorCode.INVALID_REQUEST, "prompt"),
+        (
+            [5],
+            SamplingParams(logit_bias=((999, 1.0),)),
+            DecodingOptions(),
+            ErrorCode.INVALID_REQUEST,
+            "logit_bias",
+        ),
+        (
+            [5],
+            SamplingParams(max_tokens=3, min_tokens=4),
+            DecodingOptions(),
+            ErrorCode.INVALID_REQUEST,
+            "min_tokens",
+        ),
+        ([5], SamplingParams(logprobs=0), PINNED["diffusion"], ErrorCode.INVALID_REQUEST, "logprobs"),
+        (
+            [5],
+            SamplingParams(frequency_penalty=1.0),
+            PINNED["diffusion"],
+            ErrorCode.INVALID_REQUEST,
+            "frequency_penalty",
+        ),
     ],
 )
 def test_bad_requests_are_refused(prompt, sampling, decoding, code, param) -> None:

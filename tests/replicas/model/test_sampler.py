@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from replicas.messages import SamplingParams
-from replicas.model.sampler import SampledRows, sample, uniforms
+from replicas.model.sampler import Row, sample, uniforms
 
 VOCAB = 23
 
@@ -19,7 +19,8 @@ def params(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: i
 def run(
     logits: torch.Tensor, rows: list[tuple[SamplingParams, int]], mask_token_id: int | None = None
 ) -> tuple[list[int], list[float]]:
-    return sample(logits.clone(), SampledRows.build(rows), mask_token_id)
+    made = sample(logits.clone(), [Row(params, position) for params, position in rows], mask_token_id)
+    return made[0], made[1]
 
 
 def brute_force(logits: np.ndarray, p: SamplingParams) -> np.ndarray:
@@ -141,3 +142,63 @@ def test_extreme_logits_stay_finite() -> None:
     tokens, probs = run(logits, [(params(1e-3), 0), (params(1.0, top_p=0.5), 1)])
     assert tokens == [3, 3]
     assert probs == [1.0, 1.0]
+
+
+def test_min_p_against_its_definition() -> None:
+    logits = torch.randn(400, VOCAB, generator=torch.Generator().manual_seed(5)) * 2
+    sampling = SamplingParams(temperature=1.3, min_p=0.2, seed=4)
+    tokens, _ = run(logits, [(sampling, position) for position in range(400)])
+    probs = (logits / 1.3).softmax(-1)
+    chosen = probs[range(400), tokens]
+    assert bool((chosen >= 0.2 * probs.amax(-1)).all())
+    assert (torch.tensor(tokens) != logits.argmax(-1)).sum() > 20
+
+
+def test_penalties_and_bias_against_their_definitions() -> None:
+    """On the greedy choice, over random histories; the reported probability stays the raw one."""
+    rng = np.random.default_rng(7)
+    for _ in range(50):
+        logits = torch.tensor(rng.normal(size=(1, VOCAB)) * 2, dtype=torch.float32)
+        prompt_len = int(rng.integers(0, 6))
+        seen = tuple(
+            int(token) for token in rng.integers(0, VOCAB, size=prompt_len + int(rng.integers(0, 9)))
+        )
+        sampling = SamplingParams(
+            presence_penalty=float(rng.uniform(-2, 2)),
+            frequency_penalty=float(rng.uniform(-2, 2)),
+            repetition_penalty=float(rng.uniform(0.5, 2)),
+            logit_bias=((3, 1.5), (4, -2.0)),
+        )
+        expected = logits[0].tolist()
+        for token in set(seen):
+            scale = sampling.repetition_penalty
+            expected[token] = expected[token] / scale if expected[token] > 0 else expected[token] * scale
+        for token in set(seen[prompt_len:]):
+            count = seen[prompt_len:].count(token)
+            expected[token] -= sampling.presence_penalty + count * sampling.frequency_penalty
+        expected[3] += 1.5
+        expected[4] -= 2.0
+        row = Row(sampling, len(seen), prompt_len, seen)
+        [token], [prob], _ = sample(logits.clone(), [row], None)
+        assert token == int(np.argmax(expected))
+        assert prob == pytest.approx(float(logits.softmax(-1)[0, token]), rel=1e-4)
+
+
+def test_min_tokens_holds_back_the_end_of_text_only_so_long() -> None:
+    logits = torch.zeros(2, VOCAB)
+    logits[:, 2] = 9.0
+    rows = [Row(SamplingParams(min_tokens=3), position, prompt_len=10) for position in (12, 13)]
+    tokens, _, _ = sample(logits, rows, None, frozenset({2}))
+    assert tokens[0] != 2
+    assert tokens[1] == 2
+
+
+def test_log_probabilities_of_the_most_probable() -> None:
+    logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(6))
+    rows = [Row(SamplingParams(logprobs=n), 0) for n in (0, 4)] + [Row(SamplingParams(), 0)]
+    _, _, tops = sample(logits.clone(), rows, None)
+    assert tops.keys() == {0, 1}
+    assert tops[0] == ()
+    values, ids = logits[1].log_softmax(-1).topk(4)
+    assert [token for token, _ in tops[1]] == ids.tolist()
+    assert [value for _, value in tops[1]] == pytest.approx(values.tolist(), rel=1e-5)
