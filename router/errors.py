@@ -109,7 +109,7 @@ def validation_error_response(error: RequestValidationError) -> Response:
             message = f"Missing required parameter: '{param}'."
             return _bad_request("missing_required_parameter", message, param)
         case "unsupported_parameter" | "unsupported_value" as code:
-            return _bad_request(code, problem["msg"], param)
+            return _bad_request(code, f"Unsupported '{param}': {problem['msg']}", param)
     if param is None:
         return _bad_request(None, "The body must be a JSON object, sent with Content-Type: application/json.")
     return _bad_request("invalid_value", f"Invalid '{param}': {problem['msg']}.", param)

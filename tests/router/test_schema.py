@@ -93,12 +93,14 @@ UNSUPPORTED_TEXT = UNSUPPORTED | {"logprobs": 0, "best_of": 2, "echo": True, "su
 async def test_an_unsupported_field_of_chat_is_named(field, value):
     error = error_of(await post("/chat", CHAT | {field: value}))
     assert (error["param"], error["code"]) == (field, "unsupported_parameter")
+    assert f"'{field}'" in error["message"]
 
 
 @pytest.mark.parametrize(("field", "value"), UNSUPPORTED_TEXT.items())
 async def test_an_unsupported_field_of_completions_is_named(field, value):
     error = error_of(await post("/text", TEXT | {field: value}))
     assert (error["param"], error["code"]) == (field, "unsupported_parameter")
+    assert f"'{field}'" in error["message"]
 
 
 @pytest.mark.parametrize("path", ["/chat", "/text"])

@@ -1,0 +1,150 @@
+"""`auto` follows the load, and no fault of Valkey or of a replica harms a request it need not harm."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import pytest
+
+from tests.e2e.clients import Streamed, all_fresh, chat, complete, state_of, stream, text_of
+from tests.e2e.server import Server
+from tests.eventually import eventually
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+NUM_CLIENTS = 16
+PROMPTS = [f"Write a short story about {name}." for name in ("Anna", "a fox", "the sea", "two trains")]
+
+
+async def plans_are(client: httpx.AsyncClient, mode: str) -> bool:
+    """Both replicas are told to run this mode."""
+    state = await all_fresh(client)
+    return state is not None and {r["plan"]["plan"]["decode"]["mode"] for r in state["replicas"]} == {mode}
+
+
+@contextmanager
+def in_a_loop(client: httpx.AsyncClient, body: dict) -> Iterator[list[Streamed]]:
+    """One client that streams one request after another; yields what has ended so far."""
+    ended: list[Streamed] = []
+
+    async def loop() -> None:
+        while True:
+            ended.append(await stream(client, body))
+
+    task = asyncio.create_task(loop())
+    try:
+        yield ended
+        assert not task.done(), task.result()
+    finally:
+        task.cancel()
+
+
+async def texts_alone(client: httpx.AsyncClient, bodies: list[dict]) -> list[str]:
+    """Each request's text when nothing else runs, as AR writes it."""
+    return [text_of(await complete(client, body | {"decoding": {"mode": "ar"}})) for body in bodies]
+
+
+async def test_auto_shifts_with_the_load_and_back(client: httpx.AsyncClient) -> None:
+    bodies = [chat(p, max_tokens=160, decoding={"lossless": True}) for p in PROMPTS]
+    expected = await texts_alone(client, bodies)
+    await eventually(lambda: plans_are(client, "diffusion"), within_s=20, every_s=0.1)
+
+    with in_a_loop(client, chat(PROMPTS[0])) as ended:
+        await eventually(lambda: len(ended) >= 3, within_s=60, every_s=0.05)
+        assert ended[-1].modes == {"diffusion"}
+        assert await plans_are(client, "diffusion")
+
+    began_s = time.monotonic()
+    plain = chat(PROMPTS[0], max_tokens=160)
+    clients = [
+        asyncio.create_task(stream(client, plain if i % 2 else bodies[i // 2 % len(bodies)]))
+        for i in range(NUM_CLIENTS)
+    ]
+    await eventually(lambda: plans_are(client, "ar"), within_s=20, every_s=0.02)
+    shifted_after_s = time.monotonic() - began_s
+    streams = await asyncio.gather(*clients)
+
+    for i, streamed in enumerate(streams):
+        assert streamed.done
+        assert streamed.error is None
+        assert streamed.usage is not None
+        assert streamed.usage["completion_tokens"] == 160
+        assert "ar" in streamed.modes
+        if i % 2 == 0:
+            assert streamed.modes <= {"ar", "self_speculation"}
+            assert streamed.text == expected[i // 2 % len(bodies)]
+    assert any(s.last is not None and s.last["decoding"]["switches"] > 0 for s in streams)
+    await eventually(lambda: plans_are(client, "diffusion"), within_s=20, every_s=0.1)
+    assert shifted_after_s < 2.0, (await state_of(client))["decisions"]
+
+
+async def test_a_killed_valkey_fails_no_request_and_the_loop_resumes(
+    client: httpx.AsyncClient, server: Server
+) -> None:
+    body = chat(PROMPTS[1], max_tokens=64, decoding={"lossless": True})
+    (expected,) = await texts_alone(client, [body])
+    (valkey,) = server.pids("valkey-server")
+
+    async def work() -> list[Streamed]:
+        return [await stream(client, body) for _ in range(6)]
+
+    workers = [asyncio.create_task(work()) for _ in range(6)]
+
+    async def under_load() -> bool:
+        return sum((await state_of(client))["router"]["in_flight"].values()) >= 4
+
+    await eventually(under_load, within_s=20)
+    os.kill(valkey, signal.SIGKILL)
+    for streams in await asyncio.gather(*workers):
+        for streamed in streams:
+            assert streamed.error is None
+            assert streamed.done
+            assert streamed.text == expected
+
+    await eventually(lambda: all_fresh(client), within_s=20, every_s=0.1)
+    assert server.pids("valkey-server") not in ([], [valkey])
+
+
+async def test_a_killed_replica_harms_only_what_it_had_begun(
+    client: httpx.AsyncClient, server: Server
+) -> None:
+    body = chat(PROMPTS[2], max_tokens=300, decoding={"mode": "ar"})
+    whole = chat(PROMPTS[3], max_tokens=100, decoding={"mode": "ar"})
+    expected, expected_whole = await texts_alone(client, [body, whole])
+    replicas = server.pids("ServeReplica:triad:Replica")
+    assert len(replicas) == 2
+
+    begun = [asyncio.create_task(stream(client, body)) for _ in range(6)]
+    wholes = [asyncio.create_task(complete(client, whole)) for _ in range(6)]
+
+    async def spread() -> bool:
+        return all(r["load"]["num_running"] >= 2 for r in (await state_of(client))["replicas"])
+
+    await eventually(spread, within_s=30, every_s=0.05)
+    os.kill(replicas[0], signal.SIGKILL)
+
+    streams = await asyncio.gather(*begun)
+    broken = [s for s in streams if s.error is not None]
+    assert 0 < len(broken) < len(streams)
+    for streamed in streams:
+        if streamed.error is None:
+            assert streamed.done
+            assert streamed.text == expected
+        else:
+            assert streamed.error["code"] == "unavailable"
+            assert not streamed.done
+            assert expected.startswith(streamed.text)
+    assert [text_of(answer) for answer in await asyncio.gather(*wholes)] == [expected_whole] * 6
+
+    async def both_are_back() -> bool:
+        state = await state_of(client)
+        fresh = [r["replica"] for r in state["replicas"] if r["freshness"] == "fresh"]
+        return len(fresh) == 2 and sorted(fresh) == sorted(state["router"]["in_flight"])
+
+    await eventually(both_are_back, within_s=200, every_s=0.5)
+    answers = await asyncio.gather(*(complete(client, whole) for _ in range(8)))
+    assert len({answer["decoding"]["replica"] for answer in answers}) == 2

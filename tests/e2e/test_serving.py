@@ -1,0 +1,170 @@
+"""The whole of Triad over HTTP: real Serve, real Valkey, the embedded model."""
+
+import asyncio
+
+import httpx
+import openai
+import pytest
+
+from tests.e2e.clients import MODEL, PATH, all_fresh, chat, complete, state_of, stream, text_of, total
+from tests.e2e.server import Server
+from tests.eventually import eventually
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+PROMPT = "Sort these numbers from small to large: 41, 7, 23, 5, 98."
+MODES = ["ar", "diffusion", "self_speculation"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_each_mode_streams_and_says_how_it_decoded(client: httpx.AsyncClient, mode: str) -> None:
+    body = chat(PROMPT, decoding={"mode": mode})
+    streamed = await stream(client, body)
+    assert streamed.done
+    assert streamed.error is None
+    assert streamed.last is not None
+    assert streamed.usage is not None
+    report = streamed.last["decoding"]
+    assert report["tokens"] == {mode: 48}
+    assert report["rule"] == "request"
+    assert report["switches"] == 0
+    assert report["tokens_per_forward"] == pytest.approx(48 / report["forwards"], abs=1e-3)
+    assert streamed.usage["completion_tokens"] == 48
+    assert streamed.last["choices"][0]["finish_reason"] == "length"
+    assert streamed.num_chunks > 3
+    assert streamed.text == text_of(await complete(client, body))
+
+
+async def test_auto_is_told_apart_from_a_pinned_mode(client: httpx.AsyncClient) -> None:
+    streamed = await stream(client, chat(PROMPT))
+    assert streamed.last is not None
+    assert streamed.last["decoding"]["rule"] == "threshold"
+    assert sum(streamed.last["decoding"]["tokens"].values()) == 48
+
+
+async def test_self_speculation_is_ar_token_for_token(client: httpx.AsyncClient) -> None:
+    for more in ({}, {"temperature": 0.8, "seed": 5}):
+        ar, speculated = [
+            text_of(await complete(client, chat(PROMPT, decoding={"mode": mode}, **more)))
+            for mode in ("ar", "self_speculation")
+        ]
+        assert ar == speculated
+
+
+async def test_the_openai_client_works_unchanged(server: Server) -> None:
+    client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    messages = [{"role": "user", "content": PROMPT}]
+    whole = await client.chat.completions.create(
+        model=MODEL, messages=messages, temperature=0, max_tokens=20, seed=1, stop=["\n\n\n"], user="u"
+    )
+    assert whole.choices[0].message.role == "assistant"
+    chunks = [
+        chunk
+        async for chunk in await client.chat.completions.create(
+            model=MODEL,
+            messages=messages,
+            temperature=0,
+            max_tokens=20,
+            seed=1,
+            stop=["\n\n\n"],
+            stream=True,
+            extra_body={"decoding": {"mode": "ar"}},
+        )
+    ]
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].choices[0].finish_reason in ("stop", "length")
+    completion = await client.completions.create(model=MODEL, prompt="Hello", max_tokens=5, temperature=0)
+    assert completion.usage is not None
+    assert completion.usage.completion_tokens <= 5
+    (model,) = [model async for model in client.models.list()]
+    assert model.id == MODEL
+    with pytest.raises(openai.BadRequestError, match="tools"):
+        await client.chat.completions.create(
+            model=MODEL,
+            messages=messages,
+            tools=[{"type": "function", "function": {"name": "f"}}],
+        )
+    with pytest.raises(openai.NotFoundError):
+        await client.chat.completions.create(model="gpt", messages=messages)
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        (chat(PROMPT, n=3), "n", "unsupported_parameter"),
+        (chat(PROMPT, tempersture=1), "tempersture", "unknown_parameter"),
+        (chat(PROMPT, temperature=9), "temperature", "invalid_value"),
+        (chat(PROMPT, decoding={"mode": "ar", "block_length": 8}), "decoding.block_length", "invalid_value"),
+        (chat(PROMPT, max_tokens=100_000), "max_tokens", "context_length_exceeded"),
+        (chat("word " * 2000), None, "context_length_exceeded"),
+    ],
+    ids=[
+        "unsupported",
+        "unknown",
+        "out of range",
+        "contradiction",
+        "max_tokens too large",
+        "prompt too long",
+    ],
+)
+async def test_what_cannot_be_served_is_a_400(
+    client: httpx.AsyncClient, body: dict, param: str | None, code: str
+) -> None:
+    for streamed in (False, True):
+        response = await client.post(PATH, json=body | {"stream": streamed})
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert error["code"] == code
+        assert param is None or error["param"] == param
+
+
+async def test_prompt_and_max_tokens_together_must_fit(client: httpx.AsyncClient) -> None:
+    (model,) = (await client.get("/v1/models")).json()["data"]
+    response = await client.post(PATH, json=chat(PROMPT, max_tokens=model["max_context"] - 1))
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+async def test_the_state_shows_both_replicas_and_a_leader(client: httpx.AsyncClient) -> None:
+    state = await eventually(lambda: all_fresh(client), within_s=60, every_s=0.1)
+    assert [r["load"]["max_running"] for r in state["replicas"]] == [64, 64]
+    assert set(state["router"]["in_flight"]) == {r["replica"] for r in state["replicas"]}
+    assert (await client.get("/healthz")).status_code == 200
+    assert (await client.get("/readyz")).status_code == 200
+
+
+async def is_idle(client: httpx.AsyncClient) -> bool:
+    return await total(client, "num_running") == 0
+
+
+async def test_a_disconnect_frees_the_pages(client: httpx.AsyncClient) -> None:
+    await eventually(lambda: is_idle(client), within_s=30, every_s=0.1)
+    pages_before = await total(client, "pages_used")
+    body = chat(PROMPT, max_tokens=900, stream=True, decoding={"mode": "ar"})
+    async with client.stream("POST", PATH, json=body) as response:
+        lines = response.aiter_lines()
+        for _ in range(4):
+            await anext(lines)
+
+        async def runs() -> bool:
+            return await total(client, "num_running") == 1
+
+        await eventually(runs, within_s=10, every_s=0.05)
+        assert await total(client, "pages_used") > pages_before
+
+    async def freed() -> bool:
+        return await is_idle(client) and await total(client, "pages_used") == pages_before
+
+    await eventually(freed, within_s=5, every_s=0.05)
+    assert sum((await state_of(client))["router"]["in_flight"].values()) == 0
+
+
+async def test_a_disconnect_while_the_whole_answer_is_made_frees_too(client: httpx.AsyncClient) -> None:
+    asking = asyncio.create_task(complete(client, chat(PROMPT, max_tokens=900, decoding={"mode": "ar"})))
+
+    async def runs() -> bool:
+        return await total(client, "num_running") == 1
+
+    await eventually(runs, within_s=20, every_s=0.05)
+    asking.cancel()
+    await eventually(lambda: is_idle(client), within_s=5, every_s=0.05)
