@@ -26,6 +26,7 @@ class DataConfig:
     two_turn_share: float = 0.03
     system_share: float = 0.05
     talk_share: float = 0.01
+    drill_share: float = 0.0
     shares: tuple[tuple[str, float], ...] = ()
 
 
@@ -74,7 +75,14 @@ def _draw_documents(config: DataConfig, tokenizer: Tokenizer, rng: random.Random
     room = config.rows * config.clean_len
     shares = dict(config.shares)
     while room > 0:
-        chat = train_chat(rng, shares, config.two_turn_share, config.system_share, config.talk_share)
+        chat = train_chat(
+            rng,
+            shares,
+            config.two_turn_share,
+            config.system_share,
+            config.talk_share,
+            config.drill_share,
+        )
         document = encode_chat(tokenizer, chat)
         if len(document.ids) <= config.clean_len:
             documents.append(document)

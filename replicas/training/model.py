@@ -25,6 +25,8 @@ class ModelConfig:
     max_position_embeddings: int = 1024
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
+    copying_start: float = 1.0
+    """How far attention starts out as copying what it attends to; 0 is a plain random start."""
 
     @property
     def head_dim(self) -> int:
@@ -60,6 +62,21 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(hidden, self.num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(hidden, self.num_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden, bias=False)
+
+    @torch.no_grad()
+    def start_copying(self, strength: float) -> None:
+        """Adds to each head's output projection `strength` times its value projection transposed.
+
+        The product of the two is then positive: a head passes on what it attends to, whatever that is, so
+        words in the context become likelier at once and attention learns where to look. Without it a head must
+        learn what to pass on and where to look together, each useless without the other (mimetic
+        initialisation, arXiv 2305.09828).
+        """
+        groups = self.num_heads // self.num_kv_heads
+        for head in range(self.num_heads):
+            rows = slice(head // groups * self.head_dim, (head // groups + 1) * self.head_dim)
+            columns = slice(head * self.head_dim, (head + 1) * self.head_dim)
+            self.o_proj.weight[:, columns] += strength * self.v_proj.weight[rows].T
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, clean_mask: Tensor, noisy_mask: Tensor | None
@@ -140,6 +157,8 @@ class TriModel(nn.Module):
                 if "o_proj" in name or "down_proj" in name:
                     scale /= (2 * config.num_layers) ** 0.5
                 nn.init.normal_(parameter, std=scale)
+        for layer in self.encoder.layers[1:]:
+            layer.self_attn.start_copying(config.copying_start)
 
     def forward(
         self, ids: Tensor, positions: Tensor, clean_mask: Tensor, noisy_mask: Tensor | None = None

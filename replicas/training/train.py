@@ -10,6 +10,8 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from tqdm import tqdm
 from replicas.training.batches import Batch, DataConfig, encode_chat, make_batch
 from replicas.training.export import export
 from replicas.training.model import ModelConfig, TriModel
+from replicas.training.muon import BatchedMuon
 from replicas.training.objective import clean_mask
 from replicas.training.tasks.registry import FAMILIES, held_out_tasks
 from replicas.training.tokenizer import load_tokenizer, train_tokenizer
@@ -60,7 +63,7 @@ def make_optimizers(model: TriModel, config: TrainConfig) -> list[torch.optim.Op
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ".layers." in n]
     vectors = [p for n, p in model.named_parameters() if p.dim() < 2]
     tables = [p for n, p in model.named_parameters() if p.dim() == 2 and ".layers." not in n]
-    muon = torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay, momentum=0.95)
+    muon = BatchedMuon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay, momentum=0.95)
     adam = torch.optim.AdamW(
         [{"params": tables, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=config.adam_lr,
@@ -117,6 +120,21 @@ def teacher_forced_exact(
     return scores
 
 
+def prefetched(config: TrainConfig, tokenizer: Tokenizer, first: int, last: int) -> Iterator[Batch]:
+    """The batches of steps first..last, each made while the step before it runs."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+
+        def make(step: int) -> Batch:
+            return make_batch(config.data, tokenizer, config.seed, step, joint=step >= config.ar_steps)
+
+        upcoming = pool.submit(make, first)
+        for step in range(first, last):
+            batch = upcoming.result()
+            if step + 1 < last:
+                upcoming = pool.submit(make, step + 1)
+            yield batch
+
+
 def save_state(path: Path, step: int, model: TriModel, optimizers: list[torch.optim.Optimizer]) -> None:
     state = {"step": step, "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
     torch.save(state, path.with_suffix(".tmp"))
@@ -151,10 +169,10 @@ def train(
     step_losses = torch.compile(losses, dynamic=False) if compiled else losses
     bar = tqdm(range(first, last), initial=first, total=config.steps, disable=not progress, mininterval=10)
     log = (out / "log.jsonl").open("a")
+    batches = prefetched(config, tokenizer, first, last)
     started, tokens, recent = time.time(), 0, []
     for step in bar:
-        joint = step >= config.ar_steps
-        batch = make_batch(config.data, tokenizer, config.seed, step, joint).to(device)
+        batch = next(batches).to(device)
         ar, noisy = step_losses(model, batch)
         (ar + config.noisy_weight * noisy).backward()
         scale = learning_rate_scale(step, config)
@@ -201,11 +219,13 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(default, name))
     for name in ("muon_lr", "adam_lr"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(default, name))
+    parser.add_argument("--drill-share", type=float, default=0.0)
     parser.add_argument("--share", action="append", default=[], metavar="FAMILY=WEIGHT")
     arguments = vars(parser.parse_args())
     out = arguments.pop("out")
     shares = tuple((s.split("=")[0], float(s.split("=")[1])) for s in arguments.pop("share"))
-    config = TrainConfig(**arguments, data=DataConfig(shares=shares))
+    data = DataConfig(shares=shares, drill_share=arguments.pop("drill_share"))
+    config = TrainConfig(**arguments, data=data)
     print(json.dumps(asdict(config)))
     train(config, out)
 

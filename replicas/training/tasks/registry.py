@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator
 
-from replicas.training.tasks import code, lists, numbers, prose, records
+from replicas.training.tasks import code, drills, lists, numbers, prose, records
 from replicas.training.tasks.family import Family, Task, draw
 
 FAMILIES: dict[str, Family] = {
@@ -34,6 +34,7 @@ def train_chat(
     two_turn_share: float,
     system_share: float,
     talk_share: float,
+    drill_share: float = 0.0,
 ) -> list[Message]:
     """A training chat of one or two turns; family f is drawn with weight `shares[f]` (1 if not named)."""
     names = list(FAMILIES)
@@ -46,6 +47,8 @@ def train_chat(
             talk = prose.SMALL_TALK
             params = talk.sample(rng)
             prompt, answer = talk.phrase(params, rng), talk.answer(params)
+        elif drill_share and rng.random() < drill_share:
+            prompt, answer = drills.drill(rng)
         else:
             task = draw(FAMILIES[rng.choices(names, weights)[0]], rng, held_out=False)
             prompt, answer = task.prompt, task.answer

@@ -45,6 +45,18 @@ def test_equals_transformers_ministral3():
 
 
 @torch.no_grad()
+def test_heads_start_by_copying():
+    """From the start, words of the context are likelier than other words."""
+    torch.manual_seed(2)
+    model = TriModel(ModelConfig(vocab_size=200))
+    ids = torch.randint(0, 200, (8, 30))
+    causal = torch.ones(8, 30, 30, dtype=torch.bool).tril()
+    last = model.logits(model(ids, torch.arange(30).expand(8, -1), causal))[:, -1]
+    seen = torch.zeros(8, 200, dtype=torch.bool).scatter_(1, ids[:, :-1], True)
+    assert last[seen].mean() > last[~seen].mean() + 0.2
+
+
+@torch.no_grad()
 def test_noisy_half_equals_a_separate_forward():
     """A noisy block after the clean tokens before it gives what [prefix, block] gives alone."""
     torch.manual_seed(1)

@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from replicas.training.tasks import drills
 from replicas.training.tasks.family import HELD_OUT_ONE_IN, draw, is_held_out
 from replicas.training.tasks.registry import FAMILIES, held_out_tasks, train_chat
 
@@ -103,6 +104,19 @@ def test_the_split_is_stable_and_of_the_wanted_size():
     first = [t.prompt for t in held_out_tasks("story", 5)]
     assert first == [t.prompt for t in held_out_tasks("story", 5)]
     assert len(set(first)) == 5
+
+
+def test_drills_answer_from_the_request():
+    rng = random.Random(4)
+    for _ in range(300):
+        request, answer = drills.repeat(rng)
+        assert [w for w in answer.replace("->", ",").replace("-", ",").replace(",", " ").split()] == [
+            w for w in request.partition(": ")[2].replace(",", " ").split() if w != "and"
+        ]
+        request, answer = drills.look_up(rng)
+        key, value = answer.removeprefix("The ").split(" is ")
+        assert request.endswith(f"Give me the {key}.")
+        assert value in request
 
 
 def test_shares_steer_the_draw():
