@@ -4,7 +4,8 @@ A batch is a pure function of (seed, step), so training resumes exactly.
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -52,8 +53,10 @@ class Batch:
     num_tokens: int  # clean tokens that are not padding
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        return Batch(**moved)
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
 
 def encode_chat(tokenizer: Tokenizer, chat: list[Message]) -> Document:

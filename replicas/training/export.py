@@ -5,6 +5,7 @@
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def export(model: TriModel, tokenizer: Tokenizer, folder: Path) -> None:
     _write_json(folder / "generation_config.json", generation)
 
 
-def _write_json(path: Path, content: dict[str, object]) -> None:
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -68,8 +68,8 @@ class Attention(nn.Module):
         """Adds to each head's output projection `strength` times its value projection transposed.
 
         The product of the two is then positive: a head passes on what it attends to, whatever that is, so
-        words in the context become likelier at once and attention learns where to look. Without it a head must
-        learn what to pass on and where to look together, each useless without the other (mimetic
+        words in the context become likelier at once and attention learns where to look. Without it a head
+        must learn what to pass on and where to look together, each useless without the other (mimetic
         initialisation, arXiv 2305.09828).
         """
         groups = self.num_heads // self.num_kv_heads
@@ -140,6 +140,9 @@ class TriModel(nn.Module):
     learned for all words at once. The published checkpoint has two matrices.
     """
 
+    cos: Tensor  # float32 [positions, head_dim / 2]
+    sin: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -157,8 +160,9 @@ class TriModel(nn.Module):
                 if "o_proj" in name or "down_proj" in name:
                     scale /= (2 * config.num_layers) ** 0.5
                 nn.init.normal_(parameter, std=scale)
-        for layer in self.encoder.layers[1:]:
-            layer.self_attn.start_copying(config.copying_start)
+        _, *later = (module for module in self.modules() if isinstance(module, Attention))
+        for attention in later:
+            attention.start_copying(config.copying_start)
 
     def forward(
         self, ids: Tensor, positions: Tensor, clean_mask: Tensor, noisy_mask: Tensor | None = None

@@ -26,7 +26,7 @@ class BatchedMuon(torch.optim.Muon):
     """`torch.optim.Muon`, batched; its state is interchangeable with the original's."""
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         assert closure is None
         for group in self.param_groups:
             parameters: list[Tensor] = []
