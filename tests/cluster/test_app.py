@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,14 @@ def test_the_serve_file_is_valid_and_its_keys_are_known():
 
 def test_serve_sees_the_type_of_the_builders_argument():
     assert deploy.__annotations__["args"] is ClusterConfig
+
+
+def test_serve_run_tells_a_wrong_key_before_it_starts_anything():
+    command = [str(Path(sys.executable).with_name("serve")), "run", "cluster.app:deploy", "num_replica=2"]
+    root = Path(cluster.app.__file__).parents[1]
+    outcome = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=root)
+    assert outcome.returncode != 0
+    assert "did you mean 'num_replicas'?" in outcome.stderr
 
 
 def test_the_redis_deployment_runs_its_server_at_the_endpoint():

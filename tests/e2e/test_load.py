@@ -23,7 +23,12 @@ PROMPTS = [f"Write a short story about {name}." for name in ("Anna", "a fox", "t
 async def plans_are(client: httpx.AsyncClient, mode: str) -> bool:
     """Both replicas are told to run this mode."""
     state = await all_fresh(client)
-    return state is not None and {r["plan"]["plan"]["decode"]["mode"] for r in state["replicas"]} == {mode}
+    return state is not None and {mode_of(r["plan"]) for r in state["replicas"]} == {mode}
+
+
+def mode_of(decided: dict) -> str:
+    mode: str = decided["plan"]["decode"]["mode"]
+    return mode
 
 
 @contextmanager
@@ -58,14 +63,17 @@ async def test_auto_shifts_with_the_load_and_back(client: httpx.AsyncClient) -> 
         assert ended[-1].modes == {"diffusion"}
         assert await plans_are(client, "diffusion")
 
-    began_s = time.monotonic()
+    began_s = time.time()
     plain = chat(PROMPTS[0], max_tokens=160)
     clients = [
         asyncio.create_task(stream(client, plain if i % 2 else bodies[i // 2 % len(bodies)]))
         for i in range(NUM_CLIENTS)
     ]
     await eventually(lambda: plans_are(client, "ar"), within_s=20, every_s=0.02)
-    shifted_after_s = time.monotonic() - began_s
+    # By the log of decisions, on the same machine's clock: this process, busy with its clients, sees
+    # the shift later than it happens.
+    shifts = [d for d in (await state_of(client))["decisions"] if d["changed"] and d["at_s"] >= began_s]
+    shifted_s = {d["load"]["replica_id"]: d["at_s"] for d in reversed(shifts) if mode_of(d) == "ar"}
     streams = await asyncio.gather(*clients)
 
     for i, streamed in enumerate(streams):
@@ -79,7 +87,8 @@ async def test_auto_shifts_with_the_load_and_back(client: httpx.AsyncClient) -> 
             assert streamed.text == expected[i // 2 % len(bodies)]
     assert any(s.last is not None and s.last["decoding"]["switches"] > 0 for s in streams)
     await eventually(lambda: plans_are(client, "diffusion"), within_s=20, every_s=0.1)
-    assert shifted_after_s < 2.0, (await state_of(client))["decisions"]
+    assert len(shifted_s) == 2
+    assert max(shifted_s.values()) - began_s < 2.0, [(mode_of(d), d["at_s"] - began_s) for d in shifts]
 
 
 async def test_a_killed_valkey_fails_no_request_and_the_loop_resumes(
@@ -90,7 +99,7 @@ async def test_a_killed_valkey_fails_no_request_and_the_loop_resumes(
     (valkey,) = server.pids("valkey-server")
 
     async def work() -> list[Streamed]:
-        return [await stream(client, body) for _ in range(6)]
+        return [await stream(client, body) for _ in range(4)]
 
     workers = [asyncio.create_task(work()) for _ in range(6)]
 
