@@ -23,7 +23,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.exceptions import ReplicaUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
@@ -99,7 +99,11 @@ class ServeDirectory:
 
     async def roster(self) -> Roster:
         broadcast = contextvars.Context().run(self._handle.broadcast, "model_info")
-        answers = await broadcast.results_async(timeout_s=ROSTER_TIMEOUT_S, return_exceptions=True)
+        try:
+            answers = await broadcast.results_async(timeout_s=ROSTER_TIMEOUT_S, return_exceptions=True)
+        except DeploymentUnavailableError:
+            # None runs. A last one that Serve stops ends only when its channel is let go of.
+            return Roster(())
         infos = [answer for answer in answers if isinstance(answer, ModelInfo)]
         clients = [ServeReplicaClient(self._handle, info) for info in infos]
         return Roster(clients, complete=len(infos) == len(answers))
