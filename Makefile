@@ -13,7 +13,7 @@ PORT      ?= 8000
 REDIS_URL ?=
 POLICY    ?= threshold
 
-.PHONY: serve test lint format evaluate train clean help
+.PHONY: serve test lint format bench evaluate train clean help
 
 help:
 	@sed -n '1,2p' Makefile; echo; grep -E '^[a-z]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,9 @@ lint: $(READY) ## ruff, mypy, import contracts
 
 format: $(READY) ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+bench: $(READY) ## tokens a second of each mode by concurrency, engine alone
+	@$(BIN)/python -m benchmarks.modes $(ARGS)
 
 evaluate: $(READY) ## quality and tokens per forward of the embedded checkpoint, by task family and mode
 	@$(BIN)/python -m replicas.training.evaluate $(ARGS)
