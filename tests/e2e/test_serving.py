@@ -31,7 +31,7 @@ async def test_each_mode_streams_and_says_how_it_decoded(client: httpx.AsyncClie
     assert report["tokens_per_forward"] == pytest.approx(48 / report["forwards"], abs=1e-3)
     assert streamed.usage["completion_tokens"] == 48
     assert streamed.last["choices"][0]["finish_reason"] == "length"
-    assert streamed.num_chunks > 3
+    assert streamed.num_chunks >= 3
     assert streamed.text == text_of(await complete(client, body))
 
 
