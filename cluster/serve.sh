@@ -3,6 +3,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+# Ray starts its workers with a low priority, which suits batch jobs and not servers.
+export RAY_worker_niceness="${RAY_worker_niceness:-0}"
 port="${PORT:-8000}"
 # May hold the password of redis_url; mktemp makes it readable to its owner only.
 file="$(mktemp)"

@@ -86,7 +86,9 @@ class Replica:
             raise RuntimeError("the control loop has ended") from self._control.exception()
 
     async def __del__(self) -> None:
-        """Called by Serve when the replica stops."""
+        """Called by Serve when the replica stops, also one whose constructor failed."""
+        if not hasattr(self, "_control"):
+            return
         self._stop.set()
         await self._control
         await self._service.stop()

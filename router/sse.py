@@ -24,22 +24,22 @@ def error_event(error: TriadError) -> bytes:
 
 def decoding_report(report: DecodingReport) -> dict[str, Any]:
     """Triad's `decoding` field: how the answer was made."""
-    num_tokens = sum(report.tokens_by_mode.values())
     return {
         "tokens": {mode.value: num for mode, num in sorted(report.tokens_by_mode.items())},
         "forwards": report.num_forwards,
-        "tokens_per_forward": round(num_tokens / report.num_forwards, 3) if report.num_forwards else 0.0,
+        "tokens_per_forward": round(report.tokens_per_forward, 3),
         "switches": report.num_switches,
         "rule": report.rule,
         "replica": report.replica_id,
     }
 
 
-def usage(finished: Finished) -> dict[str, int]:
+def usage(finished: Finished) -> dict[str, Any]:
     return {
         "prompt_tokens": finished.num_prompt_tokens,
         "completion_tokens": finished.num_completion_tokens,
         "total_tokens": finished.num_prompt_tokens + finished.num_completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": finished.num_reused_tokens},
     }
 
 

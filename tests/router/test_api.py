@@ -36,7 +36,7 @@ async def test_the_openai_client_works_unchanged(make_door):
         assert whole.choices[0].message.content == TEXT
         assert whole.choices[0].finish_reason == "stop"
         assert whole.usage.total_tokens == 5 + len(WORDS)
-        assert whole.decoding["tokens_per_forward"] == 1.4
+        assert whole.decoding["tokens_per_forward"] == 1.2
 
         stream = await client.chat.completions.create(
             **CHAT, stream=True, stream_options={"include_usage": True}

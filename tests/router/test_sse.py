@@ -8,16 +8,21 @@ from replicas.messages import DecodingReport, Finished, FinishReason
 from router.sse import ChatAnswer, TextAnswer, decoding_report, error_event
 
 REPORT = DecodingReport({Mode.DIFFUSION: 9, Mode.AR: 1}, 4, 2, "threshold", "r1")
-FINISHED = Finished("x", FinishReason.LENGTH, 7, 10, REPORT)
+FINISHED = Finished("x", FinishReason.LENGTH, 7, 10, REPORT, num_reused_tokens=3)
 DECODING = {
     "tokens": {"ar": 1, "diffusion": 9},
     "forwards": 4,
-    "tokens_per_forward": 2.5,
+    "tokens_per_forward": 2.25,
     "switches": 2,
     "rule": "threshold",
     "replica": "r1",
 }
-USAGE = {"prompt_tokens": 7, "completion_tokens": 10, "total_tokens": 17}
+USAGE = {
+    "prompt_tokens": 7,
+    "completion_tokens": 10,
+    "total_tokens": 17,
+    "prompt_tokens_details": {"cached_tokens": 3},
+}
 
 
 def events(raw: bytes) -> list:
