@@ -27,8 +27,8 @@ class DataConfig:
     two_turn_share: float = 0.03
     system_share: float = 0.05
     talk_share: float = 0.01
-    drill_share: float = 0.0
-    shares: tuple[tuple[str, float], ...] = ()
+    drill_share: float = 0.1
+    shares: tuple[tuple[str, float], ...] = (("add", 1.3), ("json", 1.3), ("relist", 2.0), ("sort", 2.0))
 
 
 @dataclass(frozen=True)

@@ -33,13 +33,13 @@ from replicas.training.tokenizer import load_tokenizer, train_tokenizer
 class TrainConfig:
     """The recipe; lengths of phases in steps."""
 
-    steps: int = 4000
-    ar_steps: int = 2000
-    decay_steps: int = 1000
+    steps: int = 6000
+    ar_steps: int = 1800
+    decay_steps: int = 1200
     warmup_steps: int = 100
     noisy_weight: float = 0.3
-    muon_lr: float = 0.02
-    adam_lr: float = 0.003
+    muon_lr: float = 0.01
+    adam_lr: float = 0.002
     weight_decay: float = 0.01
     seed: int = 0
     tokenizer_chats: int = 30000
@@ -219,12 +219,12 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(default, name))
     for name in ("muon_lr", "adam_lr"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(default, name))
-    parser.add_argument("--drill-share", type=float, default=0.0)
+    parser.add_argument("--drill-share", type=float, default=default.data.drill_share)
     parser.add_argument("--share", action="append", default=[], metavar="FAMILY=WEIGHT")
     arguments = vars(parser.parse_args())
     out = arguments.pop("out")
     shares = tuple((s.split("=")[0], float(s.split("=")[1])) for s in arguments.pop("share"))
-    data = DataConfig(shares=shares, drill_share=arguments.pop("drill_share"))
+    data = DataConfig(shares=shares or default.data.shares, drill_share=arguments.pop("drill_share"))
     config = TrainConfig(**arguments, data=data)
     print(json.dumps(asdict(config)))
     train(config, out)

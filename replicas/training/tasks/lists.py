@@ -10,7 +10,7 @@ from replicas.training.tasks.words import CITIES, CODENAMES, ITEMS, NAMES, TEAMS
 
 
 def _sort_sample(rng: random.Random) -> Params:
-    return {"words": rng.sample(ITEMS, rng.randint(4, 9)), "reverse": rng.random() < 0.3}
+    return {"words": rng.sample(ITEMS, rng.randint(3, 6)), "reverse": rng.random() < 0.3}
 
 
 def _sort_phrase(params: Params, rng: random.Random) -> str:
@@ -61,7 +61,7 @@ _LAYOUTS = ("bullets", "numbers", "arrows", "commas")
 
 def _relist_sample(rng: random.Random) -> Params:
     return {
-        "names": rng.sample(NAMES, rng.randint(4, 12)),
+        "names": rng.sample(NAMES, rng.randint(3, 8)),
         "layout": rng.choice(_LAYOUTS),
         "reverse": rng.random() < 0.5,
     }
