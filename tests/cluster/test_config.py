@@ -57,7 +57,7 @@ def test_a_model_is_asked_for_by_its_last_part(model, name):
         ("policy_params=dwell", ["policy_params", "JSON object"]),
         ('policy_params={"dwel_s": 1}', ["dwel_s", "keys"]),
         ("dtype=int8", ["dtype", "bfloat16"]),
-        ("max_step_tokens=8", ["max_step_tokens", "64"]),
+        ("max_step_tokens=8", ["max_step_tokens", "128"]),
         ("app=a b", ["app", "pattern"]),
     ],
 )

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
+import replicas
 from policies.modes import DecodePlan, Mode
 from replicas.engine.engine import Engine
 from replicas.engine.plan import TokenLogprob
 from replicas.engine.sequence import Sequence
 from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.runner import TorchRunner
+from replicas.text import TextCodec
+from replicas.training.tasks.registry import held_out_tasks
 from tests.reference import Reference
 from tests.tiny_checkpoint import EOS_TOKEN_ID, MASK_TOKEN_ID, VOCAB_SIZE, make_tiny_checkpoint
 
@@ -197,3 +200,29 @@ def test_sampled_tokens_do_not_depend_on_the_batch(folder: Path, options: Decodi
     other_seed = alone.submit("s", prompt, SamplingParams(max_tokens=MAX_TOKENS, temperature=0.8, seed=8))
     finish(alone)
     assert completion(other_seed) != completion(first)
+
+
+def test_the_embedded_checkpoint_in_one_mixed_batch() -> None:
+    """Real answers, every mode at once, prefixes shared by requests of different modes."""
+    folder = Path(replicas.__path__[0]) / "checkpoints" / "triad-5m"
+    reference = Reference(folder)
+    codec = TextCodec.load(str(folder))
+    runner = TorchRunner.load(str(folder), dtype="float32", num_pages=80, page_size=16)
+    engine = Engine(runner, max_running=6, max_step_tokens=128)
+    plans = [
+        DecodePlan(Mode.AR),
+        DecodePlan(Mode.SELF_SPECULATION, 8),
+        DecodePlan(Mode.SELF_SPECULATION, 32),
+        DecodePlan(Mode.DIFFUSION, 8, 0.9),
+        DecodePlan(Mode.DIFFUSION, 32, 0.7),
+    ]
+    families = ("json", "add", "story")
+    wanted: dict[Sequence, tuple[int, ...]] = {}
+    for family in families:
+        prompt = codec.encode(({"role": "user", "content": next(iter(held_out_tasks(family, 1))).prompt},))
+        for plan in plans:
+            name = f"{family}-{plan.mode}-{plan.block_length}"
+            sequence = engine.submit(name, prompt, SamplingParams(max_tokens=64), pinned(plan))
+            wanted[sequence] = reference.mixed(prompt, 64, lambda _, p=plan: p).token_ids
+    finish(engine)
+    assert {s.request_id: completion(s) for s in wanted} == {s.request_id: t for s, t in wanted.items()}
