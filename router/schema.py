@@ -23,6 +23,7 @@ from replicas.messages import DecodingOptions, SamplingParams
 
 MAX_STOPS = 16
 MAX_STOP_LEN = 256
+MAX_BIASES = 300
 MAX_TIMEOUT_S = 24 * 3600.0
 _MAX_SEED = 2**63
 
@@ -51,7 +52,6 @@ def _same(value: Any, known: Any) -> bool:
 
 Unsupported = Annotated[Any, _neutral()]
 NoList = Annotated[Any, _neutral([])]
-NoMap = Annotated[Any, _neutral({})]
 Off = Annotated[Any, _neutral(False)]
 Zero = Annotated[Any, _neutral(0)]
 One = Annotated[Any, _neutral(1)]
@@ -147,6 +147,13 @@ Stops = Annotated[
 ]
 
 
+Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+LogitBias = Annotated[
+    dict[TokenId, Annotated[float, Field(ge=-100.0, le=100.0)]], Field(max_length=MAX_BIASES)
+]
+
+
 def _stops(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -164,6 +171,12 @@ class _Completion(_Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0.0, le=2.0)] | None = None
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    logit_bias: LogitBias | None = None
     timeout_s: Annotated[float, Field(gt=0.0, le=MAX_TIMEOUT_S)] | None = None
     decoding: Decoding | None = None
 
@@ -172,12 +185,6 @@ class _Completion(_Strict):
     metadata: dict[str, str] | None = None
     store: Off = None
     n: One = None
-    presence_penalty: Zero = None
-    frequency_penalty: Zero = None
-    repetition_penalty: One = None
-    min_p: Zero = None
-    min_tokens: Zero = None
-    logit_bias: NoMap = None
 
     @model_validator(mode="after")
     def _usage_is_streamed(self) -> Self:
@@ -204,6 +211,12 @@ class _Completion(_Strict):
             seed=(draw_seed() if self.seed is None else self.seed) % _MAX_SEED,
             stop=tuple(self.stop or ()),
             ignore_eos=self.ignore_eos,
+            min_p=self.min_p or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
+            min_tokens=self.min_tokens or 0,
         )
 
     def decoding_options(self) -> DecodingOptions:

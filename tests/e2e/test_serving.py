@@ -43,7 +43,8 @@ async def test_auto_is_told_apart_from_a_pinned_mode(client: httpx.AsyncClient) 
 
 
 async def test_self_speculation_is_ar_token_for_token(client: httpx.AsyncClient) -> None:
-    for more in ({}, {"temperature": 0.8, "seed": 5}):
+    penalties = {"presence_penalty": 0.7, "repetition_penalty": 1.2, "logit_bias": {"50": 2.0}}
+    for more in ({}, {"temperature": 0.8, "seed": 5}, penalties):
         ar, speculated = [
             text_of(await complete(client, chat(PROMPT, decoding={"mode": mode}, **more)))
             for mode in ("ar", "self_speculation")
@@ -116,6 +117,18 @@ async def test_what_cannot_be_served_is_a_400(
         error = response.json()["error"]
         assert error["code"] == code
         assert param is None or error["param"] == param
+
+
+async def test_penalties_are_refused_in_diffusion_and_lead_auto_away_from_it(
+    client: httpx.AsyncClient,
+) -> None:
+    body = chat(PROMPT, presence_penalty=0.5)
+    response = await client.post("/v1/chat/completions", json=body | {"decoding": {"mode": "diffusion"}})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "presence_penalty"
+    assert "diffusion" in response.json()["error"]["message"]
+    streamed = await stream(client, body)
+    assert streamed.modes <= {"ar", "self_speculation"}
 
 
 async def test_prompt_and_max_tokens_together_must_fit(client: httpx.AsyncClient) -> None:

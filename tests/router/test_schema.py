@@ -60,12 +60,6 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
 
 UNSUPPORTED = {
     "n": 2,
-    "presence_penalty": 0.5,
-    "frequency_penalty": -1,
-    "repetition_penalty": 1.1,
-    "min_p": 0.1,
-    "min_tokens": 3,
-    "logit_bias": {"50": 1},
     "store": True,
 }
 UNSUPPORTED_CHAT = UNSUPPORTED | {
@@ -101,6 +95,40 @@ async def test_an_unsupported_field_of_completions_is_named(field, value):
     error = error_of(await post("/text", TEXT | {field: value}))
     assert (error["param"], error["code"]) == (field, "unsupported_parameter")
     assert f"'{field}'" in error["message"]
+
+
+SHAPING = {
+    "presence_penalty": 0.5,
+    "frequency_penalty": -1,
+    "repetition_penalty": 1.1,
+    "min_p": 0.1,
+    "min_tokens": 3,
+    "logit_bias": {"50": 1, "7": -2.5},
+}
+
+
+def test_what_shapes_the_choice_reaches_the_replica():
+    sampling = ChatCompletionRequest.model_validate(CHAT | SHAPING).sampling(lambda: 0)
+    found = {field: getattr(sampling, field) for field in SHAPING}
+    assert found == SHAPING | {"logit_bias": ((50, 1), (7, -2.5))}
+    assert CompletionRequest.model_validate(TEXT).sampling(lambda: 0).needs_causal_order is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", "1"),
+        ("repetition_penalty", 0),
+        ("min_p", 1.5),
+        ("min_tokens", -1),
+        ("logit_bias", {"x": 1}),
+        ("logit_bias", {"5": 101}),
+        ("logit_bias", {str(token): 1 for token in range(301)}),
+    ],
+)
+async def test_a_value_out_of_range_is_named(field, value):
+    assert error_of(await post("/chat", CHAT | {field: value}))["param"].startswith(field)
 
 
 @pytest.mark.parametrize("path", ["/chat", "/text"])
