@@ -13,6 +13,9 @@ PORT      ?= 8000
 REDIS_URL ?=
 POLICY    ?= threshold
 
+# make train OUT=<folder for the run; started again, it goes on from there>
+OUT       ?= .run/train
+
 .PHONY: serve test lint format bench evaluate train clean help
 
 help:
@@ -50,7 +53,7 @@ evaluate: $(READY) ## quality and tokens per forward of the embedded checkpoint,
 	@$(BIN)/python -m replicas.training.evaluate $(ARGS)
 
 train: $(READY) ## train the embedded checkpoint again, from nothing (hours on a CPU)
-	@$(BIN)/python -m replicas.training.train $(ARGS)
+	@$(BIN)/python -m replicas.training.train --out $(OUT) $(ARGS)
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
