@@ -20,15 +20,21 @@ from replicas.training.tokenizer import ASSISTANT_ID, BOS_ID, EOS_ID, MASK_ID, S
 class DataConfig:
     """What a batch is made of; lengths in tokens."""
 
-    rows: int = 12
-    clean_len: int = 256
-    noisy_len: int = 208
+    rows: int = 16
+    clean_len: int = 200
+    noisy_len: int = 168
     block_lengths: tuple[int, ...] = (4, 8, 8, 16, 16, 32, 32, 32)
     two_turn_share: float = 0.03
     system_share: float = 0.05
     talk_share: float = 0.01
     drill_share: float = 0.1
-    shares: tuple[tuple[str, float], ...] = (("add", 1.3), ("json", 1.3), ("relist", 2.0), ("sort", 2.0))
+    shares: tuple[tuple[str, float], ...] = (
+        ("add", 2.0),
+        ("json", 1.5),
+        ("relist", 1.5),
+        ("sort", 3.0),
+        ("units", 1.5),
+    )
 
 
 @dataclass(frozen=True)

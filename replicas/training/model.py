@@ -49,6 +49,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention written out: on a CPU with rows this short faster than the fused kernel, above all backwards.
+
+    q [rows, heads, queries, head_dim], k, v [rows, heads, keys, head_dim]; mask bool [rows, queries, keys].
+    """
+    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)).float()
+    weights = scores.masked_fill(~mask[:, None], -1e9).softmax(-1)
+    return torch.matmul(weights.to(v.dtype), v)
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -89,12 +99,9 @@ class Attention(nn.Module):
         groups = self.num_heads // self.num_kv_heads
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         num_clean = clean_mask.shape[-1]
-        out = F.scaled_dot_product_attention(
-            q[:, :, :num_clean], k[:, :, :num_clean], v[:, :, :num_clean], attn_mask=clean_mask[:, None]
-        )
+        out = attend(q[:, :, :num_clean], k[:, :, :num_clean], v[:, :, :num_clean], clean_mask)
         if noisy_mask is not None:
-            noisy = F.scaled_dot_product_attention(q[:, :, num_clean:], k, v, attn_mask=noisy_mask[:, None])
-            out = torch.cat((out, noisy), dim=2)
+            out = torch.cat((out, attend(q[:, :, num_clean:], k, v, noisy_mask)), dim=2)
         return self.o_proj(out.transpose(1, 2).reshape(rows, length, -1))
 
 

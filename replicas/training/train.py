@@ -33,9 +33,9 @@ from replicas.training.tokenizer import load_tokenizer, train_tokenizer
 class TrainConfig:
     """The recipe; lengths of phases in steps."""
 
-    steps: int = 6000
-    ar_steps: int = 1800
-    decay_steps: int = 1200
+    steps: int = 5400
+    ar_steps: int = 1000
+    decay_steps: int = 1400
     warmup_steps: int = 100
     noisy_weight: float = 0.3
     muon_lr: float = 0.01
