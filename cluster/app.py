@@ -132,5 +132,6 @@ def _replica_config(args: ClusterConfig, redis_url: str) -> ReplicaConfig:
         kv_cache_mb=args.kv_cache_mb,
         max_running=args.max_running,
         max_step_tokens=args.max_step_tokens,
+        max_prefill_tokens=args.max_prefill_tokens,
         max_waiting=args.max_waiting,
     )

@@ -57,6 +57,9 @@ class ClusterConfig(BaseModel):
     kv_cache_mb: int = Field(256, ge=1, description="Memory for K/V pages a replica, in MiB.")
     max_running: int = Field(64, ge=1, description="Requests in one forward.")
     max_step_tokens: int = Field(512, ge=2 * MAX_BLOCK_LENGTH, description="Query tokens in one forward.")
+    max_prefill_tokens: int = Field(
+        256, ge=1, description="Prompt tokens in a forward that decodes too: bounds the delay of its streams."
+    )
     max_waiting: int = Field(256, ge=0, description="Requests queued a replica, beyond those running.")
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Longest HTTP body taken.")
 

@@ -11,7 +11,8 @@ class ReplicaConfig:
 
     checkpoint: a folder or a hub name. num_threads None leaves torch's own choice.
     kv_cache_mb: memory for K/V pages, in MiB. max_running: sequences in one forward.
-    max_step_tokens: query tokens in one forward. max_waiting: queued beyond those running.
+    max_step_tokens: query tokens in one forward; max_prefill_tokens: of them prompt tokens beside
+    decoding ones. max_waiting: queued beyond those running.
     """
 
     checkpoint: str
@@ -26,4 +27,5 @@ class ReplicaConfig:
     kv_cache_mb: int = 256
     max_running: int = 64
     max_step_tokens: int = 512
+    max_prefill_tokens: int = 256
     max_waiting: int = 256

@@ -1,11 +1,15 @@
 """What crosses between the router and a replica. Plain frozen records, cheap to pickle."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from policies.modes import Mode
 from replicas.errors import ErrorCode
+
+NUM_SEEDS = 2**63
+"""A seed is from 0 to one less."""
 
 
 class FinishReason(StrEnum):
@@ -72,33 +76,50 @@ class DecodingOptions:
 
     block_length and threshold override the plan's, for the modes that have them; lossless keeps
     `auto` to modes whose output is AR's.
+    max_steps: denoising forwards a block of diffusion may take; the last one fixes all that is left.
     """
 
     mode: Mode | None = None
     block_length: int | None = None
     threshold: float | None = None
     lossless: bool = False
+    max_steps: int | None = None
+
+
+Prompt = tuple[Mapping[str, str], ...] | str | tuple[int, ...]
+"""Chat messages, text or token ids."""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One completion to generate. The prompt is one of: chat messages, text, token ids.
+    """Completions to generate: num_choices of each prompt.
 
+    Choice k of prompt p has the index p * num_choices + k, and the seed of `sampling` plus k.
     channel_id: the token channel on which the events of this request go out.
     timeout_s: seconds from submission after which it ends with DEADLINE_EXCEEDED; None is never.
+    priority: lower goes first, among what waits at a replica.
     """
 
     request_id: str
     channel_id: str
-    prompt: tuple[Mapping[str, str], ...] | str | tuple[int, ...]
+    prompts: tuple[Prompt, ...]
     sampling: SamplingParams
     decoding: DecodingOptions = DecodingOptions()
     timeout_s: float | None = None
+    num_choices: int = 1
+    priority: int = 0
+
+    @property
+    def num_indices(self) -> int:
+        return len(self.prompts) * self.num_choices
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """Every accepted request ends with exactly one Finished or Failed on its channel."""
+    """Every accepted request ends with exactly one Finished or Failed on its channel.
+
+    num_prompt_tokens: of all its prompts, each counted once however many choices it has.
+    """
 
     request_id: str
     num_prompt_tokens: int
@@ -116,25 +137,46 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class TextLogprob:
-    """A token's text, its bytes and its log-probability by the model, before temperature and filters."""
+    """A token's bytes, which may be part of a character only, and its log-probability by the model.
 
-    text: str
+    logprob: before penalties, temperature and filters.
+    offset: where the token's text begins in the completion, in characters; 0 in `top`.
+    """
+
     bytes: bytes
     logprob: float
+    offset: int = 0
     top: tuple["TextLogprob", ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """New committed text; never taken back. num_tokens may be 0 when a held-back text comes free.
+    """New committed text of one choice; never taken back.
 
-    logprobs: of the num_tokens tokens, where the request asks for them.
+    num_tokens: taken since the last one; may be 0 when a held-back text comes free.
+    logprobs: of the tokens whose text begins in this one, where the request asks for them. A token
+    without text, as an end of text is, and one that only makes a stop string, have none.
+    reason: set on the last one of a choice, and there is always a last one.
     """
 
     request_id: str
     text: str
     num_tokens: int
     logprobs: tuple[TextLogprob, ...] = ()
+    index: int = 0
+    reason: FinishReason | None = None
+
+
+def joined(deltas: Sequence[Delta]) -> Delta:
+    """Deltas of one choice, one after another, as one."""
+    return Delta(
+        deltas[0].request_id,
+        "".join(delta.text for delta in deltas),
+        sum(delta.num_tokens for delta in deltas),
+        tuple(entry for delta in deltas for entry in delta.logprobs),
+        deltas[0].index,
+        deltas[-1].reason,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +186,7 @@ class DecodingReport:
     Prefill is none of these, and its token, the first, is counted to the mode that goes on from it.
 
     rule: what chose the last mode ("request" where it was pinned, else the policy's name).
+    num_choices: whose counts are added up here.
     """
 
     tokens_by_mode: Mapping[Mode, int] = field(default_factory=dict)
@@ -151,22 +194,39 @@ class DecodingReport:
     num_switches: int = 0
     rule: str = ""
     replica_id: str = ""
+    num_choices: int = 1
 
     @property
     def tokens_per_forward(self) -> float:
-        """Tokens a forward after the first token; 0 when there was no forward after it."""
-        return (sum(self.tokens_by_mode.values()) - 1) / self.num_forwards if self.num_forwards else 0.0
+        """Tokens a forward after each choice's first token; 0 when there was no forward after it."""
+        num_tokens = sum(self.tokens_by_mode.values()) - self.num_choices
+        return num_tokens / self.num_forwards if self.num_forwards else 0.0
+
+    def __add__(self, later: "DecodingReport") -> "DecodingReport":
+        """Of several choices together; the rule is the later one's."""
+        return DecodingReport(
+            tokens_by_mode=Counter(self.tokens_by_mode) + Counter(later.tokens_by_mode),
+            num_forwards=self.num_forwards + later.num_forwards,
+            num_switches=self.num_switches + later.num_switches,
+            rule=later.rule,
+            replica_id=later.replica_id,
+            num_choices=self.num_choices + later.num_choices,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
+    """All choices of a request have ended; what it took for all of them.
+
+    num_prompt_tokens: each prompt counted once.
+    """
+
     request_id: str
-    reason: FinishReason
     num_prompt_tokens: int
     num_completion_tokens: int
     report: DecodingReport
     num_reused_tokens: int = 0
-    """Prompt tokens that cost nothing, since their K/V was in the prefix cache."""
+    """Prompt tokens that cost nothing, since their K/V was in the prefix cache from other requests."""
 
 
 @dataclass(frozen=True, slots=True)

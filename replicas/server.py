@@ -36,6 +36,7 @@ class Replica:
             max_running=config.max_running,
             max_waiting=config.max_waiting,
             max_step_tokens=config.max_step_tokens,
+            max_prefill_tokens=config.max_prefill_tokens,
         )
         replica_id = serve.get_replica_context().replica_id.unique_id
         self._info = ModelInfo(

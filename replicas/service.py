@@ -14,10 +14,12 @@ from policies.load import ReplicaLoad
 from policies.modes import DecodePlan, Mode
 from replicas.channels import ChannelHub
 from replicas.engine.engine import Engine
-from replicas.engine.sequence import Progress
+from replicas.engine.sequence import Progress, Sequence
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import (
+    NUM_SEEDS,
     Accepted,
+    DecodingReport,
     Delta,
     Event,
     Failed,
@@ -39,12 +41,25 @@ WEDGED_S = 120.0
 
 @dataclass(slots=True)
 class _Live:
-    """An accepted request that has not ended."""
+    """An accepted request that has not ended: its open choices by index, and sums over those that ended."""
 
     request: GenerateRequest
+    choices: dict[int, "_Choice"] = field(default_factory=dict)
+    num_prompt_tokens: int = 0
+    num_reused_tokens: int = 0
+    num_completion_tokens: int = 0
+    report: DecodingReport | None = None
+
+
+@dataclass(slots=True)
+class _Choice:
+    """A text of a request, that has not ended. num_unsent: tokens whose text is still held back."""
+
+    live: _Live
+    index: int
+    sequence: Sequence
     text: TextStream
     num_unsent: int = 0
-    """Tokens whose text is still held back."""
     unsent_logprobs: list[TextLogprob] = field(default_factory=list)
 
 
@@ -83,6 +98,7 @@ class ReplicaService:
         self._clock = clock
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._live: dict[str, _Live] = {}
+        self._choices: dict[str, _Choice] = {}  # by their names in the engine
         self._stats = DecodingStats(clock)
         self._seen = self._look()
         self._hub = ChannelHub(self._cancel_channel)
@@ -111,11 +127,11 @@ class ReplicaService:
             message = f"no channel {request.channel_id!r} is open to this replica"
             return Rejected(request.request_id, ErrorCode.UNAVAILABLE, message)
         try:
-            prompt_ids = self._codec.encode(request.prompt)
-            await self._call(lambda: self._submit(request, prompt_ids))
+            prompts = [self._codec.encode(prompt) for prompt in request.prompts]
+            await self._call(lambda: self._submit(request, prompts))
         except TriadError as error:
             return Rejected(request.request_id, error.code, error.message, error.param)
-        return Accepted(request.request_id, len(prompt_ids))
+        return Accepted(request.request_id, sum(map(len, prompts)))
 
     async def cancel(self, request_ids: Iterable[str]) -> None:
         """Ends requests with CANCELLED, pages and all; those that have ended already stay as they are."""
@@ -197,11 +213,51 @@ class ReplicaService:
             command()
             self._seen = self._look()
 
-    def _submit(self, request: GenerateRequest, prompt_ids: list[int]) -> None:
-        self._engine.submit(
-            request.request_id, prompt_ids, request.sampling, request.decoding, request.timeout_s
+    def _submit(self, request: GenerateRequest, prompts: list[list[int]]) -> None:
+        """All of its choices, or none and TriadError."""
+        if request.request_id in self._live:
+            message = f"a request {request.request_id!r} is running already"
+            raise TriadError(ErrorCode.INVALID_REQUEST, message)
+        if request.num_indices > self._engine.capacity:
+            message = (
+                f"this request asks for {request.num_indices} completions, but a replica takes "
+                f"{self._engine.capacity} at once; lower n, or send fewer prompts a request"
+            )
+            raise TriadError(ErrorCode.INVALID_REQUEST, message, "n" if request.num_choices > 1 else "prompt")
+        live = _Live(request)
+        try:
+            for index in range(request.num_indices):
+                self._submit_choice(live, index, prompts[index // request.num_choices])
+        except TriadError:
+            self._drop(live)
+            raise
+        self._live[request.request_id] = live
+
+    def _submit_choice(self, live: _Live, index: int, prompt_ids: list[int]) -> None:
+        request = live.request
+        seed = (request.sampling.seed + index % request.num_choices) % NUM_SEEDS
+        name = _choice_name(live, index)
+        sequence = self._engine.submit(
+            name,
+            prompt_ids,
+            replace(request.sampling, seed=seed),
+            request.decoding,
+            request.timeout_s,
+            request.priority,
         )
-        self._live[request.request_id] = _Live(request, self._codec.stream(request.sampling.stop))
+        choice = _Choice(live, index, sequence, self._codec.stream(request.sampling.stop))
+        self._choices[name] = live.choices[index] = choice
+        if index % request.num_choices == 0:
+            live.num_prompt_tokens += len(prompt_ids)
+
+    def _drop(self, live: _Live) -> None:
+        """Ends what still runs of a request, without a word."""
+        self._live.pop(live.request.request_id, None)
+        for index in live.choices:
+            name = _choice_name(live, index)
+            del self._choices[name]
+            self._engine.cancel(name)
+        live.choices.clear()
 
     def _cancel(self, request_ids: Iterable[str]) -> None:
         self._end(request_ids, ErrorCode.CANCELLED, "the request was cancelled")
@@ -209,9 +265,9 @@ class ReplicaService:
     def _end(self, request_ids: Iterable[str], code: ErrorCode, message: str) -> None:
         ended = []
         for request_id in request_ids:
-            live = self._live.pop(request_id, None)
+            live = self._live.get(request_id)
             if live is not None:
-                self._engine.cancel(request_id)
+                self._drop(live)
                 ended.append(live)
         self._send_failure(ended, code, message)
 
@@ -253,43 +309,70 @@ class ReplicaService:
     def _publish(self, progress: list[Progress]) -> None:
         outbox = _Outbox()
         for made in progress:
-            live = self._live[made.sequence.request_id]
-            self._tell(outbox, live, made)
+            choice = self._choices.get(made.sequence.request_id)
+            if choice is not None:  # else another choice of its request failed in this step
+                self._tell(outbox, choice, made)
         self._send(outbox)
 
-    def _tell(self, outbox: _Outbox, live: _Live, made: Progress) -> None:
-        """Turns what a step did for one request into its events."""
+    def _tell(self, outbox: _Outbox, choice: _Choice, made: Progress) -> None:
+        """Turns what a step did for one choice into its request's events. One that fails fails them all."""
+        live = choice.live
         request_id, channel_id = live.request.request_id, live.request.channel_id
-        before = live.text.num_tokens
-        text = live.text.push(made.token_ids)
-        num_taken = live.text.num_tokens - before
-        live.num_unsent += num_taken
-        live.unsent_logprobs += map(self._codec.logprob, made.logprobs[:num_taken])
-        if made.reason is not None:
-            text += live.text.finish()
-        reason = FinishReason.STOP if live.text.stopped else made.reason
-        if text:
-            outbox.add(channel_id, Delta(request_id, text, live.num_unsent, tuple(live.unsent_logprobs)))
-            live.num_unsent = 0
-            live.unsent_logprobs = []
         if made.error is not None:
-            last: Event = Failed(request_id, made.error, made.message)
-        elif reason is not None:
-            sequence = made.sequence
-            last = Finished(
-                request_id,
-                reason,
-                sequence.num_prompt_tokens,
-                live.text.num_tokens,
-                sequence.report(self.replica_id),
-                sequence.num_reused,
-            )
-        else:
+            self._drop(live)
+            outbox.add(channel_id, Failed(request_id, made.error, made.message))
             return
+        text = self._take(choice, made)
+        reason = FinishReason.STOP if choice.text.stopped else made.reason
+        if text or reason is not None:
+            logprobs = choice.unsent_logprobs
+            released = sum(entry.offset < choice.text.num_released for entry in logprobs)
+            sent, choice.unsent_logprobs = logprobs[:released], logprobs[released:]
+            outbox.add(
+                channel_id, Delta(request_id, text, choice.num_unsent, tuple(sent), choice.index, reason)
+            )
+            choice.num_unsent = 0
+        if reason is not None:
+            self._end_choice(choice)
+            if not live.choices:
+                outbox.add(channel_id, self._finish(live))
+
+    def _take(self, choice: _Choice, made: Progress) -> str:
+        """The text that a step's tokens set free."""
+        before = choice.text.num_tokens
+        text = choice.text.push(made.token_ids)
+        starts = choice.text.starts[before:]
+        choice.num_unsent += len(starts)
+        choice.unsent_logprobs += map(self._codec.logprob, made.logprobs, starts)
+        return text if made.reason is None else text + choice.text.finish()
+
+    def _end_choice(self, choice: _Choice) -> None:
+        live, sequence = choice.live, choice.sequence
+        report = sequence.report(self.replica_id)
+        live.report = report if live.report is None else live.report + report
+        live.num_completion_tokens += choice.text.num_tokens
+        if choice.index % live.request.num_choices == 0:
+            live.num_reused_tokens += sequence.num_reused
+        del live.choices[choice.index]
+        del self._choices[sequence.request_id]
+        self._engine.cancel(sequence.request_id)  # a stop string ends a sequence that would go on
+
+    def _finish(self, live: _Live) -> Finished:
+        request_id = live.request.request_id
         del self._live[request_id]
-        self._engine.cancel(request_id)  # a stop string ends a sequence that would go on
-        outbox.add(channel_id, last)
+        assert live.report is not None
+        return Finished(
+            request_id,
+            live.num_prompt_tokens,
+            live.num_completion_tokens,
+            live.report,
+            live.num_reused_tokens,
+        )
 
     def _send(self, outbox: _Outbox) -> None:
         if outbox.events:
             self._loop.call_soon_threadsafe(self._hub.publish, outbox.events)
+
+
+def _choice_name(live: _Live, index: int) -> str:
+    return f"{live.request.request_id}#{index}"

@@ -1,6 +1,6 @@
 """The edge between text and token ids: prompts in, streamed text out. The engine knows ids only."""
 
-from collections.abc import Mapping
+import re
 
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -8,10 +8,12 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from replicas.engine.plan import TokenLogprob
 from replicas.errors import ErrorCode, TriadError
-from replicas.messages import TextLogprob
+from replicas.messages import Prompt, TextLogprob
 
 _BYTES: dict[str, int] = {char: byte for byte, char in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
 """Of byte-level tokenizers: what character stands for which byte."""
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+"""A single byte in a tokenizer of the SentencePiece kind, whose other pieces are text with ▁ for a space."""
 
 
 class TextCodec:
@@ -19,6 +21,9 @@ class TextCodec:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         self._tokenizer = tokenizer
+        self._special_ids = frozenset(tokenizer.all_special_ids)
+        self._is_byte_level = "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
+        self._known_bytes: dict[int, bytes] = {}
 
     @classmethod
     def load(cls, checkpoint: str) -> "TextCodec":
@@ -28,7 +33,7 @@ class TextCodec:
             raise ValueError(f"{checkpoint} has no tokenizer.json; a fast tokenizer is needed")
         return cls(tokenizer)
 
-    def encode(self, prompt: tuple[Mapping[str, str], ...] | str | tuple[int, ...]) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
         """Chat messages by the chat template, text with the tokenizer's own special tokens, ids as they are.
 
         TriadError when the template refuses the messages.
@@ -55,24 +60,41 @@ class TextCodec:
     def stream(self, stop: tuple[str, ...] = ()) -> "TextStream":
         return TextStream(self._tokenizer, stop)
 
-    def logprob(self, made: TokenLogprob) -> TextLogprob:
-        """A token's log-probability in text; its bytes may be part of a character only."""
-        top = tuple(self._entry(token, logprob) for token, logprob in made.top)
-        return self._entry(made.token_id, made.logprob, top)
+    def logprob(self, made: TokenLogprob, offset: int) -> TextLogprob:
+        """offset: where the token's text begins in the completion, in characters."""
+        top = tuple(TextLogprob(self.token_bytes(token), logprob) for token, logprob in made.top)
+        return TextLogprob(self.token_bytes(made.token_id), made.logprob, offset, top)
 
-    def _entry(self, token_id: int, logprob: float, top: tuple[TextLogprob, ...] = ()) -> TextLogprob:
-        text = str(self._tokenizer.decode([token_id]))
-        piece = str(self._tokenizer.convert_ids_to_tokens(token_id))
-        is_bytes = token_id not in self._tokenizer.all_special_ids and all(char in _BYTES for char in piece)
-        raw = bytes(_BYTES[char] for char in piece) if is_bytes else text.encode()
-        return TextLogprob(text, raw, logprob, top)
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for in a text, which may be part of a character; of a special one its name."""
+        known = self._known_bytes.get(token_id)
+        if known is None:
+            known = self._known_bytes[token_id] = self._find_bytes(token_id)
+        return known
+
+    def _find_bytes(self, token_id: int) -> bytes:
+        piece = self._tokenizer.convert_ids_to_tokens(token_id)
+        if not isinstance(piece, str):
+            return b""  # a row of the head beyond the tokenizer's vocabulary
+        if token_id in self._special_ids:
+            return piece.encode()
+        if self._is_byte_level:
+            if all(char in _BYTES for char in piece):
+                return bytes(_BYTES[char] for char in piece)
+            return piece.encode()  # a token added as text
+        if (byte := _BYTE_PIECE.fullmatch(piece)) is not None:
+            return bytes.fromhex(byte[1])
+        return piece.replace("▁", " ").encode()
 
 
 class TextStream:
     """One completion's text, as its tokens come.
 
     Text is held back while it may be the beginning of a stop string or of a character whose bytes
-    are not all there. num_tokens counts the tokens taken in, through the one that completed a stop.
+    are not all there.
+
+    starts: for each token taken in, through the one that completed a stop, how many characters of
+    decoded text came before it. num_released: the characters given out.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: tuple[str, ...]):
@@ -81,8 +103,14 @@ class TextStream:
         self._stop = stop
         self._undecoded: list[int] = []
         self._held = ""
+        self._num_decoded = 0
         self.stopped = False
-        self.num_tokens = 0
+        self.starts: list[int] = []
+        self.num_released = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.starts)
 
     def push(self, token_ids: tuple[int, ...]) -> str:
         """The text that has become certain. Takes nothing more once stopped."""
@@ -90,7 +118,7 @@ class TextStream:
         for token in token_ids:
             if self.stopped:
                 break
-            self.num_tokens += 1
+            self.starts.append(self._num_decoded)
             self._undecoded.append(token)
             text = self._decoder.step(self._tokenizer.backend_tokenizer, token)
             if text is not None:
@@ -107,17 +135,21 @@ class TextStream:
         if self.stopped:
             return released
         held, self._held = self._held, ""
+        self.num_released += len(held)
         return released + held
 
     def _release(self, text: str) -> str:
+        self._num_decoded += len(text)
         self._held += text
         found = [(at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
+            self.num_released += min(found)[0]
             return self._held[: min(found)[0]]
         num_held = max((_overlap(self._held, stop) for stop in self._stop), default=0)
         cut = len(self._held) - num_held
         released, self._held = self._held[:cut], self._held[cut:]
+        self.num_released += cut
         return released
 
 

@@ -53,13 +53,11 @@ def create_app(door: Door, lifespan: AbstractAsyncContextManager[None] | None = 
 
     @app.post("/v1/chat/completions", response_class=Response)
     async def chat_completions(body: ChatCompletionRequest) -> Response:
-        answer = ChatAnswer(_new_id("chatcmpl"), door.model_name, int(time.time()), body.include_usage)
-        return _generate(door, body, answer)
+        return _generate(door, body, ChatAnswer, "chatcmpl")
 
     @app.post("/v1/completions", response_class=Response)
     async def completions(body: CompletionRequest) -> Response:
-        answer = TextAnswer(_new_id("cmpl"), door.model_name, int(time.time()), body.include_usage)
-        return _generate(door, body, answer)
+        return _generate(door, body, TextAnswer, "cmpl")
 
     @app.get("/v1/models", response_class=Response)
     async def models() -> Response:
@@ -87,18 +85,30 @@ def create_app(door: Door, lifespan: AbstractAsyncContextManager[None] | None = 
     return app
 
 
-def _generate(door: Door, body: ChatCompletionRequest | CompletionRequest, answer: Answer) -> Response:
+def _generate(
+    door: Door, body: ChatCompletionRequest | CompletionRequest, answer_type: type[Answer], id_prefix: str
+) -> Response:
     _check_model_name(door, body.model)
     request = GenerateRequest(
-        request_id=answer.completion_id,
+        request_id=f"{id_prefix}-{uuid.uuid4().hex}",
         channel_id="",
-        prompt=body.prompt_for_replica(),
+        prompts=body.prompts_for_replica(),
         sampling=body.sampling(lambda: secrets.randbits(63)),
         decoding=body.decoding_options(),
         timeout_s=body.timeout_s,
+        num_choices=body.n or 1,
+        priority=body.priority or 0,
     )
     if door.dispatcher.model is not None:
         _check_fits(request, door.dispatcher.model)
+    answer = answer_type(
+        completion_id=request.request_id,
+        model=door.model_name,
+        created=int(time.time()),
+        include_usage=body.include_usage,
+        num_choices=request.num_indices,
+        num_logprobs=request.sampling.logprobs,
+    )
     return GenerationResponse(door.dispatcher.generate(request), answer, bool(body.stream))
 
 
@@ -115,9 +125,8 @@ def _check_fits(request: GenerateRequest, model: ModelInfo) -> None:
         modes = ", ".join(model.modes)
         message = f"This model does not decode by {mode}; it has: {modes}."
         raise TriadError(ErrorCode.INVALID_REQUEST, message, "decoding.mode")
-    if isinstance(request.prompt, tuple) and any(
-        isinstance(token, int) and token >= model.vocab_size for token in request.prompt
-    ):
+    tokens = (token for prompt in request.prompts if isinstance(prompt, tuple) for token in prompt)
+    if any(isinstance(token, int) and token >= model.vocab_size for token in tokens):
         message = f"A token id is at most {model.vocab_size - 1} for this model."
         raise TriadError(ErrorCode.INVALID_REQUEST, message, "prompt")
     if limit is not None and limit >= model.max_context:
@@ -136,7 +145,3 @@ def _model_entry(door: Door) -> dict[str, Any]:
         "modes": None if model is None else [mode.value for mode in model.modes],
         "max_context": None if model is None else model.max_context,
     }
-
-
-def _new_id(prefix: str) -> str:
-    return f"{prefix}-{uuid.uuid4().hex}"

@@ -12,7 +12,7 @@ from typing import Self
 from policies.loop import Clock
 from policies.placement import Candidate, OwnTraffic, choose_replica
 from replicas.errors import ErrorCode, TriadError
-from replicas.messages import Delta, Event, Failed, Finished, GenerateRequest, ModelInfo
+from replicas.messages import Delta, Event, Failed, Finished, GenerateRequest, ModelInfo, joined
 from router.admission import AdmissionControl
 from router.link import Inbox, Link, LinkTimes
 from router.load_view import LoadView
@@ -183,30 +183,40 @@ class Generation:
     ) -> None:
         self._leave()
 
-    async def texts(self) -> AsyncGenerator[str, None]:
-        """Text as it comes; what has piled up meanwhile comes as one. Raises TriadError if it breaks off."""
+    async def deltas(self) -> AsyncGenerator[tuple[Delta, ...], None]:
+        """Text as it comes; what has piled up of a choice meanwhile comes as one.
+
+        Raises TriadError if it breaks off.
+        """
         while self.finished is None:
-            text = ""
+            piled: dict[int, list[Delta]] = {}
             event = self._first or await self._inbox.get()
             self._first = None
             while isinstance(event, Delta):
-                text += event.text
+                piled.setdefault(event.index, []).append(event)
                 if self._inbox.empty():
                     break
                 event = self._inbox.get_nowait()
-            if text:
-                yield text
+            if piled:
+                yield tuple(map(joined, piled.values()))
             if isinstance(event, Failed):
                 raise TriadError(event.code, event.message)
             if isinstance(event, Finished):
                 self.finished = event
                 self._dispatcher.ended()
 
-    async def whole_text(self) -> str:
-        """All of it. Nothing is sent before the end, so the loss of the replica is survived here too."""
+    async def whole(self) -> tuple[Delta, ...]:
+        """Every choice as one, in order.
+
+        Nothing is sent before the end, so the loss of the replica is survived here too.
+        """
         while True:
             try:
-                return "".join([text async for text in self.texts()])
+                parts: dict[int, list[Delta]] = {}
+                async for deltas in self.deltas():
+                    for delta in deltas:
+                        parts.setdefault(delta.index, []).append(delta)
+                return tuple(joined(parts[index]) for index in sorted(parts))
             except TriadError as error:
                 if not self._may_retry(error.code):
                     raise

@@ -35,22 +35,34 @@ class GenerationResponse(Response):
 
     async def _reply_whole(self, send: Send) -> None:
         async with self._generation as generation:
-            text = await generation.whole_text()
+            choices = await generation.whole()
             assert generation.finished is not None
-            body = encode(self._answer.whole(text, generation.finished))
+            body = encode(self._answer.whole(choices, generation.finished))
         await _start(send, {"content-type": "application/json", "content-length": str(len(body))})
         await send({"type": "http.response.body", "body": body})
 
     async def _reply_in_events(self, send: Send) -> None:
-        async with self._generation as generation, aclosing(generation.texts()) as texts:
+        async with self._generation as generation, aclosing(generation.deltas()) as news:
             head = self._answer.head()
+            num_open = self._answer.num_choices
             await _start(send, EVENT_STREAM)
             try:
-                async for text in texts:
-                    await _send_part(send, head + self._answer.delta(text))
+                async for deltas in news:
+                    part = head
                     head = b""
+                    for delta in deltas:
+                        part += self._answer.delta(delta) if delta.text else b""
+                        if delta.reason is None:
+                            continue
+                        num_open -= 1
+                        if num_open:
+                            part += self._answer.end(delta.index, delta.reason)
+                        else:  # with the tail
+                            last_index, last_reason = delta.index, delta.reason
+                    if part:
+                        await _send_part(send, part)
                 assert generation.finished is not None
-                last = head + self._answer.tail(generation.finished)
+                last = head + self._answer.tail(last_index, last_reason, generation.finished)
             except TriadError as error:
                 last = head + error_event(error)
         await send({"type": "http.response.body", "body": last})

@@ -19,16 +19,17 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from policies.modes import LOSSLESS_MODES, MAX_BLOCK_LENGTH, Mode
-from replicas.messages import DecodingOptions, SamplingParams
+from replicas.messages import NUM_SEEDS, DecodingOptions, Prompt, SamplingParams
 
 MAX_STOPS = 16
 MAX_STOP_LEN = 256
 MAX_BIASES = 300
+MAX_PRIORITY = 1000
 MAX_TIMEOUT_S = 24 * 3600.0
-_MAX_SEED = 2**63
-
-ChatPrompt = tuple[dict[str, str], ...]
-"""Messages as the replica's chat template takes them: role and content."""
+MAX_CHOICES = 128
+MAX_PROMPTS = 128
+MAX_CHAT_LOGPROBS = 20
+MAX_TEXT_LOGPROBS = 5
 
 
 def _neutral(*values: Any) -> AfterValidator:
@@ -53,8 +54,6 @@ def _same(value: Any, known: Any) -> bool:
 Unsupported = Annotated[Any, _neutral()]
 NoList = Annotated[Any, _neutral([])]
 Off = Annotated[Any, _neutral(False)]
-Zero = Annotated[Any, _neutral(0)]
-One = Annotated[Any, _neutral(1)]
 
 
 def _unicode(text: str) -> str:
@@ -112,6 +111,7 @@ class Decoding(_Strict):
     block_length: Annotated[int, Field(ge=2, le=MAX_BLOCK_LENGTH)] | None = None
     threshold: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     lossless: bool = False
+    max_steps: Annotated[int, Field(ge=1, le=MAX_BLOCK_LENGTH)] | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -120,8 +120,9 @@ class Decoding(_Strict):
             raise _conflict("lossless", "diffusion is not lossless; choose another mode")
         if self.block_length is not None and mode is Mode.AR:
             raise _conflict("block_length", "ar decodes one token at a time")
-        if self.threshold is not None and (self.lossless or mode in LOSSLESS_MODES):
-            raise _conflict("threshold", "only diffusion has one")
+        for field in ("threshold", "max_steps"):
+            if getattr(self, field) is not None and (self.lossless or mode in LOSSLESS_MODES):
+                raise _conflict(field, "only diffusion has one")
         return self
 
     @property
@@ -134,6 +135,7 @@ class Decoding(_Strict):
             block_length=self.block_length,
             threshold=self.threshold,
             lossless=self.lossless,
+            max_steps=self.max_steps,
         )
 
 
@@ -166,7 +168,7 @@ class _Completion(_Strict):
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
-    seed: Annotated[int, Field(ge=-_MAX_SEED, lt=_MAX_SEED)] | None = None
+    seed: Annotated[int, Field(ge=-NUM_SEEDS, lt=NUM_SEEDS)] | None = None
     stop: Annotated[Stops | None, BeforeValidator(_stops)] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -178,13 +180,14 @@ class _Completion(_Strict):
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     logit_bias: LogitBias | None = None
     timeout_s: Annotated[float, Field(gt=0.0, le=MAX_TIMEOUT_S)] | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
     decoding: Decoding | None = None
 
     user: str | None = None
     safety_identifier: str | None = None
     metadata: dict[str, str] | None = None
     store: Off = None
-    n: One = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
 
     @model_validator(mode="after")
     def _usage_is_streamed(self) -> Self:
@@ -198,6 +201,11 @@ class _Completion(_Strict):
         return self.max_tokens
 
     @property
+    def num_logprobs(self) -> int | None:
+        """How many alternatives to report with each token; None reports no log-probabilities."""
+        raise NotImplementedError
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
@@ -208,7 +216,7 @@ class _Completion(_Strict):
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=self.top_k or 0,
-            seed=(draw_seed() if self.seed is None else self.seed) % _MAX_SEED,
+            seed=(draw_seed() if self.seed is None else self.seed) % NUM_SEEDS,
             stop=tuple(self.stop or ()),
             ignore_eos=self.ignore_eos,
             min_p=self.min_p or 0.0,
@@ -217,6 +225,7 @@ class _Completion(_Strict):
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
             logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
             min_tokens=self.min_tokens or 0,
+            logprobs=self.num_logprobs,
         )
 
     def decoding_options(self) -> DecodingOptions:
@@ -227,8 +236,8 @@ class ChatCompletionRequest(_Completion):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
-    logprobs: Off = None
-    top_logprobs: Zero = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_CHAT_LOGPROBS)] | None = None
     tools: NoList = None
     tool_choice: Annotated[Any, _neutral("none")] = None
     parallel_tool_calls: Annotated[Any, _neutral(True)] = None
@@ -251,40 +260,73 @@ class ChatCompletionRequest(_Completion):
             raise _conflict("max_tokens", "differs from max_completion_tokens; send one of them")
         return self
 
+    @model_validator(mode="after")
+    def _alternatives_of_something(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise _conflict("top_logprobs", "only with logprobs: true")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
     @property
     def num_wanted(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    def prompt_for_replica(self) -> ChatPrompt:
+    def prompts_for_replica(self) -> tuple[Prompt, ...]:
         # OpenAI renamed `system` to `developer`; templates know the old name.
-        return tuple(
+        messages = tuple(
             {"role": "system" if message.role == "developer" else message.role, "content": message.content}
             for message in self.messages
         )
+        return (messages,)
 
 
-def _prompt(value: Any) -> str | tuple[int, ...]:
-    """One prompt: text or token ids, alone or in a list of one."""
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
-        value = value[0]
-    if isinstance(value, list) and any(isinstance(item, str | list) for item in value):
-        raise PydanticCustomError("unsupported_value", "Only one prompt a request is supported.")
+TextPrompt = str | tuple[int, ...]
+
+
+def _prompts(value: Any) -> tuple[TextPrompt, ...]:
+    """Text or token ids, alone or several in a list."""
+    several = isinstance(value, list) and bool(value) and all(isinstance(item, str | list) for item in value)
+    prompts = value if several else [value]
+    if len(prompts) > MAX_PROMPTS:
+        raise PydanticCustomError("prompt", "At most {most} prompts a request", {"most": MAX_PROMPTS})
+    return tuple(_prompt(prompt) for prompt in prompts)
+
+
+def _prompt(value: Any) -> TextPrompt:
     if isinstance(value, list) and value and all(type(item) is int and item >= 0 for item in value):
         return tuple(value)
     if isinstance(value, str):
         return _unicode(value)
-    raise PydanticCustomError("prompt", "A prompt is a string or a list of token ids")
+    raise PydanticCustomError("prompt", "A prompt is a string or a list of token ids, or a list of these")
 
 
 class CompletionRequest(_Completion):
     prompt: Annotated[
-        str | tuple[int, ...], PlainValidator(_prompt, json_schema_input_type=str | list[int] | list[str])
+        tuple[TextPrompt, ...],
+        PlainValidator(_prompts, json_schema_input_type=str | list[int] | list[str] | list[list[int]]),
     ]
 
-    logprobs: Unsupported = None
-    best_of: One = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TEXT_LOGPROBS)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     echo: Off = None
     suffix: Unsupported = None
 
-    def prompt_for_replica(self) -> str | tuple[int, ...]:
+    @model_validator(mode="after")
+    def _best_of_is_n(self) -> Self:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise _conflict(
+                "best_of",
+                "choosing the best of more completions than are sent back is not supported; leave it out, "
+                "and choose among n completions by their logprobs",
+            )
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    def prompts_for_replica(self) -> tuple[Prompt, ...]:
         return self.prompt

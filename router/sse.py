@@ -1,15 +1,17 @@
 """Answers as OpenAI sends them: JSON bodies, and server-sent events for streams."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from replicas.errors import TriadError
-from replicas.messages import DecodingReport, Finished
+from replicas.messages import DecodingReport, Delta, Finished, FinishReason, TextLogprob
 from router.errors import encode, triad_error_body
 
 DONE = b"data: [DONE]\n\n"
+LEAST_LOGPROB = -9999.0
+"""OpenAI's word for impossible."""
 
 
 def event(body: Any) -> bytes:
@@ -48,31 +50,41 @@ class Answer(ABC):
     """Writes one request's answer, streamed or whole.
 
     created: seconds since 1970. include_usage: end a stream with a chunk that has the usage.
+    num_logprobs: alternatives asked for with each token, None where no log-probabilities were.
     """
 
     completion_id: str
     model: str
     created: int
     include_usage: bool = False
+    num_choices: int = 1
+    num_logprobs: int | None = None
 
     @abstractmethod
     def head(self) -> bytes:
         """What a stream begins with."""
 
     @abstractmethod
-    def delta(self, text: str) -> bytes:
-        """New text, as it comes."""
+    def delta(self, delta: Delta) -> bytes:
+        """New text of a choice, as it comes."""
 
     @abstractmethod
-    def whole(self, text: str, finished: Finished) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Delta], finished: Finished) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
 
     @abstractmethod
-    def _last_choice(self, finish_reason: str) -> Mapping[str, Any]: ...
+    def _last_choice(self, index: int, reason: FinishReason) -> Mapping[str, Any]: ...
 
-    def tail(self, finished: Finished) -> bytes:
-        """The chunk with the finish reason and the decoding report; the usage, if asked for; [DONE]."""
-        choice = self._last_choice(finished.reason.value)
+    @abstractmethod
+    def _logprobs(self, entries: Sequence[TextLogprob]) -> dict[str, Any]: ...
+
+    def end(self, index: int, reason: FinishReason) -> bytes:
+        """The last chunk of a choice that others outlast."""
+        return self._chunk(self._last_choice(index, reason))
+
+    def tail(self, index: int, reason: FinishReason, finished: Finished) -> bytes:
+        """The end of the last choice, with the decoding report; the usage, if asked for; [DONE]."""
+        choice = self._last_choice(index, reason)
         last = self._chunk(choice, decoding=decoding_report(finished.report))
         if not self.include_usage:
             return last + DONE
@@ -82,6 +94,9 @@ class Answer(ABC):
     @property
     @abstractmethod
     def _chunk_object(self) -> str: ...
+
+    def _asked_logprobs(self, delta: Delta) -> dict[str, Any] | None:
+        return None if self.num_logprobs is None else self._logprobs(delta.logprobs)
 
     def _chunk(self, choice: Mapping[str, Any], **more: Any) -> bytes:
         body = self._envelope(self._chunk_object, [choice]) | more
@@ -98,9 +113,9 @@ class Answer(ABC):
             "choices": choices,
         }
 
-    def _body(self, object_: str, choice: Mapping[str, Any], finished: Finished) -> dict[str, Any]:
+    def _body(self, object_: str, choices: list[Mapping[str, Any]], finished: Finished) -> dict[str, Any]:
         report = {"usage": usage(finished), "decoding": decoding_report(finished.report)}
-        return self._envelope(object_, [choice]) | report
+        return self._envelope(object_, choices) | report
 
 
 class ChatAnswer(Answer):
@@ -111,21 +126,32 @@ class ChatAnswer(Answer):
         return "chat.completion.chunk"
 
     def head(self) -> bytes:
-        return self._chunk(self._choice({"role": "assistant", "content": ""}))
+        role = {"role": "assistant", "content": ""}
+        return b"".join(self._chunk(_chat_chunk(index, role)) for index in range(self.num_choices))
 
-    def delta(self, text: str) -> bytes:
-        return self._chunk(self._choice({"content": text}))
+    def delta(self, delta: Delta) -> bytes:
+        return self._chunk(_chat_chunk(delta.index, {"content": delta.text}, self._asked_logprobs(delta)))
 
-    def whole(self, text: str, finished: Finished) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finished.reason.value}
-        return self._body("chat.completion", choice, finished)
+    def whole(self, choices: Sequence[Delta], finished: Finished) -> dict[str, Any]:
+        return self._body("chat.completion", [self._choice(choice) for choice in choices], finished)
 
-    def _last_choice(self, finish_reason: str) -> Mapping[str, Any]:
-        return self._choice({}, finish_reason)
+    def _choice(self, whole: Delta) -> dict[str, Any]:
+        return {
+            "index": whole.index,
+            "message": {"role": "assistant", "content": whole.text, "refusal": None},
+            "logprobs": self._asked_logprobs(whole),
+            "finish_reason": whole.reason,
+        }
 
-    def _choice(self, delta: Mapping[str, str], finish_reason: str | None = None) -> dict[str, Any]:
-        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def _last_choice(self, index: int, reason: FinishReason) -> Mapping[str, Any]:
+        return _chat_chunk(index, {}, None, reason)
+
+    def _logprobs(self, entries: Sequence[TextLogprob]) -> dict[str, Any]:
+        content = [
+            _chat_logprob(entry) | {"top_logprobs": [_chat_logprob(other) for other in entry.top]}
+            for entry in entries
+        ]
+        return {"content": content, "refusal": None}
 
 
 class TextAnswer(Answer):
@@ -138,14 +164,72 @@ class TextAnswer(Answer):
     def head(self) -> bytes:
         return b""
 
-    def delta(self, text: str) -> bytes:
-        return self._chunk(self._choice(text))
+    def delta(self, delta: Delta) -> bytes:
+        return self._chunk(self._choice(delta))
 
-    def whole(self, text: str, finished: Finished) -> dict[str, Any]:
-        return self._body(self._chunk_object, self._choice(text, finished.reason.value), finished)
+    def whole(self, choices: Sequence[Delta], finished: Finished) -> dict[str, Any]:
+        return self._body(self._chunk_object, [self._choice(c, c.reason) for c in choices], finished)
 
-    def _last_choice(self, finish_reason: str) -> Mapping[str, Any]:
-        return self._choice("", finish_reason)
+    def _choice(self, delta: Delta, reason: FinishReason | None = None) -> dict[str, Any]:
+        return {
+            "index": delta.index,
+            "text": delta.text,
+            "logprobs": self._asked_logprobs(delta),
+            "finish_reason": reason,
+        }
 
-    def _choice(self, text: str, finish_reason: str | None = None) -> dict[str, Any]:
-        return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
+    def _last_choice(self, index: int, reason: FinishReason) -> Mapping[str, Any]:
+        return {"index": index, "text": "", "logprobs": None, "finish_reason": reason}
+
+    def _logprobs(self, entries: Sequence[TextLogprob]) -> dict[str, Any]:
+        """As the older API has them: parallel lists, and the chosen token among the most probable."""
+        return {
+            "tokens": [_text_token(entry) for entry in entries],
+            "token_logprobs": [_finite(entry.logprob) for entry in entries],
+            "top_logprobs": [_text_alternatives(entry) for entry in entries] if self.num_logprobs else None,
+            "text_offset": [entry.offset for entry in entries],
+        }
+
+
+def _chat_chunk(
+    index: int,
+    delta: Mapping[str, str],
+    logprobs: dict[str, Any] | None = None,
+    reason: FinishReason | None = None,
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _chat_logprob(entry: TextLogprob) -> dict[str, Any]:
+    return {
+        "token": _text_of(entry) or _escaped(entry),
+        "logprob": _finite(entry.logprob),
+        "bytes": list(entry.bytes),
+    }
+
+
+def _text_token(entry: TextLogprob) -> str:
+    return _text_of(entry) or f"bytes:{_escaped(entry)}"
+
+
+def _text_alternatives(entry: TextLogprob) -> dict[str, float]:
+    found = {_text_token(other): _finite(other.logprob) for other in entry.top}
+    return found | {_text_token(entry): _finite(entry.logprob)}
+
+
+def _text_of(entry: TextLogprob) -> str | None:
+    """None where a token is part of a character only."""
+    try:
+        return entry.bytes.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _escaped(entry: TextLogprob) -> str:
+    """As OpenAI writes a token that is no text: \\xe2\\x80."""
+    return "".join(f"\\x{byte:02x}" for byte in entry.bytes)
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity."""
+    return max(logprob, LEAST_LOGPROB)

@@ -18,6 +18,8 @@ from replicas.errors import ErrorCode, TriadError
 from replicas.messages import DecodingOptions, SamplingParams
 
 AUTO = DecodingOptions()
+PRIORITY_S = 10.0
+"""A request ranks as if it had come this much earlier for each level of priority below 0."""
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ class Engine:
         max_running: int = 64,
         max_waiting: int = 256,
         max_step_tokens: int = 512,
+        max_prefill_tokens: int = 256,
         clock: Callable[[], float] = time.monotonic,
     ):
         spec = runner.spec
@@ -46,6 +49,8 @@ class Engine:
             raise ValueError(
                 f"max_step_tokens must be at least {2 * MAX_BLOCK_LENGTH}, got {max_step_tokens}"
             )
+        if max_prefill_tokens < 1:
+            raise ValueError(f"max_prefill_tokens must be at least 1, got {max_prefill_tokens}")
         if spec.num_pages * spec.page_size < spec.max_context:
             raise ValueError(
                 f"{spec.num_pages} pages of {spec.page_size} tokens can't hold one sequence of "
@@ -59,12 +64,19 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._num_submitted = 0
         self._scheduler = Scheduler(
-            spec, Limits(max_running, max_step_tokens), ActivePlan(DecodePlan(Mode.AR), "start")
+            spec,
+            Limits(max_running, max_step_tokens, max_prefill_tokens),
+            ActivePlan(DecodePlan(Mode.AR), "start"),
         )
 
     @property
     def has_work(self) -> bool:
         return bool(self._sequences)
+
+    @property
+    def capacity(self) -> int:
+        """Sequences it holds at most, running or waiting."""
+        return self._max_running + self._max_waiting
 
     @property
     def active_plan(self) -> ActivePlan:
@@ -85,9 +97,14 @@ class Engine:
         sampling: SamplingParams,
         decoding: DecodingOptions = AUTO,
         timeout_s: float | None = None,
+        priority: int = 0,
     ) -> Sequence:
-        """Queues a request. TriadError when it can't be served as it stands, or the queue is full."""
+        """Queues a request. TriadError when it can't be served as it stands, or the queue is full.
+
+        priority: lower goes first. A level is worth PRIORITY_S of waiting, so nobody waits for ever.
+        """
         self._check(request_id, prompt_ids, sampling, decoding)
+        now_s = self._clock()
         max_tokens = sampling.max_tokens
         if max_tokens is None:
             max_tokens = self.spec.max_context - len(prompt_ids)
@@ -98,7 +115,8 @@ class Engine:
             max_tokens=max_tokens,
             sampling=sampling,
             decoding=decoding,
-            deadline_s=None if timeout_s is None else self._clock() + timeout_s,
+            deadline_s=None if timeout_s is None else now_s + timeout_s,
+            rank=(now_s + PRIORITY_S * priority, self._num_submitted),
         )
         self._num_submitted += 1
         self._sequences[request_id] = sequence
@@ -166,9 +184,7 @@ class Engine:
                 f"leave it out, or use the mode ar, self_speculation or auto",
                 causal_field,
             )
-        if len(self._scheduler.waiting) >= self._max_waiting + self._max_running - len(
-            self._scheduler.running
-        ):
+        if len(self._sequences) >= self.capacity:
             raise TriadError(
                 ErrorCode.QUEUE_FULL,
                 f"the replica's queue of {self._max_waiting} requests is full; retry later",

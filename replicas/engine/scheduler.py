@@ -1,12 +1,14 @@
 """Which segments the next forward runs, and what its outputs change. Knows nothing of modes.
 
 A step has a budget of tokens. Rounds in progress come first, the longest unserved before others;
-prompts are prefilled in chunks with what is left, at least a reserved share, in the order they came.
-When pages run out the youngest sequence gives up its own and is recomputed later; the oldest always
-goes on, so something always does.
+prompts are prefilled in chunks with what is left, at least a reserved share and, while rounds run, at
+most max_prefill_tokens. Sequences are ranked by arrival and priority (Sequence.rank): in this order
+they are admitted and prefilled. When pages run out the last of them gives up its own and is recomputed
+later; the first always goes on, so something always does.
 """
 
-from collections import Counter, deque
+from bisect import insort
+from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -23,10 +25,15 @@ PREFILL_SHARE = 4
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """max_running: sequences in a step. max_step_tokens: query tokens in a step."""
+    """max_running: sequences in a step. max_step_tokens: query tokens in a step.
+
+    max_prefill_tokens: of them prompt tokens, in a step that runs rounds too. It bounds how much longer
+    a prompt makes the steps of the streams that run beside it.
+    """
 
     max_running: int
     max_step_tokens: int
+    max_prefill_tokens: int
 
 
 class Scheduler:
@@ -34,8 +41,8 @@ class Scheduler:
         self._spec = spec
         self._limits = limits
         self._pool = PagePool(spec.num_pages, spec.page_size)
-        self._running: list[Sequence] = []  # in order of admission
-        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []  # both by rank
+        self._waiting: list[Sequence] = []
         self._planned: tuple[Sequence, ...] = ()  # the sequences of the plan under way, aligned with it
         self._num_steps = 0
         self.active = active
@@ -56,7 +63,7 @@ class Scheduler:
         return self._pool.num_used
 
     def add(self, sequence: Sequence) -> None:
-        self._waiting.append(sequence)
+        insort(self._waiting, sequence, key=_rank)
 
     def remove(self, sequence: Sequence) -> None:
         """Ends a sequence at once; its pages are free when this returns."""
@@ -74,7 +81,7 @@ class Scheduler:
         planned = []
         for sequence in [running for running in self._running if running in asks]:
             if sequence.status is not Status.RUNNING:
-                continue  # preempted for an older one, earlier in this loop
+                continue  # preempted for one before it, earlier in this loop
             ask = asks[sequence]
             start = sequence.num_cached
             if not self._grow(sequence, start + len(ask.token_ids)):
@@ -119,6 +126,9 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Between steps. Raises AssertionError where the bookkeeping disagrees with itself."""
         self._pool.check_integrity([page for sequence in self._running for page in sequence.pages])
+        assert self._running == sorted(self._running, key=_rank)
+        assert self._waiting == sorted(self._waiting, key=_rank)
+        assert len(self._running) <= self._limits.max_running
         for sequence in self._running:
             assert sequence.status is Status.RUNNING
             assert sequence.num_cached <= len(sequence.pages) * self._spec.page_size
@@ -130,41 +140,73 @@ class Scheduler:
 
     def _pick(self) -> dict[Sequence, Ask]:
         """What to run within the token budget, pages aside."""
-        budget = self._limits.max_step_tokens
+        limits = self._limits
+        budget = limits.max_step_tokens
         prefilling = [sequence for sequence in self._running if sequence.is_prefilling]
         rounds = [sequence for sequence in self._running if not sequence.is_prefilling]
-        can_admit = bool(self._waiting) and len(self._running) < self._limits.max_running
-        reserved = budget // PREFILL_SHARE if prefilling or can_admit else 0
+        can_admit = bool(self._waiting) and len(self._running) < limits.max_running
+        reserved = min(budget // PREFILL_SHARE, limits.max_prefill_tokens) if prefilling or can_admit else 0
         asks: dict[Sequence, Ask] = {}
         for sequence in sorted(rounds, key=lambda item: item.last_step):
             ask = self._ask_round(sequence, budget - reserved)
             if ask is not None:
                 asks[sequence] = ask
                 budget -= len(ask.token_ids)
+        if asks:
+            budget = min(budget, limits.max_prefill_tokens)
         for sequence in prefilling:
             if budget > 0:
                 asks[sequence] = self._ask_prefill(sequence, budget)
                 budget -= len(asks[sequence].token_ids)
+        self._admit(asks, budget)
+        return asks
+
+    def _admit(self, asks: dict[Sequence, Ask], budget: int) -> None:
+        """Lets waiting sequences run, and adds what they ask, while the budget and the pages last."""
         num_promised = 0
-        while self._waiting and budget > 0 and len(self._running) < self._limits.max_running:
-            sequence = self._waiting[0]
+        for sequence in tuple(self._waiting):
+            if budget <= 0 or len(self._running) == self._limits.max_running:
+                return
             self._reuse(sequence)
             num_pages = self._pool.pages_for(sequence.prefill_end + 1) - len(sequence.pages)
             if num_promised + num_pages > self._pool.num_free:
                 self._release(sequence)
-                break
+                return
+            if self._is_coming(sequence):
+                self._release(sequence)
+                continue
             num_promised += num_pages
-            self._waiting.popleft()
+            self._waiting.remove(sequence)
             sequence.status = Status.RUNNING
-            self._running.append(sequence)
+            insort(self._running, sequence, key=_rank)
             if sequence.is_prefilling:
                 asks[sequence] = self._ask_prefill(sequence, budget)
                 budget -= len(asks[sequence].token_ids)
-        return asks
+
+    def _is_coming(self, sequence: Sequence) -> bool:
+        """Whether a prefill under way will leave at least half of what this prompt still needs.
+
+        So the choices of one prompt, and prompts with the same long beginning that come at once, wait
+        until it is computed for the first of them.
+        """
+        size, cached = self._spec.page_size, sequence.num_cached
+        needed = _reusable_len(sequence)
+        for other in self._running:
+            if not other.is_prefilling:
+                continue
+            end, most = cached, min(needed, other.prefill_end)
+            while end + size <= most and other.tokens[end : end + size] == sequence.tokens[end : end + size]:
+                end += size
+            if (
+                0 < needed - cached <= 2 * (end - cached)
+                and other.tokens[:cached] == sequence.tokens[:cached]
+            ):
+                return True
+        return False
 
     def _reuse(self, sequence: Sequence) -> None:
         """Gives a sequence about to run the cached pages of its prefix; its first token needs a forward."""
-        needed = sequence.prefill_end - (1 if sequence.num_completion_tokens == 0 else 0)
+        needed = _reusable_len(sequence)
         sequence.pages, sequence.key_number = self._pool.find(sequence.tokens[:needed])
         sequence.num_kept = len(sequence.pages)
         sequence.num_cached = sequence.num_kept * self._spec.page_size
@@ -205,7 +247,7 @@ class Scheduler:
         return Ask(tokens, causal=True, adapter=False, wanted=wanted)
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Gives the sequence pages for num_tokens, taken from the youngest if need be."""
+        """Gives the sequence pages for num_tokens, taken from the last in rank if need be."""
         missing = self._pool.pages_for(num_tokens) - len(sequence.pages)
         if missing <= 0:
             return True
@@ -222,7 +264,7 @@ class Scheduler:
         self._release(sequence)
         sequence.num_preemptions += 1
         sequence.status = Status.WAITING
-        self._waiting.appendleft(sequence)
+        self.add(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self._pool.release(sequence.pages)
@@ -252,3 +294,12 @@ class Scheduler:
         if current is not None:
             self.tokens_by_mode[mode] += len(taken)
         return Progress(sequence, taken, logprobs[: len(taken)], reason)
+
+
+def _rank(sequence: Sequence) -> tuple[float, int]:
+    return sequence.rank
+
+
+def _reusable_len(sequence: Sequence) -> int:
+    """Leading tokens whose K/V may come from the cache; a first token needs its prompt's last logits."""
+    return sequence.prefill_end - (1 if sequence.num_completion_tokens == 0 else 0)

@@ -25,6 +25,8 @@ class Sequence:
     round: the round in progress; None at a safe point and while prefilling. A preempted sequence
     keeps its round, since part of a block may have been streamed already.
     deadline_s: on the engine's clock.
+    rank: who comes first, the least before others; unique and never changed, so that whoever waits
+    comes first in the end.
     """
 
     seq_id: int
@@ -34,6 +36,7 @@ class Sequence:
     sampling: SamplingParams
     decoding: DecodingOptions
     deadline_s: float | None = None
+    rank: tuple[float, int] = (0.0, 0)
     num_prompt_tokens: int = field(init=False)
     status: Status = Status.WAITING
     num_cached: int = 0

@@ -92,7 +92,7 @@ async def test_the_openai_client_works_unchanged(server: Server) -> None:
 @pytest.mark.parametrize(
     ("body", "param", "code"),
     [
-        (chat(PROMPT, n=3), "n", "unsupported_parameter"),
+        (chat(PROMPT, tools=[{"type": "function"}]), "tools", "unsupported_parameter"),
         (chat(PROMPT, tempersture=1), "tempersture", "unknown_parameter"),
         (chat(PROMPT, temperature=9), "temperature", "invalid_value"),
         (chat(PROMPT, decoding={"mode": "ar", "block_length": 8}), "decoding.block_length", "invalid_value"),

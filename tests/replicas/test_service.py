@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
@@ -61,8 +62,9 @@ async def serving(runner: ScriptedRunner | None = None, **limits: int) -> AsyncI
 def request(name: str, text: str = "hello", channel: str = "c", **fields) -> GenerateRequest:
     decoding = fields.pop("decoding", DecodingOptions())
     timeout_s = fields.pop("timeout_s", None)
+    num_choices = fields.pop("num_choices", 1)
     sampling = SamplingParams(**{"max_tokens": 30, "ignore_eos": True} | fields)
-    return GenerateRequest(name, channel, text, sampling, decoding, timeout_s)
+    return GenerateRequest(name, channel, (text,), sampling, decoding, timeout_s, num_choices)
 
 
 async def collect(stream: AsyncIterator[tuple[Event, ...]], names: set[str]) -> dict[str, list[Event]]:
@@ -111,9 +113,9 @@ async def test_a_crowd_on_one_channel_gets_each_its_own_text() -> None:
             tokens = naive_ar(CODEC.encode(f"text {k}"), 30, ignore_eos=True)
             plain = CODEC.stream()
             assert text_of(seen[f"r{k}"]) == plain.push(tuple(tokens)) + plain.finish()
-            last = seen[f"r{k}"][-1]
+            *_, end, last = seen[f"r{k}"]
             assert isinstance(last, Finished)
-            assert (last.reason, last.num_completion_tokens) == (FinishReason.LENGTH, 30)
+            assert (end.reason, last.num_completion_tokens) == (FinishReason.LENGTH, 30)
             assert sum(e.num_tokens for e in seen[f"r{k}"] if isinstance(e, Delta)) <= 30
         assert (await settled(service)).num_in_flight == 0
 
@@ -127,7 +129,7 @@ async def test_a_stop_string_ends_the_sequence_and_frees_its_pages() -> None:
         await service.submit(request("r", max_tokens=80, stop=(stop,)))
         seen = (await collect(stream, {"r"}))["r"]
         assert text_of(seen) == whole[: whole.find(stop)]
-        assert seen[-1].reason is FinishReason.STOP
+        assert seen[-2].reason is FinishReason.STOP
         assert (await settled(service)).pages_used == 0
 
 
@@ -257,5 +259,81 @@ async def test_eos_ends_a_text_and_is_not_in_it() -> None:
         await service.submit(request("r", short, ignore_eos=False))
         seen = (await collect(stream, {"r"}))["r"]
         assert "<eos>" not in text_of(seen)
-        assert seen[-1].reason is FinishReason.STOP
+        assert seen[-2].reason is FinishReason.STOP
         assert seen[-1].num_completion_tokens == len(naive_ar(CODEC.encode(short), 30))
+
+
+async def test_choices_have_seeds_indices_and_one_end() -> None:
+    async with serving() as service:
+        stream = await opened(service)
+        texts = ("first prompt", "other prompt")
+        sampling = SamplingParams(max_tokens=20, ignore_eos=True)
+        asked = GenerateRequest("r", "c", texts, sampling, num_choices=3)
+        answer = await service.submit(asked)
+        num_prompt_tokens = sum(len(CODEC.encode(text)) for text in texts)
+        assert answer == Accepted("r", num_prompt_tokens)
+        events = (await collect(stream, {"r"}))["r"]
+        last = events[-1]
+        assert isinstance(last, Finished)
+        assert (last.num_prompt_tokens, last.num_completion_tokens) == (num_prompt_tokens, 120)
+        assert (last.report.num_choices, sum(last.report.tokens_by_mode.values())) == (6, 120)
+        assert last.report.tokens_per_forward == 1.0
+        for index in range(6):
+            mine = [event for event in events[:-1] if event.index == index]
+            tokens = naive_ar(CODEC.encode(texts[index // 3]), 20, ignore_eos=True)
+            plain = CODEC.stream()
+            assert text_of(mine) == plain.push(tuple(tokens)) + plain.finish()
+            assert [event.reason for event in mine if event.reason] == [FinishReason.LENGTH]
+        assert (await settled(service)).pages_used == 0
+
+
+async def test_a_choice_that_fails_fails_them_all_once() -> None:
+    runner = ScriptedRunner()
+    async with serving(runner, max_running=2) as service:
+        stream = await opened(service)
+        runner.fail_next = RuntimeError("no memory")
+        await service.submit(request("r", num_choices=5))
+        (last,) = (await collect(stream, {"r"}))["r"]
+        assert isinstance(last, Failed)
+        assert (await settled(service)).num_in_flight == 0
+
+
+async def test_more_choices_than_there_can_be_are_refused_whole() -> None:
+    runner = GatedRunner()
+    async with serving(runner, max_running=2, max_waiting=3) as service:
+        stream = await opened(service)
+        answer = await service.submit(request("r", num_choices=6))
+        assert isinstance(answer, Rejected)
+        assert (answer.code, answer.param) == (ErrorCode.INVALID_REQUEST, "n")
+        first = await sent(service.submit(request("r1", num_choices=3)))
+        second = await sent(service.submit(request("r2", num_choices=3)))
+        runner.allow()
+        assert isinstance(await first, Accepted)
+        answer = await second
+        assert isinstance(answer, Rejected)
+        assert answer.code is ErrorCode.QUEUE_FULL
+        assert isinstance((await collect(stream, {"r1"}))["r1"][-1], Finished)
+
+
+async def test_logprobs_belong_to_the_text_they_come_with() -> None:
+    """The stop string's tokens and the end of text have none; offsets point into the text."""
+
+    class Sure(ScriptedRunner):
+        def run(self, plan: StepPlan):
+            outputs = super().run(plan)
+            return [replace(output, top=(((5, -0.5),),) * len(output.token_ids)) for output in outputs]
+
+    async with serving(Sure()) as service:
+        stream = await opened(service)
+        whole = CODEC.stream().push(tuple(naive_ar(CODEC.encode("hello"), 30, ignore_eos=True)))
+        for name, stop in (("plain", ()), ("stopped", (whole[6:9],))):
+            await service.submit(request(name, logprobs=1, stop=stop))
+            events = [event for event in (await collect(stream, {name}))[name] if isinstance(event, Delta)]
+            text = text_of(events)
+            entries = [entry for event in events for entry in event.logprobs]
+            assert b"".join(entry.bytes for entry in entries if entry.bytes != b"<eos>").decode() == text
+            assert all(entry.offset < len(text) and len(entry.top) == 1 for entry in entries)
+            at = 0
+            for event in events:
+                at += len(event.text)
+                assert all(entry.offset < at for entry in event.logprobs)

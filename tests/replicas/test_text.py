@@ -1,8 +1,11 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from replicas.errors import ErrorCode, TriadError
+from replicas.text import TextCodec
 from tests.replicas.codec import byte_codec
 
 CODEC = byte_codec()
@@ -55,6 +58,30 @@ def test_half_a_character_waits_for_its_other_bytes_and_special_tokens_are_silen
     lone = CODEC.stream()
     assert lone.push((CODEC.encode("é")[0],)) == ""
     assert lone.finish() == "\ufffd"
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(alphabet="aé€😀", max_size=12), stop=st.text(alphabet="aé", min_size=1, max_size=2))
+def test_each_token_begins_where_its_text_does(text: str, stop: str) -> None:
+    """starts against the characters that are whole before each byte; released are those before the stop."""
+    stream = CODEC.stream((stop,))
+    ids = CODEC.encode(text)
+    released = stream.push(tuple(ids)) + stream.finish()
+    raw = text.encode()
+    whole = [len(raw[:at].decode(errors="ignore")) for at in range(len(raw))]
+    assert stream.starts == whole[: stream.num_tokens]
+    assert stream.num_released == len(released)
+    assert b"".join(map(CODEC.token_bytes, ids)) == raw
+
+
+def test_the_bytes_of_special_added_and_sentencepiece_tokens() -> None:
+    assert CODEC.token_bytes(2) == b"<eos>"
+    assert CODEC.token_bytes(10_000) == b""
+    vocab = {"<unk>": 0, "▁né": 1, "<0xE2>": 2, "a": 3}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
+    codec = TextCodec(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
+    assert [codec.token_bytes(k) for k in (1, 2, 3)] == [" né".encode(), b"\xe2", b"a"]
 
 
 def test_prompts() -> None:

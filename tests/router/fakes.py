@@ -20,6 +20,7 @@ from replicas.messages import (
     GenerateRequest,
     ModelInfo,
     Rejected,
+    TextLogprob,
 )
 from router.transport import ReplicaClient, Roster
 
@@ -53,7 +54,9 @@ class Live:
 
 
 class ScriptedReplica(ReplicaClient):
-    """Answers every request with WORDS, one at each step() of it; run() steps all the time.
+    """Answers requests with WORDS, one at each step() in all their choices; run() steps all the time.
+
+    A word is a token. The first choice ends last.
 
     refusal: what submit answers instead. on_submit: awaited in submit, to hold it up or break it.
     """
@@ -116,15 +119,28 @@ class ScriptedReplica(ReplicaClient):
                     self.fail(request_id, ErrorCode.CANCELLED, "its channel closed")
 
     def step(self, request_id: str) -> None:
-        """The next word of one request, or its end."""
+        """The next word of each choice of a request, or their end."""
         live = self.live[request_id]
+        indices = range(live.request.num_indices)
         if live.num_sent < len(self.words):
-            event: Event = Delta(request_id, self.words[live.num_sent], 1)
+            for index in indices:
+                self._publish(live, self._word(live, index))
             live.num_sent += 1
-            self._publish(live, event)
             return
+        for index in reversed(indices):
+            self._publish(live, Delta(request_id, "", 0, (), index, FinishReason.STOP))
         report = DecodingReport({Mode.DIFFUSION: 4, Mode.AR: 3}, 5, 1, "threshold", self.info.replica_id)
-        self._end(request_id, Finished(request_id, FinishReason.STOP, 5, len(self.words), report))
+        self._end(request_id, Finished(request_id, 5, len(indices) * len(self.words), report))
+
+    def _word(self, live: Live, index: int) -> Delta:
+        word = self.words[live.num_sent]
+        count = live.request.sampling.logprobs
+        logprobs: tuple[TextLogprob, ...] = ()
+        if count is not None:
+            offset = sum(map(len, self.words[: live.num_sent]))
+            top = tuple(TextLogprob(bytes([0xC3, k]), -float(k)) for k in range(count))
+            logprobs = (TextLogprob(word.encode(), float("-inf"), offset, top),)
+        return Delta(live.request.request_id, word, 1, logprobs, index)
 
     def fail(self, request_id: str, code: ErrorCode, message: str) -> None:
         self._end(request_id, Failed(request_id, code, message))

@@ -58,11 +58,46 @@ async def test_the_openai_client_works_unchanged(make_door):
         assert (await client.models.retrieve(MODEL)).max_context == 1024
 
         with pytest.raises(openai.BadRequestError) as bad:
-            await client.chat.completions.create(**CHAT, n=2)
+            await client.chat.completions.create(**CHAT, n=0)
         assert bad.value.param == "n"
         with pytest.raises(openai.NotFoundError) as missing:
             await client.chat.completions.create(**(CHAT | {"model": "gpt"}))
         assert missing.value.code == "model_not_found"
+
+
+async def test_choices_and_logprobs_with_the_openai_client(make_door):
+    replica = ScriptedReplica("a")
+    door = await make_door(replica)
+    async with running(replica.run()), over_http(create_app(door)) as url:
+        client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+        whole = await client.chat.completions.create(**CHAT, n=3, logprobs=True, top_logprobs=2, seed=5)
+        assert [(choice.index, choice.message.content) for choice in whole.choices] == [
+            (index, TEXT) for index in range(3)
+        ]
+        for choice in whole.choices:
+            assert "".join(entry.token for entry in choice.logprobs.content) == TEXT
+            assert bytes(b for entry in choice.logprobs.content for b in entry.bytes) == TEXT.encode()
+            assert {len(entry.top_logprobs) for entry in choice.logprobs.content} == {2}
+        assert whole.usage.completion_tokens == 3 * len(WORDS)
+        assert (whole.usage.prompt_tokens, replica.submitted[0].num_choices) == (5, 3)
+
+        texts, ends, tokens = {}, [], {}
+        async for chunk in await client.chat.completions.create(**CHAT, n=2, logprobs=True, stream=True):
+            (choice,) = chunk.choices
+            texts[choice.index] = texts.get(choice.index, "") + (choice.delta.content or "")
+            if choice.logprobs is not None:
+                tokens.setdefault(choice.index, []).extend(entry.token for entry in choice.logprobs.content)
+            if choice.finish_reason is not None:
+                ends.append((choice.index, choice.finish_reason, hasattr(chunk, "decoding")))
+        assert texts == {0: TEXT, 1: TEXT}
+        assert tokens == {0: list(WORDS), 1: list(WORDS)}
+        assert ends == [(1, "stop", False), (0, "stop", True)]
+
+        several = await client.completions.create(model=MODEL, prompt=["Hi", "Ho"], n=2, logprobs=1)
+        assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
+        assert replica.submitted[-1].prompts == ("Hi", "Ho")
+        offsets = several.choices[3].logprobs.text_offset
+        assert [TEXT[at:] for at in offsets] == ["".join(WORDS[k:]) for k in range(len(WORDS))]
 
 
 async def test_what_is_asked_for_reaches_the_replica(make_door):
@@ -73,13 +108,15 @@ async def test_what_is_asked_for_reaches_the_replica(make_door):
             "temperature": 0.5,
             "decoding": {"mode": "self_speculation", "block_length": 8},
             "timeout_s": 9,
+            "priority": -3,
         }
         assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
         (request,) = replica.submitted
-        assert request.prompt == ({"role": "user", "content": "Hi"},)
+        assert request.prompts == (({"role": "user", "content": "Hi"},),)
         assert request.sampling.temperature == 0.5
         assert (request.decoding.mode, request.decoding.block_length) == (Mode.SELF_SPECULATION, 8)
         assert 0 < request.timeout_s <= 9
+        assert request.priority == -3
 
 
 async def test_seeds_not_given_are_drawn_anew(make_door):

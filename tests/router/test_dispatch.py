@@ -7,7 +7,7 @@ import pytest
 from policies.load import ClusterLoad, ObservedLoad
 from policies.store import ClusterView
 from replicas.errors import ErrorCode, TriadError
-from replicas.messages import GenerateRequest, SamplingParams
+from replicas.messages import Delta, GenerateRequest, SamplingParams
 from router.dispatch import Dispatcher
 from router.errors import Overloaded
 from tests.eventually import eventually
@@ -16,7 +16,7 @@ from tests.router.fakes import TEXT, WORDS, FakeDirectory, FakeStore, ScriptedRe
 
 
 def a_request(request_id: str = "r", **more) -> GenerateRequest:
-    return GenerateRequest(request_id, "", "Hello", SamplingParams(), **more)
+    return GenerateRequest(request_id, "", ("Hello",), SamplingParams(), **more)
 
 
 async def until_submitted(replica: ScriptedReplica, num: int = 1) -> str:
@@ -31,14 +31,20 @@ def play(replica: ScriptedReplica, request_id: str, num: int = len(WORDS) + 1) -
 
 async def whole(dispatcher: Dispatcher, request: GenerateRequest) -> str:
     async with dispatcher.generate(request) as generation:
-        return await generation.whole_text()
+        return text_of(await generation.whole())
+
+
+def text_of(deltas: tuple[Delta, ...]) -> str:
+    """Of a request with one choice."""
+    (delta,) = deltas
+    return delta.text
 
 
 async def test_text_arrives_in_order_and_ends_with_the_report(start):
     replica = ScriptedReplica("a")
     dispatcher = await start(replica)
     async with running(replica.run()), dispatcher.generate(a_request()) as generation:
-        assert "".join([text async for text in generation.texts()]) == TEXT
+        assert "".join([text_of(deltas) async for deltas in generation.deltas()]) == TEXT
         assert generation.finished is not None
         assert generation.finished.report.replica_id == "a"
         assert dispatcher.in_flight() == {"a": 0}
@@ -54,7 +60,7 @@ async def test_text_that_piled_up_comes_as_one(start):
     play(replica, request_id)
     await entering
     await eventually(lambda: dispatcher.in_flight() == {"a": 0})
-    assert [text async for text in generation.texts()] == [TEXT]
+    assert [text_of(deltas) async for deltas in generation.deltas()] == [TEXT]
 
 
 async def test_entering_waits_for_the_first_event(start):
@@ -161,11 +167,11 @@ async def test_lost_after_streamed_text_is_an_error_and_no_retry(start):
     (at,) = [r for r in replicas if r.live]
     at.step(at.submitted[0].request_id)
     await entering
-    texts = generation.texts()
-    assert await anext(texts) == WORDS[0]
+    news = generation.deltas()
+    assert text_of(await anext(news)) == WORDS[0]
     at.break_channels()
     with pytest.raises(TriadError) as caught:
-        await anext(texts)
+        await anext(news)
     assert caught.value.code is ErrorCode.UNAVAILABLE
     assert sum(len(r.submitted) for r in replicas) == 1
 
@@ -319,10 +325,10 @@ async def client(dispatcher: Dispatcher, name: str, rng: random.Random) -> str:
     try:
         async with dispatcher.generate(a_request(name)) as generation:
             if rng.random() < 0.5:
-                text = await generation.whole_text()
+                text = text_of(await generation.whole())
             else:
-                async for part in generation.texts():
-                    text += part
+                async for deltas in generation.deltas():
+                    text += text_of(deltas)
                     assert TEXT.startswith(text)
                     if patience is not None and len(text) >= patience:
                         return "left"

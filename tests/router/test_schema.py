@@ -26,14 +26,14 @@ def echo_app() -> FastAPI:
     async def chat(body: ChatCompletionRequest) -> Response:
         body.sampling(lambda: 7)
         body.decoding_options()
-        body.prompt_for_replica()
+        body.prompts_for_replica()
         return json_response({})
 
     @app.post("/text")
     async def text(body: CompletionRequest) -> Response:
         body.sampling(lambda: 7)
         body.decoding_options()
-        body.prompt_for_replica()
+        body.prompts_for_replica()
         return json_response({})
 
     return app
@@ -58,13 +58,8 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     return error
 
 
-UNSUPPORTED = {
-    "n": 2,
-    "store": True,
-}
+UNSUPPORTED = {"store": True}
 UNSUPPORTED_CHAT = UNSUPPORTED | {
-    "logprobs": True,
-    "top_logprobs": 3,
     "tools": [{"type": "function", "function": {"name": "f"}}],
     "tool_choice": "auto",
     "parallel_tool_calls": False,
@@ -80,7 +75,7 @@ UNSUPPORTED_CHAT = UNSUPPORTED | {
     "web_search_options": {},
     "prompt_cache_key": "k",
 }
-UNSUPPORTED_TEXT = UNSUPPORTED | {"logprobs": 0, "best_of": 2, "echo": True, "suffix": "end"}
+UNSUPPORTED_TEXT = UNSUPPORTED | {"echo": True, "suffix": "end"}
 
 
 @pytest.mark.parametrize(("field", "value"), UNSUPPORTED_CHAT.items())
@@ -198,6 +193,11 @@ BAD = [
     ("seed", 2**63),
     ("seed", 1.5),
     ("max_tokens", 0),
+    ("n", 0),
+    ("n", 129),
+    ("n", True),
+    ("priority", 1.5),
+    ("priority", 1001),
     ("max_tokens", "many"),
     ("max_tokens", True),
     ("stop", 7),
@@ -262,18 +262,66 @@ async def test_the_place_of_a_fault_is_named(body, param):
 
 
 @pytest.mark.parametrize(
-    "prompt", [["a", "b"], [[1], [2]], [], [-1], [1.5], [True], None, 5, "\ud800", [["a"]]]
+    "prompt", [["a", 1], [[1], [-2]], [], [[]], [-1], [1.5], [True], None, 5, "\ud800", [["a"]], ["a"] * 129]
 )
-async def test_prompts_that_are_not_one_prompt(prompt):
+async def test_what_is_not_a_prompt(prompt):
     assert error_of(await post("/text", TEXT | {"prompt": prompt}))["param"] == "prompt"
 
 
 @pytest.mark.parametrize(
     ("prompt", "given"),
-    [("Hi", "Hi"), ("", ""), ([1, 2], (1, 2)), (["Hi"], "Hi"), ([[1, 2]], (1, 2)), ([5], (5,))],
+    [
+        ("Hi", ("Hi",)),
+        ("", ("",)),
+        ([1, 2], ((1, 2),)),
+        (["Hi"], ("Hi",)),
+        ([[1, 2]], ((1, 2),)),
+        ([5], ((5,),)),
+        (["a", "b"], ("a", "b")),
+        ([[1], [2, 3]], ((1,), (2, 3))),
+    ],
 )
 def test_prompts(prompt, given):
-    assert CompletionRequest.model_validate(TEXT | {"prompt": prompt}).prompt_for_replica() == given
+    assert CompletionRequest.model_validate(TEXT | {"prompt": prompt}).prompts_for_replica() == given
+
+
+@pytest.mark.parametrize(
+    ("body", "num"),
+    [
+        ({}, None),
+        ({"logprobs": True}, 0),
+        ({"logprobs": True, "top_logprobs": 20}, 20),
+        ({"logprobs": False}, None),
+    ],
+)
+def test_logprobs_of_chat(body, num):
+    assert ChatCompletionRequest.model_validate(CHAT | body).sampling(lambda: 0).logprobs == num
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/chat", {"top_logprobs": 2}, "top_logprobs"),
+        ("/chat", {"logprobs": False, "top_logprobs": 2}, "top_logprobs"),
+        ("/chat", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ("/chat", {"logprobs": 1}, "logprobs"),
+        ("/text", {"logprobs": 6}, "logprobs"),
+        ("/text", {"logprobs": True}, "logprobs"),
+        ("/text", {"best_of": 2}, "best_of"),
+        ("/text", {"best_of": 1, "n": 2}, "best_of"),
+        ("/chat", {"decoding": {"mode": "ar", "max_steps": 2}}, "decoding.max_steps"),
+        ("/chat", {"decoding": {"lossless": True, "max_steps": 2}}, "decoding.max_steps"),
+        ("/chat", {"decoding": {"max_steps": 0}}, "decoding.max_steps"),
+    ],
+)
+async def test_what_does_not_go_together_is_named(path, body, param):
+    base = CHAT if path == "/chat" else TEXT
+    assert error_of(await post(path, base | body))["param"] == param
+
+
+def test_logprobs_and_choices_of_completions():
+    request = CompletionRequest.model_validate(TEXT | {"logprobs": 0, "n": 2, "best_of": 2})
+    assert (request.sampling(lambda: 0).logprobs, request.n) == (0, 2)
 
 
 def test_openai_defaults():
@@ -292,13 +340,13 @@ def test_what_is_asked_for_arrives():
         "seed": -1,
         "stop": "END",
         "ignore_eos": True,
-        "decoding": {"mode": "diffusion", "block_length": 8, "threshold": 1},
+        "decoding": {"mode": "diffusion", "block_length": 8, "threshold": 1, "max_steps": 5},
     }
     request = ChatCompletionRequest.model_validate(body)
     sampling = request.sampling(lambda: 1 / 0)  # type: ignore[arg-type, return-value]
     assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.top_k) == (9, 0.0, 0.5, 3)
     assert (sampling.seed, sampling.stop, sampling.ignore_eos) == (2**63 - 1, ("END",), True)
-    assert request.decoding_options() == DecodingOptions(Mode.DIFFUSION, 8, 1.0, False)
+    assert request.decoding_options() == DecodingOptions(Mode.DIFFUSION, 8, 1.0, False, max_steps=5)
 
 
 def test_messages_reach_the_template_as_it_knows_them():
@@ -307,10 +355,12 @@ def test_messages_reach_the_template_as_it_knows_them():
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
         {"role": "assistant", "content": "c", "refusal": None, "tool_calls": None, "annotations": []},
     ]
-    assert ChatCompletionRequest.model_validate(CHAT | {"messages": messages}).prompt_for_replica() == (
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "ab"},
-        {"role": "assistant", "content": "c"},
+    assert ChatCompletionRequest.model_validate(CHAT | {"messages": messages}).prompts_for_replica() == (
+        (
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "ab"},
+            {"role": "assistant", "content": "c"},
+        ),
     )
 
 

@@ -4,11 +4,18 @@ import pytest
 
 from policies.modes import Mode
 from replicas.errors import ErrorCode, TriadError
-from replicas.messages import DecodingReport, Finished, FinishReason
+from replicas.messages import DecodingReport, Delta, Finished, FinishReason, TextLogprob
 from router.sse import ChatAnswer, TextAnswer, decoding_report, error_event
 
 REPORT = DecodingReport({Mode.DIFFUSION: 9, Mode.AR: 1}, 4, 2, "threshold", "r1")
-FINISHED = Finished("x", FinishReason.LENGTH, 7, 10, REPORT, num_reused_tokens=3)
+FINISHED = Finished("x", 7, 10, REPORT, num_reused_tokens=3)
+LENGTH = FinishReason.LENGTH
+
+
+def a_delta(text: str, *logprobs: TextLogprob, index: int = 0, reason: FinishReason | None = None) -> Delta:
+    return Delta("x", text, 1, logprobs, index, reason)
+
+
 DECODING = {
     "tokens": {"ar": 1, "diffusion": 9},
     "forwards": 4,
@@ -27,6 +34,8 @@ USAGE = {
 
 def events(raw: bytes) -> list:
     """Each event's JSON; [DONE] as it stands."""
+    if not raw:
+        return []
     assert raw.endswith(b"\n\n")
     lines = raw.decode().removesuffix("\n\n").split("\n\n")
     assert all(line.startswith("data: ") and "\n" not in line for line in lines)
@@ -54,7 +63,7 @@ def test_a_chat_stream_begins_with_the_role():
 @pytest.mark.parametrize("text", ['a "quoted" line\nand\r\n\ndata: [DONE]\n\n', "né→😀", "\u2028"])
 @pytest.mark.parametrize(("cls", "at"), [(ChatAnswer, ("delta", "content")), (TextAnswer, ("text",))])
 def test_any_text_is_one_event(cls, at, text):
-    (chunk,) = events(cls("id", "m", 5).delta(text))
+    (chunk,) = events(cls("id", "m", 5).delta(a_delta(text)))
     (choice,) = chunk["choices"]
     for key in at:
         choice = choice[key]
@@ -63,7 +72,7 @@ def test_any_text_is_one_event(cls, at, text):
 
 @pytest.mark.parametrize(("cls", "empty"), [(ChatAnswer, {"delta": {}}), (TextAnswer, {"text": ""})])
 def test_the_last_chunk_has_reason_and_report(cls, empty):
-    last, done = events(cls("id", "m", 5).tail(FINISHED))
+    last, done = events(cls("id", "m", 5).tail(0, LENGTH, FINISHED))
     assert done == "[DONE]"
     assert last["choices"] == [{"index": 0, "logprobs": None, "finish_reason": "length"} | empty]
     assert last["decoding"] == DECODING
@@ -73,8 +82,8 @@ def test_the_last_chunk_has_reason_and_report(cls, empty):
 @pytest.mark.parametrize("cls", [ChatAnswer, TextAnswer])
 def test_usage_on_request_is_a_chunk_of_its_own(cls):
     answer = cls("id", "m", 5, include_usage=True)
-    assert all(chunk["usage"] is None for chunk in events(answer.head() + answer.delta("x")))
-    last, usage, done = events(answer.tail(FINISHED))
+    assert all(chunk["usage"] is None for chunk in events(answer.head() + answer.delta(a_delta("x"))))
+    last, usage, done = events(answer.tail(0, LENGTH, FINISHED))
     assert last["usage"] is None
     assert (usage["choices"], usage["usage"]) == ([], USAGE)
     assert usage["object"] == last["object"]
@@ -82,10 +91,10 @@ def test_usage_on_request_is_a_chunk_of_its_own(cls):
 
 
 def test_whole_answers():
-    chat = ChatAnswer("id", "m", 5).whole("Hi", FINISHED)
+    chat = ChatAnswer("id", "m", 5).whole([a_delta("Hi", reason=LENGTH)], FINISHED)
     assert chat["object"] == "chat.completion"
     assert chat["choices"][0]["message"] == {"role": "assistant", "content": "Hi", "refusal": None}
-    text = TextAnswer("id", "m", 5).whole("Hi", FINISHED)
+    text = TextAnswer("id", "m", 5).whole([a_delta("Hi", reason=LENGTH)], FINISHED)
     assert text["object"] == "text_completion"
     assert text["choices"][0]["text"] == "Hi"
     for body in (chat, text):
@@ -101,3 +110,50 @@ def test_an_error_in_mid_stream_is_an_event():
     (error,) = events(error_event(TriadError(ErrorCode.UNAVAILABLE, "Replica r1 was lost.")))
     assert error["error"]["message"] == "Replica r1 was lost."
     assert error["error"]["code"] == "unavailable"
+
+
+HALF = TextLogprob(b"\xe2\x80", -0.5, 2, (TextLogprob(b"\xe2\x80", -0.5), TextLogprob(b"a", float("-inf"))))
+WORD = TextLogprob("é".encode(), -1.5, 3, (TextLogprob(b"a", -1.0),))
+
+
+def test_logprobs_of_chat_have_bytes_and_no_infinity():
+    answer = ChatAnswer("id", "m", 5, num_logprobs=2)
+    (chunk,) = events(answer.delta(a_delta("…é", HALF, WORD)))
+    half, word = chunk["choices"][0]["logprobs"]["content"]
+    entry = {"token": "\\xe2\\x80", "logprob": -0.5, "bytes": [0xE2, 0x80]}
+    impossible = {"token": "a", "logprob": -9999.0, "bytes": [97]}
+    assert half == entry | {"top_logprobs": [entry, impossible]}
+    assert (word["token"], word["bytes"]) == ("é", [0xC3, 0xA9])
+    whole = answer.whole([a_delta("…é", HALF, WORD, reason=LENGTH)], FINISHED)
+    assert whole["choices"][0]["logprobs"] == {"content": [half, word], "refusal": None}
+
+
+def test_logprobs_of_completions_are_parallel_lists():
+    answer = TextAnswer("id", "m", 5, num_logprobs=1)
+    (chunk,) = events(answer.delta(a_delta("…é", HALF, WORD)))
+    assert chunk["choices"][0]["logprobs"] == {
+        "tokens": ["bytes:\\xe2\\x80", "é"],
+        "token_logprobs": [-0.5, -1.5],
+        # The chosen token is among them, also where it is not one of the most probable.
+        "top_logprobs": [{"bytes:\\xe2\\x80": -0.5, "a": -9999.0}, {"a": -1.0, "é": -1.5}],
+        "text_offset": [2, 3],
+    }
+    alone = TextAnswer("id", "m", 5, num_logprobs=0).whole([a_delta("é", WORD, reason=LENGTH)], FINISHED)
+    assert alone["choices"][0]["logprobs"]["top_logprobs"] is None
+
+
+@pytest.mark.parametrize("cls", [ChatAnswer, TextAnswer])
+def test_choices_have_their_indices_and_end_one_by_one(cls):
+    answer = cls("id", "m", 5, num_choices=3)
+    assert [c["choices"][0]["index"] for c in events(answer.head())] == (
+        [0, 1, 2] if cls is ChatAnswer else []
+    )
+    (chunk,) = events(answer.delta(a_delta("x", index=2)))
+    assert chunk["choices"][0]["index"] == 2
+    (end,) = events(answer.end(1, FinishReason.STOP))
+    assert (end["choices"][0]["index"], end["choices"][0]["finish_reason"]) == (1, "stop")
+    assert "decoding" not in end
+    last, _ = events(answer.tail(2, LENGTH, FINISHED))
+    assert (last["choices"][0]["index"], last["choices"][0]["finish_reason"]) == (2, "length")
+    whole = answer.whole([a_delta(str(i), index=i, reason=LENGTH) for i in range(3)], FINISHED)
+    assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2]

@@ -13,7 +13,10 @@ from replicas.engine.plan import SegmentOutput
 
 
 class DiffusionRound:
-    """eos_token_ids: what ends a text; empty when the request ignores it."""
+    """eos_token_ids: what ends a text; empty when the request ignores it.
+
+    max_steps: denoising forwards at most; the last one fixes every position still masked.
+    """
 
     mode = Mode.DIFFUSION
 
@@ -25,11 +28,13 @@ class DiffusionRound:
         threshold: float,
         mask_token_id: int,
         eos_token_ids: Set[int],
+        max_steps: int,
     ):
         self.start = start
         self._threshold = threshold
         self._mask_token_id = mask_token_id
         self._eos_token_ids = eos_token_ids
+        self._steps_left = max_steps
         self._block: list[int | None] = [seed] + [None] * (block_length - 1)
         self._num_final = 1  # the seed and the fixed tokens right after it
 
@@ -48,9 +53,10 @@ class DiffusionRound:
         masked = self._masked
         if not masked:
             return Advance(output.token_ids, num_cached=len(self._block), done=True)
+        self._steps_left -= 1
         best = max(range(len(masked)), key=lambda k: output.probs[k])
         for k, index in enumerate(masked):
-            if k == best or output.probs[k] >= self._threshold:
+            if k == best or output.probs[k] >= self._threshold or self._steps_left <= 0:
                 self._block[index] = output.token_ids[k]
         return Advance(tuple(self._take_final()))
 

@@ -86,18 +86,25 @@ def naive_ar(prompt: list[int], max_tokens: int, ignore_eos: bool = False) -> li
 
 
 def naive_diffusion(
-    prompt: list[int], max_tokens: int, block_length: int, threshold: float, max_context: int
+    prompt: list[int],
+    max_tokens: int,
+    block_length: int,
+    threshold: float,
+    max_context: int,
+    max_steps: int | None = None,
 ) -> list[int]:
     """Block diffusion by the book, one block after another; ends at EOS or max_tokens."""
     tokens = [next_token(tuple(prompt))]
     while len(tokens) < max_tokens and EOS not in tokens:
         prefix = (*prompt, *tokens[:-1])
         block = [tokens[-1]] + [MASK] * (min(block_length, max_context - len(prefix)) - 1)
+        num_steps = 0
         while MASK in block and EOS not in block[: block.index(MASK)]:
+            num_steps += 1
             guess = denoise(prefix, tuple(block), adapter=False)
             surest = max(guess, key=lambda index: guess[index][1])
             for index, (token, prob) in guess.items():
-                if index == surest or prob >= threshold:
+                if index == surest or prob >= threshold or num_steps == max_steps:
                     block[index] = token
         tokens += block[1:]
         if MASK not in block:

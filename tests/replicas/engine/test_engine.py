@@ -16,14 +16,15 @@ from tests.replicas.engine.scripted import EOS, ScriptedRunner, naive_ar, naive_
 PINNED = {
     "ar": DecodingOptions(Mode.AR),
     "diffusion": DecodingOptions(Mode.DIFFUSION, block_length=8, threshold=0.7),
+    "capped": DecodingOptions(Mode.DIFFUSION, block_length=8, threshold=0.7, max_steps=2),
     "self_speculation": DecodingOptions(Mode.SELF_SPECULATION, block_length=6),
     "lossless": DecodingOptions(lossless=True),
 }
 
 
 def expected(kind: str, prompt: list[int], max_tokens: int, max_context: int) -> list[int]:
-    if kind == "diffusion":
-        return naive_diffusion(prompt, max_tokens, 8, 0.7, max_context)
+    if PINNED[kind].mode is Mode.DIFFUSION:
+        return naive_diffusion(prompt, max_tokens, 8, 0.7, max_context, PINNED[kind].max_steps)
     return naive_ar(prompt, max_tokens)
 
 
@@ -62,7 +63,12 @@ def test_crowd_equals_alone(seed: int, num_pages: int, step_tokens: int) -> None
     """Random arrivals, modes, cancels and plan changes on a pool so small that sequences are preempted."""
     rng = random.Random(seed)
     runner = ScriptedRunner(num_pages=num_pages, page_size=4, max_context=96)
-    engine = Engine(runner, max_running=rng.randint(1, 12), max_step_tokens=step_tokens)
+    engine = Engine(
+        runner,
+        max_running=rng.randint(1, 12),
+        max_step_tokens=step_tokens,
+        max_prefill_tokens=rng.randint(1, 60),
+    )
     wanted: dict[str, list[int]] = {}
     seen: dict[str, list[Progress]] = {}
     to_come = 25
@@ -75,7 +81,8 @@ def test_crowd_equals_alone(seed: int, num_pages: int, step_tokens: int) -> None
             prompt = shared + [rng.randint(3, 60) for _ in range(rng.randint(1, 20))]
             max_tokens = rng.randint(1, 96 - len(prompt))
             name = f"{kind}-{to_come}"
-            engine.submit(name, prompt, SamplingParams(max_tokens=max_tokens), PINNED[kind])
+            sampling = SamplingParams(max_tokens=max_tokens)
+            engine.submit(name, prompt, sampling, PINNED[kind], priority=rng.choice((0, 0, -1, 5)))
             wanted[name] = expected(kind, prompt, max_tokens, 96)
         if rng.random() < 0.05 and wanted:
             name = rng.choice(list(wanted))
@@ -104,7 +111,7 @@ def test_preemption_happens_and_changes_nothing() -> None:
     sequences = [
         engine.submit(kind, prompt, SamplingParams(max_tokens=70, ignore_eos=True), PINNED[kind])
         for kind, prompt in prompts.items()
-        if kind != "diffusion"
+        if PINNED[kind].mode is not Mode.DIFFUSION
     ]
     progress = drain(engine)
     assert sum(sequence.num_preemptions for sequence in sequences) > 0
@@ -172,7 +179,7 @@ def test_a_prefix_is_computed_once_whatever_the_modes(first: str, second: str) -
     made = drain(engine)["two"]
     assert tokens_of(made) == expected(second, again, 20, 96)
     # All full pages but those of the last block: what diffusion had not committed when it ended.
-    lost = 8 if first == "diffusion" else 4
+    lost = 8 if PINNED[first].mode is Mode.DIFFUSION else 4
     assert len(one.tokens) - lost <= two.num_reused <= len(one.tokens)
 
 
@@ -184,6 +191,89 @@ def test_the_same_prompt_again_needs_one_token_of_prefill() -> None:
         engine.submit(name, [5] * 32, SamplingParams(max_tokens=1))
         drain(engine)
     assert runner.most_tokens == 4  # the last page again: its last logits are wanted
+
+
+def test_prompts_that_begin_alike_are_computed_once_though_they_come_at_once() -> None:
+    """As the choices of one request do."""
+    runner = ScriptedRunner()
+    engine = Engine(runner)
+    prompt = [7 + k % 5 for k in range(41)]
+    sequences = [engine.submit(str(k), prompt, SamplingParams(max_tokens=4)) for k in range(6)]
+    unrelated = engine.submit("x", [9] * 20, SamplingParams(max_tokens=4))
+    engine.step()
+    assert runner.most_tokens == 61  # one of the six, and the one that has nothing to wait for
+    assert unrelated.num_completion_tokens == 1
+    progress = drain(engine)
+    assert [sequence.num_reused for sequence in sequences] == [0, 40, 40, 40, 40, 40]
+    assert all(tokens_of(progress[str(k)]) == naive_ar(prompt, 4) for k in range(1, 6))
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_a_lower_priority_goes_first_and_equals_in_their_order() -> None:
+    engine = Engine(ScriptedRunner(), max_running=1)
+    for name, priority in (("first", 0), ("later", 2), ("equal", 0), ("urgent", -1), ("late", 2)):
+        engine.submit(name, [5, 6], SamplingParams(max_tokens=3), priority=priority)
+    ended = [name for name, made in drain(engine).items() if made[-1].ended]
+    assert ended == ["urgent", "first", "equal", "later", "late"]
+
+
+def test_no_priority_starves() -> None:
+    """Urgent requests come for ever, faster than they are served; the patient one waits for 30 s of them."""
+    clock = Clock()
+    engine = Engine(ScriptedRunner(), max_running=1, clock=clock)
+    sampling = SamplingParams(max_tokens=2, ignore_eos=True)
+    ended: list[str] = []
+    for k in range(100):
+        engine.submit(f"urgent-{k}", [7, k % 50 + 3], sampling)
+        if k == 0:
+            engine.submit("patient", [5, 6], sampling, priority=3)
+        ended += [made.sequence.request_id for made in engine.step() if made.ended]
+        clock.now_s += 1.0
+    assert ended.index("patient") == 30
+    assert ended[:30] == [f"urgent-{k}" for k in range(30)]
+
+
+def test_a_long_prompt_holds_up_running_streams_by_no_more_than_its_cap() -> None:
+    runner = ScriptedRunner(num_pages=400, max_context=900)
+    engine = Engine(runner, max_step_tokens=512, max_prefill_tokens=24)
+    streams = [
+        engine.submit(f"s{k}", [5 + k, 9], SamplingParams(max_tokens=100, ignore_eos=True)) for k in range(4)
+    ]
+    while any(stream.num_completion_tokens == 0 for stream in streams):
+        engine.step()
+    long = engine.submit("long", [6] * 700, SamplingParams(max_tokens=4))
+    num_steps = 0
+    while long.num_completion_tokens == 0:
+        runner.most_tokens = 0
+        made = engine.step()
+        num_steps += 1
+        assert runner.most_tokens <= 4 + 24
+        assert {progress.sequence for progress in made} >= set(streams)
+    assert num_steps == -(-700 // 24)
+    alone = Engine(ScriptedRunner(num_pages=400, max_context=900), max_step_tokens=512, max_prefill_tokens=24)
+    lone = alone.submit("long", [6] * 700, SamplingParams(max_tokens=4))
+    alone.step()
+    alone.step()
+    assert lone.num_completion_tokens == 1  # the cap is for steps that decode
+
+
+def test_a_cap_on_denoising_steps() -> None:
+    for max_steps in (1, 3):
+        engine = Engine(ScriptedRunner())
+        options = DecodingOptions(Mode.DIFFUSION, block_length=8, threshold=1.0, max_steps=max_steps)
+        sequence = engine.submit("r", [5, 6], SamplingParams(max_tokens=41, ignore_eos=True), options)
+        drain(engine)
+        # The first token is the prefill's; a block of 8 ends in its commit and brings 8.
+        assert sequence.num_forwards == 5 * (max_steps + 1) - 1 or sequence.num_forwards == 5 * (
+            max_steps + 1
+        )
 
 
 def test_cancel_frees_pages_at_once() -> None:
