@@ -18,6 +18,18 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class JsonFormat:
+    """A completion that is one JSON value which a schema allows.
+
+    schema: JSON text; properties come in its order. best_effort: what of it can't be enforced is left
+    out; otherwise it is an error.
+    """
+
+    schema: str
+    best_effort: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """temperature 0 is greedy. top_k 0 and top_p 1.0 filter nothing.
 
@@ -31,6 +43,7 @@ class SamplingParams:
     negative ones), as in CTRL (arXiv 1909.05858).
     logit_bias: (token id, what is added to its logit). min_tokens: no end of text before so many.
     logprobs: how many of the most probable tokens to report with each token, 0 for itself alone.
+    response_format: what the completion is to be; None for any text.
     """
 
     max_tokens: int | None = None
@@ -47,6 +60,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     min_tokens: int = 0
     logprobs: int | None = None
+    response_format: JsonFormat | None = None
 
     @property
     def has_penalties(self) -> bool:
@@ -67,6 +81,7 @@ _CAUSAL_FIELDS = {
     "frequency_penalty": 0.0,
     "repetition_penalty": 1.0,
     "logprobs": None,
+    "response_format": None,
 }
 
 

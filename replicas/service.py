@@ -6,7 +6,8 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from concurrent.futures import Future
+from collections.abc import Sequence as Seq
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from policies.load import ReplicaLoad
 from policies.modes import DecodePlan, Mode
 from replicas.channels import ChannelHub
 from replicas.engine.engine import Engine
+from replicas.engine.grammar import Grammar
 from replicas.engine.sequence import Progress, Sequence
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import (
@@ -101,6 +103,8 @@ class ReplicaService:
         self._choices: dict[str, _Choice] = {}  # by their names in the engine
         self._stats = DecodingStats(clock)
         self._seen = self._look()
+        self._grammars = codec.grammars(engine.spec.vocab_size, engine.spec.eos_token_ids)
+        self._compiling = ThreadPoolExecutor(1, "grammar")
         self._hub = ChannelHub(self._cancel_channel)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._step_began_s: float | None = None
@@ -119,6 +123,7 @@ class ReplicaService:
         self._commands.put(lambda: self._end(tuple(self._live), ErrorCode.UNAVAILABLE, message))
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
+        self._compiling.shutdown(cancel_futures=True)
         self._hub.close()
 
     async def submit(self, request: GenerateRequest) -> Accepted | Rejected:
@@ -128,7 +133,8 @@ class ReplicaService:
             return Rejected(request.request_id, ErrorCode.UNAVAILABLE, message)
         try:
             prompts = [self._codec.encode(prompt) for prompt in request.prompts]
-            await self._call(lambda: self._submit(request, prompts))
+            grammars = await self._grammars_for(request)
+            await self._call(lambda: self._submit(request, prompts, grammars))
         except TriadError as error:
             return Rejected(request.request_id, error.code, error.message, error.param)
         return Accepted(request.request_id, sum(map(len, prompts)))
@@ -166,6 +172,17 @@ class ReplicaService:
         began_s = self._step_began_s
         if began_s is not None and self._clock() - began_s > WEDGED_S:
             raise RuntimeError(f"a forward has been running for more than {WEDGED_S:g} s")
+
+    async def _grammars_for(self, request: GenerateRequest) -> Seq[Grammar | None]:
+        """One for each choice, compiled beside the engine. TriadError when the schema is at fault."""
+        wanted = request.sampling.response_format
+        if wanted is None:
+            return (None,) * request.num_indices
+
+        def compile_all() -> list[Grammar | None]:
+            return [self._grammars.compile(wanted) for _ in range(request.num_indices)]
+
+        return await asyncio.get_running_loop().run_in_executor(self._compiling, compile_all)
 
     async def _call(self, command: Callable[[], T]) -> T:
         """Runs a command on the engine's thread, between two steps."""
@@ -213,7 +230,9 @@ class ReplicaService:
             command()
             self._seen = self._look()
 
-    def _submit(self, request: GenerateRequest, prompts: list[list[int]]) -> None:
+    def _submit(
+        self, request: GenerateRequest, prompts: Seq[list[int]], grammars: Seq[Grammar | None]
+    ) -> None:
         """All of its choices, or none and TriadError."""
         if request.request_id in self._live:
             message = f"a request {request.request_id!r} is running already"
@@ -227,13 +246,13 @@ class ReplicaService:
         live = _Live(request)
         try:
             for index in range(request.num_indices):
-                self._submit_choice(live, index, prompts[index // request.num_choices])
+                self._submit_choice(live, index, prompts[index // request.num_choices], grammars[index])
         except TriadError:
             self._drop(live)
             raise
         self._live[request.request_id] = live
 
-    def _submit_choice(self, live: _Live, index: int, prompt_ids: list[int]) -> None:
+    def _submit_choice(self, live: _Live, index: int, prompt_ids: list[int], grammar: Grammar | None) -> None:
         request = live.request
         seed = (request.sampling.seed + index % request.num_choices) % NUM_SEEDS
         name = _choice_name(live, index)
@@ -244,6 +263,7 @@ class ReplicaService:
             request.decoding,
             request.timeout_s,
             request.priority,
+            grammar,
         )
         choice = _Choice(live, index, sequence, self._codec.stream(request.sampling.stop))
         self._choices[name] = live.choices[index] = choice

@@ -1,6 +1,7 @@
 """The edge between text and token ids: prompts in, streamed text out. The engine knows ids only."""
 
 import re
+from collections.abc import Set
 
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -8,6 +9,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from replicas.engine.plan import TokenLogprob
 from replicas.errors import ErrorCode, TriadError
+from replicas.grammar import GrammarCompiler
 from replicas.messages import Prompt, TextLogprob
 
 _BYTES: dict[str, int] = {char: byte for byte, char in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
@@ -56,6 +58,11 @@ class TextCodec:
             message = f"the model's chat template refuses these messages: {error}"
             raise TriadError(ErrorCode.INVALID_REQUEST, message, "messages") from error
         return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def grammars(self, vocab_size: int, eos_token_ids: Set[int]) -> GrammarCompiler:
+        """For structured output in this tokenizer's tokens. vocab_size: of the model's logits."""
+        backend = self._tokenizer.backend_tokenizer
+        return GrammarCompiler(backend.to_str(), max(vocab_size, backend.get_vocab_size()), eos_token_ids)
 
     def stream(self, stop: tuple[str, ...] = ()) -> "TextStream":
         return TextStream(self._tokenizer, stop)

@@ -4,6 +4,7 @@ A field that Triad doesn't support is accepted with its neutral value, which ask
 is otherwise an error that names it. Nothing is ignored.
 """
 
+import json
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
@@ -14,18 +15,20 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainValidator,
+    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from policies.modes import LOSSLESS_MODES, MAX_BLOCK_LENGTH, Mode
-from replicas.messages import NUM_SEEDS, DecodingOptions, Prompt, SamplingParams
+from replicas.messages import NUM_SEEDS, DecodingOptions, JsonFormat, Prompt, SamplingParams
 
 MAX_STOPS = 16
 MAX_STOP_LEN = 256
 MAX_BIASES = 300
 MAX_PRIORITY = 1000
 MAX_TIMEOUT_S = 24 * 3600.0
+MAX_SCHEMA_LEN = 64 * 1024
 MAX_CHOICES = 128
 MAX_PROMPTS = 128
 MAX_CHAT_LOGPROBS = 20
@@ -144,6 +147,42 @@ def _conflict(field: str, why: str) -> PydanticCustomError:
     return PydanticCustomError("conflict", "{why}", {"field": field, "why": why})
 
 
+class JsonSchemaFormat(_Strict):
+    """strict: false leaves out what of the schema can't be enforced; otherwise that is an error."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    description: str | None = None
+    strict: bool | None = None
+
+    @field_validator("schema_")
+    @classmethod
+    def _is_short(cls, schema: dict[str, Any]) -> dict[str, Any]:
+        try:
+            length = len(json.dumps(schema))
+        except (RecursionError, ValueError):
+            raise PydanticCustomError("schema", "The schema is nested too deeply") from None
+        if length > MAX_SCHEMA_LEN:
+            raise PydanticCustomError("schema", "A schema has at most {most} bytes", {"most": MAX_SCHEMA_LEN})
+        return schema
+
+
+class ResponseFormat(_Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_it_belongs(self) -> Self:
+        if (self.json_schema is None) == (self.type == "json_schema"):
+            raise _conflict("json_schema", "goes with type 'json_schema', and only with it")
+        return self
+
+    def json_format(self) -> JsonFormat | None:
+        if self.json_schema is not None:
+            return JsonFormat(json.dumps(self.json_schema.schema_), self.json_schema.strict is False)
+        return JsonFormat('{"type": "object"}') if self.type == "json_object" else None
+
+
 Stops = Annotated[
     list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LEN)]], Field(max_length=MAX_STOPS)
 ]
@@ -182,6 +221,7 @@ class _Completion(_Strict):
     timeout_s: Annotated[float, Field(gt=0.0, le=MAX_TIMEOUT_S)] | None = None
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
     decoding: Decoding | None = None
+    response_format: ResponseFormat | None = None
 
     user: str | None = None
     safety_identifier: str | None = None
@@ -226,6 +266,7 @@ class _Completion(_Strict):
             logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
             min_tokens=self.min_tokens or 0,
             logprobs=self.num_logprobs,
+            response_format=None if self.response_format is None else self.response_format.json_format(),
         )
 
     def decoding_options(self) -> DecodingOptions:
@@ -243,7 +284,6 @@ class ChatCompletionRequest(_Completion):
     parallel_tool_calls: Annotated[Any, _neutral(True)] = None
     functions: NoList = None
     function_call: Annotated[Any, _neutral("none")] = None
-    response_format: Annotated[Any, _neutral({"type": "text"})] = None
     modalities: Annotated[Any, _neutral(["text"])] = None
     service_tier: Annotated[Any, _neutral("auto", "default")] = None
     audio: Unsupported = None

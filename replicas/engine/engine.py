@@ -11,6 +11,7 @@ from collections.abc import Callable
 from policies.load import ReplicaLoad
 from policies.modes import MAX_BLOCK_LENGTH, DecodePlan, Mode
 from replicas.engine.decoders.choose import ActivePlan
+from replicas.engine.grammar import Grammar
 from replicas.engine.plan import Runner
 from replicas.engine.scheduler import Limits, Scheduler
 from replicas.engine.sequence import Progress, Sequence, Status
@@ -98,9 +99,11 @@ class Engine:
         decoding: DecodingOptions = AUTO,
         timeout_s: float | None = None,
         priority: int = 0,
+        grammar: Grammar | None = None,
     ) -> Sequence:
         """Queues a request. TriadError when it can't be served as it stands, or the queue is full.
 
+        grammar: of sampling.response_format, at its beginning; it is the sequence's own from here on.
         priority: lower goes first. A level is worth PRIORITY_S of waiting, so nobody waits for ever.
         """
         self._check(request_id, prompt_ids, sampling, decoding)
@@ -117,6 +120,7 @@ class Engine:
             decoding=decoding,
             deadline_s=None if timeout_s is None else now_s + timeout_s,
             rank=(now_s + PRIORITY_S * priority, self._num_submitted),
+            grammar=grammar,
         )
         self._num_submitted += 1
         self._sequences[request_id] = sequence
@@ -134,17 +138,18 @@ class Engine:
         """One forward: schedule, run, commit. What is new, by sequence; each ends exactly once."""
         expired = self._expire()
         plan = self._scheduler.schedule()
+        ended = expired + self._end_failed()
         if not plan.segments:
-            return expired
+            return ended
         try:
             outputs = self._runner.run(plan)
         except Exception as error:
-            return expired + self._fail_planned(error)
+            return ended + self._fail_planned(error)
         progress = self._scheduler.commit(plan, outputs)
         for made in progress:
             if made.ended:
                 del self._sequences[made.sequence.request_id]
-        return expired + progress
+        return ended + progress
 
     def _check(
         self, request_id: str, prompt_ids: list[int], sampling: SamplingParams, decoding: DecodingOptions
@@ -162,6 +167,10 @@ class Engine:
             raise TriadError(ErrorCode.INVALID_REQUEST, "min_tokens is above max_tokens", "min_tokens")
         if sampling.max_tokens is not None and sampling.max_tokens < 1:
             raise TriadError(ErrorCode.INVALID_REQUEST, "max_tokens must be at least 1", "max_tokens")
+        if sampling.response_format is not None and (sampling.ignore_eos or sampling.min_tokens):
+            field = "ignore_eos" if sampling.ignore_eos else "min_tokens"
+            message = f"{field} does not go with response_format, which decides on the end; leave it out"
+            raise TriadError(ErrorCode.INVALID_REQUEST, message, field)
         num_tokens = len(prompt_ids) + (sampling.max_tokens or 1)
         if num_tokens > context:
             raise TriadError(
@@ -208,6 +217,14 @@ class Engine:
             self.cancel(sequence.request_id)
         message = "the request's time is up"
         return [Progress(sequence, error=ErrorCode.DEADLINE_EXCEEDED, message=message) for sequence in late]
+
+    def _end_failed(self) -> list[Progress]:
+        """Sequences that could not go on when the step was planned."""
+        failed = [sequence for sequence in self._scheduler.running if sequence.failure is not None]
+        for sequence in failed:
+            self.cancel(sequence.request_id)
+        code = ErrorCode.INTERNAL
+        return [Progress(sequence, error=code, message=sequence.failure or "") for sequence in failed]
 
     def _fail_planned(self, error: Exception) -> list[Progress]:
         """A forward failed: its sequences end with an error, the others go on."""

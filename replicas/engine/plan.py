@@ -25,6 +25,7 @@ class Segment:
     prompt_len: tokens of the sequence's prompt.
     history: the tokens before start, where the sampling has penalties; else empty.
     adapter: whether the draft adapter is on for these rows (bidirectional segments only).
+    allowed: for each wanted index a mask of what may be sampled (engine.grammar); empty for anything.
     """
 
     seq_id: int
@@ -37,6 +38,7 @@ class Segment:
     sampling: SamplingParams
     prompt_len: int = 0
     history: tuple[int, ...] = ()
+    allowed: tuple[bytes, ...] = ()
 
     @property
     def sampled_positions(self) -> tuple[int, ...]:

@@ -10,12 +10,13 @@ later; the first always goes on, so something always does.
 from bisect import insort
 from collections import Counter
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from policies.modes import Mode
 from replicas.engine.blocks import ROOT, PagePool
 from replicas.engine.decoders.choose import ActivePlan, begin_round, plan_for
 from replicas.engine.decoders.round import Ask
+from replicas.engine.grammar import GrammarFailed
 from replicas.engine.plan import ModelSpec, Segment, SegmentOutput, StepPlan
 from replicas.engine.sequence import Progress, Sequence, Status
 
@@ -82,7 +83,9 @@ class Scheduler:
         for sequence in [running for running in self._running if running in asks]:
             if sequence.status is not Status.RUNNING:
                 continue  # preempted for one before it, earlier in this loop
-            ask = asks[sequence]
+            ask, allowed = self._constrained(sequence, asks[sequence])
+            if sequence.failure is not None:
+                continue
             start = sequence.num_cached
             if not self._grow(sequence, start + len(ask.token_ids)):
                 continue
@@ -100,6 +103,7 @@ class Scheduler:
                     sampling=sequence.sampling,
                     prompt_len=sequence.num_prompt_tokens,
                     history=tuple(sequence.tokens[:start]) if sequence.sampling.has_penalties else (),
+                    allowed=allowed,
                 )
             )
         self._num_steps += 1
@@ -245,6 +249,19 @@ class Scheduler:
         gives_first_token = sequence.num_completion_tokens == 0 and end == len(sequence.tokens)
         wanted = (len(tokens) - 1,) if gives_first_token else ()
         return Ask(tokens, causal=True, adapter=False, wanted=wanted)
+
+    def _constrained(self, sequence: Sequence, ask: Ask) -> tuple[Ask, tuple[bytes, ...]]:
+        """With a grammar: what each sampled token may be, and the ask without drafts that may not come."""
+        if sequence.grammar is None or not ask.causal or not ask.wanted:
+            return ask, ()
+        first = ask.wanted[0]
+        try:
+            allowed = sequence.grammar.masks(ask.token_ids[first + 1 :])
+        except GrammarFailed as error:
+            sequence.failure = f"the grammar of response_format can't go on: {error}"
+            return ask, ()
+        kept = len(allowed)
+        return replace(ask, token_ids=ask.token_ids[: first + kept], wanted=ask.wanted[:kept]), allowed
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Gives the sequence pages for num_tokens, taken from the last in rank if need be."""

@@ -7,6 +7,7 @@ from enum import StrEnum
 from policies.modes import Mode
 from replicas.engine.blocks import ROOT
 from replicas.engine.decoders.round import Round
+from replicas.engine.grammar import Grammar
 from replicas.engine.plan import TokenLogprob
 from replicas.errors import ErrorCode
 from replicas.messages import DecodingOptions, DecodingReport, FinishReason, SamplingParams
@@ -37,6 +38,10 @@ class Sequence:
     decoding: DecodingOptions
     deadline_s: float | None = None
     rank: tuple[float, int] = (0.0, 0)
+    grammar: Grammar | None = None
+    """What the completion may be; it has accepted the completion's tokens."""
+    failure: str | None = None
+    """Why it can't go on; the engine then ends it."""
     num_prompt_tokens: int = field(init=False)
     status: Status = Status.WAITING
     num_cached: int = 0
@@ -94,12 +99,16 @@ class Sequence:
     def append(
         self, tokens: tuple[int, ...], mode: Mode, eos_token_ids: frozenset[int]
     ) -> tuple[tuple[int, ...], FinishReason | None]:
-        """Appends final tokens up to the end of text or max_tokens; what was taken, and why it ends."""
+        """Appends final tokens up to the text's end or max_tokens; what was taken, and why it ends."""
         for count, token in enumerate(tokens, start=1):
             self.tokens.append(token)
             self.tokens_by_mode[mode] += 1
             if token in eos_token_ids and not self.sampling.ignore_eos:
                 return tokens[:count], FinishReason.STOP
+            if self.grammar is not None:
+                self.grammar.accept(token)
+                if self.grammar.is_complete:
+                    return tokens[:count], FinishReason.STOP
             if self.num_remaining <= 0:
                 return tokens[:count], FinishReason.LENGTH
         return tokens, None

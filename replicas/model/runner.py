@@ -114,11 +114,12 @@ class TorchRunner:
 def _rows(segment: Segment) -> list[Row]:
     """A bidirectional row knows, of its own segment, the seed alone: a draft, to be verified."""
     rows = []
-    for index, position in zip(segment.wanted, segment.sampled_positions, strict=True):
+    masks = segment.allowed or (None,) * len(segment.wanted)
+    for index, position, allowed in zip(segment.wanted, segment.sampled_positions, masks, strict=True):
         seen: tuple[int, ...] = ()
         if segment.sampling.has_penalties:
             seen = segment.history + segment.token_ids[: index + 1 if segment.causal else 1]
-        rows.append(Row(segment.sampling, position, segment.prompt_len, seen))
+        rows.append(Row(segment.sampling, position, segment.prompt_len, seen, allowed))
     return rows
 
 

@@ -24,18 +24,25 @@ class Row:
 
     position: of the token chosen. prompt_len: of its sequence.
     seen: all tokens before it, where the sampling has penalties; else empty.
+    allowed: a mask of what it may be (engine.grammar); None for anything.
     """
 
     sampling: SamplingParams
     position: int
     prompt_len: int = 0
     seen: tuple[int, ...] = ()
+    allowed: bytes | None = None
 
     @property
     def has_rules(self) -> bool:
         """Its logits are changed before the choice."""
         sampling = self.sampling
-        return sampling.has_penalties or bool(sampling.logit_bias) or self.forbids_end
+        return (
+            sampling.has_penalties
+            or bool(sampling.logit_bias)
+            or self.forbids_end
+            or self.allowed is not None
+        )
 
     @property
     def forbids_end(self) -> bool:
@@ -102,7 +109,7 @@ def sample(
     """logits [W, vocab] -> W token ids, W probabilities, and by row the most probable tokens asked for.
 
     The mask token is never chosen. Probabilities are those of the softmax of the raw logits without
-    the mask token: before penalties, bias, temperature and filters. Overwrites logits.
+    the mask token: before penalties, bias, grammar, temperature and filters. Overwrites logits.
     """
     logits = logits.float()
     if mask_token_id is not None:
@@ -124,7 +131,7 @@ def sample(
 def _ruled(
     logits: torch.Tensor, rows: Sequence[Row], ruled: Sequence[int], eos_token_ids: Set[int]
 ) -> torch.Tensor:
-    """A copy of logits with penalties, bias and min_tokens applied to the ruled rows, in this order."""
+    """A copy of logits with the ruled rows' penalties, bias, min_tokens and masks applied, in this order."""
     changed = logits.clone()
     for index in ruled:
         row, line = rows[index], changed[index]
@@ -144,7 +151,15 @@ def _ruled(
             line[token] += bias
         if row.forbids_end:
             line[list(eos_token_ids)] = float("-inf")
+        if row.allowed is not None:
+            line[_forbidden(row.allowed, len(line))] = float("-inf")
     return changed
+
+
+def _forbidden(allowed: bytes, vocab_size: int) -> torch.Tensor:
+    """[vocab] bool, of a mask of what is allowed."""
+    bits = np.unpackbits(np.frombuffer(allowed, np.uint8), count=vocab_size, bitorder="little")
+    return torch.from_numpy(bits == 0)
 
 
 def _most_probable(

@@ -1,6 +1,7 @@
 """The whole of Triad over HTTP: real Serve, real Valkey, the embedded model."""
 
 import asyncio
+import json
 
 import httpx
 import openai
@@ -117,6 +118,52 @@ async def test_what_cannot_be_served_is_a_400(
         error = response.json()["error"]
         assert error["code"] == code
         assert param is None or error["param"] == param
+
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+async def test_choices_logprobs_and_structured_output(server: Server) -> None:
+    client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+    schema = {"name": "person", "schema": PERSON, "strict": True}
+    asked = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": PROMPT}],
+        "max_tokens": 200,
+        "n": 3,
+        "seed": 1,
+        "logprobs": True,
+        "top_logprobs": 2,
+        "response_format": {"type": "json_schema", "json_schema": schema},
+    }
+    whole = await client.chat.completions.create(**asked)
+    texts = [choice.message.content for choice in whole.choices]
+    assert [choice.index for choice in whole.choices] == [0, 1, 2]
+    for choice in whole.choices:
+        assert choice.finish_reason == "stop"
+        assert set(json.loads(choice.message.content)) == {"name", "age"}
+        assert "".join(entry.token for entry in choice.logprobs.content) == choice.message.content
+    for mode in ("ar", "self_speculation"):
+        again = ["", "", ""]
+        stream = await client.chat.completions.create(
+            **asked, stream=True, extra_body={"decoding": {"mode": mode}}
+        )
+        async for chunk in stream:
+            again[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+        assert again == texts
+    for change, param in (
+        ({"schema": {"type": "bogus"}}, "response_format.json_schema.schema"),
+        ({"name": ""}, "response_format.json_schema.name"),
+    ):
+        form = {"type": "json_schema", "json_schema": schema | change}
+        with pytest.raises(openai.BadRequestError) as bad:
+            await client.chat.completions.create(**(asked | {"response_format": form}))
+        assert bad.value.param == param
 
 
 async def test_penalties_are_refused_in_diffusion_and_lead_auto_away_from_it(

@@ -34,7 +34,8 @@ class SelfSpeculationRound:
             self._draft = output.token_ids
             return Advance()
         num_accepted = 0
-        while num_accepted < len(self._draft) and self._draft[num_accepted] == output.token_ids[num_accepted]:
+        most = len(output.token_ids) - 1  # fewer than were drafted where a grammar refuses the rest
+        while num_accepted < most and self._draft[num_accepted] == output.token_ids[num_accepted]:
             num_accepted += 1
         # The seed and the accepted drafts are cached; the token after them, AR's own, is the next seed.
         count = num_accepted + 1

@@ -1,0 +1,30 @@
+"""What a completion may be, as the engine sees it: masks of token ids, and whether it is complete."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class GrammarFailed(Exception):
+    """The grammar can't go on, as when it has become too complex; its sequence ends with an error."""
+
+
+class Grammar(Protocol):
+    """Follows one completion. Implementation: replicas.grammar."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Nothing but an end of text may follow what was accepted."""
+        ...
+
+    def masks(self, draft: Sequence[int]) -> tuple[bytes, ...]:
+        """Which tokens may come next, then which may come after each token of the draft.
+
+        Ends before the first token of the draft that may not come, so there are 1 to len(draft) + 1.
+        Bit k of a mask, in little-endian order, is token k; what it does not reach may not come. At
+        least one token may. The state stays as it was. GrammarFailed when there is no telling.
+        """
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """The completion has one more token, which the grammar allows."""
+        ...
