@@ -133,5 +133,6 @@ def _replica_config(args: ClusterConfig, redis_url: str) -> ReplicaConfig:
         max_running=args.max_running,
         max_step_tokens=args.max_step_tokens,
         max_prefill_tokens=args.max_prefill_tokens,
+        adaptive_speculation=args.adaptive_speculation,
         max_waiting=args.max_waiting,
     )

@@ -60,6 +60,10 @@ class ClusterConfig(BaseModel):
     max_prefill_tokens: int = Field(
         256, ge=1, description="Prompt tokens in a forward that decodes too: bounds the delay of its streams."
     )
+    adaptive_speculation: bool = Field(
+        False,
+        description="Draft and verify as much as pays, up to the block length; false: always all of it.",
+    )
     max_waiting: int = Field(256, ge=0, description="Requests queued a replica, beyond those running.")
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Longest HTTP body taken.")
 

@@ -12,7 +12,7 @@ class ReplicaConfig:
     checkpoint: a folder or a hub name. num_threads None leaves torch's own choice.
     kv_cache_mb: memory for K/V pages, in MiB. max_running: sequences in one forward.
     max_step_tokens: query tokens in one forward; max_prefill_tokens: of them prompt tokens beside
-    decoding ones. max_waiting: queued beyond those running.
+    decoding ones. adaptive_speculation: drafts as long as pays. max_waiting: queued beyond those running.
     """
 
     checkpoint: str
@@ -28,4 +28,5 @@ class ReplicaConfig:
     max_running: int = 64
     max_step_tokens: int = 512
     max_prefill_tokens: int = 256
+    adaptive_speculation: bool = False
     max_waiting: int = 256

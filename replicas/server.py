@@ -37,6 +37,7 @@ class Replica:
             max_waiting=config.max_waiting,
             max_step_tokens=config.max_step_tokens,
             max_prefill_tokens=config.max_prefill_tokens,
+            adaptive_speculation=config.adaptive_speculation,
         )
         replica_id = serve.get_replica_context().replica_id.unique_id
         self._info = ModelInfo(

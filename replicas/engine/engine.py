@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+from policies.cost import StepCost
 from policies.load import ReplicaLoad
 from policies.modes import MAX_BLOCK_LENGTH, DecodePlan, Mode
 from replicas.engine.decoders.choose import ActivePlan
@@ -15,6 +16,7 @@ from replicas.engine.grammar import Grammar
 from replicas.engine.plan import Runner
 from replicas.engine.scheduler import Limits, Scheduler
 from replicas.engine.sequence import Progress, Sequence, Status
+from replicas.engine.speculation import Speculation
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import DecodingOptions, SamplingParams
 
@@ -39,6 +41,7 @@ class Engine:
         max_waiting: int = 256,
         max_step_tokens: int = 512,
         max_prefill_tokens: int = 256,
+        adaptive_speculation: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ):
         spec = runner.spec
@@ -68,6 +71,7 @@ class Engine:
             spec,
             Limits(max_running, max_step_tokens, max_prefill_tokens),
             ActivePlan(DecodePlan(Mode.AR), "start"),
+            Speculation(adaptive_speculation),
         )
 
     @property
@@ -86,6 +90,10 @@ class Engine:
     @property
     def scheduler(self) -> Scheduler:
         return self._scheduler
+
+    def set_step_cost(self, cost: StepCost) -> None:
+        """What a forward costs here, by which drafts are sized; in any unit."""
+        self._scheduler.speculation.cost = cost
 
     def set_plan(self, decode: DecodePlan, rule: str) -> None:
         """What `auto` sequences do from their next safe point on."""

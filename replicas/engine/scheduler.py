@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 from policies.modes import Mode
 from replicas.engine.blocks import ROOT, PagePool
 from replicas.engine.decoders.choose import ActivePlan, begin_round, plan_for
-from replicas.engine.decoders.round import Ask
+from replicas.engine.decoders.round import Ask, Round
 from replicas.engine.grammar import GrammarFailed
 from replicas.engine.plan import ModelSpec, Segment, SegmentOutput, StepPlan
 from replicas.engine.sequence import Progress, Sequence, Status
+from replicas.engine.speculation import Speculation, Traffic
 
 PREFILL_SHARE = 4
 """While prompts wait, rounds leave them one in this many tokens of a step."""
@@ -38,8 +39,9 @@ class Limits:
 
 
 class Scheduler:
-    def __init__(self, spec: ModelSpec, limits: Limits, active: ActivePlan):
+    def __init__(self, spec: ModelSpec, limits: Limits, active: ActivePlan, speculation: Speculation):
         self._spec = spec
+        self.speculation = speculation
         self._limits = limits
         self._pool = PagePool(spec.num_pages, spec.page_size)
         self._running: list[Sequence] = []  # both by rank
@@ -151,8 +153,9 @@ class Scheduler:
         can_admit = bool(self._waiting) and len(self._running) < limits.max_running
         reserved = min(budget // PREFILL_SHARE, limits.max_prefill_tokens) if prefilling or can_admit else 0
         asks: dict[Sequence, Ask] = {}
+        traffic = self._trim(rounds, budget - reserved)
         for sequence in sorted(rounds, key=lambda item: item.last_step):
-            ask = self._ask_round(sequence, budget - reserved)
+            ask = self._ask_round(sequence, budget - reserved, traffic)
             if ask is not None:
                 asks[sequence] = ask
                 budget -= len(ask.token_ids)
@@ -228,14 +231,36 @@ class Scheduler:
             sequence.key_number = self._pool.keep(page, sequence.key_number, tokens)
             sequence.num_kept += 1
 
-    def _ask_round(self, sequence: Sequence, budget: int) -> Ask | None:
+    def _trim(self, rounds: Seq[Sequence], budget: int) -> Traffic:
+        """Leaves out of the drafts to verify what does not pay in this step. What the step has to do."""
+        drafts: dict[Round, tuple[float, ...]] = {}
+        num_speculating = num_other_tokens = 0
+        for sequence in rounds:
+            current = sequence.round
+            mode = sequence.last_mode if current is None else current.mode
+            if mode is Mode.SELF_SPECULATION:
+                num_speculating += 1
+            else:
+                num_other_tokens += 1 if current is None else len(current.ask().token_ids)
+            if current is not None and (survivals := current.survivals()):
+                drafts[current] = survivals
+        num_cached = sum(sequence.num_cached for sequence in rounds)
+        traffic = Traffic(num_speculating, num_other_tokens, len(rounds), num_cached)
+        if drafts:
+            most = max(0, budget - num_speculating - num_other_tokens)
+            kept = self.speculation.num_slots(list(drafts.values()), most, traffic)
+            for current, count in zip(drafts, kept, strict=True):
+                current.keep(count)
+        return traffic
+
+    def _ask_round(self, sequence: Sequence, budget: int, traffic: Traffic) -> Ask | None:
         """None when the budget is too small for it; it then begins its round another time."""
         current = sequence.round
         if current is not None:
             ask = current.ask()
             return ask if len(ask.token_ids) <= budget else None
         plan = plan_for(sequence, self.active, self._spec)
-        begun = begin_round(sequence, plan.decode, self._spec)
+        begun = begin_round(sequence, plan.decode, self._spec, self.speculation, traffic)
         ask = begun.ask()
         if len(ask.token_ids) > budget:
             return None

@@ -9,6 +9,7 @@ from replicas.engine.blocks import ROOT
 from replicas.engine.decoders.round import Round
 from replicas.engine.grammar import Grammar
 from replicas.engine.plan import TokenLogprob
+from replicas.engine.speculation import Acceptance
 from replicas.errors import ErrorCode
 from replicas.messages import DecodingOptions, DecodingReport, FinishReason, SamplingParams
 
@@ -40,6 +41,8 @@ class Sequence:
     rank: tuple[float, int] = (0.0, 0)
     grammar: Grammar | None = None
     """What the completion may be; it has accepted the completion's tokens."""
+    acceptance: Acceptance = field(default_factory=Acceptance)
+    """How its drafts fared."""
     failure: str | None = None
     """Why it can't go on; the engine then ends it."""
     num_prompt_tokens: int = field(init=False)

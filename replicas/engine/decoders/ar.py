@@ -1,11 +1,11 @@
 """Autoregressive decoding: one causal forward of the seed gives the next seed."""
 
 from policies.modes import Mode
-from replicas.engine.decoders.round import Advance, Ask
+from replicas.engine.decoders.round import Advance, Ask, Round
 from replicas.engine.plan import SegmentOutput
 
 
-class ArRound:
+class ArRound(Round):
     mode = Mode.AR
 
     def __init__(self, start: int, seed: int):

@@ -8,11 +8,11 @@ whose top probability reaches the threshold (Fast-dLLM's confidence-aware parall
 from collections.abc import Set
 
 from policies.modes import Mode
-from replicas.engine.decoders.round import Advance, Ask
+from replicas.engine.decoders.round import Advance, Ask, Round
 from replicas.engine.plan import SegmentOutput
 
 
-class DiffusionRound:
+class DiffusionRound(Round):
     """eos_token_ids: what ends a text; empty when the request ignores it.
 
     max_steps: denoising forwards at most; the last one fixes every position still masked.

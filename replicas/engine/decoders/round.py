@@ -5,8 +5,8 @@ which segment it wants next, is given that segment's output, and in the end leav
 its next safe point. The scheduler knows nothing of modes beyond this interface.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 from policies.modes import Mode
 from replicas.engine.plan import SegmentOutput, TokenLogprob
@@ -38,15 +38,22 @@ class Advance:
     done: bool = False
 
 
-class Round(Protocol):
-    @property
-    def mode(self) -> Mode: ...
+class Round(ABC):
+    """start: the seed's position."""
 
-    @property
-    def start(self) -> int:
-        """The seed's position."""
-        ...
+    mode: Mode
+    start: int
 
+    @abstractmethod
     def ask(self) -> Ask: ...
 
+    @abstractmethod
     def advance(self, output: SegmentOutput) -> Advance: ...
+
+    def survivals(self) -> tuple[float, ...]:
+        """Of the last tokens of what it asks: the chance of each to bring a token. They may be left out."""
+        return ()
+
+    def keep(self, count: int) -> None:
+        """Leaves all but the first count of these tokens out of what it asks."""
+        assert count == 0, "nothing to leave out"
