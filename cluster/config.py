@@ -58,6 +58,12 @@ class ClusterConfig(BaseModel):
     max_running: int = Field(64, ge=1, description="Requests in one forward.")
     max_step_tokens: int = Field(512, ge=2 * MAX_BLOCK_LENGTH, description="Query tokens in one forward.")
     max_waiting: int = Field(256, ge=0, description="Requests queued a replica, beyond those running.")
+    max_waiting_tokens: int | None = Field(
+        131_072, ge=1, description="Prompt tokens queued a replica; past them 429. None: no limit."
+    )
+    max_queue_s: float | None = Field(
+        None, gt=0.0, description="Longest expected wait for a place to run; past it 429. None: any."
+    )
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Longest HTTP body taken.")
 
     replica_cpus: float = Field(0.1, ge=0.0, description="CPUs reserved with Ray for a replica's actor.")
