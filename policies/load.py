@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from policies.cost import ReplicaCosts
 from policies.modes import DecodePlan, Mode
 
 FRESH_S = 1.0
@@ -50,6 +51,20 @@ class ReplicaLoad:
     """What the replica's `auto` requests run now: its plan's, or its own choice while it had no plan."""
     decode_held_s: float = 0.0
     """For how long it has run that."""
+    num_lossless: int = 0
+    """Of num_auto, those kept to the modes whose output is AR's."""
+    pinned_by_mode: Mapping[Mode, int] = field(default_factory=dict)
+    """The requests, running or waiting, that pin their mode."""
+    page_size: int = 16
+    max_step_tokens: int = 512
+    mean_context: float = 0.0
+    """Tokens in the cache, a running request."""
+    mean_remaining: float | None = None
+    """Tokens a running request may still generate; None while none runs."""
+    prefill_per_token: float = 0.0
+    """Prompt tokens prefilled for each token generated, a recent average."""
+    costs: ReplicaCosts | None = None
+    """What its forwards cost and its rounds bring, as it has measured them itself."""
 
     @property
     def num_in_flight(self) -> int:

@@ -1,0 +1,75 @@
+"""What a plan would bring at a replica: goodput and pace, from its load and its measured costs.
+
+All sequences share each forward, whatever their modes: with n_g of group g running blocks of B_g
+query tokens, a forward takes L(sum n_g B_g + prefill, segments, cached tokens read) and brings
+sum n_g y_g / F_g tokens (policies.cost has L, y and F).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from policies.cost import UNMEASURED, ReplicaCosts
+from policies.load import ReplicaLoad
+from policies.modes import DecodePlan, default_plan, lossless_plan
+
+PREFILL_SHARE = 0.25
+"""Of a step's tokens, kept free of rounds while prompts wait (replicas.engine.scheduler)."""
+
+_NOTHING_MEASURED = ReplicaCosts(UNMEASURED)
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """plan: of the `auto` requests. tokens_per_s: of all requests at the replica, pinned ones too.
+
+    tpot_s: seconds a token of one `auto` request. step_ms: of a forward.
+    """
+
+    plan: DecodePlan
+    tokens_per_s: float
+    tpot_s: float
+    step_ms: float
+
+
+def forecast(load: ReplicaLoad, plan: DecodePlan, num_auto: int | None = None) -> Forecast:
+    """With the replica's `auto` requests on this plan, num_auto of them instead of the load's own.
+
+    An idle replica is judged by the one request that may come next. Requests that pages, places or
+    the tokens of a step can't hold at once take turns.
+    """
+    costs = load.costs or _NOTHING_MEASURED
+    groups = list(_groups(load, plan, load.num_auto if num_auto is None else num_auto))
+    num_requests = sum(count for count, _ in groups)
+    held_tokens = sum(count * (load.mean_context + group.block_length) for count, group in groups)
+    share = min(1.0, load.max_running / num_requests, load.num_pages * load.page_size / max(1.0, held_tokens))
+    num_tokens = share * sum(count * group.block_length for count, group in groups)
+    budget = load.max_step_tokens * (1.0 - PREFILL_SHARE if load.prefill_per_token else 1.0)
+    share *= min(1.0, budget / num_tokens)
+    num_tokens = min(num_tokens, budget)
+
+    made = sum(count * _pace(load, costs, group) for count, group in groups) * share
+    num_prefill = min(load.prefill_per_token * made, load.max_step_tokens - num_tokens)
+    num_segments = share * num_requests
+    step_ms = costs.step.ms(num_tokens + num_prefill, num_segments, num_segments * load.mean_context)
+    own_pace = _pace(load, costs, plan) * share
+    return Forecast(plan, 1000.0 * made / step_ms, step_ms / own_pace / 1000.0, step_ms)
+
+
+def _groups(load: ReplicaLoad, plan: DecodePlan, num_auto: int) -> Iterator[tuple[int, DecodePlan]]:
+    """How many requests run which plan; never none at all."""
+    num_pinned = sum(load.pinned_by_mode.values())
+    num_auto = max(num_auto, 0 if num_pinned else 1)
+    num_lossless = min(load.num_lossless, num_auto)
+    yield num_auto - num_lossless, plan
+    if num_lossless:
+        yield num_lossless, lossless_plan(plan, load.modes)
+    for mode, count in load.pinned_by_mode.items():
+        yield count, default_plan(mode)
+
+
+def _pace(load: ReplicaLoad, costs: ReplicaCosts, plan: DecodePlan) -> float:
+    """Tokens a forward, of no more than the requests still want."""
+    expected = costs.yield_of(plan)
+    if load.mean_remaining is None:
+        return expected.tokens_per_forward
+    return min(expected.tokens, max(1.0, load.mean_remaining)) / expected.forwards

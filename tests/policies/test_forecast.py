@@ -1,0 +1,95 @@
+import pytest
+
+from policies.cost import ReplicaCosts, StepCost, Yield
+from policies.forecast import forecast
+from policies.modes import DecodePlan, Mode
+from tests.policies.helpers import a_load
+
+AR = DecodePlan(Mode.AR)
+SPECULATION = DecodePlan(Mode.SELF_SPECULATION, 8)
+DIFFUSION = DecodePlan(Mode.DIFFUSION, 16)
+STEP = StepCost((1, 101), (10.0, 60.0))  # 10 ms, and half a ms for every token after the first
+COSTS = ReplicaCosts(STEP, (Yield(SPECULATION, 6.0, 2.0, 50), Yield(DIFFUSION, 16.0, 4.0, 50)))
+
+
+def a_replica(num_auto, **changes):
+    values = {"costs": COSTS, "max_running": 64, "num_pages": 4096, "mean_context": 100.0}
+    return a_load(num_auto, **{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("plan", "num", "tokens_per_s", "step_ms"),
+    [
+        (AR, 1, 1 / 0.010, 10.0),
+        (AR, 21, 21 / 0.020, 20.0),
+        (SPECULATION, 4, 4 * 3 / 0.0255, 25.5),
+        (DIFFUSION, 2, 2 * 4 / 0.0255, 25.5),
+    ],
+)
+def test_the_formula(plan, num, tokens_per_s, step_ms):
+    """C y / (F L(C B)), and each request's pace is its share."""
+    expected = forecast(a_replica(num), plan)
+    assert expected.tokens_per_s == pytest.approx(tokens_per_s)
+    assert expected.step_ms == pytest.approx(step_ms)
+    assert expected.tpot_s == pytest.approx(num / tokens_per_s)
+
+
+def test_an_idle_replica_is_judged_by_one_request():
+    assert forecast(a_replica(0), SPECULATION) == forecast(a_replica(1), SPECULATION)
+
+
+def test_pinned_requests_take_their_share_of_every_forward():
+    expected = forecast(a_replica(1, pinned_by_mode={Mode.AR: 20}), SPECULATION)
+    assert expected.step_ms == pytest.approx(10.0 + 0.5 * 27)
+    assert expected.tokens_per_s == pytest.approx(1000 * (3 + 20) / 23.5)
+    assert expected.tpot_s == pytest.approx(23.5 / 3 / 1000)
+
+
+def test_lossless_requests_do_not_follow_into_diffusion():
+    mixed = forecast(a_replica(2, num_lossless=1), DIFFUSION)
+    assert mixed.step_ms == pytest.approx(10.0 + 0.5 * (16 + 16 - 1))
+    pure = forecast(a_replica(2, num_lossless=1), AR)
+    assert pure == forecast(a_replica(2), AR)
+
+
+def test_requests_beyond_the_places_take_turns():
+    expected = forecast(a_replica(40, max_running=10), AR)
+    assert expected.tokens_per_s == pytest.approx(forecast(a_replica(10), AR).tokens_per_s)
+    assert expected.tpot_s == pytest.approx(4 * forecast(a_replica(10), AR).tpot_s)
+
+
+def test_blocks_beyond_the_tokens_of_a_step_take_turns():
+    expected = forecast(a_replica(64), DIFFUSION)
+    assert expected.step_ms == pytest.approx(10.0 + 0.5 * 511)
+    assert expected.tokens_per_s == pytest.approx(1000 * 32 * 4 / expected.step_ms)
+
+
+def test_memory_bounds_long_blocks_before_short_ones():
+    """80 pages of 16 tokens: 12 sequences of 100 and a seed, or 11 with a block of 16."""
+    ar, diffusion = (forecast(a_replica(32, num_pages=80), plan) for plan in (AR, DIFFUSION))
+    assert ar.tokens_per_s == pytest.approx(1000 * 1280 / 101 / ar.step_ms)
+    assert diffusion.tokens_per_s == pytest.approx(1000 * 4 * 1280 / 116 / diffusion.step_ms)
+
+
+def test_prefill_makes_every_forward_longer_by_what_the_plan_makes_room_for():
+    expected = forecast(a_replica(4, prefill_per_token=2.0), SPECULATION)
+    assert expected.step_ms == pytest.approx(10.0 + 0.5 * (4 * 8 - 1 + 2.0 * 12))
+
+
+def test_reading_the_cache_costs_by_sequence():
+    step = StepCost((1, 101), (10.0, 60.0), segment_ms=1.0, cached_ms=5.0)
+    expected = forecast(a_replica(4, costs=ReplicaCosts(step)), AR)
+    assert expected.step_ms == pytest.approx(10.0 + 0.5 * 3 + 3.0 + 5.0 * 0.4)
+
+
+def test_short_remainders_make_long_blocks_worth_less():
+    assert forecast(a_replica(1, mean_remaining=2.0), SPECULATION).tokens_per_s == pytest.approx(
+        1000 * 2.0 / (2 * 13.5)
+    )
+
+
+def test_a_load_without_costs_is_judged_by_the_usual_shape():
+    """Memory-bound at first, so blocks win alone; bound by arithmetic later, so they lose to ar."""
+    load = a_replica(1, costs=None)
+    assert forecast(load, SPECULATION).tokens_per_s > forecast(load, AR).tokens_per_s
+    assert forecast(load, SPECULATION, 64).tokens_per_s < forecast(load, AR, 64).tokens_per_s
