@@ -13,7 +13,7 @@ MAX_RETRY_AFTER_S = 30.0
 RATE_WINDOW_S = 30.0
 MIN_COMPLETIONS = 8
 """Fewer say nothing of the rate."""
-LOOK_PERIOD_S = 0.02
+LOOK_PERIOD_S = 0.1
 """Sums over all replicas are made this often at most; a router's own requests count at once."""
 
 
