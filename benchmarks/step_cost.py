@@ -1,11 +1,11 @@
 """What a forward costs here, and what the engine makes of it: `python -m benchmarks.step_cost --json PATH`.
 
 Two measurements in turns, in one run, so that one can be held against the other, and of each the fastest
-turn: what the machine does undisturbed. Forwards of so many
-sequences, each with so many query tokens and so many cached ones, straight through the runner; and
-the engine answering the held-out prompts of benchmarks.modes at each concurrency. The second gives
-tokens a second, what the engine spends outside the forwards, and of every request the tokens and
-forwards it took. With one thread `--clock cpu` leaves out what other processes took. `python -m loadtest.simulate validate` predicts the rates from the rest.
+turn: what the machine does undisturbed. Forwards of so many sequences, each with so many query tokens
+and so many cached ones, straight through the runner; and the engine answering the held-out prompts of
+benchmarks.modes at each concurrency. The second gives tokens a second, what the engine spends outside
+the forwards, and of every request the tokens and forwards it took. With one thread `--clock cpu` leaves
+out what other processes took. `python -m loadtest.simulate validate` predicts the rates from the rest.
 """
 
 import argparse
