@@ -144,7 +144,8 @@ class Cell:
         ]
 
 
-def measure(num_turns: int, num_threads: int, clock: Clock) -> dict[str, Any]:
+def measure(num_turns: int, num_threads: int, clock: Clock) -> Iterator[dict[str, Any]]:
+    """What is found so far, after each turn."""
     runner = TorchRunner.load(str(CHECKPOINT), num_threads=num_threads)
     asked = prompts(TextCodec.load(str(CHECKPOINT)))
     cells = [Cell(plan, concurrency) for concurrency in CONCURRENCIES for plan in PLANS]
@@ -152,10 +153,16 @@ def measure(num_turns: int, num_threads: int, clock: Clock) -> dict[str, Any]:
     Cell(PLANS[0], 4).measure(runner, asked[:4], clock)  # warm-up
     for _ in range(num_turns):
         for cell in cells:
-            cell.measure(runner, asked[: 13 if cell.concurrency == 1 else 52], clock)
+            cell.measure(runner, asked[: 13 if cell.concurrency == 1 else 39], clock)
             for shape in SHAPES:
                 if shape.num_sequences == cell.concurrency:
                     forwards_ms[shape].append(_time(runner, shape, clock))
+        yield _found(cells, forwards_ms, num_threads, clock)
+
+
+def _found(
+    cells: Sequence[Cell], forwards_ms: dict[Shape, list[float]], num_threads: int, clock: Clock
+) -> dict[str, Any]:
     step_ms, segment_ms = _line([point for cell in cells for point in cell.outside])
     return {
         "what": "latency of a forward by sequences, query tokens and cached tokens, and the engine's rates",
@@ -218,9 +225,10 @@ def main() -> None:
         parser.error("--clock cpu adds all threads up; it wants --threads 1")
     began_s = time.perf_counter()
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
-    found = measure(options.turns, options.threads, clock)
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(found) + "\n")
+    for found in measure(options.turns, options.threads, clock):
+        options.json.write_text(json.dumps(found) + "\n")
+        print(f"a turn done, {time.perf_counter() - began_s:.0f} s", flush=True)
     for cell in found["measured"]:
         print(
             f"{cell['concurrency']:>4} {cell['mode']:<17} {cell['block_length']:>2} {cell['tokens_per_s']:>8}"

@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,11 +21,12 @@ from loadtest import simulate_capacity as capacity
 from loadtest import simulate_validate
 from loadtest.simulate_cost import StepTable, TableError
 from loadtest.simulate_load import PROFILES
-from loadtest.simulate_page import update
+from loadtest.simulate_page import check_places, update
 from loadtest.simulate_scenarios import (
     SCENARIOS,
     Contender,
     Machine,
+    Outcome,
     Scenario,
     Slo,
     contenders,
@@ -74,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     page = commands.add_parser("page", help=f"make the tables and plots of {PAGE} anew")
     _machine_options(page)
     _size_options(page)
+    page.add_argument("--only", help="tables whose name has this in it")
     page.add_argument("--table", type=Path, default=Path("benchmarks/results/step-cost-cpu.json"))
     page.set_defaults(command=_page)
 
@@ -156,11 +158,13 @@ def _scenarios(options: argparse.Namespace) -> None:
         options.json.write_text("".join(json.dumps(asdict(outcome)) + "\n" for outcome in outcomes))
 
 
-def _outcomes(scenarios: Sequence[Scenario], machine: Machine, options: argparse.Namespace):  # type: ignore[no-untyped-def]
+def _outcomes(
+    scenarios: Sequence[Scenario], machine: Machine, options: argparse.Namespace
+) -> Iterator[Outcome]:
     return run_all(
         scenarios,
         machine,
-        contenders(),
+        contenders(Slo(options.ttft, options.tpot)),
         options.requests_a_replica,
         options.least,
         options.most,
@@ -174,21 +178,29 @@ def _validate(options: argparse.Namespace) -> None:
 
 
 def _page(options: argparse.Namespace) -> None:
+    """One table after the other, each written as soon as it is made."""
     machines = [Machine.b200("8b", options.acceptance), Machine.b200("14b", options.acceptance)]
     small, large = machines
+    tables: dict[str, Callable[[], Iterable[str]]] = {
+        "modes-8b": lambda: capacity.modes_lines(small),
+        "modes-14b": lambda: capacity.modes_lines(large),
+        "crossover-8b": lambda: capacity.crossover_lines(small),
+        "crossover-14b": lambda: capacity.crossover_lines(large),
+        "validation": lambda: simulate_validate.lines(simulate_validate.validate(options.table)),
+        "carried-8b": lambda: capacity.carried_lines(small, SLOS, options.least, options.seed),
+        "carried-14b": lambda: capacity.carried_lines(large, SLOS, options.least, options.seed),
+    }
+    for number, scenario in enumerate(SCENARIOS, start=1):
+        tables[f"scenario-{number}"] = lambda scenario=scenario: table_lines(  # type: ignore[misc]
+            list(_outcomes([scenario], _machine(options), options))
+        )
+    check_places(PAGE, tables)
     capacity.plot_modes(machines, str(PAGE.parent / "capacity-modes.png"))
     capacity.plot_crossover(machines, str(PAGE.parent / "capacity-crossover.png"))
-    tables = {
-        "modes-8b": list(capacity.modes_lines(small)),
-        "modes-14b": list(capacity.modes_lines(large)),
-        "crossover-8b": list(capacity.crossover_lines(small)),
-        "crossover-14b": list(capacity.crossover_lines(large)),
-        "carried-8b": list(capacity.carried_lines(small, contenders(), SLOS, options.least, options.seed)),
-        "carried-14b": list(capacity.carried_lines(large, contenders(), SLOS, options.least, options.seed)),
-        "scenarios": list(table_lines(list(_outcomes(SCENARIOS, _machine(options), options)))),
-        "validation": list(simulate_validate.lines(simulate_validate.validate(options.table))),
-    }
-    update(PAGE, tables)
+    for name, lines in tables.items():
+        if not options.only or options.only in name:
+            update(PAGE, name, list(lines()))
+            print(name, flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,17 @@ from dataclasses import dataclass
 from loadtest.simulate_cluster import needed_rounds
 from loadtest.simulate_cost import StepTable
 from loadtest.simulate_load import Mix
-from loadtest.simulate_scenarios import PLANS, Contender, Machine, Outcome, Scenario, Slo, fixed, run
+from loadtest.simulate_scenarios import (
+    PLANS,
+    Contender,
+    Machine,
+    Outcome,
+    Scenario,
+    Slo,
+    contenders,
+    fixed,
+    run,
+)
 from loadtest.simulate_yields import load_acceptance, mean_chance, tokens_a_round
 from policies.modes import DecodePlan, Mode
 
@@ -114,18 +124,17 @@ def carried(
     return Carried(contender.title, low, outcome)
 
 
-def carried_lines(
-    machine: Machine, contenders: Sequence[Contender], slos: Sequence[Slo], num_requests: int, seed: int = 0
-) -> Iterator[str]:
+def carried_lines(machine: Machine, slos: Sequence[Slo], num_requests: int, seed: int = 0) -> Iterator[str]:
     heads = [f"TTFT {slo.ttft_s:g} s, TPOT {1000 * slo.tpot_s:g} ms" for slo in slos]
     yield "| requests/s a replica carries within | " + " | ".join(heads) + " |"
     yield "|" + "---|" * (1 + len(heads))
-    for contender in contenders:
-        cells = []
-        for slo in slos:
-            found = carried(machine, contender, slo, Mix(), num_requests, 60.0, seed)
-            cells.append(f"{found.rate:.1f}" if found.rate else "none")
-        yield f"| `{contender.title}` | " + " | ".join(cells) + " |"
+    columns = [
+        [carried(machine, contender, slo, Mix(), num_requests, 60.0, seed) for contender in contenders(slo)]
+        for slo in slos
+    ]
+    for row in zip(*columns, strict=True):
+        cells = [f"{found.rate:.1f}" if found.rate else "none" for found in row]
+        yield f"| `{row[0].policy}` | " + " | ".join(cells) + " |"
 
 
 def plot_modes(machines: Sequence[Machine], path: str) -> None:

@@ -10,6 +10,8 @@ YIELD_MEMORY_S = 3.0
 """The estimate of a yield follows what is seen with this time constant."""
 RATE_MEMORY_S = 2.0
 MAX_ROUNDS = 1000.0
+OUTPUT_MEMORY = 50.0
+"""Requests over which the mean length of completions is taken."""
 
 
 class Meter:
@@ -18,6 +20,7 @@ class Meter:
     def __init__(self, yields: Mapping[DecodePlan, Yield]):
         self.tokens_per_s = 0.0
         self.prefill_per_token = 0.0
+        self.mean_output = math.inf
         self._yields = dict(yields)
         self._at_s = 0.0
         self._elapsed_s = 0.0
@@ -27,6 +30,12 @@ class Meter:
     @property
     def yields(self) -> tuple[Yield, ...]:
         return tuple(self._yields.values())
+
+    def ended(self, output: int) -> None:
+        """A request has come to so many tokens."""
+        if self.mean_output == math.inf:
+            self.mean_output = float(output)
+        self.mean_output += (output - self.mean_output) / OUTPUT_MEMORY
 
     def look(self, now_s: float, made: float, prefilled: float) -> None:
         """made, prefilled: tokens since the start."""

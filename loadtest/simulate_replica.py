@@ -197,7 +197,7 @@ class SimulatedReplica:
         context = cached / num if num else 0.0
         remaining = None
         if num:
-            remaining = max(1.0, (self._limits - cached) / num)
+            remaining = max(1.0, min((self._limits - cached) / num, self._meter.mean_output))
         return ReplicaLoad(
             replica_id=self.replica_id,
             num_running=self.num_running,
@@ -378,6 +378,7 @@ class SimulatedReplica:
             self._cached -= requests.prompt[request] + requests.output[request] - 1
             self._limits -= requests.prompt[request] + requests.max_tokens
             self._pages -= self._pages_of(request)
+            self._meter.ended(requests.output[request])
             ended.append(request)
         if not self._decoding:
             self._pace = self._cached = 0.0

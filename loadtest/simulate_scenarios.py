@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -70,6 +69,7 @@ SCENARIOS = (
     Scenario("one replica, busy", 1, 25.0),
     Scenario("8 replicas", 8, 25.0),
     Scenario("8 replicas, bursty", 8, 16.0, "bursty"),
+    Scenario("8 replicas, overloaded", 8, 45.0),
     Scenario("8 replicas, writing only", 8, 22.0, mix=Mix(weights={"writing": 1.0})),
     Scenario("8 replicas, multilingual only", 8, 22.0, mix=Mix(weights={"multilingual": 1.0})),
     Scenario("8 replicas, 30 % pin ar, 70 % share prompts", 8, 25.0, mix=PINNED),
@@ -121,14 +121,17 @@ def fixed(plan: DecodePlan) -> Contender:
     return Contender(plan.mode.value, {"block_length": plan.block_length}, label, plan)
 
 
-def contenders() -> tuple[Contender, ...]:
-    """Every fixed plan, every policy there is, and the oracle."""
+def contenders(slo: Slo) -> tuple[Contender, ...]:
+    """Every fixed plan, every policy there is, with its defaults, and the oracle.
+
+    Those that choose among blocks are kept to the ones with published figures; `slo` knows its targets.
+    """
     blocks = {"speculation_blocks": [8, 16, 32], "diffusion_blocks": [32]}
-    adaptive = [
-        Contender(name, blocks if name in ("cost_model", "slo") else {})
-        for name in POLICIES
-        if name != "fixed"
-    ]
+    parameters: dict[str, dict[str, Any]] = {
+        "cost_model": blocks,
+        "slo": {**blocks, "ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s},
+    }
+    adaptive = [Contender(name, parameters.get(name, {})) for name in POLICIES if name != "fixed"]
     return (*(fixed(plan) for plan in PLANS), *adaptive, Contender(ORACLE))
 
 
@@ -336,7 +339,3 @@ def _failures(scenario: Scenario, duration_s: float) -> tuple[Failure, ...]:
     return tuple(
         Failure(number, duration_s * (0.25 + 0.5 * number / num), duration_s / 10) for number in range(num)
     )
-
-
-def default_path(name: str) -> Path:
-    return Path("benchmarks") / "results" / name

@@ -2,11 +2,11 @@ import json
 
 import pytest
 
-from loadtest.simulate import main
+from loadtest.simulate import PAGE, main
 from loadtest.simulate_capacity import carried, crossover_lines, modes_lines, winner
 from loadtest.simulate_load import Mix
-from loadtest.simulate_page import update
-from loadtest.simulate_scenarios import PLANS, Machine, Slo, fixed
+from loadtest.simulate_page import check_places, update
+from loadtest.simulate_scenarios import PLANS, SCENARIOS, Machine, Slo, fixed
 from policies.modes import Mode
 from tests.loadtest.test_simulate_cost import rows
 
@@ -97,7 +97,17 @@ def test_a_tighter_pace_carries_less():
 def test_a_page_takes_new_tables_and_keeps_its_text(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("Before.\n<!-- begin a -->\nold\n<!-- end a -->\nAfter.\n")
-    update(page, {"a": ["| new |"]})
+    update(page, "a", ["| new |", ""])
     assert page.read_text() == "Before.\n<!-- begin a -->\n| new |\n<!-- end a -->\nAfter.\n"
+    with pytest.raises(ValueError, match="no <!-- begin b -->"):
+        update(page, "b", [])
     with pytest.raises(ValueError, match="not for a, b"):
-        update(page, {"a": [], "b": []})
+        check_places(page, ["b", "a"])
+
+
+def test_the_capacity_page_has_a_place_for_every_table():
+    text = PAGE.read_text()
+    for number in range(1, len(SCENARIOS) + 1):
+        assert f"<!-- begin scenario-{number} -->" in text
+    assert f"<!-- begin scenario-{len(SCENARIOS) + 1} -->" not in text
+    assert "simulated" in text

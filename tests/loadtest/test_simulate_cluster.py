@@ -13,6 +13,7 @@ from loadtest.simulate_scenarios import (
     Contender,
     Machine,
     Scenario,
+    Slo,
     contenders,
     fixed,
     run,
@@ -214,6 +215,6 @@ def test_no_fixed_plan_beats_the_oracle_by_much(rate):
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_every_scenario_runs_in_small(scenario):
     small = replace(scenario, num_replicas=min(scenario.num_replicas, 8))
-    found = [run(small, MACHINE, contender, 200) for contender in contenders()[-3:]]
+    found = [run(small, MACHINE, contender, 200) for contender in contenders(Slo())[-3:]]
     assert all(outcome.num_finished + outcome.num_shed + outcome.num_lost == 200 for outcome in found)
     assert len(list(table_lines(found))) == 4 + len(found) + 1
