@@ -58,6 +58,9 @@ class ClusterConfig(BaseModel):
     max_running: int = Field(64, ge=1, description="Requests in one forward.")
     max_step_tokens: int = Field(512, ge=2 * MAX_BLOCK_LENGTH, description="Query tokens in one forward.")
     max_waiting: int = Field(256, ge=0, description="Requests queued a replica, beyond those running.")
+    calibration_s: float = Field(
+        1.5, ge=0.0, le=60.0, description="Seconds a replica measures its forwards before it serves."
+    )
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Longest HTTP body taken.")
 
     replica_cpus: float = Field(0.1, ge=0.0, description="CPUs reserved with Ray for a replica's actor.")
