@@ -134,4 +134,5 @@ def _replica_config(args: ClusterConfig, redis_url: str) -> ReplicaConfig:
         max_running=args.max_running,
         max_step_tokens=args.max_step_tokens,
         max_waiting=args.max_waiting,
+        calibration_s=args.calibration_s,
     )

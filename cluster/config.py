@@ -63,6 +63,8 @@ class ClusterConfig(BaseModel):
     )
     max_queue_s: float | None = Field(
         None, gt=0.0, description="Longest expected wait for a place to run; past it 429. None: any."
+    calibration_s: float = Field(
+        1.5, ge=0.0, le=60.0, description="Seconds a replica measures its forwards before it serves."
     )
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Longest HTTP body taken.")
 

@@ -12,6 +12,7 @@ class ReplicaConfig:
     checkpoint: a folder or a hub name. num_threads None leaves torch's own choice.
     kv_cache_mb: memory for K/V pages, in MiB. max_running: sequences in one forward.
     max_step_tokens: query tokens in one forward. max_waiting: queued beyond those running.
+    calibration_s: seconds spent at the start on measuring what forwards take.
     """
 
     checkpoint: str
@@ -27,3 +28,4 @@ class ReplicaConfig:
     max_running: int = 64
     max_step_tokens: int = 512
     max_waiting: int = 256
+    calibration_s: float = 1.5
