@@ -63,6 +63,7 @@ class ClusterConfig(BaseModel):
     )
     max_queue_s: float | None = Field(
         None, gt=0.0, description="Longest expected wait for a place to run; past it 429. None: any."
+    )
     calibration_s: float = Field(
         1.5, ge=0.0, le=60.0, description="Seconds a replica measures its forwards before it serves."
     )

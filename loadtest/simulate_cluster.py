@@ -27,6 +27,8 @@ from policies.policy import Policy, Snapshot
 from policies.prefix import CHUNK_CHARS, PrefixMap
 
 REPLICAS_A_ROUTER = 64
+TICKS_A_PROBE = 5
+"""A replica asks its policy once a second what else to try; the real one asks every period."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,7 @@ class Cluster:
         self._open = list(self._ids)
         self._published: dict[str, ReplicaLoad] = {}
         self._published_s = -math.inf
+        self._num_ticks = 0
         self._view: dict[str, ReplicaLoad] = {}
         self._view_s = -math.inf
         self._placed: dict[int, tuple[int, int]] = {}  # request -> router, replica
@@ -273,10 +276,20 @@ class Cluster:
                 self._ids[number]: self._replicas[number].load(now_s) for number in sorted(self._up)
             }
             self._published_s = now_s
+            self._num_ticks += 1
+            if self._policy is not None and self._num_ticks % TICKS_A_PROBE == 0:
+                self._probe(self._policy)
         elif self._policy is not None:
             for number in self._up:
                 load = self._replicas[number].load(now_s)
                 self._apply(number, self._chosen(self._policy, number, load, None, now_s), now_s)
+
+    def _probe(self, policy: Policy[Any]) -> None:
+        for replica_id, load in self._published.items():
+            replica = self._replicas[self._numbers[replica_id]]
+            probes = policy.probes(load, replica.plan)
+            if probes is not None and probes.plans:
+                replica.probe(probes.plans)
 
     def _read_view(self, now_s: float) -> None:
         """Half a period on: routers read the loads, and the controller decides from them."""

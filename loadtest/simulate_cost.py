@@ -11,13 +11,13 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy
 
-from policies.cost import StepCost
+from policies.cost import Forward, StepCost
+from policies.estimate import fit_step_cost, knots_up_to
 
 
 class TableError(ValueError):
@@ -103,8 +103,17 @@ class StepTable:
         return cls(rows, overhead)
 
     def fitted(self) -> StepCost:
-        """What a replica would have learned of these costs: policies.cost.StepCost, least squares."""
-        return fit_step_cost(self)
+        """What a replica would have learned of these costs at its start."""
+        forwards = [
+            Forward(
+                num_tokens=round(row["query_tokens"]),
+                num_segments=round(row["sequences"]),
+                num_cached=round(row["cached_tokens"]),
+                ms=self.ms(row["sequences"], row["query_tokens"], row["cached_tokens"]),
+            )
+            for row in self.rows
+        ]
+        return fit_step_cost(forwards, knots_up_to(max(forward.num_tokens for forward in forwards)))
 
 
 Levels = dict[int, dict[float, dict[float, float]]]
@@ -183,34 +192,3 @@ def _curve(by_cached: dict[float, dict[float, float]]) -> _Curve:
         tuple(max(0.0, (high[query] - low[query]) / span) if span else 0.0 for query in queries),
         lowest,
     )
-
-
-def fit_step_cost(table: StepTable, num_rounds: int = 3000) -> StepCost:
-    """Non-negative least squares on relative error, by coordinate descent; about 5 % off on a B200."""
-    rows = table.rows
-    tokens = numpy.array([row["query_tokens"] for row in rows])
-    segments = numpy.array([row["sequences"] for row in rows])
-    cached = numpy.array([row["cached_tokens"] for row in rows])
-    ms = numpy.array([table.ms(row["sequences"], row["query_tokens"], row["cached_tokens"]) for row in rows])
-    knots = [1]
-    while knots[-1] < tokens.max():
-        knots.append(knots[-1] * 4)
-    rises = [
-        numpy.clip(tokens - low, 0, None if high == knots[-1] else high - low)
-        for low, high in pairwise(knots)
-    ]
-    features = numpy.array([numpy.ones_like(ms), *rises, segments - 1, cached / 1000.0]) / ms
-    scale = numpy.linalg.norm(features, axis=1)
-    scale[scale == 0] = 1.0
-    features /= scale[:, None]
-    gram, target = features @ features.T, features @ numpy.ones_like(ms)
-    weights = numpy.zeros(len(features))
-    for _ in range(num_rounds):
-        for index in range(len(weights)):
-            step = (target[index] - gram[index] @ weights) / gram[index, index] if gram[index, index] else 0.0
-            weights[index] = max(0.0, weights[index] + step)
-    weights /= scale
-    knot_ms = [max(float(weights[0]), 1e-6)]
-    for weight, (low, high) in zip(weights[1:], pairwise(knots), strict=False):
-        knot_ms.append(knot_ms[-1] + float(weight) * (high - low))
-    return StepCost(tuple(knots), tuple(knot_ms), float(weights[-2]), float(weights[-1]))

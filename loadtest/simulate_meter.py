@@ -10,12 +10,15 @@ YIELD_MEMORY_S = 3.0
 """The estimate of a yield follows what is seen with this time constant."""
 RATE_MEMORY_S = 2.0
 MAX_ROUNDS = 1000.0
+TRIED_WEIGHT = 0.2
+"""Of what one trial says, against what was believed before."""
 OUTPUT_MEMORY = 50.0
 """Requests over which the mean length of completions is taken."""
 
 
 class Meter:
-    """yields: what is believed before anything was seen. A plan that does not run keeps its last estimate."""
+    """yields: what is believed before anything was seen. A plan that neither runs nor is tried keeps its last
+    estimate."""
 
     def __init__(self, yields: Mapping[DecodePlan, Yield]):
         self.tokens_per_s = 0.0
@@ -53,8 +56,15 @@ class Meter:
         """Tokens a forward of each request that has run the plan since the last look."""
         if not paces or plan.block_length == 1 or self._elapsed_s <= 0:
             return
+        self._learn(plan, paces, 1.0 - math.exp(-self._elapsed_s / YIELD_MEMORY_S))
+
+    def tried(self, plan: DecodePlan, paces: Sequence[float]) -> None:
+        """Likewise of a few requests that tried a plan which does not run."""
+        if paces and plan.block_length > 1:
+            self._learn(plan, paces, TRIED_WEIGHT)
+
+    def _learn(self, plan: DecodePlan, paces: Sequence[float], weight: float) -> None:
         known = self._yields[plan]
-        weight = 1.0 - math.exp(-self._elapsed_s / YIELD_MEMORY_S)
         tokens = sum(paces) / len(paces) * known.forwards
         self._yields[plan] = Yield(
             plan,

@@ -28,6 +28,8 @@ PREFILL_SHARE = 4
 MAX_STRETCH = 512
 """Steps taken as one before the growth of the cache is looked at again."""
 PREFIXES_KEPT = 16
+PROBED = 4
+"""Requests that try a plan at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ class SimulatedReplica:
         """Requests that have had their first token since this was last emptied, and when."""
         self.tokens_by_mode = dict.fromkeys(Mode, 0.0)
         self._meter = Meter(yields)
+        self._num_probes = 0
         self._waiting: deque[int] = deque()
         self._waiting_tokens = 0
         self._prefilling: deque[list[int]] = deque()  # [request, tokens to go]
@@ -220,6 +223,15 @@ class SimulatedReplica:
             prefill_per_token=self._meter.prefill_per_token,
             costs=ReplicaCosts(hardware.believed, self._meter.yields),
         )
+
+    def probe(self, plans: Sequence[DecodePlan]) -> None:
+        """Some requests try the next of these plans; what that costs, 2 % at most, is not modelled."""
+        plan = plans[self._num_probes % len(plans)]
+        self._num_probes += 1
+        if plan in self.rounds:
+            pace = self.rounds[plan].pace
+            tried = list(self._decoding.values())[:PROBED]
+            self._meter.tried(plan, [pace(self.requests.chance[item.request]) for item in tried])
 
     def truth(self, plan: DecodePlan, tpot_s: float) -> tuple[float, int]:
         """What only an oracle knows, if all `auto` requests ran this plan now: tokens a second, and how
