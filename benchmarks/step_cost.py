@@ -28,11 +28,10 @@ from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.runner import TorchRunner
 from replicas.text import TextCodec
 
-SEQUENCES = (1, 2, 4, 8, 16)
+CONCURRENCIES = (1, 2, 4, 8, 16)
 QUERIES = (1, 8, 16, 32)
 CACHED = (32, 160)
 PREFILLS = (64, 192)
-CONCURRENCIES = (1, 2, 4, 8, 16)
 GREEDY = SamplingParams()
 Clock = Callable[[], float]
 """Seconds."""
@@ -76,7 +75,7 @@ class Shape:
 
 
 SHAPES = (
-    *(Shape(count, query, cached) for count in SEQUENCES for query in QUERIES for cached in CACHED),
+    *(Shape(count, query, cached) for count in CONCURRENCIES for query in QUERIES for cached in CACHED),
     *(Shape(1, query, 0) for query in PREFILLS),
 )
 
@@ -152,11 +151,13 @@ def measure(num_turns: int, num_threads: int, clock: Clock) -> Iterator[dict[str
     forwards_ms: dict[Shape, list[float]] = {shape: [] for shape in SHAPES}
     Cell(PLANS[0], 4).measure(runner, asked[:4], clock)  # warm-up
     for _ in range(num_turns):
-        for cell in cells:
-            cell.measure(runner, asked[: 13 if cell.concurrency == 1 else 39], clock)
+        for concurrency in CONCURRENCIES:
             for shape in SHAPES:
-                if shape.num_sequences == cell.concurrency:
+                if shape.num_sequences == concurrency:
                     forwards_ms[shape].append(_time(runner, shape, clock))
+            for cell in cells:
+                if cell.concurrency == concurrency:
+                    cell.measure(runner, asked[: 13 if concurrency <= 2 else 26], clock)
         yield _found(cells, forwards_ms, num_threads, clock)
 
 

@@ -177,6 +177,7 @@ def plot_crossover(machines: Sequence[Machine], path: str) -> None:
     tokens = [1.5 + 0.25 * step for step in range(43)]
     figure, panels = pyplot.subplots(1, len(machines), figsize=(5.5 * len(machines), 4), squeeze=False)
     for panel, machine in zip(panels[0], machines, strict=True):
+        panel.set_xlim(1, 128)
         won = [[PLANS.index(winner(machine, t, c)[0]) for c in range(1, 129)] for t in tokens]
         colouring = colors.ListedColormap(palette)
         panel.pcolormesh(range(1, 129), tokens, won, cmap=colouring, vmin=-0.5, vmax=len(PLANS) - 0.5)

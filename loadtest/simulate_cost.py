@@ -42,8 +42,8 @@ class StepTable:
 
     Between measured points straight lines, in sequences, in query tokens a sequence and in cached
     tokens a sequence. Past the largest block each further token costs what it did in the largest
-    forwards measured; below the smallest the line is drawn on, so a sweep without a block of 1
-    says what one would cost.
+    forwards measured. Where the smallest block is above 1 the line through it and the next is drawn on
+    to 1, with the median of the slopes at about as many sequences, since a slope is mostly noise.
     """
 
     def __init__(self, rows: Sequence[dict[str, float]], overhead_ms: dict[str, float] | None = None):
@@ -53,7 +53,7 @@ class StepTable:
         self._sequence_ms = overhead.get("sequence", 0.0)
         self.max_sequences = max(levels)
         self.tail_ms = _tail_slope(levels)
-        self._curves = _filled_in(levels)
+        self._curves = _with_single_tokens(_filled_in(levels))
         self.rows = tuple(rows)
 
     def ms(self, sequences: float, query_tokens: float, cached_tokens: float) -> float:
@@ -177,6 +177,31 @@ def _filled_in(levels: Levels) -> list[_Curve]:
             )
         )
     return curves
+
+
+def _with_single_tokens(curves: list[_Curve]) -> list[_Curve]:
+    slopes = [
+        max(0.0, (curve.ms[1] - curve.ms[0]) / (curve.queries[1] - curve.queries[0])) / max(1, count)
+        if len(curve.queries) > 1
+        else 0.0
+        for count, curve in enumerate(curves)
+    ]
+    filled = []
+    for count, curve in enumerate(curves):
+        if curve.queries[0] <= 1.0:
+            filled.append(curve)
+            continue
+        near = slopes[max(1, round(count / 1.3)) : round(count * 1.3) + 1]
+        drop = float(numpy.median(near)) * max(1, count) * (curve.queries[0] - 1.0)
+        filled.append(
+            _Curve(
+                (1.0, *curve.queries),
+                (max(curve.ms[0] - drop, 0.5 * curve.ms[0]), *curve.ms),
+                (curve.by_cached[0], *curve.by_cached),
+                curve.cached,
+            )
+        )
+    return filled
 
 
 def _curve(by_cached: dict[float, dict[float, float]]) -> _Curve:
