@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,7 @@ class StepTable:
             raise TableError(f"{name}: it wants at least one row, every ms above 0 and sequences from 1 up")
         return cls(rows, overhead)
 
+    @cached_property
     def fitted(self) -> StepCost:
         """What a replica would have learned of these costs at its start."""
         forwards = [
@@ -191,7 +193,7 @@ def _with_single_tokens(curves: list[_Curve]) -> list[_Curve]:
         if curve.queries[0] <= 1.0:
             filled.append(curve)
             continue
-        near = slopes[max(1, round(count / 1.3)) : round(count * 1.3) + 1]
+        near = slopes[max(1, round(count / 1.3)) : max(2, round(count * 1.3) + 1)]
         drop = float(numpy.median(near)) * max(1, count) * (curve.queries[0] - 1.0)
         filled.append(
             _Curve(

@@ -193,7 +193,7 @@ def simulate(
         num_replicas=scenario.num_replicas,
         hardware=Hardware(
             machine.table,
-            _distorted(machine.table.fitted(), scenario.cost_error),
+            _distorted(machine.table.fitted, scenario.cost_error),
             max_running=machine.max_running,
             max_step_tokens=machine.max_step_tokens,
         ),

@@ -51,7 +51,7 @@ def _cell(table: StepTable, row: dict[str, Any]) -> Cell:
     plan = DecodePlan(Mode(row["mode"]), row["block_length"])
     requests = _requests(row["requests"])
     concurrency = row["concurrency"]
-    hardware = Hardware(table, table.fitted(), concurrency, MAX_STEP_TOKENS)
+    hardware = Hardware(table, table.fitted, concurrency, MAX_STEP_TOKENS)
     yields = {plan: prior_yield(plan)}
     replica = SimulatedReplica("r0", hardware, requests, {plan: Rounds(plan, 2.0)}, plan, yields)
     for request in range(len(requests)):

@@ -36,7 +36,7 @@ def a_cluster(requests, num_replicas=4, policy="threshold", seed=0, **changes):
     plans = (*PLANS, DecodePlan(Mode.DIFFUSION, 16))
     setting = Setting(
         num_replicas=num_replicas,
-        hardware=Hardware(MACHINE.table, MACHINE.table.fitted(), max_running=32),
+        hardware=Hardware(MACHINE.table, MACHINE.table.fitted, max_running=32),
         limits=QueueLimits(64, 100_000),
         start=PLANS[0],
         believed_yields={plan: prior_yield(plan) for plan in plans},

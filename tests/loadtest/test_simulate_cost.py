@@ -69,7 +69,7 @@ def test_the_public_sweep_comes_back_and_costs_never_fall_with_length(model):
 @pytest.mark.parametrize("model", ["8b", "14b"])
 def test_what_a_replica_would_have_learned_is_near_the_truth(model):
     table = B200[model]
-    cost = table.fitted()
+    cost = table.fitted
     errors = [
         abs(cost.ms(row["query_tokens"], row["sequences"], row["cached_tokens"]) / row["ms"] - 1.0)
         for row in table.rows

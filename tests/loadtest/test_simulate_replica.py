@@ -54,7 +54,7 @@ def some_requests(num, rng, pinned=(None,), max_output=40):
 
 def a_replica(requests, table=RISING, plan=DRAFT, **limits):
     limits = {"max_running": 6, "max_step_tokens": 128, "num_pages": 10_000, **limits}
-    hardware = Hardware(table, table.fitted(), **limits)
+    hardware = Hardware(table, table.fitted, **limits)
     rounds = {plan: Rounds(plan, 2.0) for plan in PLANS}
     return SimulatedReplica("r", hardware, requests, rounds, plan, {p: prior_yield(p) for p in PLANS})
 
