@@ -33,9 +33,9 @@ from replicas.training.tokenizer import load_tokenizer, train_tokenizer
 class TrainConfig:
     """The recipe; lengths of phases in steps."""
 
-    steps: int = 5400
+    steps: int = 4200
     ar_steps: int = 1000
-    decay_steps: int = 1400
+    decay_steps: int = 1200
     warmup_steps: int = 100
     noisy_weight: float = 0.3
     muon_lr: float = 0.01

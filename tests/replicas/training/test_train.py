@@ -13,8 +13,8 @@ from replicas.training.model import ModelConfig
 from replicas.training.train import TrainConfig, learning_rate_scale, train
 
 CONFIG = TrainConfig(
-    steps=8, ar_steps=4, decay_steps=4, warmup_steps=2, tokenizer_chats=200, vocab_size=500, eval_every=4,
-    save_every=5, eval_per_family=1,
+    steps=24, ar_steps=12, decay_steps=4, warmup_steps=2, tokenizer_chats=200, vocab_size=500, eval_every=12,
+    save_every=15, eval_per_family=1,
     data=DataConfig(rows=1, clean_len=256, noisy_len=64),
     model=ModelConfig(0, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2),
 )  # fmt: skip
@@ -23,13 +23,13 @@ CONFIG = TrainConfig(
 def test_resuming_gives_identical_weights(tmp_path):
     whole = train(CONFIG, tmp_path / "whole", compiled=False, progress=False)
     parts = tmp_path / "parts"
-    train(CONFIG, parts, compiled=False, progress=False, stop_at=5)
-    assert torch.load(parts / "state.pt")["step"] == 5
+    train(CONFIG, parts, compiled=False, progress=False, stop_at=15)
+    assert torch.load(parts / "state.pt")["step"] == 15
     resumed = train(CONFIG, parts, compiled=False, progress=False)
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
     entries = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in entries] == [4, 8]
+    assert [entry["step"] for entry in entries] == [12, 24]
     assert entries[0]["noisy"] == 0
     assert entries[1]["noisy"] > 0
     assert entries[1]["ar"] < entries[0]["ar"]
