@@ -137,8 +137,11 @@ def contenders(slo: Slo) -> tuple[Contender, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Latencies in seconds at p50, p95, p99. goodput: requests within the SLO a second. good_share: of
-    all that came. shifts: a replica and minute."""
+    """Latencies in seconds at p50, p95, p99. tokens_per_s: to the end of the last request.
+
+    goodput: requests within the SLO for each second in which requests came. good_share: of all that
+    came. shifts: a replica and minute.
+    """
 
     scenario: str
     policy: str
@@ -236,11 +239,13 @@ def summarise(
     tpot = ((finish - first) / numpy.maximum(1, output - 1))[done]
     good = int(((ttft <= slo.ttft_s) & (tpot <= slo.tpot_s)).sum())
     duration_s = max(record.end_s, 1e-9)
+    # Over the time in which requests came: the last ones' way to their end would count as idle else.
+    offered_s = max(requests.arrival_s[-1], 1e-9)
     return Outcome(
         scenario=name,
         policy=policy,
         tokens_per_s=float(output[done].sum()) / duration_s,
-        goodput=good / duration_s,
+        goodput=good / offered_s,
         good_share=good / len(requests),
         ttft_s=_percentiles(ttft),
         tpot_s=_percentiles(tpot),
