@@ -14,6 +14,7 @@ from ray.serve.schema import LoggingConfig
 
 from cluster.config import ClusterConfig
 from cluster.embedded_redis import EmbeddedRedis, Endpoint
+from policies.admission import QueueLimits
 from replicas.config import ReplicaConfig
 from router.ingress import AddressedRouter, Ingress, IngressConfig
 
@@ -108,7 +109,7 @@ def _ingress_config(args: ClusterConfig, redis_url: str) -> IngressConfig:
         policy=args.policy,
         policy_params=args.policy_params,
         max_running=args.max_running,
-        max_waiting=args.max_waiting,
+        queue_limits=QueueLimits(args.max_waiting, args.max_waiting_tokens, args.max_queue_s),
         max_body_bytes=args.max_body_bytes,
     )
 
@@ -135,4 +136,5 @@ def _replica_config(args: ClusterConfig, redis_url: str) -> ReplicaConfig:
         max_prefill_tokens=args.max_prefill_tokens,
         adaptive_speculation=args.adaptive_speculation,
         max_waiting=args.max_waiting,
+        calibration_s=args.calibration_s,
     )

@@ -65,6 +65,15 @@ class ClusterConfig(BaseModel):
         description="Draft and verify as much as pays, up to the block length; false: always all of it.",
     )
     max_waiting: int = Field(256, ge=0, description="Requests queued a replica, beyond those running.")
+    max_waiting_tokens: int | None = Field(
+        131_072, ge=1, description="Prompt tokens queued a replica; past them 429. None: no limit."
+    )
+    max_queue_s: float | None = Field(
+        None, gt=0.0, description="Longest expected wait for a place to run; past it 429. None: any."
+    )
+    calibration_s: float = Field(
+        1.5, ge=0.0, le=60.0, description="Seconds a replica measures its forwards before it serves."
+    )
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Longest HTTP body taken.")
 
     replica_cpus: float = Field(0.1, ge=0.0, description="CPUs reserved with Ray for a replica's actor.")

@@ -1,10 +1,20 @@
-"""Whether to take a request at all."""
+"""Whether to take a request at all, and when to come back if not."""
 
 import math
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from policies.placement import Candidate
 
 MIN_RETRY_AFTER_S = 1.0
 MAX_RETRY_AFTER_S = 30.0
+
+RATE_WINDOW_S = 30.0
+MIN_COMPLETIONS = 8
+"""Fewer say nothing of the rate."""
+LOOK_PERIOD_S = 0.1
+"""Sums over all replicas are made this often at most; a router's own requests count at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,32 +28,181 @@ class Admit:
 class Shed:
     """contended: the cluster is full and the client should come back (429); else it has no capacity (503).
 
-    retry_after_s: whole seconds.
+    retry_after_s: whole seconds. reason: for people.
     """
 
     retry_after_s: int
     contended: bool
+    reason: str = ""
 
 
 Admission = Admit | Shed
 
 
-def admit(
-    num_in_flight: int, capacity: int, max_queued: int, completions_per_s: float | None = None
-) -> Admission:
-    """Decide on one more request.
+@dataclass(frozen=True, slots=True)
+class QueueLimits:
+    """What may wait beyond what runs, at each replica that can be reached.
 
-    num_in_flight: requests running or waiting, without this one. capacity: requests that can run at
-    once at the replicas that can be reached. max_queued: how many more may wait.
-    completions_per_s: the recent rate, from which the wait for a place is estimated.
+    max_waiting: requests. max_waiting_tokens: prompt tokens, None for no limit; one request may always
+    wait, however long. max_queue_s: how long the wait for a place may be expected to be, None for any.
     """
-    if capacity <= 0:
-        return Shed(retry_after_s=math.ceil(MIN_RETRY_AFTER_S), contended=False)
-    if num_in_flight < capacity:
-        return Admit(queued=False)
-    num_too_many = num_in_flight + 1 - (capacity + max_queued)
-    if num_too_many <= 0:
-        return Admit(queued=True)
+
+    max_waiting: int
+    max_waiting_tokens: int | None = None
+    max_queue_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Occupancy:
+    """The replicas that can be reached, taken together.
+
+    capacity: requests that can run at once. num_in_flight: running or waiting. waiting_tokens: prompt
+    tokens that have not begun their prefill. num_replicas: how many they are.
+    """
+
+    num_replicas: int
+    capacity: int
+    num_in_flight: int
+    waiting_tokens: int = 0
+
+
+def admit(
+    occupancy: Occupancy,
+    limits: QueueLimits,
+    *,
+    num_prompt_tokens: int = 0,
+    completions_per_s: float | None = None,
+    deadline_s: float | None = None,
+) -> Admission:
+    """Decide on one more request, which is not among those in `occupancy`.
+
+    num_prompt_tokens: of this request. completions_per_s: the recent rate, None or 0 where there was
+    none. deadline_s: the time this request has left; one that would spend it all in the queue is told
+    so now.
+    """
+    if occupancy.capacity <= 0:
+        return Shed(math.ceil(MIN_RETRY_AFTER_S), contended=False, reason="no replica can be reached")
+    num_ahead = occupancy.num_in_flight - occupancy.capacity + 1  # who must end before this one runs
+    if num_ahead <= 0:
+        # A place is free, but prompts may still wait for their prefill.
+        return _within_tokens(occupancy, limits, num_prompt_tokens, completions_per_s) or Admit(queued=False)
+    num_too_many = num_ahead - limits.max_waiting * occupancy.num_replicas
+    if num_too_many > 0:
+        return _full(num_too_many, completions_per_s, "the queue is full")
+    over = _within_tokens(occupancy, limits, num_prompt_tokens, completions_per_s)
+    if over is not None:
+        return over
+    if completions_per_s:
+        wait_s = num_ahead / completions_per_s
+        patience_s = min(
+            math.inf if limits.max_queue_s is None else limits.max_queue_s,
+            math.inf if deadline_s is None else deadline_s,
+        )
+        if wait_s > patience_s:
+            excess = num_ahead - patience_s * completions_per_s
+            reason = f"a place comes free in about {wait_s:.0f} s, and the limit is {patience_s:.0f} s"
+            return _full(excess, completions_per_s, reason)
+    return Admit(queued=True)
+
+
+def _within_tokens(
+    occupancy: Occupancy, limits: QueueLimits, num_prompt_tokens: int, completions_per_s: float | None
+) -> Shed | None:
+    if limits.max_waiting_tokens is None or occupancy.waiting_tokens == 0:
+        return None
+    allowed = limits.max_waiting_tokens * occupancy.num_replicas
+    if occupancy.waiting_tokens + num_prompt_tokens <= allowed:
+        return None
+    return _full(1, completions_per_s, f"{occupancy.waiting_tokens} prompt tokens wait already")
+
+
+def _full(num_too_many: float, completions_per_s: float | None, reason: str) -> Shed:
     wait_s = num_too_many / completions_per_s if completions_per_s else MIN_RETRY_AFTER_S
     wait_s = min(max(wait_s, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S)
-    return Shed(retry_after_s=math.ceil(wait_s), contended=True)
+    return Shed(math.ceil(wait_s), contended=True, reason=reason)
+
+
+class AdmissionControl:
+    """One router's own: admits by what it sees of the replicas and what it has sent them since.
+
+    max_running: of a replica that has not published its load. `now_s` is any clock that only moves
+    forward. Not for use by several threads at once.
+    """
+
+    def __init__(self, max_running: int, limits: QueueLimits):
+        self._max_running = max_running
+        self._limits = limits
+        self._ended_s: deque[float] = deque()
+        self._full_since_s: float | None = None
+        self._occupancy: Occupancy | None = None
+        self._looked_s = 0.0
+        self._replica_ids: Sequence[str] = ()
+
+    def check(
+        self,
+        replica_ids: Sequence[str],
+        candidates: Callable[[], Sequence[Candidate]],
+        now_s: float,
+        *,
+        num_prompt_tokens: int = 0,
+        deadline_s: float | None = None,
+    ) -> Admission:
+        """replica_ids: those that can be reached. candidates: what is known of each, asked for only now
+        and then."""
+        if (
+            self._occupancy is None
+            or now_s - self._looked_s >= LOOK_PERIOD_S
+            or replica_ids != self._replica_ids
+        ):
+            self._occupancy = self._look(candidates())
+            self._looked_s, self._replica_ids = now_s, replica_ids
+        self._note_whether_full(now_s)
+        return admit(
+            self._occupancy,
+            self._limits,
+            num_prompt_tokens=num_prompt_tokens,
+            completions_per_s=self._rate(now_s),
+            deadline_s=deadline_s,
+        )
+
+    def started(self, num_prompt_tokens: int = 0) -> None:
+        """A request has been sent to a replica."""
+        if self._occupancy is not None:
+            self._occupancy = replace(
+                self._occupancy,
+                num_in_flight=self._occupancy.num_in_flight + 1,
+                waiting_tokens=self._occupancy.waiting_tokens + num_prompt_tokens,
+            )
+
+    def ended(self, now_s: float) -> None:
+        """A request has finished: a place has come free."""
+        self._ended_s.append(now_s)
+        if self._occupancy is not None and self._occupancy.num_in_flight > 0:
+            self._occupancy = replace(self._occupancy, num_in_flight=self._occupancy.num_in_flight - 1)
+
+    def _look(self, candidates: Sequence[Candidate]) -> Occupancy:
+        return Occupancy(
+            num_replicas=len(candidates),
+            capacity=sum(self._places(candidate) for candidate in candidates),
+            num_in_flight=sum(candidate.num_in_flight for candidate in candidates),
+            waiting_tokens=sum(candidate.waiting_prompt_tokens for candidate in candidates),
+        )
+
+    def _places(self, candidate: Candidate) -> int:
+        return self._max_running if candidate.seen is None else candidate.seen.load.max_running
+
+    def _note_whether_full(self, now_s: float) -> None:
+        """Only while all places are taken is the rate of completions the rate at which places come free."""
+        assert self._occupancy is not None
+        if self._occupancy.num_in_flight < self._occupancy.capacity:
+            self._full_since_s = None
+            self._ended_s.clear()
+        elif self._full_since_s is None:
+            self._full_since_s = now_s
+
+    def _rate(self, now_s: float) -> float | None:
+        while self._ended_s and self._ended_s[0] < now_s - RATE_WINDOW_S:
+            self._ended_s.popleft()
+        if self._full_since_s is None or len(self._ended_s) < MIN_COMPLETIONS:
+            return None
+        return len(self._ended_s) / max(LOOK_PERIOD_S, min(now_s - self._full_since_s, RATE_WINDOW_S))

@@ -32,6 +32,14 @@ class Forward(NamedTuple):
     ms: float
 
 
+class RoundMade(NamedTuple):
+    """One round as it went: plan as asked for, tokens that the request took, forwards."""
+
+    plan: DecodePlan
+    tokens: int
+    forwards: int
+
+
 @dataclass(frozen=True, slots=True)
 class StepCost:
     """Latency of a forward, in ms.

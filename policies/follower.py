@@ -11,7 +11,7 @@ from policies.load import ReplicaLoad
 from policies.loop import PERIOD_S, Clock, Sleep, run_every
 from policies.modes import DecodePlan
 from policies.plan import ObservedPlan, ReplicaPlan
-from policies.policy import Policy, Snapshot
+from policies.policy import Policy, Probes, Snapshot
 from policies.store import LoadStore, StoreUnavailable
 
 logger = logging.getLogger(__name__)
@@ -22,6 +22,7 @@ class PlanFollower:
 
     read_load: the replica's load now; `plan_version`, `decode` and `decode_held_s` are filled in here.
     on_plan: called with each plan that differs from the one before in what to run or by which rule.
+    on_probes: called with what the policy has the replica try beside its plan, when that changes.
     While the store is unavailable, or its plan stale, missing or outdated, the replica decides by
     the same policy from its own load, going on from the plan in force; `rule` then says so.
     """
@@ -32,6 +33,7 @@ class PlanFollower:
         policy: Policy[Any],
         read_load: Callable[[], ReplicaLoad],
         on_plan: Callable[[ReplicaPlan], None] | None = None,
+        on_probes: Callable[[Probes | None], None] | None = None,
         *,
         period_s: float = PERIOD_S,
         clock: Clock = time.monotonic,
@@ -41,6 +43,8 @@ class PlanFollower:
         self._policy = policy
         self._read_load = read_load
         self._on_plan = on_plan
+        self._on_probes = on_probes
+        self._probes: Probes | None = None
         self._period_s = period_s
         self._clock = clock
         self._sleep = sleep
@@ -76,6 +80,7 @@ class PlanFollower:
         else:
             plan = self._follow(load, seen)
         self._put_in_force(plan)
+        self._try_out(load, plan)
         return plan
 
     def _follow(self, load: ReplicaLoad, seen: ObservedPlan | None) -> ReplicaPlan:
@@ -101,6 +106,11 @@ class PlanFollower:
         decision, self._state = self._policy.decide(Snapshot(load, current), self._state, self._clock())
         rule = f"{self._policy.name} (local: {why_alone})"
         return ReplicaPlan(version, decision.decode, rule, decision.reason)
+
+    def _try_out(self, load: ReplicaLoad, plan: ReplicaPlan) -> None:
+        before, self._probes = self._probes, self._policy.probes(load, plan.decode)
+        if self._on_probes is not None and self._probes != before:
+            self._on_probes(self._probes)
 
     def _put_in_force(self, plan: ReplicaPlan) -> None:
         before, self._plan = self._plan, plan

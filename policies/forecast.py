@@ -22,37 +22,47 @@ _NOTHING_MEASURED = ReplicaCosts(UNMEASURED)
 class Forecast:
     """plan: of the `auto` requests. tokens_per_s: of all requests at the replica, pinned ones too.
 
-    tpot_s: seconds a token of one `auto` request. step_ms: of a forward.
+    step_ms: of a forward. num_prefill: prompt tokens in it. tpots: for every group of requests that
+    decode alike how many they are, and the seconds a token each of them takes while it runs; the first
+    group is the one that follows the plan.
     """
 
     plan: DecodePlan
     tokens_per_s: float
-    tpot_s: float
     step_ms: float
+    num_prefill: float
+    tpots: tuple[tuple[int, float], ...]
+
+    @property
+    def tpot_s(self) -> float:
+        """Seconds a token of a request that follows the plan."""
+        return self.tpots[0][1]
 
 
 def forecast(load: ReplicaLoad, plan: DecodePlan, num_auto: int | None = None) -> Forecast:
     """With the replica's `auto` requests on this plan, num_auto of them instead of the load's own.
 
-    An idle replica is judged by the one request that may come next. Requests that pages, places or
-    the tokens of a step can't hold at once take turns.
+    An idle replica is judged by the one request that may come next. Requests that places or pages
+    can't hold wait, blocks that the tokens of a step can't hold take turns.
     """
     costs = load.costs or _NOTHING_MEASURED
     groups = list(_groups(load, plan, load.num_auto if num_auto is None else num_auto))
     num_requests = sum(count for count, _ in groups)
     held_tokens = sum(count * (load.mean_context + group.block_length) for count, group in groups)
-    share = min(1.0, load.max_running / num_requests, load.num_pages * load.page_size / max(1.0, held_tokens))
-    num_tokens = share * sum(count * group.block_length for count, group in groups)
+    pool_tokens = load.num_pages * load.page_size
+    places = min(1.0, load.max_running / num_requests, pool_tokens / max(1.0, held_tokens))
+    num_tokens = places * sum(count * group.block_length for count, group in groups)
     budget = load.max_step_tokens * (1.0 - PREFILL_SHARE if load.prefill_per_token else 1.0)
-    share *= min(1.0, budget / num_tokens)
+    turns = min(1.0, budget / num_tokens)
     num_tokens = min(num_tokens, budget)
 
-    made = sum(count * _pace(load, costs, group) for count, group in groups) * share
+    paces = [(count, turns * _pace(load, costs, group)) for count, group in groups]
+    made = places * sum(count * pace for count, pace in paces)
     num_prefill = min(load.prefill_per_token * made, load.max_step_tokens - num_tokens)
-    num_segments = share * num_requests
+    num_segments = places * turns * num_requests
     step_ms = costs.step.ms(num_tokens + num_prefill, num_segments, num_segments * load.mean_context)
-    own_pace = _pace(load, costs, plan) * share
-    return Forecast(plan, 1000.0 * made / step_ms, step_ms / own_pace / 1000.0, step_ms)
+    tpots = tuple((count, step_ms / pace / 1000.0) for count, pace in paces)
+    return Forecast(plan, 1000.0 * made / step_ms, step_ms, num_prefill, tpots)
 
 
 def _groups(load: ReplicaLoad, plan: DecodePlan, num_auto: int) -> Iterator[tuple[int, DecodePlan]]:

@@ -37,6 +37,17 @@ class Decision:
     gain: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Probes:
+    """Plans to try now and then, in turn, beside the one in force, so that what they bring stays known.
+
+    share: of a replica's forwards, at most so many go into trying.
+    """
+
+    plans: tuple[DecodePlan, ...]
+    share: float
+
+
 class PolicyParameters(BaseModel):
     """Base of every policy's parameters: an unknown key is an error."""
 
@@ -65,3 +76,10 @@ class Policy(ABC, Generic[State]):
     @abstractmethod
     def decide(self, snapshot: Snapshot, state: State, now_s: float) -> tuple[Decision, State]:
         """What the replica should run, and the state to pass next time. No side effects."""
+
+    def probes(self, load: ReplicaLoad, running: DecodePlan) -> Probes | None:
+        """What a replica that runs this plan should also try; None for nothing. It shifts no plan.
+
+        The replica asks with its own load, every period. No side effects.
+        """
+        return None

@@ -6,14 +6,18 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from policies.cost_model import CostModelPolicy
 from policies.fixed import FixedPolicy
 from policies.modes import Mode
 from policies.policy import Policy, PolicyParameters
+from policies.slo import SloPolicy
 from policies.stabilise import Stabilised, StabiliseParameters
 from policies.threshold import ThresholdPolicy
 
-POLICIES: Mapping[str, type[Policy[Any]]] = {"fixed": FixedPolicy, "threshold": ThresholdPolicy}
-DEFAULT_POLICY = "threshold"
+POLICIES: Mapping[str, type[Policy[Any]]] = {
+    cls.name: cls for cls in (CostModelPolicy, SloPolicy, ThresholdPolicy, FixedPolicy)
+}
+DEFAULT_POLICY = CostModelPolicy.name
 
 _STABILISE = "stabilise"
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from pydantic import Field
 
+from policies.load import ReplicaLoad
 from policies.modes import DecodePlan, Mode, available_plan, default_plan
-from policies.policy import Decision, Policy, PolicyParameters, Snapshot
+from policies.policy import Decision, Policy, PolicyParameters, Probes, Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -18,12 +19,17 @@ class StabiliseParameters(PolicyParameters):
     """dwell_s: least time between two shifts, in seconds.
 
     max_shifts_per_minute: over any 60 s. margin: the least gain worth a shift, for policies that
-    know the gain (0.1 is 10 %).
+    know the gain (0.1 is 10 %). margin_half_life_s: in so many seconds without a shift the margin
+    halves, so that noise shifts nothing soon and a small gain that lasts is taken in the end.
+
+    The dwell is a control period short of a second, so that a change of load is answered within one
+    whatever went before.
     """
 
-    dwell_s: float = Field(default=1.0, ge=0.0)
+    dwell_s: float = Field(default=0.8, ge=0.0)
     max_shifts_per_minute: int = Field(default=20, ge=1)
     margin: float = Field(default=0.1, ge=0.0)
+    margin_half_life_s: float = Field(default=5.0, gt=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +83,17 @@ class Stabilised(Policy[StableState]):
             return held, replace(state, shifts_s=recent)
         return wanted, replace(state, current=wanted.decode, since_s=now_s, shifts_s=(*recent, now_s))
 
+    def probes(self, load: ReplicaLoad, running: DecodePlan) -> Probes | None:
+        try:
+            return self._inner.probes(load, running)
+        except Exception:
+            logger.exception("policy %s failed to say what to try", self.name)
+            return None
+
     def _obstacle(self, wanted: Decision, held_s: float, num_recent: int) -> str | None:
-        if wanted.gain is not None and wanted.gain < self._bounds.margin:
-            return f"gain {wanted.gain:.0%} below the margin of {self._bounds.margin:.0%}"
+        margin = self._bounds.margin * 0.5 ** (max(0.0, held_s) / self._bounds.margin_half_life_s)
+        if wanted.gain is not None and wanted.gain < margin:
+            return f"gain {wanted.gain:.1%} below the margin of {margin:.1%}"
         if held_s < self._bounds.dwell_s:
             return f"{held_s:.1f} s of {self._bounds.dwell_s:g} s dwell"
         if num_recent >= self._bounds.max_shifts_per_minute:

@@ -13,6 +13,7 @@ class ReplicaConfig:
     kv_cache_mb: memory for K/V pages, in MiB. max_running: sequences in one forward.
     max_step_tokens: query tokens in one forward; max_prefill_tokens: of them prompt tokens beside
     decoding ones. adaptive_speculation: drafts as long as pays. max_waiting: queued beyond those running.
+    calibration_s: seconds spent at the start on measuring what forwards take.
     """
 
     checkpoint: str
@@ -30,3 +31,4 @@ class ReplicaConfig:
     max_prefill_tokens: int = 256
     adaptive_speculation: bool = False
     max_waiting: int = 256
+    calibration_s: float = 1.5

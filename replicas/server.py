@@ -11,6 +11,7 @@ from policies.follower import PlanFollower
 from policies.plan import ReplicaPlan
 from policies.registry import create_policy
 from policies.store import LoadStore
+from replicas.calibration import calibrate
 from replicas.config import ReplicaConfig
 from replicas.engine.engine import Engine
 from replicas.messages import Accepted, Event, GenerateRequest, ModelInfo, Rejected
@@ -47,10 +48,18 @@ class Replica:
             max_context=engine.spec.max_context,
             vocab_size=engine.spec.vocab_size,
         )
-        self._service = ReplicaService(engine, codec, replica_id)
+        step_cost = calibrate(
+            runner,
+            max_running=config.max_running,
+            max_step_tokens=config.max_step_tokens,
+            budget_s=config.calibration_s,
+        )
+        self._service = ReplicaService(engine, codec, replica_id, step_cost=step_cost)
         self._store = LoadStore(config.redis_url, config.app)
         policy = create_policy(config.policy, config.policy_params)
-        self._follower = PlanFollower(self._store, policy, self._service.load, self._apply)
+        self._follower = PlanFollower(
+            self._store, policy, self._service.load, self._apply, self._service.set_probes
+        )
         self._apply(self._follower.plan)
         self._stop = asyncio.Event()
         self._service.start()

@@ -11,8 +11,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
+from policies.cost import StepCost
 from policies.load import ReplicaLoad
 from policies.modes import DecodePlan, Mode
+from policies.policy import Probes
 from replicas.channels import ChannelHub
 from replicas.engine.engine import Engine
 from replicas.engine.grammar import Grammar
@@ -31,7 +33,7 @@ from replicas.messages import (
     Rejected,
     TextLogprob,
 )
-from replicas.stats import DecodingStats
+from replicas.stats import CostMeter, DecodingStats
 from replicas.text import TextCodec, TextStream
 
 logger = logging.getLogger(__name__)
@@ -71,6 +73,7 @@ class _Seen:
 
     load: ReplicaLoad
     num_tokens: int
+    num_prefilled: int
     tokens_by_mode: Mapping[Mode, int]
     forwards_by_mode: Mapping[Mode, int]
 
@@ -89,10 +92,16 @@ class ReplicaService:
     """Everything that touches the engine runs on one thread, as commands between two steps.
 
     The coroutines belong to the event loop that start() ran on. clock: seconds, monotonic.
+    step_cost: what forwards take, as first measured; it then goes on learning. None publishes no costs.
     """
 
     def __init__(
-        self, engine: Engine, codec: TextCodec, replica_id: str, clock: Callable[[], float] = time.monotonic
+        self,
+        engine: Engine,
+        codec: TextCodec,
+        replica_id: str,
+        clock: Callable[[], float] = time.monotonic,
+        step_cost: StepCost | None = None,
     ):
         self.replica_id = replica_id
         self._engine = engine
@@ -102,6 +111,9 @@ class ReplicaService:
         self._live: dict[str, _Live] = {}
         self._choices: dict[str, _Choice] = {}  # by their names in the engine
         self._stats = DecodingStats(clock)
+        self._costs = None
+        if step_cost is not None:
+            self._costs = CostMeter(step_cost, engine.forwards, engine.scheduler.rounds, clock)
         self._seen = self._look()
         self._grammars = codec.grammars(engine.spec.vocab_size, engine.spec.eos_token_ids)
         self._compiling = ThreadPoolExecutor(1, "grammar")
@@ -151,14 +163,20 @@ class ReplicaService:
         """What `auto` requests do from their next safe point on. From any thread; does not wait."""
         self._commands.put(lambda: self._engine.set_plan(decode, rule))
 
+    def set_probes(self, probes: Probes | None) -> None:
+        """What rounds try now and then. From any thread; does not wait."""
+        self._commands.put(lambda: self._engine.set_probes(probes))
+
     def load(self) -> ReplicaLoad:
         """The load after the last step or command, with recent rates. Does not wait for the engine."""
         seen = self._seen
-        self._stats.update(seen.num_tokens, seen.tokens_by_mode, seen.forwards_by_mode)
+        self._stats.update(seen.num_tokens, seen.num_prefilled, seen.tokens_by_mode, seen.forwards_by_mode)
         return replace(
             seen.load,
             tokens_per_s=self._stats.tokens_per_s,
             tokens_per_forward=dict(self._stats.tokens_per_forward),
+            prefill_per_token=self._stats.prefill_per_token,
+            costs=None if self._costs is None else self._costs.update(),
         )
 
     async def state(self) -> dict[str, Any]:
@@ -311,7 +329,7 @@ class ReplicaService:
         scheduler = self._engine.scheduler
         load = self._engine.load(self.replica_id)
         by_mode = dict(scheduler.tokens_by_mode), dict(scheduler.forwards_by_mode)
-        return _Seen(load, scheduler.num_tokens, *by_mode)
+        return _Seen(load, scheduler.num_tokens, scheduler.num_prefilled, *by_mode)
 
     def _state(self) -> dict[str, Any]:
         scheduler = self._engine.scheduler

@@ -9,14 +9,16 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
+from policies.admission import AdmissionControl
 from policies.loop import Clock
-from policies.placement import Candidate, OwnTraffic, choose_replica
+from policies.placement import OwnTraffic, place
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import Delta, Event, Failed, Finished, GenerateRequest, ModelInfo, joined
-from router.admission import AdmissionControl
+from router.admission import raise_if_shed
 from router.link import Inbox, Link, LinkTimes
 from router.load_view import LoadView
 from router.transport import Directory
+from router.wishes import Wishes
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ class Dispatcher:
         self._rng = rng or random.Random()
         self._clock = clock
         self._traffic = OwnTraffic()
+        self._wishes = Wishes()
         self._links: dict[str, Link] = {}
         self._runs: dict[str, asyncio.Task[None]] = {}
         self._look_again = asyncio.Event()
@@ -97,32 +100,51 @@ class Dispatcher:
 
         Raises TriadError when none does.
         """
-        self._admission.check(self._candidates(), self._clock())
+        num_tokens = self._wishes.num_prompt_tokens(request)
+        self._admit(request, num_tokens)
+        keys = self._wishes.keys(request)
         refusal: TriadError | None = None
         while True:
             now_s = self._clock()
-            chosen = choose_replica([c for c in self._candidates() if c.replica_id not in avoid], self._rng)
+            usable = [replica_id for replica_id in self._open() if replica_id not in avoid]
+            wish = self._wishes.wish(request, keys, now_s)
+            chosen = place(usable, self._traffic, self._view.seen, now_s, self._rng, wish)
             if chosen is None:
                 raise refusal or TriadError(ErrorCode.UNAVAILABLE, "No other replica can take the request.")
             link = self._links[chosen]
+            self._admission.started(num_tokens)
             try:
-                return link, await link.submit(request, now_s)
+                inbox = await link.submit(request, now_s, num_tokens)
+                self._wishes.sent(keys, chosen, now_s)
+                return link, inbox
             except TriadError as error:
                 if error.code not in _ELSEWHERE:
                     raise
                 avoid.add(chosen)
                 refusal = error
 
-    def ended(self) -> None:
+    def ended(self, request: GenerateRequest, event: Finished) -> None:
         """A request has finished."""
         self._admission.ended(self._clock())
+        self._wishes.finished(request, event)
 
     def now_s(self) -> float:
         return self._clock()
 
-    def _candidates(self) -> list[Candidate]:
-        replica_ids = [replica_id for replica_id, link in self._links.items() if link.is_open]
-        return self._traffic.candidates(replica_ids, self._view.loads(), self._clock())
+    def _admit(self, request: GenerateRequest, num_prompt_tokens: int) -> None:
+        """Raises Overloaded."""
+        replica_ids, now_s = self._open(), self._clock()
+        verdict = self._admission.check(
+            replica_ids,
+            lambda: self._traffic.candidates(replica_ids, self._view.seen, now_s),
+            now_s,
+            num_prompt_tokens=num_prompt_tokens,
+            deadline_s=request.timeout_s,
+        )
+        raise_if_shed(verdict)
+
+    def _open(self) -> list[str]:
+        return [replica_id for replica_id, link in self._links.items() if link.is_open]
 
     async def _discover(self) -> None:
         try:
@@ -146,6 +168,7 @@ class Dispatcher:
         del self._links[replica_id]
         del self._runs[replica_id]
         self._traffic.forget(replica_id)
+        self._wishes.forget(replica_id)
 
 
 class Generation:
@@ -203,7 +226,7 @@ class Generation:
                 raise TriadError(event.code, event.message)
             if isinstance(event, Finished):
                 self.finished = event
-                self._dispatcher.ended()
+                self._dispatcher.ended(self._request, event)
 
     async def whole(self) -> tuple[Delta, ...]:
         """Every choice as one, in order.

@@ -27,11 +27,11 @@ from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableE
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
+from policies.admission import AdmissionControl, QueueLimits
 from policies.controller import Controller
 from policies.registry import create_policy
 from policies.store import LoadStore
 from replicas.messages import Accepted, Event, GenerateRequest, ModelInfo, Rejected
-from router.admission import AdmissionControl
 from router.api import Door, create_app
 from router.dispatch import Dispatcher
 from router.load_view import LoadView
@@ -126,7 +126,7 @@ def _call(method: DeploymentHandle[Any], *args: Any) -> Any:
 class IngressConfig:
     """Checked by cluster.config, where each field is explained to operators.
 
-    max_running, max_waiting: of one replica, for admission.
+    max_running, queue_limits: of one replica, for admission.
     """
 
     app: str
@@ -135,7 +135,7 @@ class IngressConfig:
     policy: str
     policy_params: Mapping[str, Any]
     max_running: int
-    max_waiting: int
+    queue_limits: QueueLimits
     max_body_bytes: int
 
 
@@ -157,7 +157,7 @@ class Ingress:
         self._controller = Controller(self._store, create_policy(config.policy, config.policy_params))
         self._view = LoadView(self._store)
         self._dispatcher = Dispatcher(
-            ServeDirectory(replicas), self._view, AdmissionControl(config.max_running, config.max_waiting)
+            ServeDirectory(replicas), self._view, AdmissionControl(config.max_running, config.queue_limits)
         )
         self._door = Door(
             self._dispatcher,

@@ -77,11 +77,12 @@ class Link:
     def num_in_flight(self) -> int:
         return len(self._inboxes)
 
-    async def submit(self, request: GenerateRequest, now_s: float) -> Inbox:
+    async def submit(self, request: GenerateRequest, now_s: float, num_prompt_tokens: int = 0) -> Inbox:
         """Sends a request and returns where its events come in.
 
         Raises TriadError with the replica's reason when it refuses, or UNAVAILABLE when it can't be
-        reached; then there are no events. now_s: by the clock of OwnTraffic.
+        reached; then there are no events. now_s: by the clock of OwnTraffic; num_prompt_tokens:
+        an estimate.
         """
         if self._channel_id is None:
             raise TriadError(ErrorCode.UNAVAILABLE, f"Replica {self.replica_id} can't be reached.")
@@ -89,7 +90,7 @@ class Link:
         # Events may overtake the reply, so the inbox is there before the request goes out.
         inbox: Inbox = asyncio.Queue()
         self._inboxes[request.request_id] = inbox
-        self._traffic.started(self.replica_id, now_s)
+        self._traffic.started(self.replica_id, now_s, num_prompt_tokens)
         try:
             async with asyncio.timeout(self._times.call_s):
                 reply = await self._client.submit(request)

@@ -5,7 +5,7 @@ import logging
 import time
 from dataclasses import replace
 
-from policies.load import ClusterLoad, ObservedLoad
+from policies.load import ObservedLoad
 from policies.loop import PERIOD_S, Clock, Sleep, run_every
 from policies.store import LoadStore, StoreUnavailable
 
@@ -30,27 +30,35 @@ class LoadView:
         self._period_s = period_s
         self._clock = clock
         self._sleep = sleep
-        self._read = ClusterLoad(())
+        self._read: dict[str, ObservedLoad] = {}
         self._read_at_s = clock()
         self.store_error: str | None = None
         """Why the last reading failed; None if it didn't."""
 
     def loads(self) -> tuple[ObservedLoad, ...]:
-        since_s = self._clock() - self._read_at_s
-        return tuple(replace(seen, age_s=seen.age_s + since_s) for seen in self._read.replicas)
+        return tuple(self._as_of_now(seen) for seen in self._read.values())
+
+    def seen(self, replica_id: str) -> ObservedLoad | None:
+        """One replica's load; None if it has published none."""
+        seen = self._read.get(replica_id)
+        return None if seen is None else self._as_of_now(seen)
 
     async def refresh(self) -> None:
         # Taken before the call, so that the age errs on the old side.
         asked_at_s = self._clock()
         try:
-            self._read = await self._store.read_loads()
+            read = await self._store.read_loads()
         except StoreUnavailable as error:
             if self.store_error is None:
                 logger.warning("no loads: %s", error)
             self.store_error = str(error)
         else:
+            self._read = read.by_id()
             self._read_at_s = asked_at_s
             self.store_error = None
 
     async def run(self) -> None:
         await run_every(self._period_s, self.refresh, asyncio.Event(), self._clock, self._sleep)
+
+    def _as_of_now(self, seen: ObservedLoad) -> ObservedLoad:
+        return replace(seen, age_s=seen.age_s + self._clock() - self._read_at_s)

@@ -4,16 +4,18 @@ Not thread-safe: one thread calls all of it. Other threads reach it through repl
 """
 
 import logging
+import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 
-from policies.cost import StepCost
+from policies.cost import Forward, StepCost
 from policies.load import ReplicaLoad
 from policies.modes import MAX_BLOCK_LENGTH, DecodePlan, Mode
+from policies.policy import Probes
 from replicas.engine.decoders.choose import ActivePlan
 from replicas.engine.grammar import Grammar
-from replicas.engine.plan import Runner
+from replicas.engine.plan import Runner, StepPlan
 from replicas.engine.scheduler import Limits, Scheduler
 from replicas.engine.sequence import Progress, Sequence, Status
 from replicas.engine.speculation import Speculation
@@ -23,6 +25,8 @@ from replicas.messages import DecodingOptions, SamplingParams
 AUTO = DecodingOptions()
 PRIORITY_S = 10.0
 """A request ranks as if it had come this much earlier for each level of priority below 0."""
+MAX_FORWARDS_KEPT = 256
+COMPLETIONS_AVERAGED = 20.0
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +34,7 @@ logger = logging.getLogger(__name__)
 class Engine:
     """Raises ValueError when the limits or the pool can't hold one sequence of full context.
 
-    clock: seconds, for the requests' deadlines.
+    clock: seconds, for the requests' deadlines and the forwards' latencies.
     """
 
     def __init__(
@@ -64,9 +68,13 @@ class Engine:
         self._runner = runner
         self._max_running = max_running
         self._max_waiting = max_waiting
+        self._max_step_tokens = max_step_tokens
         self._clock = clock
         self._sequences: dict[str, Sequence] = {}
         self._num_submitted = 0
+        self._mean_completion = math.inf
+        self.forwards: deque[Forward] = deque(maxlen=MAX_FORWARDS_KEPT)
+        """What the last steps took, for whoever learns from it to take; safe from another thread."""
         self._scheduler = Scheduler(
             spec,
             Limits(max_running, max_step_tokens, max_prefill_tokens),
@@ -98,6 +106,10 @@ class Engine:
     def set_plan(self, decode: DecodePlan, rule: str) -> None:
         """What `auto` sequences do from their next safe point on."""
         self._scheduler.active = ActivePlan(decode, rule)
+
+    def set_probes(self, probes: Probes | None) -> None:
+        """What rounds of `auto` sequences try now and then, so that it is known."""
+        self._scheduler.probes = probes
 
     def submit(
         self,
@@ -145,6 +157,7 @@ class Engine:
     def step(self) -> list[Progress]:
         """One forward: schedule, run, commit. What is new, by sequence; each ends exactly once."""
         expired = self._expire()
+        began_s = self._clock()
         plan = self._scheduler.schedule()
         ended = expired + self._end_failed()
         if not plan.segments:
@@ -154,9 +167,11 @@ class Engine:
         except Exception as error:
             return ended + self._fail_planned(error)
         progress = self._scheduler.commit(plan, outputs)
+        self._note_forward(plan, self._clock() - began_s)
         for made in progress:
             if made.ended:
                 del self._sequences[made.sequence.request_id]
+                self._note_completion(made.sequence.num_completion_tokens)
         return ended + progress
 
     def _check(
@@ -243,20 +258,44 @@ class Engine:
         message = f"the model's forward failed ({type(error).__name__})"
         return [Progress(sequence, error=ErrorCode.INTERNAL, message=message) for sequence in planned]
 
+    def _note_forward(self, plan: StepPlan, elapsed_s: float) -> None:
+        num_cached = sum(segment.start for segment in plan.segments)
+        self.forwards.append(Forward(plan.num_tokens, len(plan.segments), num_cached, 1000.0 * elapsed_s))
+
+    def _note_completion(self, num_tokens: int) -> None:
+        before = num_tokens if math.isinf(self._mean_completion) else self._mean_completion
+        self._mean_completion = before + (num_tokens - before) / COMPLETIONS_AVERAGED
+
+    def _mean_remaining(self) -> float | None:
+        """A completion of unknown end has as much before it, on average, as one that begins."""
+        running = self._scheduler.running
+        if not running:
+            return None
+        return sum(min(s.num_remaining, self._mean_completion) for s in running) / len(running)
+
     def load(self, replica_id: str) -> ReplicaLoad:
-        """The load now, rates left out: they are replicas.stats' to measure."""
+        """The load now, rates and costs left out: they are replicas.stats' to measure."""
         running, waiting = self._scheduler.running, self._scheduler.waiting
+        auto = [sequence for sequence in self._sequences.values() if sequence.decoding.mode is None]
+        pinned = Counter(s.decoding.mode for s in self._sequences.values() if s.decoding.mode is not None)
+        num_running = max(1, len(running))
         return ReplicaLoad(
             replica_id=replica_id,
             num_running=len(running),
             num_waiting=len(waiting),
-            num_auto=sum(sequence.decoding.mode is None for sequence in self._sequences.values()),
+            num_auto=len(auto),
             max_running=self._max_running,
             pages_used=self._scheduler.pages_used,
             num_pages=self.spec.num_pages,
             waiting_prompt_tokens=sum(sequence.num_prompt_tokens for sequence in waiting),
             running_by_mode=Counter(sequence.last_mode for sequence in running if sequence.last_mode),
             modes=self.spec.modes,
+            num_lossless=sum(sequence.is_kept_lossless for sequence in auto),
+            pinned_by_mode=pinned,
+            page_size=self.spec.page_size,
+            max_step_tokens=self._max_step_tokens,
+            mean_context=sum(sequence.num_cached for sequence in running) / num_running,
+            mean_remaining=self._mean_remaining(),
         )
 
     def check_integrity(self) -> None:

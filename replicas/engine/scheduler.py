@@ -8,11 +8,13 @@ later; the first always goes on, so something always does.
 """
 
 from bisect import insort
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
-from policies.modes import Mode
+from policies.cost import RoundMade
+from policies.modes import DecodePlan, Mode
+from policies.policy import Probes
 from replicas.engine.blocks import ROOT, PagePool
 from replicas.engine.decoders.choose import ActivePlan, begin_round, plan_for
 from replicas.engine.decoders.round import Ask, Round
@@ -20,6 +22,9 @@ from replicas.engine.grammar import GrammarFailed
 from replicas.engine.plan import ModelSpec, Segment, SegmentOutput, StepPlan
 from replicas.engine.sequence import Progress, Sequence, Status
 from replicas.engine.speculation import Speculation, Traffic
+
+MAX_ROUNDS_KEPT = 1024
+MAX_PROBE_CREDIT = 4.0
 
 PREFILL_SHARE = 4
 """While prompts wait, rounds leave them one in this many tokens of a step."""
@@ -48,10 +53,18 @@ class Scheduler:
         self._waiting: list[Sequence] = []
         self._planned: tuple[Sequence, ...] = ()  # the sequences of the plan under way, aligned with it
         self._num_steps = 0
+        self._probe_credit = 0.0  # forwards that may go into trying
+        self._num_probes = 0
+        self._is_probing = False  # some sequence's round tries a plan
         self.active = active
+        self.probes: Probes | None = None
+        """Plans that rounds of `auto` sequences try now and then, whatever the active one."""
         self.num_tokens = 0
         self.tokens_by_mode: Counter[Mode] = Counter()  # by rounds; a prefill's token is nobody's yield
         self.forwards_by_mode: Counter[Mode] = Counter()
+        self.num_prefilled = 0
+        self.rounds: deque[RoundMade] = deque(maxlen=MAX_ROUNDS_KEPT)
+        """The last blocks' outcomes, for whoever learns from them to take; safe from another thread."""
 
     @property
     def running(self) -> Seq[Sequence]:
@@ -108,6 +121,8 @@ class Scheduler:
                     allowed=allowed,
                 )
             )
+        if self.probes is not None and planned:
+            self._account_for_probes(self.probes.share, planned)
         self._num_steps += 1
         self._planned = tuple(planned)
         return StepPlan(tuple(segments))
@@ -260,13 +275,38 @@ class Scheduler:
             ask = current.ask()
             return ask if len(ask.token_ids) <= budget else None
         plan = plan_for(sequence, self.active, self._spec)
-        begun = begin_round(sequence, plan.decode, self._spec, self.speculation, traffic)
+        probe = self._probe_for(sequence)
+        decode = plan.decode if probe is None else probe
+        begun = begin_round(sequence, decode, self._spec, self.speculation, traffic)
         ask = begun.ask()
         if len(ask.token_ids) > budget:
             return None
-        sequence.round = begun
-        sequence.note_mode(begun.mode, plan.rule)
+        sequence.begin_round(begun, decode, probe is not None)
+        if probe is None:
+            sequence.note_mode(begun.mode, plan.rule)
         return ask
+
+    def _probe_for(self, sequence: Sequence) -> DecodePlan | None:
+        """The plan to try, where it is time to and the request may run it.
+
+        All sequences that begin a round before the first such one has ended try it, so that it is seen
+        as it would be in force: with all of them in it.
+        """
+        if self.probes is None or (self._probe_credit < 1.0 and not self._is_probing):
+            return None
+        decode = self.probes.plans[self._num_probes % len(self.probes.plans)]
+        if sequence.decoding.mode is not None:
+            return None
+        if plan_for(sequence, ActivePlan(decode, ""), self._spec).decode != decode:
+            return None
+        self._is_probing = True
+        return decode
+
+    def _account_for_probes(self, share: float, planned: Seq[Sequence]) -> None:
+        """A share of the forwards may go into trying; a plan that takes more delays the next."""
+        self._probe_credit = min(self._probe_credit + share, MAX_PROBE_CREDIT)
+        if any(sequence.is_probing for sequence in planned):
+            self._probe_credit -= 1.0
 
     def _ask_prefill(self, sequence: Sequence, budget: int) -> Ask:
         end = min(sequence.prefill_end, sequence.num_cached + budget)
@@ -287,6 +327,14 @@ class Scheduler:
             return ask, ()
         kept = len(allowed)
         return replace(ask, token_ids=ask.token_ids[: first + kept], wanted=ask.wanted[:kept]), allowed
+
+    def _note_round(self, sequence: Sequence) -> None:
+        made = sequence.round_made()
+        if made.plan.mode is not Mode.AR:
+            self.rounds.append(made)
+        if sequence.is_probing and self._is_probing:
+            self._is_probing = False
+            self._num_probes += 1
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Gives the sequence pages for num_tokens, taken from the last in rank if need be."""
@@ -318,6 +366,7 @@ class Scheduler:
         current = sequence.round
         if current is None or sequence.is_prefilling:
             sequence.num_cached += len(segment.token_ids)
+            self.num_prefilled += len(segment.token_ids)
             if not segment.wanted:
                 return Progress(sequence)
             plan = plan_for(sequence, self.active, self._spec)
@@ -335,6 +384,8 @@ class Scheduler:
         self.num_tokens += len(taken)
         if current is not None:
             self.tokens_by_mode[mode] += len(taken)
+            if sequence.round is None or reason is not None:
+                self._note_round(sequence)
         return Progress(sequence, taken, logprobs[: len(taken)], reason)
 
 

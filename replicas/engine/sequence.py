@@ -4,7 +4,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from policies.modes import Mode
+from policies.cost import RoundMade
+from policies.modes import DecodePlan, Mode
 from replicas.engine.blocks import ROOT
 from replicas.engine.decoders.round import Round
 from replicas.engine.grammar import Grammar
@@ -56,6 +57,12 @@ class Sequence:
     num_reused: int = 0
     """Prompt tokens whose K/V another request had left."""
     round: Round | None = None
+    round_plan: DecodePlan | None = None
+    """What the round in progress, or the last one, was begun as."""
+    round_began: tuple[int, int] = (0, 0)
+    """Completion tokens and forwards at its beginning."""
+    is_probing: bool = False
+    """The round in progress is there to learn what its plan brings; see Scheduler.probe."""
     last_mode: Mode | None = None
     rule: str = ""
     tokens_by_mode: Counter[Mode] = field(default_factory=Counter)
@@ -78,6 +85,11 @@ class Sequence:
         return self.max_tokens - self.num_completion_tokens
 
     @property
+    def is_kept_lossless(self) -> bool:
+        """Where its mode is chosen for it: by modes whose output is AR's alone."""
+        return self.decoding.lossless or self.sampling.needs_causal_order is not None
+
+    @property
     def prefill_end(self) -> int:
         """Tokens to have cached before the round goes on or a new one begins.
 
@@ -91,6 +103,18 @@ class Sequence:
     @property
     def is_prefilling(self) -> bool:
         return self.num_cached < self.prefill_end
+
+    def begin_round(self, begun: Round, plan: DecodePlan, is_probing: bool) -> None:
+        self.round, self.round_plan, self.is_probing = begun, plan, is_probing
+        self.round_began = (self.num_completion_tokens, self.num_forwards)
+
+    def round_made(self) -> RoundMade:
+        """What the round that has just ended brought, or the one in progress so far."""
+        assert self.round_plan is not None
+        num_tokens, num_forwards = self.round_began
+        return RoundMade(
+            self.round_plan, self.num_completion_tokens - num_tokens, self.num_forwards - num_forwards
+        )
 
     def note_mode(self, mode: Mode, rule: str) -> None:
         """A round or the prefill begins in this mode, chosen by this rule."""

@@ -14,6 +14,7 @@ import cluster.app
 from cluster.app import deploy
 from cluster.config import ClusterConfig
 from cluster.embedded_redis import EmbeddedRedis, Endpoint
+from policies.admission import QueueLimits
 from replicas.config import ReplicaConfig
 from router.ingress import IngressConfig
 
@@ -64,6 +65,8 @@ def test_what_is_configured_arrives():
         max_running=5,
         max_step_tokens=128,
         max_waiting=6,
+        max_waiting_tokens=700,
+        max_queue_s=8.0,
         max_body_bytes=5000,
         num_gpus=1,
         drain_timeout_s=77,
@@ -84,7 +87,11 @@ def test_what_is_configured_arrives():
     assert (given.page_size, given.kv_cache_mb, given.max_running) == (32, 99, 5)
     assert (given.max_step_tokens, given.max_waiting) == (128, 6)
     ingress = argument(found["Ingress"])
-    assert (ingress.max_running, ingress.max_waiting, ingress.max_body_bytes) == (5, 6, 5000)
+    assert (ingress.max_running, ingress.queue_limits, ingress.max_body_bytes) == (
+        5,
+        QueueLimits(6, 700, 8.0),
+        5000,
+    )
 
 
 @pytest.mark.parametrize(("num_replicas", "num_threads"), [(1, 8), (3, 2), (16, 1)])

@@ -2,38 +2,167 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.admission import MAX_RETRY_AFTER_S, Admit, Shed, admit
+from policies.admission import (
+    LOOK_PERIOD_S,
+    MAX_RETRY_AFTER_S,
+    MIN_COMPLETIONS,
+    AdmissionControl,
+    Admit,
+    Occupancy,
+    QueueLimits,
+    Shed,
+    admit,
+)
+from policies.placement import Candidate, OwnTraffic
+from tests.policies.helpers import observed
+
+
+def answer(num_in_flight, *, capacity=8, max_waiting=4, waiting_tokens=0, limits=None, **more):
+    limits = limits or QueueLimits(max_waiting)
+    return admit(Occupancy(1, capacity, num_in_flight, waiting_tokens), limits, **more)
 
 
 @pytest.mark.parametrize(
     ("num_in_flight", "expected"),
-    [
-        (0, Admit(queued=False)),
-        (7, Admit(queued=False)),
-        (8, Admit(queued=True)),
-        (11, Admit(queued=True)),
-        (12, Shed(1, contended=True)),
-    ],
+    [(0, Admit(queued=False)), (7, Admit(queued=False)), (8, Admit(queued=True)), (11, Admit(queued=True))],
 )
-def test_run_then_queue_then_shed(num_in_flight, expected):
-    assert admit(num_in_flight, capacity=8, max_queued=4) == expected
+def test_run_then_queue(num_in_flight, expected):
+    assert answer(num_in_flight) == expected
+
+
+def test_then_shed_as_contended():
+    shed = answer(12)
+    assert (shed.contended, shed.retry_after_s) == (True, 1)
 
 
 def test_no_capacity_is_not_contention():
-    assert admit(0, capacity=0, max_queued=100) == Shed(1, contended=False)
+    shed = answer(0, capacity=0, max_waiting=100)
+    assert (shed.contended, shed.retry_after_s) == (False, 1)
 
 
 def test_the_wait_follows_the_rate():
-    assert admit(21, capacity=8, max_queued=4, completions_per_s=2.0) == Shed(5, contended=True)
-    assert admit(500, capacity=8, max_queued=4, completions_per_s=0.1) == Shed(
-        int(MAX_RETRY_AFTER_S), contended=True
+    assert answer(21, completions_per_s=2.0).retry_after_s == 5
+    assert answer(500, completions_per_s=0.1).retry_after_s == int(MAX_RETRY_AFTER_S)
+
+
+def test_prompt_tokens_that_wait_are_bounded_and_not_only_requests():
+    limits = QueueLimits(100, max_waiting_tokens=1000)
+    assert answer(9, waiting_tokens=900, limits=limits, num_prompt_tokens=100) == Admit(queued=True)
+    shed = answer(9, waiting_tokens=900, limits=limits, num_prompt_tokens=101)
+    assert shed.contended
+    assert "900 prompt tokens" in shed.reason
+    # Places are free, but nothing gets at them for prompts.
+    assert isinstance(answer(2, waiting_tokens=900, limits=limits, num_prompt_tokens=101), Shed)
+
+
+def test_a_prompt_longer_than_the_limit_is_taken_where_nothing_waits():
+    limits = QueueLimits(100, max_waiting_tokens=1000)
+    assert answer(2, limits=limits, num_prompt_tokens=5000) == Admit(queued=False)
+
+
+def test_a_wait_past_the_queue_deadline_is_refused_at_once():
+    limits = QueueLimits(100, max_queue_s=2.0)
+    assert answer(27, limits=limits, completions_per_s=10.0) == Admit(queued=True)
+    shed = answer(37, limits=limits, completions_per_s=10.0)
+    assert (shed.contended, shed.retry_after_s) == (True, 1)
+    assert "3 s" in shed.reason
+    assert answer(37, limits=limits) == Admit(queued=True), "without a rate nothing can be foretold"
+
+
+def test_a_request_that_would_spend_its_own_time_in_the_queue_is_told_so_now():
+    limits = QueueLimits(100)
+    assert answer(57, limits=limits, completions_per_s=10.0) == Admit(queued=True)
+    assert isinstance(answer(57, limits=limits, completions_per_s=10.0, deadline_s=4.0), Shed)
+    assert answer(57, limits=limits, completions_per_s=10.0, deadline_s=6.0) == Admit(queued=True)
+
+
+@given(
+    st.integers(0, 100),
+    st.integers(0, 50),
+    st.integers(0, 50),
+    st.integers(0, 2000),
+    st.none() | st.integers(1, 1000),
+    st.integers(1, 500),
+    st.none() | st.floats(0.01, 100.0),
+)
+def test_never_more_than_places_queue_and_tokens_allow(
+    num_in_flight, capacity, max_waiting, waiting_tokens, max_tokens, num_prompt_tokens, rate
+):
+    verdict = admit(
+        Occupancy(1, capacity, num_in_flight, waiting_tokens),
+        QueueLimits(max_waiting, max_tokens),
+        num_prompt_tokens=num_prompt_tokens,
+        completions_per_s=rate,
     )
+    if isinstance(verdict, Shed):
+        assert 1 <= verdict.retry_after_s <= MAX_RETRY_AFTER_S
+        assert verdict.contended == (capacity > 0)
+        return
+    assert num_in_flight + 1 <= capacity + max_waiting
+    assert verdict.queued == (num_in_flight >= capacity)
+    if max_tokens is not None and waiting_tokens:
+        assert waiting_tokens + num_prompt_tokens <= max_tokens
 
 
-@given(st.integers(0, 100), st.integers(0, 50), st.integers(0, 50))
-def test_never_more_in_flight_than_places_and_queue(num_in_flight, capacity, max_queued):
-    answer = admit(num_in_flight, capacity, max_queued)
-    if isinstance(answer, Admit):
-        assert num_in_flight + 1 <= capacity + max_queued
-    else:
-        assert answer.retry_after_s >= 1
+class Door:
+    """An AdmissionControl over replicas with these loads, and how often it looked at them."""
+
+    def __init__(self, *loads, **limits):
+        self.control = AdmissionControl(8, QueueLimits(**{"max_waiting": 2, **limits}))
+        self.loads = {load.load.replica_id: load for load in loads}
+        self.num_looks = 0
+
+    def check(self, now_s, **more):
+        return self.control.check(list(self.loads), self.candidates, now_s, **more)
+
+    def candidates(self):
+        self.num_looks += 1
+        return OwnTraffic().candidates(list(self.loads), self.loads.get, 0.0)
+
+
+def test_own_requests_count_before_the_next_look():
+    door = Door(observed(7))
+    verdicts = []
+    for _ in range(4):
+        verdicts.append(door.check(0.0))
+        door.control.started()
+    assert verdicts[:3] == [Admit(queued=False), Admit(queued=True), Admit(queued=True)]
+    assert isinstance(verdicts[3], Shed)
+    assert door.num_looks == 1
+    door.control.ended(0.0)
+    door.control.ended(0.0)
+    assert door.check(0.0) == Admit(queued=True)
+    assert door.check(LOOK_PERIOD_S) == Admit(queued=False)
+    assert door.num_looks == 2
+
+
+def test_a_replica_that_comes_is_seen_at_once():
+    door = Door(observed(10))
+    assert isinstance(door.check(0.0), Shed)
+    door.loads["r2"] = observed(0, "r2")
+    assert door.check(0.0) == Admit(queued=False)
+    door.loads.clear()
+    assert door.check(0.0).contended is False
+
+
+def test_a_replica_without_a_load_has_the_configured_places():
+    control = AdmissionControl(3, QueueLimits(max_waiting=0))
+    candidates = [Candidate("new", None, num_own=3)]
+    assert control.check(["new"], lambda: candidates, 0.0).contended
+
+
+def test_the_rate_is_that_of_the_time_all_places_are_taken():
+    """Ten a second while it is full; what ended before, in idle times, says nothing of the rate."""
+    door = Door(observed(3), max_waiting=100, max_queue_s=1.0)
+    for number in range(50):
+        door.control.ended(number * 0.001)
+    assert door.check(1.0) == Admit(queued=False)
+    door.loads["r1"] = observed(8 + 30)
+    assert door.check(2.0) == Admit(queued=True), "nothing is known yet"
+    for number in range(MIN_COMPLETIONS * 2):
+        door.control.ended(2.0 + number / 10)
+    shed = door.check(2.0 + MIN_COMPLETIONS * 2 / 10)
+    assert isinstance(shed, Shed)
+    assert shed.retry_after_s in (2, 3)
+    door.loads["r1"] = observed(8 + 7)
+    assert door.check(4.0) == Admit(queued=True)

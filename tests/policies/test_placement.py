@@ -1,25 +1,46 @@
 import random
+from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.placement import Candidate, OwnTraffic, choose_replica
+from policies.modes import Mode
+from policies.placement import (
+    MAX_COMPARED,
+    MODE_WEIGHT,
+    PREFIX_WEIGHT,
+    TOKENS_A_REQUEST,
+    Candidate,
+    OwnTraffic,
+    Wish,
+    choose_replica,
+    place,
+    pressure,
+)
 from tests.policies.helpers import observed
 
 RNG = random.Random(7)
 
 
-def candidate(replica_id, num_in_flight=0, age_s=0.1, num_own=0, num_since=0, **changes):
-    return Candidate(replica_id, observed(num_in_flight, replica_id, age_s, **changes), num_own, num_since)
+def candidate(replica_id, num_in_flight=0, age_s=0.1, num_own=0, num_since=0, tokens_since=0, **changes):
+    seen = observed(num_in_flight, replica_id, age_s, **changes)
+    return Candidate(replica_id, seen, num_own, num_since, tokens_since)
 
 
-def chosen(*candidates, rng=RNG):
-    return choose_replica(candidates, rng)
+def chosen(*candidates, rng=RNG, wish=Wish()):  # noqa: B008
+    return choose_replica(candidates, rng, wish)
+
+
+def placed(loads, rng, wish=Wish(), traffic=None, now_s=10.0):  # noqa: B008
+    """Where a request goes among replicas with these loads in sight."""
+    seen = {load.load.replica_id: load for load in loads}
+    return place(list(seen), traffic or OwnTraffic(), seen.get, now_s, rng, wish)
 
 
 def test_nobody_to_choose():
     assert chosen() is None
+    assert placed([], RNG) is None
 
 
 def test_the_least_loaded_by_place():
@@ -39,9 +60,36 @@ def test_of_equal_ones_that_with_more_free_pages():
     assert chosen(candidate("a", 2, pages_used=90), candidate("b", 2, pages_used=10)) == "b"
 
 
+def test_long_prompts_that_wait_weigh_more_than_short_ones():
+    assert chosen(candidate("a", 3, waiting_prompt_tokens=9000), candidate("b", 4)) == "b"
+    assert chosen(candidate("a", 3, waiting_prompt_tokens=900), candidate("b", 4)) == "a"
+    assert chosen(candidate("a", 3, num_since=0, tokens_since=9000), candidate("b", 4)) == "b"
+
+
 def test_ties_fall_at_random():
     equal = [candidate("a", 2), candidate("b", 2)]
     assert {choose_replica(equal, RNG) for _ in range(50)} == {"a", "b"}
+
+
+def test_a_replica_that_has_the_prompt_is_preferred_while_it_is_not_much_fuller():
+    wish = Wish(held={"warm": 1.0})
+    assert chosen(candidate("warm", 1), candidate("cold", 0), wish=wish) == "warm"
+    assert chosen(candidate("warm", 3), candidate("cold", 0), wish=wish) == "cold"
+    assert chosen(candidate("warm", 1), candidate("cold", 0), wish=Wish(held={"warm": 0.1})) == "cold"
+
+
+def test_a_request_in_ar_keeps_away_from_long_steps_and_a_long_one_from_ar():
+    ar = candidate("ar", 4, running_by_mode={Mode.AR: 4})
+    long = candidate("long", 3, running_by_mode={Mode.DIFFUSION: 2, Mode.SELF_SPECULATION: 1})
+    assert chosen(ar, long) == "long"
+    assert chosen(ar, long, wish=Wish(Mode.AR)) == "ar"
+    assert chosen(ar, long, wish=Wish(Mode.SELF_SPECULATION)) == "long"
+
+
+def test_company_is_no_reason_to_queue():
+    full = candidate("full", 9, running_by_mode={Mode.AR: 8})
+    long = candidate("long", 4, running_by_mode={Mode.DIFFUSION: 4})
+    assert chosen(full, long, wish=Wish(Mode.AR)) == "long"
 
 
 @pytest.mark.parametrize(
@@ -63,31 +111,88 @@ def test_with_all_lost_own_counts_decide_and_not_chance():
     assert {choose_replica(lost, RNG) for _ in range(50)} == {"b"}
 
 
+candidates_ = st.lists(
+    st.builds(
+        candidate,
+        st.uuids().map(str),
+        st.integers(0, 20),
+        num_own=st.integers(0, 20),
+        running_by_mode=st.dictionaries(st.sampled_from(list(Mode)), st.integers(0, 8)),
+        waiting_prompt_tokens=st.integers(0, 10_000),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(candidates_, st.data(), st.sampled_from([None, *Mode]), st.integers())
+def test_affinity_never_costs_more_than_its_weight(some, data, mode, seed):
+    ids = [one.replica_id for one in some]
+    held = data.draw(st.dictionaries(st.sampled_from(ids), st.floats(0.0, 2.0)))
+    best = choose_replica(some, random.Random(seed), Wish(mode, held))
+    by_id = {one.replica_id: pressure(one) for one in some}
+    assert by_id[best] <= min(by_id.values()) + PREFIX_WEIGHT + MODE_WEIGHT + 1e-9
+    assert choose_replica(some, random.Random(seed), Wish(mode, held)) == best
+
+
 @given(counts=st.lists(st.integers(0, 50), min_size=9, max_size=64), seed=st.integers())
 def test_at_scale_the_most_loaded_is_never_chosen(counts, seed):
     counts[0] = 51
-    many = [candidate(f"r{index}", count) for index, count in enumerate(counts)]
-    assert choose_replica(many, random.Random(seed)) != "r0"
+    many = [observed(count, f"r{index}") for index, count in enumerate(counts)]
+    assert placed(many, random.Random(seed)) != "r0"
 
 
 def test_at_scale_two_choices_keep_the_load_even():
     """1000 requests on 100 replicas with one stale picture among all: near 10 each, no herd."""
     rng = random.Random(1)
-    sent = OwnTraffic()
-    ids = [f"r{index}" for index in range(100)]
-    seen = [observed(0, replica_id) for replica_id in ids]
+    traffic = OwnTraffic()
+    many = [observed(0, f"r{index}") for index in range(100)]
     for _ in range(1000):
-        sent.started(choose_replica(sent.candidates(ids, seen, now_s=10.0), rng), now_s=10.0)
-    assert max(sent.in_flight(replica_id) for replica_id in ids) <= 13
+        traffic.started(placed(many, rng, traffic=traffic), now_s=10.0)
+    assert max(traffic.in_flight(f"r{index}") for index in range(100)) <= 13
+
+
+def test_at_scale_a_cached_prompt_is_found_and_a_hot_one_spills_over():
+    rng = random.Random(1)
+    traffic = OwnTraffic()
+    many = [observed(0, f"r{index}", max_running=16) for index in range(100)]
+    wish = Wish(held={"r7": 1.0, "gone": 1.0})
+    assert placed(many, rng, wish, traffic) == "r7"
+    went = Counter()
+    for _ in range(200):
+        replica_id = placed(many, rng, wish, traffic)
+        traffic.started(replica_id, now_s=10.0)
+        went[replica_id] += 1
+    assert 4 <= went["r7"] <= PREFIX_WEIGHT * 16 + 200 / 100 + 4
+    assert "gone" not in went
+
+
+def test_at_scale_a_choice_looks_at_a_handful():
+    looked = []
+    ids = [f"r{index}" for index in range(1000)]
+
+    def seen(replica_id):
+        looked.append(replica_id)
+        return observed(0, replica_id)
+
+    place(ids, OwnTraffic(), seen, 10.0, RNG, Wish(held={"r1": 1.0, "r2": 0.5, "r3": 0.4}))
+    assert len(looked) <= 4 < MAX_COMPARED
+
+
+def test_at_scale_a_fresh_replica_is_found_among_lost_ones():
+    loads = [observed(0, f"r{index}", age_s=9.0) for index in range(99)] + [observed(5, "fresh")]
+    assert {placed(loads, random.Random(seed)) for seed in range(5)} <= {"fresh"}
 
 
 def test_own_traffic_counts_what_runs_and_what_was_sent_since_the_load():
     own = OwnTraffic()
     for now_s in (1.0, 2.0, 3.0):
-        own.started("a", now_s)
+        own.started("a", now_s, 100)
     own.ended("a")
-    (a, b) = own.candidates(["a", "b"], [observed(1, "a", age_s=1.5)], now_s=3.5)
-    assert (a.num_own, a.num_since) == (2, 2)
+    seen = {"a": observed(1, "a", age_s=1.5)}
+    (a, b) = own.candidates(["a", "b"], seen.get, now_s=3.5)
+    assert (a.num_own, a.num_since, a.tokens_since) == (2, 2, 200)
+    assert pressure(a) == (1 + 2 + 200 / TOKENS_A_REQUEST) / 8
     assert (b.seen, b.num_own, b.num_since) == (None, 0, 0)
     own.forget("a")
     assert own.in_flight("a") == 0

@@ -32,7 +32,15 @@ def first_plan(policy):
 
 
 def test_the_named_policies():
-    assert policy_names() == ("fixed", "threshold", "ar", "diffusion", "self_speculation")
+    assert policy_names() == (
+        "cost_model",
+        "slo",
+        "threshold",
+        "fixed",
+        "ar",
+        "diffusion",
+        "self_speculation",
+    )
     assert first_plan(create_policy("fixed", {"mode": "diffusion", "block_length": 32})).block_length == 32
     assert first_plan(create_policy("threshold")).mode is Mode.DIFFUSION
     for mode in Mode:
@@ -58,7 +66,7 @@ def test_any_importable_policy():
 @pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [
-        ("treshold", {}, r"unknown policy 'treshold': choose one of fixed, threshold, ar"),
+        ("treshold", {}, r"unknown policy 'treshold': choose one of cost_model, slo, threshold, fixed, ar"),
         ("no.such.Policy", {}, r"can't be imported .*choose one of"),
         ("policies.load.ReplicaLoad", {}, r"not a subclass"),
         ("threshold", {"bands": 1}, r"bands: Extra inputs.*keys: levels, above, band, stabilise"),

@@ -9,7 +9,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from router.admission import AdmissionControl
+from policies.admission import AdmissionControl, QueueLimits
 from router.api import Door
 from router.dispatch import Dispatcher
 from router.link import LinkTimes
@@ -43,13 +43,13 @@ async def start() -> AsyncIterator[StartDispatcher]:
             directory: FakeDirectory | None = None,
             times: LinkTimes = QUICK,
             max_waiting: int = 8,
+            max_waiting_tokens: int | None = None,
         ) -> Dispatcher:
             directory = directory or FakeDirectory(list(replicas))
             view = LoadView(store or FakeStore())
             await view.refresh()
-            dispatcher = Dispatcher(
-                directory, view, AdmissionControl(4, max_waiting), times=times, discovery_period_s=0.005
-            )
+            admission = AdmissionControl(4, QueueLimits(max_waiting, max_waiting_tokens))
+            dispatcher = Dispatcher(directory, view, admission, times=times, discovery_period_s=0.005)
             await stack.enter_async_context(running(dispatcher.run()))
             await eventually(lambda: all(replica.num_channels for replica in replicas))
             await eventually(lambda: dispatcher.ready or not replicas)

@@ -1,5 +1,6 @@
 import asyncio
 import random
+from contextlib import AsyncExitStack
 from dataclasses import replace
 
 import pytest
@@ -309,13 +310,38 @@ async def test_load_decides_where_requests_go_and_own_counts_when_it_is_lost(sta
     dispatcher = await start(*replicas, store=store)
     tasks = [asyncio.create_task(whole(dispatcher, a_request(str(i)))) for i in range(3)]
     await eventually(lambda: dispatcher.in_flight() == {"a": 0, "b": 3})
-    dispatcher._view._read = ClusterLoad(())
+    dispatcher._view._read = {}
     tasks += [asyncio.create_task(whole(dispatcher, a_request(str(i)))) for i in range(3, 6)]
     await eventually(lambda: dispatcher.in_flight() == {"a": 3, "b": 3})
     for replica in replicas:
         for request_id in list(replica.live):
             play(replica, request_id)
     assert await asyncio.gather(*tasks) == [TEXT] * 6
+
+
+async def test_a_prompt_goes_where_its_beginning_went(start):
+    replicas = [ScriptedReplica(name) for name in "abc"]
+    dispatcher = await start(*replicas)
+    prompts = {name: name * 2000 for name in "xyz"}
+    async with AsyncExitStack() as stack:
+        for replica in replicas:
+            await stack.enter_async_context(running(replica.run()))
+        for _ in range(5):
+            for prompt in prompts.values():
+                await whole(dispatcher, replace(a_request(), prompt=prompt))
+    for prompt in prompts.values():
+        assert sum(any(r.prompt == prompt for r in replica.submitted) for replica in replicas) == 1
+
+
+async def test_prompt_tokens_that_wait_are_limited_too(start):
+    loads = ClusterLoad((ObservedLoad(a_load("a", num_waiting=1, waiting_prompt_tokens=900), 0.1),))
+    replica = ScriptedReplica("a")
+    dispatcher = await start(replica, store=FakeStore(view=ClusterView(loads)), max_waiting_tokens=1000)
+    with pytest.raises(Overloaded, match="900 prompt tokens") as caught:
+        await whole(dispatcher, replace(a_request(), prompt=(1,) * 101))
+    assert caught.value.code is ErrorCode.QUEUE_FULL
+    async with running(replica.run()):
+        assert await whole(dispatcher, replace(a_request(), prompt=(1,) * 100)) == TEXT
 
 
 async def client(dispatcher: Dispatcher, name: str, rng: random.Random) -> str:

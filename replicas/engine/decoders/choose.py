@@ -27,7 +27,7 @@ def plan_for(sequence: Sequence, active: ActivePlan, spec: ModelSpec) -> ActiveP
     options = sequence.decoding
     if options.mode is not None:
         base, rule = default_plan(options.mode), PINNED_RULE
-    elif options.lossless or sequence.sampling.needs_causal_order:
+    elif sequence.is_kept_lossless:
         base, rule = lossless_plan(active.decode, spec.modes), active.rule
     else:
         base, rule = available_plan(active.decode, spec.modes), active.rule

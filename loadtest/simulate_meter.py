@@ -1,0 +1,74 @@
+"""What a simulated replica measures of itself, as it publishes it."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from policies.cost import Yield
+from policies.modes import DecodePlan
+
+YIELD_MEMORY_S = 3.0
+"""The estimate of a yield follows what is seen with this time constant."""
+RATE_MEMORY_S = 2.0
+MAX_ROUNDS = 1000.0
+TRIED_WEIGHT = 0.2
+"""Of what one trial says, against what was believed before."""
+OUTPUT_MEMORY = 50.0
+"""Requests over which the mean length of completions is taken."""
+
+
+class Meter:
+    """yields: what is believed before anything was seen. A plan that neither runs nor is tried keeps its last
+    estimate."""
+
+    def __init__(self, yields: Mapping[DecodePlan, Yield]):
+        self.tokens_per_s = 0.0
+        self.prefill_per_token = 0.0
+        self.mean_output = math.inf
+        self._yields = dict(yields)
+        self._at_s = 0.0
+        self._elapsed_s = 0.0
+        self._made = 0.0
+        self._prefilled = 0.0
+
+    @property
+    def yields(self) -> tuple[Yield, ...]:
+        return tuple(self._yields.values())
+
+    def ended(self, output: int) -> None:
+        """A request has come to so many tokens."""
+        if self.mean_output == math.inf:
+            self.mean_output = float(output)
+        self.mean_output += (output - self.mean_output) / OUTPUT_MEMORY
+
+    def look(self, now_s: float, made: float, prefilled: float) -> None:
+        """made, prefilled: tokens since the start."""
+        self._elapsed_s = now_s - self._at_s
+        if self._elapsed_s <= 0:
+            return
+        fresh = 1.0 - math.exp(-self._elapsed_s / RATE_MEMORY_S)
+        tokens, prompts = made - self._made, prefilled - self._prefilled
+        self.tokens_per_s += fresh * (tokens / self._elapsed_s - self.tokens_per_s)
+        if tokens > 0 or prompts > 0:
+            self.prefill_per_token += fresh * (prompts / max(1.0, tokens) - self.prefill_per_token)
+        self._at_s, self._made, self._prefilled = now_s, made, prefilled
+
+    def saw(self, plan: DecodePlan, paces: Sequence[float]) -> None:
+        """Tokens a forward of each request that has run the plan since the last look."""
+        if not paces or plan.block_length == 1 or self._elapsed_s <= 0:
+            return
+        self._learn(plan, paces, 1.0 - math.exp(-self._elapsed_s / YIELD_MEMORY_S))
+
+    def tried(self, plan: DecodePlan, paces: Sequence[float]) -> None:
+        """Likewise of a few requests that tried a plan which does not run."""
+        if paces and plan.block_length > 1:
+            self._learn(plan, paces, TRIED_WEIGHT)
+
+    def _learn(self, plan: DecodePlan, paces: Sequence[float], weight: float) -> None:
+        known = self._yields[plan]
+        tokens = sum(paces) / len(paces) * known.forwards
+        self._yields[plan] = Yield(
+            plan,
+            known.tokens + weight * (tokens - known.tokens),
+            known.forwards,
+            min(MAX_ROUNDS, known.num_rounds + len(paces)),
+        )

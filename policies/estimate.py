@@ -1,0 +1,251 @@
+"""How a replica learns its costs: from a sweep at its start, then from every forward and round.
+
+Both estimators forget, so that a machine that slows down or a workload that changes is followed, and
+neither believes a single odd measurement.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from policies.cost import PRIOR_ACCEPTANCE, Forward, RoundMade, StepCost, Yield, prior_yield
+from policies.modes import MAX_BLOCK_LENGTH, DecodePlan, Mode
+
+Vector = NDArray[np.float64]
+
+SMOOTHNESS = 0.3
+"""How much a bend in the fitted line weighs, against a measurement's relative error."""
+MEASUREMENT_NOISE = 0.1
+"""Of one forward, relative to its latency."""
+MOST_ODD = 6.0
+"""So many outliers, less one for every two others since, and it is the estimate that is odd: each cost
+is then as unknown as it is large."""
+OUTLIER = 3.0
+"""An error beyond this many standard deviations counts as so many."""
+DRIFT_COMMON = 0.1
+DRIFT_OWN = 0.03
+"""How far, relatively, all costs together and each of them alone may wander in a second (their square
+grows with time). The common drift is what lets one mode's forwards tell of a machine that slows down
+for all of them."""
+UNSURE_COMMON = 0.3
+UNSURE_OWN = 0.15
+"""The same of the first estimate, not by time."""
+LEAST_INCREMENT = 0.01
+"""What a cost may at least wander by, of the base latency, so that one fitted as zero is not lost."""
+
+HALF_LIFE_S = 60.0
+MAX_ROUNDS = 300.0
+"""Past so many rounds the older ones count less, however fast they came."""
+PRIOR_ROUNDS = 3.0
+SPECULATION_BLOCKS = (4, 8, 16, 32)
+
+
+def knots_up_to(max_tokens: int) -> tuple[int, ...]:
+    """Powers of two to the first that is at least max_tokens."""
+    return tuple(2**power for power in range((max_tokens - 1).bit_length() + 1))
+
+
+def fit_step_cost(forwards: Sequence[Forward], knots: tuple[int, ...]) -> StepCost:
+    """Least relative squares, robust (Huber's weights) and with no negative cost.
+
+    Between knots that were not measured the line is as straight as the others let it be.
+    Raises ValueError without any forward.
+    """
+    if not forwards:
+        raise ValueError("no forwards to fit a cost to")
+    costs = np.array([forward.ms for forward in forwards])
+    rows = np.stack([_features(forward, knots) for forward in forwards]) / costs[:, None]
+    bends = SMOOTHNESS * _bends(knots) / float(np.median(costs))
+    weights = np.ones(len(costs))
+    fitted = np.zeros(rows.shape[1])
+    for _ in range(6):
+        weighted = rows * weights[:, None]
+        fitted = _least_squares(weighted.T @ rows + bends.T @ bends, weighted.sum(axis=0), fitted)
+        errors = np.abs(1.0 - rows @ fitted)
+        scale = max(1.4826 * float(np.median(errors)), 0.01)
+        weights = np.minimum(1.0, 1.5 * scale / np.maximum(errors, 1e-9))
+    return _step_cost(fitted, knots)
+
+
+class StepCostEstimator:
+    """A Kalman filter over the parameters of a StepCost.
+
+    start: the first estimate, by fit_step_cost or a prior. now_s: any clock that moves forward, the
+    same one for all calls.
+    """
+
+    def __init__(self, start: StepCost, now_s: float):
+        self._knots = start.knots
+        self._costs = _parameters(start)
+        self._now_s = now_s
+        self._covariance = self._spread(UNSURE_COMMON, UNSURE_OWN)
+        self._num_odd = 0.0
+        self.cost = start
+
+    def update(self, forwards: Iterable[Forward], now_s: float) -> None:
+        """Those since the last call. Like ones are represented by their median."""
+        self._drift(max(0.0, now_s - self._now_s))
+        self._now_s = now_s
+        alike: defaultdict[tuple[int, int], list[Forward]] = defaultdict(list)
+        for forward in forwards:
+            alike[forward.num_tokens.bit_length(), forward.num_segments.bit_length()].append(forward)
+        for group in alike.values():
+            group.sort(key=lambda forward: forward.ms)
+            self._learn(group[len(group) // 2], len(group))
+        if alike:
+            self.cost = _step_cost(self._costs, self._knots)
+
+    def _spread(self, common: float, own: float) -> Vector:
+        """The covariance of costs that vary by so much of themselves, together and each alone."""
+        least = np.maximum(self._costs, LEAST_INCREMENT * self._costs[0])
+        covariance: Vector = np.outer(self._costs, self._costs) * common**2 + np.diag((own * least) ** 2)
+        return covariance
+
+    def _drift(self, elapsed_s: float) -> None:
+        self._covariance += elapsed_s * self._spread(DRIFT_COMMON, DRIFT_OWN)
+        most = self._spread(1.0, 1.0).diagonal()
+        shrink = np.sqrt(np.minimum(1.0, most / self._covariance.diagonal()))
+        self._covariance *= np.outer(shrink, shrink)
+
+    def _learn(self, forward: Forward, num_alike: int) -> None:
+        features = _features(forward, self._knots)
+        expected = float(features @ self._costs)
+        noise = (MEASUREMENT_NOISE * expected) ** 2 / min(num_alike, 10)
+        spread = self._covariance @ features
+        variance = float(features @ spread) + noise
+        limit = OUTLIER * variance**0.5
+        error = min(max(forward.ms - expected, -limit), limit)
+        self._num_odd = max(0.0, self._num_odd + (1.0 if abs(error) == limit else -0.5))
+        if self._num_odd > MOST_ODD:
+            self._num_odd = 0.0
+            self._covariance = self._spread(UNSURE_COMMON, 1.0)
+            return
+        self._costs = np.maximum(self._costs + spread * (error / variance), 0.0)
+        self._costs[0] = max(self._costs[0], 1e-3)
+        self._covariance -= np.outer(spread, spread) / variance
+
+
+class YieldEstimator:
+    """Tokens and forwards a round, by plan.
+
+    Self-speculation is one curve for all blocks: with which chance the request takes one more token
+    after j of them (a product-limit estimate, so a round tells of every shorter block too, and a
+    longer one is extrapolated). Diffusion is counted by block and threshold.
+    """
+
+    def __init__(self, now_s: float):
+        self._now_s = now_s
+        self._reached = np.zeros(MAX_BLOCK_LENGTH)  # rounds that had taken j tokens and drafted one more
+        self._passed = np.zeros(MAX_BLOCK_LENGTH)  # those of them that took it
+        self._by_block = np.zeros(MAX_BLOCK_LENGTH + 1)
+        self._diffusion: dict[DecodePlan, Vector] = {}  # rounds, tokens, forwards
+
+    def update(self, rounds: Iterable[RoundMade], now_s: float) -> None:
+        """Those since the last call."""
+        self._forget(0.5 ** (max(0.0, now_s - self._now_s) / HALF_LIFE_S))
+        self._now_s = now_s
+        for made in rounds:
+            if made.plan.mode is Mode.SELF_SPECULATION:
+                block = made.plan.block_length
+                self._reached[1 : min(made.tokens, block - 1) + 1] += 1
+                self._passed[1 : made.tokens] += 1
+                self._by_block[block] += 1
+            elif made.plan.mode is Mode.DIFFUSION:
+                sums = self._diffusion.setdefault(made.plan, np.zeros(3))
+                sums += (1.0, made.tokens, made.forwards)
+
+    def yields(self) -> tuple[Yield, ...]:
+        """Of the plans that ran, and of self-speculation's usual blocks once it ran at all."""
+        return (*self._speculation(), *(self._counted(plan) for plan in self._diffusion))
+
+    def _forget(self, share: float) -> None:
+        many = min(1.0, MAX_ROUNDS / max(1.0, float(self._by_block.sum())))
+        for counts in (self._reached, self._passed, self._by_block):
+            counts *= share * many
+        for plan, sums in list(self._diffusion.items()):
+            sums *= share * min(1.0, MAX_ROUNDS / max(1.0, sums[0]))
+            if sums[0] < 0.01:
+                del self._diffusion[plan]
+
+    def _speculation(self) -> Iterable[Yield]:
+        if self._by_block.sum() < 0.01:
+            return
+        chance, reaches, tokens = PRIOR_ACCEPTANCE, 1.0, [0.0, 1.0]
+        for passed, reached in zip(self._passed[1:], self._reached[1:], strict=True):
+            chance = (passed + PRIOR_ROUNDS * chance) / (reached + PRIOR_ROUNDS)
+            reaches *= chance
+            tokens.append(tokens[-1] + reaches)
+        ran = {int(block) for block in np.flatnonzero(self._by_block > 0.5)}
+        for block in sorted(ran.union(SPECULATION_BLOCKS)):
+            num_rounds = float(self._by_block[block:].sum())
+            yield Yield(
+                DecodePlan(Mode.SELF_SPECULATION, block),
+                round(float(tokens[block]), 4),
+                2.0,
+                round(num_rounds, 2),
+            )
+
+    def _counted(self, plan: DecodePlan) -> Yield:
+        """Its own rounds, and as many as PRIOR_ROUNDS of what all diffusion makes of its priors."""
+        prior = prior_yield(plan)
+        more_tokens, more_forwards = self._against_priors()
+        num_rounds, tokens, forwards = map(float, self._diffusion[plan])
+        tokens += PRIOR_ROUNDS * prior.tokens * more_tokens
+        forwards += PRIOR_ROUNDS * prior.forwards * more_forwards
+        total = num_rounds + PRIOR_ROUNDS
+        return Yield(plan, round(tokens / total, 4), round(forwards / total, 4), round(num_rounds, 2))
+
+    def _against_priors(self) -> tuple[float, float]:
+        """Tokens and forwards of all diffusion rounds, and of one as expected, to those expected of them."""
+        made, expected = np.ones(2), np.ones(2)
+        for plan, (num_rounds, tokens, forwards) in self._diffusion.items():
+            prior = prior_yield(plan)
+            made += tokens / prior.tokens, forwards / prior.forwards
+            expected += num_rounds
+        more_tokens, more_forwards = made / expected
+        return float(more_tokens), float(more_forwards)
+
+
+def _features(forward: Forward, knots: tuple[int, ...]) -> Vector:
+    """What each parameter counts for: base, the rise from knot to knot, segments, cached tokens."""
+    left, right = np.array(knots[:-1], float), np.array(knots[1:], float)
+    steps = np.maximum((forward.num_tokens - left) / (right - left), 0.0)
+    steps[:-1] = np.minimum(steps[:-1], 1.0)
+    return np.concatenate(([1.0], steps, [forward.num_segments - 1.0, forward.num_cached / 1000.0]))
+
+
+def _parameters(cost: StepCost) -> Vector:
+    rises = np.diff(np.array(cost.knot_ms))
+    return np.concatenate(([cost.knot_ms[0]], rises, [cost.segment_ms, cost.cached_ms]))
+
+
+def _step_cost(costs: Vector, knots: tuple[int, ...]) -> StepCost:
+    """Rounded: it is published five times a second."""
+    knot_ms = np.round(np.cumsum(costs[:-2]), 4)
+    return StepCost(knots, tuple(map(float, knot_ms)), round(float(costs[-2]), 5), round(float(costs[-1]), 5))
+
+
+def _bends(knots: tuple[int, ...]) -> Vector:
+    """Rows that are the change of slope at each inner knot, in ms over the narrower of its sides."""
+    widths = np.diff(np.array(knots, float))
+    rows = np.zeros((max(0, len(widths) - 1), len(widths) + 3))
+    for index in range(len(rows)):
+        rows[index, 1 + index] = -1.0
+        rows[index, 2 + index] = widths[index] / widths[index + 1]
+    return rows
+
+
+def _least_squares(matrix: Vector, vector: Vector, start: Vector) -> Vector:
+    """min x'Ax/2 - b'x over x >= 0, a coordinate at a time; the first is kept above zero."""
+    found = start.copy()
+    for _ in range(200):
+        before = found.copy()
+        for index in range(len(found)):
+            if matrix[index, index] > 0:
+                rest = vector[index] - matrix[index] @ found + matrix[index, index] * found[index]
+                found[index] = max(1e-3 if index == 0 else 0.0, rest / matrix[index, index])
+        if np.abs(found - before).max() < 1e-6 * max(1e-9, float(np.abs(found).max())):
+            break
+    return found

@@ -1,0 +1,76 @@
+"""Which replica has the beginning of a prompt in its prefix cache, as far as a router can tell.
+
+A router can't see the caches. It remembers where it sent what, by hashes of the text, forgets the
+oldest, and trusts a memory the less the older it is. Local to the router: nothing on a request's
+path asks anybody.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+CHUNK_CHARS = 256
+"""Text a hash; about 64 tokens, a few pages."""
+MAX_CHUNKS = 64
+"""Of a long prompt only so many count: by then the best replica is known."""
+MAX_ENTRIES = 65_536
+MAX_HOLDERS = 4
+"""Replicas remembered for one beginning."""
+HALF_LIFE_S = 60.0
+
+
+def prefix_keys(prompt: str | Sequence[int]) -> tuple[int, ...]:
+    """One key for each full chunk of the prompt, each standing for all the text up to its end.
+
+    Token ids count as four characters each. Python's own hash: keys mean something in one process only.
+    """
+    length = CHUNK_CHARS if isinstance(prompt, str) else CHUNK_CHARS // 4
+    keys = []
+    key = 0
+    for end in range(length, min(len(prompt), length * MAX_CHUNKS) + 1, length):
+        chunk = prompt[end - length : end]
+        key = hash((key, chunk if isinstance(chunk, str) else tuple(chunk)))
+        keys.append(key)
+    return tuple(keys)
+
+
+class PrefixMap:
+    """Bounded; `now_s` is any clock that only moves forward."""
+
+    def __init__(self, max_entries: int = MAX_ENTRIES, half_life_s: float = HALF_LIFE_S):
+        self._max_entries = max_entries
+        self._half_life_s = half_life_s
+        self._holders: OrderedDict[int, dict[str, float]] = OrderedDict()  # key -> replica -> when
+
+    def __len__(self) -> int:
+        return len(self._holders)
+
+    def sent(self, keys: Sequence[int], replica_id: str, now_s: float) -> None:
+        """A prompt with these keys has gone to the replica."""
+        for key in keys:
+            holders = self._holders.setdefault(key, {})
+            self._holders.move_to_end(key)
+            holders.pop(replica_id, None)  # so that the dict stays in order of time
+            holders[replica_id] = now_s
+            if len(holders) > MAX_HOLDERS:
+                del holders[next(iter(holders))]
+        while len(self._holders) > self._max_entries:
+            self._holders.popitem(last=False)
+
+    def held(self, keys: Sequence[int], now_s: float) -> dict[str, float]:
+        """By replica id the share of the prompt it probably has, above 0 up to 1; others are left out."""
+        shares: dict[str, float] = {}
+        for count, key in enumerate(keys, start=1):
+            holders = self._holders.get(key)
+            if not holders:
+                break  # a cache has no chunk whose beginning it lacks
+            for replica_id, at_s in holders.items():
+                trust = 0.5 ** ((now_s - at_s) / self._half_life_s)
+                shares[replica_id] = max(shares.get(replica_id, 0.0), trust * count / len(keys))
+        return shares
+
+    def forget(self, replica_id: str) -> None:
+        """The replica is gone, and its cache with it."""
+        for key in [key for key, holders in self._holders.items() if replica_id in holders]:
+            del self._holders[key][replica_id]
+            if not self._holders[key]:
+                del self._holders[key]

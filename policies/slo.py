@@ -1,0 +1,53 @@
+"""As many requests within their targets as can be, and throughput after that."""
+
+from pydantic import Field
+
+from policies.cost_model import CostModelParameters, CostModelPolicy
+from policies.forecast import Forecast
+from policies.load import ReplicaLoad
+
+
+class SloParameters(CostModelParameters):
+    """ttft_s: target for the time to the first token. tpot_s: for the time of a token after it.
+
+    Requests carry no class of service, so all are of one. headroom: a plan that does not run counts
+    as within a target below 1 - headroom of it; the one that runs, up to the target itself. The other
+    parameters are cost_model's.
+    """
+
+    ttft_s: float = Field(default=1.0, gt=0.0)
+    tpot_s: float = Field(default=0.05, gt=0.0)
+    headroom: float = Field(default=0.1, ge=0.0, lt=1.0)
+
+
+class SloPolicy(CostModelPolicy):
+    """The plan under which most requests are expected within their targets; of such plans the fastest."""
+
+    name = "slo"
+    Parameters = SloParameters
+
+    def __init__(self, parameters: SloParameters):
+        super().__init__(parameters)
+        self._targets = parameters
+
+    def _score(self, load: ReplicaLoad, expected: Forecast, is_running: bool) -> tuple[float, float]:
+        limit = 1.0 if is_running else 1.0 - self._targets.headroom
+        paced = sum(count for count, tpot_s in expected.tpots if tpot_s <= limit * self._targets.tpot_s)
+        in_time = load.num_waiting if ttft_s(load, expected) <= limit * self._targets.ttft_s else 0
+        return float(paced + in_time), self._worth(expected)
+
+
+def ttft_s(load: ReplicaLoad, expected: Forecast) -> float:
+    """Expected seconds to the first token of the last request that waits, or of the next one to come.
+
+    Its prompt is prefilled after those before it, in what steps have room for; where no place is free,
+    after as many requests as wait have ended, each with the tokens that a running one still wants.
+    """
+    step_s = expected.step_ms / 1000.0
+    num_free = load.max_step_tokens - sum(count for count, _ in expected.tpots) * expected.plan.block_length
+    room = max(0.25 * load.max_step_tokens, num_free)
+    prefill_s = step_s * (1.0 + load.waiting_prompt_tokens / room)
+    num_blocking = load.num_in_flight - load.max_running
+    if num_blocking <= 0 or load.mean_remaining is None:
+        return prefill_s
+    return prefill_s + num_blocking * load.mean_remaining / expected.tokens_per_s

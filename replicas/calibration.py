@@ -1,0 +1,107 @@
+"""The sweep a replica makes before it serves: what forwards of some shapes take, through its Runner."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+
+from policies.cost import UNMEASURED, Forward, StepCost
+from policies.estimate import fit_step_cost, knots_up_to
+from replicas.engine.plan import ModelSpec, Runner, Segment, StepPlan
+from replicas.messages import SamplingParams
+
+NUM_CACHED = (0, 256)
+NUM_SEQUENCES = (4, 16, 64)
+BLOCKS = (1, 8, 16)
+MANY_CACHED = 64
+SLOWEST = Forward(1, 1, 0, math.inf)
+LEAST_SHAPES = 4
+"""Of fewer no line can be told: then the usual one is scaled to them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """num_segments sequences of num_tokens query tokens each, with num_cached tokens cached each."""
+
+    num_segments: int
+    num_tokens: int
+    num_cached: int
+
+    @property
+    def total(self) -> int:
+        return self.num_segments * self.num_tokens
+
+
+def calibrate(
+    runner: Runner,
+    *,
+    max_running: int,
+    max_step_tokens: int,
+    budget_s: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> StepCost:
+    """Measures for about budget_s seconds, a forward of one token at the least.
+
+    Before anything is served: it writes garbage into the K/V pages. Small shapes come first, every
+    shape before any comes again, and one that would by the last one's pace overrun is left out.
+    """
+    deadline_s = clock() + budget_s
+    shapes = sorted(_shapes(runner.spec, max_running, max_step_tokens), key=lambda shape: shape.total)
+    turns: list[list[Forward]] = []
+    while not turns or (clock() < deadline_s and len(turns) < 4):
+        measured: list[Forward] = []
+        turns.append(measured)
+        for shape in shapes:
+            pace_ms = measured[-1].ms / measured[-1].num_tokens if measured else 0.0
+            if measured and clock() + pace_ms * shape.total / 1000.0 > deadline_s:
+                break
+            plan = _plan(runner.spec, shape)
+            began_s = clock()
+            runner.run(plan)
+            ms = max(1000.0 * (clock() - began_s), 1e-3)
+            num_cached = shape.num_segments * shape.num_cached
+            measured.append(Forward(shape.total, shape.num_segments, num_cached, ms))
+    # The least of each shape: whatever else the machine does, and compiling at first, only adds.
+    forwards = [min(same, key=lambda forward: forward.ms) for same in zip_longest(*turns, fillvalue=SLOWEST)]
+    if len({forward.num_tokens for forward in forwards}) < LEAST_SHAPES:
+        last = forwards[-1]
+        usual = UNMEASURED.scaled(last.ms / UNMEASURED.ms(last.num_tokens))
+        knots = knots_up_to(max_step_tokens)
+        return StepCost(knots, tuple(usual.ms(knot) for knot in knots))
+    return fit_step_cost(forwards, knots_up_to(max_step_tokens))
+
+
+def _shapes(spec: ModelSpec, max_running: int, max_step_tokens: int) -> Iterator[Shape]:
+    """Those that context, pages and the step's limits have room for."""
+    lengths = [length for length in knots_up_to(max_step_tokens) if length <= max_step_tokens]
+    shapes = [Shape(1, length, cached) for cached in NUM_CACHED for length in lengths]
+    shapes += [Shape(num, block, MANY_CACHED) for num in NUM_SEQUENCES for block in BLOCKS]
+    for shape in shapes:
+        per_sequence = shape.num_tokens + shape.num_cached
+        num_pages = shape.num_segments * -(-per_sequence // spec.page_size)
+        fits = per_sequence <= spec.max_context and num_pages <= spec.num_pages
+        if fits and shape.num_segments <= max_running and shape.total <= max_step_tokens:
+            yield shape
+
+
+def _plan(spec: ModelSpec, shape: Shape) -> StepPlan:
+    """Causal segments, all of whose logits are wanted, as in a verify."""
+    per_sequence = -(-(shape.num_tokens + shape.num_cached) // spec.page_size)
+    token_ids = tuple((7 * index + 3) % spec.vocab_size for index in range(shape.num_tokens))
+    wanted = tuple(range(shape.num_tokens)) if shape.num_segments > 1 or shape.num_tokens <= 64 else ()
+    return StepPlan(
+        tuple(
+            Segment(
+                seq_id=number,
+                start=shape.num_cached,
+                token_ids=token_ids,
+                pages=tuple(range(number * per_sequence, (number + 1) * per_sequence)),
+                causal=True,
+                adapter=False,
+                wanted=wanted or (shape.num_tokens - 1,),
+                sampling=SamplingParams(),
+            )
+            for number in range(shape.num_segments)
+        )
+    )

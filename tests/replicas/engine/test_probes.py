@@ -1,0 +1,107 @@
+"""Plans that are tried beside the one in force: seldom, by all at once, and changing no answer."""
+
+import pytest
+
+from policies.modes import DecodePlan, Mode
+from policies.policy import Probes
+from replicas.engine.engine import Engine
+from replicas.engine.sequence import Progress
+from replicas.messages import DecodingOptions, SamplingParams
+from tests.replicas.engine.scripted import ScriptedRunner, naive_ar
+
+AR = DecodePlan(Mode.AR)
+SPECULATION = DecodePlan(Mode.SELF_SPECULATION, 6)
+DIFFUSION = DecodePlan(Mode.DIFFUSION, 8, 0.7)
+LOSSLESS = DecodingOptions(lossless=True)
+
+
+def serve(
+    probes: Probes | None, plan: DecodePlan, decodings: list[DecodingOptions], num_each: int = 6
+) -> tuple[Engine, list[Progress]]:
+    """Waves of one request of each kind of decoding, all answered."""
+    engine = Engine(ScriptedRunner(num_pages=400), max_running=16)
+    engine.set_plan(plan, "rule")
+    engine.set_probes(probes)
+    ended = []
+    for wave in range(num_each):
+        for number, decoding in enumerate(decodings):
+            prompt = [3 + wave, 4 + number]
+            sampling = SamplingParams(max_tokens=80, ignore_eos=True)
+            engine.submit(f"{wave}-{number}", prompt, sampling, decoding)
+        while engine.has_work:
+            ended += [made for made in engine.step() if made.ended]
+            engine.check_integrity()
+    return engine, ended
+
+
+def probing_forwards(engine: Engine, plan: DecodePlan) -> int:
+    return sum(made.forwards for made in engine.scheduler.rounds if made.plan == plan)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1])
+def test_a_share_of_the_forwards_goes_into_them(share: float) -> None:
+    engine, _ = serve(Probes((SPECULATION,), share), AR, [DecodingOptions()], num_each=40)
+    num_forwards = sum(engine.scheduler.forwards_by_mode.values())
+    tried = engine.scheduler.forwards_by_mode[Mode.SELF_SPECULATION]
+    assert 0.5 * share <= tried / num_forwards <= share + 4 / num_forwards
+
+
+def test_all_sequences_try_together_so_that_the_cost_is_seen_as_it_would_be() -> None:
+    engine, _ = serve(Probes((SPECULATION,), 0.02), AR, [DecodingOptions()] * 8, num_each=2)
+    full = [forward for forward in engine.forwards if forward.num_tokens == 8 * SPECULATION.block_length]
+    assert len(full) >= 2
+
+
+def test_they_take_turns() -> None:
+    other = DecodePlan(Mode.SELF_SPECULATION, 4)
+    engine, _ = serve(Probes((SPECULATION, DIFFUSION, other), 0.1), AR, [DecodingOptions()], num_each=30)
+    order = [made.plan for made in engine.scheduler.rounds]
+    assert len(order) >= 6
+    assert order == [(SPECULATION, DIFFUSION, other)[index % 3] for index in range(len(order))]
+
+
+def test_the_answer_is_the_same_and_no_switch_is_told_of() -> None:
+    _, ended = serve(Probes((SPECULATION,), 0.1), AR, [LOSSLESS, DecodingOptions()])
+    for made in ended:
+        sequence = made.sequence
+        prompt, tokens = sequence.tokens[:2], sequence.tokens[2:]
+        assert tokens == naive_ar(prompt, 80, ignore_eos=True)
+        report = sequence.report("r")
+        assert (report.num_switches, report.rule) == (0, "rule")
+    assert any(Mode.SELF_SPECULATION in made.sequence.tokens_by_mode for made in ended)
+
+
+def test_a_request_that_may_not_run_a_plan_does_not_try_it() -> None:
+    pinned = DecodingOptions(Mode.AR)
+    penalised = DecodingOptions(block_length=4)
+    engine, ended = serve(Probes((DIFFUSION,), 0.1), AR, [LOSSLESS, pinned, penalised])
+    assert {mode for made in ended for mode in made.sequence.tokens_by_mode} == {Mode.AR}
+    assert probing_forwards(engine, DIFFUSION) == 0
+
+
+def test_without_probes_nothing_is_tried() -> None:
+    engine, _ = serve(None, AR, [DecodingOptions()])
+    assert set(engine.scheduler.forwards_by_mode) == {Mode.AR}
+
+
+def test_rounds_are_told_of_as_they_were_asked_for() -> None:
+    """A draft cut by max_tokens counts as of its plan's block; one that the request's end cuts too."""
+    engine, ended = serve(None, SPECULATION, [DecodingOptions()], num_each=1)
+    made = list(engine.scheduler.rounds)
+    assert {round_made.plan for round_made in made} == {SPECULATION}
+    (sequence,) = [progress.sequence for progress in ended]
+    assert sum(round_made.tokens for round_made in made) == sequence.num_completion_tokens - 1
+    assert sum(round_made.forwards for round_made in made) == sequence.num_forwards
+
+
+def test_the_load_tells_of_what_runs() -> None:
+    engine = Engine(ScriptedRunner(num_pages=400), max_running=3)
+    kinds = [DecodingOptions(), LOSSLESS, DecodingOptions(Mode.DIFFUSION), DecodingOptions(Mode.AR)]
+    for number, decoding in enumerate(kinds):
+        engine.submit(str(number), [3] * 10, SamplingParams(max_tokens=40), decoding)
+    engine.step()
+    load = engine.load("r")
+    assert (load.num_running, load.num_waiting, load.num_auto, load.num_lossless) == (3, 1, 2, 1)
+    assert load.pinned_by_mode == {Mode.DIFFUSION: 1, Mode.AR: 1}
+    assert (load.mean_context, load.mean_remaining) == (10.0, 39.0)
+    assert (load.page_size, load.max_step_tokens) == (4, 512)
