@@ -328,9 +328,9 @@ async def test_a_prompt_goes_where_its_beginning_went(start):
             await stack.enter_async_context(running(replica.run()))
         for _ in range(5):
             for prompt in prompts.values():
-                await whole(dispatcher, replace(a_request(), prompt=prompt))
+                await whole(dispatcher, replace(a_request(), prompts=(prompt,)))
     for prompt in prompts.values():
-        assert sum(any(r.prompt == prompt for r in replica.submitted) for replica in replicas) == 1
+        assert sum(any(r.prompts == (prompt,) for r in replica.submitted) for replica in replicas) == 1
 
 
 async def test_prompt_tokens_that_wait_are_limited_too(start):
@@ -338,10 +338,10 @@ async def test_prompt_tokens_that_wait_are_limited_too(start):
     replica = ScriptedReplica("a")
     dispatcher = await start(replica, store=FakeStore(view=ClusterView(loads)), max_waiting_tokens=1000)
     with pytest.raises(Overloaded, match="900 prompt tokens") as caught:
-        await whole(dispatcher, replace(a_request(), prompt=(1,) * 101))
+        await whole(dispatcher, replace(a_request(), prompts=((1,) * 101,)))
     assert caught.value.code is ErrorCode.QUEUE_FULL
     async with running(replica.run()):
-        assert await whole(dispatcher, replace(a_request(), prompt=(1,) * 100)) == TEXT
+        assert await whole(dispatcher, replace(a_request(), prompts=((1,) * 100,))) == TEXT
 
 
 async def client(dispatcher: Dispatcher, name: str, rng: random.Random) -> str:

@@ -3,7 +3,6 @@ from replicas.messages import (
     DecodingOptions,
     DecodingReport,
     Finished,
-    FinishReason,
     GenerateRequest,
     SamplingParams,
 )
@@ -11,7 +10,7 @@ from router.wishes import Wishes
 
 
 def asking(prompt, **decoding):
-    return GenerateRequest("r", "", prompt, SamplingParams(), DecodingOptions(**decoding))
+    return GenerateRequest("r", "", (prompt,), SamplingParams(), DecodingOptions(**decoding))
 
 
 def chat(*contents):
@@ -41,5 +40,5 @@ def test_token_ids_are_counted_and_text_is_estimated_better_with_time():
     text = asking("x" * 600)
     assert wishes.num_prompt_tokens(text) == 150
     for _ in range(200):
-        wishes.finished(text, Finished("r", FinishReason.STOP, 300, 1, DecodingReport()))
+        wishes.finished(text, Finished("r", 300, 1, DecodingReport()))
     assert 290 <= wishes.num_prompt_tokens(text) <= 310

@@ -98,7 +98,7 @@ def test_the_load_tells_of_what_runs() -> None:
     engine = Engine(ScriptedRunner(num_pages=400), max_running=3)
     kinds = [DecodingOptions(), LOSSLESS, DecodingOptions(Mode.DIFFUSION), DecodingOptions(Mode.AR)]
     for number, decoding in enumerate(kinds):
-        engine.submit(str(number), [3] * 10, SamplingParams(max_tokens=40), decoding)
+        engine.submit(str(number), [3 + number] * 10, SamplingParams(max_tokens=40), decoding)
     engine.step()
     load = engine.load("r")
     assert (load.num_running, load.num_waiting, load.num_auto, load.num_lossless) == (3, 1, 2, 1)
