@@ -1,5 +1,7 @@
 """The default policy: run what is expected to bring most, by what each replica has measured of itself."""
 
+import math
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -9,6 +11,9 @@ from policies.load import ReplicaLoad
 from policies.modes import LOSSLESS_MODES, MAX_BLOCK_LENGTH, DecodePlan, Mode
 from policies.policy import Decision, Policy, PolicyParameters, Probes, Snapshot
 
+NOISE = 0.35
+"""A load this much below another, relatively, may still be the same load."""
+SMOOTHED_S = 0.5
 WORTH_TRYING = 0.7
 """A plan that may bring at least so much of what the best one is expected to is tried now and then."""
 
@@ -51,7 +56,15 @@ class CostModelParameters(PolicyParameters):
         return plans
 
 
-class CostModelPolicy(Policy[None]):
+@dataclass(frozen=True, slots=True)
+class Smoothed:
+    """num_auto: the load's, without its noise, as of at_s."""
+
+    num_auto: float
+    at_s: float
+
+
+class CostModelPolicy(Policy[Smoothed | None]):
     """Goodput by policies.forecast, with `stabilise` around it to keep noise from shifting anything."""
 
     name = "cost_model"
@@ -64,16 +77,18 @@ class CostModelPolicy(Policy[None]):
     def resume(self, current: DecodePlan | None, held_s: float, now_s: float) -> None:
         return None
 
-    def decide(self, snapshot: Snapshot, state: None, now_s: float) -> tuple[Decision, None]:
+    def decide(self, snapshot: Snapshot, state: Smoothed | None, now_s: float) -> tuple[Decision, Smoothed]:
         load, current = snapshot.load, snapshot.current
-        forecasts = [forecast(load, plan) for plan in self._bounds.candidates(load.modes)]
+        state = _smooth(state, load.num_auto, now_s)
+        candidates = self._bounds.candidates(load.modes)
+        forecasts = [forecast(load, plan, state.num_auto) for plan in candidates]
         scores = {f.plan: self._score(load, f, is_running=f.plan == current) for f in forecasts}
         best = max(forecasts, key=lambda expected: scores[expected.plan])
         # A plan that no candidate is, as another policy or other parameters leave it, is just left.
         gain = None
         if current in scores:
             gain = _gain(scores[best.plan], scores[current])
-        return Decision(best.plan, _reason(load, forecasts), gain), None
+        return Decision(best.plan, _reason(load, forecasts), gain), state
 
     def probes(self, load: ReplicaLoad, running: DecodePlan) -> Probes | None:
         """Each plan that may be near the best: so no estimate is stale for ever, and little is lost.
@@ -100,6 +115,14 @@ class CostModelPolicy(Policy[None]):
         if expected.plan.mode in LOSSLESS_MODES:
             return expected.tokens_per_s
         return expected.tokens_per_s / (1.0 + self._bounds.diffusion_gain)
+
+
+def _smooth(state: Smoothed | None, num_auto: int, now_s: float) -> Smoothed:
+    """Noise is averaged out; a change larger than noise is taken at once."""
+    if state is None or abs(num_auto - state.num_auto) > NOISE * max(num_auto, state.num_auto):
+        return Smoothed(float(num_auto), now_s)
+    fresh = 1.0 - math.exp(-max(0.0, now_s - state.at_s) / SMOOTHED_S)
+    return Smoothed(state.num_auto + fresh * (num_auto - state.num_auto), now_s)
 
 
 def _gain(best: tuple[float, float], current: tuple[float, float]) -> float:

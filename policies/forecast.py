@@ -31,7 +31,7 @@ class Forecast:
     tokens_per_s: float
     step_ms: float
     num_prefill: float
-    tpots: tuple[tuple[int, float], ...]
+    tpots: tuple[tuple[float, float], ...]
 
     @property
     def tpot_s(self) -> float:
@@ -39,7 +39,7 @@ class Forecast:
         return self.tpots[0][1]
 
 
-def forecast(load: ReplicaLoad, plan: DecodePlan, num_auto: int | None = None) -> Forecast:
+def forecast(load: ReplicaLoad, plan: DecodePlan, num_auto: float | None = None) -> Forecast:
     """With the replica's `auto` requests on this plan, num_auto of them instead of the load's own.
 
     An idle replica is judged by the one request that may come next. Requests that places or pages
@@ -65,10 +65,10 @@ def forecast(load: ReplicaLoad, plan: DecodePlan, num_auto: int | None = None) -
     return Forecast(plan, 1000.0 * made / step_ms, step_ms, num_prefill, tpots)
 
 
-def _groups(load: ReplicaLoad, plan: DecodePlan, num_auto: int) -> Iterator[tuple[int, DecodePlan]]:
+def _groups(load: ReplicaLoad, plan: DecodePlan, num_auto: float) -> Iterator[tuple[float, DecodePlan]]:
     """How many requests run which plan; never none at all."""
     num_pinned = sum(load.pinned_by_mode.values())
-    num_auto = max(num_auto, 0 if num_pinned else 1)
+    num_auto = max(num_auto, 0.0 if num_pinned else 1.0)
     num_lossless = min(load.num_lossless, num_auto)
     yield num_auto - num_lossless, plan
     if num_lossless:

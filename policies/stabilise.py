@@ -13,6 +13,8 @@ from policies.policy import Decision, Policy, PolicyParameters, Probes, Snapshot
 logger = logging.getLogger(__name__)
 
 WINDOW_S = 60.0
+SETTLED = 0.4
+"""What is left of the margin once a plan has been held for long."""
 
 
 class StabiliseParameters(PolicyParameters):
@@ -20,7 +22,8 @@ class StabiliseParameters(PolicyParameters):
 
     max_shifts_per_minute: over any 60 s. margin: the least gain worth a shift, for policies that
     know the gain (0.1 is 10 %). margin_half_life_s: in so many seconds without a shift the margin
-    halves, so that noise shifts nothing soon and a small gain that lasts is taken in the end.
+    halves, down to SETTLED of it, so that noise shifts nothing and a small gain that lasts is taken in
+    the end.
 
     The dwell is a control period short of a second, so that a change of load is answered within one
     whatever went before.
@@ -91,7 +94,8 @@ class Stabilised(Policy[StableState]):
             return None
 
     def _obstacle(self, wanted: Decision, held_s: float, num_recent: int) -> str | None:
-        margin = self._bounds.margin * 0.5 ** (max(0.0, held_s) / self._bounds.margin_half_life_s)
+        patience = 0.5 ** (max(0.0, held_s) / self._bounds.margin_half_life_s)
+        margin = self._bounds.margin * max(SETTLED, patience)
         if wanted.gain is not None and wanted.gain < margin:
             return f"gain {wanted.gain:.1%} below the margin of {margin:.1%}"
         if held_s < self._bounds.dwell_s:

@@ -1,0 +1,292 @@
+import random
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from policies.cost import ReplicaCosts, StepCost, Yield
+from policies.cost_model import CostModelParameters, CostModelPolicy
+from policies.forecast import forecast
+from policies.modes import LOSSLESS_MODES, DecodePlan, Mode
+from policies.policy import Snapshot
+from policies.registry import create_policy
+from policies.slo import SloParameters, SloPolicy, ttft_s
+from tests.policies.helpers import a_load, drive
+
+PERIOD_S = 0.2
+AR = DecodePlan(Mode.AR)
+# As an accelerator: flat while bound by memory, then linear. Blocks win alone, ar in a crowd.
+GPU = StepCost((1, 64, 128, 512), (7.0, 8.0, 12.0, 60.0), segment_ms=0.02, cached_ms=0.3)
+
+
+def speculation(block):
+    return DecodePlan(Mode.SELF_SPECULATION, block)
+
+
+def diffusion(block):
+    return DecodePlan(Mode.DIFFUSION, block, 0.9)
+
+
+def measured(diffusion_forwards=4.0, step=GPU, num_rounds=100.0):
+    yields = [
+        Yield(speculation(4), 3.4, 2.0, num_rounds),
+        Yield(speculation(8), 5.5, 2.0, num_rounds),
+        Yield(speculation(16), 7.5, 2.0, num_rounds),
+        Yield(speculation(32), 8.5, 2.0, num_rounds),
+        *(Yield(diffusion(b), float(b), diffusion_forwards * b / 16, num_rounds) for b in (8, 16, 32)),
+    ]
+    return ReplicaCosts(step, tuple(yields))
+
+
+def a_replica(num_auto, costs=None, **changes):
+    costs = measured() if costs is None else costs
+    values = {"costs": costs, "max_running": 256, "num_pages": 10_000, "mean_context": 200.0}
+    return a_load(num_auto, **{**values, **changes})
+
+
+def decided(load, current=None, **parameters):
+    policy = CostModelPolicy(CostModelParameters(**parameters))
+    return policy.decide(Snapshot(load, current), None, 0.0)[0]
+
+
+def best_of(load, **parameters):
+    plans = CostModelParameters(**parameters).candidates(load.modes)
+    return max(forecast(load, plan).tokens_per_s for plan in plans)
+
+
+@pytest.mark.parametrize("num", [1, 2, 4, 8, 16, 32, 64, 128])
+@pytest.mark.parametrize("forwards", [2.0, 4.0, 8.0])
+def test_what_it_picks_is_within_the_price_of_diffusion_of_the_best(num, forwards):
+    load = a_replica(num, measured(forwards))
+    best = best_of(load)
+    assert forecast(load, decided(load, diffusion_gain=0.0).decode).tokens_per_s == best
+    assert forecast(load, decided(load).decode).tokens_per_s >= best / 1.05
+
+
+def test_more_load_means_shorter_blocks_and_then_ar():
+    plans = [decided(a_replica(num, measured(8.0))).decode for num in (1, 4, 16, 64, 250)]
+    blocks = [plan.block_length for plan in plans]
+    assert blocks == sorted(blocks, reverse=True)
+    assert (plans[0].mode, plans[-1]) == (Mode.SELF_SPECULATION, AR)
+
+
+def test_quality_lossless_never_runs_diffusion_however_fast():
+    fast = a_replica(1, measured(1.5))
+    assert decided(fast).decode.mode is Mode.DIFFUSION
+    assert decided(fast, quality="lossless").decode.mode is Mode.SELF_SPECULATION
+    policy = create_policy("cost_model", {"quality": "lossless"})
+    assert {plan.mode for plan in policy.probes(fast, AR).plans} <= LOSSLESS_MODES
+
+
+def test_diffusion_must_be_worth_its_price():
+    load = a_replica(1, measured(3.6))
+    gain = (
+        max(forecast(load, diffusion(b)).tokens_per_s for b in (8, 16, 32))
+        / best_of(load, quality="lossless")
+        - 1
+    )
+    assert gain > 0.0
+    assert decided(load, diffusion_gain=gain * 0.9).decode.mode is Mode.DIFFUSION
+    assert decided(load, diffusion_gain=gain * 1.1).decode.mode is Mode.SELF_SPECULATION
+
+
+def test_diffusion_runs_at_the_threshold_that_bounds_its_quality():
+    chosen = decided(a_replica(1, measured(1.5)), threshold=0.95).decode
+    assert (chosen.mode, chosen.threshold) == (Mode.DIFFUSION, 0.95)
+
+
+@pytest.mark.parametrize("modes", [(Mode.AR,), (Mode.AR, Mode.SELF_SPECULATION), (Mode.AR, Mode.DIFFUSION)])
+def test_a_mode_the_model_lacks_is_no_candidate(modes):
+    for num in (1, 100):
+        assert decided(a_replica(num, modes=modes)).decode.mode in modes
+
+
+def test_pinned_requests_prefill_and_memory_bear_on_the_choice():
+    alone = decided(a_replica(4), quality="lossless").decode
+    assert alone.block_length == 16
+    crowded = a_replica(4, pinned_by_mode={Mode.AR: 100})
+    assert decided(crowded, quality="lossless").decode.block_length < alone.block_length
+    prefilling = a_replica(4, prefill_per_token=20.0)
+    assert decided(prefilling, quality="lossless").decode.block_length < alone.block_length
+    short = a_replica(4, mean_remaining=3.0)
+    assert decided(short, quality="lossless").decode.block_length < alone.block_length
+
+
+def test_memory_too_small_for_long_blocks_means_short_ones():
+    """64 sequences of 16 tokens in 70 pages: with blocks of 32 only 23 of them run at once."""
+    flat = StepCost((1, 4096), (10.0, 10.001))
+    roomy = a_replica(64, measured(step=flat), mean_context=16.0, max_step_tokens=4096)
+    tight = a_replica(64, measured(step=flat), mean_context=16.0, max_step_tokens=4096, num_pages=70)
+    assert decided(roomy, quality="lossless").decode == speculation(32)
+    assert decided(tight, quality="lossless").decode == speculation(16)
+
+
+def test_lossless_requests_are_judged_by_what_they_run():
+    """Where all are lossless, diffusion brings nobody anything."""
+    load = a_replica(4, measured(2.0))
+    all_lossless = a_replica(4, measured(2.0), num_lossless=4)
+    assert decided(load).decode.mode is Mode.DIFFUSION
+    assert decided(all_lossless).decode.mode is Mode.SELF_SPECULATION
+
+
+def test_the_reason_names_inputs_and_what_was_compared():
+    reason = decided(a_replica(3)).reason
+    assert reason.startswith("3 in flight, 3 auto; tokens/s expected: ")
+    assert all(mode in reason for mode in Mode)
+    assert "nothing measured yet" in decided(a_load(3)).reason
+
+
+def test_unmeasured_it_still_goes_from_blocks_to_ar():
+    assert decided(a_load(1, max_running=256)).decode.mode is Mode.SELF_SPECULATION
+    assert decided(a_load(200, max_running=256, num_pages=9999)).decode == AR
+
+
+def test_a_plan_of_another_policys_is_left_at_once():
+    assert decided(a_replica(1), current=DecodePlan(Mode.DIFFUSION, 7, 0.3)).gain is None
+
+
+def test_what_is_tried_may_be_near_the_best_and_ar_is_never_in_doubt():
+    policy = CostModelPolicy(CostModelParameters())
+    running = decided(a_replica(1)).decode
+    tried = policy.probes(a_replica(1), running).plans
+    assert running not in tried
+    assert AR not in tried  # far behind at this load
+    assert speculation(16) in tried
+    unsure = policy.probes(a_replica(1, measured(num_rounds=0.0)), running).plans
+    assert set(tried) < set(unsure)
+    assert policy.probes(a_replica(0), running) is None
+    assert policy.probes(a_load(1), running) is None
+    assert CostModelPolicy(CostModelParameters(explore=0.0)).probes(a_replica(1), running) is None
+
+
+def crossovers(costs):
+    """Loads whose best plan is not that of one request more."""
+    best = {num: decided(a_replica(num, costs)).decode for num in range(1, 100)}
+    return [num for num in range(1, 99) if best[num] != best[num + 1]]
+
+
+def shifts(decisions):
+    plans = [decision.decode for _, decision in decisions]
+    times = [now_s for now_s, _ in decisions]
+    return [t for t, (before, after) in zip(times[1:], pairwise(plans), strict=True) if before != after]
+
+
+forwards = st.sampled_from([4.0, 6.0, 10.0])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    data=st.data(),
+    diffusion_forwards=forwards,
+    noise=st.lists(st.floats(-0.2, 0.2), min_size=20, max_size=100),
+    errors=st.lists(st.floats(-0.1, 0.1), min_size=100, max_size=100),
+    dwell_s=st.floats(0.5, 3.0),
+)
+def test_noise_of_20_percent_around_any_crossover_shifts_at_most_once_a_dwell(
+    data, diffusion_forwards, noise, errors, dwell_s
+):
+    """The load's noise, and one of 10 % in the costs beside it."""
+    costs = measured(diffusion_forwards)
+    num = data.draw(st.sampled_from(crossovers(costs)))
+    policy = create_policy("cost_model", {"stabilise": {"dwell_s": dwell_s, "max_shifts_per_minute": 1000}})
+    loads = []
+    for n, error in zip(noise, errors, strict=False):
+        noisy = ReplicaCosts(costs.step.scaled(1.0 + error), costs.yields)
+        loads.append(a_replica(max(0, round(num * (1 + n))), noisy))
+    arrivals = [(PERIOD_S * index, load) for index, load in enumerate(loads)]
+    times = shifts(drive(policy, arrivals))
+    assert all(later - earlier >= dwell_s - 1e-9 for earlier, later in pairwise(times))
+
+
+@pytest.mark.parametrize("diffusion_forwards", [4.0, 6.0, 10.0])
+def test_noise_of_20_percent_shifts_less_often_than_the_dwell_would_let_it(diffusion_forwards):
+    """The smoothed load and the margin hold back most of what would shift: of 75 chances in a minute."""
+    costs = measured(diffusion_forwards)
+    rng = random.Random(7)
+    for num in crossovers(costs):
+        loads = [a_replica(max(1, round(num * rng.uniform(0.8, 1.2))), costs) for _ in range(300)]
+        arrivals = [(PERIOD_S * index, load) for index, load in enumerate(loads)]
+        policy = create_policy("cost_model", {"stabilise": {"max_shifts_per_minute": 1000}})
+        assert len(shifts(drive(policy, arrivals))) <= 18
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    before=st.lists(st.integers(0, 200), min_size=0, max_size=40),
+    after=st.sampled_from([1, 2, 4, 8, 16, 32, 64, 128, 200]),
+    diffusion_forwards=forwards,
+)
+def test_within_1_s_of_a_step_change_the_plan_is_right(before, after, diffusion_forwards):
+    """Right: nothing brings more by the margin, for which no shift is made."""
+    costs = measured(diffusion_forwards)
+    num_after = 1 + round(1.0 / PERIOD_S)
+    loads = [a_replica(num, costs) for num in before] + [a_replica(after, costs)] * num_after
+    arrivals = [(PERIOD_S * index, load) for index, load in enumerate(loads)]
+    policy = create_policy(
+        "cost_model", {"diffusion_gain": 0.0, "stabilise": {"max_shifts_per_minute": 1000}}
+    )
+    plan = drive(policy, arrivals)[-1][1].decode
+    assert forecast(loads[-1], plan).tokens_per_s * 1.1 >= best_of(loads[-1])
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"quality": "best"},
+        {"threshold": 0.0},
+        {"speculation_blocks": [1]},
+        {"diffusion_blocks": [128]},
+        {"explore": 0.5},
+        {"margin": 0.1},
+    ],
+)
+def test_bad_parameters_are_refused(parameters):
+    with pytest.raises(ValidationError):
+        CostModelParameters.model_validate(parameters)
+
+
+def slo(load, current=None, **parameters):
+    policy = SloPolicy(SloParameters(**parameters))
+    return policy.decide(Snapshot(load, current), None, 0.0)[0]
+
+
+def test_slo_is_the_fastest_plan_where_every_plan_is_in_time():
+    for num in (1, 16, 100):
+        assert slo(a_replica(num), tpot_s=9.0, ttft_s=9.0).decode == decided(a_replica(num)).decode
+
+
+def test_slo_gives_up_throughput_for_the_pace_of_requests():
+    """More tokens a second by one group's long blocks, but pinned ar requests would then be too slow."""
+    load = a_replica(24, measured(2.0), pinned_by_mode={Mode.AR: 24})
+    fastest = forecast(load, decided(load).decode)
+    ar_tpot_s = fastest.tpots[1][1]
+    careful = forecast(load, slo(load, tpot_s=ar_tpot_s * 0.9).decode)
+    assert careful.plan != fastest.plan
+    assert careful.tokens_per_s < fastest.tokens_per_s
+    assert careful.tpots[1][1] <= 0.9 * ar_tpot_s
+
+
+def test_slo_lets_the_running_plan_use_the_headroom():
+    load = a_replica(24, measured(2.0), pinned_by_mode={Mode.AR: 24})
+    fastest = decided(load).decode
+    target_s = forecast(load, fastest).tpots[1][1] * 1.05
+    assert slo(load, tpot_s=target_s).decode != fastest
+    assert slo(load, current=fastest, tpot_s=target_s).decode == fastest
+
+
+def test_slo_hopeless_is_the_fastest():
+    load = a_replica(100)
+    assert slo(load, tpot_s=1e-6, ttft_s=1e-6).decode == decided(load).decode
+
+
+def test_the_time_to_the_first_token_grows_with_prompts_and_requests_ahead():
+    load = a_replica(4)
+    expected = forecast(load, AR)
+    alone = ttft_s(load, expected)
+    assert alone == pytest.approx(expected.step_ms / 1000)
+    prompts = ttft_s(a_replica(4, waiting_prompt_tokens=5080), expected)
+    assert prompts == pytest.approx(alone * 11, rel=0.01)
+    blocked = a_replica(10, max_running=8, mean_remaining=50.0)
+    assert ttft_s(blocked, expected) == pytest.approx(alone + 2 * 50.0 / expected.tokens_per_s)
