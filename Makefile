@@ -6,12 +6,12 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-# make serve MODEL=<folder or hub name> REPLICAS=2 PORT=8000 REDIS_URL=redis://... POLICY=threshold
+# make serve MODEL=<folder or hub name> REPLICAS=2 PORT=8000 REDIS_URL=redis://... POLICY=cost_model
 MODEL     ?=
 REPLICAS  ?= 1
 PORT      ?= 8000
 REDIS_URL ?=
-POLICY    ?= threshold
+POLICY    ?=
 
 # make train OUT=<folder for the run; started again, it goes on from there>
 OUT       ?= .run/train

@@ -17,7 +17,7 @@ LEVELS = [
 def server() -> Iterator[Server]:
     """Two replicas and an embedded Valkey, for all tests: it leaves each of them as it was."""
     params = json.dumps({"levels": LEVELS, "stabilise": {"dwell_s": 0.5}})
-    with Server("num_replicas=2", f"policy_params={params}", "max_waiting=64") as server:
+    with Server("num_replicas=2", "policy=threshold", f"policy_params={params}", "max_waiting=64") as server:
         yield server
 
 
