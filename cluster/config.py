@@ -8,12 +8,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 import replicas
+from policies.connection import check_url
 from policies.modes import MAX_BLOCK_LENGTH
 from policies.registry import DEFAULT_POLICY, PolicyError, create_policy
 
 EMBEDDED_MODEL = "triad-5m"
-
-_REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 
 
 def _mapping(value: Any) -> Any:
@@ -95,8 +94,8 @@ class ClusterConfig(BaseModel):
     @field_validator("redis_url")
     @classmethod
     def _is_redis_url(cls, url: str | None) -> str | None:
-        if url is not None and not url.startswith(_REDIS_SCHEMES):
-            raise ValueError(f"start it with one of {', '.join(_REDIS_SCHEMES)}, as in redis://host:6379/0")
+        if url is not None:
+            check_url(url)
         return url
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""The live state of the cluster in Redis. No other file talks to Redis.
+"""The live state of the cluster in Redis. No other file talks to Redis (policies.connection opens it).
 
 Keys, with the braces as they stand: they put all of an app in one slot of a Redis Cluster, so that
 a script may touch several of its keys.
@@ -19,11 +19,9 @@ from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import Any, TypeVar
 
-import redis.asyncio
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from policies.connection import connect
 from policies.entries import DECISIONS, LOADS, PLANS, Codec, MalformedEntry
 from policies.load import LOST_S, ClusterLoad, ObservedLoad, ReplicaLoad
 from policies.plan import DecisionRecord, ObservedPlan, ReplicaPlan
@@ -164,21 +162,14 @@ class PlanWrite:
 class LoadStore:
     """One app's state in Redis. Every method raises StoreUnavailable, and works again once Redis does.
 
-    url: redis://, rediss:// or unix://, with user and password if need be. Raises ValueError if it
-    is none. One event loop per object; any number of tasks in it.
+    url: as policies.connection has it: one server, the master of some Sentinels, or a Cluster. Raises
+    ValueError if it is none. One event loop per object; any number of tasks in it.
     """
 
     def __init__(
         self, url: str, app: str = "triad", *, connect_timeout_s: float = 0.5, command_timeout_s: float = 0.5
     ):
-        self._redis = redis.asyncio.Redis.from_url(
-            url,
-            decode_responses=True,
-            encoding_errors="replace",
-            socket_connect_timeout=connect_timeout_s,
-            socket_timeout=command_timeout_s,
-            retry=Retry(NoBackoff(), 0),
-        )
+        self._redis = connect(url, connect_timeout_s=connect_timeout_s, command_timeout_s=command_timeout_s)
         # The client's own limits are by step (look-up, connection, greeting, command).
         self._deadline_s = connect_timeout_s + command_timeout_s
         self._prefix = f"triad:{{{app}}}:"
