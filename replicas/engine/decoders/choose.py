@@ -54,4 +54,6 @@ def begin_round(sequence: Sequence, plan: DecodePlan, spec: ModelSpec) -> Round:
         length = min(block_length, sequence.num_remaining)
         return SelfSpeculationRound(start, seed, length, spec.mask_token_id)
     eos = frozenset() if sequence.sampling.ignore_eos else spec.eos_token_ids
-    return DiffusionRound(start, seed, block_length, plan.threshold, spec.mask_token_id, eos)
+    return DiffusionRound(
+        start, seed, block_length, plan.threshold, spec.mask_token_id, eos, spec.denoise_with_adapter
+    )

@@ -13,7 +13,10 @@ from replicas.engine.plan import SegmentOutput
 
 
 class DiffusionRound:
-    """eos_token_ids: what ends a text; empty when the request ignores it."""
+    """eos_token_ids: what ends a text; empty when the request ignores it.
+
+    adapter: whether it is on while denoising; the commit never has it.
+    """
 
     mode = Mode.DIFFUSION
 
@@ -25,11 +28,13 @@ class DiffusionRound:
         threshold: float,
         mask_token_id: int,
         eos_token_ids: Set[int],
+        adapter: bool,
     ):
         self.start = start
         self._threshold = threshold
         self._mask_token_id = mask_token_id
         self._eos_token_ids = eos_token_ids
+        self._adapter = adapter
         self._block: list[int | None] = [seed] + [None] * (block_length - 1)
         self._num_final = 1  # the seed and the fixed tokens right after it
 
@@ -41,7 +46,7 @@ class DiffusionRound:
         masked = self._masked
         tokens = tuple(self._mask_token_id if token is None else token for token in self._block)
         if masked:
-            return Ask(tokens, causal=False, adapter=False, wanted=masked)
+            return Ask(tokens, causal=False, adapter=self._adapter, wanted=masked)
         return Ask(tokens, causal=True, adapter=False, wanted=(len(tokens) - 1,))
 
     def advance(self, output: SegmentOutput) -> Advance:
