@@ -5,13 +5,14 @@ and what it takes. Everything it makes is in --out:
 
     documents-*.safetensors, held-out.safetensors   answers by the base, made once
     state.pt, log.jsonl                             what training goes on from
-    parts/                                          the adapter so far in parts, and progress.json
+    parts/                                          the adapter so far, in parts, and progress.json
     linear_spec_lora/                               the adapter, at the end
 """
 
 import argparse
 import json
 import math
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,12 +66,17 @@ def sample_documents(model: AdaptedModel, config: JobConfig, eos_id: int) -> Non
         return
     held_out = Prompts.load(config.prompts, "held_out")
     generator = torch.Generator(device).manual_seed(sampling.seed)
-    greedy = sample(model, held_out, torch.zeros(len(held_out)), sampling.max_new_tokens, eos_id, generator)
+    with torch.compiler.set_stance("force_eager"):
+        greedy = sample(
+            model, held_out, torch.zeros(len(held_out)), sampling.max_new_tokens, eos_id, generator
+        )
     greedy.save(config.out / "held-out.safetensors")
     prompts = Prompts.load(config.prompts, "train")
     began, num_documents, num_tokens, batch = time.monotonic(), 0, 0, 0
     bar = tqdm(total=sampling.max_documents, unit="answer", mininterval=5)
-    while num_documents < sampling.max_documents and time.monotonic() - began < 60 * sampling.minutes:
+    while batch == 0 or (
+        num_documents < sampling.max_documents and time.monotonic() - began < 60 * sampling.minutes
+    ):
         path = config.out / f"documents-{batch:04d}.safetensors"
         if not path.is_file():
             generator.manual_seed(sampling.seed * 1_000_003 + batch)
@@ -100,7 +106,6 @@ def run(config: JobConfig) -> bool:
     began = time.monotonic()
     config.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cuda.matmul.allow_tf32 = True
     longest = Prompts.load(config.prompts, "train").ids.shape[1] + config.sampling.max_new_tokens
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = AdaptedModel.load(config.base, config.rank, 2 * longest + 64, dtype, config.training.seed).to(
@@ -110,6 +115,7 @@ def run(config: JobConfig) -> bool:
         model.compile_layers()
     (eos_id,) = model.config.eos_token_ids
     sample_documents(model, config, eos_id)
+    torch.cuda.empty_cache()  # sampling's cache is large, and of no use to training
     documents = Documents.load(sorted(config.out.glob("documents-*.safetensors"))).to(device)
     held_out = Documents.load([config.out / "held-out.safetensors"])
     trainer = Trainer(model, documents, held_out, config.training, eos_id)
@@ -117,10 +123,12 @@ def run(config: JobConfig) -> bool:
         _resume_from_parts(trainer, config.out)
 
     def save_parts() -> None:
-        export(model, config.out / "export")
-        split(config.out / "export" / FILE, config.out / "parts")
+        parts, exported = config.out / "parts", config.out / "export"
+        export(model, exported)
+        split(exported / FILE, parts)
+        shutil.copy(exported / "adapter_config.json", parts)
         progress = {"step": trainer.step, "minutes": trainer.minutes}
-        (config.out / "parts" / "progress.json").write_text(json.dumps(progress) + "\n")
+        (parts / "progress.json").write_text(json.dumps(progress) + "\n")
 
     left = config.stop_after_minutes - (time.monotonic() - began) / 60
     if not trainer.train(config.out, left, on_save=save_parts):

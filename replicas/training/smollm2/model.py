@@ -5,8 +5,9 @@ that all else attends to; `noisy` is bidirectional within blocks, with adapter, 
 block; `decode` is one causal token a row over a cache, for sampling. Tensors have the published layout.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import load_file
@@ -66,8 +67,21 @@ class Layer(nn.Module):
         self.eps = config.rms_norm_eps
         self.register_buffer("input_norm", weights["input_layernorm.weight"], persistent=False)
         self.register_buffer("post_norm", weights["post_attention_layernorm.weight"], persistent=False)
-        for name, module in PROJECTIONS.items():
-            setattr(self, name, AdaptedLinear(weights[f"{module}.{name}.weight"], rank))
+
+        def adapted(name: str) -> AdaptedLinear:
+            return AdaptedLinear(weights[f"{PROJECTIONS[name]}.{name}.weight"], rank)
+
+        self.q_proj, self.k_proj, self.v_proj = adapted("q_proj"), adapted("k_proj"), adapted("v_proj")
+        self.o_proj = adapted("o_proj")
+        self.gate_proj, self.up_proj = adapted("gate_proj"), adapted("up_proj")
+        self.down_proj = adapted("down_proj")
+        self.project: Callable[..., tuple[Tensor, Tensor, Tensor]] = self._project
+        self.finish: Callable[..., Tensor] = self._finish
+
+    def compile_parts(self) -> None:
+        """What stands before and after attention becomes few kernels; one compilation serves all layers."""
+        self.project = torch.compile(self._project, dynamic=False)
+        self.finish = torch.compile(self._finish, dynamic=False)
 
     def _project(self, x: Tensor, cos: Tensor, sin: Tensor, adapted: bool) -> tuple[Tensor, Tensor, Tensor]:
         rows, length, _ = x.shape
@@ -88,9 +102,9 @@ class Layer(nn.Module):
 
     def clean(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [rows, length, hidden] -> x, K, V. Causal, without adapter."""
-        q, k, v = self._project(x, cos, sin, False)
+        q, k, v = self.project(x, cos, sin, False)
         attended = F.scaled_dot_product_attention(q, self._heads(k), self._heads(v), is_causal=True)
-        return self._finish(x, attended, False), k, v
+        return self.finish(x, attended, False), k, v
 
     def noisy(
         self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, keys: Tensor, values: Tensor
@@ -99,10 +113,10 @@ class Layer(nn.Module):
 
         keys, values: the clean ones; bias: [rows, 1, noisy, clean + noisy].
         """
-        q, k, v = self._project(x, cos, sin, True)
+        q, k, v = self.project(x, cos, sin, True)
         k, v = torch.cat((keys, k), dim=2), torch.cat((values, v), dim=2)
         attended = F.scaled_dot_product_attention(q, self._heads(k), self._heads(v), attn_mask=bias)
-        return self._finish(x, attended, True)
+        return self.finish(x, attended, True)
 
     def decode(
         self,
@@ -118,13 +132,13 @@ class Layer(nn.Module):
         bias: [rows, 1, 1, cached]. The query heads of one K/V head are so many queries of it, so that
         nothing of the cache is copied.
         """
-        q, k, v = self._project(x, cos, sin, False)
+        q, k, v = self.project(x, cos, sin, False)
         row = torch.arange(len(x), device=x.device)
         for kept, new in zip(cache, (k, v), strict=True):
             kept[row, :, positions] = new[:, :, 0]
         q = q.view(len(x), self.num_kv_heads, -1, self.head_dim)
         attended = F.scaled_dot_product_attention(q, *cache, attn_mask=bias)
-        return self._finish(x, attended.reshape(len(x), self.num_heads, 1, self.head_dim), False)
+        return self.finish(x, attended.reshape(len(x), self.num_heads, 1, self.head_dim), False)
 
 
 class AdaptedModel(nn.Module):
@@ -152,11 +166,11 @@ class AdaptedModel(nn.Module):
         self.register_buffer("embedding", weights["encoder.embed_tokens.weight"], persistent=False)
         self.register_buffer("norm", weights["encoder.norm.weight"], persistent=False)
         self.mask_row = nn.Parameter(self.embedding.float().mean(0))
-        self.layers = nn.ModuleList()
+        self._layers = nn.ModuleList()
         for index in range(config.num_layers):
             prefix = f"encoder.layers.{index}."
             own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-            self.layers.append(Layer(config, own, rank))
+            self._layers.append(Layer(config, own, rank))
         exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
         angles = torch.arange(num_positions)[:, None] * config.rope.parameters["rope_theta"] ** -exponents
         self.register_buffer("cos", angles.cos(), persistent=False)
@@ -169,16 +183,16 @@ class AdaptedModel(nn.Module):
         weights = {name: w.to(dtype) for name, w in load_file(folder / "model.safetensors").items()}
         return cls(ModelConfig.from_folder(folder), weights, rank, num_positions, seed)
 
-    def compile_layers(self) -> None:
-        """What stands before and after attention becomes few kernels, compiled once for all layers.
+    @property
+    def layers(self) -> Sequence[Layer]:
+        return cast(Sequence[Layer], self._layers)
 
-        Where the compiler fails, what it was to compile runs as it is.
-        """
+    def compile_layers(self) -> None:
+        """Faster on a GPU. Where the compiler fails, what it was to compile runs as it is."""
         torch._dynamo.config.suppress_errors = True
         torch._dynamo.config.recompile_limit = 32  # one for each shape, of which there are about ten
         for layer in self.layers:
-            layer._project = torch.compile(layer._project, dynamic=False)
-            layer._finish = torch.compile(layer._finish, dynamic=False)
+            layer.compile_parts()
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """[rows, length] -> [rows, 1, length, head_dim / 2] of cosines, sines."""

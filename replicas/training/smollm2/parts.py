@@ -12,7 +12,8 @@ def split(path: Path, folder: Path, part_bytes: int = PART_BYTES) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for old in _parts(folder, path.name):
         old.unlink()
-    parts, digest = [], hashlib.sha256()
+    parts: list[Path] = []
+    digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(part_bytes):
             part = folder / f"{path.name}.part-{len(parts):02d}"

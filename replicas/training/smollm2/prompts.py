@@ -77,7 +77,8 @@ def _sources(package: str) -> tuple[list[Path], list[str]]:
         return sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")), []
     installed = distribution(package)
     files = [Path(str(file.locate())) for file in installed.files or [] if file.suffix == ".py"]
-    return sorted(files), [str(installed.metadata.get_payload() or "")]
+    _, _, readme = (installed.read_text("METADATA") or "").partition("\n\n")
+    return sorted(files), [readme]
 
 
 def _docstrings(file: Path) -> Iterator[str]:
