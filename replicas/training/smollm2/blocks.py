@@ -17,8 +17,9 @@ class BlockConfig:
     """full_mask_share: of blocks masked whole; the ratio of the others is uniform in [0.05, 1].
 
     A masked position weighs 1 / (the block's mask ratio), at most max_weight; past the answer's end, where
-    the target is the end of text, tail_weight times that. aligned_share: of rows whose blocks begin with
-    the answer. distill: the base's own share of the target (loss.py).
+    the target is the end of text, tail_weight times that. In a draft the k-th token after the seed weighs
+    exp(-(k - 1) / draft_decay), since it counts only where all before it are right. aligned_share: of rows
+    whose blocks begin with the answer. distill: the base's own share of the target (loss.py).
     """
 
     lengths: tuple[int, ...] = (4, 8, 8, 8, 16, 16, 32)
@@ -26,6 +27,7 @@ class BlockConfig:
     aligned_share: float = 0.25
     tail_weight: float = 0.1
     max_weight: float = 4.0
+    draft_decay: float = 6.0
     distill: float = 0.7
 
 
@@ -89,6 +91,8 @@ def draw_blocks(
 
     counts = torch.zeros(rows, num_blocks, device=device).scatter_add(1, number, masked.float())
     weights = ((block_lens - 1)[:, None] / counts.gather(1, number)).clamp(max=config.max_weight)
+    is_draft = counts.gather(1, number) == (block_lens - 1)[:, None]
+    weights = torch.where(is_draft, (-(within - 1) / config.draft_decay).exp(), weights)
     tail = torch.where(ended, config.tail_weight, 0.0)[:, None]
     asked = masked & (starts < lengths[:, None] - 1)
     weights = torch.where(asked, weights * torch.where(inside, 1.0, tail), 0.0)

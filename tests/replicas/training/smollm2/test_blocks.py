@@ -1,5 +1,7 @@
 """Blocks drawn on the device, position by position against what their definition says."""
 
+import math
+
 import torch
 
 from replicas.training.smollm2.blocks import BlockConfig, NoisyBlocks, draw_blocks
@@ -68,6 +70,8 @@ def test_every_position() -> None:
                 weight = 0.0
                 if masked[i - begin] and start < int(lengths[row]) - 1:
                     weight = min(CONFIG.max_weight, (size - 1) / sum(masked))
+                    if sum(masked) == size - 1:
+                        weight = math.exp(-(i - begin - 1) / CONFIG.draft_decay)
                     if not inside:
                         weight *= CONFIG.tail_weight if ended[row] else 0.0
                 assert abs(float(blocks.weights[row, i]) - weight) < 1e-5

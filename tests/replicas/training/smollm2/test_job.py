@@ -2,7 +2,10 @@
 the engine serves what comes out of it in all three modes."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
@@ -15,6 +18,7 @@ from policies.modes import DecodePlan, Mode
 from replicas.engine.engine import Engine
 from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.runner import TorchRunner
+from replicas.training.smollm2 import job
 from replicas.training.smollm2.blocks import BlockConfig
 from replicas.training.smollm2.documents import Documents, Prompts
 from replicas.training.smollm2.export import FILE, restore
@@ -24,12 +28,12 @@ from replicas.training.smollm2.parts import join
 from replicas.training.smollm2.train import TrainConfig, Trainer, accepted_length, learning_rate_scale
 from tests.reference import Reference
 from tests.replicas.training.smollm2.tiny import make_base
-from tests.tiny_checkpoint import EOS_TOKEN_ID, VOCAB_SIZE
+from tests.tiny_checkpoint import EOS_TOKEN_ID, MASK_TOKEN_ID, VOCAB_SIZE
 
 SAMPLING = SampleConfig(minutes=5, max_documents=96, rows=40, max_new_tokens=40, greedy_share=0.5)
 TRAINING = TrainConfig(
     minutes=None,
-    steps=60,
+    steps=40,
     rows=24,
     accumulate=2,
     num_noisy=40,
@@ -79,7 +83,7 @@ def log(config: JobConfig) -> list[dict[str, float]]:
 
 def test_it_learns(finished: JobConfig) -> None:
     entries = log(finished)
-    assert [entry["step"] for entry in entries] == list(range(10, 61, 10))
+    assert [entry["step"] for entry in entries] == list(range(10, 41, 10))
     assert entries[-1]["loss"] < 0.8 * entries[0]["loss"]
     assert entries[-1]["accepted"] > entries[0]["accepted"]
 
@@ -142,10 +146,10 @@ def test_accepted_length_is_that_of_the_engine(finished: JobConfig, tmp_path: Pa
     assert accepted_length(model, held_out, 4, rows=3) == pytest.approx(agreed / counted)
 
 
-def trainer(job: JobConfig, training: TrainConfig) -> Trainer:
-    model = AdaptedModel.load(job.base, job.rank, 200, torch.float32, training.seed)
-    documents = Documents.load(sorted(job.out.glob("documents-*.safetensors")))
-    held_out = Documents.load([job.out / "held-out.safetensors"])
+def trainer(config: JobConfig, training: TrainConfig) -> Trainer:
+    model = AdaptedModel.load(config.base, config.rank, 200, torch.float32, training.seed)
+    documents = Documents.load(sorted(config.out.glob("documents-*.safetensors")))
+    held_out = Documents.load([config.out / "held-out.safetensors"])
     return Trainer(model, documents, held_out, training, EOS_TOKEN_ID)
 
 
@@ -185,7 +189,7 @@ def test_the_time_bounds_the_training(finished: JobConfig, tmp_path: Path) -> No
 
 def test_parts_are_the_adapter_and_go_on_elsewhere(finished: JobConfig, tmp_path: Path) -> None:
     parts = finished.out / "parts"
-    assert json.loads((parts / "progress.json").read_text())["step"] == 60
+    assert json.loads((parts / "progress.json").read_text())["step"] == 40
     join(parts, FILE, tmp_path / FILE)
     exported = finished.out / "linear_spec_lora" / FILE
     assert (tmp_path / FILE).read_bytes() == exported.read_bytes()
@@ -197,6 +201,37 @@ def test_parts_are_the_adapter_and_go_on_elsewhere(finished: JobConfig, tmp_path
     (elsewhere / "documents.json").write_text("{}")
     assert run(replace(finished, out=elsewhere)), "nothing is left to do"
     assert (elsewhere / "linear_spec_lora" / FILE).read_bytes() == exported.read_bytes()
+
+
+def test_the_script(finished: JobConfig, tmp_path: Path) -> None:
+    """On the base that it has converted, from its options to the adapter; stopped, then started again."""
+    out, pieces = tmp_path / "out", tmp_path / "pieces"
+    pieces.mkdir()
+    shutil.copy(finished.prompts, pieces / "prompts.safetensors")
+    shutil.copytree(finished.base, out / "base")
+    script = Path(job.__file__).with_name("job.sh")
+    options = [
+        "--minutes=0.05",
+        "--sample-minutes=0",
+        "--sample-rows=4",
+        "--rows=2",
+        "--accumulate=1",
+        "--rank=2",
+    ]
+
+    def start(*more: str) -> str:
+        command = ["bash", str(script), str(pieces), str(out), *options, *more]
+        environment = os.environ | {"PYTHON": sys.executable}
+        outcome = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+        assert outcome.returncode == 0, outcome.stderr
+        return outcome.stdout
+
+    assert "stopped; start it again" in start("--stop-after-minutes=0")
+    assert "finished" in start()
+    assert json.loads((out / "documents.json").read_text())["documents"] == 4
+    config = json.loads((out / "linear_spec_lora" / "adapter_config.json").read_text())
+    assert (config["r"], config["trainable_token_indices"]) == (2, [MASK_TOKEN_ID])
+    assert config == json.loads((out / "parts" / "adapter_config.json").read_text())
 
 
 def test_the_learning_rate() -> None:
