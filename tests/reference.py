@@ -46,6 +46,7 @@ class Reference:
         self.eos_token_ids = frozenset(eos if isinstance(eos, list) else [eos])
         self.mask_token_id: int = config["mask_token_id"]
         self.max_context: int = config["max_position_embeddings"]
+        self.denoise_with_adapter: bool = config.get("denoise_with_adapter", False)
         self.base = _load_base(folder, config)
         self.drafter = _with_adapter(self.base, folder / "linear_spec_lora")
 
@@ -156,7 +157,7 @@ class Reference:
             return not masked or any(token in eos for token in block[1:first_mask])
 
         while not ended():
-            logits = self.block_logits(prefix, block, adapter=False)
+            logits = self.block_logits(prefix, block, adapter=self.denoise_with_adapter)
             num_forwards += 1
             choices = {index: self._choose(logits[index]) for index in sorted(masked)}
             surest = max(choices, key=lambda index: choices[index][1])
@@ -204,6 +205,9 @@ def _with_adapter(base: Ministral3ForCausalLM, folder: Path) -> Ministral3ForCau
     scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
     tensors = load_file(folder / "adapter_model.safetensors")
     merged = copy.deepcopy(base)
+    mask_row = tensors.pop("base_model.model.encoder.embed_tokens.token_adapter.trainable_tokens_delta", None)
+    if mask_row is not None:
+        merged.model.embed_tokens.weight.data[config["trainable_token_indices"]] = mask_row.float()
     for name, down in tensors.items():
         if ".lora_A" not in name:
             continue

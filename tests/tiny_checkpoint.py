@@ -60,6 +60,7 @@ def make_tiny_checkpoint(
     *,
     seed: int = 0,
     adapter_targets: Seq[str] = ("o_proj",),
+    adapter_has_mask_row: bool = False,
     use_rslora: bool = False,
     num_shards: int = 1,
     likely_tokens: int = 4,
@@ -68,7 +69,8 @@ def make_tiny_checkpoint(
     """Write config.json, the weights and `linear_spec_lora/`; returns the folder.
 
     The weights are scaled so that greedy sequences wander and confidences spread over (0, 1).
-    adapter_targets: the projections the draft adapter changes; empty writes no adapter.
+    adapter_targets: the projections the adapter changes; empty writes no adapter.
+    adapter_has_mask_row: whether it brings an embedding of its own for the mask token.
     num_shards: more than 1 writes numbered shards and model.safetensors.index.json.
     likely_tokens: how many tokens (the EOS not among them, so it is rare) have a strong head row, so
     that drafts agree with the verified tokens now and then; 0 makes all tokens alike. The mask token
@@ -81,7 +83,9 @@ def make_tiny_checkpoint(
     generator = torch.Generator().manual_seed(seed)
     _save_sharded(folder, _random_weights(config, generator, likely_tokens), num_shards)
     if adapter_targets:
-        _save_adapter(folder / "linear_spec_lora", config, generator, adapter_targets, use_rslora)
+        _save_adapter(
+            folder / "linear_spec_lora", config, generator, adapter_targets, use_rslora, adapter_has_mask_row
+        )
     return folder
 
 
@@ -155,6 +159,7 @@ def _save_adapter(
     generator: torch.Generator,
     targets: Seq[str],
     use_rslora: bool,
+    has_mask_row: bool,
 ) -> None:
     folder.mkdir(exist_ok=True)
     weights = {}
@@ -176,5 +181,9 @@ def _save_adapter(
         "bias": "none",
         "use_dora": False,
     }
+    if has_mask_row:
+        adapter_config["trainable_token_indices"] = [config["mask_token_id"]]
+        name = "base_model.model.encoder.embed_tokens.token_adapter.trainable_tokens_delta"
+        weights[name] = torch.randn(1, _number(config, "hidden_size"), generator=generator)
     (folder / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2))
     save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})

@@ -24,7 +24,7 @@ class Segment:
     wanted: indices into token_ids whose logits are sampled, ascending; may be empty.
     prompt_len: tokens of the sequence's prompt.
     history: the tokens before start, where the sampling has penalties; else empty.
-    adapter: whether the draft adapter is on for these rows (bidirectional segments only).
+    adapter: whether the adapter is on for these rows (bidirectional segments only).
     allowed: for each wanted index a mask of what may be sampled (engine.grammar); empty for anything.
     """
 
@@ -107,6 +107,8 @@ class ModelSpec:
     num_pages: int
     page_size: int
     vocab_size: int
+    denoise_with_adapter: bool = False
+    """Whether the adapter is on in denoising forwards as well as in drafts."""
 
 
 class Runner(Protocol):

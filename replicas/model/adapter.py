@@ -1,4 +1,4 @@
-"""The draft adapter (LoRA): two thin products, on the rows of drafting segments only."""
+"""The adapter (LoRA): two thin products, on the rows of bidirectional segments only."""
 
 import math
 import re
@@ -20,6 +20,7 @@ _FUSED = {
     "up_proj": "gate_up",
     "down_proj": "down",
 }
+_TRAINED_TOKENS = re.compile(r"\bembed_tokens\.(?:token_adapter\.)?trainable_tokens_delta(?:\.default)?$")
 _TENSOR_NAME = re.compile(r"\blayers\.(\d+)\.(?:\w+\.)*?([a-z]+_proj)\.lora_([AB])(?:\.default)?\.weight$")
 
 ReadTensor = Callable[[str, tuple[int, ...]], torch.Tensor]
@@ -65,6 +66,8 @@ def load_adapter(
     shapes = _projection_shapes(config)
     tensors: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
     for name in names:
+        if _TRAINED_TOKENS.search(name):
+            continue
         found = _TENSOR_NAME.search(name)
         if not found or found[2] not in shapes or int(found[1]) >= config.num_layers:
             raise CheckpointError(f"linear_spec_lora: tensor {name} belongs to no projection of the model")
@@ -87,6 +90,28 @@ def load_adapter(
     if not any(layers):
         raise CheckpointError("linear_spec_lora: the adapter has no tensors")
     return layers
+
+
+def load_mask_row(
+    raw: Mapping[str, Any], names: Sequence[str], read: ReadTensor, config: ModelConfig
+) -> torch.Tensor | None:
+    """[hidden], the mask token's embedding where the adapter brings one (PEFT's `trainable_token_indices`).
+
+    In PEFT's files such rows stand in the embedding's place, in spite of the tensor's name. Raises
+    CheckpointError when another token's row is among them: causal forwards would no longer be the base's.
+    """
+    indices = raw.get("trainable_token_indices")
+    if isinstance(indices, dict):
+        indices = indices.get("embed_tokens") if set(indices) == {"embed_tokens"} else list(indices)
+    name = next((name for name in names if _TRAINED_TOKENS.search(name)), None)
+    if not indices and name is None:
+        return None
+    if indices != [config.mask_token_id] or name is None:
+        raise CheckpointError(
+            f"linear_spec_lora: trainable_token_indices {indices!r} with tensor {name}; only "
+            f"the mask token's row of embed_tokens, [{config.mask_token_id}], may be trained"
+        )
+    return read(name, (1, config.hidden_size))[0]
 
 
 def _rank_and_scale(raw: Mapping[str, Any]) -> tuple[int, float]:

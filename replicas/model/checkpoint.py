@@ -12,12 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from replicas.model import layout
-from replicas.model.adapter import LowRank, load_adapter
-from replicas.model.config import TRI_MODE_TYPE, CheckpointError, ModelConfig, read_json
+from replicas.model.adapter import LowRank, load_adapter, load_mask_row
+from replicas.model.config import ADAPTER_FOLDER, TRI_MODE_TYPE, CheckpointError, ModelConfig, read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "linear_spec_lora/*"]
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", f"{ADAPTER_FOLDER}/*"]
 _GIB = 1 << 30
 
 __all__ = ["CheckpointError", "LayerWeights", "ModelWeights", "load_weights", "resolve_folder"]
@@ -104,9 +104,8 @@ def load_weights(
             for index in range(config.num_layers)
         ]
         norm = read(f"{prefix}.norm.weight", config.hidden_size)
-    adapter_folder = folder / "linear_spec_lora"
-    if tri_mode and adapter_folder.is_dir():
-        _attach_adapter(adapter_folder, layers, config, dtype)
+    if tri_mode and config.has_adapter:
+        _attach_adapter(folder / ADAPTER_FOLDER, embedding, layers, config, dtype)
     return ModelWeights(embedding, layers, norm, head)
 
 
@@ -146,11 +145,20 @@ def _read_layer(
 
 
 def _attach_adapter(
-    folder: Path, layers: list[LayerWeights], config: ModelConfig, dtype: torch.dtype
+    folder: Path,
+    embedding: torch.Tensor,
+    layers: list[LayerWeights],
+    config: ModelConfig,
+    dtype: torch.dtype,
 ) -> None:
+    raw = read_json(folder / "adapter_config.json")
     with ExitStack() as stack:
         reader = _TensorReader(folder, stack, stem="adapter_model")
-        adapters = load_adapter(read_json(folder / "adapter_config.json"), list(reader), reader.read, config)
+        mask_row = load_mask_row(raw, list(reader), reader.read, config)
+        adapters = load_adapter(raw, list(reader), reader.read, config)
+    if mask_row is not None:
+        # No causal forward sees the mask token, and none chooses it where head and embedding are one.
+        embedding[config.mask_token_id] = mask_row.to(dtype)
     for layer, by_name in zip(layers, adapters, strict=True):
         layer.adapters = {name: adapter.to(dtype) for name, adapter in by_name.items()}
 

@@ -9,6 +9,7 @@ from typing import Any
 from policies.modes import Mode
 
 TRI_MODE_TYPE = "nemotron_labs_diffusion"
+ADAPTER_FOLDER = "linear_spec_lora"
 MODEL_TYPES = (TRI_MODE_TYPE, "ministral3", "llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -40,6 +41,8 @@ class ModelConfig:
 
     qkv_bias: whether q, k and v have a bias (qwen2). qk_norm: whether query and key heads are
     normalised before the rotary embedding (qwen3).
+    denoise_with_adapter: the adapter is on in every bidirectional forward, not in drafts alone; the model
+    was trained for these with it, so without it only `ar` is served. has_adapter: whether it is there.
     """
 
     model_type: str
@@ -57,12 +60,15 @@ class ModelConfig:
     qkv_bias: bool
     qk_norm: bool
     mask_token_id: int | None
+    denoise_with_adapter: bool
+    has_adapter: bool
     block_size: int | None
     eos_token_ids: frozenset[int]
 
     @property
     def modes(self) -> tuple[Mode, ...]:
-        if self.model_type == TRI_MODE_TYPE and self.mask_token_id is not None:
+        adapted = self.has_adapter or not self.denoise_with_adapter
+        if self.model_type == TRI_MODE_TYPE and self.mask_token_id is not None and adapted:
             return (Mode.AR, Mode.DIFFUSION, Mode.SELF_SPECULATION)
         return (Mode.AR,)
 
@@ -86,10 +92,12 @@ class ModelConfig:
         raw = read_json(folder / "config.json")
         generation = folder / "generation_config.json"
         extra_eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
-        return cls.parse(raw, extra_eos)
+        return cls.parse(raw, extra_eos, has_adapter=(folder / ADAPTER_FOLDER).is_dir())
 
     @classmethod
-    def parse(cls, raw: Mapping[str, Any], extra_eos: int | list[int] | None = None) -> "ModelConfig":
+    def parse(
+        cls, raw: Mapping[str, Any], extra_eos: int | list[int] | None = None, has_adapter: bool = False
+    ) -> "ModelConfig":
         """Raises CheckpointError for an unknown model type or a value that can't be served."""
         model_type = raw.get("model_type")
         if model_type not in MODEL_TYPES:
@@ -131,6 +139,8 @@ class ModelConfig:
             qkv_bias=model_type == "qwen2",
             qk_norm=model_type == "qwen3",
             mask_token_id=mask_token_id,
+            denoise_with_adapter=_flag(raw, "denoise_with_adapter"),
+            has_adapter=has_adapter,
             block_size=_positive(raw, "block_size") if raw.get("block_size") is not None else None,
             eos_token_ids=_ids(raw.get("eos_token_id")) | _ids(extra_eos),
         )
@@ -168,6 +178,13 @@ def _positive(raw: Mapping[str, Any], key: str, default: int | None = None) -> i
         value = default
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CheckpointError(f"config.json: {key} must be a positive integer, got {value!r}")
+    return value
+
+
+def _flag(raw: Mapping[str, Any], key: str) -> bool:
+    value = raw.get(key, False)
+    if not isinstance(value, bool):
+        raise CheckpointError(f"config.json: {key} must be true or false, got {value!r}")
     return value
 
 

@@ -24,7 +24,7 @@ class RotaryTable:
         self.phases = torch.complex(angles.cos() * factor, angles.sin() * factor)
         self.query_scale: torch.Tensor | None = None
         beta, original_max = config.rope.query_beta, config.rope.original_max_positions
-        if beta is not None and original_max is not None:
+        if beta and original_max is not None:
             self.query_scale = 1 + beta * torch.log(1 + torch.floor(positions / original_max))
 
     def factors(self, positions: torch.Tensor, num_heads: int, num_kv_heads: int) -> torch.Tensor:

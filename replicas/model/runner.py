@@ -41,6 +41,7 @@ class TorchRunner:
             num_pages=num_pages,
             page_size=page_size,
             vocab_size=config.vocab_size,
+            denoise_with_adapter=config.denoise_with_adapter,
         )
 
     @classmethod

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+import replicas
 from cluster.config import ClusterConfig
 
 
@@ -16,6 +17,17 @@ def test_the_defaults_serve_the_embedded_model():
     assert config.model_name == "triad-5m"
     assert Path(config.checkpoint).parts[-3:] == ("replicas", "checkpoints", "triad-5m")
     assert config.redis_url is None
+
+
+def test_a_named_model_needs_its_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(replicas, "__path__", [str(tmp_path)])
+    with pytest.raises(ValidationError, match="smollm2 has no weights here yet; `make model`"):
+        from_command_line("model=smollm2")
+    folder = tmp_path / "checkpoints" / "smollm2-135m"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").touch()
+    config = from_command_line("model=smollm2")
+    assert (config.checkpoint, config.model_name) == (str(folder), "smollm2")
 
 
 def test_strings_become_what_they_should_be():

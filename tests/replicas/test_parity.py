@@ -28,6 +28,12 @@ PLANS = [
     ),
 ]
 MAX_TOKENS = 40
+PLAIN_ROPE = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "llama_4_scaling_beta": 0.0,
+    "original_max_position_embeddings": 256,
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +51,41 @@ def reference(folder: Path) -> Reference:
 @pytest.fixture
 def engine(folder: Path) -> Engine:
     return make_engine(folder)
+
+
+ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_an_adapter_that_denoises_too(tmp_path: Path, tied: bool) -> None:
+    """On every projection and in every bidirectional forward, with a mask token of its own, on plain rope."""
+    folder = make_tiny_checkpoint(
+        tmp_path,
+        seed=4,
+        adapter_targets=ALL_PROJECTIONS,
+        adapter_has_mask_row=True,
+        denoise_with_adapter=True,
+        tie_word_embeddings=tied,
+        rope_parameters=PLAIN_ROPE,
+    )
+    reference = Reference(folder)
+    engine = make_engine(folder)
+    assert set(engine.spec.modes) == set(Mode)
+    wanted: dict[Sequence, tuple[int, ...]] = {}
+    for index, prompt in enumerate(prompts(len(PLANS), seed=6)):
+        plan = PLANS[index]
+        sequence = engine.submit(f"r{index}", prompt, SamplingParams(max_tokens=MAX_TOKENS), pinned(plan))
+        wanted[sequence] = reference.mixed(prompt, MAX_TOKENS, lambda _, p=plan: p).token_ids
+    finish(engine)
+    assert {s.request_id: completion(s) for s in wanted} == {s.request_id: t for s, t in wanted.items()}
+    reference.denoise_with_adapter = False
+    diffused = {s: t for s, t in wanted.items() if s.last_mode is Mode.DIFFUSION}
+    without = [
+        reference.mixed(s.tokens[: s.num_prompt_tokens], MAX_TOKENS, lambda _, p=plan: p).token_ids
+        for s, plan in zip(wanted, PLANS, strict=True)
+        if s in diffused
+    ]
+    assert without != list(diffused.values()), "the adapter makes no difference here"
 
 
 def make_engine(folder: Path, num_pages: int = 128, **limits: int) -> Engine:

@@ -64,4 +64,13 @@ def begin_round(
         )
     eos = frozenset() if sequence.sampling.ignore_eos else spec.eos_token_ids
     max_steps = sequence.decoding.max_steps or block_length
-    return DiffusionRound(start, seed, block_length, plan.threshold, spec.mask_token_id, eos, max_steps)
+    return DiffusionRound(
+        start,
+        seed,
+        block_length,
+        plan.threshold,
+        spec.mask_token_id,
+        eos,
+        max_steps,
+        spec.denoise_with_adapter,
+    )

@@ -16,6 +16,7 @@ class DiffusionRound(Round):
     """eos_token_ids: what ends a text; empty when the request ignores it.
 
     max_steps: denoising forwards at most; the last one fixes every position still masked.
+    adapter: whether it is on while denoising; the commit never has it.
     """
 
     mode = Mode.DIFFUSION
@@ -29,12 +30,14 @@ class DiffusionRound(Round):
         mask_token_id: int,
         eos_token_ids: Set[int],
         max_steps: int,
+        adapter: bool,
     ):
         self.start = start
         self._threshold = threshold
         self._mask_token_id = mask_token_id
         self._eos_token_ids = eos_token_ids
         self._steps_left = max_steps
+        self._adapter = adapter
         self._block: list[int | None] = [seed] + [None] * (block_length - 1)
         self._num_final = 1  # the seed and the fixed tokens right after it
 
@@ -46,7 +49,7 @@ class DiffusionRound(Round):
         masked = self._masked
         tokens = tuple(self._mask_token_id if token is None else token for token in self._block)
         if masked:
-            return Ask(tokens, causal=False, adapter=False, wanted=masked)
+            return Ask(tokens, causal=False, adapter=self._adapter, wanted=masked)
         return Ask(tokens, causal=True, adapter=False, wanted=(len(tokens) - 1,))
 
     def advance(self, output: SegmentOutput) -> Advance:

@@ -11,7 +11,9 @@ from replicas.model import checkpoint
 from replicas.model.checkpoint import CheckpointError, resolve_folder
 from replicas.model.runner import TorchRunner
 from tests.replicas.model.conftest import LogitsProbe, Pages, prompt, segment
-from tests.tiny_checkpoint import make_tiny_checkpoint
+from tests.tiny_checkpoint import MASK_TOKEN_ID, make_tiny_checkpoint
+
+MASK_ROW = "base_model.model.encoder.embed_tokens.token_adapter.trainable_tokens_delta"
 
 
 @pytest.fixture
@@ -146,6 +148,27 @@ def test_adapter_errors(folder: Path) -> None:
     (lora / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     with pytest.raises(CheckpointError, match="use_dora"):
         load(folder)
+
+
+def test_the_mask_row_comes_with_the_adapter(tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "model", adapter_has_mask_row=True)
+    before = (folder / "model.safetensors").read_bytes()
+    row = load_file(folder / "linear_spec_lora" / "adapter_model.safetensors")[MASK_ROW][0]
+    runner = load(folder)
+    assert torch.equal(runner._model._embedding[MASK_TOKEN_ID], row)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_no_other_row_may_be_trained(tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "model", adapter_has_mask_row=True)
+    path = folder / "linear_spec_lora" / "adapter_config.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(raw | {"trainable_token_indices": {"embed_tokens": [MASK_TOKEN_ID]}}))
+    load(folder)
+    for wrong in ([MASK_TOKEN_ID + 1], [MASK_TOKEN_ID, 9], {"lm_head": [MASK_TOKEN_ID]}, None):
+        path.write_text(json.dumps(raw | {"trainable_token_indices": wrong}))
+        with pytest.raises(CheckpointError, match=r"only the mask token's row of embed_tokens, \[5\]"):
+            load(folder)
 
 
 def test_options(folder: Path) -> None:

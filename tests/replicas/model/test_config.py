@@ -63,6 +63,13 @@ def test_modes_need_a_mask_token_and_the_tri_mode_type() -> None:
     assert ModelConfig.parse(tiny_config(model_type="ministral3")).mask_token_id is None
 
 
+def test_a_model_that_denoises_with_its_adapter_needs_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config(denoise_with_adapter=True)))
+    assert ModelConfig.from_folder(tmp_path).modes == (Mode.AR,)
+    (tmp_path / "linear_spec_lora").mkdir()
+    assert ModelConfig.from_folder(tmp_path).modes == (Mode.AR, Mode.DIFFUSION, Mode.SELF_SPECULATION)
+
+
 def test_eos_may_be_a_list_and_generation_config_adds_to_it(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny_config(eos_token_id=[2, 3])))
     assert ModelConfig.from_folder(tmp_path).eos_token_ids == {2, 3}
@@ -98,6 +105,7 @@ def test_older_rope_fields() -> None:
         ({"mask_token_id": 97}, "mask_token_id must be in [0, vocab_size 97), got 97"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
         ({"rope_parameters": {"llama_4_scaling_beta": 0.1}}, "no original_max_position_embeddings"),
+        ({"denoise_with_adapter": 1}, "denoise_with_adapter must be true or false, got 1"),
         ({"quantization_config": {"bits": 4}}, "quantized"),
     ],
 )
