@@ -6,8 +6,9 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-# make serve MODEL=<folder or hub name> REPLICAS=2 PORT=8000 REDIS_URL=redis://... POLICY=threshold
+# make serve MODEL=<folder or hub name> DTYPE=bfloat16 REPLICAS=2 PORT=8000 REDIS_URL=redis://... POLICY=threshold
 MODEL     ?=
+DTYPE     ?=
 REPLICAS  ?= 1
 PORT      ?= 8000
 REDIS_URL ?=
@@ -28,11 +29,12 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch numpy
 	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m replicas.model.native.build
 	@touch $@
 
 serve: $(READY) ## serve the embedded model, or MODEL, on http://127.0.0.1:$PORT
 	@echo "== starting Triad on http://127.0.0.1:$(PORT) (Ctrl-C stops it) =="
-	@PATH="$(CURDIR)/$(BIN):$$PATH" MODEL="$(MODEL)" REPLICAS="$(REPLICAS)" PORT="$(PORT)" \
+	@PATH="$(CURDIR)/$(BIN):$$PATH" MODEL="$(MODEL)" DTYPE="$(DTYPE)" REPLICAS="$(REPLICAS)" PORT="$(PORT)" \
 		REDIS_URL="$(REDIS_URL)" POLICY="$(POLICY)" bash cluster/serve.sh
 
 test: $(READY) ## run every test
