@@ -1,4 +1,4 @@
-"""Compiles the native forward, once a machine and source, and loads it: `python -m replicas.model.native.build`.
+"""Compiles the native forward once, and loads it: `python -m replicas.model.native.build`.
 
 The library speaks plain C and includes no header of torch or Python, so that it builds in seconds and
 depends on neither's version.

@@ -41,7 +41,7 @@ def some_segments(pages: Pages, probe: LogitsProbe) -> list[Segment]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_row_does_not_depend_on_the_batch(tiny_folder: Path, dtype: str) -> None:
-    """Bit for bit: alone, with others, in any order, in chunks. So `self_speculation` is `ar` in bfloat16 too."""
+    """Bit for bit: alone, with others, in any order, in chunks. So a verify gives AR's logits."""
     runner = poisoned_runner(tiny_folder, "native", page_size=16, num_pages=60, dtype=dtype)
     probe = LogitsProbe(runner)
     segments = some_segments(Pages(60, 16), probe)
