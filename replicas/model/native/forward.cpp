@@ -392,6 +392,24 @@ int64_t triad_page_bytes(int64_t is_bfloat16, int64_t page_size, int64_t num_kv_
   return num_kv_heads * shape.tiles_per_page * shape.tile_units * 4;
 }
 
+// Reads so many bytes once, for measurements; returns their sum, so that it is not left out.
+int64_t triad_read(void* context, const char* bytes, int64_t count) {
+  auto& pool = static_cast<Context*>(context)->pool;
+  constexpr int64_t PART = 128 << 10;
+  std::atomic<int64_t> total{0};
+  pool.run([&] {
+    pool.each(ceil_div(count, PART), [&](int64_t part) {
+      Units sums[4] = {};
+      const char* end = bytes + std::min(count, (part + 1) * PART) / 256 * 256;
+      for (const char* at = bytes + part * PART; at < end; at += 256) {
+        for (int i = 0; i < 4; i++) sums[i] += load<Units>(at + 64 * i);
+      }
+      total += (sums[0] + sums[1] + sums[2] + sums[3])[0];
+    });
+  });
+  return total;
+}
+
 // y = x W^T alone, for measurements. x: [rows, units]; y: [rows, n padded to 32]
 void triad_linear(void* context, int64_t is_bfloat16, const Matrix* w, const uint32_t* x, int64_t rows,
                   float* y) {
