@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -74,6 +75,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     given = ("dtype=bfloat16", f"served_model_name={MODEL}", "policy=ar", *options.triad)
+    # As by Ctrl-C, so that the servers are ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     results = []
     with ExitStack() as stack:
         peer = None

@@ -139,10 +139,14 @@ class NativeModel:
             wanted=wanted.ctypes.data,
             logits=logits.data_ptr(),
         )
+        self._run(step)
+        return tuple(order), logits[:, : self._vocab_size]
+
+    def _run(self, step: c.Step) -> None:
+        """Every array that the step points to must outlive the call."""
         self._library.triad_forward(
             ctypes.c_void_p(self._context), ctypes.byref(self._model), ctypes.byref(step)
         )
-        return tuple(order), logits[:, : self._vocab_size]
 
     def choose(self, logits: torch.Tensor, forbidden: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """logits [W, vocab] of the last forward -> argmax [W] int64 and logsumexp [W] float32.
