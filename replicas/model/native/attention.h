@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "pool.h"
 #include "vec.h"
@@ -57,51 +58,77 @@ constexpr int MAX_SCORE_ROWS = 32;  // (query, query head) pairs of one task
 constexpr int CHUNK_TILES = 4;
 constexpr int MAX_HEAD_DIM = 256;
 
-// scores of R rows against one tile: out[r][16]
-template <class T, int R>
-inline void score_tile(const uint32_t* keys, int64_t num_units, const uint32_t* const* rows, float* out,
-                       int64_t ld) {
-  Floats acc[R] = {};
+// Scores of R rows against N tiles: out[r][16 a tile]. Few rows take several tiles at once, since one sum
+// after the other would wait for its own latency.
+template <class T, int R, int N>
+inline void score_tiles(const uint32_t* const* tiles, int64_t num_units, const uint32_t* const* rows,
+                        float* out, int64_t ldo) {
+  Floats acc[R][N] = {};
   for (int64_t d = 0; d < num_units; d++) {
-    const Units k = load<Units>(keys + d * LANES);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) {
+      const Units k = load<Units>(tiles[n] + d * LANES);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) acc[r] = T::mac(acc[r], k, rows[r][d]);
-  }
-  for (int r = 0; r < R; r++) store(out + r * ld, acc[r]);
-}
-
-// out[r][64 of head_dim] += probabilities [R][units] x values
-template <class T, int R, int V>
-inline void add_values(const uint32_t* values, int64_t ldv, int64_t num_units, const uint32_t* probs,
-                       int64_t ldp, float* out, int64_t ldo) {
-  Floats acc[R][V];
-  for (int r = 0; r < R; r++) {
-    for (int v = 0; v < V; v++) acc[r][v] = load<Floats>(out + r * ldo + v * LANES);
-  }
-  for (int64_t u = 0; u < num_units; u++) {
-    Units value[V];
-    for (int v = 0; v < V; v++) value[v] = load<Units>(values + u * ldv + v * LANES);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-      const uint32_t p = probs[r * ldp + u];
-#pragma GCC unroll 4
-      for (int v = 0; v < V; v++) acc[r][v] = T::mac(acc[r][v], value[v], p);
+      for (int r = 0; r < R; r++) acc[r][n] = T::mac(acc[r][n], k, rows[r][d]);
     }
   }
   for (int r = 0; r < R; r++) {
-    for (int v = 0; v < V; v++) store(out + r * ldo + v * LANES, acc[r][v]);
+    for (int n = 0; n < N; n++) store(out + r * ldo + n * LANES, acc[r][n]);
   }
 }
 
 template <class T, int R>
-inline void add_values_of(const uint32_t* values, int64_t padded_dim, int64_t num_units,
-                          const uint32_t* probs, int64_t ldp, float* out) {
-  int64_t d = 0;
-  for (; d + 64 <= padded_dim; d += 64) {
-    add_values<T, R, 4>(values + d, padded_dim, num_units, probs, ldp, out + d, MAX_HEAD_DIM);
+inline void score_chunk(const uint32_t* const* tiles, int64_t count, int64_t num_units,
+                        const uint32_t* const* rows, float* out, int64_t ldo) {
+  if constexpr (R <= 4) {
+    if (count == CHUNK_TILES) return score_tiles<T, R, CHUNK_TILES>(tiles, num_units, rows, out, ldo);
   }
-  for (; d < padded_dim; d += LANES) {
-    add_values<T, R, 1>(values + d, padded_dim, num_units, probs, ldp, out + d, MAX_HEAD_DIM);
+  for (int64_t t = 0; t < count; t++) {
+    score_tiles<T, R, 1>(tiles + t, num_units, rows, out + t * LANES, ldo);
+  }
+}
+
+// out[r][16 * V of head_dim] += probabilities [R][units] x values, over all tiles of a chunk.
+template <class T, int R, int V>
+inline void add_values(const uint32_t* const* tiles, const int64_t* filled, int64_t count, int64_t ldv,
+                       const uint32_t* probs, int64_t ldp, float* out) {
+  Floats acc[R][V];
+  for (int r = 0; r < R; r++) {
+    for (int v = 0; v < V; v++) acc[r][v] = load<Floats>(out + r * MAX_HEAD_DIM + v * LANES);
+  }
+  for (int64_t t = 0; t < count; t++) {
+    const uint32_t* values = tiles[t];
+    const uint32_t* p = probs + t * LANES / T::PER_UNIT;
+    for (int64_t u = 0; u < ceil_div(filled[t], T::PER_UNIT); u++) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) {
+        const Units value = load<Units>(values + u * ldv + v * LANES);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) acc[r][v] = T::mac(acc[r][v], value, p[r * ldp + u]);
+      }
+    }
+  }
+  for (int r = 0; r < R; r++) {
+    for (int v = 0; v < V; v++) store(out + r * MAX_HEAD_DIM + v * LANES, acc[r][v]);
+  }
+}
+
+template <class T, int R>
+inline void add_values_of(const uint32_t* const* tiles, const int64_t* filled, int64_t count,
+                          int64_t padded_dim, const uint32_t* probs, int64_t ldp, float* out) {
+  const uint32_t* at[CHUNK_TILES];
+  for (int64_t d = 0; d < padded_dim;) {
+    for (int64_t t = 0; t < count; t++) at[t] = tiles[t] + d;
+    if (d + 64 <= padded_dim) {
+      add_values<T, R, 4>(at, filled, count, padded_dim, probs, ldp, out + d);
+      d += 64;
+    } else if (d + 32 <= padded_dim) {
+      add_values<T, R, 2>(at, filled, count, padded_dim, probs, ldp, out + d);
+      d += 32;
+    } else {
+      add_values<T, R, 1>(at, filled, count, padded_dim, probs, ldp, out + d);
+      d += LANES;
+    }
   }
 }
 
@@ -134,26 +161,38 @@ void attend(const CacheShape& shape, const uint32_t* keys, const uint32_t* value
 
   for (int64_t first = 0; first < num_tiles; first += CHUNK_TILES) {
     const int64_t count = std::min<int64_t>(CHUNK_TILES, num_tiles - first);
-    int64_t at[CHUNK_TILES], filled[CHUNK_TILES];
+    const uint32_t *k[CHUNK_TILES], *v[CHUNK_TILES];
+    for (int64_t t = 0; t < count; t++) {
+      const int64_t page = (first + t) / shape.tiles_per_page, part = (first + t) % shape.tiles_per_page;
+      const int64_t at = shape.tile(block.pages[page], head, part);
+      k[t] = keys + at;
+      v[t] = values + at;
+    }
+    int64_t r = 0;
+    const auto score = [&]<int R>(std::integral_constant<int, R>) {
+      for (; r + R <= num_rows; r += R) {
+        score_chunk<T, R>(k, count, shape.key_units, rows + r, scores[r], CHUNK);
+      }
+    };
+    score(std::integral_constant<int, 8>{});
+    score(std::integral_constant<int, 4>{});
+    score(std::integral_constant<int, 3>{});
+    score(std::integral_constant<int, 2>{});
+    score(std::integral_constant<int, 1>{});
+    int64_t filled[CHUNK_TILES];
     for (int64_t t = 0; t < count; t++) {
       const int64_t page = (first + t) / shape.tiles_per_page, part = (first + t) % shape.tiles_per_page;
       const int64_t base = page * shape.page_size + part * LANES;
       filled[t] = std::min<int64_t>(LANES, shape.page_size - part * LANES);
-      at[t] = shape.tile(block.pages[page], head, part);
-      const uint32_t* k = keys + at[t];
-      float* to = &scores[0][t * LANES];
-      int64_t r = 0;
-      for (; r + 8 <= num_rows; r += 8) score_tile<T, 8>(k, shape.key_units, rows + r, to + r * CHUNK, CHUNK);
-      for (; r + 3 <= num_rows; r += 3) score_tile<T, 3>(k, shape.key_units, rows + r, to + r * CHUNK, CHUNK);
-      for (; r < num_rows; r++) score_tile<T, 1>(k, shape.key_units, rows + r, to + r * CHUNK, CHUNK);
       if (base + filled[t] <= first_limit && filled[t] == LANES) continue;
+      float* to = &scores[0][t * LANES];
       for (r = 0; r < num_rows; r++) {
         const int limit = (int)std::clamp<int64_t>(visible[r] - base, 0, filled[t]);
         store(to + r * CHUNK, select(lane < limit, load<Floats>(to + r * CHUNK), splat(-INFINITY)));
       }
       filled[t] = std::min(filled[t], last - base);
     }
-    for (int64_t r = 0; r < num_rows; r++) {
+    for (r = 0; r < num_rows; r++) {
       Floats top = load<Floats>(scores[r]);
       for (int64_t t = 1; t < count; t++) top = max(top, load<Floats>(scores[r] + t * LANES));
       const float before = highest[r];
@@ -171,22 +210,18 @@ void attend(const CacheShape& shape, const uint32_t* keys, const uint32_t* value
         }
       }
     }
-    for (int64_t t = 0; t < count; t++) {
-      const uint32_t* v = values + at[t];
-      const int64_t num_units = ceil_div(filled[t], T::PER_UNIT);
-      const auto* p = reinterpret_cast<const uint32_t*>(&probs[0][t * LANES]);
-      constexpr int64_t ldp = CHUNK / T::PER_UNIT;
-      int64_t r = 0;
-      for (; r + 4 <= num_rows; r += 4) {
-        add_values_of<T, 4>(v, shape.padded_dim, num_units, p + r * ldp, ldp, sums[r]);
+    const auto* p = reinterpret_cast<const uint32_t*>(&probs[0][0]);
+    constexpr int64_t ldp = CHUNK / T::PER_UNIT;
+    const auto add = [&]<int R>(std::integral_constant<int, R>) {
+      for (; r + R <= num_rows; r += R) {
+        add_values_of<T, R>(v, filled, count, shape.padded_dim, p + r * ldp, ldp, sums[r]);
       }
-      for (; r + 3 <= num_rows; r += 3) {
-        add_values_of<T, 3>(v, shape.padded_dim, num_units, p + r * ldp, ldp, sums[r]);
-      }
-      for (; r < num_rows; r++) {
-        add_values_of<T, 1>(v, shape.padded_dim, num_units, p + r * ldp, ldp, sums[r]);
-      }
-    }
+    };
+    r = 0;
+    add(std::integral_constant<int, 4>{});
+    add(std::integral_constant<int, 3>{});
+    add(std::integral_constant<int, 2>{});
+    add(std::integral_constant<int, 1>{});
   }
   for (int64_t r = 0; r < num_rows; r++) {
     const int64_t query = r / per_kv, query_head = r % per_kv * shape.num_kv_heads + head;
