@@ -17,10 +17,10 @@ POLICY    ?= threshold
 # make train OUT=<folder for the run; started again, it goes on from there>
 OUT       ?= .run/train
 
-.PHONY: serve test lint format bench evaluate train clean help
+.PHONY: serve test lint format bench bench-floor bench-overhead bench-memory bench-peer evaluate train clean help
 
 help:
-	@sed -n '1,2p' Makefile; echo; grep -E '^[a-z]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 12
+	@sed -n '1,2p' Makefile; echo; grep -E '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 12
 
 # torch on its own and first: a bare requirement of it would pull gigabytes of CUDA packages.
 $(READY): pyproject.toml constraints.txt
@@ -48,8 +48,20 @@ lint: $(READY) ## ruff, mypy, import contracts
 format: $(READY) ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-bench: $(READY) ## tokens a second of each mode by concurrency, engine alone
+bench: $(READY) ## tokens a second, TTFT and TPOT of each mode by concurrency, engine alone
 	@$(BIN)/python -m benchmarks.modes $(ARGS)
+
+bench-floor: $(READY) ## a forward against reading its weights once, and against its linear layers alone
+	@$(BIN)/python -m benchmarks.floor $(ARGS)
+
+bench-overhead: $(READY) ## what a step costs besides the model
+	@$(BIN)/python -m benchmarks.overhead $(ARGS)
+
+bench-memory: $(READY) ## resident memory over 10,000 requests
+	@$(BIN)/python -m benchmarks.memory $(ARGS)
+
+bench-peer: $(READY) ## the whole stack against vLLM: ARGS="--checkpoint DIR --vllm PATH"
+	@$(BIN)/python -m benchmarks.peer $(ARGS)
 
 evaluate: $(READY) ## quality and tokens per forward of the embedded checkpoint, by task family and mode
 	@$(BIN)/python -m replicas.training.evaluate $(ARGS)
