@@ -6,8 +6,9 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-# make serve MODEL=<folder or hub name> REPLICAS=2 PORT=8000 REDIS_URL=redis://... POLICY=cost_model
+# make serve MODEL=<folder or hub name> DTYPE=bfloat16 REPLICAS=2 PORT=8000 REDIS_URL=redis://... POLICY=cost_model
 MODEL     ?=
+DTYPE     ?=
 REPLICAS  ?= 1
 PORT      ?= 8000
 REDIS_URL ?=
@@ -16,10 +17,10 @@ POLICY    ?=
 # make train OUT=<folder for the run; started again, it goes on from there>
 OUT       ?= .run/train
 
-.PHONY: serve test lint format bench evaluate train model pack-smollm2 train-smollm2 clean help
+.PHONY: serve test lint format bench bench-floor bench-overhead bench-memory bench-peer evaluate train model pack-smollm2 train-smollm2 clean help
 
 help:
-	@sed -n '1,2p' Makefile; echo; grep -E '^[a-z0-9-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 15
+	@sed -n '1,2p' Makefile; echo; grep -E '^[a-z0-9-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
 # torch on its own and first: a bare requirement of it would pull gigabytes of CUDA packages.
 $(READY): pyproject.toml constraints.txt
@@ -28,11 +29,12 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch numpy
 	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m replicas.model.native.build
 	@touch $@
 
 serve: $(READY) ## serve the embedded model, or MODEL, on http://127.0.0.1:$PORT
 	@echo "== starting Triad on http://127.0.0.1:$(PORT) (Ctrl-C stops it) =="
-	@PATH="$(CURDIR)/$(BIN):$$PATH" MODEL="$(MODEL)" REPLICAS="$(REPLICAS)" PORT="$(PORT)" \
+	@PATH="$(CURDIR)/$(BIN):$$PATH" MODEL="$(MODEL)" DTYPE="$(DTYPE)" REPLICAS="$(REPLICAS)" PORT="$(PORT)" \
 		REDIS_URL="$(REDIS_URL)" POLICY="$(POLICY)" bash cluster/serve.sh
 
 test: $(READY) ## run every test
@@ -46,8 +48,20 @@ lint: $(READY) ## ruff, mypy, import contracts
 format: $(READY) ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-bench: $(READY) ## tokens a second of each mode by concurrency, engine alone
+bench: $(READY) ## tokens a second, TTFT and TPOT of each mode by concurrency, engine alone
 	@$(BIN)/python -m benchmarks.modes $(ARGS)
+
+bench-floor: $(READY) ## a forward against reading its weights once, and against its linear layers alone
+	@$(BIN)/python -m benchmarks.floor $(ARGS)
+
+bench-overhead: $(READY) ## what a step costs besides the model
+	@$(BIN)/python -m benchmarks.overhead $(ARGS)
+
+bench-memory: $(READY) ## resident memory over 10,000 requests
+	@$(BIN)/python -m benchmarks.memory $(ARGS)
+
+bench-peer: $(READY) ## the whole stack against vLLM: ARGS="--checkpoint DIR --vllm PATH"
+	@$(BIN)/python -m benchmarks.peer $(ARGS)
 
 evaluate: $(READY) ## quality and tokens per forward of the embedded checkpoint, by task family and mode
 	@$(BIN)/python -m replicas.training.evaluate $(ARGS)

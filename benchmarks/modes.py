@@ -1,4 +1,4 @@
-"""Tokens a second of each mode by concurrency: `python -m benchmarks.modes [--json PATH]`.
+"""Tokens a second, TTFT and TPOT of each mode by concurrency: `python -m benchmarks.modes [--json PATH]`.
 
 The engine alone, in this process: no HTTP, no Ray. Every mode answers the same held-out prompts of
 the embedded checkpoint's task families; at concurrency C, C requests are kept running. Modes take
@@ -9,7 +9,9 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,11 +19,14 @@ import torch
 from policies.modes import DecodePlan, Mode
 from replicas.engine.engine import Engine
 from replicas.messages import DecodingOptions, SamplingParams
-from replicas.model.runner import TorchRunner
+from replicas.model.checkpoint import DTYPES
+from replicas.model.runner import FORWARDS, TorchRunner
 from replicas.text import TextCodec
 from replicas.training.tasks.registry import FAMILIES, held_out_tasks
 
 CHECKPOINT = Path(__file__).parent.parent / "replicas" / "checkpoints" / "triad-5m"
+Clock = Callable[[], float]
+"""Seconds."""
 PLANS = (
     DecodePlan(Mode.AR),
     DecodePlan(Mode.SELF_SPECULATION, 8),
@@ -37,32 +42,84 @@ def prompts(codec: TextCodec) -> list[list[int]]:
     return [codec.encode(({"role": "user", "content": task.prompt},)) for turn in tasks for task in turn]
 
 
-def measure(runner: TorchRunner, plan: DecodePlan, asked: list[list[int]], concurrency: int) -> float:
-    """Tokens a second over all the prompts, with so many requests running."""
-    engine = Engine(runner, max_running=concurrency, max_waiting=len(asked))
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """tokens_per_s: of all requests together. ttft_ms: from the submission of a request, made when there
+    is room for it, to its first token; tpot_ms: from there to its last, by token. Both are medians."""
+
+    tokens_per_s: float
+    ttft_ms: float
+    tpot_ms: float
+
+
+@dataclass(slots=True)
+class _Timed:
+    submitted_s: float
+    first_s: float = 0.0
+    num_tokens: int = 0
+    last_s: float = 0.0
+
+
+def measure(
+    runner: TorchRunner, plan: DecodePlan, asked: list[list[int]], concurrency: int, clock: Clock
+) -> Measured:
+    """All the prompts, with so many requests running at a time."""
+    engine = Engine(runner, max_running=concurrency, max_waiting=0)
     options = DecodingOptions(plan.mode, None if plan.mode is Mode.AR else plan.block_length)
-    for number, prompt in enumerate(asked):
-        engine.submit(str(number), prompt, SamplingParams(max_tokens=200), options)
-    began_s = time.perf_counter()
-    while engine.has_work:
-        engine.step()
-    return engine.scheduler.num_tokens / (time.perf_counter() - began_s)
+    waiting = deque(enumerate(asked))
+    times: dict[str, _Timed] = {}
+    num_running = 0
+    began_s = clock()
+    while waiting or engine.has_work:
+        while waiting and num_running < concurrency:
+            number, prompt = waiting.popleft()
+            times[str(number)] = _Timed(clock())
+            engine.submit(str(number), prompt, SamplingParams(max_tokens=200), options)
+            num_running += 1
+        progress = engine.step()
+        now_s = clock()
+        for made in progress:
+            timed = times[made.sequence.request_id]
+            if made.token_ids and not timed.num_tokens:
+                timed.first_s = now_s
+            timed.num_tokens += len(made.token_ids)
+            timed.last_s = now_s
+            num_running -= made.ended
+    taken_s = clock() - began_s
+    gaps = [(t.last_s - t.first_s) / (t.num_tokens - 1) for t in times.values() if t.num_tokens > 1]
+    return Measured(
+        sum(timed.num_tokens for timed in times.values()) / taken_s,
+        statistics.median(timed.first_s - timed.submitted_s for timed in times.values()) * 1e3,
+        statistics.median(gaps) * 1e3,
+    )
 
 
-def rows(num_turns: int, concurrencies: tuple[int, ...], num_threads: int) -> Iterator[dict[str, object]]:
-    runner = TorchRunner.load(str(CHECKPOINT), num_threads=num_threads)
+def rows(options: argparse.Namespace) -> Iterator[dict[str, object]]:
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    num_threads = 1 if options.cpu_time else options.threads
+    runner = TorchRunner.load(
+        str(CHECKPOINT), dtype=options.dtype, num_threads=num_threads, forward=options.forward
+    )
     asked = prompts(TextCodec.load(str(CHECKPOINT)))
-    measure(runner, PLANS[0], asked[:4], 4)  # warm-up
-    for concurrency in concurrencies:
-        some = asked[: 13 if concurrency == 1 else 52]
-        turns = [[measure(runner, plan, some, concurrency) for plan in PLANS] for _ in range(num_turns)]
-        for plan, rates in zip(PLANS, zip(*turns, strict=True), strict=True):
+    measure(runner, PLANS[0], asked[:4], 4, clock)  # warm-up
+    for concurrency in options.concurrency:
+        some = asked[: 13 if concurrency == 1 else 52 if concurrency < 32 else 104]
+        turns = [
+            [measure(runner, plan, some, concurrency, clock) for plan in PLANS] for _ in range(options.turns)
+        ]
+        ar_rate = 0.0
+        for plan, found in zip(PLANS, zip(*turns, strict=True), strict=True):
+            rate = statistics.median(one.tokens_per_s for one in found)
+            ar_rate = rate if plan.mode is Mode.AR else ar_rate
             yield {
                 "concurrency": concurrency,
                 "mode": plan.mode.value,
                 "block_length": plan.block_length,
-                "tokens_per_s": round(statistics.median(rates), 1),
-                "turns": [round(rate, 1) for rate in rates],
+                "tokens_per_s": round(rate, 1),
+                "times_ar": round(rate / ar_rate, 2),
+                "ttft_ms": round(statistics.median(one.ttft_ms for one in found), 2),
+                "tpot_ms": round(statistics.median(one.tpot_ms for one in found), 3),
+                "turns": [round(one.tokens_per_s, 1) for one in found],
             }
 
 
@@ -70,15 +127,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, help="write the rows here too")
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--forward", choices=FORWARDS, default="auto")
+    parser.add_argument("--cpu-time", action="store_true", help="by the CPU time of one thread")
     options = parser.parse_args()
     found = []
-    print(f"CPU, {options.threads} threads, float32; tokens/s, median of {options.turns} turns")
-    for row in rows(options.turns, tuple(options.concurrency), options.threads):
+    clock = "1 thread, by its CPU time" if options.cpu_time else f"{options.threads} threads"
+    print(f"CPU, {clock}, {options.dtype}; medians of {options.turns} turns")
+    print(f"{'':>4}  {'':<20} {'tokens/s':>9} {'x ar':>6} {'TTFT ms':>8} {'TPOT ms':>8}")
+    for row in rows(options):
         found.append(row)
         name = f"{row['mode']}" + (f" {row['block_length']}" if row["mode"] != "ar" else "")
-        print(f"{row['concurrency']:>4}  {name:<20} {row['tokens_per_s']:>8}", flush=True)
+        print(
+            f"{row['concurrency']:>4}  {name:<20} {row['tokens_per_s']:>9} {row['times_ar']:>6} "
+            f"{row['ttft_ms']:>8} {row['tpot_ms']:>8}",
+            flush=True,
+        )
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -128,6 +128,7 @@ def _replica_config(args: ClusterConfig, redis_url: str) -> ReplicaConfig:
         policy=args.policy,
         policy_params=args.policy_params,
         dtype=args.weights_dtype,
+        forward=args.forward,
         num_threads=num_threads,
         page_size=args.page_size,
         kv_cache_mb=args.kv_cache_mb,

@@ -53,6 +53,9 @@ class ClusterConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Of weights and K/V; auto: float32 on CPUs, bfloat16 on GPUs."
     )
+    forward: Literal["auto", "native", "torch"] = Field(
+        "auto", description="On CPUs: compiled C++, or torch alone; auto: native where there is a compiler."
+    )
     num_threads: int | None = Field(None, ge=1, description="CPU threads a replica; None: its share of them.")
     page_size: int = Field(16, ge=1, description="Tokens a K/V page.")
     kv_cache_mb: int = Field(256, ge=1, description="Memory for K/V pages a replica, in MiB.")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Serves until Ctrl-C. From the environment: MODEL, REPLICAS, PORT, REDIS_URL, POLICY; empty is the default.
+# Serves until Ctrl-C. From the environment: MODEL, DTYPE, REPLICAS, PORT, REDIS_URL, POLICY; empty is the default.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -9,7 +9,7 @@ port="${PORT:-8000}"
 # May hold the password of redis_url; mktemp makes it readable to its owner only.
 file="$(mktemp)"
 trap 'rm -f "$file"' EXIT
-python -m cluster.serve_file "port=$port" "model=${MODEL:-}" "num_replicas=${REPLICAS:-}" \
+python -m cluster.serve_file "port=$port" "model=${MODEL:-}" "dtype=${DTYPE:-}" "num_replicas=${REPLICAS:-}" \
   "redis_url=${REDIS_URL:-}" "policy=${POLICY:-}" >"$file"
 
 # The server stays in the foreground, where Ctrl-C reaches it; this waits behind it and then says so.

@@ -23,6 +23,7 @@ class ReplicaConfig:
     policy: str
     policy_params: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = "auto"
+    forward: str = "auto"
     num_threads: int | None = None
     page_size: int = 16
     kv_cache_mb: int = 256

@@ -116,4 +116,5 @@ def load_runner(config: ReplicaConfig) -> TorchRunner:
         kv_budget_bytes=config.kv_cache_mb * 2**20,
         page_size=config.page_size,
         num_threads=config.num_threads,
+        forward=config.forward,
     )

@@ -1,5 +1,6 @@
-"""The torch implementation of replicas.engine.plan.Runner."""
+"""The implementation of replicas.engine.plan.Runner: a model on this machine, native or in torch."""
 
+import logging
 from collections.abc import Sequence
 from itertools import chain
 
@@ -11,10 +12,36 @@ from replicas.model.attention import AttentionPlan, CpuAttention
 from replicas.model.checkpoint import DTYPES, CheckpointError, ModelWeights, load_weights, resolve_folder
 from replicas.model.config import ModelConfig
 from replicas.model.kv_cache import KvCache
-from replicas.model.sampler import Row, sample
+from replicas.model.native.build import NativeUnavailable
+from replicas.model.native.model import NativeModel, native_page_bytes, require_native
+from replicas.model.sampler import Choose, Row, choose, sample
 from replicas.model.transformer import Batch, Transformer
 
 DEFAULT_KV_BUDGET_BYTES = 512 << 20
+FORWARDS = ("auto", "native", "torch")
+
+logger = logging.getLogger(__name__)
+
+
+class TorchModel:
+    """The forward in torch: the reference of the native one, and its stand-in where there is no compiler."""
+
+    choose: Choose = staticmethod(choose)
+
+    def __init__(
+        self, config: ModelConfig, weights: ModelWeights, num_pages: int, page_size: int, max_context: int
+    ):
+        """Takes the weights over (Transformer)."""
+        cache = KvCache(config, num_pages, page_size, weights.embedding.dtype)
+        self.pages = cache.layers
+        self._attention = CpuAttention(cache, config.num_heads)
+        self._transformer = Transformer(config, weights, self._attention, max_context)
+
+    def forward(self, segments: Sequence[Segment]) -> tuple[tuple[int, ...], torch.Tensor]:
+        """-> the order in which segments were packed, and the logits [W, vocab] of their wanted rows."""
+        attention = self._attention.plan(segments)
+        ordered = [segments[index] for index in attention.order]
+        return attention.order, self._transformer.forward(_batch(ordered, attention))
 
 
 class TorchRunner:
@@ -28,11 +55,21 @@ class TorchRunner:
         num_pages: int,
         page_size: int,
         max_context: int,
+        native_threads: int | None = None,
     ):
-        """Takes the weights over (Transformer)."""
-        cache = KvCache(config, num_pages, page_size, weights.embedding.dtype)
-        self._attention = CpuAttention(cache, config.num_heads)
-        self._model = Transformer(config, weights, self._attention, max_context)
+        """Takes the weights over. native_threads: of the native forward; None: the forward is torch's."""
+        self._model: TorchModel | NativeModel
+        if native_threads is None:
+            self._model = TorchModel(config, weights, num_pages, page_size, max_context)
+        else:
+            self._model = NativeModel(
+                config,
+                weights,
+                num_pages=num_pages,
+                page_size=page_size,
+                num_positions=max_context,
+                num_threads=native_threads,
+            )
         self._spec = ModelSpec(
             modes=config.modes,
             mask_token_id=config.mask_token_id,
@@ -55,22 +92,28 @@ class TorchRunner:
         page_size: int = 16,
         max_context: int | None = None,
         num_threads: int | None = None,
+        forward: str = "auto",
     ) -> "TorchRunner":
         """checkpoint: a folder or a hub name. Raises CheckpointError.
 
         num_pages or kv_budget_bytes sizes the page pool, the first before the second; with neither it
         takes DEFAULT_KV_BUDGET_BYTES. max_context is at most the model's own and what the pool holds.
-        num_threads: torch's threads in this process; None leaves them as they are.
+        num_threads: None is torch's number, which is the cores'. forward: 'native', 'torch', or 'auto',
+        which is native where that can be had. Raises NativeUnavailable for 'native' where it can't.
         """
         if dtype not in DTYPES:
             raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        if forward not in FORWARDS:
+            raise CheckpointError(f"forward must be one of {', '.join(FORWARDS)}, got {forward!r}")
         if page_size < 1:
             raise CheckpointError(f"page_size must be positive, got {page_size}")
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         folder = resolve_folder(checkpoint)
         config = ModelConfig.from_folder(folder)
-        page_bytes = KvCache.page_bytes(config, page_size, DTYPES[dtype])
+        is_native = forward != "torch" and _has_native(config, required=forward == "native")
+        page_bytes_of = native_page_bytes if is_native else KvCache.page_bytes
+        page_bytes = page_bytes_of(config, page_size, DTYPES[dtype])
         if num_pages is None:
             budget = DEFAULT_KV_BUDGET_BYTES if kv_budget_bytes is None else kv_budget_bytes
             num_pages = budget // page_bytes
@@ -86,6 +129,7 @@ class TorchRunner:
             num_pages=num_pages,
             page_size=page_size,
             max_context=min(limits if max_context is None else [*limits, max_context]),
+            native_threads=torch.get_num_threads() if is_native else None,
         )
 
     @property
@@ -95,21 +139,34 @@ class TorchRunner:
     def run(self, plan: StepPlan) -> Sequence[SegmentOutput]:
         if not plan.segments:
             return ()
-        attention = self._attention.plan(plan.segments)
-        segments = [plan.segments[index] for index in attention.order]
-        logits = self._model.forward(_batch(segments, attention))
+        order, logits = self._model.forward(plan.segments)
+        segments = [plan.segments[index] for index in order]
         rows = list(chain.from_iterable(_rows(segment) for segment in segments))
         outputs = [SegmentOutput((), ())] * len(segments)
         if not rows:
             return outputs
-        tokens, probs, tops = sample(logits, rows, self._spec.mask_token_id, self._spec.eos_token_ids)
+        tokens, probs, tops = sample(
+            logits, rows, self._spec.mask_token_id, self._spec.eos_token_ids, self._model.choose
+        )
         row = 0
-        for index, segment in zip(attention.order, segments, strict=True):
+        for index, segment in zip(order, segments, strict=True):
             end = row + len(segment.wanted)
             top = () if segment.sampling.logprobs is None else tuple(tops[r] for r in range(row, end))
             outputs[index] = SegmentOutput(tuple(tokens[row:end]), tuple(probs[row:end]), top)
             row = end
         return outputs
+
+
+def _has_native(config: ModelConfig, required: bool) -> bool:
+    """Raises NativeUnavailable where it is required and can't be had."""
+    try:
+        require_native(config)
+    except NativeUnavailable as error:
+        if required:
+            raise
+        logger.warning("the forward is torch's, several times slower than the native one: %s", error)
+        return False
+    return True
 
 
 def _rows(segment: Segment) -> list[Row]:

@@ -6,7 +6,7 @@ position) picks from the cumulative distribution in the order of token ids.
 """
 
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,12 +99,23 @@ def _mix(x: "np.ndarray[tuple[int], np.dtype[np.uint64]]") -> "np.ndarray[tuple[
     return x ^ (x >> np.uint64(31))
 
 
+Choose = Callable[[torch.Tensor, int | None], tuple[torch.Tensor, torch.Tensor]]
+
+
+def choose(logits: torch.Tensor, forbidden: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits [W, vocab] float32 -> argmax [W] int64 and logsumexp [W]; the forbidden token's becomes -inf."""
+    if forbidden is not None:
+        logits[:, forbidden] = float("-inf")
+    return logits.argmax(-1), logits.logsumexp(-1)
+
+
 @torch.inference_mode()
 def sample(
     logits: torch.Tensor,
     rows: Sequence[Row],
     mask_token_id: int | None,
     eos_token_ids: Set[int] = frozenset(),
+    choose: Choose = choose,
 ) -> tuple[list[int], list[float], dict[int, tuple[TokenProb, ...]]]:
     """logits [W, vocab] -> W token ids, W probabilities, and by row the most probable tokens asked for.
 
@@ -112,12 +123,12 @@ def sample(
     the mask token: before penalties, bias, grammar, temperature and filters. Overwrites logits.
     """
     logits = logits.float()
-    if mask_token_id is not None:
-        logits[:, mask_token_id] = float("-inf")
-    normalisers = logits.logsumexp(-1)
+    tokens, normalisers = choose(logits, mask_token_id)
     ruled = [index for index, row in enumerate(rows) if row.has_rules]
-    choices = _ruled(logits, rows, ruled, eos_token_ids) if ruled else logits
-    tokens = choices.argmax(-1)
+    choices = logits
+    if ruled:
+        choices = _ruled(logits, rows, ruled, eos_token_ids)
+        tokens[ruled] = choices[ruled].argmax(-1)
     sampled = SampledRows.build(rows)
     if sampled is not None:
         tokens[sampled.rows] = _pick(choices[sampled.rows], sampled)

@@ -59,6 +59,7 @@ def test_what_is_configured_arrives():
         model="some/model",
         policy="ar",
         dtype="bfloat16",
+        forward="torch",
         num_threads=4,
         page_size=32,
         kv_cache_mb=99,
@@ -84,6 +85,7 @@ def test_what_is_configured_arrives():
         "bfloat16",
         4,
     )
+    assert given.forward == "torch"
     assert (given.page_size, given.kv_cache_mb, given.max_running) == (32, 99, 5)
     assert (given.max_step_tokens, given.max_waiting) == (128, 6)
     ingress = argument(found["Ingress"])

@@ -8,6 +8,7 @@ import torch
 
 from replicas.engine.plan import Segment, SegmentOutput, StepPlan
 from replicas.messages import SamplingParams
+from replicas.model.checkpoint import DTYPES
 from replicas.model.runner import TorchRunner
 from tests.reference import Reference
 from tests.tiny_checkpoint import make_tiny_checkpoint
@@ -33,19 +34,27 @@ def reference(tiny_folder: Path) -> Reference:
     return Reference(tiny_folder)
 
 
+@pytest.fixture(params=["native", "torch"])
+def forward(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture
-def runner(tiny_folder: Path) -> TorchRunner:
-    return poisoned_runner(tiny_folder)
+def runner(tiny_folder: Path, forward: str) -> TorchRunner:
+    return poisoned_runner(tiny_folder, forward)
 
 
 def poisoned_runner(
-    folder: Path, *, page_size: int = 5, num_pages: int = 120, dtype: str = "float32"
+    folder: Path, forward: str, *, page_size: int = 5, num_pages: int = 120, dtype: str = "float32"
 ) -> TorchRunner:
     """A runner whose pages hold garbage, as after other sequences."""
-    runner = TorchRunner.load(str(folder), dtype=dtype, num_pages=num_pages, page_size=page_size)
+    runner = TorchRunner.load(
+        str(folder), dtype=dtype, num_pages=num_pages, page_size=page_size, forward=forward
+    )
     generator = torch.Generator().manual_seed(7)
-    for layer in runner._attention._cache.layers:
-        layer.copy_(torch.randn(layer.shape, generator=generator) * 50)
+    for pages in runner._model.pages:
+        values = pages.view(DTYPES[dtype])
+        values.copy_(torch.randn(values.shape, generator=generator) * 50)
     return runner
 
 
@@ -55,21 +64,20 @@ class LogitsProbe:
     def __init__(self, runner: TorchRunner):
         self.runner = runner
         self.rows: torch.Tensor | None = None
+        self.order: tuple[int, ...] = ()
         forward = runner._model.forward
 
-        def recording(batch):
-            logits = forward(batch)
+        def recording(segments):
+            self.order, logits = forward(segments)
             self.rows = logits.clone()
-            return logits
+            return self.order, logits
 
         runner._model.forward = recording
 
     def __call__(self, *segments: Segment) -> list[torch.Tensor]:
-        plan = StepPlan(segments)
-        self.runner.run(plan)
-        order = self.runner._attention.plan(segments).order
-        counts = [len(segments[index].wanted) for index in order]
-        parts = dict(zip(order, self.rows.split(counts), strict=True))
+        self.runner.run(StepPlan(segments))
+        counts = [len(segments[index].wanted) for index in self.order]
+        parts = dict(zip(self.order, self.rows.split(counts), strict=True))
         return [parts[index] for index in range(len(segments))]
 
 

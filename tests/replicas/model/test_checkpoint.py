@@ -176,9 +176,13 @@ def test_options(folder: Path) -> None:
         load(folder, dtype="float8")
     with pytest.raises(CheckpointError, match="holds no page"):
         load(folder, num_pages=None, kv_budget_bytes=1000)
-    # 3 layers, keys and values, 2 heads of 12 floats, 8 tokens a page: 4608 bytes.
-    spec = load(folder, num_pages=None, kv_budget_bytes=50_000).spec
-    assert (spec.num_pages, spec.max_context) == (10, 80)
+    with pytest.raises(CheckpointError, match="forward must be one of auto, native, torch"):
+        load(folder, forward="cuda")
+    # 3 layers, keys and values, 2 heads of 12 floats, 8 tokens a page: 4608 bytes. The native forward
+    # pads pages and heads to 16.
+    for forward, page_bytes in (("torch", 4608), ("native", 3 * 2 * 2 * 16 * 16 * 4)):
+        spec = load(folder, num_pages=None, kv_budget_bytes=10 * page_bytes + 100, forward=forward).spec
+        assert (spec.num_pages, spec.max_context) == (10, 80)
     assert load(folder, max_context=33).spec.max_context == 33
     assert load(folder, num_pages=1000).spec.max_context == 256
 

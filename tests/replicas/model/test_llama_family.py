@@ -55,9 +55,9 @@ def save(folder: Path, config: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_greedy_equals_transformers(tmp_path: Path, name: str) -> None:
+def test_greedy_equals_transformers(tmp_path: Path, forward: str, name: str) -> None:
     model = save(tmp_path, CONFIGS[name])
-    runner = TorchRunner.load(str(tmp_path), num_pages=16, page_size=8)
+    runner = TorchRunner.load(str(tmp_path), num_pages=16, page_size=8, forward=forward)
     assert runner.spec.modes == (Mode.AR,)
     assert runner.spec.mask_token_id is None
     tokens = prompt(21, seed=1, vocab=61)

@@ -127,8 +127,10 @@ def _mixed_step(runner: TorchRunner, reference: Reference, seed: int) -> tuple[l
 
 
 @pytest.mark.parametrize("page_size", [1, 5, 16])
-def test_mixed_batch_of_all_kinds(tiny_folder: Path, reference: Reference, page_size: int) -> None:
-    runner = poisoned_runner(tiny_folder, page_size=page_size, num_pages=600 // page_size)
+def test_mixed_batch_of_all_kinds(
+    tiny_folder: Path, reference: Reference, page_size: int, forward: str
+) -> None:
+    runner = poisoned_runner(tiny_folder, forward, page_size=page_size, num_pages=600 // page_size)
     segments, expected = _mixed_step(runner, reference, seed=page_size)
     for found, rows in zip(LogitsProbe(runner)(*segments), expected, strict=True):
         assert_same(found, rows)
@@ -145,10 +147,10 @@ def test_outputs_are_in_the_plans_order(runner: TorchRunner, reference: Referenc
         assert output.probs == pytest.approx(probs.max(-1).values.tolist(), abs=1e-4)
 
 
-def test_more_adapter_targets(tmp_path: Path) -> None:
+def test_more_adapter_targets(tmp_path: Path, forward: str) -> None:
     targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     folder = make_tiny_checkpoint(tmp_path, seed=3, adapter_targets=targets, use_rslora=True)
-    reference, runner = Reference(folder), poisoned_runner(folder)
+    reference, runner = Reference(folder), poisoned_runner(folder, forward)
     segments, expected = _mixed_step(runner, reference, seed=4)
     for found, rows in zip(LogitsProbe(runner)(*segments), expected, strict=True):
         assert_same(found, rows)
@@ -157,9 +159,9 @@ def test_more_adapter_targets(tmp_path: Path) -> None:
         assert_same(found, expected[index])
 
 
-def test_some_adapter_targets(tmp_path: Path) -> None:
+def test_some_adapter_targets(tmp_path: Path, forward: str) -> None:
     folder = make_tiny_checkpoint(tmp_path, seed=4, adapter_targets=("k_proj", "up_proj"))
-    reference, runner = Reference(folder), poisoned_runner(folder)
+    reference, runner = Reference(folder), poisoned_runner(folder, forward)
     segments, expected = _mixed_step(runner, reference, seed=5)
     for found, rows in zip(LogitsProbe(runner)(*segments), expected, strict=True):
         assert_same(found, rows)
@@ -191,11 +193,11 @@ def test_mask_token_is_never_chosen(runner: TorchRunner, reference: Reference) -
         assert MASK_TOKEN_ID not in output.token_ids
 
 
-def test_random_ragged_batches(tiny_folder: Path, reference: Reference) -> None:
+def test_random_ragged_batches(tiny_folder: Path, reference: Reference, forward: str) -> None:
     """Any lengths, so that every way of grouping and padding occurs."""
     generator = torch.Generator().manual_seed(11)
     for seed in range(6):
-        runner = poisoned_runner(tiny_folder, page_size=4, num_pages=400)
+        runner = poisoned_runner(tiny_folder, forward, page_size=4, num_pages=400)
         pages = Pages(400, 4, seed)
         probe = LogitsProbe(runner)
         segments, expected = [], []
@@ -216,8 +218,8 @@ def test_empty_plan(runner: TorchRunner) -> None:
     assert list(runner.run(StepPlan(()))) == []
 
 
-def test_bfloat16_runs_and_is_close(tiny_folder: Path, reference: Reference) -> None:
-    runner = poisoned_runner(tiny_folder, dtype="bfloat16")
+def test_bfloat16_runs_and_is_close(tiny_folder: Path, reference: Reference, forward: str) -> None:
+    runner = poisoned_runner(tiny_folder, forward, dtype="bfloat16")
     segments, expected = _mixed_step(runner, reference, seed=7)
     for found, rows in zip(LogitsProbe(runner)(*segments), expected, strict=True):
         assert found.isfinite().all()

@@ -1,0 +1,165 @@
+"""A forward against what it can't be faster than: `python -m benchmarks.floor --checkpoint <folder>`.
+
+In one run, turn by turn: reading all weights of a forward once; its linear layers alone, as oneDNN runs
+them prepacked and as the native forward does; and forwards with sampling. Every figure is the fastest
+turn, since other work on the machine only ever adds. `--cpu-time` counts the process's CPU time on one
+thread instead of wall time, which is the figure to trust on a busy machine.
+"""
+
+import argparse
+import ctypes
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.modes import CHECKPOINT
+from replicas.engine.plan import Segment, StepPlan
+from replicas.messages import SamplingParams
+from replicas.model.checkpoint import DTYPES
+from replicas.model.config import ModelConfig
+from replicas.model.native import structures
+from replicas.model.native.build import load_library
+from replicas.model.native.model import pack
+from replicas.model.runner import TorchRunner
+
+ROWS = (1, 4, 16, 32, 64)
+NUM_CACHED = 150
+GREEDY = SamplingParams(max_tokens=1)
+
+
+class Matrices:
+    """Random weights of a model's shapes, packed for oneDNN and for the native forward."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, num_threads: int):
+        attention = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        layer = [
+            (attention, config.hidden_size),
+            (config.hidden_size, config.num_heads * config.head_dim),
+            (2 * config.intermediate_size, config.hidden_size),
+            (config.hidden_size, config.intermediate_size),
+        ]
+        shapes = layer * config.num_layers + [(config.vocab_size, config.hidden_size)]
+        self._bfloat16 = ctypes.c_int64(dtype is torch.bfloat16)
+        self._packed = [pack(torch.randn(shape).to(dtype)) for shape in shapes]
+        self._matrices = [
+            structures.Matrix(p.data_ptr(), *s) for p, s in zip(self._packed, shapes, strict=True)
+        ]
+        self._onednn = [
+            torch.ops.mkldnn._reorder_linear_weight(torch.randn(shape).to(dtype), None) for shape in shapes
+        ]
+        self._inputs = {(r, k): torch.randn(r, k).to(dtype) for r in ROWS for _, k in shapes}
+        self._outputs = {(r, n): torch.empty(r, -(-n // 32) * 32) for r in ROWS for n, _ in shapes}
+        self._library = load_library()
+        self._context = ctypes.c_void_p(self._library.triad_open(ctypes.c_int64(num_threads)))
+        self.num_bytes = sum(packed.nbytes for packed in self._packed)
+
+    def read(self) -> None:
+        for packed in self._packed:
+            pointer = ctypes.c_void_p(packed.data_ptr())
+            self._library.triad_read(self._context, pointer, ctypes.c_int64(packed.nbytes))
+
+    def native(self, rows: int) -> None:
+        for matrix in self._matrices:
+            x, y = self._inputs[rows, matrix.k], self._outputs[rows, matrix.n]
+            self._library.triad_linear(
+                self._context,
+                self._bfloat16,
+                ctypes.byref(matrix),
+                ctypes.c_void_p(x.data_ptr()),
+                ctypes.c_int64(rows),
+                ctypes.c_void_p(y.data_ptr()),
+            )
+
+    def onednn(self, rows: int) -> None:
+        for packed, matrix in zip(self._onednn, self._matrices, strict=True):
+            x = self._inputs[rows, matrix.k]
+            torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+
+def steps(num_sequences: int, num_tokens: int, page_size: int, causal: bool) -> StepPlan:
+    """Sequences with NUM_CACHED tokens cached; a causal one wants its last row, a draft all."""
+    pages = -(-(NUM_CACHED + num_tokens) // page_size)
+    wanted = (num_tokens - 1,) if causal else tuple(range(num_tokens))
+    return StepPlan(
+        tuple(
+            Segment(
+                seq_id=i,
+                start=NUM_CACHED,
+                token_ids=(7,) * num_tokens,
+                pages=tuple(range(i * pages, (i + 1) * pages)),
+                causal=causal,
+                adapter=False,
+                wanted=wanted,
+                sampling=GREEDY,
+            )
+            for i in range(num_sequences)
+        )
+    )
+
+
+def measure(tasks: dict[str, Callable[[], object]], num_turns: int, clock: Callable[[], float]) -> dict:
+    """Milliseconds by name, each the fastest of its turns."""
+    fastest: dict[str, float] = {}
+    for _ in range(num_turns):
+        for name, task in tasks.items():
+            began_s = clock()
+            task()
+            taken_ms = (clock() - began_s) * 1e3
+            fastest[name] = min(taken_ms, fastest.get(name, taken_ms))
+    return fastest
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--checkpoint", default=str(CHECKPOINT))
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--cpu-time", action="store_true", help="CPU time of one thread")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    num_threads = 1 if options.cpu_time else options.threads
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    torch.set_num_threads(num_threads)
+    config = ModelConfig.from_folder(Path(options.checkpoint))
+    matrices = Matrices(config, DTYPES[options.dtype], num_threads)
+    runner = TorchRunner.load(
+        options.checkpoint, dtype=options.dtype, num_threads=num_threads, num_pages=64 * 16, forward="native"
+    )
+    size = runner.spec.page_size
+    plans = {
+        "step of 1": steps(1, 1, size, True),
+        "step of 32": steps(32, 1, size, True),
+        "step of 64": steps(64, 1, size, True),
+        "block of 32": steps(1, 32, size, False),
+    }
+    torch.set_num_threads(num_threads)
+    tasks: dict[str, Callable[[], object]] = {"read": matrices.read}
+    for rows in ROWS:
+        tasks[f"native linears {rows}"] = lambda rows=rows: matrices.native(rows)
+        tasks[f"onednn linears {rows}"] = lambda rows=rows: matrices.onednn(rows)
+    for name, plan in plans.items():
+        tasks[name] = lambda plan=plan: runner.run(plan)
+    found = measure(tasks, options.turns, clock)
+    found |= {
+        "step of 1 / read": found["step of 1"] / found["read"],
+        "step of 32 / onednn linears 32": found["step of 32"] / found["onednn linears 32"],
+        "block of 32 / onednn linears 32": found["block of 32"] / found["onednn linears 32"],
+    }
+    kind = "CPU ms" if options.cpu_time else "ms"
+    print(
+        f"CPU, {num_threads} threads, {options.dtype}, {kind}; weights {matrices.num_bytes / 1e6:.0f} MB, "
+        f"{matrices.num_bytes / found['read'] / 1e6:.1f} GB/s read; {NUM_CACHED} tokens cached a sequence"
+    )
+    for name, value in found.items():
+        print(f"{name:<34} {value:>9.2f}")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({k: round(v, 3) for k, v in found.items()}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""The native forward as a model: packs weights for it once, and lays out each step's rows."""
+
+import ctypes
+from collections.abc import Sequence
+from itertools import accumulate, chain
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from replicas.engine.plan import Segment
+from replicas.model.adapter import LowRank
+from replicas.model.checkpoint import LayerWeights, ModelWeights
+from replicas.model.config import ModelConfig
+from replicas.model.native import structures as c
+from replicas.model.native.build import NativeUnavailable, load_library
+from replicas.model.rotary import RotaryTable
+
+BLOCK = 32
+"""Rows of a weight matrix that are packed, and summed, together."""
+LANES = 16
+MAX_QUERIES_PER_KV = 32
+MAX_HEAD_DIM = 256
+
+
+def require_native(config: ModelConfig) -> None:
+    """Raises NativeUnavailable where this machine or this model can't have the native forward."""
+    load_library()
+    if config.queries_per_kv > MAX_QUERIES_PER_KV or config.head_dim > MAX_HEAD_DIM or config.hidden_size % 2:
+        raise NativeUnavailable(
+            f"the native forward takes up to {MAX_QUERIES_PER_KV} queries a key head, a head_dim of up to "
+            f"{MAX_HEAD_DIM} and an even hidden_size; the model has {config.queries_per_kv}, "
+            f"{config.head_dim} and {config.hidden_size}"
+        )
+
+
+def native_page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one page in all layers; pages are padded to tiles of 16 tokens."""
+    return 2 * config.num_layers * _page_bytes(config, page_size, dtype)
+
+
+def _page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
+    is_bfloat16 = int(dtype is torch.bfloat16)
+    count: int = load_library().triad_page_bytes(
+        *map(ctypes.c_int64, (is_bfloat16, page_size, config.num_kv_heads, config.head_dim))
+    )
+    return count
+
+
+class NativeModel:
+    """Weights, K/V pages and threads of the native forward. Not thread-safe.
+
+    Takes the weights over: they are emptied layer by layer. A row's results do not depend on the
+    other rows of a step, bit for bit, in either dtype.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        *,
+        num_pages: int,
+        page_size: int,
+        num_positions: int,
+        num_threads: int,
+    ):
+        self._library = load_library()
+        self._vocab_size = config.vocab_size
+        self._dtype = weights.embedding.dtype
+        self._kept: list[torch.Tensor] = []
+        page_bytes = _page_bytes(config, page_size, self._dtype)
+        rotary = RotaryTable(config, num_positions)
+        layers = (c.Layer * config.num_layers)()
+        weights.layers.reverse()
+        self.pages: list[torch.Tensor] = []
+        for layer in layers:
+            self._fill(layer, weights.layers.pop())
+            # Zeroed by the system when first touched: pages never used are not resident.
+            pages = torch.zeros(2, num_pages * page_bytes // 4, dtype=torch.int32)
+            self.pages.append(pages)
+            layer.keys, layer.values = pages[0].data_ptr(), pages[1].data_ptr()
+        self._layers = layers
+        self._model = c.Model(
+            is_bfloat16=self._dtype is torch.bfloat16,
+            num_layers=config.num_layers,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            page_size=page_size,
+            eps=config.rms_norm_eps,
+            embedding=self._keep(weights.embedding.contiguous()),
+            norm=self._floats(weights.norm),
+            phases=self._keep(torch.view_as_real(rotary.phases).contiguous()),
+            query_scale=self._floats(rotary.query_scale),
+            head=self._pack(weights.head),
+            layers=layers,
+        )
+        self._context = self._library.triad_open(ctypes.c_int64(num_threads))
+        self._logits = torch.empty(0)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_context"):
+            self._library.triad_close(ctypes.c_void_p(self._context))
+
+    def forward(self, segments: Sequence[Segment]) -> tuple[tuple[int, ...], torch.Tensor]:
+        """-> the order in which segments were packed, and the logits [W, vocab] of their wanted rows.
+
+        Segments with the adapter come first. The logits, float32, are valid until the next forward.
+        """
+        order = sorted(range(len(segments)), key=lambda index: not segments[index].adapter)
+        parts = [segments[index] for index in order]
+        lengths = [len(part.token_ids) for part in parts]
+        ends = list(accumulate(lengths))
+        firsts = [end - length for end, length in zip(ends, lengths, strict=True)]
+        num_pages = [len(part.pages) for part in parts]
+        offsets = [end - count for end, count in zip(accumulate(num_pages), num_pages, strict=True)]
+        rows = np.array([[part.start for part in parts], lengths, [part.causal for part in parts], offsets])
+        pages = np.fromiter(chain.from_iterable(part.pages for part in parts), np.int32, sum(num_pages))
+        tokens = np.fromiter(chain.from_iterable(part.token_ids for part in parts), np.int64, ends[-1])
+        wanted = np.array(
+            [first + at for first, part in zip(firsts, parts, strict=True) for at in part.wanted], np.int64
+        )
+        logits = self._logits_for(len(wanted))
+        step = c.Step(
+            num_segments=len(parts),
+            num_rows=ends[-1],
+            num_wanted=len(wanted),
+            num_adapter_rows=sum(len(part.token_ids) for part in parts if part.adapter),
+            num_wanted_adapter=sum(len(part.wanted) for part in parts if part.adapter),
+            starts=rows[0].ctypes.data,
+            lengths=rows[1].ctypes.data,
+            causal=rows[2].ctypes.data,
+            page_offsets=rows[3].ctypes.data,
+            pages=pages.ctypes.data,
+            token_ids=tokens.ctypes.data,
+            wanted=wanted.ctypes.data,
+            logits=logits.data_ptr(),
+        )
+        self._run(step)
+        return tuple(order), logits[:, : self._vocab_size]
+
+    def _run(self, step: c.Step) -> None:
+        """Every array that the step points to must outlive the call."""
+        self._library.triad_forward(
+            ctypes.c_void_p(self._context), ctypes.byref(self._model), ctypes.byref(step)
+        )
+
+    def choose(self, logits: torch.Tensor, forbidden: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """logits [W, vocab] of the last forward -> argmax [W] int64 and logsumexp [W] float32.
+
+        The forbidden token's logits become -inf.
+        """
+        tokens = torch.empty(len(logits), dtype=torch.int64)
+        normalisers = torch.empty(len(logits))
+        self._library.triad_choose(
+            ctypes.c_void_p(self._context),
+            ctypes.c_void_p(logits.data_ptr()),
+            *map(ctypes.c_int64, (len(logits), logits.stride(0), logits.shape[1])),
+            ctypes.c_int64(-1 if forbidden is None else forbidden),
+            ctypes.c_void_p(tokens.data_ptr()),
+            ctypes.c_void_p(normalisers.data_ptr()),
+        )
+        return tokens, normalisers
+
+    def _logits_for(self, num_rows: int) -> torch.Tensor:
+        """Reused, because fresh memory of this size costs more than writing it."""
+        width = -(-self._vocab_size // BLOCK) * BLOCK
+        if num_rows * width > len(self._logits):
+            self._logits = torch.empty(2 * num_rows * width)
+        return self._logits[: num_rows * width].view(num_rows, width)
+
+    def _fill(self, layer: Any, weights: LayerWeights) -> None:
+        layer.input_norm, layer.post_norm = self._floats(weights.input_norm), self._floats(weights.post_norm)
+        layer.query_norm, layer.key_norm = self._floats(weights.query_norm), self._floats(weights.key_norm)
+        layer.qkv_bias = self._floats(_pad_rows(weights.qkv_bias, BLOCK))
+        layer.qkv, layer.o = self._pack(weights.qkv), self._pack(weights.o)
+        layer.gate_up = self._pack(_interleave(weights.gate_up))
+        layer.down = self._pack(_pad_columns(weights.down))
+        for name, adapter in weights.adapters.items():
+            setattr(layer, f"{name}_adapter", self._pack_adapter(name, adapter))
+
+    def _pack_adapter(self, name: str, adapter: LowRank) -> Any:
+        down, up = adapter.down.to(self._dtype), adapter.up.to(self._dtype)
+        if name == "gate_up":
+            up = _interleave(up)
+        elif name == "down":
+            down = _pad_columns(down)
+        return c.LowRankMatrices(self._pack(down), self._pack(up))
+
+    def _pack(self, weight: torch.Tensor) -> Any:
+        packed = pack(weight)
+        self._kept.append(packed)
+        return c.Matrix(packed.data_ptr(), *weight.shape)
+
+    def _floats(self, values: torch.Tensor | None) -> int | None:
+        return None if values is None else self._keep(values.float().contiguous())
+
+    def _keep(self, tensor: torch.Tensor) -> int:
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """[N, K] -> [N / 32, K / unit, 32, unit], padded with zeros; a unit is 4 bytes (linear.h)."""
+    unit = 4 // weight.itemsize
+    rows, columns = weight.shape
+    padded = F.pad(weight, (0, -columns % unit, 0, -rows % BLOCK))
+    return padded.view(-1, BLOCK, padded.shape[1] // unit, unit).transpose(1, 2).contiguous()
+
+
+def _interleave(gate_up: torch.Tensor) -> torch.Tensor:
+    """[2 * intermediate, ...], gate before up -> 16 rows of gate, 16 of up, and so on."""
+    gate, up = (_pad_rows(half, LANES) for half in gate_up.chunk(2))
+    shape = (-1, LANES, *gate.shape[1:])
+    return torch.stack((gate.view(shape), up.view(shape)), 1).flatten(0, 2)
+
+
+def _pad_rows(tensor: Any, multiple: int) -> Any:
+    if tensor is None:
+        return None
+    missing = -len(tensor) % multiple
+    return torch.cat((tensor, tensor.new_zeros(missing, *tensor.shape[1:])))
+
+
+def _pad_columns(weight: torch.Tensor) -> torch.Tensor:
+    return F.pad(weight, (0, -weight.shape[1] % LANES))

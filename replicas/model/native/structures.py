@@ -1,0 +1,69 @@
+"""The C structures of forward.cpp, field for field."""
+
+from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
+
+
+class Matrix(Structure):
+    _fields_ = (("packed", c_void_p), ("n", c_int64), ("k", c_int64))
+
+
+class LowRankMatrices(Structure):
+    _fields_ = (("down", Matrix), ("up", Matrix))
+
+
+class Layer(Structure):
+    _fields_ = (
+        ("input_norm", c_void_p),
+        ("post_norm", c_void_p),
+        ("query_norm", c_void_p),
+        ("key_norm", c_void_p),
+        ("qkv_bias", c_void_p),
+        ("qkv", Matrix),
+        ("o", Matrix),
+        ("gate_up", Matrix),
+        ("down", Matrix),
+        ("qkv_adapter", LowRankMatrices),
+        ("o_adapter", LowRankMatrices),
+        ("gate_up_adapter", LowRankMatrices),
+        ("down_adapter", LowRankMatrices),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+    )
+
+
+class Model(Structure):
+    _fields_ = (
+        ("is_bfloat16", c_int64),
+        ("num_layers", c_int64),
+        ("hidden", c_int64),
+        ("intermediate", c_int64),
+        ("num_heads", c_int64),
+        ("num_kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("page_size", c_int64),
+        ("eps", c_float),
+        ("embedding", c_void_p),
+        ("norm", c_void_p),
+        ("phases", c_void_p),
+        ("query_scale", c_void_p),
+        ("head", Matrix),
+        ("layers", POINTER(Layer)),
+    )
+
+
+class Step(Structure):
+    _fields_ = (
+        ("num_segments", c_int64),
+        ("num_rows", c_int64),
+        ("num_wanted", c_int64),
+        ("num_adapter_rows", c_int64),
+        ("num_wanted_adapter", c_int64),
+        ("starts", c_void_p),
+        ("lengths", c_void_p),
+        ("causal", c_void_p),
+        ("page_offsets", c_void_p),
+        ("pages", c_void_p),
+        ("token_ids", c_void_p),
+        ("wanted", c_void_p),
+        ("logits", c_void_p),
+    )

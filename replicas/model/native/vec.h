@@ -1,0 +1,123 @@
+// Sixteen lanes, and the two element types of weights, activations and K/V.
+//
+// Everything multiplied is kept in units of 4 bytes along the axis summed over: one float, or two
+// bfloat16. One multiply-accumulate takes 16 units of one operand and one unit of the other, so every
+// kernel is written once for both types.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace triad {
+
+constexpr int LANES = 16;
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Units __attribute__((vector_size(64)));
+
+template <class V>
+inline V load(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof(V));
+  return v;
+}
+
+template <class V>
+inline void store(void* to, V v) {
+  std::memcpy(to, &v, sizeof(V));
+}
+
+inline Floats splat(float x) { return Floats{} + x; }
+inline Floats select(Ints mask, Floats a, Floats b) { return (Floats)((mask & (Ints)a) | (~mask & (Ints)b)); }
+inline Floats max(Floats a, Floats b) { return select(a > b, a, b); }
+
+inline float max_lane(Floats v) {
+  float m = v[0];
+  for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+inline float sum_lanes(Floats v) {
+  float s = 0;
+  for (int i = 0; i < LANES; i++) s += v[i];
+  return s;
+}
+
+// e^x to about 2 ulp; exactly 0 below -87, which is where masked scores (-inf) are.
+inline Floats exp(Floats x) {
+  const Ints keep = x > splat(-87.0f);
+  x = select(keep, x, splat(-87.0f));
+  x = select(x < splat(88.0f), x, splat(88.0f));
+  const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: rounds to an integer
+  const Floats shifted = x * 1.44269504f + magic;
+  const Floats n = shifted - magic;
+  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats p = splat(1.9875691500e-4f);  // Cephes' expf polynomial
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const Ints exponent = ((Ints)shifted - (Ints)magic + 127) << 23;
+  return (Floats)((Ints)(p * (Floats)exponent) & keep);
+}
+
+struct Float32 {
+  using Element = float;
+  static constexpr int PER_UNIT = 1;
+
+  static Floats mac(Floats acc, Units w, uint32_t x) {
+    float value;
+    std::memcpy(&value, &x, 4);
+    return acc + (Floats)w * value;
+  }
+  static Floats read(const Element* from) { return load<Floats>(from); }
+  static void write(Element* to, Floats v) { store(to, v); }
+  static float read(Element x) { return x; }
+  static Element round(float x) { return x; }
+};
+
+struct BFloat16 {
+  using Element = uint16_t;
+  static constexpr int PER_UNIT = 2;
+
+  static Floats mac(Floats acc, Units w, uint32_t x) {
+#if defined(__AVX512BF16__)
+    return (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32((int)x));
+#else
+    return acc + (Floats)(w << 16) * read((Element)x) + (Floats)(w & 0xffff0000u) * read((Element)(x >> 16));
+#endif
+  }
+  static Floats read(const Element* from) {
+    typedef uint16_t Halves __attribute__((vector_size(32)));
+    return (Floats)(__builtin_convertvector(load<Halves>(from), Units) << 16);
+  }
+  static void write(Element* to, Floats v) {
+    typedef uint16_t Halves __attribute__((vector_size(32)));
+    const Units bits = (Units)v;
+    const Units rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    store(to, __builtin_convertvector(rounded, Halves));
+  }
+  static float read(Element x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+  }
+  static Element round(float x) {  // to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return (Element)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  }
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+}  // namespace triad

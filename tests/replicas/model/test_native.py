@@ -1,0 +1,117 @@
+"""The native forward: what holds for it beyond the parity that test_runner.py checks on both forwards."""
+
+import itertools
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from replicas.engine.plan import Segment
+from replicas.model.config import ModelConfig
+from replicas.model.native import build
+from replicas.model.native.build import NativeUnavailable
+from replicas.model.native.model import require_native
+from replicas.model.runner import TorchModel, TorchRunner
+from replicas.model.sampler import choose
+from tests.replicas.model.conftest import LogitsProbe, Pages, poisoned_runner, prompt, segment
+from tests.tiny_checkpoint import tiny_config
+
+
+@pytest.fixture
+def fresh_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Nothing compiled yet; the folder for what will be."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    build.load_library.cache_clear()
+    yield tmp_path / "cache" / "triad"
+    build.load_library.cache_clear()
+
+
+def some_segments(pages: Pages, probe: LogitsProbe) -> list[Segment]:
+    """Lengths around the number of rows summed together, each with a prefix cached."""
+    segments = []
+    for index, (start, length) in enumerate([(40, 1), (7, 5), (30, 12), (0, 25), (11, 13), (3, 1), (50, 16)]):
+        tokens, table = prompt(start + length, seed=index), pages.table(start + length)
+        if start:
+            probe(segment(tokens[:start], table, wanted=()))
+        segments.append(segment(tokens[start:], table, start=start, causal=index != 6, adapter=index == 6))
+    return segments
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_does_not_depend_on_the_batch(tiny_folder: Path, dtype: str) -> None:
+    """Bit for bit: alone, with others, in any order, in chunks. So a verify gives AR's logits."""
+    runner = poisoned_runner(tiny_folder, "native", page_size=16, num_pages=60, dtype=dtype)
+    probe = LogitsProbe(runner)
+    segments = some_segments(Pages(60, 16), probe)
+    together = probe(*segments)
+    for part, rows in zip(segments, together, strict=True):
+        assert torch.equal(probe(part)[0], rows)
+    for rows, found in zip(together, reversed(probe(*reversed(segments))), strict=True):
+        assert torch.equal(found, rows)
+    whole, rows = segments[3], together[3]
+    chunks = [
+        probe(segment(whole.token_ids[low:high], whole.pages, start=low))[0]
+        for low, high in itertools.pairwise((0, 1, 2, 9, 25))
+    ]
+    assert torch.equal(torch.cat(chunks), rows)
+
+
+def test_threads_do_not_change_results(tiny_folder: Path) -> None:
+    tokens, pages = prompt(60, seed=3), Pages(60, 16).table(60)
+    found = []
+    for num_threads in (1, 3):
+        torch.set_num_threads(num_threads)
+        runner = poisoned_runner(tiny_folder, "native", page_size=16, num_pages=60)
+        found.append(LogitsProbe(runner)(segment(tokens, pages))[0])
+    torch.set_num_threads(1)
+    assert torch.equal(*found)
+
+
+def test_choose_equals_torch(tiny_folder: Path) -> None:
+    model = poisoned_runner(tiny_folder, "native")._model
+    generator = torch.Generator().manual_seed(1)
+    for width in (5, 16, 97, 1000):
+        logits = torch.randn(7, width, generator=generator) * 9
+        logits[2, 3] = logits[2, 1] = 40.0  # of equal ones the first
+        for forbidden in (None, 4):
+            tokens, normalisers = model.choose(logits.clone(), forbidden)
+            expected_tokens, expected = choose(logits.clone(), forbidden)
+            assert tokens.tolist() == expected_tokens.tolist()
+            torch.testing.assert_close(normalisers, expected)
+
+
+def test_without_a_compiler_the_forward_is_torchs(
+    tiny_folder: Path, fresh_build: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with caplog.at_level(logging.WARNING):
+        runner = TorchRunner.load(str(tiny_folder), num_pages=20, page_size=8)
+    assert isinstance(runner._model, TorchModel)
+    assert "CXX=no-such-compiler" in caplog.text
+    with pytest.raises(NativeUnavailable, match="install g\\+\\+ or clang, or set CXX"):
+        TorchRunner.load(str(tiny_folder), num_pages=20, page_size=8, forward="native")
+
+
+def test_a_failed_build_says_what_the_compiler_said(
+    fresh_build: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(build, "_FLAGS", ("--no-such-flag",))
+    with pytest.raises(NativeUnavailable, match="no-such-flag"):
+        build.load_library()
+    assert list(fresh_build.glob("*.so")) == []
+    build.main()
+    assert "the CPU path is torch's" in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, fresh_build: Path) -> None:
+    (tmp_path / "cache").write_text("a file, where a folder should be")
+    with pytest.raises(NativeUnavailable, match="set XDG_CACHE_HOME"):
+        build.load_library()
+
+
+def test_too_many_queries_a_key_head() -> None:
+    config = ModelConfig.parse(tiny_config(num_attention_heads=34, num_key_value_heads=1))
+    with pytest.raises(NativeUnavailable, match="up to 32 queries a key head"):
+        require_native(config)
