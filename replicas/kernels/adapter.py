@@ -89,7 +89,7 @@ def _project_down(
             mask=is_rank[:, None] & is_column[None, :],
             other=0.0,
         )
-        sums = tl.dot(a.to(DOT_DTYPE), tl.trans(b.to(DOT_DTYPE)), sums, input_precision="ieee")
+        sums = tl.dot(a.to(DOT_DTYPE), tl.trans(b.to(DOT_DTYPE)), sums, input_precision="tf32x3")
     at = parts + (split.to(tl.int64) * num_rows + place)[:, None] * RANK + rank[None, :]
     tl.store(at, sums, mask=is_row[:, None] & is_rank[None, :])
 
@@ -130,7 +130,7 @@ def _project_up(
             other=0.0,
         )
         sums = tl.dot(
-            hidden.to(DOT_DTYPE), tl.trans(weight.to(DOT_DTYPE)), sums, input_precision="ieee"
+            hidden.to(DOT_DTYPE), tl.trans(weight.to(DOT_DTYPE)), sums, input_precision="tf32x3"
         )  # fmt: skip
     at = y + row.to(tl.int64)[:, None] * SIZE_OUT + column[None, :]
     is_element = is_row[:, None] & is_column[None, :]

@@ -19,24 +19,29 @@ import torch
 import triton
 import triton.language as tl
 
-from replicas.kernels.launch import dot_dtype
+from replicas.kernels.launch import dot_dtype, splits_to_fill
 
 MAX_SPLITS = 32
+SEGMENT_FIELDS = tl.constexpr(5)
 _MIN_SPLIT_BLOCKS = 2
 _LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True, slots=True)
 class TileShape:
-    """block_m: rows of a tile, query tokens times queries per K/V head. block_n: keys a step."""
+    """block_m: rows of a tile, query tokens times queries per K/V head. block_n: keys a step.
+
+    num_resident: how many such programs an SM of sm_90 holds, by registers and shared memory.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    num_resident: int
 
 
-TILE_SHAPES = (TileShape(16, 64, 4, 4), TileShape(64, 64, 4, 3), TileShape(128, 64, 8, 3))
+TILE_SHAPES = (TileShape(16, 64, 4, 3, 4), TileShape(64, 64, 4, 3, 2), TileShape(128, 64, 8, 3, 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,11 @@ class Scratch:
         return cls(partial, torch.empty(partial.shape[:3], dtype=torch.float32, device=device))
 
 
+def num_splits(shape: TileShape, num_tiles: int, num_kv_heads: int, device: torch.device) -> int:
+    """How many splits keep the device full of tiles of this shape; a power of two."""
+    return splits_to_fill(num_tiles * num_kv_heads, device, MAX_SPLITS, shape.num_resident)
+
+
 def tile_shape(num_queries: int, queries_per_kv: int) -> int:
     """The index in TILE_SHAPES of the shape for a segment of so many queries."""
     num_rows = num_queries * queries_per_kv
@@ -97,8 +107,8 @@ def ragged_paged_attention(
     [T, heads, head_dim], contiguous.
 
     cache: [pages, 2, kv_heads, page_size, head_dim], keys then values; segments' own K/V is in it already
-    segments: [S, 4] int32: first row, start, length, causal
-    page_table: [S, P] int32; entries past a segment's end are never read
+    segments: [S, 5] int32: first row, start, length, causal, where its pages begin in page_table
+    page_table: [P] int32, each segment's pages in order; nothing past a segment's last key is read
     tiles: cover each row once; rows that no tile covers are left as they are
     scales: [2, kv_heads] float32, what stored keys and values are multiplied by; None for 1
     """
@@ -107,6 +117,7 @@ def ragged_paged_attention(
     assert queries.stride()[1:] == (head_dim, 1)
     assert output.is_contiguous()
     assert cache.is_contiguous()
+    wide = queries.dtype is torch.float32  # takes twice the shared memory
     block_d = max(16, triton.next_power_of_2(head_dim))
     for group in tiles:
         if not len(group.index):
@@ -123,7 +134,6 @@ def ragged_paged_attention(
             page_table,
             scales,
             queries.stride(0),
-            page_table.stride(0),
             num_rows,
             head_dim**-0.5 * _LOG2_E,
             NUM_HEADS=num_heads,
@@ -131,13 +141,13 @@ def ragged_paged_attention(
             HEAD_DIM=head_dim,
             PAGE_SIZE=page_size,
             BLOCK_M=shape.block_m,
-            BLOCK_N=shape.block_n,
+            BLOCK_N=shape.block_n // 2 if wide else shape.block_n,
             BLOCK_D=block_d,
             NUM_SPLITS=group.num_splits,
             MIN_SPLIT_BLOCKS=_MIN_SPLIT_BLOCKS,
             DOT_DTYPE=dot_dtype(queries.dtype),
             num_warps=shape.num_warps,
-            num_stages=shape.num_stages,
+            num_stages=2 if wide else shape.num_stages,
         )
         if group.num_splits > 1:
             _merge_splits[(len(group.index), shape.block_m, num_kv_heads)](
@@ -169,7 +179,6 @@ def _attend(
     page_table,
     scales,
     query_stride,
-    table_stride,
     num_rows,
     softmax_scale,
     NUM_HEADS: tl.constexpr,
@@ -192,10 +201,10 @@ def _attend(
     if segment < 0:
         return
     first_query = tl.load(tiles + 2 * tl.program_id(0) + 1)
-    first_row = tl.load(segments + 4 * segment)
-    start = tl.load(segments + 4 * segment + 1)
-    length = tl.load(segments + 4 * segment + 2)
-    causal = tl.load(segments + 4 * segment + 3) != 0
+    first_row = tl.load(segments + SEGMENT_FIELDS * segment)
+    start = tl.load(segments + SEGMENT_FIELDS * segment + 1)
+    length = tl.load(segments + SEGMENT_FIELDS * segment + 2)
+    causal = tl.load(segments + SEGMENT_FIELDS * segment + 3) != 0
 
     tile_row = tl.arange(0, BLOCK_M)
     query = first_query + tile_row // GROUP
@@ -222,7 +231,7 @@ def _attend(
     end_block = tl.minimum(first_block + split_blocks, num_blocks)
     full_end = tl.minimum(end_block, least_visible // BLOCK_N)
 
-    table = page_table + segment.to(tl.int64) * table_stride
+    table = page_table + tl.load(segments + SEGMENT_FIELDS * segment + 4)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total_weight = tl.zeros((BLOCK_M,), tl.float32)
     sums = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -291,7 +300,7 @@ def _attend_block(
     else:
         k = tl.load(at).to(DOT_DTYPE)
         v = tl.load(at + NUM_KV_HEADS * PAGE_SIZE * HEAD_DIM).to(DOT_DTYPE)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * softmax_scale
+    scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * softmax_scale
     if MASKED:
         scores = tl.where(key[None, :] < visible[:, None], scores, float("-inf"))
     new_largest = tl.maximum(largest, tl.max(scores, 1))
@@ -301,7 +310,7 @@ def _attend_block(
     weights = tl.exp2(scores - offset[:, None])
     total_weight = total_weight * decay + tl.sum(weights, 1)
     sums = sums * decay[:, None]
-    sums = tl.dot(weights.to(DOT_DTYPE), v, sums, input_precision="ieee")
+    sums = tl.dot(weights.to(DOT_DTYPE), v, sums, input_precision="tf32x3")
     return new_largest, total_weight, sums
 
 
@@ -327,9 +336,9 @@ def _merge_splits(
     if (segment < 0) | (tile_row >= BLOCK_M // GROUP * GROUP):
         return
     query = tl.load(tiles + 2 * tl.program_id(0) + 1) + tile_row // GROUP
-    if query >= tl.load(segments + 4 * segment + 2):
+    if query >= tl.load(segments + SEGMENT_FIELDS * segment + 2):
         return
-    row = (tl.load(segments + 4 * segment) + query).to(tl.int64)
+    row = (tl.load(segments + SEGMENT_FIELDS * segment) + query).to(tl.int64)
     head = (tile_row % GROUP) * NUM_KV_HEADS + tl.program_id(2)
     split = tl.arange(0, NUM_SPLITS)
     dim = tl.arange(0, BLOCK_D)
@@ -356,9 +365,9 @@ def ragged_paged_attention_reference(
     """The same by its definition, a segment at a time, in float64 -> [T, heads, head_dim] float64."""
     num_kv_heads, page_size, head_dim = cache.shape[2:]
     output = torch.full(queries.shape, torch.nan, dtype=torch.float64, device=queries.device)
-    for (first, start, length, causal), table in zip(segments.tolist(), page_table, strict=True):
+    for first, start, length, causal, first_page in segments.tolist():
         total = start + length
-        pages = table[: -(-total // page_size)].long()
+        pages = page_table[first_page : first_page - (-total // page_size)].long()
         keys_values = cache[pages].double().permute(1, 2, 0, 3, 4).reshape(2, num_kv_heads, -1, head_dim)
         keys, values = keys_values[:, :, :total]
         if scales is not None:

@@ -6,7 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-PROGRAMS_PER_SM = 2
 _INTERPRETED_SMS = 4
 
 
@@ -32,7 +31,10 @@ def num_sms(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def splits_to_fill(num_programs: int, device: torch.device, most: int) -> int:
-    """A power of two, at most `most`: into how many parts to split each of so many programs' work."""
-    wanted = PROGRAMS_PER_SM * num_sms(device) // max(num_programs, 1)
+def splits_to_fill(num_programs: int, device: torch.device, most: int, per_sm: int = 2) -> int:
+    """A power of two, at most `most`: into how many parts to split each of so many programs' work.
+
+    per_sm: how many programs to give each streaming multiprocessor.
+    """
+    wanted = per_sm * num_sms(device) // max(num_programs, 1)
     return min(most, 1 << max(wanted, 1).bit_length() - 1)

@@ -97,7 +97,7 @@ class TorchRunner:
         attention = self._attention.plan(plan.segments)
         segments = [plan.segments[index] for index in attention.order]
         logits = self._model.forward(_batch(segments, attention))
-        rows = list(chain.from_iterable(_rows(segment) for segment in segments))
+        rows = list(chain.from_iterable(rows_of(segment) for segment in segments))
         outputs = [SegmentOutput((), ())] * len(segments)
         if not rows:
             return outputs
@@ -111,7 +111,7 @@ class TorchRunner:
         return outputs
 
 
-def _rows(segment: Segment) -> list[Row]:
+def rows_of(segment: Segment) -> list[Row]:
     """A bidirectional row knows, of its own segment, the seed alone: a draft, to be verified."""
     rows = []
     masks = segment.allowed or (None,) * len(segment.wanted)

@@ -34,19 +34,14 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype
     torch.testing.assert_close(found.double(), expected.double(), atol=tolerance, rtol=tolerance)
 
 
-def page_table(num_keys: Sequence[int], page_size: int, pages: Sequence[int], unused: int) -> torch.Tensor:
-    """[S, P] int32: pages in the order given; entries past a segment's end are `unused`."""
-    counts = [-(-keys // page_size) for keys in num_keys]
-    table = np.full((len(num_keys), max([*counts, 1])), unused, dtype=np.int32)
-    free = iter(pages)
-    for row, count in enumerate(counts):
-        table[row, :count] = [next(free) for _ in range(count)]
-    return torch.from_numpy(table).to(DEVICE)
-
-
-def segment_table(starts: Sequence[int], lengths: Sequence[int], causal: Sequence[bool]) -> torch.Tensor:
-    first = np.cumsum([0, *lengths])[:-1]
-    rows = np.stack([first, starts, lengths, np.array(causal, dtype=np.int64)], 1)
+def segment_table(
+    starts: Sequence[int], lengths: Sequence[int], causal: Sequence[bool], page_size: int
+) -> torch.Tensor:
+    """[S, 5] int32, with the segments' pages one after the other."""
+    first_row = np.cumsum([0, *lengths])[:-1]
+    num_pages = [-(-(start + length) // page_size) for start, length in zip(starts, lengths, strict=True)]
+    first_page = np.cumsum([0, *num_pages])[:-1]
+    rows = np.stack([first_row, starts, lengths, np.array(causal, dtype=np.int64), first_page], 1)
     return torch.from_numpy(rows.astype(np.int32)).to(DEVICE)
 
 

@@ -15,7 +15,6 @@ from tests.replicas.kernels.cases import (
     make_scratch,
     make_tiles,
     normal,
-    page_table,
     poison,
     segment_table,
 )
@@ -49,7 +48,7 @@ def check(
     if pages is None:
         order = torch.randperm(num_pages - 1, generator=torch.Generator().manual_seed(seed))
         pages = order.tolist()[:used]
-    table = page_table(num_keys, page_size, pages, unused=num_pages - 1)
+    table = torch.tensor(pages, dtype=torch.int32, device=DEVICE)
     cache = normal(num_pages, 2, num_kv_heads, page_size, head_dim, dtype=dtype, seed=seed)
     scales = None
     if cache_dtype is not None:
@@ -57,10 +56,10 @@ def check(
         scales = torch.tensor([[0.5 + k for k in range(num_kv_heads)]] * 2, device=DEVICE)
         scales[1] *= 1.5
     else:
-        _poison_unused(cache, table, num_keys, page_size)
+        _poison_unused(cache, pages, num_keys)
     qkv = normal(num_rows, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype, seed=seed + 1)
     queries = qkv[:, :num_heads]
-    segments = segment_table(starts, lengths, causal)
+    segments = segment_table(starts, lengths, causal, page_size)
     tiles = make_tiles(lengths, num_heads // num_kv_heads, num_splits, padding)
     output = poison(num_rows, num_heads, head_dim, dtype=dtype)
     scratch = make_scratch(tiles, num_rows, num_heads, head_dim)
@@ -69,13 +68,15 @@ def check(
     assert_close(output, expected, dtype)
 
 
-def _poison_unused(cache: torch.Tensor, table: torch.Tensor, num_keys: Sequence[int], page_size: int) -> None:
-    """NaN wherever no segment's keys are: an unread page, and the rest of each last page."""
+def _poison_unused(cache: torch.Tensor, pages: Sequence[int], num_keys: Sequence[int]) -> None:
+    """NaN wherever no segment's keys are: in an unused page, and in the rest of each last page."""
+    page_size = cache.shape[3]
     used = torch.zeros(len(cache), page_size, dtype=torch.bool)
-    for row, keys in zip(table.tolist(), num_keys, strict=True):
-        for position in range(keys):
-            used[row[position // page_size], position % page_size] = True
-    cache.transpose(2, 3).transpose(1, 2)[~used.to(cache.device)] = torch.nan
+    remaining = iter(pages)
+    for keys in num_keys:
+        for first in range(0, keys, page_size):
+            used[next(remaining), : min(page_size, keys - first)] = True
+    cache.permute(0, 3, 1, 2, 4)[~used.to(cache.device)] = torch.nan
 
 
 @pytest.mark.parametrize(("dtype", "num_splits"), [*((dtype, 1) for dtype in DTYPES), (torch.bfloat16, 2)])
@@ -110,10 +111,10 @@ def test_splits_beyond_the_keys(num_splits: int) -> None:
 
 def test_large_scores_do_not_overflow() -> None:
     starts, lengths = [70], [3]
-    table = page_table([73], 16, range(5), unused=0)
+    table = torch.arange(5, dtype=torch.int32, device=DEVICE)
     cache = normal(5, 2, 1, 16, 16, scale=60.0)
     queries = normal(3, 2, 16, scale=60.0, seed=1)
-    segments = segment_table(starts, lengths, [True])
+    segments = segment_table(starts, lengths, [True], 16)
     tiles = make_tiles(lengths, 2, 2)
     output = poison(3, 2, 16)
     ragged_paged_attention(queries, cache, output, segments, table, tiles, make_scratch(tiles, 3, 2, 16))
@@ -131,8 +132,8 @@ def test_adversarial_page_tables(order: str) -> None:
 def test_rows_of_no_tile_are_left_alone() -> None:
     """A CUDA graph has rows beyond those in use."""
     lengths = [2]
-    table, cache = page_table([10], 16, [1], unused=0), normal(2, 2, 1, 16, 16)
-    queries, segments = normal(4, 1, 16), segment_table([8], lengths, [True])
+    table, cache = torch.tensor([1], dtype=torch.int32, device=DEVICE), normal(2, 2, 1, 16, 16)
+    queries, segments = normal(4, 1, 16), segment_table([8], lengths, [True], 16)
     output = poison(4, 1, 16)
     tiles = make_tiles(lengths, 1, 1, padding=3)
     ragged_paged_attention(queries, cache, output, segments, table, tiles, make_scratch(tiles, 4, 1, 16))
