@@ -74,18 +74,18 @@ class CudaRunner:
         parallel: Parallel | None = None,
         options: Options = Options(),
     ):
-        self._config = config
-        self._device = weights.embedding.device
+        self.config = config
+        self.device = weights.embedding.device
         self._page_size = page_size
         self._options = options
-        pages = PagedKv(config, num_pages, page_size, kv_dtype or weights.embedding.dtype, self._device)
+        pages = PagedKv(config, num_pages, page_size, kv_dtype or weights.embedding.dtype, self.device)
         attention = TritonAttention(config, pages, max_context)
-        self._model = CudaTransformer(config, weights, attention, parallel or Parallel())
-        self._staging = Staging(self._device)
+        self.model = CudaTransformer(config, weights, attention, parallel or Parallel())
+        self._staging = Staging(self.device)
         self._ahead: _Ahead | None = None
         self.num_steps_ahead = 0
         self._graphs: GraphCache | None = None
-        if options.graphs and self._device.type == "cuda":
+        if options.graphs and self.device.type == "cuda":
             self._prepare_graphs(weights.embedding.dtype, options.max_graphs)
         self._spec = ModelSpec(
             modes=config.modes,
@@ -175,15 +175,15 @@ class CudaRunner:
 
     def forward(self, segments: Sequence[Segment]) -> torch.Tensor:
         """Logits [W, vocab] of the segments' wanted rows, without graphs; for tests and measurements."""
-        host = HostStep.pack(segments, self._config, self._page_size)
+        host = HostStep.pack(segments, self.config, self._page_size)
         buffer = self._staging.send_step(host, host.size, None)
-        return self._model.forward(StepInputs.view(buffer, host.size, self._config))
+        return self.model.forward(StepInputs.view(buffer, host.size, self.config))
 
     def _start(
         self, segments: Sequence[Segment], guessed: Guess | None = None, after: Sampled | None = None
     ) -> Sampled:
         """Queues a step's work on the device; nothing is waited for unless a row needs the host's rules."""
-        host = HostStep.pack(segments, self._config, self._page_size)
+        host = HostStep.pack(segments, self.config, self._page_size)
         size, graphs = self._size(host)
         buffer = self._staging.send_step(host, size, None if graphs is None else self._buffer)
         if guessed is not None and after is not None:
@@ -192,8 +192,8 @@ class CudaRunner:
             made = after.tokens.int().index_select(0, sources.clamp(min=0))
             token_ids.copy_(torch.where(sources >= 0, made, token_ids))
         if graphs is None:
-            logits = self._model.forward(StepInputs.view(buffer, size, self._config))
-            best = confidence(logits, self._config.mask_token_id)
+            logits = self.model.forward(StepInputs.view(buffer, size, self.config))
+            best = confidence(logits, self.config.mask_token_id)
         else:
             graphs.run(size)
             logits, best = self._logits, self._best
@@ -219,11 +219,11 @@ class CudaRunner:
 
     def _prepare_graphs(self, dtype: torch.dtype, max_graphs: int) -> None:
         """Tensors that graphs read from and write to, and the way they are captured."""
-        device = self._device
+        device = self.device
         most = StepSize(MAX_GRAPH_ROWS, MAX_GRAPH_ROWS, MAX_GRAPH_ROWS, (2 * MAX_GRAPH_ROWS,) * 3, True)
         num_ints = sum(length for _, length in most.sections()) + _GRAPH_PAGE_ENTRIES
         self._buffer = torch.zeros(num_ints, dtype=torch.int32, device=device)
-        self._logits = torch.empty(MAX_GRAPH_ROWS, self._config.vocab_size, dtype=dtype, device=device)
+        self._logits = torch.empty(MAX_GRAPH_ROWS, self.config.vocab_size, dtype=dtype, device=device)
         self._best = Confidence(
             torch.empty(MAX_GRAPH_ROWS, dtype=torch.int64, device=device),
             torch.empty(MAX_GRAPH_ROWS, dtype=torch.float32, device=device),
@@ -233,9 +233,9 @@ class CudaRunner:
 
         def capture(size: StepSize) -> Replay:
             def compute() -> None:
-                inputs = StepInputs.view(self._buffer, size, self._config)
-                logits = self._model.forward(inputs, self._logits[: size.num_wanted])
-                best = confidence(logits, self._config.mask_token_id)
+                inputs = StepInputs.view(self._buffer, size, self.config)
+                logits = self.model.forward(inputs, self._logits[: size.num_wanted])
+                best = confidence(logits, self.config.mask_token_id)
                 for static, part in zip(self._best, best, strict=True):
                     static[: size.num_wanted].copy_(part)
 
