@@ -16,10 +16,10 @@ POLICY    ?= threshold
 # make train OUT=<folder for the run; started again, it goes on from there>
 OUT       ?= .run/train
 
-.PHONY: serve test lint format bench evaluate train clean help
+.PHONY: serve test test-gpu lint format bench bench-gpu evaluate train clean help
 
 help:
-	@sed -n '1,2p' Makefile; echo; grep -E '^[a-z]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 12
+	@sed -n '1,2p' Makefile; echo; grep -E '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 12
 
 # torch on its own and first: a bare requirement of it would pull gigabytes of CUDA packages.
 $(READY): pyproject.toml constraints.txt
@@ -39,6 +39,10 @@ test: $(READY) ## run every test
 	@echo "== tests =="
 	@$(BIN)/python -m pytest $(ARGS)
 
+test-gpu: $(READY) ## the kernels and the CUDA runner on a GPU, in full shapes
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch sees no CUDA device")'
+	@$(BIN)/python -m pytest tests/replicas/kernels tests/replicas/model/cuda $(ARGS)
+
 lint: $(READY) ## ruff, mypy, import contracts
 	@echo "== lint =="
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
@@ -48,6 +52,9 @@ format: $(READY) ## let ruff rewrite what it can
 
 bench: $(READY) ## tokens a second of each mode by concurrency, engine alone
 	@$(BIN)/python -m benchmarks.modes $(ARGS)
+
+bench-gpu: $(READY) ## all that is measured on a GPU, in one run of at most 9 minutes
+	@$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 evaluate: $(READY) ## quality and tokens per forward of the embedded checkpoint, by task family and mode
 	@$(BIN)/python -m replicas.training.evaluate $(ARGS)

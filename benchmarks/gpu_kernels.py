@@ -291,20 +291,29 @@ class KernelBench:
             output = torch.empty_like(queries)
             chosen = TILE_SHAPES[index]
             for shape in _alternatives(chosen):
-                [group] = [tiles for tiles in inputs.tiles if len(tiles.index)]
-                splits = num_splits(shape, len(group.index), self._shapes.config.num_kv_heads, self._device)
-                tiles = [replace(group, shape=shape, num_splits=min(splits, len(inputs.scratch.partial)))]
+                yield self._tile(shape, queries, pages, output, inputs, shape == chosen)
 
-                def run(tiles: list = tiles) -> None:
-                    ragged_paged_attention(
-                        queries, pages, output, inputs.segments, inputs.page_table, tiles, inputs.scratch
-                    )
+    def _tile(
+        self,
+        shape: TileShape,
+        queries: torch.Tensor,
+        pages: torch.Tensor,
+        output: torch.Tensor,
+        inputs: StepInputs,
+        chosen: bool,
+    ) -> dict[str, object]:
+        [group] = [tiles for tiles in inputs.tiles if len(tiles.index)]
+        splits = num_splits(shape, len(group.index), self._shapes.config.num_kv_heads, self._device)
+        tiles = [replace(group, shape=shape, num_splits=min(splits, len(inputs.scratch.partial)))]
 
-                num_bytes = pages.numel() * self._dtype.itemsize
-                name = f"tile {shape.block_m}x{shape.block_n}, {shape.num_warps} warps, {shape.num_stages} stages"
-                mark = " (chosen)" if shape == chosen else ""
-                what = f"{name}: batch {batch}, {length} queries{mark}"
-                yield self._row("ragged_paged_attention", what, num_bytes, run, "", None)
+        def run() -> None:
+            ragged_paged_attention(
+                queries, pages, output, inputs.segments, inputs.page_table, tiles, inputs.scratch
+            )
+
+        name = f"tile {shape.block_m}x{shape.block_n}, {shape.num_warps} warps, {shape.num_stages} stages"
+        what = f"{name}: {len(inputs.segments)} segments{' (chosen)' if chosen else ''}"
+        return self._row("ragged_paged_attention", what, pages.numel() * self._dtype.itemsize, run, "", None)
 
 
 def _alternatives(chosen: TileShape) -> Iterator[TileShape]:

@@ -80,7 +80,6 @@ class Ceilings:
         source = torch.zeros(128 * size * size, dtype=torch.uint8, device=clock.device)
         target = torch.empty_like(source)
         copied = clock.time(lambda: target.copy_(source), for_s=0.5, cold=False)
-        del target
         a, b = (torch.randn(size, size, device=clock.device).bfloat16() for _ in range(2))
         product = clock.time(lambda: a @ b, for_s=0.5, cold=False)
         return cls(2 * len(source) / copied.ms / 1e6, 2 * size**3 / product.ms / 1e9)

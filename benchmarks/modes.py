@@ -16,6 +16,7 @@ import torch
 
 from policies.modes import DecodePlan, Mode
 from replicas.engine.engine import Engine
+from replicas.engine.plan import Runner
 from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.runner import TorchRunner
 from replicas.text import TextCodec
@@ -37,7 +38,7 @@ def prompts(codec: TextCodec) -> list[list[int]]:
     return [codec.encode(({"role": "user", "content": task.prompt},)) for turn in tasks for task in turn]
 
 
-def measure(runner: TorchRunner, plan: DecodePlan, asked: list[list[int]], concurrency: int) -> float:
+def measure(runner: Runner, plan: DecodePlan, asked: list[list[int]], concurrency: int) -> float:
     """Tokens a second over all the prompts, with so many requests running."""
     engine = Engine(runner, max_running=concurrency, max_waiting=len(asked))
     options = DecodingOptions(plan.mode, None if plan.mode is Mode.AR else plan.block_length)
@@ -49,8 +50,18 @@ def measure(runner: TorchRunner, plan: DecodePlan, asked: list[list[int]], concu
     return engine.scheduler.num_tokens / (time.perf_counter() - began_s)
 
 
-def rows(num_turns: int, concurrencies: tuple[int, ...], num_threads: int) -> Iterator[dict[str, object]]:
-    runner = TorchRunner.load(str(CHECKPOINT), num_threads=num_threads)
+def load_runner(device: str, num_threads: int) -> Runner:
+    if device == "cpu":
+        return TorchRunner.load(str(CHECKPOINT), num_threads=num_threads)
+    from replicas.model.cuda.runner import CudaRunner
+
+    return CudaRunner.load(str(CHECKPOINT), device=device, kv_budget_bytes=512 << 20)
+
+
+def rows(
+    device: str, num_turns: int, concurrencies: tuple[int, ...], num_threads: int
+) -> Iterator[dict[str, object]]:
+    runner = load_runner(device, num_threads)
     asked = prompts(TextCodec.load(str(CHECKPOINT)))
     measure(runner, PLANS[0], asked[:4], 4)  # warm-up
     for concurrency in concurrencies:
@@ -71,11 +82,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows here too")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     found = []
-    print(f"CPU, {options.threads} threads, float32; tokens/s, median of {options.turns} turns")
-    for row in rows(options.turns, tuple(options.concurrency), options.threads):
+    where = f"CPU, {options.threads} threads, float32" if options.device == "cpu" else "GPU, bfloat16"
+    print(f"{where}; tokens/s, median of {options.turns} turns")
+    for row in rows(options.device, options.turns, tuple(options.concurrency), options.threads):
         found.append(row)
         name = f"{row['mode']}" + (f" {row['block_length']}" if row["mode"] != "ar" else "")
         print(f"{row['concurrency']:>4}  {name:<20} {row['tokens_per_s']:>8}", flush=True)
