@@ -17,7 +17,7 @@ POLICY    ?=
 # make train OUT=<folder for the run; started again, it goes on from there>
 OUT       ?= .run/train
 
-.PHONY: serve test lint format bench bench-floor bench-overhead bench-memory bench-peer evaluate train model pack-smollm2 train-smollm2 clean help
+.PHONY: serve test test-gpu lint format bench bench-floor bench-overhead bench-memory bench-peer bench-gpu evaluate train model pack-smollm2 train-smollm2 clean help
 
 help:
 	@sed -n '1,2p' Makefile; echo; grep -E '^[a-z0-9-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -41,6 +41,10 @@ test: $(READY) ## run every test
 	@echo "== tests =="
 	@$(BIN)/python -m pytest $(ARGS)
 
+test-gpu: $(READY) ## the kernels and the CUDA runner on a GPU, in full shapes
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch sees no CUDA device")'
+	@$(BIN)/python -m pytest tests/replicas/kernels tests/replicas/model/cuda $(ARGS)
+
 lint: $(READY) ## ruff, mypy, import contracts
 	@echo "== lint =="
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
@@ -62,6 +66,9 @@ bench-memory: $(READY) ## resident memory over 10,000 requests
 
 bench-peer: $(READY) ## the whole stack against vLLM: ARGS="--checkpoint DIR --vllm PATH"
 	@$(BIN)/python -m benchmarks.peer $(ARGS)
+
+bench-gpu: $(READY) ## all that is measured on a GPU, in one run of at most 9 minutes
+	@$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 evaluate: $(READY) ## quality and tokens per forward of the embedded checkpoint, by task family and mode
 	@$(BIN)/python -m replicas.training.evaluate $(ARGS)

@@ -127,6 +127,7 @@ def _replica_config(args: ClusterConfig, redis_url: str) -> ReplicaConfig:
         redis_url=redis_url,
         policy=args.policy,
         policy_params=args.policy_params,
+        device="cuda" if args.num_gpus > 0 else "cpu",
         dtype=args.weights_dtype,
         forward=args.forward,
         num_threads=num_threads,

@@ -9,7 +9,7 @@ from typing import Any
 class ReplicaConfig:
     """Checked by cluster.config, where each field is explained to operators.
 
-    checkpoint: a folder or a hub name. num_threads None leaves torch's own choice.
+    checkpoint: a folder or a hub name. device: 'cpu' or 'cuda'. num_threads None leaves torch's own choice.
     kv_cache_mb: memory for K/V pages, in MiB. max_running: sequences in one forward.
     max_step_tokens: query tokens in one forward; max_prefill_tokens: of them prompt tokens beside
     decoding ones. adaptive_speculation: drafts as long as pays. max_waiting: queued beyond those running.
@@ -22,6 +22,7 @@ class ReplicaConfig:
     redis_url: str
     policy: str
     policy_params: Mapping[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
     dtype: str = "auto"
     forward: str = "auto"
     num_threads: int | None = None

@@ -14,6 +14,7 @@ from policies.store import LoadStore
 from replicas.calibration import calibrate
 from replicas.config import ReplicaConfig
 from replicas.engine.engine import Engine
+from replicas.engine.plan import Runner
 from replicas.messages import Accepted, Event, GenerateRequest, ModelInfo, Rejected
 from replicas.model.runner import TorchRunner
 from replicas.service import ReplicaService
@@ -109,7 +110,17 @@ class Replica:
         self._service.set_plan(plan.decode, plan.rule)
 
 
-def load_runner(config: ReplicaConfig) -> TorchRunner:
+def load_runner(config: ReplicaConfig) -> Runner:
+    """Raises CheckpointError."""
+    if config.device == "cuda":
+        from replicas.model.cuda.runner import CudaRunner  # Triton is there on Linux only
+
+        return CudaRunner.load(
+            config.checkpoint,
+            dtype=config.dtype,
+            kv_budget_bytes=config.kv_cache_mb * 2**20,
+            page_size=config.page_size,
+        )
     return TorchRunner.load(
         config.checkpoint,
         dtype=config.dtype,

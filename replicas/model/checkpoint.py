@@ -20,7 +20,7 @@ _STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", f"{ADAPTER_FOLDER}/*"]
 _GIB = 1 << 30
 
-__all__ = ["CheckpointError", "LayerWeights", "ModelWeights", "load_weights", "resolve_folder"]
+__all__ = ["CheckpointError", "LayerWeights", "ModelWeights", "load_weights", "resolve_folder", "weights_to"]
 
 
 @dataclass(slots=True)
@@ -107,6 +107,39 @@ def load_weights(
     if tri_mode and config.has_adapter:
         _attach_adapter(folder / ADAPTER_FOLDER, embedding, layers, config, dtype)
     return ModelWeights(embedding, layers, norm, head)
+
+
+def weights_to(weights: ModelWeights, device: torch.device) -> ModelWeights:
+    """The weights on a device, each moved at once, so that no second whole copy is ever made."""
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device).contiguous()
+
+    def move_optional(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else move(tensor)
+
+    embedding = move(weights.embedding)
+    layers = []
+    weights.layers.reverse()
+    while weights.layers:
+        layer = weights.layers.pop()
+        adapters = {name: LowRank(move(pair.down), move(pair.up)) for name, pair in layer.adapters.items()}
+        layers.append(
+            LayerWeights(
+                input_norm=move(layer.input_norm),
+                qkv=move(layer.qkv),
+                qkv_bias=move_optional(layer.qkv_bias),
+                query_norm=move_optional(layer.query_norm),
+                key_norm=move_optional(layer.key_norm),
+                o=move(layer.o),
+                post_norm=move(layer.post_norm),
+                gate_up=move(layer.gate_up),
+                down=move(layer.down),
+                adapters=adapters,
+            )
+        )
+    head = embedding if weights.head is weights.embedding else move(weights.head)
+    return ModelWeights(embedding, layers, move(weights.norm), head)
 
 
 def _read_layer(

@@ -141,7 +141,7 @@ class TorchRunner:
             return ()
         order, logits = self._model.forward(plan.segments)
         segments = [plan.segments[index] for index in order]
-        rows = list(chain.from_iterable(_rows(segment) for segment in segments))
+        rows = list(chain.from_iterable(rows_of(segment) for segment in segments))
         outputs = [SegmentOutput((), ())] * len(segments)
         if not rows:
             return outputs
@@ -169,7 +169,7 @@ def _has_native(config: ModelConfig, required: bool) -> bool:
     return True
 
 
-def _rows(segment: Segment) -> list[Row]:
+def rows_of(segment: Segment) -> list[Row]:
     """A bidirectional row knows, of its own segment, the seed alone: a draft, to be verified."""
     rows = []
     masks = segment.allowed or (None,) * len(segment.wanted)

@@ -65,20 +65,22 @@ class SampledRows:
     uniforms: torch.Tensor
 
     @classmethod
-    def build(cls, rows: Sequence[Row]) -> "SampledRows | None":
+    def build(cls, rows: Sequence[Row], device: torch.device) -> "SampledRows | None":
         """None if all of the W rows are greedy."""
         picked = [index for index, row in enumerate(rows) if row.sampling.temperature > 0]
         if not picked:
             return None
         params = [rows[index].sampling for index in picked]
         positions = [rows[index].position for index in picked]
+        numbers = [(max(p.temperature, 1e-5), p.top_p, p.min_p) for p in params]
+        temperature, top_p, min_p = torch.tensor(numbers, dtype=torch.float32, device=device).unbind(1)
         return cls(
-            rows=torch.tensor(picked),
-            temperature=torch.tensor([max(p.temperature, 1e-5) for p in params], dtype=torch.float32),
-            top_k=torch.tensor([p.top_k for p in params]),
-            top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32),
-            min_p=torch.tensor([p.min_p for p in params], dtype=torch.float32),
-            uniforms=torch.from_numpy(uniforms([p.seed for p in params], positions)),
+            rows=torch.tensor(picked, device=device),
+            temperature=temperature,
+            top_k=torch.tensor([p.top_k for p in params], device=device),
+            top_p=top_p,
+            min_p=min_p,
+            uniforms=torch.from_numpy(uniforms([p.seed for p in params], positions)).to(device),
         )
 
 
@@ -129,7 +131,7 @@ def sample(
     if ruled:
         choices = _ruled(logits, rows, ruled, eos_token_ids)
         tokens[ruled] = choices[ruled].argmax(-1)
-    sampled = SampledRows.build(rows)
+    sampled = SampledRows.build(rows, logits.device)
     if sampled is not None:
         tokens[sampled.rows] = _pick(choices[sampled.rows], sampled)
     chosen = logits.gather(1, tokens[:, None]).squeeze(1)
@@ -148,16 +150,16 @@ def _ruled(
         row, line = rows[index], changed[index]
         sampling = row.sampling
         if sampling.repetition_penalty != 1.0 and row.seen:
-            ids = torch.tensor(sorted(set(row.seen)))
+            ids = torch.tensor(sorted(set(row.seen)), device=line.device)
             values = line[ids]
             line[ids] = torch.where(
                 values > 0, values / sampling.repetition_penalty, values * sampling.repetition_penalty
             )
         counts = Counter(row.seen[row.prompt_len :])
         if counts:
-            amounts = torch.tensor(list(counts.values()), dtype=line.dtype)
+            amounts = torch.tensor(list(counts.values()), dtype=line.dtype, device=line.device)
             penalty = sampling.presence_penalty + sampling.frequency_penalty * amounts
-            line[torch.tensor(list(counts))] -= penalty
+            line[torch.tensor(list(counts), device=line.device)] -= penalty
         for token, bias in sampling.logit_bias:
             line[token] += bias
         if row.forbids_end:

@@ -1,0 +1,145 @@
+"""Models of the published architectures with random weights, made on the device."""
+
+from dataclasses import dataclass
+
+import torch
+
+from replicas.engine.plan import Segment
+from replicas.kernels.confidence import confidence
+from replicas.messages import SamplingParams
+from replicas.model.adapter import LowRank
+from replicas.model.checkpoint import LayerWeights, ModelWeights
+from replicas.model.config import ModelConfig
+from replicas.model.cuda.inputs import HostStep, StepInputs
+from replicas.model.cuda.runner import CudaRunner, Options
+
+_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+_SHAPES = {
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 34},
+    "14B": {"hidden_size": 5120, "intermediate_size": 16384, "num_hidden_layers": 40},
+    "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1},
+}
+_TINY = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 300}
+_ADAPTER_RANK = 128
+_GREEDY = SamplingParams(max_tokens=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one model is measured on; smaller where it only has to run."""
+
+    name: str
+    page_size: int = 64
+    num_cached: int = 800
+    max_concurrency: int = 128
+    max_queries: int = 32
+    num_rounds: int = 30
+    dtype: torch.dtype = torch.bfloat16
+
+
+def published_config(name: str) -> ModelConfig:
+    """The published 8B and 14B models' configuration, or a tiny one of the same kind."""
+    raw: dict[str, object] = {
+        "model_type": "nemotron_labs_diffusion",
+        "vocab_size": 131072,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 16384,
+        "rope_parameters": _ROPE,
+        "tie_word_embeddings": False,
+        "mask_token_id": 100,
+        "block_size": 32,
+        "eos_token_id": 2,
+    }
+    return ModelConfig.parse(raw | _SHAPES[name] | (_TINY if name == "tiny" else {}))
+
+
+def random_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> ModelWeights:
+    """Small normal numbers in the engine's layout, with an adapter on every output projection."""
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device).normal_(std=0.02)
+
+    def ones() -> torch.Tensor:
+        return torch.ones(config.hidden_size, dtype=dtype, device=device)
+
+    queries = config.num_heads * config.head_dim
+    rank = min(_ADAPTER_RANK, queries // 8)
+    layers = [
+        LayerWeights(
+            input_norm=ones(),
+            qkv=normal((config.num_heads + 2 * config.num_kv_heads) * config.head_dim, config.hidden_size),
+            qkv_bias=None,
+            query_norm=None,
+            key_norm=None,
+            o=normal(config.hidden_size, queries),
+            post_norm=ones(),
+            gate_up=normal(2 * config.intermediate_size, config.hidden_size),
+            down=normal(config.hidden_size, config.intermediate_size),
+            adapters={"o": LowRank(normal(rank, queries), normal(config.hidden_size, rank))},
+        )
+        for _ in range(config.num_layers)
+    ]
+    vocabulary = (config.vocab_size, config.hidden_size)
+    return ModelWeights(normal(*vocabulary), layers, ones(), normal(*vocabulary))
+
+
+def make_runner(work: Work, device: torch.device, options: Options) -> CudaRunner:
+    """With pages for max_concurrency sequences of num_cached tokens and a block each."""
+    config = published_config(work.name)
+    per_sequence = -(-(work.num_cached + 4 * work.max_queries) // work.page_size)
+    return CudaRunner(
+        config,
+        random_weights(config, work.dtype, device),
+        num_pages=work.max_concurrency * per_sequence,
+        page_size=work.page_size,
+        max_context=work.num_cached + 4 * work.max_queries,
+        options=options,
+    )
+
+
+def segments(work: Work, concurrency: int, num_queries: int, *, draft: bool) -> list[Segment]:
+    """One a sequence, after its cached tokens: a draft, which wants all but its seed, or a verify or step."""
+    per_sequence = -(-(work.num_cached + num_queries) // work.page_size)
+    return [
+        Segment(
+            seq_id=number,
+            start=work.num_cached,
+            token_ids=tuple(7 + (number + index) % 89 for index in range(num_queries)),
+            pages=tuple(number + concurrency * page for page in range(per_sequence)),
+            causal=not draft,
+            adapter=draft,
+            wanted=tuple(range(1 if draft else 0, num_queries)),
+            sampling=_GREEDY,
+        )
+        for number in range(concurrency)
+    ]
+
+
+class Forward:
+    """One forward of a fixed step, with its tokens' choice, to be run again and again."""
+
+    def __init__(self, runner: CudaRunner, asked: list[Segment]):
+        config = runner.config
+        host = HostStep.pack(asked, config, runner.spec.page_size)
+        buffer = torch.empty(host.num_ints(host.size), dtype=torch.int32)
+        host.write(buffer.numpy(), host.size)
+        self._buffer = buffer.to(runner.device)
+        self._size = host.size
+        self._runner = runner
+
+    def __call__(self) -> None:
+        inputs = StepInputs.view(self._buffer, self._size, self._runner.config)
+        confidence(self._runner.model.forward(inputs), self._runner.spec.mask_token_id)

@@ -1,0 +1,40 @@
+"""What launchers share: the interpreter's limits, block sizes, how many programs fill a device."""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+_INTERPRETED_SMS = 1
+
+
+def is_interpreted() -> bool:
+    """Kernels run in Python on CPU tensors (TRITON_INTERPRET=1 when they were first imported)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def dot_dtype(dtype: torch.dtype) -> tl.dtype:
+    """What tl.dot multiplies for tensors of dtype; sums are float32 always.
+
+    The interpreter holds bfloat16 as bare 16-bit integers and would multiply those.
+    """
+    if dtype is torch.bfloat16:
+        return tl.float32 if is_interpreted() else tl.bfloat16
+    return tl.float16 if dtype is torch.float16 else tl.float32
+
+
+@cache
+def num_sms(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _INTERPRETED_SMS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def splits_to_fill(num_programs: int, device: torch.device, most: int, per_sm: int = 2) -> int:
+    """A power of two, at most `most`: into how many parts to split each of so many programs' work.
+
+    per_sm: how many programs to give each streaming multiprocessor.
+    """
+    wanted = per_sm * num_sms(device) // max(num_programs, 1)
+    return min(most, 1 << max(wanted, 1).bit_length() - 1)

@@ -1,0 +1,224 @@
+"""Sampled tokens of rows, and how much of each draft they accept, on the device.
+
+Each row's own token is drawn as AR would draw it: greedily, or by inverting the cumulative distribution,
+
+    token = min { v : sum_{w <= v} exp((x_w - max x) / T)  >  u sum_w exp((x_w - max x) / T) }
+
+with the random number u of the row's position. A draft is accepted as far as it equals these tokens, and
+the first that differs, or the one past its end, is the bonus token:
+
+    accepted = min { i : draft_i != token_i, or i = length }    bonus = token_accepted
+
+That is speculative sampling (arXiv 2211.17192) with a point-mass draft: the output is AR's own. A row's
+token does not depend on the other rows, nor on how many there are.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from replicas.kernels.confidence import Confidence, confidence
+
+_BLOCK = 4096
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+class Verified(NamedTuple):
+    """num_accepted, bonus: [S] int64; tokens: [R] int64, every row's own."""
+
+    num_accepted: torch.Tensor
+    bonus: torch.Tensor
+    tokens: torch.Tensor
+
+
+def verify(
+    logits: torch.Tensor,
+    drafts: torch.Tensor,
+    first_rows: torch.Tensor,
+    num_drafts: torch.Tensor,
+    temperatures: torch.Tensor,
+    uniforms: torch.Tensor,
+    mask_token_id: int | None,
+) -> Verified:
+    """logits [R, vocab] of S verified segments, num_drafts + 1 rows each.
+
+    drafts: [S, D] int64, of which num_drafts [S] int32 count; first_rows: [S] int32, into logits
+    temperatures, uniforms: [R] float32, as in `sample_rows`
+    """
+    best = confidence(logits, mask_token_id)
+    tokens = sample_rows(logits, best, temperatures, uniforms, mask_token_id)
+    num_accepted, bonus = torch.empty_like(first_rows, dtype=torch.int64), torch.empty_like(drafts[:, 0])
+    if len(drafts):
+        block = triton.next_power_of_2(max(drafts.shape[1], 1))
+        _accept[(len(drafts),)](
+            drafts,
+            tokens,
+            first_rows,
+            num_drafts,
+            num_accepted,
+            bonus,
+            drafts.stride(0),
+            BLOCK=block,
+            num_warps=1,
+        )
+    return Verified(num_accepted, bonus, tokens)
+
+
+def sample_rows(
+    logits: torch.Tensor,
+    best: Confidence,
+    temperatures: torch.Tensor,
+    uniforms: torch.Tensor,
+    mask_token_id: int | None,
+) -> torch.Tensor:
+    """[R] int64: each row's token, best.tokens where its temperature is 0.
+
+    best: confidence(logits); temperatures, uniforms: [R] float32, uniforms in [0, 1)
+    """
+    num_rows, vocab = logits.shape
+    assert logits.stride(1) == 1
+    tokens = best.tokens.clone()
+    if not num_rows:
+        return tokens
+    block = min(_BLOCK, triton.next_power_of_2(vocab))
+    num_blocks = triton.cdiv(vocab, block)
+    block_sums = torch.empty(num_rows, num_blocks, dtype=torch.float32, device=logits.device)
+    mask = -1 if mask_token_id is None else mask_token_id
+    _sum_blocks[(num_rows, num_blocks)](
+        logits, best.probs, best.log_sums, temperatures, block_sums, logits.stride(0), mask,
+        VOCAB=vocab, BLOCK=block, num_warps=8,
+    )  # fmt: skip
+    _invert[(num_rows,)](
+        logits, best.probs, best.log_sums, temperatures, uniforms, block_sums, tokens, logits.stride(0), mask,
+        num_blocks, VOCAB=vocab, BLOCK=block, MAX_BLOCKS=triton.next_power_of_2(num_blocks), num_warps=8,
+    )  # fmt: skip
+    return tokens
+
+
+@triton.jit
+def _weights(
+    logits,
+    probs,
+    log_sums,
+    row,
+    start,
+    stride,
+    temperature,
+    mask_token_id,
+    VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """exp((x - max x) / T) of one block of one row."""
+    token = start + tl.arange(0, BLOCK)
+    largest = tl.load(log_sums + row) + tl.log(tl.load(probs + row))
+    is_token = (token < VOCAB) & (token != mask_token_id)
+    x = tl.load(logits + row * stride + token, mask=is_token, other=float("-inf")).to(tl.float32)
+    return tl.exp2((x - largest) * (_LOG2_E / temperature))
+
+
+@triton.jit
+def _sum_blocks(
+    logits,
+    probs,
+    log_sums,
+    temperatures,
+    block_sums,
+    stride,
+    mask_token_id,
+    VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    temperature = tl.load(temperatures + row)
+    if temperature > 0:
+        weights = _weights(
+            logits, probs, log_sums, row, block * BLOCK, stride, temperature, mask_token_id, VOCAB, BLOCK
+        )
+        tl.store(block_sums + row * tl.num_programs(1) + block, tl.sum(weights, 0))
+
+
+@triton.jit
+def _invert(
+    logits,
+    probs,
+    log_sums,
+    temperatures,
+    uniforms,
+    block_sums,
+    tokens,
+    stride,
+    mask_token_id,
+    num_blocks,
+    VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MAX_BLOCKS: tl.constexpr,
+):
+    """The block in which the cumulative sum passes the target, then the token in it.
+
+    Rounding may leave the target unpassed; the last block, or token, of positive weight is then taken.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    temperature = tl.load(temperatures + row)
+    if temperature > 0:
+        number = tl.arange(0, MAX_BLOCKS)
+        sums = tl.load(block_sums + row * num_blocks + number, mask=number < num_blocks, other=0.0)
+        until = tl.cumsum(sums, 0)
+        target = tl.load(uniforms + row) * tl.sum(sums, 0)
+        passing = tl.min(tl.where(until > target, number, MAX_BLOCKS), 0)
+        block = tl.minimum(passing, tl.max(tl.where(sums > 0, number, 0), 0))
+        before = tl.sum(tl.where(number < block, sums, 0.0), 0)
+        start = block * BLOCK
+        weights = _weights(
+            logits, probs, log_sums, row, start, stride, temperature, mask_token_id, VOCAB, BLOCK
+        )
+        offset = tl.arange(0, BLOCK)
+        passed = (tl.cumsum(weights, 0) > target - before) & (weights > 0)
+        first = tl.min(tl.where(passed, offset, BLOCK), 0)
+        token = start + tl.minimum(first, tl.max(tl.where(weights > 0, offset, 0), 0))
+        tl.store(tokens + row, token.to(tl.int64))
+
+
+@triton.jit
+def _accept(drafts, tokens, first_rows, num_drafts, num_accepted, bonus, draft_stride, BLOCK: tl.constexpr):
+    """One segment."""
+    segment = tl.program_id(0)
+    first_row = tl.load(first_rows + segment)
+    length = tl.load(num_drafts + segment)
+    index = tl.arange(0, BLOCK)
+    is_draft = index < length
+    draft = tl.load(drafts + segment * draft_stride + index, mask=is_draft, other=-1)
+    token = tl.load(tokens + first_row + index, mask=is_draft, other=-1)
+    accepted = tl.min(tl.where(is_draft & (draft != token), index, length), 0)
+    tl.store(num_accepted + segment, accepted.to(tl.int64))
+    tl.store(bonus + segment, tl.load(tokens + first_row + accepted))
+
+
+def sample_rows_reference(
+    logits: torch.Tensor, temperatures: torch.Tensor, uniforms: torch.Tensor, mask_token_id: int | None
+) -> torch.Tensor:
+    """[R] int64, by the definition in float64."""
+    wide = logits.double().clone()
+    if mask_token_id is not None:
+        wide[:, mask_token_id] = -torch.inf
+    tokens = wide.argmax(-1)
+    for row in temperatures.nonzero().flatten().tolist():
+        scaled = (wide[row] - wide[row].max()) / temperatures[row].double()
+        cumulative = scaled.exp().cumsum(0)
+        tokens[row] = (cumulative > uniforms[row].double() * cumulative[-1]).int().argmax()
+    return tokens
+
+
+def accept_reference(
+    drafts: torch.Tensor, tokens: torch.Tensor, first_rows: torch.Tensor, num_drafts: torch.Tensor
+) -> tuple[list[int], list[int]]:
+    """num_accepted and bonus of each segment."""
+    accepted, bonus = [], []
+    for draft, first, length in zip(drafts.tolist(), first_rows.tolist(), num_drafts.tolist(), strict=True):
+        own = tokens[first : first + length + 1].tolist()
+        count = next((i for i in range(length) if draft[i] != own[i]), length)
+        accepted.append(count)
+        bonus.append(own[count])
+    return accepted, bonus

@@ -1,0 +1,192 @@
+"""A step's segments as one buffer of int32, and its views on the device.
+
+A CUDA graph reads fixed addresses in fixed sizes, so a step is padded up to a `StepSize` of few kinds:
+padded rows are token 0 at position 0 that is stored nowhere and attends to nothing, padded tiles have no
+segment, padded rows of the adapter are -1. Their results are garbage that no other row reads. The page table
+comes last, and only its used part is copied.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+
+from replicas.engine.plan import Segment
+from replicas.kernels.attention import SEGMENT_FIELDS, TILE_SHAPES, Scratch, Tiles, num_splits
+from replicas.kernels.tiling import tiles_of
+from replicas.model.config import ModelConfig
+
+_FIELDS = int(SEGMENT_FIELDS.value)
+
+
+@dataclass(frozen=True, slots=True)
+class StepSize:
+    """num_tiles: of each of the kernel's tile shapes. has_adapter: whether the draft adapter runs at all."""
+
+    num_rows: int
+    num_wanted: int
+    num_segments: int
+    num_tiles: tuple[int, ...]
+    has_adapter: bool
+
+    def bucketed(self) -> "StepSize":
+        """The next size of few kinds: 1, 2, 4, 8, and then steps of a quarter to a half."""
+        return StepSize(
+            num_rows=bucket(self.num_rows),
+            num_wanted=bucket(self.num_wanted),
+            num_segments=bucket(self.num_segments),
+            num_tiles=tuple(bucket(count) for count in self.num_tiles),
+            has_adapter=self.has_adapter,
+        )
+
+    def sections(self) -> Iterator[tuple[str, int]]:
+        """Names and lengths of what the buffer holds before the page table, in order."""
+        yield "token_ids", self.num_rows
+        yield "positions", self.num_rows
+        yield "slots", self.num_rows
+        yield "wanted", self.num_wanted
+        yield "adapter", self.num_rows if self.has_adapter else 0
+        yield "wanted_adapter", self.num_wanted if self.has_adapter else 0
+        yield "segments", self.num_segments * _FIELDS
+        for shape, count in enumerate(self.num_tiles):
+            yield f"tiles{shape}", 2 * count
+
+
+def bucket(count: int) -> int:
+    """The least of 0, 1, 2, 4, 6, 8, 12, 16, 24, 32, ... that is not below count."""
+    if count <= 2:
+        return count
+    power = 1 << (count - 1).bit_length()
+    return power * 3 // 4 if count <= power * 3 // 4 else power
+
+
+@dataclass(frozen=True, slots=True)
+class HostStep:
+    """A step on the host, not padded; rows in the order of the segments.
+
+    sections: int32 arrays by the names of StepSize.sections; page_table: [P] int32
+    """
+
+    size: StepSize
+    sections: dict[str, np.ndarray]
+    page_table: np.ndarray
+
+    @classmethod
+    def pack(cls, segments: Sequence[Segment], config: ModelConfig, page_size: int) -> "HostStep":
+        lengths = np.array([len(segment.token_ids) for segment in segments])
+        starts = np.array([segment.start for segment in segments])
+        ends = lengths.cumsum()
+        num_rows = int(ends[-1])
+        first_rows = ends - lengths
+        segment_of_row = np.repeat(np.arange(len(segments)), lengths)
+        positions = np.arange(num_rows) - (first_rows - starts)[segment_of_row]
+
+        num_pages = -(-(starts + lengths) // page_size)
+        first_pages = num_pages.cumsum() - num_pages
+        page_table = np.fromiter(
+            chain.from_iterable(
+                segment.pages[:count] for segment, count in zip(segments, num_pages.tolist(), strict=True)
+            ),
+            dtype=np.int32,
+            count=int(num_pages.sum()),
+        )
+        pages = page_table[first_pages[segment_of_row] + positions // page_size]
+        causal = [segment.causal for segment in segments]
+        wanted = np.concatenate(
+            [
+                np.array(segment.wanted, dtype=np.int64) + first
+                for segment, first in zip(segments, first_rows.tolist(), strict=True)
+            ]
+        )
+        adapted = np.array([segment.adapter for segment in segments])[segment_of_row]
+        has_adapter = bool(adapted.any())
+        rows = np.arange(num_rows)
+        wanted_rows = np.arange(len(wanted))
+        tiles = tiles_of(lengths.tolist(), config.queries_per_kv)
+        sections = {
+            "token_ids": np.fromiter(
+                chain.from_iterable(segment.token_ids for segment in segments), np.int32, count=num_rows
+            ),
+            "positions": positions,
+            "slots": pages.astype(np.int64) * page_size + positions % page_size,
+            "wanted": wanted,
+            "adapter": np.where(adapted, rows, -1) if has_adapter else rows[:0],
+            "wanted_adapter": np.where(adapted[wanted], wanted_rows, -1) if has_adapter else rows[:0],
+            "segments": np.stack([first_rows, starts, lengths, causal, first_pages], 1).ravel(),
+        }
+        for shape in range(len(TILE_SHAPES)):
+            sections[f"tiles{shape}"] = tiles[shape].ravel() if shape in tiles else rows[:0]
+        size = StepSize(
+            num_rows=num_rows,
+            num_wanted=len(wanted),
+            num_segments=len(segments),
+            num_tiles=tuple(len(tiles.get(shape, ())) for shape in range(len(TILE_SHAPES))),
+            has_adapter=has_adapter,
+        )
+        return cls(size, sections, page_table)
+
+    def num_ints(self, size: StepSize) -> int:
+        """How many numbers `write` will write."""
+        return sum(length for _, length in size.sections()) + len(self.page_table)
+
+    def write(self, buffer: np.ndarray, size: StepSize) -> int:
+        """Into an int32 buffer, padded to size; returns how many of its numbers are used."""
+        at = 0
+        for name, length in size.sections():
+            values = self.sections[name]
+            padding = -1 if name in ("slots", "adapter", "wanted_adapter") or name.startswith("tiles") else 0
+            buffer[at : at + len(values)] = values
+            buffer[at + len(values) : at + length] = padding
+            at += length
+        buffer[at : at + len(self.page_table)] = self.page_table
+        return at + len(self.page_table)
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """Views of the buffer on the device, all int32; what a forward reads.
+
+    token_ids, positions, slots: [T]; wanted: [W]
+    adapter, wanted_adapter: rows of the draft adapter, -1 for none, [T] and [W]; None where it is off
+    segments: [S, 5]; page_table: [rest of the buffer]; tiles and scratch: of the attention kernel
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    wanted: torch.Tensor
+    adapter: torch.Tensor | None
+    wanted_adapter: torch.Tensor | None
+    segments: torch.Tensor
+    page_table: torch.Tensor
+    tiles: tuple[Tiles, ...]
+    scratch: Scratch
+
+    @classmethod
+    def view(cls, buffer: torch.Tensor, size: StepSize, config: ModelConfig) -> "StepInputs":
+        """buffer: [N] int32 as HostStep.write leaves it. Allocates the attention's scratch."""
+        parts = {}
+        at = 0
+        for name, length in size.sections():
+            parts[name] = buffer[at : at + length]
+            at += length
+        tiles = []
+        for index, shape in enumerate(TILE_SHAPES):
+            count = size.num_tiles[index]
+            splits = num_splits(shape, count, config.num_kv_heads, buffer.device)
+            tiles.append(Tiles(shape, parts[f"tiles{index}"].view(-1, 2), splits if count else 1))
+        scratch = Scratch.allocate(tiles, size.num_rows, config.num_heads, config.head_dim, buffer.device)
+        return cls(
+            token_ids=parts["token_ids"],
+            positions=parts["positions"],
+            slots=parts["slots"],
+            wanted=parts["wanted"],
+            adapter=parts["adapter"] if size.has_adapter else None,
+            wanted_adapter=parts["wanted_adapter"] if size.has_adapter else None,
+            segments=parts["segments"].view(-1, _FIELDS),
+            page_table=buffer[at:],
+            tiles=tuple(tiles),
+            scratch=scratch,
+        )

@@ -1,0 +1,250 @@
+"""The GPU's implementation of replicas.engine.plan.Runner."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from replicas.engine.plan import ModelSpec, Segment, SegmentOutput, StepPlan
+from replicas.kernels.confidence import Confidence, confidence
+from replicas.model.checkpoint import (
+    DTYPES,
+    CheckpointError,
+    ModelWeights,
+    load_weights,
+    resolve_folder,
+    weights_to,
+)
+from replicas.model.config import ModelConfig
+from replicas.model.cuda.attention import PagedKv, TritonAttention
+from replicas.model.cuda.graphs import MAX_GRAPH_ROWS, MAX_GRAPHS, GraphCache, GraphRecorder, Replay
+from replicas.model.cuda.inputs import HostStep, StepInputs, StepSize
+from replicas.model.cuda.lookahead import Guess, guess, match, resolve
+from replicas.model.cuda.sampling import Sampled, choose, is_plain
+from replicas.model.cuda.staging import Staging
+from replicas.model.cuda.transformer import CudaTransformer
+from replicas.model.kv_cache import KvCache
+from replicas.model.parallel import Parallel, shard
+
+KV_DTYPES = {"auto": None, "fp8": torch.float8_e4m3fn}
+MEMORY_FOR_STEPS = 2 << 30
+"""Bytes left free on the device for activations, graphs and libraries when the page pool is sized."""
+_GRAPH_PAGE_ENTRIES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """pads: steps are padded to few sizes, as graphs need; graphs: those are captured and replayed.
+
+    looks_ahead: a step whose segments follow from this one's tokens is started before it is asked for.
+    Both graphs and looks_ahead are for CUDA; on the CPU, where tests run, padding alone can be had.
+    """
+
+    pads: bool = True
+    graphs: bool = True
+    looks_ahead: bool = True
+    max_graphs: int = MAX_GRAPHS
+
+
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """A step begun before it was asked for. known: its segments (lookahead.resolve)."""
+
+    known: dict[int, tuple[int, Segment]]
+    sampled: Sampled
+
+
+class CudaRunner:
+    """Runs StepPlans on one device. Not thread-safe: one thread calls `run`.
+
+    weights are on the device. parallel: this process's place among those that share the model; weights
+    and config are then its own part (replicas.model.parallel.shard).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        *,
+        num_pages: int,
+        page_size: int,
+        max_context: int,
+        kv_dtype: torch.dtype | None = None,
+        parallel: Parallel | None = None,
+        options: Options = Options(),
+    ):
+        self.config = config
+        self.device = weights.embedding.device
+        self._page_size = page_size
+        self._options = options
+        pages = PagedKv(config, num_pages, page_size, kv_dtype or weights.embedding.dtype, self.device)
+        attention = TritonAttention(config, pages, max_context)
+        self.model = CudaTransformer(config, weights, attention, parallel or Parallel())
+        self._staging = Staging(self.device)
+        self._ahead: _Ahead | None = None
+        self.num_steps_ahead = 0
+        self._graphs: GraphCache | None = None
+        if options.graphs and self.device.type == "cuda":
+            self._prepare_graphs(weights.embedding.dtype, options.max_graphs)
+        self._spec = ModelSpec(
+            modes=config.modes,
+            mask_token_id=config.mask_token_id,
+            eos_token_ids=config.eos_token_ids,
+            max_context=max_context,
+            num_pages=num_pages,
+            page_size=page_size,
+            vocab_size=config.vocab_size,
+        )
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: str,
+        *,
+        dtype: str = "bfloat16",
+        device: str = "cuda",
+        num_pages: int | None = None,
+        kv_budget_bytes: int | None = None,
+        kv_dtype: str = "auto",
+        page_size: int = 64,
+        max_context: int | None = None,
+        options: Options = Options(),
+    ) -> "CudaRunner":
+        """checkpoint: a folder or a hub name. Raises CheckpointError.
+
+        num_pages or kv_budget_bytes sizes the page pool, the first before the second; with neither it
+        takes what the device has left beside weights and MEMORY_FOR_STEPS. kv_dtype: 'auto' is the
+        weights'. Under torch.distributed's default group the model is split among its processes.
+        """
+        if dtype not in DTYPES:
+            raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        if kv_dtype not in KV_DTYPES:
+            raise CheckpointError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise CheckpointError(f"device {device!r} was asked for, but torch sees no CUDA device")
+        folder = resolve_folder(checkpoint)
+        parallel = Parallel.of_default_group()
+        whole = ModelConfig.from_folder(folder)
+        config, part = shard(whole, load_weights(folder, whole, DTYPES[dtype]), parallel)
+        weights = weights_to(part, torch.device(device))
+        stored = KV_DTYPES[kv_dtype] or DTYPES[dtype]
+        page_bytes = KvCache.page_bytes(config, page_size, stored)
+        if num_pages is None:
+            if kv_budget_bytes is None:
+                kv_budget_bytes = _free_bytes(torch.device(device)) - MEMORY_FOR_STEPS
+            num_pages = max(kv_budget_bytes, 0) // page_bytes
+        if num_pages < 1:
+            raise CheckpointError(
+                f"the K/V budget holds no page; one of {page_size} tokens takes {page_bytes} bytes"
+            )
+        limits = [config.max_position_embeddings, num_pages * page_size]
+        return cls(
+            config,
+            weights,
+            num_pages=num_pages,
+            page_size=page_size,
+            max_context=min(limits if max_context is None else [*limits, max_context]),
+            kv_dtype=stored,
+            parallel=parallel,
+            options=options,
+        )
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._spec
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> Sequence[SegmentOutput]:
+        if not plan.segments:
+            return ()
+        ahead, self._ahead = self._ahead, None
+        indices = None if ahead is None else match(ahead.known, plan.segments)
+        if ahead is not None and indices is not None:
+            self.num_steps_ahead += 1
+            sampled = ahead.sampled
+        else:
+            sampled = self._start(plan.segments)
+            indices = list(range(len(plan.segments)))
+        guessed = self._guess(plan.segments, sampled, indices)
+        following = None if guessed is None else self._start(guessed.segments, guessed, sampled)
+        tokens, outputs = sampled.outputs()
+        if guessed is not None and following is not None:
+            self._ahead = _Ahead(resolve(guessed, tokens), following)
+        return [outputs[index] for index in indices]
+
+    def forward(self, segments: Sequence[Segment]) -> torch.Tensor:
+        """Logits [W, vocab] of the segments' wanted rows, without graphs; for tests and measurements."""
+        host = HostStep.pack(segments, self.config, self._page_size)
+        buffer = self._staging.send_step(host, host.size, None)
+        return self.model.forward(StepInputs.view(buffer, host.size, self.config))
+
+    def _start(
+        self, segments: Sequence[Segment], guessed: Guess | None = None, after: Sampled | None = None
+    ) -> Sampled:
+        """Queues a step's work on the device; nothing is waited for unless a row needs the host's rules."""
+        host = HostStep.pack(segments, self.config, self._page_size)
+        size, graphs = self._size(host)
+        buffer = self._staging.send_step(host, size, None if graphs is None else self._buffer)
+        if guessed is not None and after is not None:
+            sources = self._staging.send(np.array(guessed.sources, dtype=np.int32))
+            token_ids = buffer[: len(sources)]
+            made = after.tokens.int().index_select(0, sources.clamp(min=0))
+            token_ids.copy_(torch.where(sources >= 0, made, token_ids))
+        if graphs is None:
+            logits = self.model.forward(StepInputs.view(buffer, size, self.config))
+            best = confidence(logits, self.config.mask_token_id)
+        else:
+            graphs.run(size)
+            logits, best = self._logits, self._best
+        num_wanted = host.size.num_wanted
+        best = Confidence(*(part[:num_wanted] for part in best))
+        spec = self._spec
+        return choose(segments, logits[:num_wanted], best, spec.mask_token_id, spec.eos_token_ids)
+
+    def _guess(self, segments: Sequence[Segment], sampled: Sampled, indices: Sequence[int]) -> Guess | None:
+        """What follows the segments, whose outputs are at indices of the sampled ones."""
+        if not self._options.looks_ahead or not all(is_plain(segment) for segment in segments):
+            return None
+        first_rows = sampled.first_rows()
+        return guess(segments, [first_rows[index] for index in indices], self._page_size)
+
+    def _size(self, host: HostStep) -> tuple[StepSize, GraphCache | None]:
+        """The size to pad to, and the graphs where the step fits one."""
+        if not self._options.pads or host.size.num_rows > MAX_GRAPH_ROWS:
+            return host.size, None
+        size = host.size.bucketed()
+        fits = len(host.page_table) <= _GRAPH_PAGE_ENTRIES
+        return size, self._graphs if fits else None
+
+    def _prepare_graphs(self, dtype: torch.dtype, max_graphs: int) -> None:
+        """Tensors that graphs read from and write to, and the way they are captured."""
+        device = self.device
+        most = StepSize(MAX_GRAPH_ROWS, MAX_GRAPH_ROWS, MAX_GRAPH_ROWS, (2 * MAX_GRAPH_ROWS,) * 3, True)
+        num_ints = sum(length for _, length in most.sections()) + _GRAPH_PAGE_ENTRIES
+        self._buffer = torch.zeros(num_ints, dtype=torch.int32, device=device)
+        self._logits = torch.empty(MAX_GRAPH_ROWS, self.config.vocab_size, dtype=dtype, device=device)
+        self._best = Confidence(
+            torch.empty(MAX_GRAPH_ROWS, dtype=torch.int64, device=device),
+            torch.empty(MAX_GRAPH_ROWS, dtype=torch.float32, device=device),
+            torch.empty(MAX_GRAPH_ROWS, dtype=torch.float32, device=device),
+        )
+        recorder = GraphRecorder(device)
+
+        def capture(size: StepSize) -> Replay:
+            def compute() -> None:
+                inputs = StepInputs.view(self._buffer, size, self.config)
+                logits = self.model.forward(inputs, self._logits[: size.num_wanted])
+                best = confidence(logits, self.config.mask_token_id)
+                for static, part in zip(self._best, best, strict=True):
+                    static[: size.num_wanted].copy_(part)
+
+            return recorder.capture(compute)
+
+        self._graphs = GraphCache(capture, max_graphs)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return (512 << 20) + MEMORY_FOR_STEPS

@@ -1,0 +1,107 @@
+"""The forward pass on the device, a kernel or a matrix product at a time, ready to be captured in a graph."""
+
+import torch
+import torch.nn.functional as F
+
+from replicas.kernels.adapter import add_adapter
+from replicas.kernels.rms_norm import rms_norm
+from replicas.kernels.store_kv import HeadNorms
+from replicas.kernels.swiglu import swiglu
+from replicas.model.checkpoint import LayerWeights, ModelWeights
+from replicas.model.config import ModelConfig
+from replicas.model.cuda.attention import TritonAttention
+from replicas.model.cuda.inputs import StepInputs
+from replicas.model.parallel import Parallel
+
+
+class CudaTransformer:
+    """A decoder of the Llama family, or this process's part of one (replicas.model.parallel).
+
+    weights: on the device already. config: the part's own.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        attention: TritonAttention,
+        parallel: Parallel,
+    ):
+        self._eps = config.rms_norm_eps
+        self._parallel = parallel
+        self._weights = weights
+        self._layers = [
+            _Layer(config, layer, index, attention, parallel) for index, layer in enumerate(weights.layers)
+        ]
+
+    @torch.inference_mode()
+    def forward(self, inputs: StepInputs, logits: torch.Tensor | None = None) -> torch.Tensor:
+        """-> logits [W, vocab] of the wanted rows, in the model's dtype; into `logits` if it is given."""
+        residual = F.embedding(inputs.token_ids, self._weights.embedding)
+        update: torch.Tensor | None = None
+        last = self._layers[-1]
+        for layer in self._layers:
+            attended = layer.attend(update, residual, inputs)
+            adapter = inputs.adapter
+            if layer is last:
+                attended = attended.index_select(0, inputs.wanted)
+                residual = residual.index_select(0, inputs.wanted)
+                adapter = inputs.wanted_adapter
+            update = layer.finish(attended, residual, adapter)
+        assert update is not None, "a model has layers"
+        hidden = rms_norm(update, self._weights.norm, self._eps, residual)
+        if logits is None or self._parallel.size > 1:
+            found = self._parallel.gather(F.linear(hidden, self._weights.head))
+            return found if logits is None else logits.copy_(found)
+        return torch.mm(hidden, self._weights.head.t(), out=logits)
+
+
+class _Layer:
+    """Residuals are added by the norm that follows them, so `finish` gives an update yet to be added."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: LayerWeights,
+        index: int,
+        attention: TritonAttention,
+        parallel: Parallel,
+    ):
+        self._index = index
+        self._eps = config.rms_norm_eps
+        self._head_dim = config.head_dim
+        self._weights = weights
+        self._attention = attention
+        self._parallel = parallel
+        self._norms: HeadNorms | None = None
+        if weights.query_norm is not None and weights.key_norm is not None:
+            self._norms = HeadNorms(weights.query_norm, weights.key_norm, config.rms_norm_eps)
+
+    def attend(self, update: torch.Tensor | None, residual: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
+        """update, residual [T, hidden], the second changed in place -> [T, heads * head_dim]"""
+        weights = self._weights
+        if update is None:
+            x = rms_norm(residual, weights.input_norm, self._eps)
+        else:
+            x = rms_norm(update, weights.input_norm, self._eps, residual)
+        qkv = self._adapted("qkv", F.linear(x, weights.qkv, weights.qkv_bias), x, inputs.adapter)
+        heads = qkv.view(len(x), -1, self._head_dim)
+        return self._attention.rotate_store_attend(self._index, heads, self._norms, inputs)
+
+    def finish(
+        self, attended: torch.Tensor, residual: torch.Tensor, adapter: torch.Tensor | None
+    ) -> torch.Tensor:
+        """attended [N, heads * head_dim], residual [N, hidden], changed in place -> update [N, hidden]"""
+        weights = self._weights
+        update = self._adapted("o", F.linear(attended, weights.o), attended, adapter)
+        x = rms_norm(self._parallel.add(update), weights.post_norm, self._eps, residual)
+        gated = swiglu(self._adapted("gate_up", F.linear(x, weights.gate_up), x, adapter))
+        return self._parallel.add(self._adapted("down", F.linear(gated, weights.down), gated, adapter))
+
+    def _adapted(
+        self, name: str, y: torch.Tensor, x: torch.Tensor, rows: torch.Tensor | None
+    ) -> torch.Tensor:
+        adapter = self._weights.adapters.get(name)
+        if rows is not None and adapter is not None:
+            add_adapter(y, x, adapter.down, adapter.up, rows)
+        return y

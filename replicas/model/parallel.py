@@ -1,0 +1,106 @@
+"""Tensor parallelism: one model over several processes, each with a part of every layer.
+
+Query, key, value, gate and up matrices are split by rows, so each process has some K/V heads with their
+queries and some of the MLP; output and down matrices by columns, so their products are sums to which each
+process adds its part (Megatron-LM, arXiv 1909.08053). The head is split by tokens of the vocabulary and its
+logits are gathered. One process is the same code with nothing to add or gather.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from replicas.model.adapter import LowRank
+from replicas.model.checkpoint import LayerWeights, ModelWeights
+from replicas.model.config import CheckpointError, ModelConfig
+
+
+class Parallel:
+    """The processes among which a model is split, by torch.distributed's default group; alone without one."""
+
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank = rank
+        self.size = size
+
+    @classmethod
+    def of_default_group(cls) -> "Parallel":
+        return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
+
+    def add(self, partial: torch.Tensor) -> torch.Tensor:
+        """The sum of all processes' tensors of one shape, in place."""
+        if self.size > 1:
+            dist.all_reduce(partial)
+        return partial
+
+    def gather(self, part: torch.Tensor) -> torch.Tensor:
+        """[W, n] of each process -> [W, size * n], in the order of ranks."""
+        if self.size == 1:
+            return part
+        parts = [torch.empty_like(part) for _ in range(self.size)]
+        dist.all_gather(parts, part.contiguous())
+        return torch.cat(parts, -1)
+
+
+def shard(config: ModelConfig, weights: ModelWeights, parallel: Parallel) -> tuple[ModelConfig, ModelWeights]:
+    """This process's part: the config says its own heads and MLP size. Raises CheckpointError."""
+    size = parallel.size
+    if size == 1:
+        return config, weights
+    for name in ("num_kv_heads", "intermediate_size", "vocab_size"):
+        if getattr(config, name) % size:
+            raise CheckpointError(f"{name} ({getattr(config, name)}) can't be split among {size} processes")
+    part = replace(
+        config,
+        num_heads=config.num_heads // size,
+        num_kv_heads=config.num_kv_heads // size,
+        intermediate_size=config.intermediate_size // size,
+    )
+    cut = _Cut(config, parallel)
+    head = cut.rows(weights.head, 1)
+    return part, ModelWeights(
+        weights.embedding, [cut.layer(layer) for layer in weights.layers], weights.norm, head
+    )
+
+
+class _Cut:
+    """Slices of matrices whose rows or columns are made of equal blocks, each of which is split."""
+
+    def __init__(self, config: ModelConfig, parallel: Parallel):
+        self._parallel = parallel
+        # Query heads are ordered (query of a K/V head, K/V head): a block of K/V heads for each query.
+        self._queries = config.queries_per_kv
+        self._qkv = config.queries_per_kv + 2
+        self._gate_up = 2
+
+    def rows(self, matrix: torch.Tensor, num_blocks: int, dim: int = 0) -> torch.Tensor:
+        """This process's part of each of so many equal blocks."""
+        blocks = matrix.unflatten(dim, (num_blocks, self._parallel.size, -1))  # type: ignore[no-untyped-call]
+        part: torch.Tensor = blocks.select(dim + 1, self._parallel.rank)
+        return part.flatten(dim, dim + 1).contiguous()
+
+    def columns(self, matrix: torch.Tensor, num_blocks: int) -> torch.Tensor:
+        return self.rows(matrix, num_blocks, dim=1)
+
+    def layer(self, layer: LayerWeights) -> LayerWeights:
+        return LayerWeights(
+            input_norm=layer.input_norm,
+            qkv=self.rows(layer.qkv, self._qkv),
+            qkv_bias=None if layer.qkv_bias is None else self.rows(layer.qkv_bias, self._qkv),
+            query_norm=layer.query_norm,
+            key_norm=layer.key_norm,
+            o=self.columns(layer.o, self._queries),
+            post_norm=layer.post_norm,
+            gate_up=self.rows(layer.gate_up, self._gate_up),
+            down=self.columns(layer.down, 1),
+            adapters={name: self._adapter(name, adapter) for name, adapter in layer.adapters.items()},
+        )
+
+    def _adapter(self, name: str, adapter: LowRank) -> LowRank:
+        """Its products are cut as the matrix is: outputs of the first kind, inputs of the second."""
+        if name == "qkv":
+            return LowRank(adapter.down, self.rows(adapter.up, self._qkv))
+        if name == "gate_up":
+            return LowRank(adapter.down, self.rows(adapter.up, self._gate_up))
+        num_blocks = self._queries if name == "o" else 1
+        return LowRank(self.columns(adapter.down, num_blocks), adapter.up)

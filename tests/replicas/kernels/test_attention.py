@@ -1,0 +1,164 @@
+"""The attention kernel against its definition in float64."""
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from replicas.kernels.attention import ragged_paged_attention, ragged_paged_attention_reference
+from tests.replicas.kernels.cases import (
+    DEVICE,
+    DTYPES,
+    ON_GPU,
+    assert_close,
+    make_scratch,
+    make_tiles,
+    normal,
+    poison,
+    segment_table,
+)
+
+Kind = tuple[int, int, bool]  # start, length, causal
+
+MIXED: list[Kind] = [
+    (0, 1, True), (70, 1, True), (0, 5, False), (130, 7, True), (62, 3, False), (0, 0, True), (3, 19, True),
+]  # fmt: skip
+
+
+def check(
+    kinds: Sequence[Kind],
+    *,
+    num_heads: int = 6,
+    num_kv_heads: int = 2,
+    head_dim: int = 32,
+    page_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    cache_dtype: torch.dtype | None = None,
+    num_splits: int = 1,
+    padding: int = 0,
+    pages: Sequence[int] | None = None,
+    seed: int = 0,
+) -> None:
+    starts, lengths, causal = zip(*kinds, strict=True)
+    num_keys = [start + length for start, length in zip(starts, lengths, strict=True)]
+    num_rows = sum(lengths)
+    used = sum(-(-keys // page_size) for keys in num_keys)
+    num_pages = used + 3
+    if pages is None:
+        order = torch.randperm(num_pages - 1, generator=torch.Generator().manual_seed(seed))
+        pages = order.tolist()[:used]
+    table = torch.tensor(pages, dtype=torch.int32, device=DEVICE)
+    cache = normal(num_pages, 2, num_kv_heads, page_size, head_dim, dtype=dtype, seed=seed)
+    scales = None
+    if cache_dtype is not None:
+        cache = cache.to(cache_dtype)
+        scales = torch.tensor([[0.5 + k for k in range(num_kv_heads)]] * 2, device=DEVICE)
+        scales[1] *= 1.5
+    else:
+        _poison_unused(cache, pages, num_keys)
+    qkv = normal(num_rows, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype, seed=seed + 1)
+    queries = qkv[:, :num_heads]
+    segments = segment_table(starts, lengths, causal, page_size)
+    tiles = make_tiles(lengths, num_heads // num_kv_heads, num_splits, padding)
+    output = poison(num_rows, num_heads, head_dim, dtype=dtype)
+    scratch = make_scratch(tiles, num_rows, num_heads, head_dim)
+    ragged_paged_attention(queries, cache, output, segments, table, tiles, scratch, scales)
+    expected = ragged_paged_attention_reference(queries, cache, segments, table, scales)
+    assert_close(output, expected, dtype)
+
+
+def _poison_unused(cache: torch.Tensor, pages: Sequence[int], num_keys: Sequence[int]) -> None:
+    """NaN wherever no segment's keys are: in an unused page, and in the rest of each last page."""
+    page_size = cache.shape[3]
+    used = torch.zeros(len(cache), page_size, dtype=torch.bool)
+    remaining = iter(pages)
+    for keys in num_keys:
+        for first in range(0, keys, page_size):
+            used[next(remaining), : min(page_size, keys - first)] = True
+    cache.permute(0, 3, 1, 2, 4)[~used.to(cache.device)] = torch.nan
+
+
+@pytest.mark.parametrize(("dtype", "num_splits"), [*((dtype, 1) for dtype in DTYPES), (torch.bfloat16, 2)])
+def test_mixed_segments(dtype: torch.dtype, num_splits: int) -> None:
+    check(MIXED, dtype=dtype, num_splits=num_splits, padding=2)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "page_size"), [(32, 128), (64, 16), (96, 32), (128, 64), (12, 5), (64, 1)]
+)
+def test_head_dims_and_page_sizes(head_dim: int, page_size: int) -> None:
+    kinds = [(67, 4, False), (150, 1, True)]
+    check(kinds, num_heads=3, num_kv_heads=1, head_dim=head_dim, page_size=page_size, num_splits=2)
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(1, 1), (8, 8), (8, 1), (40, 2), (15, 3)])
+def test_head_groups(num_heads: int, num_kv_heads: int) -> None:
+    kinds = [(9, 1, True), (66, 2, False)]
+    check(kinds, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=16, page_size=16)
+
+
+def test_prefill_chunk_of_hundreds() -> None:
+    check([(40, 150, True)], num_heads=2, num_kv_heads=1, head_dim=16, page_size=32)
+
+
+@pytest.mark.parametrize("num_splits", [4, 16])
+def test_splits_beyond_the_keys(num_splits: int) -> None:
+    """Some splits have no keys at all, some rows see none in a split that others have keys in."""
+    kinds = [(0, 1, True), (126, 5, True), (250, 2, False), (700, 1, True)]
+    check(kinds, num_splits=num_splits, num_heads=2, num_kv_heads=1, head_dim=16)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    starts, lengths = [70], [3]
+    table = torch.arange(5, dtype=torch.int32, device=DEVICE)
+    cache = normal(5, 2, 1, 16, 16, scale=60.0)
+    queries = normal(3, 2, 16, scale=60.0, seed=1)
+    segments = segment_table(starts, lengths, [True], 16)
+    tiles = make_tiles(lengths, 2, 2)
+    output = poison(3, 2, 16)
+    ragged_paged_attention(queries, cache, output, segments, table, tiles, make_scratch(tiles, 3, 2, 16))
+    expected = ragged_paged_attention_reference(queries, cache, segments, table)
+    torch.testing.assert_close(output.double(), expected, atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("order", ["falling", "shared", "far"])
+def test_adversarial_page_tables(order: str) -> None:
+    kinds = [(33, 4, False), (50, 1, True)]
+    pages = {"falling": [6, 5, 4, 3, 2, 1, 0], "shared": [2, 4, 1, 2, 4, 0, 3], "far": [0, 6, 1, 5, 2, 4, 3]}
+    check(kinds, pages=pages[order], head_dim=16)
+
+
+def test_rows_of_no_tile_are_left_alone() -> None:
+    """A CUDA graph has rows beyond those in use."""
+    lengths = [2]
+    table, cache = torch.tensor([1], dtype=torch.int32, device=DEVICE), normal(2, 2, 1, 16, 16)
+    queries, segments = normal(4, 1, 16), segment_table([8], lengths, [True], 16)
+    output = poison(4, 1, 16)
+    tiles = make_tiles(lengths, 1, 1, padding=3)
+    ragged_paged_attention(queries, cache, output, segments, table, tiles, make_scratch(tiles, 4, 1, 16))
+    assert output[:2].isfinite().all()
+    assert output[2:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp8_cache_with_scales(dtype: torch.dtype) -> None:
+    check(MIXED[3:5], dtype=dtype, cache_dtype=torch.float8_e4m3fn, num_splits=2)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="full shapes need a GPU")
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "page_size"),
+    list(itertools.product((torch.float16, torch.bfloat16), (64, 96, 128), (16, 64, 128))),
+)
+def test_full_shapes(dtype: torch.dtype, head_dim: int, page_size: int) -> None:
+    kinds: list[Kind] = [
+        (4096, 1, True),
+        (16384, 1, True),
+        (800, 32, False),
+        (803, 32, True),
+        (1000, 511, True),
+    ]
+    for num_splits in (1, 16):
+        shape = {"num_heads": 32, "num_kv_heads": 8, "head_dim": head_dim, "page_size": page_size}
+        check(kinds, dtype=dtype, num_splits=num_splits, **shape)

@@ -1,0 +1,81 @@
+"""Sampling and acceptance on the device against brute force."""
+
+import pytest
+import torch
+
+from replicas.kernels.confidence import confidence
+from replicas.kernels.verify import accept_reference, sample_rows, sample_rows_reference, verify
+from replicas.messages import SamplingParams
+from replicas.model.sampler import Row, sample, uniforms
+from tests.replicas.kernels.cases import DEVICE, ON_GPU, generator, normal
+
+
+def draw(num_rows: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(num_rows, device=DEVICE, generator=generator(seed))
+
+
+@pytest.mark.parametrize("vocab", [23, 97, 5000, *([131072] if ON_GPU else [])])
+@pytest.mark.parametrize("mask_token_id", [None, 5])
+def test_rows_are_sampled_as_defined(vocab: int, mask_token_id: int | None) -> None:
+    logits = normal(8, vocab, scale=2.0)
+    if mask_token_id is not None:
+        logits[:, mask_token_id] = 20.0
+    temperatures = torch.tensor([0.0, 0.3, 0.7, 1.0, 1.5, 0.0, 3.0, 1e-5], device=DEVICE)
+    random = draw(8)
+    found = sample_rows(logits, confidence(logits, mask_token_id), temperatures, random, mask_token_id)
+    assert found.tolist() == sample_rows_reference(logits, temperatures, random, mask_token_id).tolist()
+
+
+def test_sampler_and_kernel_draw_the_same_tokens() -> None:
+    """The scheme of replicas.model.sampler: a token is a function of logits, seed and position."""
+    logits = normal(12, 300, scale=2.0)
+    rows = [
+        Row(SamplingParams(temperature=0.8 if k % 3 else 0.0, seed=k, max_tokens=1), position=10 + k)
+        for k in range(12)
+    ]
+    numbers = uniforms([row.sampling.seed for row in rows], [row.position for row in rows])
+    temperatures = torch.tensor([row.sampling.temperature for row in rows], device=DEVICE)
+    random = torch.from_numpy(numbers).float().to(DEVICE)
+    found = sample_rows(logits, confidence(logits, 4), temperatures, random, 4)
+    assert found.tolist() == sample(logits.cpu().clone(), rows, 4)[0]
+
+
+def test_extreme_random_numbers_land_on_possible_tokens() -> None:
+    logits = torch.full((4, 9000), -torch.inf, device=DEVICE)
+    logits[:, [3, 4500, 8000]] = 0.0
+    random = torch.tensor([0.0, 1 - 2**-24, 1.0, 0.5], device=DEVICE)
+    tokens = sample_rows(logits, confidence(logits, None), torch.ones(4, device=DEVICE), random, None)
+    assert tokens.tolist() == [3, 8000, 8000, 4500]
+
+
+def test_a_rows_token_does_not_depend_on_the_batch() -> None:
+    logits, random = normal(6, 5000), draw(6)
+    temperatures = torch.ones(6, device=DEVICE)
+    together = sample_rows(logits, confidence(logits, None), temperatures, random, None)
+    for row in range(6):
+        part = slice(row, row + 1)
+        alone = sample_rows(
+            logits[part], confidence(logits[part], None), temperatures[part], random[part], None
+        )
+        assert alone.tolist() == together[part].tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_accepts_the_longest_prefix_that_agrees(temperature: float) -> None:
+    lengths = [0, 1, 3, 7, 5, 2]
+    first_rows = torch.tensor([0, 1, 3, 7, 15, 21], dtype=torch.int32, device=DEVICE)
+    logits = normal(24, 60, scale=2.0)
+    temperatures, random = torch.full((24,), temperature, device=DEVICE), draw(24)
+    own = sample_rows_reference(logits, temperatures, random, 5)
+    drafts = torch.full((6, 7), -7, device=DEVICE)
+    for segment, (first, length) in enumerate(zip(first_rows.tolist(), lengths, strict=True)):
+        drafts[segment, :length] = own[first : first + length]
+    drafts[2, 1] += 1  # one accepted
+    drafts[3, 0] += 1  # none
+    drafts[4, 4] += 1  # all but the last
+    num_drafts = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    found = verify(logits, drafts, first_rows, num_drafts, temperatures, random, 5)
+    expected = accept_reference(drafts, own, first_rows, num_drafts)
+    assert (found.num_accepted.tolist(), found.bonus.tolist()) == expected
+    assert expected[0] == [0, 1, 1, 0, 4, 2]
+    assert found.tokens.tolist() == own.tolist()

@@ -1,0 +1,129 @@
+"""Sizes, padding and guesses: what a graph replays must not depend on what it was captured with. Pure."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from replicas.engine.plan import Segment
+from replicas.messages import SamplingParams
+from replicas.model.config import ModelConfig
+from replicas.model.cuda.graphs import GraphCache
+from replicas.model.cuda.inputs import HostStep, StepSize, bucket
+from replicas.model.cuda.lookahead import guess, match, resolve
+from tests.replicas.model.conftest import segment
+from tests.tiny_checkpoint import tiny_config
+
+CONFIG = ModelConfig.parse(tiny_config())
+PAGE = 8
+
+
+def sizes(*counts: int) -> StepSize:
+    return StepSize(*counts, num_tiles=(1, 0, 0), has_adapter=False)
+
+
+def test_buckets_cover_with_bounded_waste() -> None:
+    found = [bucket(count) for count in range(1025)]
+    assert all(count <= size <= max(2, 1.5 * count) for count, size in enumerate(found))
+    assert found == sorted(found)
+    assert len(set(found)) < 22
+    assert all(bucket(size) == size for size in found)
+
+
+def test_written_sections_are_padded_and_in_place() -> None:
+    segments = [
+        segment([7, 8, 9], (4, 2), start=6, causal=False, adapter=True, wanted=(1, 2)),
+        segment([3], (5,), start=2),
+    ]
+    host = HostStep.pack(segments, CONFIG, PAGE)
+    size = StepSize(6, 4, 4, (4, 0, 0), True)
+    buffer = np.full(host.num_ints(size) + 3, 99, dtype=np.int32)
+    used = host.write(buffer, size)
+    assert (buffer[used:] == 99).all()
+    parts, at = {}, 0
+    for name, length in size.sections():
+        parts[name] = buffer[at : at + length].tolist()
+        at += length
+    assert parts["token_ids"] == [7, 8, 9, 3, 0, 0]
+    assert parts["positions"] == [6, 7, 8, 2, 0, 0]
+    assert parts["slots"] == [4 * PAGE + 6, 4 * PAGE + 7, 2 * PAGE, 5 * PAGE + 2, -1, -1]
+    assert parts["wanted"] == [1, 2, 3, 0]
+    assert parts["adapter"] == [0, 1, 2, -1, -1, -1]
+    assert parts["wanted_adapter"] == [0, 1, -1, -1]
+    assert parts["segments"] == [0, 6, 3, 0, 0, 3, 2, 1, 1, 2, *[0] * 10]
+    assert parts["tiles0"] == [0, 0, 1, 0, -1, -1, -1, -1]
+    assert buffer[at:used].tolist() == [4, 2, 5]
+
+
+def test_adapter_free_steps_have_no_adapter_sections() -> None:
+    host = HostStep.pack([segment([3], (5,), start=2)], CONFIG, PAGE)
+    assert dict(host.size.sections())["adapter"] == 0
+    assert not host.size.bucketed().has_adapter
+
+
+def test_graphs_are_captured_once_and_the_longest_unused_goes() -> None:
+    captured, replayed = [], []
+
+    def capture(size: StepSize):
+        captured.append(size)
+        return lambda: replayed.append(size)
+
+    cache = GraphCache(capture, max_graphs=2)
+    a, b, c = sizes(1, 1, 1), sizes(2, 2, 2), sizes(4, 4, 4)
+    for size in (a, b, a, c, a, b):
+        cache.run(size)
+    assert captured == [a, b, c, b]
+    assert replayed == [a, b, a, c, a, b]
+    assert len(cache) == 2
+    with pytest.raises(ValueError, match="max_graphs"):
+        GraphCache(capture, max_graphs=0)
+
+
+def test_a_failed_capture_is_not_kept() -> None:
+    def capture(size: StepSize):
+        raise RuntimeError("out of memory")
+
+    cache = GraphCache(capture)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cache.run(sizes(1, 1, 1))
+    assert len(cache) == 0
+
+
+def step(token: int, start: int, seq_id: int = 0, pages: tuple[int, ...] = (3,)) -> Segment:
+    return segment([token], pages, start=start, seq_id=seq_id)
+
+
+def test_what_follows_a_step_is_a_step() -> None:
+    asked = [step(9, 2, seq_id=4), step(8, 5, seq_id=6)]
+    guessed = guess(asked, [0, 1], PAGE)
+    assert guessed is not None
+    known = resolve(guessed, [41, 42])
+    assert match(known, [step(42, 6, seq_id=6)]) == [1]
+    assert match(known, [step(41, 3, seq_id=4, pages=(3, 7)), step(42, 6, seq_id=6)]) == [0, 1]
+    assert match(known, [step(40, 3, seq_id=4)]) is None
+    assert match(known, [step(41, 4, seq_id=4)]) is None
+    assert match(known, [step(41, 3, seq_id=4, pages=(2,))]) is None
+    assert match(known, [step(41, 3, seq_id=4), step(1, 0, seq_id=9)]) is None
+
+
+def test_what_follows_a_draft_is_its_verify() -> None:
+    draft = segment([9, 5, 5], (3,), start=1, causal=False, adapter=True, wanted=(1, 2), seq_id=1)
+    guessed = guess([step(7, 0), draft], [0, 1], PAGE)
+    assert guessed is not None
+    assert guessed.sources == (0, -1, 1, 2)
+    verify = replace(draft, token_ids=(9, 31, 32), causal=True, adapter=False, wanted=(0, 1, 2))
+    assert match(resolve(guessed, [30, 31, 32]), [verify]) == [1]
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    [
+        segment([9, 5], (3,), start=1, wanted=(0, 1)),  # a verify: what it accepts is not known
+        segment([9, 5], (3,), start=1, causal=False, wanted=(1,)),  # a block denoised by diffusion
+        segment([9, 5], (3,), start=1, wanted=()),  # a chunk of a prompt
+        segment([9], (3,), start=7),  # the next token's page is not there
+        segment([9], (3,), start=1, sampling=SamplingParams(presence_penalty=1.0)),
+    ],
+)
+def test_nothing_is_guessed_where_anything_is_unknown(unknown: Segment) -> None:
+    assert guess([step(7, 0), unknown], [0, 1], PAGE) is None

@@ -1,0 +1,177 @@
+"""The GPU's runner against the reference, through the engine and row by row, in Triton's interpreter."""
+
+from collections.abc import Sequence as Seq
+from pathlib import Path
+
+import pytest
+import torch
+
+from policies.modes import DecodePlan, Mode
+from replicas.engine.engine import Engine
+from replicas.engine.plan import Segment
+from replicas.engine.sequence import Sequence
+from replicas.messages import DecodingOptions, SamplingParams
+from replicas.model.checkpoint import CheckpointError, load_weights
+from replicas.model.config import ModelConfig
+from replicas.model.cuda.attention import PagedKv, TritonAttention
+from replicas.model.cuda.runner import CudaRunner, Options
+from replicas.model.runner import TorchRunner
+from replicas.model.transformer import Batch, Transformer
+from tests.reference import Reference
+from tests.replicas.model.conftest import Pages, prompt, segment
+from tests.tiny_checkpoint import MASK_TOKEN_ID, make_tiny_checkpoint
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MAX_TOKENS = 6
+PLANS = (DecodePlan(Mode.AR), DecodePlan(Mode.SELF_SPECULATION, 5), DecodePlan(Mode.DIFFUSION, 4, 0.3))
+PROMPTS = ([11, 40, 7], [60 + k for k in range(17)])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), seed=3, num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Reference:
+    return Reference(folder)
+
+
+def make_runner(folder: Path, options: Options, page_size: int = 8) -> CudaRunner:
+    return CudaRunner.load(
+        str(folder), dtype="float32", device=DEVICE, num_pages=64, page_size=page_size, options=options
+    )
+
+
+def decoding(plan: DecodePlan) -> DecodingOptions:
+    return DecodingOptions(plan.mode, None if plan.mode is Mode.AR else plan.block_length, plan.threshold)
+
+
+def finish(engine: Engine) -> None:
+    for _ in range(500):
+        if not engine.has_work:
+            return
+        engine.step()
+        engine.check_integrity()
+    raise AssertionError("the engine did not finish")
+
+
+def completion(sequence: Sequence) -> tuple[int, ...]:
+    return tuple(sequence.tokens[sequence.num_prompt_tokens :])
+
+
+def run_all(runner: CudaRunner, prompts: Seq[list[int]]) -> dict[tuple[int, Mode], tuple[int, ...]]:
+    """Every prompt in every mode, in one crowd."""
+    engine = Engine(runner, max_running=6, max_step_tokens=128)
+    sampling = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True)
+    submitted = {
+        (index, plan.mode): engine.submit(f"{index}-{plan.mode}", prompt, sampling, decoding(plan))
+        for index, prompt in enumerate(prompts)
+        for plan in PLANS
+    }
+    finish(engine)
+    return {key: completion(sequence) for key, sequence in submitted.items()}
+
+
+def test_engine_runs_equal_the_reference(folder: Path, reference: Reference) -> None:
+    """Every mode in one crowd, padded as CUDA graphs need it."""
+    found = run_all(make_runner(folder, Options()), PROMPTS)
+    for (index, mode), tokens in found.items():
+        plan = next(plan for plan in PLANS if plan.mode is mode)
+        expected = reference.mixed(PROMPTS[index], MAX_TOKENS, lambda _, p=plan: p, ignore_eos=True)
+        assert tokens == expected.token_ids
+
+
+@pytest.mark.parametrize("plan", PLANS[:2], ids=lambda plan: plan.mode)
+def test_steps_begun_ahead_change_no_token(folder: Path, reference: Reference, plan: DecodePlan) -> None:
+    runner = make_runner(folder, Options(pads=False))
+    engine = Engine(runner)
+    sampling = SamplingParams(max_tokens=6, ignore_eos=True)
+    first = engine.submit("first", PROMPTS[0], sampling, decoding(plan))
+    for _ in range(3):
+        engine.step()
+    second = engine.submit("second", PROMPTS[0][:2], sampling, decoding(plan))
+    finish(engine)
+    for sequence, asked in ((first, PROMPTS[0]), (second, PROMPTS[0][:2])):
+        expected = reference.mixed(asked, 6, lambda _: plan, ignore_eos=True)
+        assert completion(sequence) == expected.token_ids
+    assert runner.num_steps_ahead > 0
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9, "top_k": 20}, {"repetition_penalty": 1.3}], ids=str)
+def test_sampled_tokens_are_the_cpus(folder: Path, filters: dict[str, float]) -> None:
+    """By the kernel or by the sampler, and the same in self-speculation as in AR."""
+    sampling = SamplingParams(max_tokens=4, ignore_eos=True, temperature=0.9, seed=3, **filters)
+    made = []
+    for runner, plan in (
+        (TorchRunner.load(str(folder), num_pages=64, page_size=8), PLANS[0]),
+        (make_runner(folder, Options(pads=False, looks_ahead=False)), PLANS[0]),
+        (make_runner(folder, Options()), DecodePlan(Mode.SELF_SPECULATION, 3)),
+    ):
+        engine = Engine(runner)
+        sequence = engine.submit("r", PROMPTS[0][:2], sampling, decoding(plan))
+        finish(engine)
+        made.append(completion(sequence))
+    assert made[0] == made[1] == made[2]
+
+
+def _mixed(reference: Reference, runner: CudaRunner) -> tuple[list[Segment], torch.Tensor]:
+    """A draft, a denoising block, a verify and a step, and the logits they must give."""
+    pages = Pages(60, 8)
+    segments, expected = [], []
+    kinds = (("draft", 18, 4), ("denoise", 3, 3), ("verify", 9, 4), ("step", 20, 1))
+    for seq_id, (kind, start, length) in enumerate(kinds):
+        tokens = prompt(start + length, seed=seq_id)
+        table = pages.table(start + length)
+        runner.forward([segment(tokens[:start], table, wanted=(0,))])
+        causal = kind in ("verify", "step")
+        block = tokens[start:] if causal else [tokens[start], *[MASK_TOKEN_ID] * (length - 1)]
+        adapter = kind == "draft"
+        wanted = range(length) if causal else range(1, length)
+        segments.append(
+            segment(block, table, start=start, causal=causal, adapter=adapter, wanted=wanted, seq_id=seq_id)
+        )
+        rows = reference.causal_logits(tokens)[start:]
+        if not causal:
+            rows = reference.block_logits(tokens[:start], block, adapter=adapter)
+        expected.append(rows[list(wanted)])
+    return segments, torch.cat(expected)
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+def test_logits_of_a_mixed_step(tmp_path: Path, kv_dtype: str) -> None:
+    """With an adapter on every projection; fp8 pages lose digits but not the drift of the logits."""
+    targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    folder = make_tiny_checkpoint(tmp_path, seed=5, adapter_targets=targets, num_hidden_layers=1)
+    reference = Reference(folder)
+    runner = CudaRunner.load(
+        str(folder), dtype="float32", device=DEVICE, num_pages=64, page_size=8, kv_dtype=kv_dtype
+    )
+    segments, expected = _mixed(reference, runner)
+    found = runner.forward(segments).cpu()
+    if kv_dtype == "auto":
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    else:
+        assert torch.nn.functional.cosine_similarity(found, expected, dim=-1).min() > 0.9
+
+
+def test_triton_attention_under_the_cpus_transformer(tmp_path: Path) -> None:
+    """Both devices' attention have one signature."""
+    folder = make_tiny_checkpoint(tmp_path, seed=6, num_hidden_layers=1)
+    config = ModelConfig.from_folder(folder)
+    pages = PagedKv(config, 8, 8, torch.float32, torch.device("cpu"))
+    attention = TritonAttention(config, pages, 64)
+    model = Transformer(config, load_weights(folder, config, torch.float32), attention, 64)
+    tokens = prompt(21, seed=1)
+    plan = attention.plan([segment(tokens, (5, 2, 7))])
+    found = model.forward(Batch(torch.tensor(tokens), plan, None, None, None))
+    torch.testing.assert_close(found, Reference(folder).causal_logits(tokens), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [({"dtype": "int4"}, "dtype"), ({"kv_dtype": "int8"}, "kv_dtype"), ({"num_pages": 0}, "K/V")],
+)
+def test_bad_options_are_named(folder: Path, given: dict[str, object], word: str) -> None:
+    with pytest.raises(CheckpointError, match=word):
+        CudaRunner.load(str(folder), **{"dtype": "float32", "device": DEVICE, **given})
