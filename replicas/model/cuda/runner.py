@@ -95,6 +95,7 @@ class CudaRunner:
             num_pages=num_pages,
             page_size=page_size,
             vocab_size=config.vocab_size,
+            denoise_with_adapter=config.denoise_with_adapter,
         )
 
     @classmethod
