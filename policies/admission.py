@@ -136,6 +136,7 @@ class AdmissionControl:
         self._full_since_s: float | None = None
         self._occupancy: Occupancy | None = None
         self._looked_s = 0.0
+        self._num_ended = 0
         self._replica_ids: Sequence[str] = ()
 
     def check(
@@ -146,24 +147,30 @@ class AdmissionControl:
         *,
         num_prompt_tokens: int = 0,
         deadline_s: float | None = None,
+        num_ended: int = 0,
     ) -> Admission:
         """replica_ids: those that can be reached. candidates: what is known of each, asked for only now
-        and then."""
-        if (
-            self._occupancy is None
-            or now_s - self._looked_s >= LOOK_PERIOD_S
-            or replica_ids != self._replica_ids
-        ):
-            self._occupancy = self._look(candidates())
-            self._looked_s, self._replica_ids = now_s, replica_ids
-        self._note_whether_full(now_s)
-        return admit(
-            self._occupancy,
-            self._limits,
-            num_prompt_tokens=num_prompt_tokens,
-            completions_per_s=self._rate(now_s),
-            deadline_s=deadline_s,
-        )
+        and then. num_ended: of this router's requests, in whatever way; nobody is shed for one of them."""
+
+        def verdict() -> Admission:
+            assert self._occupancy is not None
+            self._note_whether_full(now_s)
+            return admit(
+                self._occupancy,
+                self._limits,
+                num_prompt_tokens=num_prompt_tokens,
+                completions_per_s=self._rate(now_s),
+                deadline_s=deadline_s,
+            )
+
+        is_due = now_s - self._looked_s >= LOOK_PERIOD_S or replica_ids != self._replica_ids
+        if self._occupancy is not None and not is_due:
+            found = verdict()
+            if isinstance(found, Admit) or num_ended == self._num_ended:
+                return found
+        self._occupancy = self._look(candidates())
+        self._looked_s, self._replica_ids, self._num_ended = now_s, replica_ids, num_ended
+        return verdict()
 
     def started(self, num_prompt_tokens: int = 0) -> None:
         """A request has been sent to a replica."""

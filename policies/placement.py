@@ -145,6 +145,8 @@ class OwnTraffic:
     """
 
     def __init__(self) -> None:
+        self.num_ended = 0
+        """Of all requests so far, in whatever way they ended."""
         self._in_flight: Counter[str] = Counter()
         self._sent: dict[str, deque[tuple[float, int]]] = {}  # when, and the prompt's tokens
 
@@ -157,6 +159,7 @@ class OwnTraffic:
             sent.popleft()
 
     def ended(self, replica_id: str) -> None:
+        self.num_ended += 1
         self._in_flight[replica_id] -= 1
 
     def forget(self, replica_id: str) -> None:

@@ -140,6 +140,7 @@ class Dispatcher:
             now_s,
             num_prompt_tokens=num_prompt_tokens,
             deadline_s=request.timeout_s,
+            num_ended=self._traffic.num_ended,
         )
         raise_if_shed(verdict)
 

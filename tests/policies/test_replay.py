@@ -94,7 +94,7 @@ def test_the_table_counts_and_shows(tmp_path):
         (("LOG", "--policy", "threshold", "--params", '{"bond": 1}'), "bond"),
         (("BAD", "--policy", "ar"), "line 2: not a decision"),
         (("MISSING", "--policy", "ar"), "No such file"),
-        (("export", "--redis-url", "http://x"), "Redis URL"),
+        (("export", "--redis-url", "http://x"), "start it with one of redis://"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path, capsys, arguments, complaint):

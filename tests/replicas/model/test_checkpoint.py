@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from replicas.model import checkpoint
-from replicas.model.checkpoint import CheckpointError, resolve_folder
+from replicas.model.checkpoint import CheckpointError, load_weights, resolve_folder
+from replicas.model.config import ModelConfig
 from replicas.model.runner import TorchRunner
 from tests.replicas.model.conftest import LogitsProbe, Pages, prompt, segment
 from tests.tiny_checkpoint import MASK_TOKEN_ID, make_tiny_checkpoint
@@ -154,8 +155,8 @@ def test_the_mask_row_comes_with_the_adapter(tmp_path: Path) -> None:
     folder = make_tiny_checkpoint(tmp_path / "model", adapter_has_mask_row=True)
     before = (folder / "model.safetensors").read_bytes()
     row = load_file(folder / "linear_spec_lora" / "adapter_model.safetensors")[MASK_ROW][0]
-    runner = load(folder)
-    assert torch.equal(runner._model._embedding[MASK_TOKEN_ID], row)
+    weights = load_weights(folder, ModelConfig.from_folder(folder), torch.float32)
+    assert torch.equal(weights.embedding[MASK_TOKEN_ID], row)
     assert (folder / "model.safetensors").read_bytes() == before
 
 
