@@ -17,7 +17,7 @@ POLICY    ?=
 # make train OUT=<folder for the run; started again, it goes on from there>
 OUT       ?= .run/train
 
-.PHONY: serve test test-gpu lint format bench bench-floor bench-overhead bench-memory bench-peer bench-gpu evaluate train model pack-smollm2 train-smollm2 clean help
+.PHONY: serve test test-gpu lint format bench bench-floor bench-overhead bench-memory bench-peer bench-gpu bench-policy evaluate train model pack-smollm2 train-smollm2 clean help
 
 help:
 	@sed -n '1,2p' Makefile; echo; grep -E '^[a-z0-9-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -69,6 +69,9 @@ bench-peer: $(READY) ## the whole stack against vLLM: ARGS="--checkpoint DIR --v
 
 bench-gpu: $(READY) ## all that is measured on a GPU, in one run of at most 9 minutes
 	@$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+bench-policy: $(READY) ## policies against fixed modes over HTTP; ARGS="--part levels", ramp, square or report
+	@$(BIN)/python -m benchmarks.policy $(ARGS)
 
 evaluate: $(READY) ## quality and tokens per forward of the embedded checkpoint, by task family and mode
 	@$(BIN)/python -m replicas.training.evaluate $(ARGS)

@@ -1,0 +1,246 @@
+"""Policies against fixed modes over HTTP: `python -m benchmarks.policy --part levels|ramp|square`.
+
+A real server with the embedded checkpoint on one replica, and clients in a closed loop that answer
+held-out prompts, on the same machine. Fixed modes are requests that pin their mode; `cost_model` and
+`threshold` are servers of that policy. Within a part the contenders take turns, a window each, and
+that several times over.
+
+    levels   tokens/s and TPOT at steady concurrency
+    ramp     1 -> 32 -> 1 clients, in steps, all contenders over the same minutes
+    square   1 and 32 clients in turn
+
+`--part report` writes the table and the plots from the raw rows (JSONL) of all parts run so far.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from replicas.training.tasks.registry import FAMILIES, held_out_tasks
+from tests.e2e.server import Server
+
+RESULTS = Path(__file__).parent / "results"
+RAW = RESULTS / "policy-cpu.jsonl"
+AUTO = ("cost_model", "threshold")
+FIXED: dict[str, dict[str, Any]] = {
+    "ar": {"mode": "ar"},
+    **{
+        f"self_speculation {block}": {"mode": "self_speculation", "block_length": block}
+        for block in (8, 16, 32)
+    },
+    **{f"diffusion {block}": {"mode": "diffusion", "block_length": block} for block in (8, 16)},
+}
+LEVELS = (1, 2, 4, 8, 16, 32)
+RAMP = (1, 2, 4, 8, 16, 32, 16, 8, 4, 2, 1)
+SQUARE = (1, 32) * 3
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One contender's window. tpot_ms: a token after the first, over requests that ended in it."""
+
+    part: str
+    contender: str
+    concurrency: int
+    turn: int
+    began_s: float
+    seconds: float
+    tokens: float
+    tokens_per_s: float
+    tpot_p50_ms: float | None
+    tpot_p95_ms: float | None
+    num_requests: int
+    num_errors: int
+
+
+@dataclass(slots=True)
+class Answer:
+    began_s: float
+    first_s: float = 0.0
+    ended_s: float = 0.0
+    tokens: int = 0
+
+
+class Clients:
+    """A closed loop of as many clients as are asked for."""
+
+    def __init__(self, url: str):
+        limits = httpx.Limits(max_connections=128)
+        self._http = httpx.AsyncClient(base_url=url, timeout=120.0, limits=limits)
+        turns = zip(*(held_out_tasks(family, 8) for family in FAMILIES), strict=True)
+        self._prompts = itertools.cycle([task.prompt for turn in turns for task in turn])
+
+    async def run(
+        self, decoding: dict[str, Any], concurrency: int, seconds: float
+    ) -> tuple[list[Answer], int]:
+        """The answers begun in this window, waited for past its end; how many failed."""
+        answers: list[Answer] = []
+        num_errors = 0
+        ends_s = time.monotonic() + seconds
+
+        async def client() -> None:
+            nonlocal num_errors
+            while time.monotonic() < ends_s:
+                answer = Answer(time.monotonic())
+                try:
+                    await self._ask(decoding, answer)
+                except httpx.HTTPError:
+                    num_errors += 1
+                    continue
+                answers.append(answer)
+
+        await asyncio.gather(*(client() for _ in range(concurrency)))
+        return answers, num_errors
+
+    async def _ask(self, decoding: dict[str, Any], answer: Answer) -> None:
+        body = {
+            "model": "triad-5m",
+            "messages": [{"role": "user", "content": next(self._prompts)}],
+            "temperature": 0,
+            "max_tokens": 200,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "decoding": decoding,
+        }
+        async with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
+            response.raise_for_status()
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    chunk = json.loads(line[6:])
+                    if not answer.first_s and any(c["delta"].get("content") for c in chunk["choices"]):
+                        answer.first_s = time.monotonic()
+                    if chunk.get("usage"):
+                        answer.tokens = chunk["usage"]["completion_tokens"]
+        answer.ended_s = time.monotonic()
+
+
+async def window(
+    clients: Clients, part: str, contender: str, concurrency: int, turn: int, seconds: float
+) -> Row:
+    began_s = time.monotonic()
+    answers, num_errors = await clients.run(FIXED.get(contender, {}), concurrency, seconds)
+    elapsed_s = time.monotonic() - began_s
+    tpots = sorted(
+        1000.0 * (a.ended_s - a.first_s) / (a.tokens - 1) for a in answers if a.tokens > 1 and a.first_s
+    )
+    tokens = sum(a.tokens for a in answers)
+    return Row(
+        part,
+        contender,
+        concurrency,
+        turn,
+        round(began_s, 3),
+        round(elapsed_s, 3),
+        tokens,
+        round(tokens / elapsed_s, 1),
+        round(statistics.median(tpots), 2) if tpots else None,
+        round(tpots[int(0.95 * (len(tpots) - 1))], 2) if tpots else None,
+        len(answers),
+        num_errors,
+    )
+
+
+async def measure(url: str, contenders: tuple[str, ...], options: argparse.Namespace) -> None:
+    """levels: contenders alternate at each concurrency. ramp, square: each runs its schedule whole."""
+    clients = Clients(url)
+    await clients.run({}, 4, options.warmup)
+    schedule = {"levels": options.levels, "ramp": RAMP, "square": SQUARE}[options.part]
+    for turn in range(options.turns):
+        order = [(name, c) for c in schedule for name in contenders]
+        if options.part != "levels":
+            order = [(name, c) for name in contenders for c in schedule]
+        for contender, concurrency in order:
+            row = await window(clients, options.part, contender, concurrency, turn, options.seconds)
+            print(f"{row.contender:<20} {concurrency:>3} {row.tokens_per_s:>8} tokens/s", flush=True)
+            with options.raw.open("a") as file:
+                file.write(json.dumps(asdict(row)) + "\n")
+
+
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text().splitlines():
+        yield json.loads(line)
+
+
+def report(raw: Path, folder: Path) -> str:
+    """The Markdown tables; the plots go into the folder."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    by_part: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows_of(raw):
+        by_part[row["part"]].append(row)
+    tables = []
+    for part, rows in by_part.items():
+        contenders = list(dict.fromkeys(row["contender"] for row in rows))
+        figure, axes = pyplot.subplots(figsize=(8, 4.5))
+        if part == "levels":
+            levels = sorted({row["concurrency"] for row in rows})
+            lines = [
+                f"| tokens/s at concurrency | {' | '.join(map(str, levels))} |",
+                "|---" * (len(levels) + 1) + "|",
+            ]
+            for name in contenders:
+                means = [_median(rows, name, level) for level in levels]
+                lines.append(f"| {name} | {' | '.join(f'{mean:,.0f}' for mean in means)} |")
+                axes.plot(levels, means, marker="o", label=name, linewidth=3 if name in AUTO else 1)
+            axes.set_xscale("log", base=2)
+            axes.set_xlabel("concurrency")
+        else:
+            lines = [f"| {part} | tokens in the same time |", "|---|---|"]
+            for name in contenders:
+                own = [row for row in rows if row["contender"] == name]
+                lines.append(f"| {name} | {sum(row['tokens'] for row in own):,.0f} |")
+                axes.plot([row["tokens_per_s"] for row in own], marker="o", label=name)
+            axes.set_xlabel(f"window of the {part}")
+        axes.set_ylabel("tokens/s")
+        axes.legend(fontsize=7)
+        figure.tight_layout()
+        figure.savefig(folder / f"policy-{part}.png", dpi=120)
+        pyplot.close(figure)
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def _median(rows: list[dict[str, Any]], contender: str, concurrency: int) -> float:
+    found = [
+        row["tokens_per_s"]
+        for row in rows
+        if (row["contender"], row["concurrency"]) == (contender, concurrency)
+    ]
+    return statistics.median(found) if found else float("nan")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--part", choices=("levels", "ramp", "square", "report"), required=True)
+    parser.add_argument("--policy", choices=AUTO, nargs="+", default=list(AUTO))
+    parser.add_argument("--fixed", choices=list(FIXED), nargs="*", default=list(FIXED))
+    parser.add_argument("--levels", type=int, nargs="+", default=list(LEVELS))
+    parser.add_argument("--seconds", type=float, default=6.0, help="of one window")
+    parser.add_argument("--warmup", type=float, default=10.0, help="seconds at first, not counted")
+    parser.add_argument("--turns", type=int, default=1)
+    parser.add_argument("--raw", type=Path, default=RAW, help="rows are appended to this file")
+    options = parser.parse_args()
+    if options.part == "report":
+        print(report(options.raw, options.raw.parent))
+        return
+    for number, policy in enumerate(options.policy):
+        with Server("num_replicas=1", f"policy={policy}") as server:
+            contenders = (policy, *(options.fixed if number == 0 else ()))
+            asyncio.run(measure(server.url, contenders, options))
+
+
+if __name__ == "__main__":
+    main()
