@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("policies", "replicas", "router", "cluster", "tests")
+PACKAGES = ("policies", "replicas", "router", "cluster", "loadtest", "tests")
 
 
 @pytest.mark.parametrize("document", ["STRUCTURE.md", "README.md", "EXPERIMENTS.md"])
