@@ -1,0 +1,180 @@
+"""The asyncio client: open loop at given times, or a number of users in a closed loop."""
+
+import asyncio
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+from loadtest.arrivals import Arrival
+from loadtest.records import Clock, ErrorKind, Record
+from loadtest.stream import StreamReader, fail_by_status
+from loadtest.workloads import Ask, Workload
+
+PATH = "/v1/chat/completions"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One OpenAI-compatible server and how to ask it. extra: more fields of each body, such as `decoding`."""
+
+    setting: str
+    url: str
+    model: str
+    extra: dict[str, Any] = field(default_factory=dict)
+    api_key: str | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One level of load. level: requests/s, or users; None where it varies."""
+
+    name: str
+    level: float | None = None
+    turn: int = 0
+
+
+@dataclass
+class Progress:
+    """What has happened in a stage so far."""
+
+    sent: int = 0
+    ended: int = 0
+    failed: int = 0
+
+    @property
+    def in_flight(self) -> int:
+        return self.sent - self.ended
+
+
+class Client:
+    """Sends and records. One session, any number of streams; lives in one event loop."""
+
+    def __init__(self, *, timeout_s: float = 120.0, clock: Callable[[], float] | None = None):
+        self._timeout_s = timeout_s
+        self._clock = clock or Clock()
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> "Client":
+        connector = aiohttp.TCPConnector(limit=0)
+        timeout = aiohttp.ClientTimeout(total=self._timeout_s)
+        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout)
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        assert self._session is not None
+        await self._session.close()
+
+    def now_s(self) -> float:
+        return self._clock()
+
+    async def get(self, url: str) -> Any:
+        """A JSON answer. Raises aiohttp.ClientError, TimeoutError or ValueError."""
+        assert self._session is not None
+        async with self._session.get(url, timeout=aiohttp.ClientTimeout(total=10.0)) as response:
+            response.raise_for_status()
+            return json.loads(await response.read())
+
+    async def send(self, target: Target, stage: Stage, ask: Ask, intended_s: float) -> tuple[Record, str]:
+        """One request, from sending to the last byte. Any failure is in the record, with the text so far."""
+        assert self._session is not None
+        record = Record(
+            target.setting,
+            stage.name,
+            ask.workload,
+            ask.class_name,
+            intended_s,
+            level=stage.level,
+            turn=stage.turn,
+        )
+        reader = StreamReader(record)
+        headers = {"Authorization": f"Bearer {target.api_key}"} if target.api_key else {}
+        body = ask.body(target.model, target.extra)
+        record.sent_s = self._clock()
+        try:
+            async with self._session.post(target.url + PATH, json=body, headers=headers) as response:
+                record.status = response.status
+                if response.status != 200:
+                    fail_by_status(record, response.status, await response.text(errors="replace"))
+                else:
+                    async for piece in response.content.iter_any():
+                        reader.feed(piece, self._clock())
+                        if reader.done:
+                            break
+                    reader.close(ask.check, ask.expected)
+        except TimeoutError:
+            record.fail(ErrorKind.TIMEOUT, f"no end within {self._timeout_s:g} s")
+        except (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError) as error:
+            begun = record.status is not None
+            record.fail(ErrorKind.TRUNCATED if begun else ErrorKind.CONNECTION, str(error))
+        except (aiohttp.ClientError, OSError) as error:
+            # A reset in the middle of a body is a truncated stream; before the status it is no connection.
+            begun = record.status == 200
+            record.fail(ErrorKind.TRUNCATED if begun else ErrorKind.CONNECTION, str(error))
+        record.end_s = self._clock()
+        return record, reader.text
+
+    async def open_loop(
+        self,
+        target: Target,
+        stage: Stage,
+        workload: Workload,
+        arrivals: Sequence[Arrival],
+        *,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> list[Record]:
+        """Sends at the arrivals' times whatever comes back, and waits for every answer."""
+        progress = progress if progress is not None else Progress()
+        rng = random.Random(seed)
+        asks = [workload.draw(rng, arrival) for arrival in arrivals]  # drawn before the clock runs
+        start_s = self._clock() + 0.05
+        async with asyncio.TaskGroup() as group:
+            tasks = []
+            for arrival, ask in zip(arrivals, asks, strict=True):
+                due_s = start_s + arrival.at_s
+                await asyncio.sleep(max(0.0, due_s - self._clock()))
+                tasks.append(group.create_task(self._counted(target, stage, ask, due_s, progress)))
+        return [task.result() for task in tasks]
+
+    async def closed_loop(
+        self,
+        target: Target,
+        stage: Stage,
+        workload: Workload,
+        num_users: int,
+        duration_s: float,
+        *,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> list[Record]:
+        """Each user asks again as soon as it is answered; a request is due when its user is free."""
+        progress = progress if progress is not None else Progress()
+        end_s = self._clock() + duration_s
+        records: list[Record] = []
+
+        async def user(number: int) -> None:
+            rng = random.Random(f"{seed}/{number}")
+            while (now_s := self._clock()) < end_s:
+                ask = workload.draw(rng, Arrival(0.0))
+                record = await self._counted(target, stage, ask, now_s, progress)
+                records.append(record)
+                if record.error is not None:
+                    await asyncio.sleep(min(0.2, max(0.0, end_s - self._clock())))  # no storm on a refusal
+
+        async with asyncio.TaskGroup() as group:
+            for number in range(num_users):
+                group.create_task(user(number))
+        return records
+
+    async def _counted(
+        self, target: Target, stage: Stage, ask: Ask, due_s: float, progress: Progress
+    ) -> Record:
+        progress.sent += 1
+        record, _ = await self.send(target, stage, ask, due_s)
+        progress.ended += 1
+        progress.failed += record.error is not None
+        return record
