@@ -17,6 +17,8 @@ from tests.eventually import eventually
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 NUM_CLIENTS = 16
+NUM_TOKENS = 256
+"""Long enough that clients which wait their turn for a CPU still keep the replicas full."""
 PROMPTS = [f"Write a short story about {name}." for name in ("Anna", "a fox", "the sea", "two trains")]
 
 
@@ -55,7 +57,7 @@ async def texts_alone(client: httpx.AsyncClient, bodies: list[dict]) -> list[str
 
 async def test_auto_shifts_with_the_load_and_back(client: httpx.AsyncClient) -> None:
     """Half the clients ask for lossless answers, whose text must be AR's, switch or no switch."""
-    lossless = [chat(p, decoding={"lossless": True}) for p in PROMPTS]
+    lossless = [chat(p, max_tokens=NUM_TOKENS, decoding={"lossless": True}) for p in PROMPTS]
     expected = await texts_alone(client, lossless)
     await eventually(lambda: plans_are(client, "diffusion"), within_s=20, every_s=0.1)
 
@@ -68,7 +70,7 @@ async def test_auto_shifts_with_the_load_and_back(client: httpx.AsyncClient) -> 
 
     async def work(number: int) -> list[Streamed]:
         """Until the shift, and one request after it."""
-        body = chat(PROMPTS[0]) if number % 2 else lossless[number // 2 % len(lossless)]
+        body = chat(PROMPTS[0], max_tokens=NUM_TOKENS) if number % 2 else lossless[number // 2 % len(lossless)]
         streams = []
         while not has_shifted.is_set():
             streams.append(await stream(client, body))
@@ -89,7 +91,7 @@ async def test_auto_shifts_with_the_load_and_back(client: httpx.AsyncClient) -> 
             assert streamed.done
             assert streamed.error is None
             assert streamed.usage is not None
-            assert streamed.usage["completion_tokens"] == 48
+            assert streamed.usage["completion_tokens"] == NUM_TOKENS
             if number % 2 == 0:
                 assert streamed.modes <= {"ar", "self_speculation"}
                 assert streamed.text == expected[number // 2 % len(lossless)]
