@@ -15,6 +15,7 @@ from ray.serve.schema import LoggingConfig
 from cluster.config import ClusterConfig
 from cluster.embedded_redis import EmbeddedRedis, Endpoint
 from replicas.config import ReplicaConfig
+from router.guard import Bounds, GuardConfig
 from router.ingress import AddressedRouter, Ingress, IngressConfig
 
 UNLIMITED = 100_000
@@ -53,6 +54,7 @@ def deploy(args: ClusterConfig) -> Application:
         {"num_cpus": args.ingress_cpus},
         args.drain_timeout_s,
         (_ingress_config(args, redis_url), _replicas(args, redis_url), deployed_with),
+        logging_config=_logging(args, access_log=args.log_format == "text"),
     )
 
 
@@ -72,9 +74,14 @@ def _replicas(args: ClusterConfig, redis_url: str) -> Application:
         args.drain_timeout_s,
         (_replica_config(args, redis_url),),
         # The ingress asks each replica every second who it is; its own log has the requests.
-        logging_config=LoggingConfig(enable_access_log=False),
+        logging_config=_logging(args, access_log=False),
         request_router_config=RequestRouterConfig.model_validate({"request_router_class": ADDRESSED_ROUTER}),
     )
+
+
+def _logging(args: ClusterConfig, access_log: bool) -> LoggingConfig:
+    encoding = "JSON" if args.log_format == "json" else "TEXT"
+    return LoggingConfig.model_validate({"encoding": encoding, "enable_access_log": access_log})
 
 
 def _bind(
@@ -109,7 +116,19 @@ def _ingress_config(args: ClusterConfig, redis_url: str) -> IngressConfig:
         policy_params=args.policy_params,
         max_running=args.max_running,
         max_waiting=args.max_waiting,
-        max_body_bytes=args.max_body_bytes,
+        bounds=Bounds(
+            max_body_bytes=args.max_body_bytes,
+            max_header_bytes=args.max_header_bytes,
+            max_json_depth=args.max_json_depth,
+            max_prompt_chars=args.max_prompt_chars,
+        ),
+        guard=GuardConfig(
+            api_keys_file=args.api_keys_file,
+            limits_without_redis=args.limits_without_redis,
+            limits_timeout_s=args.limits_timeout_s,
+            cors_origins=args.cors_origins,
+        ),
+        log_format=args.log_format,
     )
 
 
@@ -133,4 +152,5 @@ def _replica_config(args: ClusterConfig, redis_url: str) -> ReplicaConfig:
         max_running=args.max_running,
         max_step_tokens=args.max_step_tokens,
         max_waiting=args.max_waiting,
+        log_format=args.log_format,
     )

@@ -27,3 +27,4 @@ class ReplicaConfig:
     max_running: int = 64
     max_step_tokens: int = 512
     max_waiting: int = 256
+    log_format: str = "text"

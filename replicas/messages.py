@@ -94,6 +94,8 @@ class GenerateRequest:
     sampling: SamplingParams
     decoding: DecodingOptions = DecodingOptions()
     timeout_s: float | None = None
+    traceparent: str | None = None
+    """The ingress's span, by W3C trace context; None without tracing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from policies.load import ReplicaLoad
 from policies.modes import DecodePlan, Mode
 from replicas.channels import ChannelHub
 from replicas.engine.engine import Engine
-from replicas.engine.sequence import Progress
+from replicas.engine.sequence import Progress, Sequence
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import (
     Accepted,
@@ -29,6 +29,7 @@ from replicas.messages import (
 )
 from replicas.stats import DecodingStats
 from replicas.text import TextCodec, TextStream
+from replicas.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -46,6 +47,7 @@ class _Live:
     num_unsent: int = 0
     """Tokens whose text is still held back."""
     unsent_logprobs: list[TextLogprob] = field(default_factory=list)
+    timeline: Timeline | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +73,20 @@ class _Outbox:
 class ReplicaService:
     """Everything that touches the engine runs on one thread, as commands between two steps.
 
-    The coroutines belong to the event loop that start() ran on. clock: seconds, monotonic.
+    The coroutines belong to the event loop that start() ran on. clock: seconds, monotonic; the engine's.
+    on_timeline: called on the event loop with the timeline of each request that has ended; None, and
+    none is kept.
     """
 
     def __init__(
-        self, engine: Engine, codec: TextCodec, replica_id: str, clock: Callable[[], float] = time.monotonic
+        self,
+        engine: Engine,
+        codec: TextCodec,
+        replica_id: str,
+        clock: Callable[[], float] = time.monotonic,
+        on_timeline: Callable[[Timeline], None] | None = None,
     ):
+        self._on_timeline = on_timeline
         self.replica_id = replica_id
         self._engine = engine
         self._codec = codec
@@ -181,6 +191,8 @@ class ReplicaService:
         except BaseException as error:
             logger.exception("the engine's thread died")
             self._death = error
+            for live in self._live.values():
+                self._close(live, None, ErrorCode.INTERNAL)
             self._send_failure(self._live.values(), ErrorCode.INTERNAL, "the replica's engine failed")
             while (command := self._commands.get()) is not None:
                 command()
@@ -201,7 +213,9 @@ class ReplicaService:
         self._engine.submit(
             request.request_id, prompt_ids, request.sampling, request.decoding, request.timeout_s
         )
-        self._live[request.request_id] = _Live(request, self._codec.stream(request.sampling.stop))
+        live = self._live[request.request_id] = _Live(request, self._codec.stream(request.sampling.stop))
+        if self._on_timeline is not None:
+            live.timeline = Timeline(request.request_id, request.traceparent, self._clock())
 
     def _cancel(self, request_ids: Iterable[str]) -> None:
         self._end(request_ids, ErrorCode.CANCELLED, "the request was cancelled")
@@ -211,7 +225,7 @@ class ReplicaService:
         for request_id in request_ids:
             live = self._live.pop(request_id, None)
             if live is not None:
-                self._engine.cancel(request_id)
+                self._close(live, self._engine.cancel(request_id), code)
                 ended.append(live)
         self._send_failure(ended, code, message)
 
@@ -265,6 +279,8 @@ class ReplicaService:
         num_taken = live.text.num_tokens - before
         live.num_unsent += num_taken
         live.unsent_logprobs += map(self._codec.logprob, made.logprobs[:num_taken])
+        if live.timeline is not None and num_taken:
+            live.timeline.note(made.sequence, num_taken, self._clock())
         if made.reason is not None:
             text += live.text.finish()
         reason = FinishReason.STOP if live.text.stopped else made.reason
@@ -287,8 +303,14 @@ class ReplicaService:
         else:
             return
         del self._live[request_id]
+        self._close(live, made.sequence, made.error)
         self._engine.cancel(request_id)  # a stop string ends a sequence that would go on
         outbox.add(channel_id, last)
+
+    def _close(self, live: _Live, sequence: Sequence | None, error: ErrorCode | None) -> None:
+        if live.timeline is not None and self._on_timeline is not None:
+            live.timeline.end(sequence, error, self._clock())
+            self._loop.call_soon_threadsafe(self._on_timeline, live.timeline)
 
     def _send(self, outbox: _Outbox) -> None:
         if outbox.events:

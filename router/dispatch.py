@@ -159,6 +159,8 @@ class Generation:
     def __init__(self, dispatcher: Dispatcher, request: GenerateRequest):
         self.finished: Finished | None = None
         """Set once the text is complete."""
+        self.num_tokens = 0
+        """Of the completion, as far as its events have come."""
         self._dispatcher = dispatcher
         self._request = request
         self._deadline_s = None if request.timeout_s is None else dispatcher.now_s() + request.timeout_s
@@ -191,6 +193,7 @@ class Generation:
             self._first = None
             while isinstance(event, Delta):
                 text += event.text
+                self.num_tokens += event.num_tokens
                 if self._inbox.empty():
                     break
                 event = self._inbox.get_nowait()
@@ -214,6 +217,7 @@ class Generation:
 
     async def _start(self) -> None:
         """Sends the request until a replica answers with a first event."""
+        self.num_tokens = 0
         while True:
             await self._send()
             first = await self._inbox.get()

@@ -59,7 +59,7 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._num_submitted = 0
         self._scheduler = Scheduler(
-            spec, Limits(max_running, max_step_tokens), ActivePlan(DecodePlan(Mode.AR), "start")
+            spec, Limits(max_running, max_step_tokens), ActivePlan(DecodePlan(Mode.AR), "start"), clock
         )
 
     @property

@@ -6,7 +6,9 @@ When pages run out the youngest sequence gives up its own and is recomputed late
 goes on, so something always does.
 """
 
+import time
 from collections import Counter, deque
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -30,7 +32,14 @@ class Limits:
 
 
 class Scheduler:
-    def __init__(self, spec: ModelSpec, limits: Limits, active: ActivePlan):
+    def __init__(
+        self,
+        spec: ModelSpec,
+        limits: Limits,
+        active: ActivePlan,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._clock = clock
         self._spec = spec
         self._limits = limits
         self._pool = PagePool(spec.num_pages, spec.page_size)
@@ -156,6 +165,8 @@ class Scheduler:
             num_promised += num_pages
             self._waiting.popleft()
             sequence.status = Status.RUNNING
+            if sequence.began_s is None:
+                sequence.began_s = self._clock()
             self._running.append(sequence)
             if sequence.is_prefilling:
                 asks[sequence] = self._ask_prefill(sequence, budget)

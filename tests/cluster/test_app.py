@@ -84,7 +84,7 @@ def test_what_is_configured_arrives():
     assert (given.page_size, given.kv_cache_mb, given.max_running) == (32, 99, 5)
     assert (given.max_step_tokens, given.max_waiting) == (128, 6)
     ingress = argument(found["Ingress"])
-    assert (ingress.max_running, ingress.max_waiting, ingress.max_body_bytes) == (5, 6, 5000)
+    assert (ingress.max_running, ingress.max_waiting, ingress.bounds.max_body_bytes) == (5, 6, 5000)
 
 
 @pytest.mark.parametrize(("num_replicas", "num_threads"), [(1, 8), (3, 2), (16, 1)])
