@@ -16,6 +16,7 @@ from cluster.config import ClusterConfig
 from cluster.embedded_redis import EmbeddedRedis, Endpoint
 from policies.admission import QueueLimits
 from replicas.config import ReplicaConfig
+from router.guard import Bounds, GuardConfig
 from router.ingress import AddressedRouter, Ingress, IngressConfig
 
 UNLIMITED = 100_000
@@ -54,6 +55,7 @@ def deploy(args: ClusterConfig) -> Application:
         {"num_cpus": args.ingress_cpus},
         args.drain_timeout_s,
         (_ingress_config(args, redis_url), _replicas(args, redis_url), deployed_with),
+        logging_config=_logging(args, access_log=args.log_format == "text"),
     )
 
 
@@ -73,9 +75,14 @@ def _replicas(args: ClusterConfig, redis_url: str) -> Application:
         args.drain_timeout_s,
         (_replica_config(args, redis_url),),
         # The ingress asks each replica every second who it is; its own log has the requests.
-        logging_config=LoggingConfig(enable_access_log=False),
+        logging_config=_logging(args, access_log=False),
         request_router_config=RequestRouterConfig.model_validate({"request_router_class": ADDRESSED_ROUTER}),
     )
+
+
+def _logging(args: ClusterConfig, access_log: bool) -> LoggingConfig:
+    encoding = "JSON" if args.log_format == "json" else "TEXT"
+    return LoggingConfig.model_validate({"encoding": encoding, "enable_access_log": access_log})
 
 
 def _bind(
@@ -110,7 +117,19 @@ def _ingress_config(args: ClusterConfig, redis_url: str) -> IngressConfig:
         policy_params=args.policy_params,
         max_running=args.max_running,
         queue_limits=QueueLimits(args.max_waiting, args.max_waiting_tokens, args.max_queue_s),
-        max_body_bytes=args.max_body_bytes,
+        bounds=Bounds(
+            max_body_bytes=args.max_body_bytes,
+            max_header_bytes=args.max_header_bytes,
+            max_json_depth=args.max_json_depth,
+            max_prompt_chars=args.max_prompt_chars,
+        ),
+        guard=GuardConfig(
+            api_keys_file=args.api_keys_file,
+            limits_without_redis=args.limits_without_redis,
+            limits_timeout_s=args.limits_timeout_s,
+            cors_origins=args.cors_origins,
+        ),
+        log_format=args.log_format,
     )
 
 
@@ -139,4 +158,5 @@ def _replica_config(args: ClusterConfig, redis_url: str) -> ReplicaConfig:
         adaptive_speculation=args.adaptive_speculation,
         max_waiting=args.max_waiting,
         calibration_s=args.calibration_s,
+        log_format=args.log_format,
     )

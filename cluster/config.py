@@ -2,8 +2,11 @@
 
 import difflib
 import json
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import quote
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -16,6 +19,8 @@ EMBEDDED_MODEL = "triad-5m"
 CHECKPOINTS = {EMBEDDED_MODEL: "triad-5m", "smollm2": "smollm2-135m"}
 """Models with a name of their own, and their folders under replicas/checkpoints."""
 
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
 
 def _mapping(value: Any) -> Any:
     """On the command line a mapping is written as a JSON object."""
@@ -25,6 +30,19 @@ def _mapping(value: Any) -> Any:
         return json.loads(value)
     except ValueError as error:
         raise ValueError(f'write it as a JSON object, such as {{"low": 4}} ({error})') from error
+
+
+def _from_environment(variable: re.Match[str]) -> str:
+    """So that a Serve file may name a password without having it."""
+    name = variable[1]
+    if name not in os.environ:
+        raise ValueError(f"the environment variable {name} is not set")
+    return quote(os.environ[name], safe="")
+
+
+def _listed(value: Any) -> Any:
+    """On the command line a list is separated by commas."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
 class ClusterConfig(BaseModel):
@@ -43,7 +61,10 @@ class ClusterConfig(BaseModel):
     num_replicas: int = Field(1, ge=1, description="Model servers.")
     num_ingresses: int = Field(1, ge=1, description="HTTP servers; one also controls, the others stand by.")
     redis_url: str | None = Field(
-        None, repr=False, description="None: a server of Triad's own, on loopback, so for one machine only."
+        None,
+        repr=False,
+        description="None: a server of Triad's own, on loopback, so for one machine only. "
+        "${NAME} in it is the environment's, such as redis://:${REDIS_PASSWORD}@redis:6379/0.",
     )
     policy: str = Field(DEFAULT_POLICY, description="A policy's name, a mode's, or a dotted class name.")
     policy_params: Annotated[dict[str, Any], BeforeValidator(_mapping)] = Field(
@@ -79,6 +100,29 @@ class ClusterConfig(BaseModel):
         1.5, ge=0.0, le=60.0, description="Seconds a replica measures its forwards before it serves."
     )
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Longest HTTP body taken.")
+    max_header_bytes: int = Field(32 * 2**10, ge=1024, description="Of all of a request's headers together.")
+    max_json_depth: int = Field(32, ge=8, le=200, description="How deep a body's JSON may be nested.")
+    max_prompt_chars: int = Field(
+        1_000_000, ge=1, description="Longest prompt taken, in characters; several of a request together."
+    )
+
+    api_keys_file: str | None = Field(
+        None,
+        description="A file of API keys (python -m cluster.new_key), read again when it changes; None: "
+        "those in the environment's TRIAD_API_KEYS, and without any everybody is let in.",
+    )
+    limits_without_redis: Literal["open", "closed"] = Field(
+        "open", description="While Redis is lost, requests of limited keys are let in, or turned away by 503."
+    )
+    limits_timeout_s: float = Field(
+        0.1, gt=0.0, le=5.0, description="How long a request of a limited key waits for Redis."
+    )
+    cors_origins: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
+        (), description="Sites whose pages may call, such as https://chat.example.com; none by default."
+    )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="json: a line a request, with its request id and trace id."
+    )
 
     replica_cpus: float = Field(0.1, ge=0.0, description="CPUs reserved with Ray for a replica's actor.")
     ingress_cpus: float = Field(0.1, ge=0.0, description="CPUs reserved with Ray for an ingress's actor.")
@@ -99,6 +143,7 @@ class ClusterConfig(BaseModel):
     @field_validator("redis_url")
     @classmethod
     def _is_redis_url(cls, url: str | None) -> str | None:
+        url = None if url is None else _VARIABLE.sub(_from_environment, url)
         if url is not None:
             check_url(url)
         return url

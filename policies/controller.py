@@ -89,15 +89,22 @@ class Controller:
                 logger.info("the lease expires by itself: %s", error)
             self._resign()
 
+    def set_policy(self, policy: Policy[Any]) -> None:
+        """Decides by another policy from the next round on, going on from what the replicas run."""
+        self._policy = policy
+        self._known = {}
+
     async def step(self) -> None:
         """One round: nothing where another controller leads. Raises StoreUnavailable."""
         lease = await self._hold_lease()
         if lease is None:
             return
+        policy = self._policy
         outcome = self._decide_all(await self._store.read_view())
         heartbeat = self._heartbeat(outcome.unchanged)
         if await self._store.commit(lease, outcome.writes, outcome.confirmed, [*outcome.records, *heartbeat]):
-            self._known = outcome.known
+            # A policy that came in meanwhile remembers nothing of the one before.
+            self._known = outcome.known if policy is self._policy else {}
         else:
             self._resign()
 

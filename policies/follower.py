@@ -57,6 +57,12 @@ class PlanFollower:
         """The plan in force. May be read from any thread."""
         return self._plan
 
+    def set_policy(self, policy: Policy[Any]) -> None:
+        """Decides by another policy, where it decides alone, going on from the plan in force."""
+        now_s = self._clock()
+        self._policy = policy
+        self._state = policy.resume(self._plan.decode, now_s - self._held_since_s, now_s)
+
     async def run(self, stop: asyncio.Event) -> None:
         """Step every period until `stop` is set, then take the replica out of the store."""
         await run_every(self._period_s, self.step, stop, self._clock, self._sleep)

@@ -8,6 +8,8 @@ a script may touch several of its keys.
     triad:{app}:replicas         sorted set of replica ids by their last publication
     triad:{app}:leader           the lease, "<owner>:<fencing>"
     triad:{app}:decisions        stream, capped
+    triad:{app}:policy           hash: body (JSON), version (policies/setting.py)
+    triad:{app}:limit:<...>      what an API key has used (router/limits.py)
 
 Every time is the server's own `TIME`, in microseconds; clients' clocks are never compared. Each
 method is one script and so one round trip, atomic at the server.
@@ -229,6 +231,10 @@ class LoadStore:
         args += (len(confirmed), *confirmed)
         args += (len(decisions), *(DECISIONS.encode(record) for record in decisions))
         return bool(await self._eval(_COMMIT, (self._key("leader"), self._key("decisions")), *args))
+
+    async def run(self, script: str, names: Sequence[str], *args: str | int) -> Any:
+        """One of the scripts kept elsewhere, on this app's keys of these names."""
+        return await self._eval(script, [self._key(name) for name in names], *args)
 
     async def recent_decisions(self, num: int = MAX_DECISIONS) -> tuple[DecisionRecord, ...]:
         """The last decisions, newest first."""

@@ -34,3 +34,4 @@ class ReplicaConfig:
     adaptive_speculation: bool = False
     max_waiting: int = 256
     calibration_s: float = 1.5
+    log_format: str = "text"

@@ -123,6 +123,8 @@ class GenerateRequest:
     timeout_s: float | None = None
     num_choices: int = 1
     priority: int = 0
+    traceparent: str | None = None
+    """The ingress's span, by W3C trace context; None without tracing."""
 
     @property
     def num_indices(self) -> int:

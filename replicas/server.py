@@ -10,6 +10,7 @@ from ray import serve
 from policies.follower import PlanFollower
 from policies.plan import ReplicaPlan
 from policies.registry import create_policy
+from policies.setting import PolicyChoice, PolicyWatch
 from policies.store import LoadStore
 from replicas.calibration import calibrate
 from replicas.config import ReplicaConfig
@@ -19,6 +20,9 @@ from replicas.messages import Accepted, Event, GenerateRequest, ModelInfo, Rejec
 from replicas.model.runner import TorchRunner
 from replicas.service import ReplicaService
 from replicas.text import TextCodec
+from replicas.trace import SpanWriter
+from telemetry.logs import configure_logs
+from telemetry.setup import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +59,13 @@ class Replica:
             max_step_tokens=config.max_step_tokens,
             budget_s=config.calibration_s,
         )
-        self._service = ReplicaService(engine, codec, replica_id, step_cost=step_cost)
+        configure_logs(config.log_format)
+        self._tracing = Tracing("replica", replica_id)
+        tracer = self._tracing.tracer
+        on_timeline = None if tracer is None else SpanWriter(tracer, replica_id)
+        self._service = ReplicaService(
+            engine, codec, replica_id, step_cost=step_cost, on_timeline=on_timeline
+        )
         self._store = LoadStore(config.redis_url, config.app)
         policy = create_policy(config.policy, config.policy_params)
         self._follower = PlanFollower(
@@ -65,6 +75,9 @@ class Replica:
         self._stop = asyncio.Event()
         self._service.start()
         self._control = asyncio.create_task(self._follower.run(self._stop))
+        choice = PolicyChoice(config.policy, config.policy_params)
+        self._watch = PolicyWatch(self._store, choice, self._follower.set_policy)
+        self._watching = asyncio.create_task(self._watch.run())
 
     async def model_info(self) -> ModelInfo:
         return self._info
@@ -96,15 +109,19 @@ class Replica:
         self._service.check()
         if self._control.done():
             raise RuntimeError("the control loop has ended") from self._control.exception()
+        if self._watching.done():
+            raise RuntimeError("the policy watch has ended") from self._watching.exception()
 
     async def __del__(self) -> None:
         """Called by Serve when the replica stops, also one whose constructor failed."""
-        if not hasattr(self, "_control"):
+        if not hasattr(self, "_watching"):
             return
+        self._watching.cancel()
         self._stop.set()
         await self._control
         await self._service.stop()
         await self._store.close()
+        await asyncio.to_thread(self._tracing.close)
 
     def _apply(self, plan: ReplicaPlan) -> None:
         self._service.set_plan(plan.decode, plan.rule)

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from policies.cost import StepCost
@@ -18,12 +18,12 @@ from policies.policy import Probes
 from replicas.channels import ChannelHub
 from replicas.engine.engine import Engine
 from replicas.engine.grammar import Grammar
-from replicas.engine.sequence import Progress, Sequence
+from replicas.engine.sequence import Progress
 from replicas.errors import ErrorCode, TriadError
+from replicas.live import Choice, Live, Outbox, choice_name
 from replicas.messages import (
     NUM_SEEDS,
     Accepted,
-    DecodingReport,
     Delta,
     Event,
     Failed,
@@ -31,40 +31,16 @@ from replicas.messages import (
     FinishReason,
     GenerateRequest,
     Rejected,
-    TextLogprob,
 )
 from replicas.stats import CostMeter, DecodingStats
-from replicas.text import TextCodec, TextStream
+from replicas.text import TextCodec
+from replicas.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 WEDGED_S = 120.0
 """A forward that takes longer than this counts as hung."""
-
-
-@dataclass(slots=True)
-class _Live:
-    """An accepted request that has not ended: its open choices by index, and sums over those that ended."""
-
-    request: GenerateRequest
-    choices: dict[int, "_Choice"] = field(default_factory=dict)
-    num_prompt_tokens: int = 0
-    num_reused_tokens: int = 0
-    num_completion_tokens: int = 0
-    report: DecodingReport | None = None
-
-
-@dataclass(slots=True)
-class _Choice:
-    """A text of a request, that has not ended. num_unsent: tokens whose text is still held back."""
-
-    live: _Live
-    index: int
-    sequence: Sequence
-    text: TextStream
-    num_unsent: int = 0
-    unsent_logprobs: list[TextLogprob] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,21 +54,13 @@ class _Seen:
     forwards_by_mode: Mapping[Mode, int]
 
 
-@dataclass(slots=True)
-class _Outbox:
-    """A step's events, by channel."""
-
-    events: dict[str, list[Event]] = field(default_factory=dict)
-
-    def add(self, channel_id: str, event: Event) -> None:
-        self.events.setdefault(channel_id, []).append(event)
-
-
 class ReplicaService:
     """Everything that touches the engine runs on one thread, as commands between two steps.
 
-    The coroutines belong to the event loop that start() ran on. clock: seconds, monotonic.
+    The coroutines belong to the event loop that start() ran on. clock: seconds, monotonic; the engine's.
     step_cost: what forwards take, as first measured; it then goes on learning. None publishes no costs.
+    on_timeline: called on the event loop with the timeline of each choice that has ended; None, and
+    none is kept.
     """
 
     def __init__(
@@ -102,14 +70,16 @@ class ReplicaService:
         replica_id: str,
         clock: Callable[[], float] = time.monotonic,
         step_cost: StepCost | None = None,
+        on_timeline: Callable[[Timeline], None] | None = None,
     ):
+        self._on_timeline = on_timeline
         self.replica_id = replica_id
         self._engine = engine
         self._codec = codec
         self._clock = clock
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._live: dict[str, _Live] = {}
-        self._choices: dict[str, _Choice] = {}  # by their names in the engine
+        self._live: dict[str, Live] = {}
+        self._choices: dict[str, Choice] = {}  # by their names in the engine
         self._stats = DecodingStats(clock)
         self._costs = None
         if step_cost is not None:
@@ -232,6 +202,9 @@ class ReplicaService:
         except BaseException as error:
             logger.exception("the engine's thread died")
             self._death = error
+            for live in self._live.values():
+                for choice in live.choices.values():
+                    self._close(choice, ErrorCode.INTERNAL)
             self._send_failure(self._live.values(), ErrorCode.INTERNAL, "the replica's engine failed")
             while (command := self._commands.get()) is not None:
                 command()
@@ -261,7 +234,7 @@ class ReplicaService:
                 f"{self._engine.capacity} at once; lower n, or send fewer prompts a request"
             )
             raise TriadError(ErrorCode.INVALID_REQUEST, message, "n" if request.num_choices > 1 else "prompt")
-        live = _Live(request)
+        live = Live(request)
         try:
             for index in range(request.num_indices):
                 self._submit_choice(live, index, prompts[index // request.num_choices], grammars[index])
@@ -270,10 +243,10 @@ class ReplicaService:
             raise
         self._live[request.request_id] = live
 
-    def _submit_choice(self, live: _Live, index: int, prompt_ids: list[int], grammar: Grammar | None) -> None:
+    def _submit_choice(self, live: Live, index: int, prompt_ids: list[int], grammar: Grammar | None) -> None:
         request = live.request
         seed = (request.sampling.seed + index % request.num_choices) % NUM_SEEDS
-        name = _choice_name(live, index)
+        name = choice_name(live, index)
         sequence = self._engine.submit(
             name,
             prompt_ids,
@@ -283,18 +256,22 @@ class ReplicaService:
             request.priority,
             grammar,
         )
-        choice = _Choice(live, index, sequence, self._codec.stream(request.sampling.stop))
+        choice = Choice(live, index, sequence, self._codec.stream(request.sampling.stop))
+        if self._on_timeline is not None:
+            choice.timeline = Timeline(request.request_id, request.traceparent, self._clock(), index)
         self._choices[name] = live.choices[index] = choice
         if index % request.num_choices == 0:
             live.num_prompt_tokens += len(prompt_ids)
 
-    def _drop(self, live: _Live) -> None:
-        """Ends what still runs of a request, without a word."""
+    def _drop(self, live: Live, code: ErrorCode | None = None) -> None:
+        """Ends what still runs of a request, without an event. code: why; None where it has not begun."""
         self._live.pop(live.request.request_id, None)
-        for index in live.choices:
-            name = _choice_name(live, index)
+        for index, choice in live.choices.items():
+            name = choice_name(live, index)
             del self._choices[name]
             self._engine.cancel(name)
+            if code is not None:
+                self._close(choice, code)
         live.choices.clear()
 
     def _cancel(self, request_ids: Iterable[str]) -> None:
@@ -305,12 +282,12 @@ class ReplicaService:
         for request_id in request_ids:
             live = self._live.get(request_id)
             if live is not None:
-                self._drop(live)
+                self._drop(live, code)
                 ended.append(live)
         self._send_failure(ended, code, message)
 
-    def _send_failure(self, ended: Iterable[_Live], code: ErrorCode, message: str) -> None:
-        outbox = _Outbox()
+    def _send_failure(self, ended: Iterable[Live], code: ErrorCode, message: str) -> None:
+        outbox = Outbox()
         for live in ended:
             request = live.request
             outbox.add(request.channel_id, Failed(request.request_id, code, message))
@@ -345,19 +322,19 @@ class ReplicaService:
         }
 
     def _publish(self, progress: list[Progress]) -> None:
-        outbox = _Outbox()
+        outbox = Outbox()
         for made in progress:
             choice = self._choices.get(made.sequence.request_id)
             if choice is not None:  # else another choice of its request failed in this step
                 self._tell(outbox, choice, made)
         self._send(outbox)
 
-    def _tell(self, outbox: _Outbox, choice: _Choice, made: Progress) -> None:
+    def _tell(self, outbox: Outbox, choice: Choice, made: Progress) -> None:
         """Turns what a step did for one choice into its request's events. One that fails fails them all."""
         live = choice.live
         request_id, channel_id = live.request.request_id, live.request.channel_id
         if made.error is not None:
-            self._drop(live)
+            self._drop(live, made.error)
             outbox.add(channel_id, Failed(request_id, made.error, made.message))
             return
         text = self._take(choice, made)
@@ -375,27 +352,30 @@ class ReplicaService:
             if not live.choices:
                 outbox.add(channel_id, self._finish(live))
 
-    def _take(self, choice: _Choice, made: Progress) -> str:
+    def _take(self, choice: Choice, made: Progress) -> str:
         """The text that a step's tokens set free."""
         before = choice.text.num_tokens
         text = choice.text.push(made.token_ids)
         starts = choice.text.starts[before:]
         choice.num_unsent += len(starts)
+        if choice.timeline is not None and starts:
+            choice.timeline.note(choice.sequence, len(starts), self._clock())
         choice.unsent_logprobs += map(self._codec.logprob, made.logprobs, starts)
         return text if made.reason is None else text + choice.text.finish()
 
-    def _end_choice(self, choice: _Choice) -> None:
+    def _end_choice(self, choice: Choice) -> None:
         live, sequence = choice.live, choice.sequence
         report = sequence.report(self.replica_id)
         live.report = report if live.report is None else live.report + report
         live.num_completion_tokens += choice.text.num_tokens
         if choice.index % live.request.num_choices == 0:
             live.num_reused_tokens += sequence.num_reused
+        self._close(choice, None)
         del live.choices[choice.index]
         del self._choices[sequence.request_id]
         self._engine.cancel(sequence.request_id)  # a stop string ends a sequence that would go on
 
-    def _finish(self, live: _Live) -> Finished:
+    def _finish(self, live: Live) -> Finished:
         request_id = live.request.request_id
         del self._live[request_id]
         assert live.report is not None
@@ -407,10 +387,11 @@ class ReplicaService:
             live.num_reused_tokens,
         )
 
-    def _send(self, outbox: _Outbox) -> None:
+    def _close(self, choice: Choice, error: ErrorCode | None) -> None:
+        if choice.timeline is not None and self._on_timeline is not None:
+            choice.timeline.end(choice.sequence, error, self._clock())
+            self._loop.call_soon_threadsafe(self._on_timeline, choice.timeline)
+
+    def _send(self, outbox: Outbox) -> None:
         if outbox.events:
             self._loop.call_soon_threadsafe(self._hub.publish, outbox.events)
-
-
-def _choice_name(live: _Live, index: int) -> str:
-    return f"{live.request.request_id}#{index}"

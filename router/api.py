@@ -4,25 +4,32 @@ import secrets
 import time
 import uuid
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from opentelemetry.trace import Tracer
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
+from policies.setting import PolicyWatch
 from policies.store import LoadStore
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import GenerateRequest, ModelInfo
+from router.auth import KeyRing
 from router.dispatch import Dispatcher
 from router.errors import ApiError, add_error_handlers, json_response
+from router.guard import Bounds, Guard, bounded_route, check_prompts, key_of
+from router.limits import KeyLimiter
 from router.load_view import LoadView
+from router.metrics import Metrics
+from router.operate import add_metrics_route, add_policy_routes
 from router.responses import BodyLimit, GenerationResponse
 from router.schema import ChatCompletionRequest, CompletionRequest
 from router.sse import Answer, ChatAnswer, TextAnswer
 from router.state import cluster_state
-
-MAX_BODY_BYTES = 8 * 2**20
+from router.trail import REQUEST_ID_HEADER, Record, Trail, traceparent_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +37,7 @@ class Door:
     """What the routes work with.
 
     model_name: the name clients ask for. created: when it was loaded, in seconds since 1970.
+    limiter: None counts nothing. policy: None can't be changed at run time. tracer: None traces nothing.
     """
 
     dispatcher: Dispatcher
@@ -37,7 +45,13 @@ class Door:
     store: LoadStore
     model_name: str
     created: int
-    max_body_bytes: int = MAX_BODY_BYTES
+    bounds: Bounds = field(default_factory=Bounds)
+    keys: KeyRing = field(default_factory=KeyRing)
+    cors_origins: tuple[str, ...] = ()
+    limiter: KeyLimiter | None = None
+    policy: PolicyWatch | None = None
+    metrics: Metrics | None = None
+    tracer: Tracer | None = None
 
 
 def create_app(door: Door, lifespan: AbstractAsyncContextManager[None] | None = None) -> FastAPI:
@@ -46,18 +60,19 @@ def create_app(door: Door, lifespan: AbstractAsyncContextManager[None] | None = 
         title="Triad",
         description="OpenAI's completions from tri-mode language models, decoded as suits the load.",
         lifespan=None if lifespan is None else lambda _: lifespan,
-        middleware=[Middleware(BodyLimit, max_bytes=door.max_body_bytes)],
+        middleware=_middleware(door),
         redirect_slashes=False,
     )
+    app.router.route_class = bounded_route(door.bounds.max_json_depth)
     add_error_handlers(app)
 
     @app.post("/v1/chat/completions", response_class=Response)
-    async def chat_completions(body: ChatCompletionRequest) -> Response:
-        return _generate(door, body, ChatAnswer, "chatcmpl")
+    async def chat_completions(request: Request, body: ChatCompletionRequest) -> Response:
+        return await _generate(door, request, body, ChatAnswer, "chatcmpl")
 
     @app.post("/v1/completions", response_class=Response)
-    async def completions(body: CompletionRequest) -> Response:
-        return _generate(door, body, TextAnswer, "cmpl")
+    async def completions(request: Request, body: CompletionRequest) -> Response:
+        return await _generate(door, request, body, TextAnswer, "cmpl")
 
     @app.get("/v1/models", response_class=Response)
     async def models() -> Response:
@@ -82,11 +97,37 @@ def create_app(door: Door, lifespan: AbstractAsyncContextManager[None] | None = 
     async def state() -> Response:
         return json_response(await cluster_state(door.dispatcher, door.view, door.store))
 
+    if door.metrics is not None:
+        add_metrics_route(app, door.metrics, door.store)
+    if door.policy is not None:
+        add_policy_routes(app, door.policy)
     return app
 
 
-def _generate(
-    door: Door, body: ChatCompletionRequest | CompletionRequest, answer_type: type[Answer], id_prefix: str
+def _middleware(door: Door) -> list[Middleware]:
+    """From the outside in. A browser asks beforehand, without a key, so CORS precedes the guard."""
+    layers = [Middleware(Trail, door.metrics, door.tracer)]
+    if door.cors_origins:
+        layers.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=door.cors_origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["Authorization", "Content-Type", REQUEST_ID_HEADER],
+                expose_headers=[REQUEST_ID_HEADER, "Retry-After"],
+            )
+        )
+    layers.append(Middleware(Guard, door.keys, door.bounds))
+    layers.append(Middleware(BodyLimit, max_bytes=door.bounds.max_body_bytes))
+    return layers
+
+
+async def _generate(
+    door: Door,
+    http: Request,
+    body: ChatCompletionRequest | CompletionRequest,
+    answer_type: type[Answer],
+    id_prefix: str,
 ) -> Response:
     _check_model_name(door, body.model)
     request = GenerateRequest(
@@ -98,7 +139,10 @@ def _generate(
         timeout_s=body.timeout_s,
         num_choices=body.n or 1,
         priority=body.priority or 0,
+        traceparent=traceparent_in(http.scope),
     )
+    is_chat = isinstance(body, ChatCompletionRequest)
+    check_prompts(request, door.bounds.max_prompt_chars, "messages" if is_chat else "prompt")
     if door.dispatcher.model is not None:
         _check_fits(request, door.dispatcher.model)
     answer = answer_type(
@@ -109,7 +153,11 @@ def _generate(
         num_choices=request.num_indices,
         num_logprobs=request.sampling.logprobs,
     )
-    return GenerationResponse(door.dispatcher.generate(request), answer, bool(body.stream))
+    key = key_of(http)
+    charge = None if door.limiter is None else await door.limiter.charge(key, request)
+    operation = "chat" if is_chat else "text_completion"
+    record = Record(http.scope, operation, door.model_name, key, charge, door.metrics, door.limiter)
+    return GenerationResponse(door.dispatcher.generate(request), answer, bool(body.stream), record)
 
 
 def _check_model_name(door: Door, name: str) -> None:

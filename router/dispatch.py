@@ -13,7 +13,7 @@ from policies.admission import AdmissionControl
 from policies.loop import Clock
 from policies.placement import OwnTraffic, place
 from replicas.errors import ErrorCode, TriadError
-from replicas.messages import Delta, Event, Failed, Finished, GenerateRequest, ModelInfo, joined
+from replicas.messages import Delta, Event, Failed, Finished, FinishReason, GenerateRequest, ModelInfo, joined
 from router.admission import raise_if_shed
 from router.link import Inbox, Link, LinkTimes
 from router.load_view import LoadView
@@ -183,6 +183,10 @@ class Generation:
     def __init__(self, dispatcher: Dispatcher, request: GenerateRequest):
         self.finished: Finished | None = None
         """Set once the text is complete."""
+        self.num_tokens = 0
+        """Of all choices, as far as their events have come."""
+        self.finish_reasons: dict[int, FinishReason] = {}
+        """Of the choices that have ended, by index."""
         self._dispatcher = dispatcher
         self._request = request
         self._deadline_s = None if request.timeout_s is None else dispatcher.now_s() + request.timeout_s
@@ -218,6 +222,9 @@ class Generation:
             self._first = None
             while isinstance(event, Delta):
                 piled.setdefault(event.index, []).append(event)
+                self.num_tokens += event.num_tokens
+                if event.reason is not None:
+                    self.finish_reasons[event.index] = event.reason
                 if self._inbox.empty():
                     break
                 event = self._inbox.get_nowait()
@@ -248,6 +255,8 @@ class Generation:
 
     async def _start(self) -> None:
         """Sends the request until a replica answers with a first event."""
+        self.num_tokens = 0
+        self.finish_reasons.clear()
         while True:
             await self._send()
             first = await self._inbox.get()

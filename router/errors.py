@@ -1,6 +1,7 @@
 """The one table from domain errors to HTTP answers in OpenAI's form, and the handlers for all others."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -51,12 +52,32 @@ class Overloaded(TriadError):
 class ApiError(Exception):
     """An error of the HTTP door itself, which no replica knows of."""
 
-    def __init__(self, status: int, code: str, message: str, param: str | None = None):
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        param: str | None = None,
+        *,
+        type_: str = "invalid_request_error",
+        retry_after_s: int | None = None,
+    ):
         super().__init__(message)
         self.status = status
         self.code = code
         self.message = message
         self.param = param
+        self.type = type_
+        self.retry_after_s = retry_after_s
+
+
+def rate_limited(what: str, wait_s: float) -> ApiError:
+    """Of one API key; the server itself may be idle."""
+    retry_after_s = max(1, math.ceil(wait_s))
+    message = f"{what}; try again in {retry_after_s} s."
+    return ApiError(
+        429, "rate_limit_exceeded", message, type_="rate_limit_error", retry_after_s=retry_after_s
+    )
 
 
 def error_body(type_: str, code: str | None, message: str, param: str | None = None) -> dict[str, Any]:
@@ -83,6 +104,15 @@ def triad_error_response(error: TriadError) -> Response:
     retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else http.retry_after_s
     headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
     return json_response(triad_error_body(error), http.status, headers)
+
+
+def api_error_response(error: ApiError) -> Response:
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return json_response(
+        error_body(error.type, error.code, error.message, error.param), error.status, headers
+    )
 
 
 def param_name(location: Sequence[int | str]) -> str | None:
@@ -128,8 +158,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ApiError)
     async def on_api_error(request: Request, error: ApiError) -> Response:
-        body = error_body("invalid_request_error", error.code, error.message, error.param)
-        return json_response(body, error.status)
+        return api_error_response(error)
 
     @app.exception_handler(RequestValidationError)
     async def on_validation_error(request: Request, error: RequestValidationError) -> Response:

@@ -15,6 +15,7 @@ replicas, whereas as actor calls they would stay open there, with their requests
 import asyncio
 import contextvars
 import logging
+import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -30,12 +31,20 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 from policies.admission import AdmissionControl, QueueLimits
 from policies.controller import Controller
 from policies.registry import create_policy
+from policies.setting import PolicyChoice, PolicyWatch
 from policies.store import LoadStore
 from replicas.messages import Accepted, Event, GenerateRequest, ModelInfo, Rejected
 from router.api import Door, create_app
+from router.auth import KeyRing
 from router.dispatch import Dispatcher
+from router.guard import Bounds, GuardConfig
+from router.limits import KeyLimiter
 from router.load_view import LoadView
+from router.metrics import Metrics
+from router.operate import keep_reading
 from router.transport import Roster
+from telemetry.logs import configure_logs
+from telemetry.setup import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +145,9 @@ class IngressConfig:
     policy_params: Mapping[str, Any]
     max_running: int
     queue_limits: QueueLimits
-    max_body_bytes: int
+    bounds: Bounds = field(default_factory=Bounds)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    log_format: str = "text"
 
 
 @serve.ingress()
@@ -153,19 +164,39 @@ class Ingress:
         replicas: DeploymentHandle[Any],
         deployed_with: tuple[DeploymentHandle[Any], ...] = (),
     ):
+        configure_logs(config.log_format)
+        keys = KeyRing.load(config.guard.api_keys_file)
+        instance = secrets.token_hex(4)
+        self._tracing = Tracing("ingress", instance)
+        self._metrics = Metrics(config.model_name, instance)
         self._store = LoadStore(config.redis_url, config.app)
+        timeout_s = config.guard.limits_timeout_s
+        self._limiter = KeyLimiter(
+            LoadStore(config.redis_url, config.app, connect_timeout_s=timeout_s, command_timeout_s=timeout_s),
+            config.guard.limits_without_redis,
+        )
         self._controller = Controller(self._store, create_policy(config.policy, config.policy_params))
+        self._policy = PolicyWatch(
+            self._store, PolicyChoice(config.policy, config.policy_params), self._controller.set_policy
+        )
         self._view = LoadView(self._store)
         self._dispatcher = Dispatcher(
             ServeDirectory(replicas), self._view, AdmissionControl(config.max_running, config.queue_limits)
         )
+        self._metrics.seen.num_in_flight = lambda: sum(self._dispatcher.in_flight().values())
         self._door = Door(
             self._dispatcher,
             self._view,
             self._store,
             config.model_name,
             int(time.time()),
-            config.max_body_bytes,
+            bounds=config.bounds,
+            keys=keys,
+            cors_origins=config.guard.cors_origins,
+            limiter=self._limiter,
+            policy=self._policy,
+            metrics=self._metrics,
+            tracer=self._tracing.tracer,
         )
         self._tasks: tuple[asyncio.Task[None], ...] = ()
 
@@ -186,6 +217,9 @@ class Ingress:
             controlling,
             asyncio.create_task(self._view.run(), name="the load view"),
             asyncio.create_task(self._dispatcher.run(), name="the dispatcher"),
+            asyncio.create_task(self._policy.run(), name="the policy watch"),
+            asyncio.create_task(self._door.keys.run(), name="the key ring"),
+            asyncio.create_task(keep_reading(self._metrics, self._store), name="the metrics' reading"),
         )
         try:
             yield
@@ -196,4 +230,10 @@ class Ingress:
                 if task is not controlling:  # it hands its lease over
                     task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
+            await self._limiter.close()
             await self._store.close()
+            await asyncio.to_thread(self._close_telemetry)
+
+    def _close_telemetry(self) -> None:
+        self._metrics.close()
+        self._tracing.close()

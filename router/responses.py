@@ -12,6 +12,7 @@ from replicas.errors import TriadError
 from router.dispatch import Generation
 from router.errors import encode
 from router.sse import Answer, error_event
+from router.trail import Record
 
 EVENT_STREAM = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -23,18 +24,21 @@ EVENT_STREAM = {
 class GenerationResponse(Response):
     """Runs a generation while it answers; a TriadError before the first byte leaves as an exception."""
 
-    def __init__(self, generation: Generation, answer: Answer, stream: bool):
+    def __init__(self, generation: Generation, answer: Answer, stream: bool, record: Record):
         super().__init__()
+        self._record = record.of(generation)
         self._generation = generation
         self._answer = answer
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = self._reply_in_events if self._stream else self._reply_whole
-        await run_until_disconnect(receive, lambda: reply(send))
+        with self._record:
+            await run_until_disconnect(receive, lambda: reply(send))
 
     async def _reply_whole(self, send: Send) -> None:
         async with self._generation as generation:
+            self._record.first_token()
             choices = await generation.whole()
             assert generation.finished is not None
             body = encode(self._answer.whole(choices, generation.finished))
@@ -43,6 +47,7 @@ class GenerationResponse(Response):
 
     async def _reply_in_events(self, send: Send) -> None:
         async with self._generation as generation, aclosing(generation.deltas()) as news:
+            self._record.first_token()
             head = self._answer.head()
             num_open = self._answer.num_choices
             await _start(send, EVENT_STREAM)
@@ -64,6 +69,7 @@ class GenerationResponse(Response):
                 assert generation.finished is not None
                 last = head + self._answer.tail(last_index, last_reason, generation.finished)
             except TriadError as error:
+                self._record.failed(error)
                 last = head + error_event(error)
         await send({"type": "http.response.body", "body": last})
 

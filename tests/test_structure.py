@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("policies", "replicas", "router", "cluster", "loadtest", "tests")
+PACKAGES = ("telemetry", "policies", "replicas", "router", "cluster", "loadtest", "tests")
 
 
 @pytest.mark.parametrize("document", ["STRUCTURE.md", "README.md", "EXPERIMENTS.md"])
 def test_named_files_exist(document: str) -> None:
     text = (ROOT / document).read_text()
-    pattern = rf"(?:{'|'.join(PACKAGES)}|docs|benchmarks)/[\w./-]*"
+    pattern = rf"(?:{'|'.join(PACKAGES)}|docs|benchmarks|helm)/[\w./-]*"
     named = {match.rstrip(".") for match in re.findall(rf"(?<![\w/.])({pattern})", text)}
     assert named
     missing = sorted(name for name in named if not (ROOT / name).exists())

@@ -80,6 +80,7 @@ class Engine:
             Limits(max_running, max_step_tokens, max_prefill_tokens),
             ActivePlan(DecodePlan(Mode.AR), "start"),
             Speculation(adaptive_speculation),
+            clock,
         )
 
     @property

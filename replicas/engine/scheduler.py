@@ -7,8 +7,10 @@ they are admitted and prefilled. When pages run out the last of them gives up it
 later; the first always goes on, so something always does.
 """
 
+import time
 from bisect import insort
 from collections import Counter, deque
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
@@ -44,7 +46,15 @@ class Limits:
 
 
 class Scheduler:
-    def __init__(self, spec: ModelSpec, limits: Limits, active: ActivePlan, speculation: Speculation):
+    def __init__(
+        self,
+        spec: ModelSpec,
+        limits: Limits,
+        active: ActivePlan,
+        speculation: Speculation,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._clock = clock
         self._spec = spec
         self.speculation = speculation
         self._limits = limits
@@ -200,6 +210,8 @@ class Scheduler:
             num_promised += num_pages
             self._waiting.remove(sequence)
             sequence.status = Status.RUNNING
+            if sequence.began_s is None:
+                sequence.began_s = self._clock()
             insort(self._running, sequence, key=_rank)
             if sequence.is_prefilling:
                 asks[sequence] = self._ask_prefill(sequence, budget)

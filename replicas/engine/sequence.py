@@ -69,6 +69,8 @@ class Sequence:
     num_forwards: int = 0
     num_switches: int = 0
     num_preemptions: int = 0
+    began_s: float | None = None
+    """When it first left the queue, on the engine's clock."""
     last_step: int = -1
     """The last step that ran a segment of it; the scheduler serves the longest unserved first."""
 

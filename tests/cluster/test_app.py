@@ -89,7 +89,7 @@ def test_what_is_configured_arrives():
     assert (given.page_size, given.kv_cache_mb, given.max_running) == (32, 99, 5)
     assert (given.max_step_tokens, given.max_waiting) == (128, 6)
     ingress = argument(found["Ingress"])
-    assert (ingress.max_running, ingress.queue_limits, ingress.max_body_bytes) == (
+    assert (ingress.max_running, ingress.queue_limits, ingress.bounds.max_body_bytes) == (
         5,
         QueueLimits(6, 700, 8.0),
         5000,

@@ -11,6 +11,7 @@ from policies.plan import DecisionRecord, ObservedPlan, ReplicaPlan
 from policies.store import ClusterView
 from replicas.errors import ErrorCode
 from router.api import create_app
+from router.guard import Bounds
 from tests.eventually import eventually
 from tests.router.conftest import in_process, over_http, running
 from tests.router.fakes import MODEL, TEXT, WORDS, FakeStore, ScriptedReplica, a_load
@@ -241,7 +242,7 @@ async def chunks_of(body: bytes, size: int):
 
 @pytest.mark.parametrize("declared", [True, False])
 async def test_a_body_too_large_is_a_413(make_door, declared):
-    door = await make_door(ScriptedReplica("a"), max_body_bytes=2000)
+    door = await make_door(ScriptedReplica("a"), bounds=Bounds(max_body_bytes=2000))
     body = json.dumps(CHAT | {"user": "x" * 3000}).encode()
     content = body if declared else chunks_of(body, 500)
     async with over_http(create_app(door)) as url, httpx.AsyncClient(base_url=url) as client:

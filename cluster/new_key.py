@@ -1,0 +1,29 @@
+"""`python -m cluster.new_key NAME [--admin]` makes an API key: shown once, its hash for the key file."""
+
+import argparse
+import json
+import sys
+
+from router.auth import digest_of, new_key, parse_keys
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m cluster.new_key", description=__doc__)
+    parser.add_argument("name", help="whose key it is, for logs and metrics")
+    parser.add_argument("--admin", action="store_true", help="may change the policy at run time")
+    parser.add_argument("--requests-per-minute", type=int)
+    parser.add_argument("--tokens-per-minute", type=int)
+    given = parser.parse_args()
+    key = new_key()
+    entry = {name: value for name, value in vars(given).items() if value not in (None, False)}
+    text = json.dumps({"keys": [entry | {"sha256": digest_of(key).hex()}]}, indent=2)
+    try:
+        parse_keys(text)
+    except ValueError as error:
+        sys.exit(str(error))
+    print(f"the key, which nothing keeps: {key}", file=sys.stderr)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

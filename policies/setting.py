@@ -1,0 +1,164 @@
+"""The policy an operator has set while the cluster runs: kept in the store, followed by all.
+
+Every process that decides has a PolicyWatch, which polls the store. A store that has lost its data
+is given the setting back by whoever remembers it.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from policies.loop import Clock, Sleep, run_every
+from policies.policy import Policy
+from policies.registry import PolicyError, create_policy
+from policies.store import LoadStore, StoreUnavailable
+
+logger = logging.getLogger(__name__)
+
+WATCH_PERIOD_S = 0.5
+
+_KEY = "policy"
+
+# The version is the server's time, and grows even when that is set back.
+_WRITE = """
+local time = redis.call('TIME')
+local stored = tonumber((redis.pcall('HGET', KEYS[1], 'version'))) or 0
+local version = string.format('%.0f', math.max(time[1] * 1000000 + time[2], stored + 1))
+redis.call('DEL', KEYS[1])
+redis.call('HSET', KEYS[1], 'body', ARGV[1], 'version', version)
+return version
+"""
+
+_READ = """
+local values = redis.pcall('HMGET', KEYS[1], 'body', 'version')
+return values.err and {'wrong type', '0'} or values
+"""
+
+_RESTORE = """
+local stored = tonumber((redis.pcall('HGET', KEYS[1], 'version'))) or 0
+if stored >= tonumber(ARGV[2]) then return 0 end
+redis.call('DEL', KEYS[1])
+return redis.call('HSET', KEYS[1], 'body', ARGV[1], 'version', ARGV[2])
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyChoice:
+    """A policy by name and parameters, as create_policy takes them."""
+
+    policy: str
+    policy_params: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySetting:
+    """choice None: the configured policy again. version: grows with each setting; microseconds."""
+
+    choice: PolicyChoice | None
+    version: int
+
+
+_BODY: TypeAdapter[PolicyChoice | None] = TypeAdapter(PolicyChoice | None)
+
+
+async def read_setting(store: LoadStore) -> PolicySetting | None:
+    """None where none has been made, or none that this version can read. Raises StoreUnavailable."""
+    body, version = await store.run(_READ, (_KEY,))
+    if body is None or not (version or "").isdigit():
+        return None
+    try:
+        return PolicySetting(_BODY.validate_json(body), int(version))
+    except ValidationError as error:
+        logger.warning("the policy setting in the store can't be read: %s", error)
+        return None
+
+
+async def write_setting(store: LoadStore, choice: PolicyChoice | None) -> PolicySetting:
+    """Raises StoreUnavailable. The choice must be one that create_policy takes."""
+    version = await store.run(_WRITE, (_KEY,), _BODY.dump_json(choice).decode())
+    return PolicySetting(choice, int(version))
+
+
+class PolicyWatch:
+    """Calls on_change with the policy to decide by, each time it changes.
+
+    configured: what runs where nothing is set. A setting that can't be created here is logged, and
+    what ran before goes on.
+    """
+
+    def __init__(
+        self,
+        store: LoadStore,
+        configured: PolicyChoice,
+        on_change: Callable[[Policy[Any]], None],
+        *,
+        period_s: float = WATCH_PERIOD_S,
+        clock: Clock = time.monotonic,
+        sleep: Sleep = asyncio.sleep,
+    ):
+        self._store = store
+        self._configured = configured
+        self._on_change = on_change
+        self._period_s = period_s
+        self._clock = clock
+        self._sleep = sleep
+        self._setting: PolicySetting | None = None
+
+    @property
+    def configured(self) -> PolicyChoice:
+        return self._configured
+
+    @property
+    def setting(self) -> PolicySetting | None:
+        """The last one seen."""
+        return self._setting
+
+    @property
+    def in_force(self) -> PolicyChoice:
+        return (self._setting and self._setting.choice) or self._configured
+
+    async def set(self, choice: PolicyChoice | None) -> PolicySetting:
+        """Sets the policy for all; None: the configured one. Raises StoreUnavailable or PolicyError."""
+        if choice is not None:
+            create_policy(choice.policy, choice.policy_params)
+        setting = await write_setting(self._store, choice)
+        self._take(setting)
+        return setting
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        await run_every(self._period_s, self.step, asyncio.Event(), self._clock, self._sleep)
+
+    async def step(self) -> None:
+        """Never raises StoreUnavailable: without a store what is set stays."""
+        try:
+            stored = await read_setting(self._store)
+            known = self._setting
+            if known is not None and (stored is None or stored.version < known.version):
+                body = _BODY.dump_json(known.choice).decode()
+                await self._store.run(_RESTORE, (_KEY,), body, str(known.version))
+            elif stored is not None:
+                self._take(stored)
+        except StoreUnavailable:
+            return
+
+    def _take(self, setting: PolicySetting) -> None:
+        if self._setting is not None and setting.version <= self._setting.version:
+            return
+        before = self.in_force
+        self._setting = setting
+        if self.in_force == before:
+            return
+        choice = self.in_force
+        try:
+            policy = create_policy(choice.policy, choice.policy_params)
+        except PolicyError as error:
+            logger.error("the policy that was set can't be used here, the one before goes on: %s", error)
+            return
+        logger.info("policy now %s, set at run time", choice.policy)
+        self._on_change(policy)

@@ -1,0 +1,98 @@
+"""The operators' routes: Prometheus's figures, and the policy at run time."""
+
+import asyncio
+import logging
+from typing import Annotated, Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import Response
+
+from policies.registry import PolicyError, policy_names
+from policies.setting import PolicyChoice, PolicyWatch
+from policies.store import LoadStore, StoreUnavailable
+from replicas.errors import ErrorCode, TriadError
+from router.errors import json_response
+from router.metrics import CONTENT_TYPE, Metrics
+from router.state import plain
+
+logger = logging.getLogger(__name__)
+
+READING_PERIOD_S = 10.0
+"""For metrics that are pushed; a scrape reads afresh."""
+
+
+class PolicyBody(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    policy: Annotated[str, Field(min_length=1, max_length=200)]
+    policy_params: dict[str, Any] = Field(default_factory=dict)
+
+
+def add_metrics_route(app: FastAPI, metrics: Metrics, store: LoadStore) -> None:
+    @app.get("/metrics", response_class=Response)
+    async def prometheus() -> Response:
+        await read_cluster(metrics, store)
+        return Response(metrics.exposition(), headers={"content-type": CONTENT_TYPE})
+
+
+def add_policy_routes(app: FastAPI, watch: PolicyWatch) -> None:
+    """Changing needs an admin key, which router.guard sees to."""
+
+    @app.get("/v1/triad/policy", response_class=Response)
+    async def policy() -> Response:
+        return json_response(policy_state(watch))
+
+    @app.put("/v1/triad/policy", response_class=Response)
+    async def set_policy(body: PolicyBody) -> Response:
+        choice = PolicyChoice(body.policy, body.policy_params)
+        # A dotted name imports code, so over HTTP it is only the one that the configuration has.
+        known = (*policy_names(), watch.configured.policy)
+        if choice.policy not in known:
+            message = f"Unknown policy '{choice.policy}': choose one of {', '.join(dict.fromkeys(known))}."
+            raise TriadError(ErrorCode.INVALID_REQUEST, message, "policy")
+        return await _set(watch, choice)
+
+    @app.delete("/v1/triad/policy", response_class=Response)
+    async def configured_policy() -> Response:
+        return await _set(watch, None)
+
+
+async def read_cluster(metrics: Metrics, store: LoadStore) -> None:
+    """For the gauges; when the store is lost they show nothing of the replicas."""
+    try:
+        metrics.seen.view = await store.read_view()
+        metrics.seen.store_available = True
+    except StoreUnavailable:
+        metrics.seen.view = None
+        metrics.seen.store_available = False
+
+
+async def keep_reading(metrics: Metrics, store: LoadStore) -> None:
+    """Until cancelled."""
+    while True:
+        await read_cluster(metrics, store)
+        await asyncio.sleep(READING_PERIOD_S)
+
+
+def policy_state(watch: PolicyWatch) -> dict[str, Any]:
+    """What decides now, and what would without a setting."""
+    setting = watch.setting
+    return {
+        "in_force": plain(watch.in_force),
+        "configured": plain(watch.configured),
+        "set_at_run_time": setting is not None and setting.choice is not None,
+        "version": None if setting is None else setting.version,
+    }
+
+
+async def _set(watch: PolicyWatch, choice: PolicyChoice | None) -> Response:
+    try:
+        await watch.set(choice)
+    except PolicyError as error:
+        raise TriadError(ErrorCode.INVALID_REQUEST, str(error), "policy_params") from error
+    except StoreUnavailable as error:
+        logger.warning("the policy could not be set: %s", error)
+        raise TriadError(ErrorCode.UNAVAILABLE, "Redis, which keeps the policy, does not answer.") from error
+    logger.info("policy set to %s", "the configured one" if choice is None else choice.policy)
+    return json_response(policy_state(watch))

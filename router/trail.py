@@ -1,0 +1,207 @@
+"""What is kept of a request: its id, its span, its figures, its log line, and its account of tokens."""
+
+import logging
+import re
+import time
+import uuid
+from types import TracebackType
+from typing import Any, Self
+
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, format_trace_id
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from replicas.errors import TriadError
+from router.auth import ApiKey
+from router.dispatch import Generation
+from router.errors import ApiError
+from router.limits import Charge, KeyLimiter
+from router.metrics import Metrics, Outcome
+from telemetry.logs import FIELDS, LogContext, log_context
+from telemetry.propagation import HEADER, parent_context, traceparent_of
+
+logger = logging.getLogger(__name__)
+
+REQUEST_ID_HEADER = "x-request-id"
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+_SPAN = "triad_span"
+_FIELDS = "triad_log_fields"
+_QUIET = frozenset({"/healthz", "/readyz", "/metrics"})
+"""Asked every few seconds: neither traced nor logged."""
+
+
+class Trail:
+    """ASGI middleware around all others: request id, span, counter and log line of every answer.
+
+    The caller's own X-Request-Id is kept where it is a plain word.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics | None, tracer: Tracer | None):
+        self._app = app
+        self._metrics = metrics
+        self._tracer = tracer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        state = scope.setdefault("state", {})
+        fields: dict[str, Any] = {}
+        state[_FIELDS] = fields
+        span = None
+        if self._tracer is not None and scope["path"] not in _QUIET:
+            name = f"{scope['method']} {scope['path']}"[:200]
+            attributes = {"http.request.method": scope["method"], "triad.request.id": request_id}
+            parent = parent_context(_header(scope, HEADER.encode()))
+            span = state[_SPAN] = self._tracer.start_span(name, parent, SpanKind.SERVER, attributes)
+        trace_id = None if span is None else format_trace_id(span.get_span_context().trace_id)
+        token = log_context.set(LogContext(request_id, trace_id))
+        status = 499
+        began_s = time.monotonic()
+
+        async def note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, note)
+        finally:
+            route = getattr(scope.get("route"), "path", None) or "unknown"
+            if self._metrics is not None:
+                self._metrics.answered(route, status)
+            if span is not None:
+                span.set_attribute("http.response.status_code", status)
+                span.set_attribute("http.route", route)
+                if status >= 500:
+                    span.set_status(Status(StatusCode.ERROR))
+                span.end()
+            if scope["path"] not in _QUIET and logger.isEnabledFor(logging.INFO):
+                line = {"status": status, "duration_s": round(time.monotonic() - began_s, 6)} | fields
+                logger.info("%s %s", scope["method"], scope["path"], extra={FIELDS: line})
+            log_context.reset(token)
+
+
+def span_of(scope: Scope) -> Span | None:
+    span: Span | None = scope.get("state", {}).get(_SPAN)
+    return span
+
+
+def traceparent_in(scope: Scope) -> str | None:
+    """The context that spans below this request's belong to."""
+    span = span_of(scope)
+    return None if span is None else traceparent_of(span)
+
+
+class Record:
+    """Around one generation's answer: entered before it is sent off, left with however it ends."""
+
+    def __init__(
+        self,
+        scope: Scope,
+        operation: str,
+        model: str,
+        key: ApiKey | None,
+        charge: Charge | None,
+        metrics: Metrics | None,
+        limiter: KeyLimiter | None,
+    ):
+        self._scope = scope
+        self._operation = operation
+        self._model = model
+        self._key = key
+        self._charge = charge
+        self._metrics = metrics
+        self._limiter = limiter
+        self._generation: Generation | None = None
+        self._began_s = time.monotonic()
+        self._first_token_s: float | None = None
+        self._error: str | None = None
+
+    def of(self, generation: Generation) -> Self:
+        self._generation = generation
+        return self
+
+    def first_token(self) -> None:
+        self._first_token_s = time.monotonic() - self._began_s
+
+    def failed(self, error: TriadError) -> None:
+        """An error that leaves as an event in the stream."""
+        self._error = error.code.value
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        generation = self._generation
+        finished = None if generation is None else generation.finished
+        if isinstance(error, TriadError):
+            self.failed(error)
+        elif isinstance(error, ApiError):
+            self._error = error.code
+        elif error is not None:
+            self._error = type(error).__name__
+        elif finished is None and self._error is None:
+            self._error = "disconnected"
+        num_made = 0 if generation is None else generation.num_tokens
+        if self._limiter is not None and self._charge is not None:
+            num_prompt = self._charge.num_prompt if finished is None else finished.num_prompt_tokens
+            used = num_prompt + num_made if num_made or finished is not None else 0
+            self._limiter.settle(self._charge, used)
+        duration_s = time.monotonic() - self._began_s
+        key_name = None if self._key is None else self._key.name
+        if self._metrics is not None:
+            self._metrics.ended(
+                Outcome(self._operation, duration_s, self._first_token_s, finished, self._error, key_name)
+            )
+        self._note(duration_s, num_made, key_name)
+
+    def _note(self, duration_s: float, num_made: int, key_name: str | None) -> None:
+        generation = self._generation
+        finished = None if generation is None else generation.finished
+        facts: dict[str, Any] = {
+            "gen_ai.operation.name": self._operation,
+            "gen_ai.provider.name": "triad",
+            "gen_ai.request.model": self._model,
+            "gen_ai.usage.output_tokens": num_made,
+        }
+        if generation is not None and finished is not None:
+            report = finished.report
+            facts |= {
+                "gen_ai.usage.input_tokens": finished.num_prompt_tokens,
+                "gen_ai.response.finish_reasons": [
+                    reason.value for _, reason in sorted(generation.finish_reasons.items())
+                ],
+                "triad.forwards": report.num_forwards,
+                "triad.mode_switches": report.num_switches,
+                "triad.rule": report.rule,
+                "triad.replica.id": report.replica_id,
+            }
+            facts |= {f"triad.tokens.{mode.value}": n for mode, n in report.tokens_by_mode.items()}
+        if self._first_token_s is not None:
+            facts["triad.first_token_s"] = round(self._first_token_s, 6)
+        if key_name is not None:
+            facts["triad.key"] = key_name
+        if self._error is not None:
+            facts["error.type"] = self._error
+        self._scope.get("state", {}).get(_FIELDS, {}).update(facts)
+        span = span_of(self._scope)
+        if span is not None:
+            span.set_attributes(facts)
+            if self._error not in (None, "disconnected"):
+                span.set_status(Status(StatusCode.ERROR, self._error))
+
+
+def _request_id(scope: Scope) -> str:
+    given = _header(scope, REQUEST_ID_HEADER.encode())
+    return given if given and _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+
+
+def _header(scope: Scope, name: bytes) -> str | None:
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)

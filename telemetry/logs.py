@@ -1,0 +1,61 @@
+"""Log lines as JSON, each with the request and the trace it belongs to, where it belongs to one."""
+
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+PACKAGES = ("policies", "replicas", "router", "cluster", "telemetry")
+
+FIELDS = "triad"
+"""`logger.info(..., extra={FIELDS: {...}})` adds fields to a line."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogContext:
+    request_id: str
+    trace_id: str | None = None
+
+
+log_context: ContextVar[LogContext | None] = ContextVar("triad_log_context", default=None)
+
+
+class JsonFormatter(logging.Formatter):
+    """One object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        line: dict[str, Any] = {
+            "time": at,
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        context = log_context.get()
+        if context is not None:
+            line["request_id"] = context.request_id
+            if context.trace_id is not None:
+                line["trace_id"] = context.trace_id
+        more = getattr(record, FIELDS, None)
+        if isinstance(more, Mapping):
+            line |= more
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def configure_logs(log_format: str) -> None:
+    """`json`: this process's lines, from INFO up, go to stderr as JSON. `text` leaves all as it is."""
+    if log_format != "json":
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    for name in PACKAGES:
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
