@@ -70,7 +70,9 @@ async def test_auto_shifts_with_the_load_and_back(client: httpx.AsyncClient) -> 
 
     async def work(number: int) -> list[Streamed]:
         """Until the shift, and one request after it."""
-        body = chat(PROMPTS[0], max_tokens=NUM_TOKENS) if number % 2 else lossless[number // 2 % len(lossless)]
+        body = (
+            chat(PROMPTS[0], max_tokens=NUM_TOKENS) if number % 2 else lossless[number // 2 % len(lossless)]
+        )
         streams = []
         while not has_shifted.is_set():
             streams.append(await stream(client, body))
