@@ -215,17 +215,16 @@ class Trainer:
         if state.is_file():
             self.load(state)
         began, before = clock(), self.minutes
-        saved, losses = began, list[Tensor]()
+        saved, saved_step, losses = began, self.step, list[Tensor]()
         bar = tqdm(
             total=1.0, initial=min(1.0, self.progress), bar_format="{l_bar}{bar}| {postfix}", mininterval=5
         )
         while self.progress < 1 and (clock() - began) / 60 < stop_after_minutes:
             losses.append(self.run_step())
             self.step += 1
+            self.minutes = before + (clock() - began) / 60
             if self.step % self.config.log_every == 0 or self.progress >= 1:
-                loss = torch.stack(losses).mean().item()  # waits for the device, so the clock is right too
-                if not math.isfinite(loss):
-                    raise FloatingPointError(f"the loss is {loss} at step {self.step}")
+                loss = self._mean(losses)
                 losses.clear()
                 bar.set_postfix_str(f"step {self.step} loss {loss:.3f}", refresh=False)
                 bar.update(min(1.0, self.progress) - bar.n)
@@ -235,16 +234,23 @@ class Trainer:
                     entry["accepted"] = round(self.accepted(), 3)
                     self.save(state)
                     on_save()
-                    saved = clock()
+                    saved, saved_step = clock(), self.step
                 with (out / "log.jsonl").open("a") as log:
                     log.write(json.dumps(entry) + "\n")
-            self.minutes = before + (clock() - began) / 60
         bar.close()
-        if not losses:
-            return self.progress >= 1
-        self.save(state)
-        on_save()
+        if self.step != saved_step:
+            if losses:
+                self._mean(losses)
+            self.save(state)
+            on_save()
         return self.progress >= 1
+
+    def _mean(self, losses: list[Tensor]) -> float:
+        """Waits for the device, so the clock is right after it. Raises FloatingPointError."""
+        loss = torch.stack(losses).mean().item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {self.step}")
+        return loss
 
     def accepted(self) -> float:
         with torch.compiler.set_stance("force_eager"):  # its shapes are not worth compiling for

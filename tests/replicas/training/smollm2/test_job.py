@@ -175,12 +175,35 @@ def test_stopping_and_starting_changes_nothing(finished: JobConfig, tmp_path: Pa
         assert torch.equal(tensor, last.model.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("log_every", [1, 2, 100])
+def test_a_stop_keeps_every_step(finished: JobConfig, tmp_path: Path, log_every: int) -> None:
+    """Whether or not the last step had an entry in the log."""
+    training = replace(TRAINING, rows=2, accumulate=1, log_every=log_every, save_minutes=1e6)
+    stopped = trainer(finished, training)
+    assert not stopped.train(tmp_path, 0.1, clock=ticking(1.0))
+    assert stopped.step > 1
+    assert torch.load(tmp_path / "state.pt")["step"] == stopped.step
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_a_loss_that_is_not_finite_is_not_saved(
+    finished: JobConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int
+) -> None:
+    broken = trainer(finished, replace(TRAINING, log_every=log_every))
+    monkeypatch.setattr(broken, "run_step", lambda: torch.tensor(torch.nan))
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        broken.train(tmp_path, 0.1, clock=ticking(1.0))
+    assert not (tmp_path / "state.pt").exists()
+
+
 def test_the_time_bounds_the_training(finished: JobConfig, tmp_path: Path) -> None:
     timed = trainer(finished, replace(TRAINING, steps=None, minutes=1.0, log_every=4, save_minutes=0.4))
     saves = count()
     assert timed.train(tmp_path, clock=ticking(2.0), on_save=lambda: next(saves))
     entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert 0.5 < entries[-1]["minutes"] <= 1
+    assert entries[-1]["step"] == timed.step, "the end has an entry, whatever the step"
+    assert "accepted" in entries[-1]
+    assert entries[-1]["minutes"] >= 1
     assert timed.minutes >= 1
     assert next(saves) >= 3
     with pytest.raises(ValueError, match="minutes or steps"):
