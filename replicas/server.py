@@ -59,6 +59,7 @@ class Replica:
             max_step_tokens=config.max_step_tokens,
             budget_s=config.calibration_s,
         )
+        engine.set_step_cost(step_cost)
         configure_logs(config.log_format)
         self._tracing = Tracing("replica", replica_id)
         tracer = self._tracing.tracer

@@ -70,16 +70,7 @@ class TorchRunner:
                 num_positions=max_context,
                 num_threads=native_threads,
             )
-        self._spec = ModelSpec(
-            modes=config.modes,
-            mask_token_id=config.mask_token_id,
-            eos_token_ids=config.eos_token_ids,
-            max_context=max_context,
-            num_pages=num_pages,
-            page_size=page_size,
-            vocab_size=config.vocab_size,
-            denoise_with_adapter=config.denoise_with_adapter,
-        )
+        self._spec = spec_of(config, num_pages=num_pages, page_size=page_size, max_context=max_context)
 
     @classmethod
     def load(
@@ -167,6 +158,20 @@ def _has_native(config: ModelConfig, required: bool) -> bool:
         logger.warning("the forward is torch's, several times slower than the native one: %s", error)
         return False
     return True
+
+
+def spec_of(config: ModelConfig, *, num_pages: int, page_size: int, max_context: int) -> ModelSpec:
+    """What the engine must know of a model with a pool of so many pages."""
+    return ModelSpec(
+        modes=config.modes,
+        mask_token_id=config.mask_token_id,
+        eos_token_ids=config.eos_token_ids,
+        max_context=max_context,
+        num_pages=num_pages,
+        page_size=page_size,
+        vocab_size=config.vocab_size,
+        denoise_with_adapter=config.denoise_with_adapter,
+    )
 
 
 def rows_of(segment: Segment) -> list[Row]:

@@ -26,6 +26,7 @@ from replicas.model.cuda.staging import Staging
 from replicas.model.cuda.transformer import CudaTransformer
 from replicas.model.kv_cache import KvCache
 from replicas.model.parallel import Parallel, shard
+from replicas.model.runner import spec_of
 
 KV_DTYPES = {"auto": None, "fp8": torch.float8_e4m3fn}
 MEMORY_FOR_STEPS = 2 << 30
@@ -87,16 +88,7 @@ class CudaRunner:
         self._graphs: GraphCache | None = None
         if options.graphs and self.device.type == "cuda":
             self._prepare_graphs(weights.embedding.dtype, options.max_graphs)
-        self._spec = ModelSpec(
-            modes=config.modes,
-            mask_token_id=config.mask_token_id,
-            eos_token_ids=config.eos_token_ids,
-            max_context=max_context,
-            num_pages=num_pages,
-            page_size=page_size,
-            vocab_size=config.vocab_size,
-            denoise_with_adapter=config.denoise_with_adapter,
-        )
+        self._spec = spec_of(config, num_pages=num_pages, page_size=page_size, max_context=max_context)
 
     @classmethod
     def load(
