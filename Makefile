@@ -17,7 +17,11 @@ POLICY    ?=
 # make train OUT=<folder for the run; started again, it goes on from there>
 OUT       ?= .run/train
 
-.PHONY: serve test test-gpu lint format bench bench-floor bench-overhead bench-memory bench-peer bench-gpu bench-policy evaluate train model pack-smollm2 train-smollm2 clean help
+# make loadtest URL=http://... REPORT=<its folder> ARGS="--rates 1 4 16"; without URL it starts its own server
+URL       ?=
+REPORT    ?= .run/loadtest
+
+.PHONY: serve test test-gpu lint format bench loadtest bench-floor bench-overhead bench-memory bench-peer bench-gpu bench-policy evaluate train model pack-smollm2 train-smollm2 clean help
 
 help:
 	@sed -n '1,2p' Makefile; echo; grep -E '^[a-z0-9-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -72,6 +76,9 @@ bench-gpu: $(READY) ## all that is measured on a GPU, in one run of at most 9 mi
 
 bench-policy: $(READY) ## policies against fixed modes over HTTP; ARGS="--part levels", ramp, square or report
 	@$(BIN)/python -m benchmarks.policy $(ARGS)
+
+loadtest: $(READY) ## load a running server at URL, or one of its own, and write REPORT/report.html
+	@$(BIN)/python -m loadtest $(if $(URL),--url $(URL)) --out $(REPORT) $(ARGS)
 
 evaluate: $(READY) ## quality and tokens per forward of the embedded checkpoint, by task family and mode
 	@$(BIN)/python -m replicas.training.evaluate $(ARGS)

@@ -52,11 +52,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--policies",
         nargs="+",
-        default=["threshold"],
+        default=["cost_model", "threshold"],
         help="of the own server, one after another; `auto` is measured under each",
     )
     p.add_argument("--replicas", type=int, default=1, help="of the own server")
-    p.add_argument("--rates", type=float, nargs="*", default=[1, 2, 4, 8, 12], help="open loop: requests/s")
+    p.add_argument("--rates", type=float, nargs="*", default=[1, 4, 8, 16], help="open loop: requests/s")
     p.add_argument("--users", type=int, nargs="*", default=[], help="closed loop: users")
     p.add_argument("--seconds", type=float, default=10.0, help="of each level")
     p.add_argument("--burstiness", type=float, default=1.0, help="1: Poisson; below: bursts")

@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from loadtest.metrics import Distribution, Summary, mode_shares
 from loadtest.observe import Observations
@@ -47,7 +48,9 @@ def latency(levels: Levels, unit: str) -> Figure:
                     axes.plot(*zip(*known, strict=True), style, color=colour, marker="o", ms=4, label=label)
         _levels_axis(axes, levels, unit)
         axes.set(title=title, ylabel="ms", yscale="log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     _legend(figure, "solid: p50, dashed: p95")
     return figure
 
@@ -105,7 +108,8 @@ def timeline(records: Sequence[Record], observed: Observations, buckets: int = 3
     flying = [sum(r.intended_s <= t < (r.end_s or end) for r in records) for t in edges[:-1] + width / 2]
     load.step(x, arrived, where="mid", color=COLOURS[5], label="arrivals/s")
     load.plot(x, flying, color=COLOURS[0], label="requests in flight")
-    load.legend(loc="upper left", ncols=2)
+    beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+    load.legend(**beside)
     load.set(ylim=(0, None), title="load")
     weights = [r.output_tokens or 0 for r in records if r.end_s is not None]
     ended = [r.end_s for r in records if r.end_s is not None]
@@ -115,14 +119,14 @@ def timeline(records: Sequence[Record], observed: Observations, buckets: int = 3
     tokens.set(ylim=(0, None), title="output tokens/s, counted where their request ended")
     shares = mode_shares(records, list(edges))
     if shares:
-        share.stackplot(
-            x,
-            [np.nan_to_num(values) for values in shares.values()],
-            labels=list(shares),
-            colors=[MODE_COLOURS.get(mode, COLOURS[5]) for mode in shares],
-            alpha=0.85,
-        )
-        share.legend(loc="upper left", ncols=3, facecolor="white", frameon=True)
+        below = np.zeros(buckets)
+        for mode, values in shares.items():
+            # Bars, not areas: where no request ended there is nothing to show, and nothing to interpolate.
+            heights = np.nan_to_num(values)
+            colour = MODE_COLOURS.get(mode, COLOURS[5])
+            share.bar(x, heights, width, bottom=below, color=colour, label=mode)
+            below += heights
+        share.legend(**beside)
     else:
         share.text(0.5, 0.5, "this server reports no modes", ha="center", transform=share.transAxes)
     for shift in observed.shifts:

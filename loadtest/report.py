@@ -193,13 +193,19 @@ def _html(
 ) -> str:
     escape = html.escape
     wanted = ", ".join(f"{g.figure} {g.sign} {g.bound:g}" for g in gates) or "no gates"
+    known = [f"{len(info.records)} requests"]
+    if info.model:
+        known.insert(0, f"model <b>{escape(info.model)}</b>")
+    if info.duration_s:
+        known[-1] += f" in {info.duration_s:.0f} s"
+    if info.machine:
+        known.append(f"client on {escape(info.machine)}")
+    about = " · ".join(known)
     verdict = "".join(f"<br>{escape(line)}" for line in broken)
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
         f"<title>{escape(info.title)}</title><style>{_STYLE}</style><h1>{escape(info.title)}</h1>",
-        f"<p class=about>model <b>{escape(info.model)}</b> · {len(info.records)} requests in "
-        f"{info.duration_s:.0f} s · client on {escape(info.machine)}<br>"
-        f"<code>{escape(info.command)}</code></p>",
+        f"<p class=about>{about}<br><code>{escape(info.command)}</code></p>",
         f"<p class='verdict{' broken' if broken else ''}'>{'Gates broken' if broken else 'Gates kept'}: "
         f"{escape(wanted)}{verdict}</p>",
     ]
@@ -258,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--title", default="Load test")
     parser.add_argument("--gate", default="")
     o = parser.parse_args(arguments)
-    info = RunInfo(o.title, "python -m loadtest.report", "(see the runs)")
+    info = RunInfo(o.title, f"python -m loadtest.report {' '.join(map(str, o.records))}", "")
     try:
         gates = parse_gates(o.gate)
         for path in o.records:

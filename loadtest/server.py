@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 START_TIMEOUT_S = 280.0
-STOP_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 30.0
 
 
 @contextmanager
@@ -67,8 +67,8 @@ def _answers(url: str) -> bool:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """As by Ctrl-C, which a terminal sends to the whole group; then kill, the group being ours alone."""
-    for number in (signal.SIGINT, signal.SIGKILL):
+    """As by Ctrl-C, which a terminal sends to the whole group; then harder, the group being ours alone."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
         except ProcessLookupError:

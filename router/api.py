@@ -83,6 +83,7 @@ def create_app(door: Door, lifespan: AbstractAsyncContextManager[None] | None = 
         _check_model_name(door, model_name)
         return json_response(_model_entry(door))
 
+    @app.get("/health", response_class=Response)  # as vLLM names it, and guidellm asks
     @app.get("/healthz", response_class=Response)
     async def healthz() -> Response:
         return json_response({"status": "alive"})

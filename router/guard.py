@@ -15,7 +15,7 @@ from replicas.messages import GenerateRequest, Prompt
 from router.auth import ApiKey, KeyRing
 from router.errors import ApiError, api_error_response
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
+OPEN_PATHS = frozenset({"/health", "/healthz", "/readyz", "/metrics"})
 """For probes and scrapers, which have no key."""
 ADMIN_CALLS = frozenset({("PUT", "/v1/triad/policy"), ("DELETE", "/v1/triad/policy")})
 

@@ -105,6 +105,7 @@ class Message(_Strict):
 class StreamOptions(_Strict):
     include_usage: bool = False
     include_obfuscation: Off = None
+    continuous_usage_stats: Off = None
 
 
 class Decoding(_Strict):

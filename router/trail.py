@@ -27,7 +27,7 @@ REQUEST_ID_HEADER = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _SPAN = "triad_span"
 _FIELDS = "triad_log_fields"
-_QUIET = frozenset({"/healthz", "/readyz", "/metrics"})
+_QUIET = frozenset({"/health", "/healthz", "/readyz", "/metrics"})
 """Asked every few seconds: neither traced nor logged."""
 
 

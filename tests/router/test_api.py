@@ -206,6 +206,7 @@ async def test_the_first_token_comes_before_the_status(make_door):
         await eventually(lambda: replica.live)
         # The server answers something else meanwhile, so it had its chance to send the status.
         assert (await client.get("/healthz")).status_code == 200
+        assert (await client.get("/health")).status_code == 200
         assert not opening.done()
         (request_id,) = replica.live
         replica.step(request_id)

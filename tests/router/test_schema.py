@@ -229,6 +229,10 @@ async def test_a_bad_value_is_named(field, value):
         ({"metadata": {"a": 1}}, "metadata.a"),
         ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
+        (
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options.continuous_usage_stats",
+        ),
         ({"decoding": {"mode": "fast"}}, "decoding.mode"),
         ({"decoding": {"modes": "ar"}}, "decoding.modes"),
         ({"decoding": {"block_length": 1}}, "decoding.block_length"),
