@@ -124,7 +124,8 @@ class ReplicaService:
     async def cancel(self, request_ids: Iterable[str]) -> None:
         """Ends requests with CANCELLED, pages and all; those that have ended already stay as they are."""
         ids = tuple(request_ids)
-        await self._call(lambda: self._cancel(ids))
+        # Shielded: a caller that goes meanwhile wants the requests gone all the same.
+        await asyncio.shield(self._call(lambda: self._cancel(ids)))
 
     def channel(self, channel_id: str) -> AsyncIterator[tuple[Event, ...]]:
         return self._hub.stream(channel_id)
@@ -177,6 +178,8 @@ class ReplicaService:
         future: Future[T] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # its caller has gone
             try:
                 if self._death is not None:
                     raise TriadError(ErrorCode.UNAVAILABLE, "the replica's engine has failed")

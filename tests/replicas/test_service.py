@@ -154,6 +154,24 @@ async def test_cancel_ends_with_one_event() -> None:
         assert (await settled(service)).pages_used == 0
 
 
+async def test_a_caller_that_goes_while_it_waits_leaves_the_engine_alive() -> None:
+    runner = GatedRunner()
+    async with serving(runner) as service:
+        stream = await opened(service)
+        await service.submit(request("r", max_tokens=80))
+        submit = await sent(service.submit(request("never")))
+        cancel = await sent(service.cancel(("r",)))
+        for call in (submit, cancel):
+            call.cancel()
+        await asyncio.gather(submit, cancel, return_exceptions=True)
+        runner.allow()
+        seen = (await collect(stream, {"r"}))["r"]
+        assert seen[-1].code is ErrorCode.CANCELLED
+        assert (await settled(service)).num_in_flight == 0
+        await service.submit(request("after"))
+        assert isinstance((await collect(stream, {"after"}))["after"][-1], Finished)
+
+
 async def test_a_closed_channel_cancels_its_requests_only() -> None:
     runner = GatedRunner()
     async with serving(runner) as service:
