@@ -1,0 +1,248 @@
+"""The chart as a real helm renders it, checked against what reads it: Kubernetes, KubeRay, Serve, Triad."""
+
+import gzip
+import json
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from cluster.config import ClusterConfig
+from policies.load import ClusterLoad, ObservedLoad, ReplicaLoad
+from policies.modes import Mode, default_plan
+from policies.plan import ObservedPlan, ReplicaPlan
+from policies.store import ClusterView
+from replicas.messages import DecodingReport, Finished
+from router.metrics import Metrics, Outcome
+from tests.helm.helm_binary import find_helm
+
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "helm" / "triad"
+VALUES = sorted(path.name for path in (CHART / "values").glob("*.yaml"))
+CRD = ROOT.parent / "shared" / "data" / "kuberay-rayservice-crd.yaml.gz"
+ALL_ON = (
+    "serviceMonitor.enabled=true,prometheusRule.enabled=true,grafanaDashboard.enabled=true,gateway.enabled=true,"
+    "gateway.parentRefs[0].name=door,ingress.enabled=true,ingress.host=a.example,autoscaling.enabled=true"
+)
+OTHERS = {"RayService", "ServiceMonitor", "PrometheusRule", "HTTPRoute"}
+DEPRECATED = {
+    "deploymentUnhealthySecondThreshold",
+    "serviceUnhealthySecondThreshold",
+    "enableIngress",
+    "ray.io/ft-enabled",
+}
+
+
+def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([find_helm(), *arguments], capture_output=True, text=True, timeout=120, check=False)
+
+
+@cache
+def rendered(values: str | None = None, *sets: str) -> list[dict[str, Any]]:
+    options = [] if values is None else ["-f", str(CHART / "values" / values)]
+    for one in sets:
+        options += ["--set", one]
+    made = helm("template", "my", str(CHART), "--kube-version", "1.33.0", *options)
+    assert made.returncode == 0, made.stderr
+    return [document for document in yaml.safe_load_all(made.stdout) if document]
+
+
+def kind(documents: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    (found,) = [document for document in documents if document["kind"] == name]
+    return found
+
+
+def pods(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    cluster = kind(documents, "RayService")["spec"]["rayClusterConfig"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    found = [group["template"]["spec"] for group in groups]
+    for document in documents:
+        if document["kind"] == "StatefulSet":
+            found.append(document["spec"]["template"]["spec"])
+        if document["kind"] == "Pod":
+            found.append(document["spec"])
+    return found
+
+
+CASES = [(None, ()), (None, (ALL_ON,)), *((name, ()) for name in VALUES)]
+
+
+@pytest.mark.parametrize("values", [None, *VALUES])
+def test_lint(values: str | None) -> None:
+    options = [] if values is None else ["-f", str(CHART / "values" / values)]
+    linted = helm("lint", "--strict", str(CHART), *options)
+    assert linted.returncode == 0, linted.stdout + linted.stderr
+
+
+@pytest.mark.parametrize(("values", "sets"), CASES)
+def test_core_objects_fit_kubernetes_schemas(values: str | None, sets: tuple[str, ...]) -> None:
+    documents = rendered(values, *sets)
+    names = [(document["kind"], document["metadata"]["name"]) for document in documents]
+    assert len(set(names)) == len(names)
+    for document in documents:
+        if document["kind"] not in OTHERS:
+            kubernetes_validate.validate(document, "1.33", strict=True)
+
+
+@pytest.mark.parametrize(("values", "sets"), CASES)
+def test_the_rayservice_fits_its_crd(values: str | None, sets: tuple[str, ...]) -> None:
+    if not CRD.exists():
+        pytest.skip("KubeRay's CRD is not at ../shared/data")
+    crd = yaml.safe_load(gzip.decompress(CRD.read_bytes()))
+    (version,) = [version for version in crd["spec"]["versions"] if version["name"] == "v1"]
+    service = kind(rendered(values, *sets), "RayService")
+    schema = strictly(version["schema"]["openAPIV3Schema"])
+    jsonschema.validate(service, schema)
+    cluster = service["spec"]["rayClusterConfig"]
+    wrong = service["spec"] | {"rayClusterConfig": cluster | {"gcsFaultTolerance": {}}}
+    with pytest.raises(jsonschema.ValidationError, match="gcsFaultTolerance"):
+        jsonschema.validate(service | {"spec": wrong}, schema)
+
+
+def strictly(schema: Any) -> Any:
+    """An unknown field is dropped by Kubernetes without a word; here it is an error."""
+    if isinstance(schema, list):
+        return [strictly(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {key: strictly(value) for key, value in schema.items()}
+    keeps = schema.get("x-kubernetes-preserve-unknown-fields") or schema.get("x-kubernetes-embedded-resource")
+    if isinstance(schema.get("properties"), dict) and "type" in schema and not keeps:
+        made.setdefault("additionalProperties", False)
+    if schema.get("x-kubernetes-int-or-string"):
+        made.pop("type", None)
+    return made
+
+
+@pytest.mark.parametrize(("values", "sets"), CASES)
+def test_the_serve_config_is_serves_and_ours(
+    values: str | None, sets: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REDIS_PASSWORD", "p@ss/word")
+    service = kind(rendered(values, *sets), "RayService")
+    text = service["spec"]["serveConfigV2"]
+    assert "p@ss" not in text
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(text))
+    (application,) = schema.applications
+    config = ClusterConfig.model_validate(application.args)
+    assert config.redis_url is not None
+    assert ":p%40ss%2Fword@" in config.redis_url
+    for pod in pods([service]):
+        assert pod["terminationGracePeriodSeconds"] >= config.drain_timeout_s + 30
+    assert service["spec"]["rayClusterDeletionDelaySeconds"] >= config.drain_timeout_s
+    assert application.import_path == "cluster.app:deploy"
+    assert schema.http_options.host == "0.0.0.0"
+
+
+@pytest.mark.parametrize(("values", "sets"), CASES)
+def test_the_rayservice_is_as_it_should_be(values: str | None, sets: tuple[str, ...]) -> None:
+    service = kind(rendered(values, *sets), "RayService")
+    assert not any(name in json.dumps(service) for name in DEPRECATED)
+    cluster = service["spec"]["rayClusterConfig"]
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert "redisAddress" in cluster["gcsFaultToleranceOptions"]
+    (group,) = cluster["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"][0]["args"]
+    gpus = int(container["resources"].get("limits", {}).get("nvidia.com/gpu", 0))
+    assert gpus * group["replicas"] >= config.get("num_gpus", 0) * config["num_replicas"]
+
+
+@pytest.mark.parametrize(("values", "sets"), CASES)
+def test_nothing_runs_as_root_or_writes_its_root_or_has_no_bounds(
+    values: str | None, sets: tuple[str, ...]
+) -> None:
+    for pod in pods(rendered(values, *sets)):
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in pod["containers"]:
+            security = container["securityContext"]
+            assert security["readOnlyRootFilesystem"] is True
+            assert security["allowPrivilegeEscalation"] is False
+            assert security["capabilities"] == {"drop": ["ALL"]}
+            assert {"cpu", "memory"} <= set(container["resources"]["requests"])
+            assert "memory" in container["resources"]["limits"]
+            names = {volume["name"] for volume in pod.get("volumes", [])} | {"data"}
+            assert {mount["name"] for mount in container.get("volumeMounts", [])} <= names
+
+
+def test_services_and_policies_select_pods_that_there_are() -> None:
+    documents = rendered(None, ALL_ON)
+    cluster = kind(documents, "RayService")["spec"]["rayClusterConfig"]
+    templates = [g["template"] for g in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+    templates.append(kind(documents, "StatefulSet")["spec"]["template"])
+    labels = [template["metadata"]["labels"] for template in templates]
+
+    def num_selected(selector: dict[str, str]) -> int:
+        return sum(selector.items() <= of.items() for of in labels)
+
+    for document in documents:
+        if document["kind"] == "Service":
+            assert num_selected(document["spec"]["selector"]) == 1
+    assert num_selected(kind(documents, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"]) == 1
+    assert num_selected(kind(documents, "NetworkPolicy")["spec"]["podSelector"]["matchLabels"]) == 3
+    monitor = kind(documents, "ServiceMonitor")["spec"]["selector"]["matchLabels"]
+    services = [d for d in documents if d["kind"] == "Service"]
+    assert sum(monitor.items() <= service["metadata"]["labels"].items() for service in services) == 1
+    dns = next(rule for rule in kind(documents, "NetworkPolicy")["spec"]["egress"] if "to" not in rule)
+    assert {(port["port"], port["protocol"]) for port in dns["ports"]} == {(53, "UDP"), (53, "TCP")}
+
+
+def test_an_external_redis_is_used_and_then_no_valkey_runs() -> None:
+    documents = rendered("gpu-8b.yaml")
+    assert not [document for document in documents if document["kind"] in ("StatefulSet", "Secret")]
+    service = kind(documents, "RayService")
+    assert "redis://:${REDIS_PASSWORD}@redis.data.svc:6379/0" in service["spec"]["serveConfigV2"]
+    password = service["spec"]["rayClusterConfig"]["gcsFaultToleranceOptions"]["redisPassword"]
+    assert password["valueFrom"]["secretKeyRef"] == {"name": "redis", "key": "password"}
+    assert "rediss://" in kind(rendered("gpu-14b-multi.yaml"), "RayService")["spec"]["serveConfigV2"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("image.taget=cpu", "taget"),
+        ("serve.redis_url=redis://a", "serve"),
+        ("weights.source=s3", "source"),
+        ("weights.source=pvc", "claimName"),
+        ("serve.num_gpus=2", "num_gpus"),
+        ("ingress.enabled=true", "ingress.host"),
+        ("telemetry.env.HOME=x", "HOME"),
+    ],
+)
+def test_a_wrong_value_is_told(setting: str, words: str) -> None:
+    made = helm("template", "my", str(CHART), "--set", setting)
+    assert made.returncode != 0
+    assert words in made.stderr
+
+
+def test_alerts_and_dashboard_ask_for_what_triad_measures() -> None:
+    measured = set(re.findall(r"^(\w+?)(?:\{| )", exposition(), re.MULTILINE))
+    documents = rendered(None, ALL_ON)
+    rules = kind(documents, "PrometheusRule")["spec"]["groups"][0]["rules"]
+    (dashboard,) = kind(documents, "ConfigMap")["data"].values()
+    panels = json.loads(dashboard)["panels"]
+    queries = [rule["expr"] for rule in rules] + [t["expr"] for panel in panels for t in panel["targets"]]
+    named = {name for query in queries for name in re.findall(r"\b(?:triad|gen_ai)_\w+", query)}
+    assert len(named) > 12
+    assert named - measured == set()
+
+
+def exposition() -> str:
+    """Everything there is to measure, each at least once."""
+    metrics = Metrics("m", "i")
+    report = DecodingReport({Mode.AR: 3, Mode.DIFFUSION: 4}, 5, 1, "threshold", "a")
+    metrics.ended(Outcome("chat", 1.0, 0.1, Finished("r", 5, 7, report), None, "k"))
+    metrics.answered("/v1/models", 200)
+    plan = default_plan(Mode.SELF_SPECULATION)
+    load = ReplicaLoad("a", 1, 2, 3, 4, 5, 6, tokens_per_forward={Mode.SELF_SPECULATION: 2.0}, decode=plan)
+    plans = {"a": ObservedPlan(ReplicaPlan(1, plan, "threshold", "why"), 0.1, 2.0)}
+    metrics.seen.view = ClusterView(ClusterLoad((ObservedLoad(load, 0.1),)), plans)
+    return metrics.exposition().decode()
