@@ -54,7 +54,7 @@ FROM base AS cuda
 # Triton compiles its launcher with the system's compiler the first time.
 USER root
 RUN apt-get update \
- && apt-get install -y --no-install-recommends gcc=4:12.2.0-3 libc6-dev=2.36-9+deb12u13 \
+ && apt-get install -y --no-install-recommends gcc=4:12.2.0-3 libc6-dev=2.36-9+deb12u14 \
  && rm -rf /var/lib/apt/lists/*
 USER 10001:10001
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
