@@ -1,19 +1,21 @@
 """What a forward costs here, and what the engine makes of it: `python -m benchmarks.step_cost --json PATH`.
 
-Two measurements in turns, in one run, so that one can be held against the other, and of each the fastest
-turn: what the machine does undisturbed. Forwards of so many sequences, each with so many query tokens
-and so many cached ones, straight through the runner; and the engine answering the held-out prompts of
-benchmarks.modes at each concurrency. The second gives tokens a second, what the engine spends outside
-the forwards, and of every request the tokens and forwards it took. With one thread `--clock cpu` leaves
-out what other processes took. `python -m loadtest.simulate validate` predicts the rates from the rest.
+Two measurements in turns, in one run, so that one can be held against the other, and of each the median
+turn. Forwards of so many sequences, each with so many query tokens and so many cached ones, straight
+through the runner; and the engine answering the held-out prompts of benchmarks.modes at each
+concurrency. The second gives tokens a second, what the engine spends outside the forwards, and of every
+request the tokens and forwards it took. With one thread `--clock cpu` leaves out what other processes
+took. `python -m loadtest.simulate validate` predicts the rates from the rest.
 """
 
 import argparse
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,11 @@ CONCURRENCIES = (1, 2, 4, 8, 16)
 QUERIES = (1, 8, 16, 32)
 CACHED = (32, 160)
 PREFILLS = (64, 192)
+VISITS = 3
+"""A shape is timed so often a turn, at moments spread over it: the machine's pace wanders within seconds."""
+MIN_CALLS = 3
+TIMED_S = 0.04
+"""For at least so long a visit: one forward of a millisecond says little."""
 GREEDY = SamplingParams()
 Clock = Callable[[], float]
 """Seconds."""
@@ -45,14 +52,13 @@ class Shape:
     num_query: int
     num_cached: int
 
-    def plans(self, spec: ModelSpec) -> list[StepPlan]:
-        """A causal step where a sequence has one token, else a draft and a verify."""
-        if self.num_query == 1:
-            return [self._plan(spec, True, (0,))]
-        if self.num_cached == 0:
-            return [self._plan(spec, True, (self.num_query - 1,))]
-        every = tuple(range(self.num_query))
-        return [self._plan(spec, False, every[1:]), self._plan(spec, True, every)]
+    def plans(self, spec: ModelSpec, num_wanted: int = 1) -> list[StepPlan]:
+        """A causal step where a sequence has one token or nothing cached, else one as of a draft and one as
+        of a verify. num_wanted: positions of each sequence, its last, whose logits are wanted."""
+        wanted = tuple(range(self.num_query))[-num_wanted:]
+        if self.num_query == 1 or self.num_cached == 0:
+            return [self._plan(spec, True, wanted)]
+        return [self._plan(spec, False, wanted), self._plan(spec, True, wanted)]
 
     def _plan(self, spec: ModelSpec, causal: bool, wanted: tuple[int, ...]) -> StepPlan:
         num_pages = -(-(self.num_cached + self.num_query) // spec.page_size)
@@ -78,6 +84,8 @@ SHAPES = (
     *(Shape(count, query, cached) for count in CONCURRENCIES for query in QUERIES for cached in CACHED),
     *(Shape(1, query, 0) for query in PREFILLS),
 )
+HEADS = tuple(Shape(count, query, CACHED[0]) for count in CONCURRENCIES for query in (8, 32))
+"""Timed also with all logits wanted."""
 
 
 @dataclass(slots=True)
@@ -89,6 +97,7 @@ class Watched:
     forwards_s: float = 0.0
     num_steps: int = 0
     num_segments: int = 0
+    num_tokens: int = 0
 
     @property
     def spec(self) -> ModelSpec:
@@ -100,6 +109,7 @@ class Watched:
         self.forwards_s += self.clock() - began_s
         self.num_steps += 1
         self.num_segments += len(plan.segments)
+        self.num_tokens += sum(len(segment.token_ids) for segment in plan.segments)
         return outputs
 
 
@@ -110,8 +120,10 @@ class Cell:
     plan: DecodePlan
     concurrency: int
     rates: list[float] = field(default_factory=list)
-    outside: list[tuple[float, float]] = field(default_factory=list)
-    """Each turn's segments a step, and ms a step outside the forward."""
+    outside: list[tuple[float, float, float]] = field(default_factory=list)
+    """Each turn's segments and query tokens a step, and ms a step outside the forward."""
+    forwards_ms: list[float] = field(default_factory=list)
+    """Each turn's ms a step in the forward."""
     requests: list[tuple[int, int, int, int]] = field(default_factory=list)
     """Each request's prompt tokens, those of them not found cached, completion tokens, and forwards."""
 
@@ -131,7 +143,9 @@ class Cell:
         took_s = clock() - began_s
         self.rates.append(engine.scheduler.num_tokens / took_s)
         ms = 1000.0 * (took_s - watched.forwards_s) / watched.num_steps
-        self.outside.append((watched.num_segments / watched.num_steps, ms))
+        steps = watched.num_steps
+        self.forwards_ms.append(1000.0 * watched.forwards_s / steps)
+        self.outside.append((watched.num_segments / steps, watched.num_tokens / steps, ms))
         self.requests = [
             (
                 sequence.num_prompt_tokens,
@@ -149,35 +163,59 @@ def measure(num_turns: int, num_threads: int, clock: Clock) -> Iterator[dict[str
     asked = prompts(TextCodec.load(str(CHECKPOINT)))
     cells = [Cell(plan, concurrency) for concurrency in CONCURRENCIES for plan in PLANS]
     forwards_ms: dict[Shape, list[float]] = {shape: [] for shape in SHAPES}
+    with_logits_ms: dict[Shape, list[float]] = {shape: [] for shape in HEADS}
     Cell(PLANS[0], 4).measure(runner, asked[:4], clock)  # warm-up
+    order = random.Random(0)
     for _ in range(num_turns):
         for concurrency in CONCURRENCIES:
+            work: list[Callable[[], None]] = []
             for shape in SHAPES:
                 if shape.num_sequences == concurrency:
-                    forwards_ms[shape].append(_time(runner, shape, clock))
+                    plans = shape.plans(runner.spec)
+                    work += [partial(_time, runner, plans, clock, forwards_ms[shape])] * VISITS
+            for shape in HEADS:
+                if shape.num_sequences == concurrency:
+                    plans = shape.plans(runner.spec, shape.num_query)
+                    work += [partial(_time, runner, plans, clock, with_logits_ms[shape])] * VISITS
             for cell in cells:
                 if cell.concurrency == concurrency:
-                    cell.measure(runner, asked[: 13 if concurrency <= 2 else 26], clock)
-        yield _found(cells, forwards_ms, num_threads, clock)
+                    some = asked[: 13 if concurrency <= 2 else 26]
+                    work.append(partial(cell.measure, runner, some, clock))
+            order.shuffle(work)  # so that a slow moment of the machine falls on either measurement
+            for measure_one in work:
+                measure_one()
+        yield _found(cells, forwards_ms, with_logits_ms, num_threads, clock)
 
 
 def _found(
-    cells: Sequence[Cell], forwards_ms: dict[Shape, list[float]], num_threads: int, clock: Clock
+    cells: Sequence[Cell],
+    forwards_ms: dict[Shape, list[float]],
+    with_logits_ms: dict[Shape, list[float]],
+    num_threads: int,
+    clock: Clock,
 ) -> dict[str, Any]:
-    step_ms, segment_ms = _line([point for cell in cells for point in cell.outside])
+    outside = [tuple(map(statistics.median, zip(*cell.outside, strict=True))) for cell in cells]
+    step_ms, segment_ms, token_ms = _plane(outside)
     return {
         "what": "latency of a forward by sequences, query tokens and cached tokens, and the engine's rates",
         "model": "triad-5m, float32",
         "machine": f"CPU, {num_threads} threads",
         "clock": "CPU time" if clock is time.process_time else "wall",
-        "overhead_ms": {"step": round(step_ms, 4), "sequence": round(segment_ms, 4)},
+        "overhead_ms": {
+            "step": round(step_ms, 4),
+            "sequence": round(segment_ms, 4),
+            "query_token": round(token_ms, 5),
+        },
+        "logits_ms": round(_logits_ms(forwards_ms, with_logits_ms), 5),
         "rows": list(_rows(forwards_ms)),
         "measured": [
             {
                 "concurrency": cell.concurrency,
                 "mode": cell.plan.mode.value,
                 "block_length": cell.plan.block_length,
-                "tokens_per_s": round(max(cell.rates), 1),
+                "tokens_per_s": round(statistics.median(cell.rates), 1),
+                "forward_ms": round(statistics.median(cell.forwards_ms), 4),
+                "outside_ms": round(statistics.median(point[-1] for point in cell.outside), 4),
                 "turns": [round(rate, 1) for rate in cell.rates],
                 "requests": cell.requests,
             }
@@ -186,23 +224,38 @@ def _found(
     }
 
 
-def _time(runner: TorchRunner, shape: Shape, clock: Clock, num_calls: int = 3) -> float:
-    """Median ms of a forward of this shape; a draft and its verify counted half each."""
-    plans = shape.plans(runner.spec)
-    taken = []
-    for _ in range(num_calls):
+def _time(runner: TorchRunner, plans: Sequence[StepPlan], clock: Clock, visits: list[float]) -> None:
+    """Adds the median ms of a forward of these plans, which count alike."""
+    taken: list[float] = []
+    while len(taken) < MIN_CALLS or sum(taken) * len(plans) < 1000.0 * TIMED_S:
         began_s = clock()
         for plan in plans:
             runner.run(plan)
         taken.append(1000.0 * (clock() - began_s) / len(plans))
-    return statistics.median(taken)
+    visits.append(statistics.median(taken))
 
 
-def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Least squares a + b x, neither below 0."""
-    x, y = numpy.array(points).T
-    slope = max(0.0, float(numpy.polyfit(x, y, 1)[0]))
-    return max(0.0, float(y.mean() - slope * x.mean())), slope
+def _logits_ms(forwards_ms: dict[Shape, list[float]], with_logits_ms: dict[Shape, list[float]]) -> float:
+    """What a position more costs whose logits are wanted: by least relative squares over the shapes."""
+    shares = []
+    for shape, turns in with_logits_ms.items():
+        base_ms = statistics.median(forwards_ms[shape])
+        num_more = shape.num_sequences * (shape.num_query - 1)
+        shares.append((num_more / base_ms, statistics.median(turns) / base_ms - 1.0))
+    return max(0.0, sum(x * y for x, y in shares) / sum(x * x for x, _ in shares))
+
+
+def _plane(points: Sequence[tuple[float, ...]]) -> tuple[float, float, float]:
+    """Least relative squares a + b x + c y, none of them below 0."""
+    x, y, ms = numpy.array(points).T
+    terms = numpy.stack([1.0 / ms, x / ms, y / ms], axis=1)
+    kept = [0, 1, 2]
+    while True:
+        found = numpy.zeros(3)
+        found[kept] = numpy.linalg.lstsq(terms[:, kept], numpy.ones(len(ms)), rcond=None)[0]
+        if found.min() >= 0:
+            return float(found[0]), float(found[1]), float(found[2])
+        kept.remove(int(found.argmin()))
 
 
 def _rows(forwards_ms: dict[Shape, list[float]]) -> Iterator[dict[str, Any]]:
@@ -211,7 +264,7 @@ def _rows(forwards_ms: dict[Shape, list[float]]) -> Iterator[dict[str, Any]]:
             "sequences": shape.num_sequences,
             "query_tokens": shape.num_sequences * shape.num_query,
             "cached_tokens": shape.num_sequences * shape.num_cached,
-            "ms": round(min(turns), 4),
+            "ms": round(statistics.median(turns), 4),
         }
 
 

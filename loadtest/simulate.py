@@ -6,7 +6,7 @@ the engine's batching over a table of step costs and published acceptance. No se
     python -m loadtest.simulate run --replicas 8 --rate 25 --policy threshold --requests 20000
     python -m loadtest.simulate scenarios --json scenarios.jsonl
     python -m loadtest.simulate validate benchmarks/results/step-cost-cpu.json
-    python -m loadtest.simulate page
+    python -m loadtest.simulate page --outcomes scenarios.jsonl
 """
 
 import argparse
@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 from loadtest import simulate_capacity as capacity
@@ -30,14 +31,16 @@ from loadtest.simulate_scenarios import (
     Scenario,
     Slo,
     contenders,
+    load_outcomes,
     run,
     run_all,
-    table_lines,
 )
+from loadtest.simulate_tables import summary_lines, table_lines
 from loadtest.simulate_yields import load_acceptance
 from policies.registry import PolicyError, policy_names
 
 PAGE = Path("docs") / "capacity.md"
+SCENARIO_PAGE = Path("docs") / "capacity-scenarios.md"
 SLOS = (Slo(1.0, 0.01), Slo(1.0, 0.02), Slo(1.0, 0.05))
 
 
@@ -56,7 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one.add_argument(
         "--policy", default="threshold", help=f"{', '.join(policy_names())}, oracle, or a dotted name"
     )
-    one.add_argument("--params", default="{}", help="the policy's parameters, a JSON object")
+    one.add_argument(
+        "--params",
+        help="the policy's parameters, a JSON object; left out: as in `scenarios`, blocks with figures",
+    )
     one.add_argument("--failing", type=float, default=0.0, help="share of the replicas that fail on the way")
     one.add_argument("--outage", type=float, default=0.0, help="share of the run without Redis")
     one.set_defaults(command=_run)
@@ -65,17 +71,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _machine_options(many)
     _size_options(many)
     many.add_argument("--only", help="scenarios whose name has this in it")
-    many.add_argument("--json", type=Path, help="write the outcomes here too, one a line")
+    many.add_argument("--json", type=Path, help="append the outcomes to this file too, one a line")
     many.set_defaults(command=_scenarios)
 
     check = commands.add_parser("validate", help="rates predicted and measured on one machine")
     check.add_argument("table", type=Path, help="what `python -m benchmarks.step_cost --json` wrote")
     check.set_defaults(command=_validate)
 
-    page = commands.add_parser("page", help=f"make the tables and plots of {PAGE} anew")
+    page = commands.add_parser("page", help=f"make the tables and plots of {PAGE} and its scenarios anew")
     _machine_options(page)
     _size_options(page)
     page.add_argument("--only", help="tables whose name has this in it")
+    page.add_argument(
+        "--outcomes", type=Path, nargs="+", help="what `scenarios --json` wrote, so as not to run them again"
+    )
     page.add_argument("--table", type=Path, default=Path("benchmarks/results/step-cost-cpu.json"))
     page.set_defaults(command=_page)
 
@@ -94,25 +103,27 @@ def _machine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--acceptance", type=float, default=1.0, help="scale of what a round brings over 1")
     parser.add_argument("--max-running", type=int, default=128)
     parser.add_argument("--max-step-tokens", type=int, default=4096)
+    parser.add_argument("--max-prefill-tokens", type=int, default=1024)
     parser.add_argument("--ttft", type=float, default=Slo().ttft_s, help="SLO, seconds")
     parser.add_argument("--tpot", type=float, default=Slo().tpot_s, help="SLO, seconds")
     parser.add_argument("--seed", type=int, default=0)
 
 
 def _size_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--requests-a-replica", type=int, default=2000)
-    parser.add_argument("--least", type=int, default=4000, help="requests a scenario at least")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of traffic a scenario")
+    parser.add_argument("--least", type=int, default=6000, help="requests a scenario at least")
     parser.add_argument("--most", type=int, default=100_000, help="requests a scenario at most")
 
 
 def _machine(options: argparse.Namespace) -> Machine:
-    if options.max_running < 1 or options.max_step_tokens < 1:
-        raise ValueError("--max-running and --max-step-tokens must be at least 1")
+    limits = options.max_running, options.max_step_tokens, options.max_prefill_tokens
+    if min(limits) < 1:
+        raise ValueError("--max-running, --max-step-tokens and --max-prefill-tokens must be at least 1")
     if options.costs is not None:
         table, acceptance = StepTable.load(options.costs), load_acceptance("8b", scale=options.acceptance)
-        return Machine(str(options.costs), table, acceptance, options.max_running, options.max_step_tokens)
+        return Machine(str(options.costs), table, acceptance, *limits)
     found = Machine.b200(options.model, options.acceptance)
-    return Machine(found.name, found.table, found.acceptance, options.max_running, options.max_step_tokens)
+    return Machine(found.name, found.table, found.acceptance, *limits)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -126,7 +137,10 @@ def _run(options: argparse.Namespace) -> None:
     )
     if options.replicas < 1:
         raise ValueError("--replicas must be at least 1")
-    contender = Contender(options.policy, json.loads(options.params))
+    slo = Slo(options.ttft, options.tpot)
+    usual = {contender.name: contender.parameters for contender in contenders(slo)}
+    parameters = usual.get(options.policy, {}) if options.params is None else json.loads(options.params)
+    contender = Contender(options.policy, parameters)
     began_s, began_cpu_s = time.perf_counter(), time.process_time()
     outcome = run(
         scenario,
@@ -134,7 +148,7 @@ def _run(options: argparse.Namespace) -> None:
         contender,
         options.requests,
         options.seed,
-        Slo(options.ttft, options.tpot),
+        slo,
     )
     took_s = time.perf_counter() - began_s
     print("Simulated.", file=sys.stderr)
@@ -148,15 +162,14 @@ def _scenarios(options: argparse.Namespace) -> None:
     chosen = [scenario for scenario in SCENARIOS if not options.only or options.only in scenario.name]
     if not chosen:
         raise ValueError(f"no scenario has {options.only!r} in its name")
-    outcomes = []
     machine = _machine(options)
     print(f"Simulated: {machine.name}, SLO of TTFT {options.ttft:g} s and TPOT {1000 * options.tpot:g} ms.\n")
     for scenario in chosen:
         found = list(_outcomes([scenario], machine, options))
-        outcomes += found
         print("\n".join(table_lines(found)), flush=True)
-    if options.json:
-        options.json.write_text("".join(json.dumps(asdict(outcome)) + "\n" for outcome in outcomes))
+        if options.json:
+            with options.json.open("a") as file:
+                file.writelines(json.dumps(asdict(outcome)) + "\n" for outcome in found)
 
 
 def _outcomes(
@@ -166,7 +179,7 @@ def _outcomes(
         scenarios,
         machine,
         contenders(Slo(options.ttft, options.tpot)),
-        options.requests_a_replica,
+        options.seconds,
         options.least,
         options.most,
         options.seed,
@@ -182,6 +195,14 @@ def _page(options: argparse.Namespace) -> None:
     """One table after the other, each written as soon as it is made."""
     machines = [Machine.b200("8b", options.acceptance), Machine.b200("14b", options.acceptance)]
     small, large = machines
+    known = load_outcomes(options.outcomes or ())
+
+    @cache
+    def outcomes(scenario: str) -> Sequence[Outcome]:
+        mine = [outcome for outcome in known if outcome.scenario == scenario]
+        chosen = [entry for entry in SCENARIOS if entry.name == scenario]
+        return mine or list(_outcomes(chosen, _machine(options), options))
+
     tables: dict[str, Callable[[], Iterable[str]]] = {
         "modes-8b": lambda: capacity.modes_lines(small),
         "modes-14b": lambda: capacity.modes_lines(large),
@@ -190,18 +211,21 @@ def _page(options: argparse.Namespace) -> None:
         "validation": lambda: simulate_validate.lines(simulate_validate.validate(options.table)),
         "carried-8b": lambda: capacity.carried_lines(small, SLOS, options.least, options.seed),
         "carried-14b": lambda: capacity.carried_lines(large, SLOS, options.least, options.seed),
+        "summary": lambda: summary_lines([o for scenario in SCENARIOS for o in outcomes(scenario.name)]),
     }
-    for number, scenario in enumerate(SCENARIOS, start=1):
-        tables[f"scenario-{number}"] = lambda scenario=scenario: table_lines(  # type: ignore[misc]
-            list(_outcomes([scenario], _machine(options), options))
-        )
+    scenarios = {
+        f"scenario-{number}": lambda name=scenario.name: table_lines(outcomes(name))
+        for number, scenario in enumerate(SCENARIOS, start=1)
+    }
     check_places(PAGE, tables)
+    check_places(SCENARIO_PAGE, scenarios)
     capacity.plot_modes(machines, str(PAGE.parent / "capacity-modes.png"))
     capacity.plot_crossover(machines, str(PAGE.parent / "capacity-crossover.png"))
-    for name, lines in tables.items():
-        if not options.only or options.only in name:
-            update(PAGE, name, list(lines()))
-            print(name, flush=True)
+    for page, made in ((PAGE, tables), (SCENARIO_PAGE, scenarios)):
+        for name, lines in made.items():
+            if not options.only or options.only in name:
+                update(page, name, list(lines()))
+                print(name, flush=True)
 
 
 if __name__ == "__main__":

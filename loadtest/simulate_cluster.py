@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loadtest.simulate_load import Requests
-from loadtest.simulate_replica import Hardware, SimulatedReplica
+from loadtest.simulate_parts import Hardware
+from loadtest.simulate_replica import SimulatedReplica
 from loadtest.simulate_yields import Acceptance, Rounds
 from policies.admission import AdmissionControl, Admit, QueueLimits
 from policies.cost import Yield

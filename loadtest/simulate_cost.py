@@ -1,9 +1,11 @@
 """What a forward costs in the simulator: a table of measured latencies, interpolated.
 
 The table is JSON: `rows` of {sequences, query_tokens, cached_tokens, ms}, the last three over all
-sequences of the forward, and optionally `overhead_ms` {step, sequence}: what the engine spends
-outside the forward, a step and a sequence in it. `python -m benchmarks.step_cost` measures one;
-loadtest/data/ has those of a B200, from public figures.
+sequences of the forward; optionally `logits_ms`, what each position past the first of a sequence costs
+whose logits are wanted, where the rows were measured with one a sequence; and `overhead_ms` {step,
+sequence, query_token}, what the engine spends outside the forward, a step, a sequence in it and a query
+token of it. `python -m benchmarks.step_cost` measures one; loadtest/data/ has those of a B200, from
+public figures.
 """
 
 import json
@@ -47,18 +49,27 @@ class StepTable:
     to 1, with the median of the slopes at about as many sequences, since a slope is mostly noise.
     """
 
-    def __init__(self, rows: Sequence[dict[str, float]], overhead_ms: dict[str, float] | None = None):
+    def __init__(
+        self,
+        rows: Sequence[dict[str, float]],
+        overhead_ms: dict[str, float] | None = None,
+        logits_ms: float = 0.0,
+    ):
         levels = _levels(rows)
         overhead = overhead_ms or {}
         self._step_ms = overhead.get("step", 0.0)
         self._sequence_ms = overhead.get("sequence", 0.0)
+        self._token_ms = overhead.get("query_token", 0.0)
+        self._logits_ms = logits_ms
         self.max_sequences = max(levels)
         self.tail_ms = _tail_slope(levels)
         self._curves = _with_single_tokens(_filled_in(levels))
         self.rows = tuple(rows)
 
-    def ms(self, sequences: float, query_tokens: float, cached_tokens: float) -> float:
-        """Of a forward of so many sequences with so many tokens in all, its overhead included."""
+    def ms(self, sequences: float, query_tokens: float, cached_tokens: float, wanted: float = 0.0) -> float:
+        """Of a forward of so many sequences with so many tokens in all, its overhead included.
+
+        wanted: positions whose logits are wanted, in all; one a sequence at least."""
         count = round(sequences)
         count = 1 if count < 1 else count if count <= self.max_sequences else self.max_sequences
         curve = self._curves[count]
@@ -79,7 +90,10 @@ class StepTable:
             by_cached = curve.by_cached[right - 1]
             by_cached += max(0.0, part) * (curve.by_cached[right] - by_cached)
         base += by_cached * (cached_tokens / count - curve.cached)
-        return max(base, 0.2 * ms[0]) + self._step_ms + self._sequence_ms * sequences
+        outside = self._step_ms + self._sequence_ms * sequences + self._token_ms * query_tokens
+        if wanted > sequences:
+            outside += self._logits_ms * (wanted - sequences)
+        return max(base, 0.2 * ms[0]) + outside
 
     @classmethod
     def load(cls, path: Path) -> "StepTable":
@@ -94,6 +108,7 @@ class StepTable:
                 for row in table["rows"]
             ]
             overhead = {key: float(value) for key, value in table.get("overhead_ms", {}).items()}
+            logits_ms = float(table.get("logits_ms", 0.0))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise TableError(
                 f"{name}: not a table of step costs ({error!r}); it wants rows of sequences, query_tokens, "
@@ -101,7 +116,7 @@ class StepTable:
             ) from error
         if not rows or any(row["ms"] <= 0 or row["sequences"] < 1 for row in rows):
             raise TableError(f"{name}: it wants at least one row, every ms above 0 and sequences from 1 up")
-        return cls(rows, overhead)
+        return cls(rows, overhead, logits_ms)
 
     @cached_property
     def fitted(self) -> StepCost:

@@ -11,15 +11,14 @@ short at a request's end, and preemption (a request that starts has pages for al
 
 import heapq
 import math
-from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 
-from loadtest.simulate_cost import StepTable
 from loadtest.simulate_load import Requests
 from loadtest.simulate_meter import Meter
+from loadtest.simulate_parts import Decoding, Hardware, RecentPrefixes
 from loadtest.simulate_yields import Rounds
-from policies.cost import ReplicaCosts, StepCost, Yield
+from policies.cost import ReplicaCosts, Yield
 from policies.load import ReplicaLoad
 from policies.modes import DecodePlan, Mode
 
@@ -27,36 +26,8 @@ PREFILL_SHARE = 4
 """As the engine's: while prompts wait, rounds leave them one in this many tokens of a step."""
 MAX_STRETCH = 512
 """Steps taken as one before the growth of the cache is looked at again."""
-PREFIXES_KEPT = 16
 PROBED = 4
 """Requests that try a plan at a time."""
-
-
-@dataclass(frozen=True, slots=True)
-class Hardware:
-    """What every replica is. believed: the step cost it reports to the policy, right or wrong."""
-
-    table: StepTable
-    believed: StepCost
-    max_running: int = 128
-    max_step_tokens: int = 4096
-    num_pages: int = 65_536
-    page_size: int = 16
-    modes: tuple[Mode, ...] = tuple(Mode)
-
-
-class Decoding:
-    """A request that decodes: what of which plan, since which count of forwards."""
-
-    __slots__ = ("began", "forwards", "pace", "plan", "request", "tokens")
-
-    def __init__(self, request: int, plan: DecodePlan, tokens: float, forwards: float, began: float):
-        self.request = request
-        self.plan = plan
-        self.tokens = tokens
-        self.forwards = forwards
-        self.began = began
-        self.pace = tokens / forwards
 
 
 class SimulatedReplica:
@@ -93,13 +64,14 @@ class SimulatedReplica:
         self._ends: list[tuple[float, int]] = []  # by count of forwards
         self._forwards = 0.0  # that every decoding sequence has had since the start
         self._queries = 0  # of one forward of all of them
+        self._wanted = 0.0  # logits of that
         self._pace = 0.0  # tokens that brings
         self._cached = 0.0
         self._pages = 0
         self._limits = 0  # the most tokens that those decoding may come to, prompts included
         self._made = 0.0
         self._prefilled = 0.0
-        self._prefixes: OrderedDict[int, None] = OrderedDict()
+        self._prefixes = RecentPrefixes()
         # The stretch under way.
         self._at_s = 0.0
         self._num_steps = 0
@@ -111,6 +83,15 @@ class SimulatedReplica:
     @property
     def num_running(self) -> int:
         return len(self._decoding) + len(self._prefilling)
+
+    @property
+    def num_cached(self) -> float:
+        """Tokens in the cache of those decoding."""
+        return self._cached
+
+    @property
+    def prefill_per_token(self) -> float:
+        return self._meter.prefill_per_token
 
     @property
     def num_waiting(self) -> int:
@@ -148,7 +129,7 @@ class SimulatedReplica:
         self._ends.clear()
         self._prefixes.clear()
         self._waiting_tokens = self._queries = self._pages = self._limits = 0
-        self._pace = self._cached = 0.0
+        self._wanted = self._pace = self._cached = 0.0
         self.next_s = math.inf
         self.version += 1
         return lost
@@ -233,33 +214,14 @@ class SimulatedReplica:
             tried = list(self._decoding.values())[:PROBED]
             self._meter.tried(plan, [pace(self.requests.chance[item.request]) for item in tried])
 
-    def truth(self, plan: DecodePlan, tpot_s: float) -> tuple[float, int]:
-        """What only an oracle knows, if all `auto` requests ran this plan now: tokens a second, and how
-        many of the requests get one within tpot_s."""
-        queries = 0.0
-        own_paces = []
-        paces = self.rounds[plan]
-        chance = self.requests.chance
-        pinned = self.requests.pinned
+    def progress(self) -> Iterator[tuple[int, float, float]]:
+        """Of each request that runs the tokens still to come, as of the last event here, and when its first
+        came; one in its prefill may have it now."""
         for sequence in self._decoding.values():
-            own = pinned[sequence.request]
-            own_paces.append(paces.pace(chance[sequence.request]) if own is None else sequence.pace)
-            queries += (own or plan).block_length
+            left = 1.0 - (self._forwards - sequence.began) / sequence.forwards
+            yield sequence.request, sequence.tokens * left, sequence.first_s
         for request, _ in self._prefilling:
-            own = pinned[request] or plan
-            own_paces.append(self.rounds[own].pace(chance[request]))
-            queries += own.block_length
-        num = len(own_paces)
-        if not num:
-            return 0.0, 0
-        budget = self.hardware.max_step_tokens
-        room = budget - budget // PREFILL_SHARE if self._meter.prefill_per_token else budget
-        share = min(1.0, room / queries)
-        made = sum(own_paces) * share
-        prefill = min(self._meter.prefill_per_token * made, budget - queries * share)
-        ms = self.hardware.table.ms(num * share, queries * share + prefill, self._cached * share)
-        least = ms / 1000.0 / (share * tpot_s)
-        return 1000.0 * made / ms, sum(own >= least for own in own_paces)
+            yield request, float(self.requests.output[request] - 1), self._at_s
 
     # The stretch of steps.
 
@@ -274,15 +236,16 @@ class SimulatedReplica:
     def _begin(self, now_s: float) -> None:
         hardware = self.hardware
         budget = hardware.max_step_tokens
-        if self._waiting:
-            self._admit(budget)
         num, queries = len(self._decoding), self._queries
+        most = min(budget, hardware.max_prefill_tokens) if num else budget
+        if self._waiting:
+            self._admit(most)
         self._at_s = now_s
         self.version += 1
         if self._prefilling:
-            room = budget - budget // PREFILL_SHARE
+            room = budget - min(most, budget // PREFILL_SHARE)
             self._share = share = min(1.0, room / queries) if queries else 0.0
-            chunk = budget - share * queries
+            chunk = min(most, budget - share * queries)
             first = self._prefilling[0][1]
             if first <= chunk:
                 steps, prefill = 1, 0.0
@@ -306,14 +269,15 @@ class SimulatedReplica:
         if num:
             until_end = math.ceil((self._ends[0][0] - self._forwards) / share - 1e-9)
             steps = max(1, min(steps, until_end))
-        ms = hardware.table.ms(segments, share * queries + prefill, self._cached * share)
+        wanted = share * self._wanted + segments - share * num
+        ms = hardware.table.ms(segments, share * queries + prefill, self._cached * share, wanted)
         self._num_steps, self._step_s = steps, ms / 1000.0
         self.next_s = now_s + steps * self._step_s
 
-    def _admit(self, budget: int) -> None:
+    def _admit(self, most: int) -> None:
         requests, hardware = self.requests, self.hardware
         to_prefill = sum(to_go for _, to_go in self._prefilling)
-        while self._waiting and self.num_running < hardware.max_running and to_prefill < budget:
+        while self._waiting and self.num_running < hardware.max_running and to_prefill < most:
             request = self._waiting[0]
             pages = self._pages_of(request)
             if self._pages + pages > hardware.num_pages and self.num_running:
@@ -331,14 +295,7 @@ class SimulatedReplica:
         if self.requests.reused is not None:
             return self.requests.reused[request]
         prefix = self.requests.prefix[request]
-        if prefix < 0:
-            return 0
-        has = prefix in self._prefixes
-        self._prefixes[prefix] = None
-        self._prefixes.move_to_end(prefix)
-        if len(self._prefixes) > PREFIXES_KEPT:
-            self._prefixes.popitem(last=False)
-        return self.requests.prefix_tokens if has else 0
+        return self.requests.prefix_tokens if prefix >= 0 and self._prefixes.has(prefix) else 0
 
     def _pages_of(self, request: int) -> int:
         tokens = self.requests.prompt[request] + self.requests.output[request]
@@ -360,21 +317,23 @@ class SimulatedReplica:
                 continue
             self._cached += requests.prompt[request]
             self._limits += requests.prompt[request] + requests.max_tokens
-            self._add(request, requests.pinned[request] or self.plan, requests.output[request] - 1)
+            self._add(request, requests.pinned[request] or self.plan, requests.output[request] - 1, now_s)
         if self._prefilling and tokens >= 1:
             self._prefilling[0][1] -= int(tokens)
         return ended
 
-    def _add(self, request: int, plan: DecodePlan, tokens: float) -> None:
+    def _add(self, request: int, plan: DecodePlan, tokens: float, first_s: float) -> None:
         requests = self.requests
+        rounds = self.rounds[plan]
         if requests.forwards is not None:
             forwards = float(max(1, requests.forwards[request]))
         else:
-            forwards = self.rounds[plan].forwards(requests.chance[request], tokens, requests.luck[request])
-        sequence = Decoding(request, plan, tokens, forwards, self._forwards)
+            forwards = rounds.forwards(requests.chance[request], tokens, requests.luck[request])
+        sequence = Decoding(request, plan, tokens, forwards, self._forwards, rounds.wanted, first_s)
         self._decoding[request] = sequence
         heapq.heappush(self._ends, (self._forwards + forwards, request))
         self._queries += plan.block_length
+        self._wanted += sequence.wanted
         self._pace += sequence.pace
 
     def _take_ended(self) -> list[int]:
@@ -385,6 +344,7 @@ class SimulatedReplica:
             request = heapq.heappop(ends)[1]
             sequence = self._decoding.pop(request)
             self._queries -= sequence.plan.block_length
+            self._wanted -= sequence.wanted
             self._pace -= sequence.pace
             self.tokens_by_mode[sequence.plan.mode] += sequence.tokens
             self._cached -= requests.prompt[request] + requests.output[request] - 1
@@ -393,7 +353,7 @@ class SimulatedReplica:
             self._meter.ended(requests.output[request])
             ended.append(request)
         if not self._decoding:
-            self._pace = self._cached = 0.0
+            self._wanted = self._pace = self._cached = 0.0
         return ended
 
     def _plan_anew(self) -> None:
@@ -410,5 +370,6 @@ class SimulatedReplica:
             done = sequence.tokens * (self._forwards - sequence.began) / sequence.forwards
             self.tokens_by_mode[sequence.plan.mode] += done
             self._queries -= sequence.plan.block_length
+            self._wanted -= sequence.wanted
             self._pace -= sequence.pace
-            self._add(request, self.plan, max(1.0, sequence.tokens - done))
+            self._add(request, self.plan, max(1.0, sequence.tokens - done), sequence.first_s)

@@ -9,13 +9,15 @@ from typing import Any
 
 from loadtest.simulate_cost import StepTable, TableError
 from loadtest.simulate_load import Requests
-from loadtest.simulate_replica import Hardware, SimulatedReplica
+from loadtest.simulate_parts import Hardware
+from loadtest.simulate_replica import SimulatedReplica
 from loadtest.simulate_yields import Rounds
 from policies.cost import prior_yield
 from policies.modes import DecodePlan, Mode
 
 MAX_STEP_TOKENS = 512
-"""The engine's default, with which the rates were measured."""
+MAX_PREFILL_TOKENS = 256
+"""The engine's defaults, with which the rates were measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ def _cell(table: StepTable, row: dict[str, Any]) -> Cell:
     plan = DecodePlan(Mode(row["mode"]), row["block_length"])
     requests = _requests(row["requests"])
     concurrency = row["concurrency"]
-    hardware = Hardware(table, table.fitted, concurrency, MAX_STEP_TOKENS)
+    hardware = Hardware(table, table.fitted, concurrency, MAX_STEP_TOKENS, MAX_PREFILL_TOKENS)
     yields = {plan: prior_yield(plan)}
     replica = SimulatedReplica("r0", hardware, requests, {plan: Rounds(plan, 2.0)}, plan, yields)
     for request in range(len(requests)):

@@ -101,6 +101,14 @@ class Rounds:
         self._diffusion = diffusion
         self._is_speculation = plan.mode is Mode.SELF_SPECULATION
 
+    @property
+    def wanted(self) -> float:
+        """Positions a forward whose logits are wanted, on average: a draft's and a verify's, or, of a block
+        of diffusion, those still masked, which are half of it."""
+        if self._is_speculation:
+            return self.block_length - 0.5
+        return 1.0 if self.block_length == 1 else self.block_length / 2.0
+
     @cached_property
     def _moments(self) -> tuple[list[float], list[float]]:
         """Mean and variance of a round's tokens, for each index of p."""

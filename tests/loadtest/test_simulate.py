@@ -2,11 +2,12 @@ import json
 
 import pytest
 
-from loadtest.simulate import PAGE, main
+from loadtest.simulate import PAGE, SCENARIO_PAGE, main
 from loadtest.simulate_capacity import carried, crossover_lines, modes_lines, winner
 from loadtest.simulate_load import Mix
 from loadtest.simulate_page import check_places, update
-from loadtest.simulate_scenarios import PLANS, SCENARIOS, Machine, Slo, fixed
+from loadtest.simulate_scenarios import PLANS, SCENARIOS, Machine, Slo, fixed, load_outcomes
+from loadtest.simulate_tables import summary_lines
 from policies.modes import Mode
 from tests.loadtest.test_simulate_cost import rows
 
@@ -42,13 +43,23 @@ def test_what_is_wrong_is_said(capsys, arguments, complaint):
 
 def test_scenarios_print_tables_and_write_lines(capsys, tmp_path):
     path = tmp_path / "out.jsonl"
-    few = ["--least", "100", "--most", "100", "--only", "one replica, quiet", "--json", str(path)]
+    few = ["--least", "100", "--most", "100", "--only", "1 replica, quiet", "--json", str(path)]
     assert main(["scenarios", *few]) == 0
     printed = capsys.readouterr().out
     assert "| ar" in printed
     assert "| oracle" in printed
     outcomes = [json.loads(line) for line in path.read_text().splitlines()]
     assert {outcome["num_requests"] for outcome in outcomes} == {100}
+    summary = list(summary_lines(load_outcomes([path])))
+    assert len(summary) == 3
+    assert summary[2].startswith("| 1 replica, quiet | 100 |")
+
+
+def test_outcomes_of_another_time_are_refused(tmp_path):
+    path = tmp_path / "old.jsonl"
+    path.write_text('{"scenario": "s", "policy": "ar", "speed": 3}\n')
+    with pytest.raises(ValueError, match="make them anew"):
+        load_outcomes([path])
 
 
 def test_validation_recovers_a_machine_that_is_as_its_table_says(capsys, tmp_path):
@@ -106,8 +117,9 @@ def test_a_page_takes_new_tables_and_keeps_its_text(tmp_path):
 
 
 def test_the_capacity_page_has_a_place_for_every_table():
-    text = PAGE.read_text()
+    text = SCENARIO_PAGE.read_text()
     for number in range(1, len(SCENARIOS) + 1):
         assert f"<!-- begin scenario-{number} -->" in text
     assert f"<!-- begin scenario-{len(SCENARIOS) + 1} -->" not in text
     assert "simulated" in text
+    assert "<!-- begin summary -->" in PAGE.read_text()

@@ -7,7 +7,8 @@ import pytest
 
 from loadtest.simulate_cost import StepTable
 from loadtest.simulate_load import Requests
-from loadtest.simulate_replica import Hardware, SimulatedReplica
+from loadtest.simulate_parts import Hardware
+from loadtest.simulate_replica import SimulatedReplica
 from loadtest.simulate_yields import Rounds
 from policies.cost import prior_yield
 from policies.modes import DecodePlan, Mode
@@ -94,19 +95,24 @@ class StepByStep:
                 now_s = max(now_s, requests.arrival_s[upcoming[0]])
             while upcoming and requests.arrival_s[upcoming[0]] <= now_s:
                 waiting.append(upcoming.pop(0))
+            most = hardware.max_step_tokens
+            if decoding:
+                most = min(most, hardware.max_prefill_tokens)
             while (
                 waiting
                 and len(prefilling) + len(decoding) < hardware.max_running
-                and sum(to_go for _, to_go in prefilling) < hardware.max_step_tokens
+                and sum(to_go for _, to_go in prefilling) < most
             ):
                 request = waiting.pop(0)
                 prefilling.append([request, requests.prompt[request]])
             queries = sum(block for _, _, block, _ in decoding.values())
             room = hardware.max_step_tokens
             if prefilling:
-                room -= room // 4
+                room -= min(room // 4, most)
             share = min(1.0, room / queries) if queries else 0.0
-            chunk = min(sum(to_go for _, to_go in prefilling), hardware.max_step_tokens - share * queries)
+            chunk = min(
+                sum(to_go for _, to_go in prefilling), most, hardware.max_step_tokens - share * queries
+            )
             segments = share * len(decoding) + min(len(prefilling), 1 + int(chunk // 256))
             cached = share * sum(context for *_, context in decoding.values())
             now_s += hardware.table.ms(segments, share * queries + chunk, cached) / 1000.0
@@ -140,7 +146,11 @@ def test_stretches_are_what_steps_one_by_one_would_be(seed):
     rng = random.Random(seed)
     pinned = rng.choice([(None,), (None, AR), (None, AR, DRAFT)])
     requests = some_requests(40, rng, pinned)
-    limits = {"max_running": rng.choice([1, 4, 16]), "max_step_tokens": rng.choice([32, 64, 256])}
+    limits = {
+        "max_running": rng.choice([1, 4, 16]),
+        "max_step_tokens": rng.choice([32, 64, 256]),
+        "max_prefill_tokens": rng.choice([8, 48, 1024]),
+    }
     replica = a_replica(requests, plan=rng.choice(PLANS), **limits)
     expected_first, expected_finish = StepByStep(requests, replica).play()
     first, finish = play(replica, requests)
