@@ -35,7 +35,8 @@ QUERIES = (1, 8, 16, 32)
 CACHED = (32, 160)
 PREFILLS = (64, 192)
 VISITS = 3
-"""A shape is timed so often a turn, at moments spread over it: the machine's pace wanders within seconds."""
+"""Shapes, and the engine where it takes a second, are timed so often a turn, at moments spread over it: the
+machine's pace wanders within seconds."""
 MIN_CALLS = 3
 TIMED_S = 0.04
 """For at least so long a visit: one forward of a millisecond says little."""
@@ -179,8 +180,9 @@ def measure(num_turns: int, num_threads: int, clock: Clock) -> Iterator[dict[str
                     work += [partial(_time, runner, plans, clock, with_logits_ms[shape])] * VISITS
             for cell in cells:
                 if cell.concurrency == concurrency:
-                    some = asked[: 13 if concurrency <= 2 else 26]
-                    work.append(partial(cell.measure, runner, some, clock))
+                    is_short = concurrency <= 2
+                    once = partial(cell.measure, runner, asked[: 13 if is_short else 26], clock)
+                    work += [once] * (VISITS if is_short else 1)
             order.shuffle(work)  # so that a slow moment of the machine falls on either measurement
             for measure_one in work:
                 measure_one()

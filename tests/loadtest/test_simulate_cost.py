@@ -49,9 +49,16 @@ def test_a_prefill_goes_on_every_curve():
     assert StepTable([*rows(), prefill]).ms(1, 400, 0) == pytest.approx(30.0, rel=0.05)
 
 
-def test_overhead_is_a_step_and_a_sequence():
-    plain, more = StepTable(rows()), StepTable(rows(), {"step": 1.0, "sequence": 0.5})
-    assert more.ms(4, 8, 100) == pytest.approx(plain.ms(4, 8, 100) + 3.0)
+def test_overhead_is_a_step_a_sequence_and_a_query_token():
+    plain = StepTable(rows())
+    more = StepTable(rows(), {"step": 1.0, "sequence": 0.5, "query_token": 0.25})
+    assert more.ms(4, 8, 100) == pytest.approx(plain.ms(4, 8, 100) + 5.0)
+
+
+def test_logits_past_the_first_of_each_sequence_cost_extra():
+    plain, more = StepTable(rows()), StepTable.parse({"rows": rows(), "logits_ms": 0.5}, "t.json")
+    assert more.ms(4, 32, 100, wanted=20) == pytest.approx(plain.ms(4, 32, 100) + 8.0)
+    assert more.ms(4, 4, 100, wanted=4) == plain.ms(4, 4, 100)
 
 
 @pytest.mark.parametrize("model", ["8b", "14b"])

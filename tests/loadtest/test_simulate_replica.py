@@ -7,6 +7,7 @@ import pytest
 
 from loadtest.simulate_cost import StepTable
 from loadtest.simulate_load import Requests
+from loadtest.simulate_oracle import clairvoyant, truth
 from loadtest.simulate_parts import Hardware
 from loadtest.simulate_replica import SimulatedReplica
 from loadtest.simulate_yields import Rounds
@@ -168,6 +169,31 @@ def test_one_request_in_ar_takes_a_step_a_token():
     first, finish = play(a_replica(requests, FLAT, AR, max_step_tokens=512), requests)
     assert first == {0: pytest.approx(3.010)}
     assert finish == {0: pytest.approx(3.210)}
+
+
+def test_truth_is_what_comes_of_a_plan():
+    """Steps of 10 ms: in ar 100 tokens a second, in time where a token may take 11 ms, not where 9."""
+    requests = some_requests(1, random.Random(0))
+    requests.output[0], requests.arrival_s[0] = 21, 0.0
+    replica = a_replica(requests, FLAT, AR, max_step_tokens=512)
+    play(replica, requests, until=0.02)
+    assert truth(replica, AR, 0.011, 0.02) == (pytest.approx(100.0), 1)
+    assert truth(replica, AR, 0.009, 0.02)[1] == 0
+    assert truth(replica, DRAFT, 0.011, 0.02)[0] > 100.0
+
+
+def test_a_clairvoyant_keeps_to_the_target_until_it_is_pressed():
+    rng = random.Random(2)
+    requests = some_requests(8, rng)
+    requests.arrival_s[:], requests.chance[:], requests.output[:] = [0.0] * 8, [900] * 8, [40] * 8
+    replica = a_replica(requests, RISING, AR, max_running=8, max_step_tokens=2000)
+    play(replica, requests, until=0.2)
+    load = replica.load(0.2)
+    rates = {plan: truth(replica, plan, 1.0, 0.2)[0] for plan in PLANS}
+    fastest = max(PLANS, key=lambda plan: rates[plan])
+    assert clairvoyant(PLANS, 1.0, 0.0)(replica, load, 0.2) == fastest
+    most = max(PLANS, key=lambda plan: (truth(replica, plan, 0.02, 0.2)[1], rates[plan]))
+    assert clairvoyant(PLANS, 0.02, 100.0)(replica, load, 0.2) == most
 
 
 def test_a_change_of_plan_takes_effect_and_loses_no_token():

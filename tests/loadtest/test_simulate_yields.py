@@ -69,3 +69,12 @@ def test_ar_is_a_forward_a_token_and_diffusion_as_published():
     diffusion = Rounds(DecodePlan(Mode.DIFFUSION, 32), 2.57)
     assert diffusion.forwards(100, 257.0, 0.0) == pytest.approx(100.0)
     assert diffusion.pace(100) == 2.57
+
+
+def test_the_logits_a_plan_wants():
+    """A draft 7 and a verify 8 of 8; of 32 positions that are fixed bit by bit half are masked on average."""
+    wanted = [
+        Rounds(DecodePlan(mode, block), 2.5).wanted for mode, block in ((Mode.AR, 1), (Mode.DIFFUSION, 32))
+    ]
+    assert wanted == [1.0, 16.0]
+    assert Rounds(DecodePlan(Mode.SELF_SPECULATION, 8), 2.5).wanted == 7.5
