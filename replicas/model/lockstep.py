@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from replicas.engine.plan import ModelSpec, Runner, RunnerLost, SegmentOutput, StepPlan
 
