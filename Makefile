@@ -45,9 +45,15 @@ test: $(READY) ## run every test
 	@echo "== tests =="
 	@$(BIN)/python -m pytest $(ARGS)
 
-test-gpu: $(READY) ## the kernels and the CUDA runner on a GPU, in full shapes
+# With the allocator's cache a stray access would land in memory that is torch's all the same.
+test-gpu: $(READY) ## the kernels and the CUDA runner on a GPU, in full shapes; SANITIZER=1: under memcheck
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch sees no CUDA device")'
+ifdef SANITIZER
+	@PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+		$(BIN)/python -m pytest tests/replicas/kernels -k "not full_shapes" --timeout 0 $(ARGS)
+else
 	@$(BIN)/python -m pytest tests/replicas/kernels tests/replicas/model/cuda $(ARGS)
+endif
 
 lint: $(READY) ## ruff, mypy, import contracts
 	@echo "== lint =="

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from benchmarks.gpu_costs import step_cost_table
+
 if TYPE_CHECKING:
     from benchmarks.gpu_model import Work
     from benchmarks.gpu_timing import Clock, Report
@@ -141,7 +143,7 @@ class Bench:
                 self._say(f"{name}: {'; '.join(values)}")
 
     def _write(self) -> None:
-        """Whole or not at all; the sweep also in the form of the public one."""
+        """Whole or not at all; the sweep also in the form of the public one, and in the simulator's."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._path.with_suffix(".partial")
         partial.write_text(json.dumps(dataclasses.asdict(self._report), indent=1) + "\n")
@@ -151,6 +153,10 @@ class Bench:
                 writer = csv.DictWriter(file, list(self._report.sweep[0]), lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(self._report.sweep)
+        for model in dict.fromkeys(str(row["model"]) for row in self._report.sweep):
+            table = step_cost_table(model, self._report.about, self._report.sweep, self._report.overhead)
+            path = self._path.with_name(f"{self._path.stem}-step-cost-{model.lower()}.json")
+            path.write_text(json.dumps(table, indent=1) + "\n")
 
     def _say(self, line: str) -> None:
         print(line, flush=True)

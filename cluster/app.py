@@ -67,6 +67,15 @@ def _replicas(args: ClusterConfig, redis_url: str) -> Application:
     # Late, because it brings torch, which nothing else here needs.
     from replicas.server import Replica
 
+    parallel: dict[str, Any] = {}
+    if args.tensor_parallel > 1:
+        # The replica is in the first bundle, its workers are in the others, all on one machine.
+        resources = {"CPU": args.replica_cpus, "GPU": args.num_gpus}
+        bundle = {name: amount for name, amount in resources.items() if amount}
+        parallel = {
+            "placement_group_bundles": [bundle] * args.tensor_parallel,
+            "placement_group_strategy": "STRICT_PACK",
+        }
     return _bind(
         "Replica",
         Replica,
@@ -77,6 +86,7 @@ def _replicas(args: ClusterConfig, redis_url: str) -> Application:
         # The ingress asks each replica every second who it is; its own log has the requests.
         logging_config=_logging(args, access_log=False),
         request_router_config=RequestRouterConfig.model_validate({"request_router_class": ADDRESSED_ROUTER}),
+        **parallel,
     )
 
 
@@ -138,7 +148,7 @@ def _replica_config(args: ClusterConfig, redis_url: str) -> ReplicaConfig:
     if num_threads is None and args.num_gpus == 0:
         # Ray would give an actor with a fraction of a CPU one thread. All replicas on one machine is
         # the case to be right for: more threads than cores cost far more than idle ones.
-        num_threads = max(1, (os.cpu_count() or 1) // args.num_replicas)
+        num_threads = max(1, (os.cpu_count() or 1) // (args.num_replicas * args.tensor_parallel))
     return ReplicaConfig(
         checkpoint=args.checkpoint,
         served_model_name=args.model_name,
@@ -152,6 +162,8 @@ def _replica_config(args: ClusterConfig, redis_url: str) -> ReplicaConfig:
         num_threads=num_threads,
         page_size=args.page_size,
         kv_cache_mb=args.kv_cache_mb,
+        kv_dtype=args.kv_dtype,
+        tensor_parallel=args.tensor_parallel,
         max_running=args.max_running,
         max_step_tokens=args.max_step_tokens,
         max_prefill_tokens=args.max_prefill_tokens,

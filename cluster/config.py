@@ -79,7 +79,12 @@ class ClusterConfig(BaseModel):
     )
     num_threads: int | None = Field(None, ge=1, description="CPU threads a replica; None: its share of them.")
     page_size: int = Field(16, ge=1, description="Tokens a K/V page.")
-    kv_cache_mb: int = Field(256, ge=1, description="Memory for K/V pages a replica, in MiB.")
+    kv_cache_mb: int = Field(
+        256, ge=1, description="Memory for K/V pages, in MiB, of each of a replica's processes."
+    )
+    kv_dtype: Literal["auto", "bfloat16", "fp8"] = Field(
+        "auto", description="Of K/V on GPUs: auto is dtype's; fp8 holds twice as many tokens."
+    )
     max_running: int = Field(64, ge=1, description="Requests in one forward.")
     max_step_tokens: int = Field(512, ge=2 * MAX_BLOCK_LENGTH, description="Query tokens in one forward.")
     max_prefill_tokens: int = Field(
@@ -126,7 +131,10 @@ class ClusterConfig(BaseModel):
 
     replica_cpus: float = Field(0.1, ge=0.0, description="CPUs reserved with Ray for a replica's actor.")
     ingress_cpus: float = Field(0.1, ge=0.0, description="CPUs reserved with Ray for an ingress's actor.")
-    num_gpus: float = Field(0.0, ge=0.0, description="GPUs a replica.")
+    num_gpus: float = Field(0.0, ge=0.0, description="GPUs of each of a replica's processes, one at most.")
+    tensor_parallel: int = Field(
+        1, ge=1, description="Processes, on one machine, among which each replica's model is split."
+    )
     drain_timeout_s: float = Field(600.0, gt=0.0, description="How long a stopping actor may finish streams.")
 
     @model_validator(mode="before")
@@ -154,6 +162,27 @@ class ClusterConfig(BaseModel):
             create_policy(self.policy, self.policy_params)
         except PolicyError as error:
             raise ValueError(str(error)) from error
+        return self
+
+    @model_validator(mode="after")
+    def _devices_fit(self) -> Self:
+        if self.num_gpus > 1:
+            raise ValueError(
+                f"num_gpus is of one process, which uses one GPU; for {self.num_gpus:g} GPUs a replica set "
+                f"num_gpus=1 tensor_parallel={self.num_gpus:g}"
+            )
+        if not self.num_gpus and self.kv_dtype != "auto":
+            raise ValueError(
+                f"kv_dtype {self.kv_dtype!r} is for GPUs (num_gpus=1); on a CPU K/V has the weights' dtype: "
+                f"leave it out"
+            )
+        if self.tensor_parallel > 1:
+            if 0 < self.num_gpus < 1:
+                raise ValueError("tensor_parallel takes a whole GPU for each process: set num_gpus=1, or 0")
+            if self.forward == "native":
+                raise ValueError("forward 'native' runs in one process; with tensor_parallel set 'torch'")
+            if not self.num_gpus and not self.replica_cpus:
+                raise ValueError("tensor_parallel needs replica_cpus above 0, to place its processes by")
         return self
 
     @model_validator(mode="after")

@@ -10,7 +10,8 @@ class ReplicaConfig:
     """Checked by cluster.config, where each field is explained to operators.
 
     checkpoint: a folder or a hub name. device: 'cpu' or 'cuda'. num_threads None leaves torch's own choice.
-    kv_cache_mb: memory for K/V pages, in MiB. max_running: sequences in one forward.
+    kv_cache_mb: memory for K/V pages of each process, in MiB. kv_dtype: 'auto', 'bfloat16' or 'fp8'.
+    tensor_parallel: processes that share the model. max_running: sequences in one forward.
     max_step_tokens: query tokens in one forward; max_prefill_tokens: of them prompt tokens beside
     decoding ones. adaptive_speculation: drafts as long as pays. max_waiting: queued beyond those running.
     calibration_s: seconds spent at the start on measuring what forwards take.
@@ -28,6 +29,8 @@ class ReplicaConfig:
     num_threads: int | None = None
     page_size: int = 16
     kv_cache_mb: int = 256
+    kv_dtype: str = "auto"
+    tensor_parallel: int = 1
     max_running: int = 64
     max_step_tokens: int = 512
     max_prefill_tokens: int = 256

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -15,16 +16,19 @@ from policies.store import LoadStore
 from replicas.calibration import calibrate
 from replicas.config import ReplicaConfig
 from replicas.engine.engine import Engine
-from replicas.engine.plan import Runner
+from replicas.load import load_runner
 from replicas.messages import Accepted, Event, GenerateRequest, ModelInfo, Rejected
-from replicas.model.runner import TorchRunner
 from replicas.service import ReplicaService
 from replicas.text import TextCodec
 from replicas.trace import SpanWriter
+from replicas.workers import Workers
 from telemetry.logs import configure_logs
 from telemetry.setup import Tracing
 
 logger = logging.getLogger(__name__)
+
+LAST_WORDS_S = 0.5
+"""What a replica that is to end leaves its engine to notice and to tell its streams."""
 
 
 class Replica:
@@ -35,7 +39,8 @@ class Replica:
     """
 
     def __init__(self, config: ReplicaConfig):
-        runner = load_runner(config)
+        self._workers = None if config.tensor_parallel == 1 else Workers.start(config)
+        runner = load_runner(config) if self._workers is None else self._workers.runner
         codec = TextCodec.load(config.checkpoint)
         engine = Engine(
             runner,
@@ -79,6 +84,8 @@ class Replica:
         choice = PolicyChoice(config.policy, config.policy_params)
         self._watch = PolicyWatch(self._store, choice, self._follower.set_policy)
         self._watching = asyncio.create_task(self._watch.run())
+        if self._workers is not None:
+            self._minding = asyncio.create_task(self._mind(self._workers))
 
     async def model_info(self) -> ModelInfo:
         return self._info
@@ -121,29 +128,23 @@ class Replica:
         self._stop.set()
         await self._control
         await self._service.stop()
+        if self._workers is not None:
+            self._minding.cancel()
+            if self._service.is_sound:
+                self._workers.close()
         await self._store.close()
         await asyncio.to_thread(self._tracing.close)
 
+    async def _mind(self, workers: Workers) -> None:
+        """Ends this process with the first of the others to end: the part of the model it had is gone.
+
+        A step under way may wait for it for ever, on a GPU even past all timeouts, so nothing milder will
+        do. The routers tell of it to the streams that the engine could not, and Serve starts another replica.
+        """
+        reason = await workers.lost()
+        logger.critical("%s; this replica ends with it", reason)
+        await asyncio.sleep(LAST_WORDS_S)
+        os._exit(1)
+
     def _apply(self, plan: ReplicaPlan) -> None:
         self._service.set_plan(plan.decode, plan.rule)
-
-
-def load_runner(config: ReplicaConfig) -> Runner:
-    """Raises CheckpointError."""
-    if config.device == "cuda":
-        from replicas.model.cuda.runner import CudaRunner  # Triton is there on Linux only
-
-        return CudaRunner.load(
-            config.checkpoint,
-            dtype=config.dtype,
-            kv_budget_bytes=config.kv_cache_mb * 2**20,
-            page_size=config.page_size,
-        )
-    return TorchRunner.load(
-        config.checkpoint,
-        dtype=config.dtype,
-        kv_budget_bytes=config.kv_cache_mb * 2**20,
-        page_size=config.page_size,
-        num_threads=config.num_threads,
-        forward=config.forward,
-    )

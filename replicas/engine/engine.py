@@ -15,7 +15,7 @@ from policies.modes import MAX_BLOCK_LENGTH, DecodePlan, Mode
 from policies.policy import Probes
 from replicas.engine.decoders.choose import ActivePlan
 from replicas.engine.grammar import Grammar
-from replicas.engine.plan import Runner, StepPlan
+from replicas.engine.plan import Runner, RunnerLost, StepPlan
 from replicas.engine.scheduler import Limits, Scheduler
 from replicas.engine.sequence import Progress, Sequence, Status
 from replicas.engine.speculation import Speculation
@@ -156,7 +156,10 @@ class Engine:
         return sequence
 
     def step(self) -> list[Progress]:
-        """One forward: schedule, run, commit. What is new, by sequence; each ends exactly once."""
+        """One forward: schedule, run, commit. What is new, by sequence; each ends exactly once.
+
+        Raises RunnerLost.
+        """
         expired = self._expire()
         began_s = self._clock()
         plan = self._scheduler.schedule()
@@ -165,6 +168,8 @@ class Engine:
             return ended
         try:
             outputs = self._runner.run(plan)
+        except RunnerLost:
+            raise
         except Exception as error:
             return ended + self._fail_planned(error)
         progress = self._scheduler.commit(plan, outputs)

@@ -111,6 +111,10 @@ class ModelSpec:
     """Whether the adapter is on in denoising forwards as well as in drafts."""
 
 
+class RunnerLost(Exception):
+    """The runner can run nothing any more, whatever it is given."""
+
+
 class Runner(Protocol):
     """Runs forwards. Implementations: replicas.model.runner (torch), and scripted ones in tests."""
 
@@ -118,5 +122,5 @@ class Runner(Protocol):
     def spec(self) -> ModelSpec: ...
 
     def run(self, plan: StepPlan) -> Seq[SegmentOutput]:
-        """One output a segment, in the plan's order."""
+        """One output a segment, in the plan's order. RunnerLost: it is of no use from now on."""
         ...

@@ -3,13 +3,15 @@
 Query, key, value, gate and up matrices are split by rows, so each process has some K/V heads with their
 queries and some of the MLP; output and down matrices by columns, so their products are sums to which each
 process adds its part (Megatron-LM, arXiv 1909.08053). The head is split by tokens of the vocabulary and its
-logits are gathered. One process is the same code with nothing to add or gather.
+logits are gathered, the last part padded where they do not divide. One process is the same code with
+nothing to add or gather.
 """
 
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from replicas.model.adapter import LowRank
 from replicas.model.checkpoint import LayerWeights, ModelWeights
@@ -33,34 +35,55 @@ class Parallel:
             dist.all_reduce(partial)
         return partial
 
-    def gather(self, part: torch.Tensor) -> torch.Tensor:
-        """[W, n] of each process -> [W, size * n], in the order of ranks."""
+    def least(self, number: int) -> int:
+        """The least of all processes' numbers."""
+        if self.size == 1:
+            return number
+        numbers = [0] * self.size
+        dist.all_gather_object(numbers, number)
+        return min(numbers)
+
+    def gather(self, part: torch.Tensor, width: int) -> torch.Tensor:
+        """[W, n] of each process -> [W, width], in the order of ranks; what is past width is padding."""
         if self.size == 1:
             return part
         parts = [torch.empty_like(part) for _ in range(self.size)]
         dist.all_gather(parts, part.contiguous())
-        return torch.cat(parts, -1)
+        return torch.cat(parts, -1)[:, :width]
 
 
-def shard(config: ModelConfig, weights: ModelWeights, parallel: Parallel) -> tuple[ModelConfig, ModelWeights]:
-    """This process's part: the config says its own heads and MLP size. Raises CheckpointError."""
+ALONE = Parallel()
+
+
+def shard_config(config: ModelConfig, parallel: Parallel) -> ModelConfig:
+    """What this process has of the model: its own heads and MLP size. Raises CheckpointError."""
     size = parallel.size
-    if size == 1:
-        return config, weights
-    for name in ("num_kv_heads", "intermediate_size", "vocab_size"):
+    for name in ("num_kv_heads", "intermediate_size"):
         if getattr(config, name) % size:
-            raise CheckpointError(f"{name} ({getattr(config, name)}) can't be split among {size} processes")
-    part = replace(
+            raise CheckpointError(
+                f"tensor_parallel: the model's {name}, {getattr(config, name)}, can't be split among {size} "
+                f"processes; give a number that divides it"
+            )
+    return replace(
         config,
         num_heads=config.num_heads // size,
         num_kv_heads=config.num_kv_heads // size,
         intermediate_size=config.intermediate_size // size,
     )
+
+
+def shard(config: ModelConfig, weights: ModelWeights, parallel: Parallel) -> ModelWeights:
+    """This process's part of the weights, which are emptied. config: of the whole model."""
+    size = parallel.size
+    if size == 1:
+        return weights
     cut = _Cut(config, parallel)
-    head = cut.rows(weights.head, 1)
-    return part, ModelWeights(
-        weights.embedding, [cut.layer(layer) for layer in weights.layers], weights.norm, head
-    )
+    layers = []
+    weights.layers.reverse()
+    while weights.layers:
+        layers.append(cut.layer(weights.layers.pop()))
+    head = cut.rows(F.pad(weights.head, (0, 0, 0, -config.vocab_size % size)), 1)
+    return ModelWeights(weights.embedding, layers, weights.norm, head)
 
 
 class _Cut:

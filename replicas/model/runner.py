@@ -14,6 +14,7 @@ from replicas.model.config import ModelConfig
 from replicas.model.kv_cache import KvCache
 from replicas.model.native.build import NativeUnavailable
 from replicas.model.native.model import NativeModel, native_page_bytes, require_native
+from replicas.model.parallel import ALONE, Parallel, shard, shard_config
 from replicas.model.sampler import Choose, Row, choose, sample
 from replicas.model.transformer import Batch, Transformer
 
@@ -29,13 +30,19 @@ class TorchModel:
     choose: Choose = staticmethod(choose)
 
     def __init__(
-        self, config: ModelConfig, weights: ModelWeights, num_pages: int, page_size: int, max_context: int
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        num_pages: int,
+        page_size: int,
+        max_context: int,
+        parallel: Parallel = ALONE,
     ):
         """Takes the weights over (Transformer)."""
         cache = KvCache(config, num_pages, page_size, weights.embedding.dtype)
         self.pages = cache.layers
         self._attention = CpuAttention(cache, config.num_heads)
-        self._transformer = Transformer(config, weights, self._attention, max_context)
+        self._transformer = Transformer(config, weights, self._attention, max_context, parallel)
 
     def forward(self, segments: Sequence[Segment]) -> tuple[tuple[int, ...], torch.Tensor]:
         """-> the order in which segments were packed, and the logits [W, vocab] of their wanted rows."""
@@ -56,11 +63,17 @@ class TorchRunner:
         page_size: int,
         max_context: int,
         native_threads: int | None = None,
+        parallel: Parallel = ALONE,
     ):
-        """Takes the weights over. native_threads: of the native forward; None: the forward is torch's."""
+        """Takes the weights over. native_threads: of the native forward; None: the forward is torch's.
+
+        parallel: this process's place among those that share the model, for torch's forward alone; weights
+        and config are then its own part (replicas.model.parallel.shard).
+        """
+        self._leads = parallel.rank == 0
         self._model: TorchModel | NativeModel
         if native_threads is None:
-            self._model = TorchModel(config, weights, num_pages, page_size, max_context)
+            self._model = TorchModel(config, weights, num_pages, page_size, max_context, parallel)
         else:
             self._model = NativeModel(
                 config,
@@ -91,6 +104,7 @@ class TorchRunner:
         takes DEFAULT_KV_BUDGET_BYTES. max_context is at most the model's own and what the pool holds.
         num_threads: None is torch's number, which is the cores'. forward: 'native', 'torch', or 'auto',
         which is native where that can be had. Raises NativeUnavailable for 'native' where it can't.
+        Under torch.distributed's default group the model is split among its processes, in torch.
         """
         if dtype not in DTYPES:
             raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -101,8 +115,14 @@ class TorchRunner:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         folder = resolve_folder(checkpoint)
-        config = ModelConfig.from_folder(folder)
-        is_native = forward != "torch" and _has_native(config, required=forward == "native")
+        whole = ModelConfig.from_folder(folder)
+        parallel = Parallel.of_default_group()
+        config = shard_config(whole, parallel)
+        is_native = False
+        if parallel.size == 1:
+            is_native = forward != "torch" and _has_native(config, required=forward == "native")
+        elif forward == "native":
+            raise NativeUnavailable("the native forward runs in one process; tensor_parallel takes torch's")
         page_bytes_of = native_page_bytes if is_native else KvCache.page_bytes
         page_bytes = page_bytes_of(config, page_size, DTYPES[dtype])
         if num_pages is None:
@@ -113,14 +133,15 @@ class TorchRunner:
                 f"the K/V budget holds no page; one of {page_size} tokens takes {page_bytes} bytes"
             )
         limits = [config.max_position_embeddings, num_pages * page_size]
-        weights = load_weights(folder, config, DTYPES[dtype], reserved_bytes=num_pages * page_bytes)
+        weights = load_weights(folder, whole, DTYPES[dtype], reserved_bytes=num_pages * page_bytes)
         return cls(
             config,
-            weights,
+            shard(whole, weights, parallel),
             num_pages=num_pages,
             page_size=page_size,
             max_context=min(limits if max_context is None else [*limits, max_context]),
             native_threads=torch.get_num_threads() if is_native else None,
+            parallel=parallel,
         )
 
     @property
@@ -134,7 +155,7 @@ class TorchRunner:
         segments = [plan.segments[index] for index in order]
         rows = list(chain.from_iterable(rows_of(segment) for segment in segments))
         outputs = [SegmentOutput((), ())] * len(segments)
-        if not rows:
+        if not rows or not self._leads:  # nobody asks the others for their tokens
             return outputs
         tokens, probs, tops = sample(
             logits, rows, self._spec.mask_token_id, self._spec.eos_token_ids, self._model.choose

@@ -10,6 +10,7 @@ from replicas.model.attention import Attention, AttentionPlan
 from replicas.model.checkpoint import LayerWeights, ModelWeights
 from replicas.model.config import ModelConfig
 from replicas.model.linear import Linear, make_linear
+from replicas.model.parallel import ALONE, Parallel
 from replicas.model.rotary import RotaryTable, rotate_
 
 
@@ -31,10 +32,21 @@ class Batch:
 
 
 class Transformer:
-    """A decoder of the Llama family. Takes the weights over: they are emptied layer by layer."""
+    """A decoder of the Llama family, or this process's part of one (replicas.model.parallel).
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights, attention: Attention, num_positions: int):
+    Takes the weights over: they are emptied layer by layer. config: the part's own.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        attention: Attention,
+        num_positions: int,
+        parallel: Parallel = ALONE,
+    ):
         self._eps = config.rms_norm_eps
+        self._parallel = parallel
         self._heads = (config.num_heads, config.num_kv_heads)
         self._rotary = RotaryTable(config, num_positions)
         self._attention = attention
@@ -42,7 +54,7 @@ class Transformer:
         self._layers: list[_Layer] = []
         weights.layers.reverse()
         while weights.layers:
-            self._layers.append(_Layer(config, weights.layers.pop(), len(self._layers)))
+            self._layers.append(_Layer(config, weights.layers.pop(), len(self._layers), parallel))
         self._norm = weights.norm
         self._head = make_linear(weights.head)
 
@@ -61,7 +73,8 @@ class Transformer:
         if not len(hidden):
             return hidden.new_empty(0, self._embedding.shape[0])
         hidden = last.finish(hidden, attended, batch.wanted_adapter)
-        return self._head(rms_norm(hidden, self._norm, self._eps))
+        logits = self._head(rms_norm(hidden, self._norm, self._eps))
+        return self._parallel.gather(logits, self._embedding.shape[0])
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -74,8 +87,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 class _Layer:
-    def __init__(self, config: ModelConfig, weights: LayerWeights, index: int):
+    def __init__(self, config: ModelConfig, weights: LayerWeights, index: int, parallel: Parallel):
         self._index = index
+        self._parallel = parallel
         self._eps = config.rms_norm_eps
         self._num_kv_heads = config.num_kv_heads
         self._num_rotated = config.num_heads + config.num_kv_heads
@@ -112,11 +126,19 @@ class _Layer:
         self, hidden: torch.Tensor, attended: torch.Tensor, adapter: AdapterRows | None
     ) -> torch.Tensor:
         """Output projection and MLP with their residuals; hidden may be overwritten."""
-        hidden = self._adapted("o", self._o.add_to(hidden, attended), attended, adapter)
+        hidden = self._added("o", self._o, hidden, attended, adapter)
         x = rms_norm(hidden, self._post_norm, self._eps)
         gate, up = self._adapted("gate_up", self._gate_up(x), x, adapter).chunk(2, -1)
         x = F.silu(gate).mul_(up)
-        return self._adapted("down", self._down.add_to(hidden, x), x, adapter)
+        return self._added("down", self._down, hidden, x, adapter)
+
+    def _added(
+        self, name: str, linear: Linear, hidden: torch.Tensor, x: torch.Tensor, rows: AdapterRows | None
+    ) -> torch.Tensor:
+        """hidden and the product, of which each process has a part; hidden may be overwritten."""
+        if self._parallel.size == 1:
+            return self._adapted(name, linear.add_to(hidden, x), x, rows)
+        return hidden.add_(self._parallel.add(self._adapted(name, linear(x), x, rows)))
 
     def _adapted(self, name: str, y: torch.Tensor, x: torch.Tensor, rows: AdapterRows | None) -> torch.Tensor:
         if rows is None or name not in self._adapters:

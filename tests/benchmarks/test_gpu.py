@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.crossover import accepted, chance_of, crossovers, rates
+from benchmarks.gpu_costs import step_cost_table
 from benchmarks.gpu_targets import targets
 from benchmarks.gpu_timing import Report
+from loadtest.simulate_cost import StepTable
 
 ROOT = Path(__file__).parents[2]
 FIGURES = json.loads((ROOT / "benchmarks" / "data" / "acceptance.json").read_text())
@@ -27,9 +29,11 @@ def test_smoke(tmp_path: Path) -> None:
     }  # fmt: skip
     assert {(row["block"], row["draft_ms"] is None) for row in report["sweep"]} == {(1, True), (4, False)}
     assert {row["mode"] for row in report["overhead"]} == {"ar", "self_speculation"}
-    assert (
-        path.with_suffix(".csv").read_text().startswith("model,block,concurrency,query_tokens,mean_history,")
-    )
+    header, *rows = path.with_suffix(".csv").read_text().splitlines()
+    assert header == "model,block,concurrency,query_tokens,mean_history,draft_ms,verify_ms,std_ms"
+    assert [line.rsplit(",", 3)[0] for line in rows] == ["tiny,1,1,1,5", "tiny,4,1,4,5"]
+    assert StepTable.load(tmp_path / "gpu-step-cost-tiny.json").ms(1, 1, 5) > 0
+    assert report["crossovers"][0]["model"] == "tiny"
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
@@ -63,6 +67,24 @@ def test_the_best_way_turns_with_the_load() -> None:
     first, last = crossovers(few + many, FIGURES)
     assert str(first["average, lossless"]).startswith("self_speculation 32 x2.7")
     assert last["average"] == "ar x1.00"
+
+
+def test_the_simulator_reads_the_sweep() -> None:
+    about = {"device": "a GPU", "dtype": "bfloat16", "weights": "random"}
+    times = ((1, 1, None, 4.0), (1, 32, 6.0, 5.0), (64, 1, None, 9.0))
+    sweep = [row(c, b, *ms) | {"query_tokens": c * b, "mean_history": 800} for c, b, *ms in times]
+    other = row(1, 1, None, 70.0) | {"model": "14B", "query_tokens": 1, "mean_history": 800}
+    overhead = [
+        {"mode": "ar", "concurrency": 1, "overhead_ms": 0.5},
+        {"mode": "ar", "concurrency": 64, "overhead_ms": 2.39},
+        {"mode": "self_speculation", "concurrency": 64, "overhead_ms": 50.0},
+    ]
+    table = step_cost_table("8B", about, [*sweep, other], overhead)
+    assert table["overhead_ms"] == {"step": 0.47, "sequence": 0.03}
+    read = StepTable.parse(table, "table")
+    assert read.ms(1, 1, 800) == pytest.approx(4.5)
+    assert read.ms(1, 32, 800) == pytest.approx(6.0)  # the mean of draft and verify
+    assert read.ms(64, 64, 64 * 800) == pytest.approx(9.0 + 2.39)
 
 
 def test_targets_name_what_was_not_measured() -> None:

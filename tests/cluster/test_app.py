@@ -96,6 +96,21 @@ def test_what_is_configured_arrives():
     )
 
 
+def test_a_split_replica_has_a_bundle_for_each_process_on_one_machine():
+    replica = nodes(deploy(ClusterConfig(num_gpus=1, tensor_parallel=4, kv_dtype="fp8")))["Replica"]
+    asked = replica._bound_deployment._replica_config
+    assert asked.placement_group_bundles == [{"CPU": 0.1, "GPU": 1.0}] * 4
+    assert asked.placement_group_strategy == "STRICT_PACK"
+    assert replica._bound_deployment.ray_actor_options == {"num_cpus": 0.1, "num_gpus": 1.0}
+    assert (argument(replica).tensor_parallel, argument(replica).kv_dtype) == (4, "fp8")
+    on_cpu = nodes(deploy(ClusterConfig(tensor_parallel=2)))["Replica"]._bound_deployment._replica_config
+    assert on_cpu.placement_group_bundles == [{"CPU": 0.1}] * 2
+    assert (
+        nodes(deploy(ClusterConfig()))["Replica"]._bound_deployment._replica_config.placement_group_bundles
+        is None
+    )
+
+
 @pytest.mark.parametrize(("num_replicas", "num_threads"), [(1, 8), (3, 2), (16, 1)])
 def test_replicas_share_the_cpus(monkeypatch, num_replicas, num_threads):
     monkeypatch.setattr(os, "cpu_count", lambda: 8)

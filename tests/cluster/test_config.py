@@ -71,12 +71,28 @@ def test_a_model_is_asked_for_by_its_last_part(model, name):
         ("dtype=int8", ["dtype", "bfloat16"]),
         ("max_step_tokens=8", ["max_step_tokens", "128"]),
         ("app=a b", ["app", "pattern"]),
+        ("num_gpus=4", ["num_gpus=1", "tensor_parallel=4"]),
+        ("kv_dtype=fp8", ["kv_dtype", "num_gpus=1", "leave it out"]),
+        ("kv_dtype=int4", ["kv_dtype", "bfloat16", "fp8"]),
     ],
 )
 def test_an_error_names_the_key_and_what_to_change(argument, words):
     with pytest.raises(ValidationError) as caught:
         from_command_line(argument)
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("num_gpus=0.5", "num_gpus=1"),
+        ("forward=native", "'torch'"),
+        ("replica_cpus=0", "replica_cpus above 0"),
+    ],
+)
+def test_what_a_split_model_cannot_do_is_told(argument, words):
+    with pytest.raises(ValidationError, match=words):
+        from_command_line("tensor_parallel=2", argument)
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,10 @@ def test_the_rayservice_is_as_it_should_be(values: str | None, sets: tuple[str, 
     (container,) = group["template"]["spec"]["containers"]
     config = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"][0]["args"]
     gpus = int(container["resources"].get("limits", {}).get("nvidia.com/gpu", 0))
-    assert gpus * group["replicas"] >= config.get("num_gpus", 0) * config["num_replicas"]
+    assert (
+        gpus * group["replicas"]
+        >= config.get("num_gpus", 0) * config.get("tensor_parallel", 1) * config["num_replicas"]
+    )
 
 
 @pytest.mark.parametrize(("values", "sets"), CASES)
@@ -213,6 +216,7 @@ def test_an_external_redis_is_used_and_then_no_valkey_runs() -> None:
         ("weights.source=s3", "source"),
         ("weights.source=pvc", "claimName"),
         ("serve.num_gpus=2", "num_gpus"),
+        ("serve.num_gpus=1,serve.tensor_parallel=2", "tensor_parallel"),
         ("ingress.enabled=true", "ingress.host"),
         ("telemetry.env.HOME=x", "HOME"),
     ],

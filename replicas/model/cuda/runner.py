@@ -25,13 +25,15 @@ from replicas.model.cuda.sampling import Sampled, choose, is_plain
 from replicas.model.cuda.staging import Staging
 from replicas.model.cuda.transformer import CudaTransformer
 from replicas.model.kv_cache import KvCache
-from replicas.model.parallel import Parallel, shard
+from replicas.model.parallel import ALONE, Parallel, shard, shard_config
 from replicas.model.runner import spec_of
 
-KV_DTYPES = {"auto": None, "fp8": torch.float8_e4m3fn}
+KV_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 MEMORY_FOR_STEPS = 2 << 30
 """Bytes left free on the device for activations, graphs and libraries when the page pool is sized."""
 _GRAPH_PAGE_ENTRIES = 1 << 20
+_FP8_SINCE = (8, 9)
+"""The compute capability from which on fp8 is converted in hardware, as Triton asks for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class CudaRunner:
         page_size: int,
         max_context: int,
         kv_dtype: torch.dtype | None = None,
-        parallel: Parallel | None = None,
+        parallel: Parallel = ALONE,
         options: Options = Options(),
     ):
         self.config = config
@@ -81,7 +83,7 @@ class CudaRunner:
         self._options = options
         pages = PagedKv(config, num_pages, page_size, kv_dtype or weights.embedding.dtype, self.device)
         attention = TritonAttention(config, pages, max_context)
-        self.model = CudaTransformer(config, weights, attention, parallel or Parallel())
+        self.model = CudaTransformer(config, weights, attention, parallel)
         self._staging = Staging(self.device)
         self._ahead: _Ahead | None = None
         self.num_steps_ahead = 0
@@ -116,17 +118,20 @@ class CudaRunner:
             raise CheckpointError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise CheckpointError(f"device {device!r} was asked for, but torch sees no CUDA device")
+        if kv_dtype == "fp8":
+            _check_fp8(torch.device(device))
         folder = resolve_folder(checkpoint)
         parallel = Parallel.of_default_group()
         whole = ModelConfig.from_folder(folder)
-        config, part = shard(whole, load_weights(folder, whole, DTYPES[dtype]), parallel)
+        config = shard_config(whole, parallel)
+        part = shard(whole, load_weights(folder, whole, DTYPES[dtype]), parallel)
         weights = weights_to(part, torch.device(device))
         stored = KV_DTYPES[kv_dtype] or DTYPES[dtype]
         page_bytes = KvCache.page_bytes(config, page_size, stored)
         if num_pages is None:
             if kv_budget_bytes is None:
                 kv_budget_bytes = _free_bytes(torch.device(device)) - MEMORY_FOR_STEPS
-            num_pages = max(kv_budget_bytes, 0) // page_bytes
+            num_pages = parallel.least(max(kv_budget_bytes, 0) // page_bytes)
         if num_pages < 1:
             raise CheckpointError(
                 f"the K/V budget holds no page; one of {page_size} tokens takes {page_bytes} bytes"
@@ -235,6 +240,12 @@ class CudaRunner:
             return recorder.capture(compute)
 
         self._graphs = GraphCache(capture, max_graphs)
+
+
+def _check_fp8(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _FP8_SINCE:
+        name = torch.cuda.get_device_name(device)
+        raise CheckpointError(f"kv_dtype 'fp8' needs a GPU like Ada's or Hopper's or newer, not a {name}")
 
 
 def _free_bytes(device: torch.device) -> int:

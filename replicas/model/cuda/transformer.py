@@ -28,6 +28,7 @@ class CudaTransformer:
         parallel: Parallel,
     ):
         self._eps = config.rms_norm_eps
+        self._vocab_size = config.vocab_size
         self._parallel = parallel
         self._weights = weights
         self._layers = [
@@ -51,7 +52,7 @@ class CudaTransformer:
         assert update is not None, "a model has layers"
         hidden = rms_norm(update, self._weights.norm, self._eps, residual)
         if logits is None or self._parallel.size > 1:
-            found = self._parallel.gather(F.linear(hidden, self._weights.head))
+            found = self._parallel.gather(F.linear(hidden, self._weights.head), self._vocab_size)
             return found if logits is None else logits.copy_(found)
         return torch.mm(hidden, self._weights.head.t(), out=logits)
 

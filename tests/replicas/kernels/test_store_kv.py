@@ -78,6 +78,10 @@ def test_fp8_pages() -> None:
     check(6, 4, 2, 16, 16, torch.bfloat16, rotated=rotation(16) if ON_GPU else None, fp8=True)
 
 
+def test_one_row_that_is_stored_nowhere() -> None:
+    check(1, 3, 1, 20, 7, torch.float32, rotated=rotation(20))
+
+
 def test_no_rows() -> None:
     check(0, 4, 2, 16, 16, torch.float32, rotated=rotation(16))
 

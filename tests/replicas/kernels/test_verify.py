@@ -7,7 +7,7 @@ from replicas.kernels.confidence import confidence
 from replicas.kernels.verify import accept_reference, sample_rows, sample_rows_reference, verify
 from replicas.messages import SamplingParams
 from replicas.model.sampler import Row, sample, uniforms
-from tests.replicas.kernels.cases import DEVICE, ON_GPU, generator, normal
+from tests.replicas.kernels.cases import DEVICE, DTYPES, ON_GPU, generator, normal
 
 
 def draw(num_rows: int, seed: int = 0) -> torch.Tensor:
@@ -15,9 +15,11 @@ def draw(num_rows: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("vocab", [23, 97, 5000, *([131072] if ON_GPU else [])])
-@pytest.mark.parametrize("mask_token_id", [None, 5])
-def test_rows_are_sampled_as_defined(vocab: int, mask_token_id: int | None) -> None:
-    logits = normal(8, vocab, scale=2.0)
+@pytest.mark.parametrize(
+    ("dtype", "mask_token_id"), [(torch.float32, None), *((dtype, 5) for dtype in DTYPES)]
+)
+def test_rows_are_sampled_as_defined(vocab: int, dtype: torch.dtype, mask_token_id: int | None) -> None:
+    logits = normal(8, vocab, dtype=dtype, scale=2.0)
     if mask_token_id is not None:
         logits[:, mask_token_id] = 20.0
     temperatures = torch.tensor([0.0, 0.3, 0.7, 1.0, 1.5, 0.0, 3.0, 1e-5], device=DEVICE)

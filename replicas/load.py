@@ -1,0 +1,27 @@
+"""The runner that a replica's configuration asks for."""
+
+from replicas.config import ReplicaConfig
+from replicas.engine.plan import Runner
+from replicas.model.runner import TorchRunner
+
+
+def load_runner(config: ReplicaConfig) -> Runner:
+    """Raises CheckpointError. In a process of a group (replicas.model.lockstep) it is this one's part."""
+    if config.device == "cuda":
+        from replicas.model.cuda.runner import CudaRunner  # Triton is there on Linux only
+
+        return CudaRunner.load(
+            config.checkpoint,
+            dtype=config.dtype,
+            kv_budget_bytes=config.kv_cache_mb * 2**20,
+            kv_dtype=config.kv_dtype,
+            page_size=config.page_size,
+        )
+    return TorchRunner.load(
+        config.checkpoint,
+        dtype=config.dtype,
+        kv_budget_bytes=config.kv_cache_mb * 2**20,
+        page_size=config.page_size,
+        num_threads=config.num_threads,
+        forward=config.forward,
+    )

@@ -1,0 +1,96 @@
+"""One runner to the engine, several processes behind it: each runs every step on its part of the model."""
+
+import socket
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from replicas.engine.plan import ModelSpec, Runner, RunnerLost, SegmentOutput, StepPlan
+
+JOIN_TIMEOUT = timedelta(seconds=120)
+"""How long the first of the processes waits for the last one."""
+STEP_TIMEOUT = timedelta(seconds=100)
+"""How long a process waits in a step for another that lives but does not come; compiling kernels counts."""
+IDLE_TIMEOUT = timedelta(days=365)
+"""How long followers wait for a plan: a replica may idle. One that dies closes its connection at once."""
+
+
+class Meeting:
+    """Where the processes find each other: a store on a loopback port that rank 0 drew.
+
+    They are on one machine, as tensor parallelism asks for, so no other can reach it.
+    """
+
+    def __init__(self, size: int):
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = listener.getsockname()[1]
+        self.store = TCPStore(
+            "127.0.0.1",
+            self.port,
+            size,
+            is_master=True,
+            timeout=JOIN_TIMEOUT,
+            wait_for_workers=False,
+            use_libuv=False,  # which takes no socket of ours
+            master_listen_fd=listener.detach(),
+        )
+
+
+def join(meeting: Meeting | int, rank: int, size: int, device: str) -> None:
+    """Makes torch.distributed's default group. Waits for the others, JOIN_TIMEOUT at most.
+
+    meeting: rank 0's own, its port for the others. Steps are computed over NCCL on 'cuda'; plans go by gloo.
+    """
+    if isinstance(meeting, Meeting):
+        store = meeting.store
+    else:
+        store = TCPStore("127.0.0.1", meeting, size, timeout=JOIN_TIMEOUT, use_libuv=False)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=STEP_TIMEOUT)
+
+
+def plans_group() -> dist.ProcessGroup:
+    """The group in which plans travel; made by all of the processes at once."""
+    group = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+class Leader:
+    """Rank 0's runner. Every plan goes to the followers before it runs; `close` lets them end.
+
+    After a step that failed on any process nobody knows what the others have done, so it is the last one:
+    RunnerLost, and all of the processes are to be started again.
+    """
+
+    def __init__(self, runner: Runner):
+        self._runner = runner
+        self._plans = plans_group()
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._runner.spec
+
+    def run(self, plan: StepPlan) -> Sequence[SegmentOutput]:
+        try:
+            dist.broadcast_object_list([plan], src=0, group=self._plans)
+            return self._runner.run(plan)
+        except Exception as error:
+            raise RunnerLost(f"a step failed on a part of the model: {error}") from error
+
+    def close(self) -> None:
+        dist.broadcast_object_list([None], src=0, group=self._plans)
+
+
+def follow(runner: Runner) -> None:
+    """The other ranks': runs what the leader runs until it closes. Raises what a step raises."""
+    plans = plans_group()
+    while True:
+        received: list[StepPlan | None] = [None]
+        dist.broadcast_object_list(received, src=0, group=plans)
+        plan = received[0]
+        if plan is None:
+            return
+        runner.run(plan)
