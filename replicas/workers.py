@@ -6,6 +6,7 @@ with the replica; Ray ends the actors when the replica's process goes. So no ran
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import ray
 from ray.actor import ActorHandle
@@ -42,7 +43,9 @@ class Workers:
     runner: rank 0's, for the engine.
     """
 
-    def __init__(self, runner: Leader, following: Sequence["ray.ObjectRef[None]"], actors: list[ActorHandle]):
+    def __init__(
+        self, runner: Leader, following: Sequence["ray.ObjectRef[None]"], actors: list[ActorHandle[Any]]
+    ):
         self.runner = runner
         self._following = following
         self._actors = actors
@@ -54,7 +57,7 @@ class Workers:
         group = get_current_placement_group()
         if group is None or group.bundle_count < size:
             raise RuntimeError(f"tensor_parallel={size} needs a placement group of as many bundles")
-        actors = []
+        actors: list[Any] = []  # handles, whose remote methods are not typed
         for rank in range(1, size):
             resources = group.bundle_specs[rank]
             actor = ray.remote(TensorParallelWorker).options(
