@@ -1,4 +1,4 @@
-"""Sampled self-speculation has AR's distribution: chi-square of many seeds against the reference's probabilities."""
+"""Sampled self-speculation has AR's distribution: chi-square of many seeds against the reference."""
 
 import math
 from collections import Counter
