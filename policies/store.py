@@ -311,6 +311,17 @@ class LoadStore:
         return await self._call(self._redis.eval(script, len(keys), *keys, *args))
 
     async def _call(self, command: Awaitable[Any]) -> Any:
+        task = asyncio.current_task()
+        num_cancels = 0 if task is None else task.cancelling()
+        try:
+            return await self._answer(command)
+        finally:
+            # The client writes under asyncio.wait_for, which up to Python 3.11 loses a cancellation that
+            # comes as the write ends; the loop that called would go on for ever.
+            if task is not None and task.cancelling() > num_cancels:
+                raise asyncio.CancelledError
+
+    async def _answer(self, command: Awaitable[Any]) -> Any:
         try:
             async with asyncio.timeout(self._deadline_s):
                 return await command

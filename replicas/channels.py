@@ -52,7 +52,8 @@ class ChannelHub:
             yield ()
             while True:
                 try:
-                    batch = await asyncio.wait_for(queue.get(), KEEP_ALIVE_S)
+                    async with asyncio.timeout(KEEP_ALIVE_S):
+                        batch = await queue.get()
                 except TimeoutError:
                     yield ()
                     continue

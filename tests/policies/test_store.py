@@ -286,3 +286,15 @@ async def test_a_wrong_password_is_unavailable(server):
 def test_a_url_of_another_kind_is_refused():
     with pytest.raises(ValueError, match="redis://"):
         LoadStore("http://127.0.0.1")
+
+
+async def test_a_call_cancelled_at_any_moment_ends_cancelled(store):
+    """Also as the client has just written, where asyncio.wait_for loses it up to Python 3.11."""
+    for num_ticks in range(60):
+        call = asyncio.create_task(store.read_loads())
+        for _ in range(num_ticks):
+            await asyncio.sleep(0)
+        if call.cancel():
+            with pytest.raises(asyncio.CancelledError):
+                await call
+    assert (await store.read_loads()).replicas == ()
