@@ -130,8 +130,7 @@ class Replica:
         await self._service.stop()
         if self._workers is not None:
             self._minding.cancel()
-            if self._service.is_sound:
-                self._workers.close()
+            self._workers.close()
         await self._store.close()
         await asyncio.to_thread(self._tracing.close)
 

@@ -162,11 +162,6 @@ class ReplicaService:
         if began_s is not None and self._clock() - began_s > WEDGED_S:
             raise RuntimeError(f"a forward has been running for more than {WEDGED_S:g} s")
 
-    @property
-    def is_sound(self) -> bool:
-        """Whether the engine's thread has not died."""
-        return self._death is None
-
     async def _grammars_for(self, request: GenerateRequest) -> Seq[Grammar | None]:
         """One for each choice, compiled beside the engine. TriadError when the schema is at fault."""
         wanted = request.sampling.response_format

@@ -48,7 +48,7 @@ class Workers:
     ):
         self.runner = runner
         self._following = following
-        self._actors = actors
+        self._actors = actors  # Ray ends an actor whose last handle is gone
 
     @classmethod
     def start(cls, config: ReplicaConfig) -> "Workers":

@@ -68,6 +68,7 @@ class Leader:
     def __init__(self, runner: Runner):
         self._runner = runner
         self._plans = plans_group()
+        self._is_lost = False
 
     @property
     def spec(self) -> ModelSpec:
@@ -78,10 +79,13 @@ class Leader:
             dist.broadcast_object_list([plan], src=0, group=self._plans)
             return self._runner.run(plan)
         except Exception as error:
+            self._is_lost = True
             raise RunnerLost(f"a step failed on a part of the model: {error}") from error
 
     def close(self) -> None:
-        dist.broadcast_object_list([None], src=0, group=self._plans)
+        """Nothing after RunnerLost, when the others may never come for it."""
+        if not self._is_lost:
+            dist.broadcast_object_list([None], src=0, group=self._plans)
 
 
 def follow(runner: Runner) -> None:
