@@ -2,7 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from policies.modes import Mode
 from replicas.engine.engine import Engine
+from replicas.engine.plan import Runner, SegmentOutput, StepPlan
 from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.runner import TorchRunner
 from tests.reference import Reference
@@ -17,7 +19,11 @@ from tests.tiny_checkpoint import MASK_TOKEN_ID, make_tiny_checkpoint
 
 PROMPT = [7, 11, 3]
 NUM_SEEDS = 3000
-NUM_TOKENS = 3
+NUM_JUDGED = 3
+MAX_TOKENS = 8
+"""Longer than what is judged, so that no draft of its rounds is cut short by the end."""
+NUM_FORWARDS_WITHOUT = 2 * (MAX_TOKENS - 2) + 1
+"""Where no draft is accepted: the prompt gives the first token, and the last one needs no draft."""
 FILTERS = [
     SamplingParams(temperature=0.7, top_k=5),
     SamplingParams(temperature=1.3, top_k=12, top_p=0.6),
@@ -36,42 +42,71 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_self_speculation_samples_as_ar_should(folder: Path, sampling: SamplingParams) -> None:
     expected = exact(Reference(folder), sampling)
     assert 8 < len(expected) < 5000
+    shortest = []
     for block_length in (2, 4):
-        observed, accepted = sample(folder, sampling, block_length)
+        observed, num_forwards = sample(runner(folder), sampling, block_length)
         assert set(observed) <= set(expected), "a token that the filters leave out"
-        assert accepted > 0, "no draft was accepted: this would not test the acceptance"
+        assert sum(num < NUM_FORWARDS_WITHOUT for num in num_forwards) > NUM_SEEDS / 10, "too few accepted"
         assert fits(observed, expected)
+        shortest.append(min(num_forwards))
+    assert shortest[1] < shortest[0], "a round never took more than the short block's two tokens"
 
 
 def test_another_temperature_does_not_fit(folder: Path) -> None:
     """So the judge can tell."""
-    sampling = SamplingParams(temperature=0.7, top_k=5)
-    observed, _ = sample(folder, SamplingParams(temperature=0.8, top_k=5), block_length=4)
+    observed, _ = sample(runner(folder), replace(FILTERS[0], temperature=0.8), block_length=4)
+    assert not fits(observed, exact(Reference(folder), FILTERS[0]))
+
+
+@pytest.mark.parametrize("sampling", FILTERS, ids=["top_k", "top_k and top_p", "top_p"])
+def test_accepting_every_draft_does_not_fit(folder: Path, sampling: SamplingParams) -> None:
+    observed, _ = sample(AcceptsAll(runner(folder)), sampling, block_length=4)
     assert not fits(observed, exact(Reference(folder), sampling))
 
 
-def sample(folder: Path, sampling: SamplingParams, block_length: int) -> tuple[Counter[tuple[int, ...]], int]:
-    """How often each completion came, over the seeds; and how many rounds took more than one token."""
-    engine = Engine(
-        TorchRunner.load(str(folder), dtype="float32", num_pages=512, page_size=8), max_waiting=NUM_SEEDS
-    )
+class AcceptsAll:
+    """A runner whose verify finds every drafted token to be the one it sampled."""
+
+    def __init__(self, honest: Runner):
+        self._honest = honest
+        self.spec = honest.spec
+
+    def run(self, plan: StepPlan) -> Sequence[SegmentOutput]:
+        outputs = self._honest.run(plan)
+        return [
+            replace(output, token_ids=(*segment.token_ids[1:], output.token_ids[-1]))
+            if segment.causal and len(output.token_ids) == len(segment.token_ids) > 1
+            else output
+            for segment, output in zip(plan.segments, outputs, strict=True)
+        ]
+
+
+def runner(folder: Path) -> TorchRunner:
+    return TorchRunner.load(str(folder), dtype="float32", num_pages=512, page_size=8)
+
+
+def sample(
+    runner: Runner, sampling: SamplingParams, block_length: int
+) -> tuple[Counter[tuple[int, ...]], list[int]]:
+    """How often each beginning came, over the seeds; and each completion's forwards."""
+    engine = Engine(runner, max_waiting=NUM_SEEDS)
     options = DecodingOptions(Mode.SELF_SPECULATION, block_length)
-    params = {"max_tokens": NUM_TOKENS, "ignore_eos": True}
-    params |= {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p")}
     sequences = [
-        engine.submit(str(seed), PROMPT, SamplingParams(seed=seed, **params), options)
+        engine.submit(
+            str(seed), PROMPT, replace(sampling, seed=seed, max_tokens=MAX_TOKENS, ignore_eos=True), options
+        )
         for seed in range(NUM_SEEDS)
     ]
     while engine.has_work:
         engine.step()
-    num_shorter = sum(sequence.num_forwards < 2 * (NUM_TOKENS - 1) for sequence in sequences)
-    return Counter(tuple(s.tokens[len(PROMPT) :]) for s in sequences), num_shorter
+    judged = slice(len(PROMPT), len(PROMPT) + NUM_JUDGED)
+    return Counter(tuple(s.tokens[judged]) for s in sequences), [s.num_forwards for s in sequences]
 
 
 def exact(reference: Reference, sampling: SamplingParams) -> dict[tuple[int, ...], float]:
-    """Every completion's probability by the chain rule, from causal forwards."""
+    """Every beginning's probability by the chain rule, from causal forwards."""
     found: dict[tuple[int, ...], float] = {(): 1.0}
-    for _ in range(NUM_TOKENS):
+    for _ in range(NUM_JUDGED):
         found = {
             (*tokens, token): chance * probability
             for tokens, chance in found.items()
@@ -94,7 +129,7 @@ def filtered(reference: Reference, token_ids: list[int], sampling: SamplingParam
 
 
 def fits(observed: Mapping[tuple[int, ...], int], expected: Mapping[tuple[int, ...], float]) -> bool:
-    """Pearson's test at one in 100,000; completions expected under 5 times are one cell."""
+    """Pearson's test at one in 100,000; beginnings expected under 5 times are one cell."""
     num = sum(observed.values())
     cells = [(observed.get(key, 0), num * p) for key, p in expected.items() if num * p >= 5]
     rare = num - sum(count for count, _ in cells), num - sum(mean for _, mean in cells)
