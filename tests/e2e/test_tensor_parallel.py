@@ -72,7 +72,8 @@ async def test_a_dead_worker_ends_its_replica_and_another_takes_over(
     async def replaced() -> bool:
         replicas = (await state_of(split_client))["replicas"]
         fresh = [replica["replica"] for replica in replicas if replica["freshness"] == "fresh"]
-        return len(fresh) == 1 and fresh != [before]
+        reached = (await split_client.get("/readyz")).status_code == 200
+        return reached and len(fresh) == 1 and fresh != [before]
 
     await eventually(replaced, within_s=120, every_s=0.5)
     assert text_of(await complete(split_client, ask)) == expected
