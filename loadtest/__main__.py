@@ -171,7 +171,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     o.out.mkdir(parents=True, exist_ok=True)
-    info = RunInfo(title=f"Load test: {o.workload}", command=command_line(arguments), machine=machine())
+    whose = "client and server" if o.url is None else "client"
+    title, where = f"Load test: {o.workload}", f"{whose} on {machine()}"
+    info = RunInfo(title=title, command=command_line(arguments), machine=where)
     began = time.monotonic()
     try:
         if o.url is not None:
@@ -206,7 +208,7 @@ def command_line(arguments: list[str] | None) -> str:
 
 
 def machine() -> str:
-    """Of the client, which with an own server is the server's too."""
+    """Where this runs; an own server runs there too."""
     name = platform.processor() or platform.machine()
     with Path("/proc/cpuinfo").open() as lines:
         name = next(

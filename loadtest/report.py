@@ -201,7 +201,7 @@ def _html(
     if info.duration_s:
         known[-1] += f" in {info.duration_s:.0f} s"
     if info.machine:
-        known.append(f"client on {escape(info.machine)}")
+        known.append(escape(info.machine))
     about = " · ".join(known)
     verdict = "".join(f"<br>{escape(line)}" for line in broken)
     parts = [
