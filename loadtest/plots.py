@@ -106,7 +106,7 @@ def comparison(levels: Levels) -> Figure:
     for axes, (title, value) in zip(figure.subplots(1, 4), panels, strict=True):
         values = [value(s) for s in last.values()]
         heights = [v or 0.0 for v in values]
-        labels = ["-" if v is None else f"{v:.3g}" for v in values]
+        labels = ["-" if v is None else f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in values]
         bars = axes.bar(range(len(last)), heights, color=_colours(levels))
         axes.bar_label(bars, labels, padding=2)
         axes.set(title=title, xticks=range(len(last)), ylim=(0, 1.15 * max([*heights, 1e-9])))
