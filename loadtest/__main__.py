@@ -8,12 +8,13 @@ import platform
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loadtest.arrivals import TraceError, read_trace
+from loadtest.arrivals import read_trace
 from loadtest.client import Client, Stage, Target
-from loadtest.gates import GateError, parse_gates
+from loadtest.gates import parse_gates
 from loadtest.records import write_records
 from loadtest.report import RunInfo, write_report
 from loadtest.run import (
@@ -28,10 +29,11 @@ from loadtest.run import (
     user_levels,
 )
 from loadtest.server import own_server
-from loadtest.shapes import ShapeError, parse_shape
+from loadtest.shapes import parse_shape
+from loadtest.slo import parse_slos
 from loadtest.workloads import WORKLOADS, Workload, find_workload, pool, verified
 
-DEFAULT_TIMELINE = "spike:low=2,high=16,duration_s=36"
+DEFAULT_TIMELINE = "spike:low=4,high=32,duration_s=36"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,7 +43,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--api-key")
     p.add_argument("--out", type=Path, default=Path(".run/loadtest"), help="folder of the report")
     p.add_argument(
-        "--workload", default="tasks", help=f"{', '.join(WORKLOADS)}, tasks:<family> (default tasks)"
+        "--workload",
+        help=f"{', '.join(WORKLOADS)}, tasks:<family> (default tasks, of a trace `trace`)",
+    )
+    p.add_argument(
+        "--slo",
+        nargs="+",
+        default=[],
+        help="targets in seconds in place of the workload's: ttft=0.5,tpot=0.05 or class:e2e=20",
     )
     p.add_argument(
         "--settings",
@@ -56,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
         help="of the own server, one after another; `auto` is measured under each",
     )
     p.add_argument("--replicas", type=int, default=1, help="of the own server")
-    p.add_argument("--rates", type=float, nargs="*", default=[1, 4, 8, 16], help="open loop: requests/s")
+    p.add_argument("--rates", type=float, nargs="*", default=[2, 8, 16, 32], help="open loop: requests/s")
     p.add_argument("--users", type=int, nargs="*", default=[], help="closed loop: users")
     p.add_argument("--seconds", type=float, default=10.0, help="of each level")
     p.add_argument("--burstiness", type=float, default=1.0, help="1: Poisson; below: bursts")
@@ -91,9 +100,20 @@ def loads_of(o: argparse.Namespace) -> list[Load]:
     ]
 
 
+def workload_of(o: argparse.Namespace) -> Workload:
+    """With the SLOs that were asked for. Raises ValueError and OSError."""
+    found = find_workload(o.workload)
+    classes = dict.fromkeys(found.slos)
+    if o.trace is not None:
+        arrivals = read_trace(o.trace)
+        found.check_trace(arrivals)
+        classes |= dict.fromkeys(a.class_name for a in arrivals if a.class_name)
+    return replace(found, slos=found.slos | parse_slos(o.slo, classes or (found.name,)))
+
+
 async def measure(o: argparse.Namespace, url: str, policy: str | None, info: RunInfo) -> None:
     """policy: of the own server; in the settings' names `auto` becomes `auto (policy)`."""
-    workload = find_workload(o.workload)
+    workload = workload_of(o)
     async with Client(timeout_s=o.timeout) as client:
         model = o.model or await served_model(client, url)
         targets = [
@@ -132,7 +152,7 @@ async def with_known_texts(
 def check_options(o: argparse.Namespace) -> None:
     """Before anything is started. Raises ValueError."""
     decoding_settings(o.settings)
-    find_workload(o.workload)
+    workload_of(o)
     if o.timeline != "none":
         parse_shape(o.timeline)
     if o.verify and not set(o.settings) <= set(LOSSLESS):
@@ -143,14 +163,17 @@ def check_options(o: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     o = parser().parse_args(arguments)
+    o.workload = o.workload or ("tasks" if o.trace is None else "trace")
     try:
         gates = parse_gates(o.gate)
         check_options(o)
-    except (GateError, ShapeError, TraceError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     o.out.mkdir(parents=True, exist_ok=True)
-    info = RunInfo(title=f"Load test: {o.workload}", command=command_line(arguments), machine=machine())
+    whose = "client and server" if o.url is None else "client"
+    title, where = f"Load test: {o.workload}", f"{whose} on {machine()}"
+    info = RunInfo(title=title, command=command_line(arguments), machine=where)
     began = time.monotonic()
     try:
         if o.url is not None:
@@ -169,6 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     (o.out / "observations.json").write_text(json.dumps(info.observations.to_json()) + "\n")
     broken = write_report(info, o.out, gates, o.gate_up_to)
     print((o.out / "summary.txt").read_text())
+    print((o.out / "overview.md").read_text())
     print(f"{o.out / 'report.html'} has the report")
     for line in broken:
         print(f"GATE BROKEN: {line}", file=sys.stderr)
@@ -184,7 +208,7 @@ def command_line(arguments: list[str] | None) -> str:
 
 
 def machine() -> str:
-    """Of the client, which with an own server is the server's too."""
+    """Where this runs; an own server runs there too."""
     name = platform.processor() or platform.machine()
     with Path("/proc/cpuinfo").open() as lines:
         name = next(

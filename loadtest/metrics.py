@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 
 from loadtest.records import ErrorKind, Record
-from loadtest.workloads import Slo
+from loadtest.slo import Slo
 
 PERCENTILES = (50, 90, 95, 99)
 
@@ -184,15 +184,22 @@ def tokens_by_mode(records: Iterable[Record]) -> dict[str, int]:
     return dict(total)
 
 
+def tokens_per_forward_over(records: Sequence[Record], edges: Sequence[float]) -> list[float]:
+    """Of the requests that ended between two edges (seconds since the epoch); nan where none did."""
+    found = [tokens_per_forward(_ended_between(records, low, high)) for low, high in pairwise(edges)]
+    return [math.nan if value is None else value for value in found]
+
+
+def _ended_between(records: Iterable[Record], low_s: float, high_s: float) -> list[Record]:
+    return [r for r in records if r.end_s is not None and low_s <= r.end_s < high_s]
+
+
 def mode_shares(records: Sequence[Record], edges: Sequence[float]) -> dict[str, list[float]]:
     """Each mode's share of the tokens of the requests that ended between two edges (seconds since the epoch).
 
     A request's tokens count where it ended, since its report comes last. nan where none ended.
     """
-    bins = [
-        tokens_by_mode(r for r in records if r.end_s is not None and low <= r.end_s < high)
-        for low, high in pairwise(edges)
-    ]
+    bins = [tokens_by_mode(_ended_between(records, low, high)) for low, high in pairwise(edges)]
     modes = sorted({mode for found in bins for mode in found})
     return {
         mode: [

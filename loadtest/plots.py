@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from loadtest.metrics import Distribution, Summary, mode_shares
+from loadtest.metrics import Distribution, Summary, mode_shares, tokens_per_forward_over
 from loadtest.observe import Observations
 from loadtest.records import Record
 
@@ -47,11 +47,31 @@ def latency(levels: Levels, unit: str) -> Figure:
                     label = setting if percentile == 50 else None
                     axes.plot(*zip(*known, strict=True), style, color=colour, marker="o", ms=4, label=label)
         _levels_axis(axes, levels, unit)
-        axes.set(title=title, ylabel="ms", yscale="log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        _log_ms(axes, title)
     _legend(figure, "solid: p50, dashed: p95")
+    return figure
+
+
+def overview(levels: Levels, unit: str, machine: str) -> Figure:
+    """One plot of a run: latency of a whole answer, and throughput, against load."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    latency, total = figure.subplots(1, 2)
+    for colour, (setting, points) in zip(_colours(levels), levels.items(), strict=True):
+        for percentile, style in ((50, "-"), (95, "--")):
+            pairs = [(x, _ms(s.e2e, percentile)) for x, s in points]
+            known = [(x, y) for x, y in pairs if y is not None]
+            if known:
+                label = setting if percentile == 50 else None
+                latency.plot(*zip(*known, strict=True), style, color=colour, marker="o", ms=4, label=label)
+        tokens = [(x, s.tokens_per_s) for x, s in points]
+        total.plot(*zip(*tokens, strict=True), color=colour, marker="o", ms=4)
+    for axes in (latency, total):
+        _levels_axis(axes, levels, unit)
+    _log_ms(latency, "whole answer (E2E): p50, dashed p95")
+    total.set(title="output tokens/s, all users", ylim=(0, None))
+    if machine:
+        figure.suptitle(machine, fontsize=9, color="#555")
+    _legend(figure)
     return figure
 
 
@@ -86,7 +106,7 @@ def comparison(levels: Levels) -> Figure:
     for axes, (title, value) in zip(figure.subplots(1, 4), panels, strict=True):
         values = [value(s) for s in last.values()]
         heights = [v or 0.0 for v in values]
-        labels = ["-" if v is None else f"{v:.3g}" for v in values]
+        labels = ["-" if v is None else f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in values]
         bars = axes.bar(range(len(last)), heights, color=_colours(levels))
         axes.bar_label(bars, labels, padding=2)
         axes.set(title=title, xticks=range(len(last)), ylim=(0, 1.15 * max([*heights, 1e-9])))
@@ -96,14 +116,15 @@ def comparison(levels: Levels) -> Figure:
 
 
 def timeline(records: Sequence[Record], observed: Observations, buckets: int = 36) -> Figure:
-    """Requests in flight, token throughput and each mode's share over one stage, with the shifts."""
+    """Requests in flight, token throughput, tokens a forward and each mode's share over one stage, with the
+    shifts."""
     start = min(r.intended_s for r in records)
     end = max(r.end_s or r.intended_s for r in records)
     edges = np.linspace(start, end + 1e-6, buckets + 1)
     x = (edges[:-1] + edges[1:]) / 2 - start
     width = edges[1] - edges[0]
-    figure = Figure(figsize=(11, 6.6), layout="constrained")
-    load, tokens, share = figure.subplots(3, 1, sharex=True)
+    figure = Figure(figsize=(11, 8.4), layout="constrained")
+    load, tokens, forward, share = figure.subplots(4, 1, sharex=True)
     arrived = np.histogram([r.intended_s for r in records], edges)[0] / width
     flying = [sum(r.intended_s <= t < (r.end_s or end) for r in records) for t in edges[:-1] + width / 2]
     load.step(x, arrived, where="mid", color=COLOURS[5], label="arrivals/s")
@@ -117,6 +138,9 @@ def timeline(records: Sequence[Record], observed: Observations, buckets: int = 3
         x, np.histogram(ended, edges, weights=weights)[0] / width, color=COLOURS[0], alpha=0.35
     )
     tokens.set(ylim=(0, None), title="output tokens/s, counted where their request ended")
+    made = tokens_per_forward_over(records, list(edges))
+    forward.plot(x, made, color=COLOURS[0], marker="o", ms=4)
+    forward.set(ylim=(0, None), title="tokens a forward, of the requests that ended")
     shares = mode_shares(records, list(edges))
     if shares:
         below = np.zeros(buckets)
@@ -131,7 +155,7 @@ def timeline(records: Sequence[Record], observed: Observations, buckets: int = 3
         share.text(0.5, 0.5, "this server reports no modes", ha="center", transform=share.transAxes)
     for shift in observed.shifts:
         if start <= shift.at_s <= end:
-            for axes in (load, tokens, share):
+            for axes in (load, tokens, forward, share):
                 axes.axvline(shift.at_s - start, color="#222", lw=1, ls=":")
     share.set(
         ylim=(0, 1), xlim=(0, end - start), xlabel="seconds", title="share of tokens by mode; dotted: shifts"
@@ -159,6 +183,13 @@ def _levels_axis(axes: Axes, levels: Levels, unit: str) -> None:
     axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
     axes.minorticks_off()
     axes.set_xlabel(unit)
+
+
+def _log_ms(axes: Axes, title: str) -> None:
+    axes.set(title=title, ylabel="ms", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _legend(figure: Figure, note: str | None = None) -> None:

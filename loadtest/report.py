@@ -7,6 +7,7 @@ import argparse
 import base64
 import html
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,11 +16,13 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from loadtest import plots
-from loadtest.gates import Gate, GateError, parse_gates
-from loadtest.metrics import Distribution, Summary, summarise
+from loadtest.gates import Gate, parse_gates
+from loadtest.metrics import PERCENTILES, Distribution, Summary, summarise
 from loadtest.observe import Observations
+from loadtest.overview import markdown, overview
 from loadtest.records import Record, read_records
-from loadtest.workloads import WORKLOADS, Slo
+from loadtest.slo import Slo, parse_slos
+from loadtest.workloads import WORKLOADS
 
 
 @dataclass
@@ -29,7 +32,7 @@ class RunInfo:
     machine: str
     model: str = ""
     duration_s: float = 0.0
-    slos: Mapping[str, Slo] = field(default_factory=dict)
+    slos: dict[str, Slo] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
     observations: Observations = field(default_factory=Observations)
 
@@ -77,20 +80,17 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "req/s": lambda r: f"{r.summary.requests_per_s:.2f}",
     "tok/s": lambda r: f"{r.summary.tokens_per_s:.0f}",
     "tok/s/user": lambda r: _number(r.summary.tokens_per_s_per_user, "{:.0f}"),
-    "TTFT p50": _percentile("ttft", 50),
-    "TTFT p90": _percentile("ttft", 90),
-    "TTFT p95": _percentile("ttft", 95),
-    "TTFT p99": _percentile("ttft", 99),
-    "TTST p50": _percentile("ttst", 50),
-    "TPOT p50": _percentile("tpot", 50),
-    "TPOT p95": _percentile("tpot", 95),
-    "TPOT p99": _percentile("tpot", 99),
-    "chunk gap p50": _percentile("inter_chunk", 50),
-    "chunk gap p95": _percentile("inter_chunk", 95),
-    "E2E p50": _percentile("e2e", 50),
-    "E2E p90": _percentile("e2e", 90),
-    "E2E p95": _percentile("e2e", 95),
-    "E2E p99": _percentile("e2e", 99),
+    **{
+        f"{title} p{percentile}": _percentile(name, percentile)
+        for title, name in (
+            ("TTFT", "ttft"),
+            ("TTST", "ttst"),
+            ("TPOT", "tpot"),
+            ("chunk gap", "inter_chunk"),
+            ("E2E", "e2e"),
+        )
+        for percentile in PERCENTILES
+    },
     "goodput": lambda r: f"{r.summary.goodput:.2f}",
     "SLO %": lambda r: f"{100 * r.summary.attained:.0f}",
     "right %": lambda r: _number(None if r.summary.correct is None else 100 * r.summary.correct, "{:.1f}"),
@@ -122,7 +122,7 @@ def text_table(columns: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def write_report(info: RunInfo, out: Path, gates: Sequence[Gate], gate_up_to: float | None) -> list[str]:
-    """Writes report.html, summary.txt, summary.md, summary.json and the PNGs; returns the broken gates.
+    """Writes report.html, summary.txt, .md and .json, overview.md and the PNGs; returns the broken gates.
 
     Raises ValueError without records.
     """
@@ -139,8 +139,8 @@ def write_report(info: RunInfo, out: Path, gates: Sequence[Gate], gate_up_to: fl
     ]
     body = [cells(row, SHORT) for row in rows]
     (out / "summary.txt").write_text(text_table(SHORT, body) + "\n\nTimes in ms, from the intended send.\n")
-    markdown = [SHORT, ["---"] * len(SHORT), *body]
-    (out / "summary.md").write_text("\n".join(f"| {' | '.join(line)} |" for line in markdown) + "\n")
+    (out / "summary.md").write_text(markdown([SHORT, *body]))
+    (out / "overview.md").write_text(markdown(overview(info.records, info.slos)))
     (out / "summary.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     figures = _figures(info, rows)
     for name, (_, figure) in figures.items():
@@ -158,6 +158,8 @@ def _figures(info: RunInfo, rows: Sequence[Row]) -> dict[str, tuple[str, Figure]
                 levels.setdefault(row.setting, []).append((row.level, row.summary))
         if levels:
             kind = "rate" if suffix == "/s" else "users"
+            if "overview" not in found:
+                found["overview"] = ("At a glance", plots.overview(levels, unit, info.machine))
             found[f"latency-{kind}"] = ("Latency against load", plots.latency(levels, unit))
             found[f"throughput-{kind}"] = ("Throughput and goodput", plots.throughput(levels, unit))
             highest = max(level for points in levels.values() for level, _ in points)
@@ -199,7 +201,7 @@ def _html(
     if info.duration_s:
         known[-1] += f" in {info.duration_s:.0f} s"
     if info.machine:
-        known.append(f"client on {escape(info.machine)}")
+        known.append(escape(info.machine))
     about = " · ".join(known)
     verdict = "".join(f"<br>{escape(line)}" for line in broken)
     parts = [
@@ -222,7 +224,9 @@ def _html(
     ]
     if by_class:
         parts.append("<h2>By class, each under its own SLO</h2>" + _html_table(by_class))
-    slos = "; ".join(f"{name}: {_slo(slo)}" for name, slo in info.slos.items())
+    if info.observations.shifts:
+        parts.append("<h2>Shifts, by the controller's log</h2>" + _shift_table(info))
+    slos = "; ".join(f"{name}: {slo}" for name, slo in info.slos.items())
     parts.append(
         "<p class=about>Times in ms, counted from the intended send. TPOT = (E2E - TTFT) / (tokens - 1). "
         "Blocks of tokens arrive in bursts, so the gap between chunks is another figure than time per token. "
@@ -250,9 +254,23 @@ def _html_table(rows: Sequence[Row]) -> str:
     return "".join(lines) + "</table></div>"
 
 
-def _slo(slo: Slo) -> str:
-    named = (("TTFT", slo.ttft_s), ("TPOT", slo.tpot_s), ("E2E", slo.e2e_s))
-    return ", ".join(f"{name} {1000 * value:g} ms" for name, value in named if value is not None)
+def _shift_table(info: RunInfo) -> str:
+    """Each with the stage it fell in, and the seconds into the stage; those between stages have none."""
+    spans: dict[tuple[str, str, int], tuple[float, float]] = {}
+    for r in info.records:
+        key = r.setting, r.stage, r.turn
+        begin, end = spans.get(key, (math.inf, -math.inf))
+        spans[key] = min(begin, r.intended_s), max(end, r.end_s or r.intended_s)
+    lines = []
+    for shift in info.observations.shifts:
+        inside = [(key, begin) for key, (begin, end) in spans.items() if begin <= shift.at_s <= end]
+        (setting, stage, _), begin = inside[0] if inside else (("-", "between stages", 0), shift.at_s)
+        after = f"{shift.at_s - begin:.1f}" if inside else "-"
+        cells = (setting, stage, after, shift.replica, shift.mode, shift.reason)
+        lines.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
+    head = ("setting", "load", "after s", "replica", "to", "reason")
+    titles = "".join(f"<th>{name}</th>" for name in head)
+    return f"<div class=scroll><table><tr>{titles}</tr>{''.join(lines)}</table></div>"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -263,6 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--title", default="Load test")
     parser.add_argument("--gate", default="")
+    parser.add_argument("--slo", nargs="+", default=[], help="as of python -m loadtest")
     o = parser.parse_args(arguments)
     info = RunInfo(o.title, f"python -m loadtest.report {' '.join(map(str, o.records))}", "")
     try:
@@ -275,14 +294,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 found = Observations.from_json(json.loads(observed.read_text()))
                 info.observations.shifts += found.shifts
                 info.observations.running += found.running
-        info.slos = {
-            name: slo
-            for record in info.records
-            if record.workload in WORKLOADS
-            for name, slo in WORKLOADS[record.workload].slos.items()
-        }
+        kinds = {record.workload.partition(":")[0] for record in info.records}
+        for workload in (WORKLOADS[kind] for kind in sorted(kinds & set(WORKLOADS))):
+            info.slos |= workload.slos
+        info.slos |= parse_slos(o.slo, sorted({record.class_name for record in info.records}))
         broken = write_report(info, o.out, gates, None)
-    except (GateError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     print((o.out / "summary.txt").read_text())

@@ -5,22 +5,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from loadtest.arrivals import Arrival
+from loadtest.arrivals import Arrival, TraceError
+from loadtest.slo import Slo
 from replicas.training.tasks.family import draw
 from replicas.training.tasks.registry import FAMILIES
 from replicas.training.tasks.words import ITEMS, NAMES
 
 ANSWER_LIMIT = 320
 """No task's answer is longer, in tokens of the embedded checkpoint."""
-
-
-@dataclass(frozen=True)
-class Slo:
-    """Latency targets of one request in seconds; None is no target."""
-
-    ttft_s: float | None = None
-    tpot_s: float | None = None
-    e2e_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,12 +49,29 @@ Draw = Callable[[random.Random, Arrival], Ask]
 
 @dataclass(frozen=True)
 class Workload:
-    """A named kind of traffic. slos: by class of request."""
+    """A named kind of traffic. slos: by class of request.
+
+    takes_lengths: asks with the lengths that an arrival has. takes_classes: which of an arrival's classes it
+    knows; None is any.
+    """
 
     name: str
     about: str
     draw: Draw
     slos: dict[str, Slo] = field(default_factory=dict)
+    takes_lengths: bool = False
+    takes_classes: tuple[str, ...] | None = ()
+
+    def check_trace(self, arrivals: Sequence[Arrival]) -> None:
+        """Raises TraceError for what this workload would have to leave out of account."""
+        if not self.takes_lengths and any(a.prompt_len or a.output_len for a in arrivals):
+            able = ", ".join(w.name for w in WORKLOADS.values() if w.takes_lengths)
+            raise TraceError(f"the trace has lengths, which {self.name} does not take; these do: {able}")
+        strange = {a.class_name for a in arrivals if a.class_name} - set(self.takes_classes or ())
+        if strange and self.takes_classes is not None:
+            known = ", ".join(self.takes_classes) or "none"
+            names = ", ".join(sorted(strange))
+            raise TraceError(f"the trace has classes {names}; {self.name} knows {known}, `trace` takes any")
 
 
 INTERACTIVE = Slo(ttft_s=0.5, tpot_s=0.05)
@@ -111,13 +120,16 @@ def _shared_prefix(rng: random.Random, arrival: Arrival) -> Ask:
 
 
 _interactive = _task("mixed", "interactive", HIGH_ACCEPTANCE + MIDDLE_ACCEPTANCE)
+_interactive_of = _lengths("mixed", "interactive", 32, 64)
 _batch = _lengths("mixed", "batch", 24, 192)
 _long = _lengths("mixed", "long_prompt", 480, 16)
 
 
 def _mixed(rng: random.Random, arrival: Arrival) -> Ask:
     kinds = {"interactive": _interactive, "batch": _batch, "long_prompt": _long}
-    name = arrival.class_name if arrival.class_name in kinds else rng.choices(list(kinds), (6, 2, 2))[0]
+    name = arrival.class_name or rng.choices(list(kinds), (6, 2, 2))[0]
+    if name == "interactive" and (arrival.prompt_len or arrival.output_len):
+        return _interactive_of(rng, arrival)
     return kinds[name](rng, arrival)
 
 
@@ -153,12 +165,16 @@ WORKLOADS: dict[str, Workload] = {
             "600 tokens in, 16 out: prefill",
             _lengths("long_prompt", "long_prompt", 600, 16),
             {"long_prompt": LONG_PROMPT},
+            takes_lengths=True,
+            takes_classes=None,
         ),
         Workload(
             "long_answer",
             "16 tokens in, 256 out: decoding",
             _lengths("long_answer", "batch", 16, 256),
             {"batch": BATCH},
+            takes_lengths=True,
+            takes_classes=None,
         ),
         Workload(
             "shared_prefix",
@@ -171,6 +187,15 @@ WORKLOADS: dict[str, Workload] = {
             "interactive, batch and long-prompt requests, each with its own SLO",
             _mixed,
             {"interactive": INTERACTIVE, "batch": BATCH, "long_prompt": LONG_PROMPT},
+            takes_lengths=True,
+            takes_classes=("interactive", "batch", "long_prompt"),
+        ),
+        Workload(
+            "trace",
+            "lengths and classes as a trace has them; where it has none, 64 tokens in and 64 out",
+            _lengths("trace", "trace", 64, 64),
+            takes_lengths=True,
+            takes_classes=None,
         ),
     )
 }

@@ -151,6 +151,7 @@ async def _generate(
         model=door.model_name,
         created=int(time.time()),
         include_usage=body.include_usage,
+        continuous_usage=body.continuous_usage,
         num_choices=request.num_indices,
         num_logprobs=request.sampling.logprobs,
     )

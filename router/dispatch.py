@@ -13,7 +13,17 @@ from policies.admission import AdmissionControl
 from policies.loop import Clock
 from policies.placement import OwnTraffic, place
 from replicas.errors import ErrorCode, TriadError
-from replicas.messages import Delta, Event, Failed, Finished, FinishReason, GenerateRequest, ModelInfo, joined
+from replicas.messages import (
+    Accepted,
+    Delta,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    GenerateRequest,
+    ModelInfo,
+    joined,
+)
 from router.admission import raise_if_shed
 from router.link import Inbox, Link, LinkTimes
 from router.load_view import LoadView
@@ -95,7 +105,7 @@ class Dispatcher:
                 run.cancel()
             await asyncio.gather(*runs, return_exceptions=True)
 
-    async def place(self, request: GenerateRequest, avoid: set[str]) -> tuple[Link, Inbox]:
+    async def place(self, request: GenerateRequest, avoid: set[str]) -> tuple[Link, Accepted, Inbox]:
         """Sends a request to the best replica that takes it. Adds those that refuse to `avoid`.
 
         Raises TriadError when none does.
@@ -114,9 +124,9 @@ class Dispatcher:
             link = self._links[chosen]
             self._admission.started(num_tokens)
             try:
-                inbox = await link.submit(request, now_s, num_tokens)
+                accepted, inbox = await link.submit(request, now_s, num_tokens)
                 self._wishes.sent(keys, chosen, now_s)
-                return link, inbox
+                return link, accepted, inbox
             except TriadError as error:
                 if error.code not in _ELSEWHERE:
                     raise
@@ -183,6 +193,8 @@ class Generation:
     def __init__(self, dispatcher: Dispatcher, request: GenerateRequest):
         self.finished: Finished | None = None
         """Set once the text is complete."""
+        self.num_prompt_tokens = 0
+        """As the replica counts them when it accepts the request."""
         self.num_tokens = 0
         """Of all choices, as far as their events have come."""
         self.finish_reasons: dict[int, FinishReason] = {}
@@ -271,7 +283,8 @@ class Generation:
         self._num_sent += 1
         self._request_id = f"{self._request.request_id}.{self._num_sent}"
         request = replace(self._request, request_id=self._request_id, timeout_s=self._time_left())
-        self._link, self._inbox = await self._dispatcher.place(request, self._avoid)
+        self._link, accepted, self._inbox = await self._dispatcher.place(request, self._avoid)
+        self.num_prompt_tokens = accepted.num_prompt_tokens
 
     def _time_left(self) -> float | None:
         if self._deadline_s is None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from policies.placement import OwnTraffic
 from replicas.errors import ErrorCode, TriadError
-from replicas.messages import Delta, Event, Failed, GenerateRequest, ModelInfo, Rejected
+from replicas.messages import Accepted, Delta, Event, Failed, GenerateRequest, ModelInfo, Rejected
 from router.transport import ReplicaClient
 
 logger = logging.getLogger(__name__)
@@ -77,8 +77,10 @@ class Link:
     def num_in_flight(self) -> int:
         return len(self._inboxes)
 
-    async def submit(self, request: GenerateRequest, now_s: float, num_prompt_tokens: int = 0) -> Inbox:
-        """Sends a request and returns where its events come in.
+    async def submit(
+        self, request: GenerateRequest, now_s: float, num_prompt_tokens: int = 0
+    ) -> tuple[Accepted, Inbox]:
+        """Sends a request and returns the replica's word, and where its events come in.
 
         Raises TriadError with the replica's reason when it refuses, or UNAVAILABLE when it can't be
         reached; then there are no events. now_s: by the clock of OwnTraffic; num_prompt_tokens:
@@ -105,7 +107,7 @@ class Link:
         if isinstance(reply, Rejected):
             self._forget(request.request_id)
             raise TriadError(reply.code, reply.message, reply.param)
-        return inbox
+        return reply, inbox
 
     def abandon(self, request_id: str) -> None:
         """Nobody waits for this request any more: it is cancelled at the replica, unless it has ended."""

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from replicas.errors import TriadError
 from router.dispatch import Generation
 from router.errors import encode
-from router.sse import Answer, error_event
+from router.sse import Answer, Counts, error_event
 from router.trail import Record
 
 EVENT_STREAM = {
@@ -48,7 +48,8 @@ class GenerationResponse(Response):
     async def _reply_in_events(self, send: Send) -> None:
         async with self._generation as generation, aclosing(generation.deltas()) as news:
             self._record.first_token()
-            head = self._answer.head()
+            so_far = Counts(generation.num_prompt_tokens)
+            head = self._answer.head(so_far)
             num_open = self._answer.num_choices
             await _start(send, EVENT_STREAM)
             try:
@@ -56,12 +57,13 @@ class GenerationResponse(Response):
                     part = head
                     head = b""
                     for delta in deltas:
-                        part += self._answer.delta(delta) if delta.text else b""
+                        so_far = Counts(so_far.num_prompt, so_far.num_completion + delta.num_tokens)
+                        part += self._answer.delta(delta, so_far) if delta.text else b""
                         if delta.reason is None:
                             continue
                         num_open -= 1
                         if num_open:
-                            part += self._answer.end(delta.index, delta.reason)
+                            part += self._answer.end(delta.index, delta.reason, so_far)
                         else:  # with the tail
                             last_index, last_reason = delta.index, delta.reason
                     if part:

@@ -105,7 +105,7 @@ class Message(_Strict):
 class StreamOptions(_Strict):
     include_usage: bool = False
     include_obfuscation: Off = None
-    continuous_usage_stats: Off = None
+    continuous_usage_stats: bool = False
 
 
 class Decoding(_Strict):
@@ -249,6 +249,10 @@ class _Completion(_Strict):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     def sampling(self, draw_seed: Callable[[], int]) -> SamplingParams:
         """OpenAI's defaults where a field is absent; draw_seed gives a seed where none was sent."""

@@ -36,13 +36,24 @@ def decoding_report(report: DecodingReport) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Tokens of a request so far: of its prompts, each counted once, and of all its choices."""
+
+    num_prompt: int
+    num_completion: int = 0
+
+    def usage(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.num_prompt,
+            "completion_tokens": self.num_completion,
+            "total_tokens": self.num_prompt + self.num_completion,
+        }
+
+
 def usage(finished: Finished) -> dict[str, Any]:
-    return {
-        "prompt_tokens": finished.num_prompt_tokens,
-        "completion_tokens": finished.num_completion_tokens,
-        "total_tokens": finished.num_prompt_tokens + finished.num_completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": finished.num_reused_tokens},
-    }
+    counts = Counts(finished.num_prompt_tokens, finished.num_completion_tokens)
+    return counts.usage() | {"prompt_tokens_details": {"cached_tokens": finished.num_reused_tokens}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +61,7 @@ class Answer(ABC):
     """Writes one request's answer, streamed or whole.
 
     created: seconds since 1970. include_usage: end a stream with a chunk that has the usage.
+    continuous_usage: each chunk has the usage so far, as vLLM's and SGLang's do when asked.
     num_logprobs: alternatives asked for with each token, None where no log-probabilities were.
     """
 
@@ -57,16 +69,17 @@ class Answer(ABC):
     model: str
     created: int
     include_usage: bool = False
+    continuous_usage: bool = False
     num_choices: int = 1
     num_logprobs: int | None = None
 
     @abstractmethod
-    def head(self) -> bytes:
+    def head(self, so_far: Counts) -> bytes:
         """What a stream begins with."""
 
     @abstractmethod
-    def delta(self, delta: Delta) -> bytes:
-        """New text of a choice, as it comes."""
+    def delta(self, delta: Delta, so_far: Counts) -> bytes:
+        """New text of a choice, as it comes. so_far: this text's tokens included."""
 
     @abstractmethod
     def whole(self, choices: Sequence[Delta], finished: Finished) -> dict[str, Any]:
@@ -78,14 +91,15 @@ class Answer(ABC):
     @abstractmethod
     def _logprobs(self, entries: Sequence[TextLogprob]) -> dict[str, Any]: ...
 
-    def end(self, index: int, reason: FinishReason) -> bytes:
+    def end(self, index: int, reason: FinishReason, so_far: Counts) -> bytes:
         """The last chunk of a choice that others outlast."""
-        return self._chunk(self._last_choice(index, reason))
+        return self._chunk(self._last_choice(index, reason), so_far)
 
     def tail(self, index: int, reason: FinishReason, finished: Finished) -> bytes:
         """The end of the last choice, with the decoding report; the usage, if asked for; [DONE]."""
         choice = self._last_choice(index, reason)
-        last = self._chunk(choice, decoding=decoding_report(finished.report))
+        counts = Counts(finished.num_prompt_tokens, finished.num_completion_tokens)
+        last = self._chunk(choice, counts, decoding=decoding_report(finished.report))
         if not self.include_usage:
             return last + DONE
         body = self._envelope(self._chunk_object, []) | {"usage": usage(finished)}
@@ -98,9 +112,11 @@ class Answer(ABC):
     def _asked_logprobs(self, delta: Delta) -> dict[str, Any] | None:
         return None if self.num_logprobs is None else self._logprobs(delta.logprobs)
 
-    def _chunk(self, choice: Mapping[str, Any], **more: Any) -> bytes:
+    def _chunk(self, choice: Mapping[str, Any], so_far: Counts, **more: Any) -> bytes:
         body = self._envelope(self._chunk_object, [choice]) | more
-        if self.include_usage:
+        if self.continuous_usage:
+            body["usage"] = so_far.usage()
+        elif self.include_usage:
             body["usage"] = None
         return event(body)
 
@@ -125,12 +141,13 @@ class ChatAnswer(Answer):
     def _chunk_object(self) -> str:
         return "chat.completion.chunk"
 
-    def head(self) -> bytes:
+    def head(self, so_far: Counts) -> bytes:
         role = {"role": "assistant", "content": ""}
-        return b"".join(self._chunk(_chat_chunk(index, role)) for index in range(self.num_choices))
+        return b"".join(self._chunk(_chat_chunk(index, role), so_far) for index in range(self.num_choices))
 
-    def delta(self, delta: Delta) -> bytes:
-        return self._chunk(_chat_chunk(delta.index, {"content": delta.text}, self._asked_logprobs(delta)))
+    def delta(self, delta: Delta, so_far: Counts) -> bytes:
+        choice = _chat_chunk(delta.index, {"content": delta.text}, self._asked_logprobs(delta))
+        return self._chunk(choice, so_far)
 
     def whole(self, choices: Sequence[Delta], finished: Finished) -> dict[str, Any]:
         return self._body("chat.completion", [self._choice(choice) for choice in choices], finished)
@@ -161,11 +178,11 @@ class TextAnswer(Answer):
     def _chunk_object(self) -> str:
         return "text_completion"
 
-    def head(self) -> bytes:
+    def head(self, so_far: Counts) -> bytes:
         return b""
 
-    def delta(self, delta: Delta) -> bytes:
-        return self._chunk(self._choice(delta))
+    def delta(self, delta: Delta, so_far: Counts) -> bytes:
+        return self._chunk(self._choice(delta), so_far)
 
     def whole(self, choices: Sequence[Delta], finished: Finished) -> dict[str, Any]:
         return self._body(self._chunk_object, [self._choice(c, c.reason) for c in choices], finished)

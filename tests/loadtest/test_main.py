@@ -23,7 +23,12 @@ def test_a_run_writes_a_report_that_needs_nothing_else(openai_server: OpenAiServ
     assert status == 0
     page = (tmp_path / "report.html").read_text()
     pictures = re.findall(r"<img alt='[^']+' src='(data:image/png;base64,)[A-Za-z0-9+/=]{5000,}'>", page)
-    assert len(pictures) == len(list(tmp_path.glob("*.png"))) == 4
+    assert len(pictures) == len(list(tmp_path.glob("*.png"))) == 5
+    overview = [line.split(" | ") for line in (tmp_path / "overview.md").read_text().splitlines()]
+    assert overview[0][:3] == ["| E2E p50 / p95, ms", "20/s", "40/s"]
+    assert [line[0] for line in overview[2:]] == [
+        f"| `{name}`" for name in ("auto", "ar", "self_speculation", "diffusion")
+    ]
     assert "http" not in page.replace(openai_server.url, "")
     records = list(read_records(tmp_path / "records.jsonl"))
     rows = json.loads((tmp_path / "summary.json").read_text())
@@ -52,20 +57,15 @@ def test_a_broken_gate_is_the_exit_status(tmp_path: Path, capsys: pytest.Capture
 
 def test_a_trace_and_users_are_loads_too(openai_server: OpenAiServer, tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
-    write_trace([Arrival(0.0, 12, 5, "batch"), Arrival(0.2, 30, 9, "batch")], trace)
-    common = [
-        "--url",
-        openai_server.url,
-        "--settings",
-        "auto",
-        "--timeline",
-        "none",
-        "--workload",
-        "long_answer",
-    ]
-    assert main([*common, "--out", str(tmp_path / "a"), "--trace", str(trace)]) == 0
+    write_trace([Arrival(0.0, 12, 5, "gold"), Arrival(0.2, 30, 9, "tin")], trace)
+    common = ["--url", openai_server.url, "--settings", "auto", "--timeline", "none"]
+    slos = ["--slo", "e2e=60", "gold:ttft=0.000001"]
+    assert main([*common, *slos, "--out", str(tmp_path / "a"), "--trace", str(trace)]) == 0
     assert [body["max_tokens"] for body in openai_server.bodies[-2:]] == [5, 9]
-    users = ["--rates", "--users", "2", "3", "--seconds", "0.3"]
+    (row,) = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert row["summary"]["attained"] == 0.5  # gold misses its own SLO, tin meets that of all
+    assert "gold: TTFT 0.001 ms; tin: E2E 60000 ms" in (tmp_path / "a" / "report.html").read_text()
+    users = ["--workload", "long_answer", "--rates", "--users", "2", "3", "--seconds", "0.3"]
     assert main([*common, "--out", str(tmp_path / "b"), *users]) == 0
     assert openai_server.peak == 3
     assert {r.stage for r in read_records(tmp_path / "b" / "records.jsonl")} == {"2 users", "3 users"}
@@ -78,6 +78,7 @@ def test_a_trace_and_users_are_loads_too(openai_server: OpenAiServer, tmp_path: 
         (("--workload", "poems"), "the workloads are"),
         (("--settings", "fast"), "'fast' is no mode: auto, lossless"),
         (("--timeline", "sine:duration_s=1"), "the shapes are"),
+        (("--slo", "ttft=fast"), "write seconds of ttft"),
         (("--rates",), "there is no load"),
         (("--trace", "/nowhere.jsonl"), "/nowhere.jsonl"),
         (("--burstiness", "0"), "burstiness must be above 0"),

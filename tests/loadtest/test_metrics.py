@@ -20,7 +20,7 @@ from loadtest.metrics import (
     ttst_s,
 )
 from loadtest.records import Chunk, ErrorKind, Record
-from loadtest.workloads import Slo
+from loadtest.slo import Slo
 
 REPORT = {"tokens": {"ar": 2, "diffusion": 7}, "forwards": 4, "switches": 1}
 

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from loadtest.arrivals import Arrival
+from loadtest.arrivals import Arrival, TraceError
 from loadtest.workloads import (
     HIGH_ACCEPTANCE,
     LOW_ACCEPTANCE,
@@ -24,7 +24,7 @@ def test_every_workload_asks_the_same_for_the_same_seed(name: str) -> None:
     first, second = ([workload.draw(random.Random(3), NOW) for _ in range(2)] for _ in range(2))
     assert [ask.messages for ask in first] == [ask.messages for ask in second]
     ask = first[0]
-    assert ask.class_name in workload.slos
+    assert ask.class_name in workload.slos or name == "trace"
     body = ask.body("m", {"decoding": {"mode": "ar"}})
     assert body["temperature"] == 0
     assert body["decoding"] == {"mode": "ar"}
@@ -54,9 +54,29 @@ def test_a_trace_sets_lengths_and_class() -> None:
     ask = find_workload("long_answer").draw(random.Random(0), Arrival(0.0, 40, 7, "gold"))
     assert len(ask.messages[0]["content"].split()) == 37
     assert (ask.output_len, ask.class_name) == (7, "gold")
-    assert (
-        find_workload("mixed").draw(random.Random(0), Arrival(0.0, class_name="batch")).class_name == "batch"
-    )
+    for class_name in find_workload("mixed").slos:
+        ask = find_workload("mixed").draw(random.Random(0), Arrival(0.0, 40, 7, class_name))
+        assert (ask.output_len, ask.class_name) == (7, class_name)
+
+
+@pytest.mark.parametrize(
+    ("name", "arrival", "problem"),
+    [
+        ("tasks", Arrival(0.0, prompt_len=9), "lengths, which tasks does not take; these do: long_prompt"),
+        ("tasks:json", Arrival(0.0, output_len=9), "lengths, which tasks:json does not take"),
+        ("shared_prefix", Arrival(0.0, class_name="gold"), "classes gold; shared_prefix knows none"),
+        (
+            "mixed",
+            Arrival(0.0, class_name="gold"),
+            "knows interactive, batch, long_prompt, `trace` takes any",
+        ),
+    ],
+)
+def test_a_trace_is_never_half_used(name: str, arrival: Arrival, problem: str) -> None:
+    with pytest.raises(TraceError, match=problem):
+        find_workload(name).check_trace([Arrival(0.0), arrival])
+    find_workload(name).check_trace([Arrival(0.0)])
+    find_workload("trace").check_trace([arrival])
 
 
 def test_chats_share_their_prefixes() -> None:

@@ -49,6 +49,15 @@ async def test_the_openai_client_works_unchanged(make_door):
         assert chunks[-1].usage.completion_tokens == len(WORDS)
         assert len({c.id for c in chunks}) == 1
 
+        stream = await client.chat.completions.create(
+            **CHAT, n=2, stream=True, extra_body={"stream_options": {"continuous_usage_stats": True}}
+        )
+        counts = [chunk.usage.completion_tokens async for chunk in stream if chunk.usage.prompt_tokens == 5]
+        assert counts[:2] == [0, 0]  # the roles
+        assert counts == sorted(counts)
+        assert len(set(counts)) > 3
+        assert counts[-1] == 2 * len(WORDS)
+
         text = await client.completions.create(model=MODEL, prompt="Hi", max_tokens=5)
         assert text.choices[0].text == TEXT
         pieces = [c async for c in await client.completions.create(model=MODEL, prompt=[1, 2], stream=True)]

@@ -230,7 +230,7 @@ async def test_a_bad_value_is_named(field, value):
         ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
         (
-            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            {"stream": True, "stream_options": {"continuous_usage_stats": "yes"}},
             "stream_options.continuous_usage_stats",
         ),
         ({"decoding": {"mode": "fast"}}, "decoding.mode"),

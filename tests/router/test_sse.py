@@ -5,11 +5,12 @@ import pytest
 from policies.modes import Mode
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import DecodingReport, Delta, Finished, FinishReason, TextLogprob
-from router.sse import ChatAnswer, TextAnswer, decoding_report, error_event
+from router.sse import ChatAnswer, Counts, TextAnswer, decoding_report, error_event
 
 REPORT = DecodingReport({Mode.DIFFUSION: 9, Mode.AR: 1}, 4, 2, "threshold", "r1")
 FINISHED = Finished("x", 7, 10, REPORT, num_reused_tokens=3)
 LENGTH = FinishReason.LENGTH
+SO_FAR = Counts(7, 4)
 
 
 def a_delta(text: str, *logprobs: TextLogprob, index: int = 0, reason: FinishReason | None = None) -> Delta:
@@ -43,7 +44,7 @@ def events(raw: bytes) -> list:
 
 
 def test_a_chat_stream_begins_with_the_role():
-    (head,) = events(ChatAnswer("id", "m", 5).head())
+    (head,) = events(ChatAnswer("id", "m", 5).head(SO_FAR))
     assert head == {
         "id": "id",
         "object": "chat.completion.chunk",
@@ -63,7 +64,7 @@ def test_a_chat_stream_begins_with_the_role():
 @pytest.mark.parametrize("text", ['a "quoted" line\nand\r\n\ndata: [DONE]\n\n', "né→😀", "\u2028"])
 @pytest.mark.parametrize(("cls", "at"), [(ChatAnswer, ("delta", "content")), (TextAnswer, ("text",))])
 def test_any_text_is_one_event(cls, at, text):
-    (chunk,) = events(cls("id", "m", 5).delta(a_delta(text)))
+    (chunk,) = events(cls("id", "m", 5).delta(a_delta(text), SO_FAR))
     (choice,) = chunk["choices"]
     for key in at:
         choice = choice[key]
@@ -82,11 +83,25 @@ def test_the_last_chunk_has_reason_and_report(cls, empty):
 @pytest.mark.parametrize("cls", [ChatAnswer, TextAnswer])
 def test_usage_on_request_is_a_chunk_of_its_own(cls):
     answer = cls("id", "m", 5, include_usage=True)
-    assert all(chunk["usage"] is None for chunk in events(answer.head() + answer.delta(a_delta("x"))))
+    chunks = events(answer.head(SO_FAR) + answer.delta(a_delta("x"), SO_FAR))
+    assert all(chunk["usage"] is None for chunk in chunks)
     last, usage, done = events(answer.tail(0, LENGTH, FINISHED))
     assert last["usage"] is None
     assert (usage["choices"], usage["usage"]) == ([], USAGE)
     assert usage["object"] == last["object"]
+    assert done == "[DONE]"
+
+
+@pytest.mark.parametrize("cls", [ChatAnswer, TextAnswer])
+@pytest.mark.parametrize("include_usage", [False, True])
+def test_continuous_usage_is_in_every_chunk(cls, include_usage):
+    answer = cls("id", "m", 5, include_usage=include_usage, continuous_usage=True)
+    so_far = {"prompt_tokens": 7, "completion_tokens": 4, "total_tokens": 11}
+    chunks = events(answer.head(SO_FAR) + answer.delta(a_delta("x"), SO_FAR) + answer.end(0, LENGTH, SO_FAR))
+    assert [chunk["usage"] for chunk in chunks] == [so_far] * len(chunks)
+    last, *usage, done = events(answer.tail(0, LENGTH, FINISHED))
+    assert last["usage"] == {"prompt_tokens": 7, "completion_tokens": 10, "total_tokens": 17}
+    assert [chunk["usage"] for chunk in usage] == ([USAGE] if include_usage else [])
     assert done == "[DONE]"
 
 
@@ -118,7 +133,7 @@ WORD = TextLogprob("é".encode(), -1.5, 3, (TextLogprob(b"a", -1.0),))
 
 def test_logprobs_of_chat_have_bytes_and_no_infinity():
     answer = ChatAnswer("id", "m", 5, num_logprobs=2)
-    (chunk,) = events(answer.delta(a_delta("…é", HALF, WORD)))
+    (chunk,) = events(answer.delta(a_delta("…é", HALF, WORD), SO_FAR))
     half, word = chunk["choices"][0]["logprobs"]["content"]
     entry = {"token": "\\xe2\\x80", "logprob": -0.5, "bytes": [0xE2, 0x80]}
     impossible = {"token": "a", "logprob": -9999.0, "bytes": [97]}
@@ -130,7 +145,7 @@ def test_logprobs_of_chat_have_bytes_and_no_infinity():
 
 def test_logprobs_of_completions_are_parallel_lists():
     answer = TextAnswer("id", "m", 5, num_logprobs=1)
-    (chunk,) = events(answer.delta(a_delta("…é", HALF, WORD)))
+    (chunk,) = events(answer.delta(a_delta("…é", HALF, WORD), SO_FAR))
     assert chunk["choices"][0]["logprobs"] == {
         "tokens": ["bytes:\\xe2\\x80", "é"],
         "token_logprobs": [-0.5, -1.5],
@@ -145,12 +160,12 @@ def test_logprobs_of_completions_are_parallel_lists():
 @pytest.mark.parametrize("cls", [ChatAnswer, TextAnswer])
 def test_choices_have_their_indices_and_end_one_by_one(cls):
     answer = cls("id", "m", 5, num_choices=3)
-    assert [c["choices"][0]["index"] for c in events(answer.head())] == (
+    assert [c["choices"][0]["index"] for c in events(answer.head(SO_FAR))] == (
         [0, 1, 2] if cls is ChatAnswer else []
     )
-    (chunk,) = events(answer.delta(a_delta("x", index=2)))
+    (chunk,) = events(answer.delta(a_delta("x", index=2), SO_FAR))
     assert chunk["choices"][0]["index"] == 2
-    (end,) = events(answer.end(1, FinishReason.STOP))
+    (end,) = events(answer.end(1, FinishReason.STOP, SO_FAR))
     assert (end["choices"][0]["index"], end["choices"][0]["finish_reason"]) == (1, "stop")
     assert "decoding" not in end
     last, _ = events(answer.tail(2, LENGTH, FINISHED))
