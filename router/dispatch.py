@@ -60,11 +60,21 @@ class Dispatcher:
         self._runs: dict[str, asyncio.Task[None]] = {}
         self._look_again = asyncio.Event()
         self._model: ModelInfo | None = None
+        self._draining = False
 
     @property
     def ready(self) -> bool:
-        """A replica can take a request."""
-        return any(link.is_open for link in self._links.values())
+        """A replica can take a request, and new ones are wanted."""
+        return not self._draining and any(link.is_open for link in self._links.values())
+
+    def drain(self) -> None:
+        """From now on new requests are refused; those that are here go on."""
+        self._draining = True
+
+    def check_open(self) -> None:
+        """Raises TriadError once it drains."""
+        if self._draining:
+            raise TriadError(ErrorCode.UNAVAILABLE, "The server is shutting down.")
 
     @property
     def model(self) -> ModelInfo | None:
