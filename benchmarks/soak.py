@@ -317,7 +317,7 @@ def report(found: dict[str, Any]) -> None:
         print(f"{title}: " + ", ".join(f"{number} {what}" for what, number in found[title].items()))
     print(f"cores used: {found['cores_used']}; amiss: {found['num_broken']}")
     for what in found["broken"]:
-        print(f"  {what}")
+        print(f"  {what[:400]}")
 
 
 async def soak(server: Triad, keys: dict[str, str], options: argparse.Namespace) -> dict[str, Any]:

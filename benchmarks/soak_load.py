@@ -22,9 +22,10 @@ SCHEMA = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
+LOSSLESS = {"mode": "auto", "lossless": True}
 DECODING = (
     *({"mode": "auto"} for _ in range(3)),
-    {"mode": "auto", "lossless": True},
+    LOSSLESS,
     {"mode": "ar"},
     {"mode": "diffusion", "block_length": 16},
     {"mode": "diffusion", "threshold": 0.6},
@@ -82,9 +83,9 @@ def draw(rng: random.Random) -> Plan:
         body["n"] = 3
     elif extra < 0.2:
         form = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
-        body |= {"response_format": form, "max_tokens": 100, "ignore_eos": False}
+        body |= {"response_format": form, "max_tokens": 100, "ignore_eos": False, "decoding": LOSSLESS}
     elif extra < 0.25:
-        body |= {"logprobs": True, "top_logprobs": 2, "decoding": {"mode": "auto", "lossless": True}}
+        body |= {"logprobs": True, "top_logprobs": 2, "decoding": LOSSLESS}
     elif extra < 0.3:
         body["stop"] = ["the", "."]
     elif extra < 0.35:
