@@ -17,7 +17,6 @@ import os
 import random
 import signal
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -27,9 +26,9 @@ from typing import Any
 
 import httpx
 
-from benchmarks.processes import Triad
+from benchmarks.processes import ServerProcess, Triad
 from benchmarks.soak_load import MODEL, Clients, Plan, Tally, draw
-from router.auth import digest_of, new_key
+from router.auth import ENVIRONMENT, digest_of, new_key
 from router.limits import MAX_CALLS
 
 RESULTS = Path(__file__).parent / "results" / "soak-cpu.json"
@@ -96,7 +95,7 @@ class Faults:
 class Governor:
     """Lets requests begin while the server and this process have used less than their share of a core."""
 
-    def __init__(self, server: Triad, cores: float):
+    def __init__(self, server: ServerProcess, cores: float):
         self._server = server
         self._cores = cores
         self._go = asyncio.Event()
@@ -124,7 +123,11 @@ class Governor:
 
 class Soak:
     def __init__(
-        self, server: Triad, http: httpx.AsyncClient, admin: dict[str, str], options: argparse.Namespace
+        self,
+        server: ServerProcess,
+        http: httpx.AsyncClient,
+        admin: dict[str, str],
+        options: argparse.Namespace,
     ):
         self._server = server
         self._http = http
@@ -178,7 +181,7 @@ class Soak:
             await asyncio.sleep(60)
 
     async def _fault(self, rng: random.Random, stop: asyncio.Event, for_s: float) -> None:
-        every_s = min(20.0, for_s / 8)
+        every_s = min(20.0, for_s / 12)
         kinds: list[Callable[[random.Random], Awaitable[None]]] = [
             self._burst,
             self._switch_policy,
@@ -252,7 +255,7 @@ class Soak:
                 break
             await asyncio.sleep(0.5)
         least: dict[str, float] = {}
-        for _ in range(10):
+        for _ in range(6):
             await asyncio.sleep(0.3)
             for what, number in (await self._figures()).items():
                 least[what] = min(number, least.get(what, number))
@@ -320,7 +323,7 @@ def report(found: dict[str, Any]) -> None:
         print(f"  {what[:400]}")
 
 
-async def soak(server: Triad, keys: dict[str, str], options: argparse.Namespace) -> dict[str, Any]:
+async def soak(server: ServerProcess, keys: dict[str, str], options: argparse.Namespace) -> dict[str, Any]:
     bearer = {name: {"authorization": f"Bearer {key}"} for name, key in keys.items()}
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     began_s = time.monotonic()
@@ -346,20 +349,19 @@ async def soak(server: Triad, keys: dict[str, str], options: argparse.Namespace)
     }
 
 
-def key_file(folder: Path) -> tuple[Path, dict[str, str]]:
-    """A key with limits, so that every request asks Redis, and one that may switch the policy."""
+def new_keys() -> tuple[str, dict[str, str]]:
+    """A key with limits, so that every request asks Redis, and one that may switch the policy; and the
+    text that the server is to have of them."""
     keys = {"load": new_key(), "ops": new_key()}
     entries: list[dict[str, Any]] = [
         {"name": name, "sha256": digest_of(key).hex()} for name, key in keys.items()
     ]
     entries[0] |= {"requests_per_minute": 100_000, "tokens_per_minute": 100_000_000}
     entries[1] |= {"admin": True}
-    file = folder / "keys.json"
-    file.write_text(json.dumps({"keys": entries}))
-    return file, keys
+    return json.dumps({"keys": entries}), keys
 
 
-def main() -> None:
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--minutes", type=float, default=30.0, help="with faults; the warm-up is a fifth more"
@@ -370,15 +372,17 @@ def main() -> None:
         "--cores", type=float, default=2.0, help="CPU time to use, in cores; load waits for it"
     )
     parser.add_argument("--json", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    return parser.parse_args(given)
+
+
+def main() -> None:
+    options = arguments()
     # As by Ctrl-C, so that the server is ended.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
-    with tempfile.TemporaryDirectory() as folder:
-        file, keys = key_file(Path(folder))
-        with Triad(
-            *ARGUMENTS, f"policy_params={json.dumps(THRESHOLD['policy_params'])}", f"api_keys_file={file}"
-        ) as server:
-            found = asyncio.run(soak(server, keys, options))
+    entries, keys = new_keys()
+    params = json.dumps(THRESHOLD["policy_params"])
+    with Triad(*ARGUMENTS, f"policy_params={params}", env={ENVIRONMENT: entries}) as server:
+        found = asyncio.run(soak(server, keys, options))
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(found, indent=1) + "\n")
     report(found)

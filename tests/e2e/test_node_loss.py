@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import sys
 
@@ -27,6 +28,9 @@ async def test_a_lost_node_takes_its_own_streams_only_and_the_service_goes_on() 
             body = chat("Write a short story about Anna.", max_tokens=900, decoding={"mode": "ar"})
             whole = chat("Write a short story about a fox.", max_tokens=200, decoding={"mode": "ar"})
             expected, expected_whole = await stream(client, body), await complete(client, whole)
+
+            scraped = (await client.get("/metrics")).text
+            assert len(set(re.findall(r'triad_redis_up{ingress="(\w+)"} 1', scraped))) == 2
 
             begun = [asyncio.create_task(stream(client, body)) for _ in range(6)]
             wholes = [asyncio.create_task(complete(client, whole)) for _ in range(4)]

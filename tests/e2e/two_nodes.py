@@ -1,6 +1,6 @@
 """Two Ray nodes on this machine with a replica each, on the given port; SIGUSR1 kills the second node.
 
-The first has room for the ingress and one replica, so the other replica waits for the second node.
+The first has room for two ingresses and one replica, so the other replica waits for the second node.
 """
 
 import signal
@@ -15,8 +15,8 @@ from ray.serve.schema import ReplicaState
 from cluster.app import deploy
 from cluster.config import ClusterConfig
 
-CPUS_A_NODE = 0.75
-CPUS_A_REPLICA = 0.6
+CPUS_A_NODE = 1
+CPUS_A_REPLICA = 0.7
 
 
 def num_running(deployment: str) -> int:
@@ -38,11 +38,16 @@ def main() -> None:
     cluster.connect(namespace="serve")
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
     config = ClusterConfig(
-        num_replicas=2, replica_cpus=CPUS_A_REPLICA, num_threads=1, calibration_s=0.2, policy="ar"
+        num_replicas=2,
+        num_ingresses=2,
+        replica_cpus=CPUS_A_REPLICA,
+        num_threads=1,
+        calibration_s=0.2,
+        policy="ar",
     )
     target = serve.RunTarget(deploy(config), name="triad", route_prefix="/")
     serve.run_many([target], wait_for_applications_running=False)
-    wait_for(lambda: num_running("Replica") == num_running("Ingress") == num_running("Redis") == 1)
+    wait_for(lambda: num_running("Replica") == num_running("Redis") == 1 and num_running("Ingress") == 2)
     second = cluster.add_node(num_cpus=CPUS_A_NODE)
     wait_for(lambda: num_running("Replica") == 2)
     signal.signal(signal.SIGUSR1, lambda *_: cluster.remove_node(second, allow_graceful=False))

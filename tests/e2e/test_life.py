@@ -1,4 +1,4 @@
-"""A server told to end by SIGTERM finishes what it has begun; until then each request is one trace."""
+"""A server's life as `make serve` starts it: each request one trace, a soak, and an end by SIGTERM."""
 
 import asyncio
 import os
@@ -11,6 +11,8 @@ import httpx
 import pytest
 
 from benchmarks.processes import ServerProcess, free_port, short_folder
+from benchmarks.soak import arguments, new_keys, report, soak
+from router.auth import ENVIRONMENT
 from tests.e2e.clients import PATH, chat, complete, stream
 from tests.eventually import eventually
 from tests.telemetry.collector import Collector, Span, http_collector
@@ -24,9 +26,12 @@ def collector() -> Iterator[Collector]:
         yield collector
 
 
+ENTRIES, KEYS = new_keys()
+BEARER = {"authorization": f"Bearer {KEYS['ops']}"}
+
+
 @pytest.fixture(scope="module")
 def server(collector: Collector) -> Iterator[ServerProcess]:
-    """As `make serve` starts it."""
     port = free_port()
     folder = short_folder()
     env = {
@@ -37,6 +42,7 @@ def server(collector: Collector) -> Iterator[ServerProcess]:
         "OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint,
         "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
         "OTEL_BSP_SCHEDULE_DELAY": "200",
+        ENVIRONMENT: ENTRIES,
     }
     with ServerProcess(["bash", "cluster/serve.sh"], port, "/readyz", env, folder) as server:
         server.wait_until_ready()
@@ -45,7 +51,7 @@ def server(collector: Collector) -> Iterator[ServerProcess]:
 
 @pytest.fixture
 async def client(server: ServerProcess) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=server.url, timeout=120.0) as client:
+    async with httpx.AsyncClient(base_url=server.url, headers=BEARER, timeout=120.0) as client:
         yield client
 
 
@@ -71,7 +77,7 @@ async def test_each_request_is_one_connected_trace(client: httpx.AsyncClient, co
 
     async def ask(number: int, body: dict) -> None:
         trace_id, span_id = f"{number + 1:032x}", f"{number + 100:016x}"
-        headers = {"traceparent": f"00-{trace_id}-{span_id}-01"}
+        headers = BEARER | {"traceparent": f"00-{trace_id}-{span_id}-01"}
         async with httpx.AsyncClient(base_url=client.base_url, headers=headers, timeout=60.0) as traced:
             await (stream(traced, body) if number % 2 else complete(traced, body))
         parents[trace_id] = span_id
@@ -85,6 +91,16 @@ async def test_each_request_is_one_connected_trace(client: httpx.AsyncClient, co
     await eventually(all_arrived, within_s=20, every_s=0.1)
     for trace_id, parent_id in parents.items():
         assert_connected(collector.trace(trace_id), parent_id)
+
+
+async def test_after_load_and_faults_all_is_as_before(server: ServerProcess) -> None:
+    """The soak, cut to some seconds, with each of its faults."""
+    found = await soak(server, KEYS, arguments(["--minutes", "0.3"]))
+    report(found)
+    assert found["fine"]
+    assert found["requests"]["complete"] > 50
+    kinds = {"burst", "policy switched", "Redis killed", "Redis paused", "replica killed"}
+    assert set(found["faults"]) == kinds
 
 
 async def test_sigterm_finishes_what_has_begun_and_refuses_the_rest(
