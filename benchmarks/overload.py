@@ -3,16 +3,21 @@
 A real server with one replica, the whole stack. The two take turns, a window each: at the peak a
 closed loop of as many clients as the replica runs at once; under overload requests arrive at random
 (Poisson), `--times` as many a second as the peak served, whatever becomes of them. Goodput is
-tokens a second of answers that came whole. Server and clients share this machine.
+tokens a second of answers that came whole. Server and clients share this machine: refusals cost the
+door CPU time, which a replica on CPUs lacks. `--pin` gives the replica a core of its own, as it would
+have a GPU, and leaves the others to the rest.
 """
 
 import argparse
 import asyncio
 import json
+import os
 import random
 import statistics
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +40,7 @@ class Window:
     num_tokens: int = 0
     answers: Counter[str] = field(default_factory=Counter)
     refusal_ms: list[float] = field(default_factory=list)
+    cpu_s: dict[str, float] = field(default_factory=dict)
 
     @property
     def tokens_per_s(self) -> float:
@@ -115,17 +121,44 @@ def described(window: Window) -> dict[str, Any]:
         "tokens_per_s": round(window.tokens_per_s, 1),
         "answers": dict(sorted(window.answers.items())),
         "refusal_p50_ms": refusal_ms,
+        "cpu_s": window.cpu_s,
     }
 
 
-async def measure(port: int, options: argparse.Namespace) -> dict[str, Any]:
+def pin(server: Triad) -> None:
+    """Every thread of it; those to come follow their process."""
+    first, *others = sorted(os.sched_getaffinity(0))
+    replicas = server.pids("triad:Replica")
+    for pid in (*server.pids(""), os.getpid()):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(int(thread.name), {first} if pid in replicas else set(others))
+
+
+@contextmanager
+def cpu_of(server: Triad) -> Iterator[dict[str, float]]:
+    """CPU seconds of what happened meanwhile, by process, this one included."""
+    spent: dict[str, float] = {}
+    before, own_before_s = server.cpu_s(), time.process_time()
+    yield spent
+    for name, seconds in (server.cpu_s() - before).most_common(5):
+        spent[name] = round(seconds, 1)
+    spent["clients"] = round(time.process_time() - own_before_s, 1)
+
+
+async def measure(server: Triad, options: argparse.Namespace) -> dict[str, Any]:
     rng = random.Random(1)
+    port = server.port
     await peak(port, options)  # warms up
     turns = []
     for _ in range(options.turns):
-        best = await peak(port, options)
+        with cpu_of(server) as cpu_s:
+            best = await peak(port, options)
+        best.cpu_s = cpu_s
         rate = options.times * best.answers["200"] / options.seconds
-        much = await overload(port, rate, rng, options)
+        with cpu_of(server) as cpu_s:
+            much = await overload(port, rate, rng, options)
+        much.cpu_s = cpu_s
         turn = {
             "peak": described(best),
             "arrivals_per_s": round(rate, 1),
@@ -136,7 +169,8 @@ async def measure(port: int, options: argparse.Namespace) -> dict[str, Any]:
         turns.append(turn)
     ratio = round(statistics.median(turn["ratio"] for turn in turns), 3)
     return {
-        "hardware": "CPU, server and clients on it",
+        "hardware": f"CPU, {os.cpu_count()} cores for server and clients"
+        + ", one the replica's" * options.pin,
         "max_tokens": options.max_tokens,
         "turns": turns,
         "ratio": ratio,
@@ -148,13 +182,16 @@ def main() -> None:
     parser.add_argument("--times", type=float, default=10.0)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=12.0, help="of a window")
+    parser.add_argument("--pin", action="store_true", help="the replica to one core, all else to the others")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--triad", nargs="*", default=[], help="further key=value of its configuration")
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
     places = (f"max_running={MAX_RUNNING}", f"max_waiting={MAX_WAITING}", "num_threads=1", "policy=ar")
     with Triad(*places, *options.triad) as server:
-        found = asyncio.run(measure(server.port, options))
+        if options.pin:
+            pin(server)
+        found = asyncio.run(measure(server, options))
     print(f"goodput under {options.times:g} times the load: {found['ratio']:.0%} of the peak")
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(found, indent=1) + "\n")

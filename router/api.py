@@ -20,7 +20,7 @@ from replicas.messages import GenerateRequest, ModelInfo
 from router.auth import KeyRing
 from router.dispatch import Dispatcher
 from router.errors import ApiError, add_error_handlers, json_response
-from router.guard import Bounds, Guard, bounded_route, check_prompts, key_of
+from router.guard import Bounds, Guard, RoomCheck, bounded_route, check_prompts, key_of
 from router.limits import KeyLimiter
 from router.load_view import LoadView
 from router.metrics import Metrics
@@ -121,6 +121,7 @@ def _middleware(door: Door) -> list[Middleware]:
             )
         )
     layers.append(Middleware(Guard, door.keys, door.bounds))
+    layers.append(Middleware(RoomCheck, door.dispatcher.check_room))
     layers.append(Middleware(BodyLimit, max_bytes=door.bounds.max_body_bytes))
     return layers
 
@@ -133,7 +134,6 @@ async def _generate(
     id_prefix: str,
 ) -> Response:
     _check_model_name(door, body.model)
-    door.dispatcher.check_open()
     request = GenerateRequest(
         request_id=f"{id_prefix}-{uuid.uuid4().hex}",
         channel_id="",

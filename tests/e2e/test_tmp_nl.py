@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 async def test_a_lost_node_takes_its_own_streams_only_and_the_service_goes_on() -> None:
     import time as T
+
     t0 = T.time()
     say = lambda w: print(w, round(T.time() - t0, 1), flush=True)
     port = free_port()

@@ -55,7 +55,6 @@ def main() -> None:
         while True:
             time.sleep(1)
     finally:
-        serve.shutdown()
         cluster.shutdown()
 
 
