@@ -21,7 +21,7 @@ OUT       ?= .run/train
 URL       ?=
 REPORT    ?= .run/loadtest
 
-.PHONY: serve test test-gpu lint format bench loadtest bench-floor bench-overhead bench-memory bench-peer bench-gpu bench-policy evaluate train model pack-smollm2 train-smollm2 clean help
+.PHONY: serve test test-gpu lint format bench loadtest bench-floor bench-overhead bench-memory bench-peer bench-gpu bench-policy soak evaluate train model pack-smollm2 train-smollm2 clean help
 
 help:
 	@sed -n '1,2p' Makefile; echo; grep -E '^[a-z0-9-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -85,6 +85,9 @@ bench-policy: $(READY) ## policies against fixed modes over HTTP; ARGS="--part l
 
 loadtest: $(READY) ## load a running server at URL, or one of its own, and write REPORT/report.html
 	@$(BIN)/python -m loadtest $(if $(URL),--url $(URL)) --out $(REPORT) $(ARGS)
+
+soak: $(READY) ## 30 minutes of mixed load and random faults, and whether all is as before; ARGS="--minutes 5"
+	@$(BIN)/python -m benchmarks.soak $(ARGS)
 
 evaluate: $(READY) ## quality and tokens per forward of the embedded checkpoint, by task family and mode
 	@$(BIN)/python -m replicas.training.evaluate $(ARGS)

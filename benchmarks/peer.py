@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.load import Level, level
-from benchmarks.processes import ServerProcess, triad, vllm
+from benchmarks.processes import ServerProcess, Triad, vllm
 
 LEVELS = (1, 4, 16, 32, 64)
 MODEL = "peer"
@@ -85,8 +85,7 @@ def main() -> None:
             peer.wait_until_ready()
             run_level(peer.port, 4, 1)
             peer.signal(signal.SIGSTOP)
-        ours = stack.enter_context(triad(options.checkpoint, options.port, *given))
-        ours.wait_until_ready()
+        ours = stack.enter_context(Triad(f"model={options.checkpoint}", *given, port=options.port))
         run_level(ours.port, 4, 1)
         for row in rows(ours, peer, options):
             results.append(row)

@@ -26,8 +26,8 @@ from typing import Any
 
 import httpx
 
+from benchmarks.processes import Triad
 from replicas.training.tasks.registry import FAMILIES, held_out_tasks
-from tests.e2e.server import Server
 
 RESULTS = Path(__file__).parent / "results"
 RAW = RESULTS / "policy-cpu.jsonl"
@@ -237,7 +237,7 @@ def main() -> None:
         print(report(options.raw, options.raw.parent))
         return
     for number, policy in enumerate(options.policy):
-        with Server("num_replicas=1", f"policy={policy}") as server:
+        with Triad("num_replicas=1", f"policy={policy}") as server:
             contenders = (policy, *(options.fixed if number == 0 else ()))
             asyncio.run(measure(server.url, contenders, options))
 

@@ -1,7 +1,9 @@
-"""Servers as processes of their own, with the CPU time each of their processes takes."""
+"""Servers as processes of their own, for benchmarks and tests: started, watched, and ended for certain."""
 
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -9,6 +11,8 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,13 +25,23 @@ STOP_TIMEOUT_S = 60.0
 class ServerProcess:
     """A command that serves HTTP on a port of loopback, and what it started; a context manager.
 
-    ready_path: answers 200 once it serves. Its output goes to `log`.
+    ready_path: answers 200 once it serves. folder: its own, removed at the end; its output goes to
+    `log` in it.
     """
 
-    def __init__(self, command: list[str], port: int, ready_path: str, env: dict[str, str]):
+    def __init__(
+        self,
+        command: list[str],
+        port: int,
+        ready_path: str,
+        env: Mapping[str, str],
+        folder: Path | None = None,
+    ):
         self.port = port
-        self._ready_url = f"http://127.0.0.1:{port}{ready_path}"
-        self.log = Path(tempfile.mkstemp(suffix=".log")[1])
+        self.url = f"http://127.0.0.1:{port}"
+        self.folder = folder or short_folder()
+        self.log = self.folder / "log"
+        self._ready_url = self.url + ready_path
         self._command = command
         self._env = os.environ | env
 
@@ -56,19 +70,32 @@ class ServerProcess:
             self._process.wait()
         for pid, began in ours.items():
             if began_at(pid) == began:
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def wait_until_ready(self, timeout_s: float = 300.0) -> None:
         """Raises RuntimeError with the log's end when it ends or is not ready in time."""
         deadline_s = time.monotonic() + timeout_s
         while not self._is_ready():
             if self._process.poll() is not None or time.monotonic() > deadline_s:
-                raise RuntimeError(f"not serving; its log:\n{self.log.read_text(errors='replace')[-3000:]}")
-            time.sleep(0.5)
+                raise RuntimeError(f"not serving; its log:\n{self.log.read_text(errors='replace')[-5000:]}")
+            time.sleep(0.2)
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        return self._process
 
     def signal(self, number: int) -> None:
+        """To all of its processes."""
         for pid in descendants(self._process.pid):
-            os.kill(pid, number)
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def pids(self, name: str) -> list[int]:
+        """Its processes whose command line contains `name`, the oldest first."""
+        ours = descendants(self._process.pid)
+        return sorted((pid for pid in ours if name in command_of(pid)), key=lambda pid: int(ours[pid]))
 
     def cpu_s(self) -> Counter[str]:
         """CPU seconds so far, by name of process."""
@@ -76,7 +103,7 @@ class ServerProcess:
         for pid in descendants(self._process.pid):
             fields = _stat(pid)
             if fields is not None:
-                spent[_name(pid)] += (int(fields[11]) + int(fields[12])) / TICKS_PER_S
+                spent[name_of(pid)] += (int(fields[11]) + int(fields[12])) / TICKS_PER_S
         return spent
 
     def _is_ready(self) -> bool:
@@ -87,17 +114,29 @@ class ServerProcess:
             return False
 
 
-def triad(checkpoint: str, port: int, *arguments: str) -> ServerProcess:
-    """`serve run` with a replica of the checkpoint; arguments: further key=value of ClusterConfig."""
-    from cluster.serve_file import serve_file
+class Triad(ServerProcess):
+    """`serve run` as an operator would; arguments: key=value of ClusterConfig. Entered, it is ready."""
 
-    file = Path(tempfile.mkstemp(suffix=".yaml")[1])
-    file.write_text(serve_file([f"port={port}", f"model={checkpoint}", *arguments]))
-    # Ray's sockets lie below it, and a socket's path must be short.
-    env = {"RAY_TMPDIR": tempfile.mkdtemp(prefix="t", dir="/tmp"), "RAY_worker_niceness": "0"}
-    return ServerProcess(
-        [str(Path(sys.executable).with_name("serve")), "run", str(file)], port, "/readyz", env
-    )
+    def __init__(self, *arguments: str, port: int | None = None, env: Mapping[str, str] | None = None):
+        from cluster.serve_file import serve_file
+
+        port = port or free_port()
+        folder = short_folder()
+        file = folder / "serve.yaml"
+        file.write_text(serve_file([f"port={port}", *arguments]))
+        command = [str(Path(sys.executable).with_name("serve")), "run", str(file)]
+        # Ray gives its workers a low priority, which on a busy machine is none at all.
+        ray = {"RAY_TMPDIR": str(folder), "RAY_worker_niceness": "0"}
+        super().__init__(command, port, "/readyz", ray | dict(env or {}), folder)
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        try:
+            self.wait_until_ready()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
 
 
 def vllm(executable: str, checkpoint: str, port: int, model: str) -> ServerProcess:
@@ -105,6 +144,18 @@ def vllm(executable: str, checkpoint: str, port: int, model: str) -> ServerProce
     command += ["--max-model-len", "2048", "--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "64"]
     env = {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     return ServerProcess(command, port, "/health", env)
+
+
+def short_folder() -> Path:
+    """Ray's sockets lie below it, and a socket's path must be short."""
+    return Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def descendants(root: int) -> dict[int, str]:
@@ -132,14 +183,20 @@ def _stat(pid: int) -> list[str] | None:
         return None
 
 
-def _name(pid: int) -> str:
+def command_of(pid: int) -> str:
+    """The command line; empty when the process has gone. A Serve actor writes its own:
+    ray::ServeReplica:<app>:<deployment>."""
     try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
+        return ""
+
+
+def name_of(pid: int) -> str:
+    parts = command_of(pid).split()
+    if not parts:
         return "gone"
-    first = command[0].decode(errors="replace")
-    # A Serve actor names itself: ray::ServeReplica:<app>:<deployment>
-    if first.startswith("ray::"):
-        return first.split()[0]
-    names = [part.decode(errors="replace").rpartition("/")[2] for part in command[:2]]
+    if parts[0].startswith("ray::"):
+        return parts[0]
+    names = [part.rpartition("/")[2] for part in parts[:2]]
     return " ".join(names) if names[0].startswith("python") else names[0]

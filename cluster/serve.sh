@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Serves until Ctrl-C. From the environment: MODEL, DTYPE, REPLICAS, PORT, REDIS_URL, POLICY; empty is the default.
+# Serves until Ctrl-C; on SIGTERM what has begun is finished first.
+# From the environment: MODEL, DTYPE, REPLICAS, PORT, REDIS_URL, POLICY; empty is the default.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,13 +13,26 @@ trap 'rm -f "$file"' EXIT
 python -m cluster.serve_file "port=$port" "model=${MODEL:-}" "dtype=${DTYPE:-}" "num_replicas=${REPLICAS:-}" \
   "redis_url=${REDIS_URL:-}" "policy=${POLICY:-}" >"$file"
 
-# The server stays in the foreground, where Ctrl-C reaches it; this waits behind it and then says so.
+# Behind this script, which waits and passes SIGTERM on; Ctrl-C reaches both.
+python -m cluster.serve "$file" &
+server=$!
+trap : INT
+trap 'kill -TERM "$server"' TERM
+
 (
   ready="import urllib.request as r; r.urlopen('http://127.0.0.1:$port/readyz', timeout=2)"
   until python -c "$ready" 2>/dev/null; do
-    kill -0 $$ 2>/dev/null || exit 0
+    kill -0 "$server" 2>/dev/null || exit 0
     sleep 1
   done
   echo "== Triad is ready on http://127.0.0.1:$port (try /v1/models, /v1/triad/state) =="
 ) &
-serve run "$file"
+
+# A signal ends a wait early.
+status=0
+wait "$server" || status=$?
+while kill -0 "$server" 2>/dev/null; do
+  status=0
+  wait "$server" || status=$?
+done
+exit "$status"

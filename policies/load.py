@@ -66,6 +66,8 @@ class ReplicaLoad:
     """Prompt tokens prefilled for each token generated, a recent average."""
     costs: ReplicaCosts | None = None
     """What its forwards cost and its rounds bring, as it has measured them itself."""
+    num_tasks: int = 0
+    """asyncio tasks in its process: what of them outlives the requests is a leak."""
 
     @property
     def num_in_flight(self) -> int:

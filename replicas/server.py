@@ -4,11 +4,13 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 from ray import serve
 
 from policies.follower import PlanFollower
+from policies.load import ReplicaLoad
 from policies.plan import ReplicaPlan
 from policies.registry import create_policy
 from policies.setting import PolicyChoice, PolicyWatch
@@ -74,9 +76,7 @@ class Replica:
         )
         self._store = LoadStore(config.redis_url, config.app)
         policy = create_policy(config.policy, config.policy_params)
-        self._follower = PlanFollower(
-            self._store, policy, self._service.load, self._apply, self._service.set_probes
-        )
+        self._follower = PlanFollower(self._store, policy, self._load, self._apply, self._service.set_probes)
         self._apply(self._follower.plan)
         self._stop = asyncio.Event()
         self._service.start()
@@ -133,6 +133,9 @@ class Replica:
             self._workers.close()
         await self._store.close()
         await asyncio.to_thread(self._tracing.close)
+
+    def _load(self) -> ReplicaLoad:
+        return replace(self._service.load(), num_tasks=len(asyncio.all_tasks()))
 
     async def _mind(self, workers: Workers) -> None:
         """Ends this process with the first of the others to end: the part of the model it had is gone.

@@ -20,11 +20,11 @@ from replicas.messages import GenerateRequest, ModelInfo
 from router.auth import KeyRing
 from router.dispatch import Dispatcher
 from router.errors import ApiError, add_error_handlers, json_response
-from router.guard import Bounds, Guard, bounded_route, check_prompts, key_of
+from router.guard import Bounds, Guard, RoomCheck, bounded_route, check_prompts, key_of
 from router.limits import KeyLimiter
 from router.load_view import LoadView
 from router.metrics import Metrics
-from router.operate import add_metrics_route, add_policy_routes
+from router.operate import Siblings, add_metrics_route, add_policy_routes
 from router.responses import BodyLimit, GenerationResponse
 from router.schema import ChatCompletionRequest, CompletionRequest
 from router.sse import Answer, ChatAnswer, TextAnswer
@@ -38,6 +38,7 @@ class Door:
 
     model_name: the name clients ask for. created: when it was loaded, in seconds since 1970.
     limiter: None counts nothing. policy: None can't be changed at run time. tracer: None traces nothing.
+    siblings: whose figures /metrics shows beside this ingress's own.
     """
 
     dispatcher: Dispatcher
@@ -51,6 +52,7 @@ class Door:
     limiter: KeyLimiter | None = None
     policy: PolicyWatch | None = None
     metrics: Metrics | None = None
+    siblings: Siblings | None = None
     tracer: Tracer | None = None
 
 
@@ -99,7 +101,7 @@ def create_app(door: Door, lifespan: AbstractAsyncContextManager[None] | None = 
         return json_response(await cluster_state(door.dispatcher, door.view, door.store))
 
     if door.metrics is not None:
-        add_metrics_route(app, door.metrics, door.store)
+        add_metrics_route(app, door.metrics, door.store, door.siblings)
     if door.policy is not None:
         add_policy_routes(app, door.policy)
     return app
@@ -119,6 +121,7 @@ def _middleware(door: Door) -> list[Middleware]:
             )
         )
     layers.append(Middleware(Guard, door.keys, door.bounds))
+    layers.append(Middleware(RoomCheck, door.dispatcher.check_room))
     layers.append(Middleware(BodyLimit, max_bytes=door.bounds.max_body_bytes))
     return layers
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
-from policies.admission import AdmissionControl
+from policies.admission import Admission, AdmissionControl, Shed
 from policies.loop import Clock
 from policies.placement import OwnTraffic, place
 from replicas.errors import ErrorCode, TriadError
@@ -70,11 +70,25 @@ class Dispatcher:
         self._runs: dict[str, asyncio.Task[None]] = {}
         self._look_again = asyncio.Event()
         self._model: ModelInfo | None = None
+        self._draining = False
 
     @property
     def ready(self) -> bool:
-        """A replica can take a request."""
-        return any(link.is_open for link in self._links.values())
+        """A replica can take a request, and new ones are wanted."""
+        return not self._draining and any(link.is_open for link in self._links.values())
+
+    def drain(self) -> None:
+        """From now on new requests are refused; those that are here go on."""
+        self._draining = True
+
+    def check_room(self) -> None:
+        """Raises TriadError where no request is taken, whatever it asks: while draining, and while all
+        places are taken. `generate` checks again, with the request's size."""
+        if self._draining:
+            raise TriadError(ErrorCode.UNAVAILABLE, "The server is shutting down.")
+        verdict = self._verdict()
+        if isinstance(verdict, Shed) and verdict.contended:
+            raise_if_shed(verdict)
 
     @property
     def model(self) -> ModelInfo | None:
@@ -143,16 +157,18 @@ class Dispatcher:
 
     def _admit(self, request: GenerateRequest, num_prompt_tokens: int) -> None:
         """Raises Overloaded."""
+        raise_if_shed(self._verdict(num_prompt_tokens, request.timeout_s))
+
+    def _verdict(self, num_prompt_tokens: int = 0, deadline_s: float | None = None) -> Admission:
         replica_ids, now_s = self._open(), self._clock()
-        verdict = self._admission.check(
+        return self._admission.check(
             replica_ids,
             lambda: self._traffic.candidates(replica_ids, self._view.seen, now_s),
             now_s,
             num_prompt_tokens=num_prompt_tokens,
-            deadline_s=request.timeout_s,
+            deadline_s=deadline_s,
             num_ended=self._traffic.num_ended,
         )
-        raise_if_shed(verdict)
 
     def _open(self) -> list[str]:
         return [replica_id for replica_id, link in self._links.items() if link.is_open]

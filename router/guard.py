@@ -1,6 +1,7 @@
 """What stands before the routes: header and JSON limits, and who is let in. Pure ASGI."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,10 +14,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import GenerateRequest, Prompt
 from router.auth import ApiKey, KeyRing
-from router.errors import ApiError, api_error_response
+from router.errors import ApiError, api_error_response, triad_error_response
 
 OPEN_PATHS = frozenset({"/health", "/healthz", "/readyz", "/metrics"})
 """For probes and scrapers, which have no key."""
+COMPLETIONS = frozenset({"/v1/chat/completions", "/v1/completions"})
 ADMIN_CALLS = frozenset({("PUT", "/v1/triad/policy"), ("DELETE", "/v1/triad/policy")})
 
 _STATE_KEY = "triad_api_key"
@@ -91,6 +93,26 @@ class Guard:
             message = "This needs an admin key."
             raise ApiError(403, "admin_key_required", message, type_="permission_error")
         return key
+
+
+class RoomCheck:
+    """ASGI middleware: while all places are taken a completion is refused before its body is read.
+
+    So that under overload refusals take little from what is served. check: raises TriadError.
+    """
+
+    def __init__(self, app: ASGIApp, check: Callable[[], None]):
+        self._app = app
+        self._check = check
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in COMPLETIONS:
+            try:
+                self._check()
+            except TriadError as error:
+                await triad_error_response(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 def key_of(request: Request) -> ApiKey | None:

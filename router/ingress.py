@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI
+from prometheus_client.metrics_core import Metric
 from ray import serve
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -49,6 +50,7 @@ from telemetry.setup import Tracing
 logger = logging.getLogger(__name__)
 
 ROSTER_TIMEOUT_S = 5.0
+SIBLINGS_TIMEOUT_S = 2.0
 
 
 class AddressedRouter(RequestRouter):
@@ -196,12 +198,31 @@ class Ingress:
             limiter=self._limiter,
             policy=self._policy,
             metrics=self._metrics,
+            siblings=self._siblings,
             tracer=self._tracing.tracer,
         )
         self._tasks: tuple[asyncio.Task[None], ...] = ()
+        self._instance = instance
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._door, self._background())
+
+    async def figures(self) -> tuple[str, list[Metric]]:
+        """Which ingress this is, and what it counts: for the one that is scraped."""
+        return self._instance, self._metrics.own_families()
+
+    async def _siblings(self) -> list[Metric]:
+        context = serve.get_replica_context()
+        handle = serve.get_deployment_handle(context.deployment, context.app_name)
+        broadcast = contextvars.Context().run(handle.broadcast, "figures")
+        answers = await broadcast.results_async(timeout_s=SIBLINGS_TIMEOUT_S, return_exceptions=True)
+        found = [answer for answer in answers if isinstance(answer, tuple)]
+        return [family for instance, families in found if instance != self._instance for family in families]
+
+    async def drain(self) -> int:
+        """Refuses new requests with 503 from now on. Returns how many are still here."""
+        self._dispatcher.drain()
+        return sum(self._dispatcher.in_flight().values())
 
     async def check_health(self) -> None:
         """Raises when a loop has ended, which none does by itself."""

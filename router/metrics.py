@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.metrics import CallbackOptions, Observation
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from policies.load import LOST_S, ReplicaLoad
 from policies.modes import Mode
@@ -41,6 +43,7 @@ FIRST_TOKEN_BUCKETS = (
 PER_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 TOKENS_PER_FORWARD_BUCKETS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0)
 
+INGRESS = "ingress"
 Labels = Mapping[str, str]
 
 
@@ -66,11 +69,14 @@ class Seen:
 
 
 class Metrics:
-    """model: what clients ask for. instance: tells the ingresses of one cluster apart."""
+    """model: what clients ask for. instance: tells the ingresses of one cluster apart, as the label
+    `ingress` on what each counts by itself; what replicas publish every ingress reads alike.
+    """
 
     def __init__(self, model: str, instance: str):
         self.seen = Seen()
-        self._common = {"gen_ai.provider.name": "triad", "gen_ai.request.model": model}
+        self._own = {INGRESS: instance}
+        self._common = self._own | {"gen_ai.provider.name": "triad", "gen_ai.request.model": model}
         self._registry = CollectorRegistry()
         reader = PrometheusMetricReader(registry=self._registry, scope_info_enabled=False)
         self._provider = meter_provider("ingress", instance, reader)
@@ -122,6 +128,7 @@ class Metrics:
         of_load(
             "triad.tokens.rate", "{token}/s", "Tokens a replica generates a second", lambda x: x.tokens_per_s
         )
+        of_load("triad.tasks", "{task}", "asyncio tasks in a replica's process", lambda x: x.num_tasks)
         of_load(
             "triad.plan.version", "1", "Grows with each plan a replica is given", lambda x: x.plan_version
         )
@@ -140,24 +147,37 @@ class Metrics:
             "triad.redis.up",
             "1",
             "Whether Redis answered",
-            lambda: [Observation(int(self.seen.store_available))],
+            lambda: [Observation(int(self.seen.store_available), self._own)],
         )
         gauge(
             "triad.requests.in_flight",
             "{request}",
             "This ingress's requests",
-            lambda: [Observation(self.seen.num_in_flight())],
+            lambda: [Observation(self.seen.num_in_flight(), self._own)],
         )
 
     def close(self) -> None:
         self._provider.shutdown()
 
-    def exposition(self) -> bytes:
-        """Prometheus's text format."""
-        return generate_latest(self._registry)
+    def families(self) -> list[Metric]:
+        """Everything as of now."""
+        return list(self._registry.collect())
+
+    def own_families(self) -> list[Metric]:
+        """What this ingress counts by itself."""
+        return [family for family in self.families() if any(INGRESS in s.labels for s in family.samples)]
+
+    def exposition(self, others: Iterable[Metric] = ()) -> bytes:
+        """Prometheus's text format. others: of the cluster's other ingresses, which one scrape shows too."""
+        merged = {family.name: family for family in self.families()}
+        for other in others:
+            family = merged.setdefault(other.name, other)
+            if family is not other:
+                family.samples.extend(other.samples)
+        return generate_latest(_Families(tuple(merged.values())))
 
     def answered(self, route: str, status: int) -> None:
-        self._http.add(1, {"route": route, "status": str(status)})
+        self._http.add(1, self._own | {"route": route, "status": str(status)})
 
     def ended(self, outcome: Outcome) -> None:
         common = self._common | {"gen_ai.operation.name": outcome.operation}
@@ -174,13 +194,13 @@ class Metrics:
             rest_s = outcome.duration_s - outcome.first_token_s
             self._per_token.record(rest_s / (tokens_per_choice - 1), common)
         for mode, num_tokens in report.tokens_by_mode.items():
-            self._tokens.add(num_tokens, {"mode": mode.value})
+            self._tokens.add(num_tokens, self._own | {"mode": mode.value})
         if report.num_forwards:
-            self._tokens_per_forward.record(report.tokens_per_forward, {"rule": report.rule})
-            self._forwards.add(report.num_forwards)
+            self._tokens_per_forward.record(report.tokens_per_forward, self._own | {"rule": report.rule})
+            self._forwards.add(report.num_forwards, self._own)
         if report.num_switches:
-            self._switches.add(report.num_switches)
-        key = {"key": outcome.key_name or ""}
+            self._switches.add(report.num_switches, self._own)
+        key = self._own | {"key": outcome.key_name or ""}
         self._used.add(finished.num_prompt_tokens, key | {"kind": "prompt"})
         self._used.add(finished.num_completion_tokens, key | {"kind": "completion"})
 
@@ -224,6 +244,14 @@ class Metrics:
         view = self.seen.view
         loads = () if view is None else view.loads.replicas
         return [Observation(seen.age_s, _labels(seen.load)) for seen in loads]
+
+
+@dataclass(frozen=True, slots=True)
+class _Families(Collector):
+    all: tuple[Metric, ...]
+
+    def collect(self) -> Iterable[Metric]:
+        return self.all
 
 
 def _labels(load: ReplicaLoad) -> dict[str, str]:

@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
 from fastapi import FastAPI
+from prometheus_client.metrics_core import Metric
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
@@ -29,11 +31,18 @@ class PolicyBody(BaseModel):
     policy_params: dict[str, Any] = Field(default_factory=dict)
 
 
-def add_metrics_route(app: FastAPI, metrics: Metrics, store: LoadStore) -> None:
+Siblings = Callable[[], Awaitable[list[Metric]]]
+"""What the cluster's other ingresses count; raises nothing, and leaves out those that don't answer."""
+
+
+def add_metrics_route(app: FastAPI, metrics: Metrics, store: LoadStore, siblings: Siblings | None) -> None:
     @app.get("/metrics", response_class=Response)
     async def prometheus() -> Response:
+        others: list[Metric] = []
+        if siblings is not None:
+            others = await siblings()
         await read_cluster(metrics, store)
-        return Response(metrics.exposition(), headers={"content-type": CONTENT_TYPE})
+        return Response(metrics.exposition(others), headers={"content-type": CONTENT_TYPE})
 
 
 def add_policy_routes(app: FastAPI, watch: PolicyWatch) -> None:

@@ -1,5 +1,6 @@
 """The cluster's state for people: loads with their age, plans, last decisions, and this router's own view."""
 
+import asyncio
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -17,7 +18,11 @@ NUM_DECISIONS = 20
 
 async def cluster_state(dispatcher: Dispatcher, view: LoadView, store: LoadStore) -> dict[str, Any]:
     """From the store where it answers, else with what this router last read from it."""
-    router = {"in_flight": dispatcher.in_flight(), "ready": dispatcher.ready}
+    router = {
+        "in_flight": dispatcher.in_flight(),
+        "ready": dispatcher.ready,
+        "num_tasks": len(asyncio.all_tasks()),
+    }
     try:
         seen = await store.read_view()
         decisions = await store.recent_decisions(NUM_DECISIONS)

@@ -15,6 +15,7 @@ from replicas.errors import TriadError
 from router.auth import ApiKey
 from router.dispatch import Generation
 from router.errors import ApiError
+from router.guard import COMPLETIONS
 from router.limits import Charge, KeyLimiter
 from router.metrics import Metrics, Outcome
 from telemetry.logs import FIELDS, LogContext, log_context
@@ -71,7 +72,7 @@ class Trail:
         try:
             await self._app(scope, receive, note)
         finally:
-            route = getattr(scope.get("route"), "path", None) or "unknown"
+            route = _route(scope)
             if self._metrics is not None:
                 self._metrics.answered(route, status)
             if span is not None:
@@ -84,6 +85,14 @@ class Trail:
                 line = {"status": status, "duration_s": round(time.monotonic() - began_s, 6)} | fields
                 logger.info("%s %s", scope["method"], scope["path"], extra={FIELDS: line})
             log_context.reset(token)
+
+
+def _route(scope: Scope) -> str:
+    """For metrics, so that any path a client may think of is one."""
+    found: str | None = getattr(scope.get("route"), "path", None)
+    if found is None and scope["path"] in COMPLETIONS:
+        return str(scope["path"])  # refused before it was routed
+    return found or "unknown"
 
 
 def span_of(scope: Scope) -> Span | None:

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import httpx
 import pytest
 
+from benchmarks.processes import Triad
 from tests.e2e.clients import Streamed, all_fresh, chat, complete, state_of, stream, text_of
-from tests.e2e.server import Server
 from tests.eventually import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
@@ -106,7 +106,7 @@ async def test_auto_shifts_with_the_load_and_back(client: httpx.AsyncClient) -> 
 
 
 async def test_a_killed_valkey_fails_no_request_and_the_loop_resumes(
-    client: httpx.AsyncClient, server: Server
+    client: httpx.AsyncClient, server: Triad
 ) -> None:
     body = chat(PROMPTS[1], max_tokens=64, decoding={"lossless": True})
     (expected,) = await texts_alone(client, [body])
@@ -133,7 +133,7 @@ async def test_a_killed_valkey_fails_no_request_and_the_loop_resumes(
 
 
 async def test_a_killed_replica_harms_only_what_it_had_begun(
-    client: httpx.AsyncClient, server: Server
+    client: httpx.AsyncClient, server: Triad
 ) -> None:
     body = chat(PROMPTS[2], max_tokens=500, decoding={"mode": "ar"})
     whole = chat(PROMPTS[3], max_tokens=100, decoding={"mode": "ar"})
@@ -171,3 +171,45 @@ async def test_a_killed_replica_harms_only_what_it_had_begun(
     await eventually(both_are_back, within_s=200, every_s=0.5)
     answers = await asyncio.gather(*(complete(client, whole) for _ in range(8)))
     assert len({answer["decoding"]["replica"] for answer in answers}) == 2
+
+
+async def streamed_until_cut(client: httpx.AsyncClient, body: dict) -> Streamed | httpx.HTTPError | int:
+    """The error where the connection was cut, or the status where it was not 200."""
+    try:
+        return await stream(client, body)
+    except httpx.HTTPStatusError as error:
+        return error.response.status_code
+    except httpx.HTTPError as error:
+        return error
+
+
+async def test_a_killed_ingress_cuts_its_connections_and_leaves_nothing_behind(
+    client: httpx.AsyncClient, server: Triad
+) -> None:
+    await eventually(lambda: all_fresh(client), within_s=60, every_s=0.1)
+    body = chat(PROMPTS[2], max_tokens=900, decoding={"mode": "ar"})
+    (ingress,) = server.pids("ServeReplica:triad:Ingress")
+    leader = (await state_of(client))["leader"]
+    begun = [asyncio.create_task(streamed_until_cut(client, body)) for _ in range(8)]
+
+    async def all_run() -> bool:
+        return sum(r["load"]["num_running"] for r in (await state_of(client))["replicas"]) == 8
+
+    await eventually(all_run, within_s=30, every_s=0.02)
+    killed_s = time.monotonic()
+    os.kill(ingress, signal.SIGKILL)
+    ends = await asyncio.gather(*begun)
+    # Nobody takes the cut for an end.
+    assert [end for end in ends if isinstance(end, Streamed) and end.done] == []
+    assert time.monotonic() - killed_s < 20.0
+
+    async def is_back() -> dict | None:
+        try:
+            return await all_fresh(client)
+        except (httpx.HTTPError, AssertionError):
+            return None
+
+    state = await eventually(is_back, within_s=120, every_s=0.1)
+    assert state["leader"] != leader
+    assert sum(r["load"]["num_running"] + r["load"]["pages_used"] for r in state["replicas"]) == 0
+    assert (await stream(client, chat(PROMPTS[2]))).done

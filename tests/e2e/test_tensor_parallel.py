@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Iterator
 import httpx
 import pytest
 
+from benchmarks.processes import Triad
 from tests.e2e.clients import Streamed, all_fresh, chat, complete, state_of, stream, text_of, total
-from tests.e2e.server import Server
 from tests.eventually import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -19,14 +19,14 @@ WORKER = "ray::TensorParallelWorker"
 
 
 @pytest.fixture(scope="module")
-def split_server() -> Iterator[Server]:
+def split_server() -> Iterator[Triad]:
     """One replica, in two processes."""
-    with Server("tensor_parallel=2", "calibration_s=0.2", "num_threads=1") as server:
+    with Triad("tensor_parallel=2", "calibration_s=0.2", "num_threads=1") as server:
         yield server
 
 
 @pytest.fixture
-async def split_client(split_server: Server) -> AsyncIterator[httpx.AsyncClient]:
+async def split_client(split_server: Triad) -> AsyncIterator[httpx.AsyncClient]:
     async with httpx.AsyncClient(base_url=split_server.url, timeout=120.0) as client:
         yield client
 
@@ -38,7 +38,7 @@ async def texts(client: httpx.AsyncClient, mode: str, **more: object) -> list[st
 
 @pytest.mark.parametrize("mode", ["ar", "diffusion", "self_speculation"])
 async def test_two_processes_give_the_tokens_of_one(
-    client: httpx.AsyncClient, split_client: httpx.AsyncClient, split_server: Server, mode: str
+    client: httpx.AsyncClient, split_client: httpx.AsyncClient, split_server: Triad, mode: str
 ) -> None:
     assert len(split_server.pids(WORKER)) == 1
     assert await texts(split_client, mode) == await texts(client, mode)
@@ -47,7 +47,7 @@ async def test_two_processes_give_the_tokens_of_one(
 
 
 async def test_a_dead_worker_ends_its_replica_and_another_takes_over(
-    split_client: httpx.AsyncClient, split_server: Server
+    split_client: httpx.AsyncClient, split_server: Triad
 ) -> None:
     ask = chat(PROMPTS[0], decoding={"mode": "ar"})
     expected = text_of(await complete(split_client, ask))

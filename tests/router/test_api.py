@@ -324,6 +324,7 @@ async def test_the_state_shows_loads_plans_and_decisions(make_door):
         assert first["plan"]["stale"] is False
         assert (second["freshness"], second["age_s"], second["plan"]) == ("lost", None, None)
         assert state["decisions"][0]["plan"]["reason"] == "1 in flight <= 2"
+        assert state["router"].pop("num_tasks") >= 1
         assert state["router"] == {"in_flight": {"a": 0}, "ready": True}
 
         store.error = "no answer"

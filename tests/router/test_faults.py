@@ -5,11 +5,13 @@ The model is scripted, so that each fault comes at the very moment it should.
 
 import asyncio
 import json
+import time
 
 import httpx
 import pytest
 
 import replicas.service
+from replicas.engine.plan import SegmentOutput, StepPlan
 from router.api import create_app
 from tests.eventually import eventually
 from tests.replicas.engine.scripted import ScriptedRunner
@@ -112,6 +114,22 @@ async def test_in_mid_stream_the_loss_of_a_replica_is_an_error_event_to_its_own_
         assert (await client.post(PATH, json=chat())).status_code == 200
 
 
+async def test_while_it_drains_what_has_begun_goes_on_and_new_requests_get_503() -> None:
+    runner = Gated()
+    async with served([runner]) as (stack, client):
+        begun = [asyncio.create_task(streamed(client, chat(f"b{k}"))) for k in range(3)]
+        await eventually(lambda: sum(stack.dispatcher.in_flight().values()) == 3)
+        stack.dispatcher.drain()
+        for is_streamed in (False, True):
+            response = await client.post(PATH, json=chat(stream=is_streamed))
+            assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+        assert (await client.get("/readyz")).status_code == 503
+        assert (await client.get("/healthz")).status_code == 200
+        runner.allow()
+        for status, lines in await asyncio.gather(*begun):
+            assert (status, lines[-1]) == (200, "[DONE]")
+
+
 # Clients.
 
 
@@ -162,6 +180,35 @@ async def test_ten_times_too_much_is_shed_and_the_rest_served() -> None:
             assert answer.status_code in (429, 503)
             assert int(answer.headers["retry-after"]) >= 1
             assert answer.json()["error"]["code"] in ("queue_full", "unavailable")
+
+
+async def test_overload_makes_no_forward_less_full() -> None:
+    """Goodput in tokens a forward, by 4 clients and by 40; a forward takes its time, as a model's does."""
+
+    class Slow(ScriptedRunner):
+        def run(self, plan: StepPlan) -> list[SegmentOutput]:
+            time.sleep(0.01)
+            return super().run(plan)
+
+    limits = {"max_running": 4, "max_waiting": 4}
+
+    async def tokens_a_forward(num_clients: int) -> float:
+        runner = Slow()
+        num_served = 0
+        async with served([runner], limits=limits) as (_, client):
+
+            async def ask_on() -> None:
+                nonlocal num_served
+                while num_served < 20:
+                    response = await client.post(PATH, json=chat(decoding={"mode": "ar"}))
+                    assert response.status_code in (200, 429)
+                    num_served += response.status_code == 200
+
+            await asyncio.gather(*(ask_on() for _ in range(num_clients)))
+        return num_served * 30 / runner.num_forwards
+
+    peak = await tokens_a_forward(4)
+    assert await tokens_a_forward(40) > 0.8 * peak
 
 
 async def test_a_thousand_idle_connections_cost_nobody_an_answer() -> None:

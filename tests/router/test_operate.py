@@ -1,5 +1,6 @@
 """The operators' routes: the policy at run time, and Prometheus's figures."""
 
+import pickle
 import uuid
 from collections.abc import AsyncIterator, Iterator
 
@@ -105,15 +106,42 @@ async def test_prometheus_sees_requests_and_what_replicas_publish(make_door):
         for line in (
             'triad_requests_waiting{replica="r1"} 3.0',
             'triad_acceptance_length{replica="r1"} 5.0',
-            'triad_key_tokens_total{key="team",kind="completion"} 7.0',
-            'triad_tokens_total{mode="diffusion"} 4.0',
-            'triad_http_requests_total{route="/v1/chat/completions",status="200"} 1.0',
-            'triad_http_requests_total{route="unknown",status="401"} 1.0',
-            "triad_redis_up 1.0",
+            'triad_key_tokens_total{ingress="i",key="team",kind="completion"} 7.0',
+            'triad_tokens_total{ingress="i",mode="diffusion"} 4.0',
+            'triad_http_requests_total{ingress="i",route="/v1/chat/completions",status="200"} 1.0',
+            'triad_http_requests_total{ingress="i",route="unknown",status="401"} 1.0',
+            'triad_redis_up{ingress="i"} 1.0',
         ):
             assert line in lines, response.text
         store.error = "gone"
         lines = (await client.get("/metrics")).text.splitlines()
-        assert "triad_redis_up 0.0" in lines
+        assert 'triad_redis_up{ingress="i"} 0.0' in lines
         assert not [line for line in lines if line.startswith("triad_requests_waiting{")]
     metrics.close()
+
+
+async def test_one_scrape_shows_every_ingress(make_door):
+    load = a_load("r1", num_waiting=3)
+    store = FakeStore(ClusterView(ClusterLoad((ObservedLoad(load, 0.2),))))
+    metrics, other = Metrics(MODEL, "i"), Metrics(MODEL, "j")
+    other.seen.view = await store.read_view()
+    other.answered("/v1/models", 200)
+    other.answered("/v1/models", 404)
+
+    async def siblings():
+        return pickle.loads(pickle.dumps(other.own_families()))
+
+    door = await make_door(ScriptedReplica("a"), store=store, metrics=metrics, siblings=siblings)
+    async with in_process(create_app(door)) as client:
+        await client.get("/v1/models")
+        lines = (await client.get("/metrics")).text.splitlines()
+    for line in (
+        'triad_http_requests_total{ingress="i",route="/v1/models",status="200"} 1.0',
+        'triad_http_requests_total{ingress="j",route="/v1/models",status="200"} 1.0',
+        'triad_http_requests_total{ingress="j",route="/v1/models",status="404"} 1.0',
+        'triad_requests_waiting{replica="r1"} 3.0',
+    ):
+        assert lines.count(line) == 1
+    assert len([line for line in lines if line.startswith("# TYPE triad_http_requests_total ")]) == 1
+    metrics.close()
+    other.close()
