@@ -21,7 +21,10 @@ FULL = 0.8
 SPARE = 0.6
 """Fewer are enough only where they would be no fuller than this, so that the next request asks for none."""
 MAX_GROWTH = 2.0
-"""At most so many times the replicas that run, at once: a backlog says more of the past than of what comes."""
+"""At most so many times the replicas that run, at once: a backlog says more of the past than of the load."""
+
+DEMAND = "triad_demand"
+"""Under this name a replica reports its Demand.share."""
 
 PlanAt = Callable[[ReplicaLoad], DecodePlan]
 """What a replica would run at this load. Must be pure."""
@@ -56,9 +59,19 @@ class Demand:
         """Requests more that would still be served in time; below 0 so many too many are there."""
         return self.capacity - self.num_in_flight
 
+    def report(self) -> dict[str, float]:
+        """As Serve's autoscaler takes it."""
+        return {
+            DEMAND: self.share,
+            "triad_headroom": float(self.headroom),
+            "triad_waiting": float(self.num_waiting),
+            "triad_waiting_prompt_tokens": float(self.waiting_prompt_tokens),
+            "triad_expected_ttft_s": self.ttft_s,
+        }
+
 
 def demand(load: ReplicaLoad, plan_at: PlanAt, targets: Targets) -> Demand:
-    """What more replicas can't help is no demand: a pace that a request alone would miss, a prompt's own time."""
+    """What more replicas can't help is no demand: a pace that one request would miss, a prompt's own time."""
     capacity = _capacity(load, plan_at, targets.tpot_s)
     expected = ttft_s(load, forecast(load, plan_at(load)))
     alone = _with_requests(load, 1)
@@ -86,7 +99,7 @@ def wanted_replicas(shares: Sequence[float], num_running: int, num_wanted: int) 
     needed = math.ceil(total / FULL)
     if needed > num_wanted:
         return max(num_wanted, min(needed, math.floor(MAX_GROWTH * num_running)))
-    if len(shares) < num_running:
+    if not shares or len(shares) < num_running:
         return num_wanted
     return min(num_wanted, max(1, math.ceil(total / SPARE)))
 
@@ -117,7 +130,7 @@ def _places(load: ReplicaLoad) -> int:
 
 
 def _with_requests(load: ReplicaLoad, num: int) -> ReplicaLoad:
-    """The replica with num requests running and none waiting: of every kind that is there its part, rounded up."""
+    """With num requests running and none waiting: of every kind that is there its part, rounded up."""
 
     def part(count: int) -> int:
         return math.ceil(count * num / load.num_in_flight) if load.num_in_flight else 0

@@ -4,8 +4,8 @@ from hypothesis import strategies as st
 
 from policies.cost import ReplicaCosts, StepCost, Yield
 from policies.modes import DecodePlan, Mode, default_plan
-from policies.registry import create_policy
 from policies.policy import Snapshot
+from policies.registry import create_policy
 from policies.scaling import FULL, SPARE, Targets, demand, wanted_replicas
 from tests.policies.helpers import a_load
 
@@ -58,7 +58,7 @@ def test_a_pace_that_one_request_alone_would_miss_asks_for_nothing():
 
 
 def test_what_waits_asks_for_more_by_how_late_it_would_be():
-    """8 places at 8 / 13.5 ms: 16 that wait need 16 x 50 tokens of others to end first, which takes 1.35 s."""
+    """8 places at 8 / 13.5 ms: 16 that wait need 16 x 50 tokens of others to end first, in 1.35 s."""
     full = a_replica(24, num_running=8, num_waiting=16, max_running=8)
     late = demand(full, in_ar, Targets(ttft_s=0.5, tpot_s=9.0))
     assert late.ttft_s == pytest.approx(1.35 + 0.0135, rel=0.01)
