@@ -66,6 +66,8 @@ class ReplicaLoad:
     """Prompt tokens prefilled for each token generated, a recent average."""
     costs: ReplicaCosts | None = None
     """What its forwards cost and its rounds bring, as it has measured them itself."""
+    silent_s: float = 0.0
+    """For how long its engine has been in the forward under way: so old was all this when published."""
 
     @property
     def num_in_flight(self) -> int:
@@ -74,7 +76,7 @@ class ReplicaLoad:
 
 @dataclass(frozen=True, slots=True)
 class ObservedLoad:
-    """A replica's load with its age in seconds, by the store's clock."""
+    """A replica's load with its age in seconds, by the store's clock: since it was measured, not said."""
 
     load: ReplicaLoad
     age_s: float
