@@ -9,12 +9,14 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
+from cluster.autoscaling import autoscaling_config
 from cluster.config import ClusterConfig
 from cluster.embedded_redis import EmbeddedRedis, Endpoint
 from policies.admission import QueueLimits
+from policies.scaling import Targets
 from replicas.config import ReplicaConfig
 from router.guard import Bounds, GuardConfig
 from router.ingress import AddressedRouter, Ingress, IngressConfig
@@ -76,10 +78,19 @@ def _replicas(args: ClusterConfig, redis_url: str) -> Application:
             "placement_group_bundles": [bundle] * args.tensor_parallel,
             "placement_group_strategy": "STRICT_PACK",
         }
+    number: int | AutoscalingConfig = args.num_replicas
+    if args.max_replicas is not None:
+        number = autoscaling_config(
+            min_replicas=args.least_replicas,
+            initial_replicas=args.first_replicas,
+            max_replicas=args.max_replicas,
+            upscale_delay_s=args.upscale_delay_s,
+            downscale_delay_s=args.downscale_delay_s,
+        )
     return _bind(
         "Replica",
         Replica,
-        args.num_replicas,
+        number,
         {"num_cpus": args.replica_cpus, "num_gpus": args.num_gpus},
         args.drain_timeout_s,
         (_replica_config(args, redis_url),),
@@ -98,7 +109,7 @@ def _logging(args: ClusterConfig, access_log: bool) -> LoggingConfig:
 def _bind(
     name: str,
     cls: type,
-    num_replicas: int,
+    number: int | AutoscalingConfig,
     actor_options: Mapping[str, float],
     drain_timeout_s: float,
     arguments: tuple[Any, ...],
@@ -106,7 +117,8 @@ def _bind(
 ) -> Application:
     deployment = serve.deployment(
         name=name,
-        num_replicas=num_replicas,
+        num_replicas=number if isinstance(number, int) else None,
+        autoscaling_config=None if isinstance(number, int) else number,
         ray_actor_options=dict(actor_options),
         max_ongoing_requests=UNLIMITED,
         graceful_shutdown_timeout_s=drain_timeout_s,
@@ -148,7 +160,7 @@ def _replica_config(args: ClusterConfig, redis_url: str) -> ReplicaConfig:
     if num_threads is None and args.num_gpus == 0:
         # Ray would give an actor with a fraction of a CPU one thread. All replicas on one machine is
         # the case to be right for: more threads than cores cost far more than idle ones.
-        num_threads = max(1, (os.cpu_count() or 1) // (args.num_replicas * args.tensor_parallel))
+        num_threads = max(1, (os.cpu_count() or 1) // (args.most_replicas * args.tensor_parallel))
     return ReplicaConfig(
         checkpoint=args.checkpoint,
         served_model_name=args.model_name,
@@ -171,4 +183,5 @@ def _replica_config(args: ClusterConfig, redis_url: str) -> ReplicaConfig:
         max_waiting=args.max_waiting,
         calibration_s=args.calibration_s,
         log_format=args.log_format,
+        targets=Targets(args.target_ttft_s, args.target_tpot_s),
     )

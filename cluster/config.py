@@ -19,6 +19,9 @@ EMBEDDED_MODEL = "triad-5m"
 CHECKPOINTS = {EMBEDDED_MODEL: "triad-5m", "smollm2": "smollm2-135m"}
 """Models with a name of their own, and their folders under replicas/checkpoints."""
 
+SCALING_KEYS = ("min_replicas", "target_ttft_s", "target_tpot_s", "upscale_delay_s", "downscale_delay_s")
+"""Keys that say nothing without max_replicas."""
+
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -58,7 +61,25 @@ class ClusterConfig(BaseModel):
     app: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = Field(
         "triad", description="Keeps several apps apart in one Redis."
     )
-    num_replicas: int = Field(1, ge=1, description="Model servers.")
+    num_replicas: int = Field(1, ge=1, description="Model servers; with max_replicas, at the start.")
+    min_replicas: int | None = Field(
+        None, ge=1, description="With max_replicas: never fewer. None: num_replicas."
+    )
+    max_replicas: int | None = Field(
+        None, ge=1, description="Their number follows the demand, up to so many; None: it stays as it is."
+    )
+    target_ttft_s: float = Field(
+        1.0, gt=0.0, description="With max_replicas: seconds to the first token that are to be kept."
+    )
+    target_tpot_s: float = Field(
+        0.05, gt=0.0, description="With max_replicas: seconds a token after it that are to be kept."
+    )
+    upscale_delay_s: float = Field(
+        5.0, ge=0.0, description="With max_replicas: more are started after so long a demand for them."
+    )
+    downscale_delay_s: float = Field(
+        300.0, ge=0.0, description="With max_replicas: some are stopped after so long without need of them."
+    )
     num_ingresses: int = Field(1, ge=1, description="HTTP servers; one also controls, the others stand by.")
     redis_url: str | None = Field(
         None,
@@ -186,10 +207,37 @@ class ClusterConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _numbers_of_replicas_fit(self) -> Self:
+        if self.max_replicas is None:
+            for key in SCALING_KEYS:
+                if key in self.model_fields_set and getattr(self, key) is not None:
+                    raise ValueError(f"{key} is for a number of replicas that changes: set max_replicas too")
+            return self
+        if not self.least_replicas <= self.first_replicas <= self.max_replicas:
+            raise ValueError(
+                f"min_replicas {self.least_replicas} <= num_replicas {self.first_replicas} <= "
+                f"max_replicas {self.max_replicas} does not hold: change one, or leave num_replicas out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _weights_are_there(self) -> Self:
         if self.model in CHECKPOINTS and not Path(self.checkpoint, "model.safetensors").is_file():
             raise ValueError(f"model {self.model} has no weights here yet; `make model` fetches them")
         return self
+
+    @property
+    def least_replicas(self) -> int:
+        return self.num_replicas if self.min_replicas is None else self.min_replicas
+
+    @property
+    def first_replicas(self) -> int:
+        """How many start: num_replicas where it is given, else min_replicas."""
+        return self.num_replicas if "num_replicas" in self.model_fields_set else self.least_replicas
+
+    @property
+    def most_replicas(self) -> int:
+        return self.max_replicas or self.num_replicas
 
     @property
     def checkpoint(self) -> str:

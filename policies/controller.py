@@ -198,7 +198,7 @@ def _in_force(seen: ObservedLoad, stored: ObservedPlan | None) -> tuple[DecodePl
     """
     load = seen.load
     if load.decode is not None and (stored is None or load.plan_version >= stored.plan.version):
-        return load.decode, load.decode_held_s + seen.age_s
+        return load.decode, load.decode_held_s + seen.age_s - load.silent_s
     if stored is not None:
         return stored.plan.decode, stored.held_s
     return None, 0.0

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from policies.loop import PERIOD_S, Clock, Sleep, run_every
 from policies.modes import DecodePlan
 from policies.plan import ObservedPlan, ReplicaPlan
 from policies.policy import Policy, Probes, Snapshot
-from policies.store import LoadStore, StoreUnavailable
+from policies.store import LoadStore, PolicyEntry, StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +23,7 @@ class PlanFollower:
     read_load: the replica's load now; `plan_version`, `decode` and `decode_held_s` are filled in here.
     on_plan: called with each plan that differs from the one before in what to run or by which rule.
     on_probes: called with what the policy has the replica try beside its plan, when that changes.
+    on_policy_entry: awaited with the policy setting that came with each plan (PolicyWatch.heed).
     While the store is unavailable, or its plan stale, missing or outdated, the replica decides by
     the same policy from its own load, going on from the plan in force; `rule` then says so.
     """
@@ -34,6 +35,7 @@ class PlanFollower:
         read_load: Callable[[], ReplicaLoad],
         on_plan: Callable[[ReplicaPlan], None] | None = None,
         on_probes: Callable[[Probes | None], None] | None = None,
+        on_policy_entry: Callable[[PolicyEntry], Awaitable[None]] | None = None,
         *,
         period_s: float = PERIOD_S,
         clock: Clock = time.monotonic,
@@ -44,6 +46,7 @@ class PlanFollower:
         self._read_load = read_load
         self._on_plan = on_plan
         self._on_probes = on_probes
+        self._on_policy_entry = on_policy_entry
         self._probes: Probes | None = None
         self._period_s = period_s
         self._clock = clock
@@ -56,6 +59,10 @@ class PlanFollower:
     def plan(self) -> ReplicaPlan:
         """The plan in force. May be read from any thread."""
         return self._plan
+
+    def plan_at(self, load: ReplicaLoad) -> DecodePlan:
+        """What the policy would have the replica run at this load, whatever it runs now."""
+        return self._policy.decide(Snapshot(load), self._policy.resume(None, 0.0, 0.0), 0.0)[0].decode
 
     def set_policy(self, policy: Policy[Any]) -> None:
         """Decides by another policy, where it decides alone, going on from the plan in force."""
@@ -84,6 +91,8 @@ class PlanFollower:
         except StoreUnavailable:
             plan = self._alone(load, "store unavailable")
         else:
+            if self._on_policy_entry is not None:
+                await self._on_policy_entry(self._store.policy_entry)
             plan = self._follow(load, seen)
         self._put_in_force(plan)
         self._try_out(load, plan)

@@ -68,6 +68,8 @@ class ReplicaLoad:
     """What its forwards cost and its rounds bring, as it has measured them itself."""
     num_tasks: int = 0
     """asyncio tasks in its process: what of them outlives the requests is a leak."""
+    silent_s: float = 0.0
+    """For how long its engine has been in the forward under way: so old was all this when published."""
 
     @property
     def num_in_flight(self) -> int:
@@ -76,7 +78,7 @@ class ReplicaLoad:
 
 @dataclass(frozen=True, slots=True)
 class ObservedLoad:
-    """A replica's load with its age in seconds, by the store's clock."""
+    """A replica's load with its age in seconds, by the store's clock: since it was measured, not said."""
 
     load: ReplicaLoad
     age_s: float

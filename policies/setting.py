@@ -1,10 +1,12 @@
 """The policy an operator has set while the cluster runs: kept in the store, followed by all.
 
-Every process that decides has a PolicyWatch, which polls the store. A store that has lost its data
-is given the setting back by whoever remembers it.
+Every process that decides has a PolicyWatch. A replica's heeds what comes with each publication of its
+load, an ingress's polls the store. A store that has lost its data is given the setting back by whoever
+remembers it.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -13,16 +15,14 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from policies.loop import Clock, Sleep, run_every
+from policies.loop import run_every
 from policies.policy import Policy
 from policies.registry import PolicyError, create_policy
-from policies.store import LoadStore, StoreUnavailable
+from policies.store import POLICY_KEY, LoadStore, PolicyEntry, StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
 WATCH_PERIOD_S = 0.5
-
-_KEY = "policy"
 
 # The version is the server's time, and grows even when that is set back.
 _WRITE = """
@@ -68,8 +68,17 @@ _BODY: TypeAdapter[PolicyChoice | None] = TypeAdapter(PolicyChoice | None)
 
 async def read_setting(store: LoadStore) -> PolicySetting | None:
     """None where none has been made, or none that this version can read. Raises StoreUnavailable."""
-    body, version = await store.run(_READ, (_KEY,))
-    if body is None or not (version or "").isdigit():
+    return _decoded(await _read(store))
+
+
+async def _read(store: LoadStore) -> PolicyEntry:
+    body, version = await store.run(_READ, (POLICY_KEY,))
+    return body, version
+
+
+def _decoded(entry: PolicyEntry) -> PolicySetting | None:
+    body, version = entry
+    if body is None or version is None or not version.isdigit():
         return None
     try:
         return PolicySetting(_BODY.validate_json(body), int(version))
@@ -80,7 +89,7 @@ async def read_setting(store: LoadStore) -> PolicySetting | None:
 
 async def write_setting(store: LoadStore, choice: PolicyChoice | None) -> PolicySetting:
     """Raises StoreUnavailable. The choice must be one that create_policy takes."""
-    version = await store.run(_WRITE, (_KEY,), _BODY.dump_json(choice).decode())
+    version = await store.run(_WRITE, (POLICY_KEY,), _BODY.dump_json(choice).decode())
     return PolicySetting(choice, int(version))
 
 
@@ -96,17 +105,10 @@ class PolicyWatch:
         store: LoadStore,
         configured: PolicyChoice,
         on_change: Callable[[Policy[Any]], None],
-        *,
-        period_s: float = WATCH_PERIOD_S,
-        clock: Clock = time.monotonic,
-        sleep: Sleep = asyncio.sleep,
     ):
         self._store = store
         self._configured = configured
         self._on_change = on_change
-        self._period_s = period_s
-        self._clock = clock
-        self._sleep = sleep
         self._setting: PolicySetting | None = None
 
     @property
@@ -131,21 +133,26 @@ class PolicyWatch:
         return setting
 
     async def run(self) -> None:
-        """Until cancelled."""
-        await run_every(self._period_s, self.step, asyncio.Event(), self._clock, self._sleep)
+        """Polls, until cancelled."""
+        await run_every(WATCH_PERIOD_S, self.step, asyncio.Event(), time.monotonic, asyncio.sleep)
 
     async def step(self) -> None:
-        """Never raises StoreUnavailable: without a store what is set stays."""
+        """Reads the store and heeds it. Never raises StoreUnavailable: without one what is set stays."""
         try:
-            stored = await read_setting(self._store)
-            known = self._setting
-            if known is not None and (stored is None or stored.version < known.version):
-                body = _BODY.dump_json(known.choice).decode()
-                await self._store.run(_RESTORE, (_KEY,), body, str(known.version))
-            elif stored is not None:
-                self._take(stored)
+            entry = await _read(self._store)
         except StoreUnavailable:
             return
+        await self.heed(entry)
+
+    async def heed(self, entry: PolicyEntry) -> None:
+        """Follows what has been read; writes only to a store that has lost what is known here."""
+        stored, known = _decoded(entry), self._setting
+        if known is not None and (stored is None or stored.version < known.version):
+            body = _BODY.dump_json(known.choice).decode()
+            with contextlib.suppress(StoreUnavailable):
+                await self._store.run(_RESTORE, (POLICY_KEY,), body, str(known.version))
+        elif stored is not None:
+            self._take(stored)
 
     def _take(self, setting: PolicySetting) -> None:
         if self._setting is not None and setting.version <= self._setting.version:

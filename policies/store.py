@@ -19,7 +19,7 @@ import asyncio
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from redis.exceptions import RedisError
 
@@ -35,6 +35,10 @@ PLAN_EXPIRY_S = 60.0
 LEASE_S = 1.2
 """A leader is taken to be dead after this long; with a try every 0.2 s it is replaced within 2 s."""
 MAX_DECISIONS = 1000
+POLICY_KEY = "policy"
+
+PolicyEntry: TypeAlias = tuple[str | None, str | None]
+"""Body and version."""
 
 _CLOCK = """
 local time = redis.call('TIME')
@@ -51,14 +55,14 @@ end
 """
 
 _PUBLISH = f"""{_CLOCK}{_READ_HASH}
-local load, plan, replicas = KEYS[1], KEYS[2], KEYS[3]
+local load, plan, replicas, policy = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local id, body, expiry_ms = ARGV[1], ARGV[2], ARGV[3]
 redis.call('DEL', load)
 redis.call('HSET', load, 'body', body, 'at', text(now))
 redis.call('PEXPIRE', load, expiry_ms)
 redis.call('ZADD', replicas, text(now), id)
 redis.call('ZREMRANGEBYSCORE', replicas, '-inf', text(now - expiry_ms * 1000))
-return {{now, read(plan, 'body', 'at', 'since')}}
+return {{now, read(plan, 'body', 'at', 'since'), read(policy, 'body', 'version')}}
 """
 
 _READ = f"""{_CLOCK}{_READ_HASH}
@@ -175,6 +179,8 @@ class LoadStore:
         # The client's own limits are by step (look-up, connection, greeting, command).
         self._deadline_s = connect_timeout_s + command_timeout_s
         self._prefix = f"triad:{{{app}}}:"
+        self.policy_entry: PolicyEntry = (None, None)
+        """As the last publication found it, unread; policies/setting.py makes sense of it."""
         self.num_malformed = 0
         """Entries skipped so far because they could not be read."""
 
@@ -182,11 +188,20 @@ class LoadStore:
         await self._redis.aclose()
 
     async def publish_and_read(self, load: ReplicaLoad) -> ObservedPlan | None:
-        """Publish a replica's load and read its plan, in one round trip; None if it has no plan."""
-        keys = (self._load_key(load.replica_id), self._plan_key(load.replica_id), self._key("replicas"))
-        now_us, plan = await self._eval(
+        """Publish a replica's load and read its plan, in one round trip; None if it has no plan.
+
+        The policy set at run time comes with it: `policy_entry`.
+        """
+        keys = (
+            self._load_key(load.replica_id),
+            self._plan_key(load.replica_id),
+            self._key("replicas"),
+            self._key(POLICY_KEY),
+        )
+        now_us, plan, policy = await self._eval(
             _PUBLISH, keys, load.replica_id, LOADS.encode(load), _ms(LOAD_EXPIRY_S)
         )
+        self.policy_entry = (policy[0], policy[1])
         return self._plan(plan, now_us)
 
     async def withdraw(self, replica_id: str) -> None:
@@ -275,7 +290,7 @@ class LoadStore:
         if load.replica_id != replica_id:
             self.num_malformed += 1
             return None
-        return ObservedLoad(load, _age_s(at_us, now_us))
+        return ObservedLoad(load, _age_s(at_us, now_us) + max(0.0, load.silent_s))
 
     def _plan(self, entry: Sequence[str | None], now_us: int) -> ObservedPlan | None:
         body, at_us, since_us = entry

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from policies.scaling import Targets
+
 
 @dataclass(frozen=True, slots=True)
 class ReplicaConfig:
@@ -14,7 +16,8 @@ class ReplicaConfig:
     tensor_parallel: processes that share the model. max_running: sequences in one forward.
     max_step_tokens: query tokens in one forward; max_prefill_tokens: of them prompt tokens beside
     decoding ones. adaptive_speculation: drafts as long as pays. max_waiting: queued beyond those running.
-    calibration_s: seconds spent at the start on measuring what forwards take.
+    calibration_s: seconds spent at the start on measuring what forwards take. targets: what it reports its
+    demand by, where Serve scales.
     """
 
     checkpoint: str
@@ -38,3 +41,4 @@ class ReplicaConfig:
     max_waiting: int = 256
     calibration_s: float = 1.5
     log_format: str = "text"
+    targets: Targets = field(default_factory=Targets)

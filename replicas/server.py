@@ -13,6 +13,7 @@ from policies.follower import PlanFollower
 from policies.load import ReplicaLoad
 from policies.plan import ReplicaPlan
 from policies.registry import create_policy
+from policies.scaling import demand
 from policies.setting import PolicyChoice, PolicyWatch
 from policies.store import LoadStore
 from replicas.calibration import calibrate
@@ -74,16 +75,22 @@ class Replica:
         self._service = ReplicaService(
             engine, codec, replica_id, step_cost=step_cost, on_timeline=on_timeline
         )
+        self._targets = config.targets
         self._store = LoadStore(config.redis_url, config.app)
-        policy = create_policy(config.policy, config.policy_params)
-        self._follower = PlanFollower(self._store, policy, self._load, self._apply, self._service.set_probes)
+        choice = PolicyChoice(config.policy, config.policy_params)
+        watch = PolicyWatch(self._store, choice, lambda policy: self._follower.set_policy(policy))
+        self._follower = PlanFollower(
+            self._store,
+            create_policy(config.policy, config.policy_params),
+            self._load,
+            self._apply,
+            self._service.set_probes,
+            watch.heed,
+        )
         self._apply(self._follower.plan)
         self._stop = asyncio.Event()
         self._service.start()
         self._control = asyncio.create_task(self._follower.run(self._stop))
-        choice = PolicyChoice(config.policy, config.policy_params)
-        self._watch = PolicyWatch(self._store, choice, self._follower.set_policy)
-        self._watching = asyncio.create_task(self._watch.run())
         if self._workers is not None:
             self._minding = asyncio.create_task(self._mind(self._workers))
 
@@ -112,19 +119,20 @@ class Replica:
     async def state(self) -> dict[str, Any]:
         return await self._service.state()
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve where it scales. Its own count of calls says nothing: tokens travel on channels."""
+        return demand(self._service.load(), self._follower.plan_at, self._targets).report()
+
     async def check_health(self) -> None:
         """Called by Serve; raises RuntimeError when the replica should be replaced."""
         self._service.check()
         if self._control.done():
             raise RuntimeError("the control loop has ended") from self._control.exception()
-        if self._watching.done():
-            raise RuntimeError("the policy watch has ended") from self._watching.exception()
 
     async def __del__(self) -> None:
         """Called by Serve when the replica stops, also one whose constructor failed."""
-        if not hasattr(self, "_watching"):
+        if not hasattr(self, "_control"):
             return
-        self._watching.cancel()
         self._stop.set()
         await self._control
         await self._service.stop()

@@ -140,7 +140,7 @@ class ReplicaService:
 
     def load(self) -> ReplicaLoad:
         """The load after the last step or command, with recent rates. Does not wait for the engine."""
-        seen = self._seen
+        began_s, seen = self._step_began_s, self._seen
         self._stats.update(seen.num_tokens, seen.num_prefilled, seen.tokens_by_mode, seen.forwards_by_mode)
         return replace(
             seen.load,
@@ -148,6 +148,7 @@ class ReplicaService:
             tokens_per_forward=dict(self._stats.tokens_per_forward),
             prefill_per_token=self._stats.prefill_per_token,
             costs=None if self._costs is None else self._costs.update(),
+            silent_s=0.0 if began_s is None else self._clock() - began_s,
         )
 
     async def state(self) -> dict[str, Any]:

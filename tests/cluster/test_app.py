@@ -15,6 +15,7 @@ from cluster.app import deploy
 from cluster.config import ClusterConfig
 from cluster.embedded_redis import EmbeddedRedis, Endpoint
 from policies.admission import QueueLimits
+from policies.scaling import Targets
 from replicas.config import ReplicaConfig
 from router.ingress import IngressConfig
 
@@ -93,6 +94,29 @@ def test_what_is_configured_arrives():
         5,
         QueueLimits(6, 700, 8.0),
         5000,
+    )
+
+
+def test_the_number_of_replicas_may_follow_the_demand(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    config = ClusterConfig(
+        min_replicas=1,
+        num_replicas=2,
+        max_replicas=4,
+        downscale_delay_s=7,
+        target_ttft_s=3,
+        target_tpot_s=0.1,
+    )
+    found = nodes(deploy(config))
+    scaling = found["Replica"]._bound_deployment._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.initial_replicas, scaling.max_replicas) == (1, 2, 4)
+    assert (scaling.upscale_delay_s, scaling.downscale_delay_s) == (5.0, 7.0)
+    assert argument(found["Replica"]).targets == Targets(3.0, 0.1)
+    assert argument(found["Replica"]).num_threads == 2  # room for all there may be
+    assert found["Ingress"]._bound_deployment._deployment_config.autoscaling_config is None
+    assert (
+        nodes(deploy(ClusterConfig()))["Replica"]._bound_deployment._deployment_config.autoscaling_config
+        is None
     )
 
 

@@ -74,12 +74,37 @@ def test_a_model_is_asked_for_by_its_last_part(model, name):
         ("num_gpus=4", ["num_gpus=1", "tensor_parallel=4"]),
         ("kv_dtype=fp8", ["kv_dtype", "num_gpus=1", "leave it out"]),
         ("kv_dtype=int4", ["kv_dtype", "bfloat16", "fp8"]),
+        ("min_replicas=2", ["min_replicas", "set max_replicas too"]),
+        ("downscale_delay_s=60", ["downscale_delay_s", "set max_replicas too"]),
+        ("max_replicas=0", ["max_replicas", "greater than or equal to 1"]),
     ],
 )
 def test_an_error_names_the_key_and_what_to_change(argument, words):
     with pytest.raises(ValidationError) as caught:
         from_command_line(argument)
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("given", "numbers"),
+    [
+        ({"num_replicas": 3}, (3, 3, 3)),
+        ({"max_replicas": 4}, (1, 1, 4)),
+        ({"num_replicas": 2, "max_replicas": 4}, (2, 2, 4)),
+        ({"min_replicas": 2, "max_replicas": 4}, (2, 2, 4)),
+        ({"min_replicas": 1, "num_replicas": 3, "max_replicas": 4}, (1, 3, 4)),
+    ],
+)
+def test_the_numbers_of_replicas(given, numbers):
+    config = ClusterConfig(**given)
+    assert (config.least_replicas, config.first_replicas, config.most_replicas) == numbers
+
+
+@pytest.mark.parametrize("arguments", [(3, 1, 2), (1, 3, 2), (2, 1, 4)])
+def test_numbers_of_replicas_that_do_not_fit_are_told(arguments):
+    least, first, most = arguments
+    with pytest.raises(ValidationError, match="does not hold: change one"):
+        ClusterConfig(min_replicas=least, num_replicas=first, max_replicas=most)
 
 
 @pytest.mark.parametrize(

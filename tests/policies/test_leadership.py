@@ -1,34 +1,20 @@
 """Controllers in processes of their own, killed and paused."""
 
+import contextlib
 import signal
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 
 from policies.modes import Mode
 from tests.policies.helpers import a_load, eventually
-
-ROOT = Path(__file__).parents[2]
+from tests.policies.processes import start_module
 
 
 @pytest.fixture
 def start(server, app):
-    processes = {}
-
-    def start_controller(name):
-        command = [sys.executable, "-m", "tests.policies.controller_process", server.url, app, name]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        processes[name] = process
-        assert process.stdout.readline() == "running\n"
-        return process
-
-    yield start_controller
-    for process in processes.values():
-        process.kill()
-        process.communicate()
+    with contextlib.ExitStack() as processes:
+        yield lambda name: processes.enter_context(start_module("controller_process", server.url, app, name))
 
 
 @pytest.fixture

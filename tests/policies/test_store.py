@@ -71,6 +71,16 @@ async def test_ages_are_by_the_servers_clock(store, raw, app, monkeypatch):
     assert seen.freshness is Freshness.STALE
 
 
+async def test_a_load_is_as_old_as_the_forward_it_was_measured_before(store):
+    """However lately a replica whose engine hangs has said it."""
+    await store.publish_and_read(a_load(1, "hung", silent_s=3.0))
+    await store.publish_and_read(a_load(1, "well", silent_s=0.01))
+    hung, well = (await store.read_loads()).replicas
+    assert (hung.freshness, well.freshness) == (Freshness.STALE, Freshness.FRESH)
+    await store.publish_and_read(a_load(1, "hung", silent_s=5.5))
+    assert (await store.read_loads()).by_id()["hung"].freshness is Freshness.LOST
+
+
 async def test_a_load_expires_after_it_was_lost_for_a_while(store, raw, app):
     await store.publish_and_read(a_load())
     assert 5000 < await raw.pttl(f"triad:{{{app}}}:load:r1") <= 6000

@@ -65,9 +65,12 @@ async def test_a_wedged_engine_is_found_by_the_health_check(monkeypatch: pytest.
             return False
 
         await eventually(found, every_s=0.02)
+        # Routers see it long before: what it says is as old as the forward that hangs.
+        assert stack.replicas[0].service.load().silent_s > 0.3
         runner.allow()
         assert (await asking).status_code == 200
         stack.replicas[0].service.check()
+        assert stack.replicas[0].service.load().silent_s < 0.3
 
 
 # Replicas.

@@ -1,0 +1,146 @@
+"""How many replicas a load asks for: more before requests miss their targets, fewer once that is safe.
+
+A replica has room for as many requests at once as are all expected to get their tokens at the target's
+pace, under the plans that its policy would choose for so many, by the costs it has measured. Its demand
+is what is there, as a share of that room, or what waits, as a share of the wait that the target for the
+first token allows: the larger of the two. Summed over the replicas it is the number of full ones asked for.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from policies.forecast import Forecast, forecast
+from policies.load import ReplicaLoad
+from policies.modes import DecodePlan
+from policies.slo import ttft_s
+
+FULL = 0.8
+"""More replicas are asked for where they would be fuller than this: a miss is foreseen, not awaited."""
+SPARE = 0.6
+"""Fewer are enough only where they would be no fuller than this, so that the next request asks for none."""
+MAX_GROWTH = 2.0
+"""At most so many times the replicas that run, at once: a backlog says more of the past than of the load."""
+
+DEMAND = "triad_demand"
+"""Under this name a replica reports its Demand.share."""
+
+PlanAt = Callable[[ReplicaLoad], DecodePlan]
+"""What a replica would run at this load. Must be pure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Seconds to the first token, and a token after it."""
+
+    ttft_s: float = 1.0
+    tpot_s: float = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What one replica has and could take.
+
+    capacity: requests at once that are expected to keep the pace. num_in_flight: running or waiting, of
+    them num_waiting. ttft_s: expected of the last one that waits, or of the next to come. share: of a
+    whole replica; above 1 a target is expected to be missed.
+    """
+
+    share: float
+    capacity: int
+    num_in_flight: int
+    num_waiting: int
+    waiting_prompt_tokens: int
+    ttft_s: float
+
+    @property
+    def headroom(self) -> int:
+        """Requests more that would still be served in time; below 0 so many too many are there."""
+        return self.capacity - self.num_in_flight
+
+    def report(self) -> dict[str, float]:
+        """As Serve's autoscaler takes it."""
+        return {
+            DEMAND: self.share,
+            "triad_headroom": float(self.headroom),
+            "triad_waiting": float(self.num_waiting),
+            "triad_waiting_prompt_tokens": float(self.waiting_prompt_tokens),
+            "triad_expected_ttft_s": self.ttft_s,
+        }
+
+
+def demand(load: ReplicaLoad, plan_at: PlanAt, targets: Targets) -> Demand:
+    """What more replicas can't help is no demand: a pace that one request would miss, a prompt's own time."""
+    capacity = _capacity(load, plan_at, targets.tpot_s)
+    expected = ttft_s(load, forecast(load, plan_at(load)))
+    alone = _with_requests(load, 1)
+    alone_s = ttft_s(alone, forecast(alone, plan_at(alone)))
+    allowed_s = targets.ttft_s - alone_s if alone_s < targets.ttft_s else targets.ttft_s
+    queued = max(0.0, expected - alone_s) / allowed_s if load.num_waiting else 0.0
+    return Demand(
+        share=max(load.num_in_flight / capacity, queued),
+        capacity=capacity,
+        num_in_flight=load.num_in_flight,
+        num_waiting=load.num_waiting,
+        waiting_prompt_tokens=load.waiting_prompt_tokens,
+        ttft_s=expected,
+    )
+
+
+def wanted_replicas(shares: Sequence[float], num_running: int, num_wanted: int) -> int:
+    """How many replicas there should be.
+
+    shares: the demand at each of those that say theirs, of num_running that run. num_wanted: the number
+    asked for so far, and so the answer between FULL and SPARE, and where a replica that says nothing
+    might be one too few.
+    """
+    total = sum(shares)
+    needed = math.ceil(total / FULL)
+    if needed > num_wanted:
+        return max(num_wanted, min(needed, math.floor(MAX_GROWTH * num_running)))
+    if not shares or len(shares) < num_running:
+        return num_wanted
+    return min(num_wanted, max(1, math.ceil(total / SPARE)))
+
+
+def _capacity(load: ReplicaLoad, plan_at: PlanAt, tpot_s: float) -> int:
+    """Requests like those that are there, at once, each at its pace; at least one."""
+
+    def expected(num: int) -> Forecast:
+        there = _with_requests(load, num)
+        return forecast(there, plan_at(there))
+
+    in_time_alone = [count > 0 and pace_s <= tpot_s for count, pace_s in expected(1).tpots]
+
+    def is_too_many(num: int) -> bool:
+        paces = (pace_s for _, pace_s in expected(num).tpots)
+        return any(kept and pace_s > tpot_s for kept, pace_s in zip(in_time_alone, paces, strict=True))
+
+    most = _places(load)
+    return max(1, bisect_left(range(1, most + 1), True, key=is_too_many))
+
+
+def _places(load: ReplicaLoad) -> int:
+    """Requests that run at once, by the replica's bound and its pages."""
+    if not load.mean_context:
+        return max(1, load.max_running)
+    by_pages = load.num_pages * load.page_size / (load.mean_context + 1.0)
+    return max(1, min(load.max_running, int(by_pages)))
+
+
+def _with_requests(load: ReplicaLoad, num: int) -> ReplicaLoad:
+    """With num requests running and none waiting: of every kind that is there its part, rounded up."""
+
+    def part(count: int) -> int:
+        return math.ceil(count * num / load.num_in_flight) if load.num_in_flight else 0
+
+    return replace(
+        load,
+        num_running=num,
+        num_waiting=0,
+        waiting_prompt_tokens=0,
+        num_auto=part(load.num_auto) if load.num_in_flight else num,
+        num_lossless=part(load.num_lossless),
+        pinned_by_mode={mode: part(count) for mode, count in load.pinned_by_mode.items()},
+    )

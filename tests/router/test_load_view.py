@@ -1,0 +1,59 @@
+"""What a router knows without asking: it ages, and past its use the router's own counts decide."""
+
+import random
+
+import pytest
+
+from cluster.embedded_redis import EmbeddedRedis
+from policies.load import Freshness
+from policies.placement import OwnTraffic, place
+from policies.store import LoadStore
+from router.load_view import LoadView
+from tests.eventually import eventually
+from tests.policies.helpers import FakeClock, a_load
+from tests.redis_commands import commands_while
+from tests.router.faults import PATH, chat, served
+
+
+@pytest.mark.parametrize(
+    ("later_s", "freshness"),
+    [(0.5, Freshness.FRESH), (1.5, Freshness.STALE), (4.9, Freshness.STALE), (6.0, Freshness.LOST)],
+)
+async def test_without_a_store_what_was_read_goes_stale_and_is_lost(later_s, freshness):
+    valkey = EmbeddedRedis.start()
+    store, clock = LoadStore(valkey.url), FakeClock()
+    view = LoadView(store, clock=clock)
+    for replica_id, num in (("a", 4), ("b", 1)):
+        await store.publish_and_read(a_load(num, replica_id))
+    await view.refresh()
+    valkey.stop()
+    clock.now_s += later_s
+    await view.refresh()
+    assert view.store_error is not None
+    assert {seen.freshness for seen in view.loads()} == {freshness}
+
+    traffic = OwnTraffic()
+    traffic.started("b", clock.now_s)
+    chosen = place(["a", "b"], traffic, view.seen, clock.now_s, random.Random(0))
+    assert chosen == ("a" if freshness is Freshness.LOST else "b")  # lost, a's four requests say nothing
+    await store.close()
+
+
+async def test_a_request_costs_redis_nothing():
+    """Fifty requests and none: the router sends the readings of its view alone, one a period."""
+    valkey = EmbeddedRedis.start()
+    store = LoadStore(valkey.url)
+    async with served(store=store) as (stack, client):
+        await store.publish_and_read(stack.replicas[0].service.load())
+        await eventually(lambda: stack.door.view.loads())
+
+        async def ask() -> None:
+            for _ in range(50):
+                assert (await client.post(PATH, json=chat())).status_code == 200
+
+        commands, elapsed_s = await commands_while(valkey.url, ask())
+        assert 1 <= len(commands) <= elapsed_s / 0.2 + 2
+        assert {command.split(maxsplit=1)[0] for command in commands} == {"EVAL"}
+        assert all("ZRANGEBYSCORE" in command for command in commands)
+    await store.close()
+    valkey.stop()
