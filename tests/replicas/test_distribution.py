@@ -2,7 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from policies.modes import Mode
 from replicas.engine.engine import Engine
+from replicas.engine.plan import ModelSpec, Runner, SegmentOutput, StepPlan
 from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.runner import TorchRunner
 from tests.reference import Reference
@@ -50,11 +52,53 @@ def test_another_temperature_does_not_fit(folder: Path) -> None:
     assert not fits(observed, exact(Reference(folder), sampling))
 
 
-def sample(folder: Path, sampling: SamplingParams, block_length: int) -> tuple[Counter[tuple[int, ...]], int]:
+class Trusting(Runner):
+    """Its verify takes the draft's token in one of so many places where AR's sample is another."""
+
+    def __init__(self, inner: Runner, one_in: int):
+        self._inner = inner
+        self._one_in = one_in
+        self._num_refused = 0
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._inner.spec
+
+    def run(self, plan: StepPlan) -> Seq[SegmentOutput]:
+        outputs = list(self._inner.run(plan))
+        for index, segment in enumerate(plan.segments):
+            if segment.causal and len(segment.wanted) > 1:
+                tokens = self._verified(segment.token_ids[1:], list(outputs[index].token_ids))
+                outputs[index] = SegmentOutput(tokens, outputs[index].probs)
+        return outputs
+
+    def _verified(self, draft: Seq[int], tokens: list[int]) -> tuple[int, ...]:
+        for place, drafted in enumerate(draft):
+            if tokens[place] == drafted:
+                continue
+            self._num_refused += 1
+            if self._num_refused % self._one_in:
+                break
+            tokens[place] = drafted
+        return tuple(tokens)
+
+
+@pytest.mark.parametrize("one_in", [1, 8])
+def test_a_verify_that_trusts_the_draft_does_not_fit(folder: Path, one_in: int) -> None:
+    sampling = FILTERS[0]
+    observed, _ = sample(folder, sampling, 4, lambda runner: Trusting(runner, one_in))
+    assert not fits(observed, exact(Reference(folder), sampling))
+
+
+def sample(
+    folder: Path,
+    sampling: SamplingParams,
+    block_length: int,
+    wrapped: Callable[[Runner], Runner] = lambda runner: runner,
+) -> tuple[Counter[tuple[int, ...]], int]:
     """How often each completion came, over the seeds; and how many rounds took more than one token."""
-    engine = Engine(
-        TorchRunner.load(str(folder), dtype="float32", num_pages=512, page_size=8), max_waiting=NUM_SEEDS
-    )
+    runner = TorchRunner.load(str(folder), dtype="float32", num_pages=512, page_size=8)
+    engine = Engine(wrapped(runner), max_waiting=NUM_SEEDS)
     options = DecodingOptions(Mode.SELF_SPECULATION, block_length)
     params = {"max_tokens": NUM_TOKENS, "ignore_eos": True}
     params |= {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p")}
