@@ -96,8 +96,8 @@ class Calibration:
 class Speculation:
     """A replica's estimates, shared by its sequences.
 
-    is_adaptive: otherwise blocks have the plan's length and are verified whole. cost: of a forward; its
-    unit does not matter. Drafts that were sampled and greedy ones are calibrated apart.
+    is_adaptive: otherwise blocks have the plan's length and are verified whole. cost: of a forward.
+    Drafts that were sampled and greedy ones are calibrated apart.
     """
 
     is_adaptive: bool = True
