@@ -51,9 +51,10 @@ def joint(threshold: float) -> Rule:
 class Way:
     """block_length: positions seen at once at first, the seed among them.
 
-    commit_at: final tokens, the seed among them, from which on they are committed, block complete or not;
-    what is fixed past them goes over to the next block. reach: positions seen at most, as the final ones
-    grow: past block_length it is into the next block.
+    commit_at: final tokens, the seed among them, from which on they are committed, block complete or not.
+    carries: what is fixed past them goes over to the next block, else it is forgotten. reach: positions seen
+    at most, as the final ones grow: past block_length it is into the next block. joins_commit: the next
+    block's first denoising, its seed still masked, runs in the forward that commits.
     """
 
     name: str
@@ -61,19 +62,25 @@ class Way:
     block_length: int
     commit_at: int
     reach: int
+    carries: bool = True
+    joins_commit: bool = False
 
 
 def ways(block: int) -> Iterator[Way]:
-    for threshold in (0.7, 0.8, 0.9, 0.95):
-        yield Way(f"threshold {threshold}", fixed(threshold), block, block, block)
-    for limit in (0.25, 0.5, 1.0):
-        yield Way(f"factor {limit}", factor(limit), block, block, block)
-    for threshold in (0.7, 0.9):
-        yield Way(f"joint {threshold}", joint(threshold), block, block, block)
-    yield Way("0.9, prefix of half a block committed", fixed(0.9), block, block // 2, block)
-    yield Way("0.9, prefix of a quarter committed", fixed(0.9), block, block // 4, block)
-    yield Way("0.9, next block begun early", fixed(0.9), block, block, 2 * block)
-    yield Way("factor 0.5, next block begun early", factor(0.5), block, block, 2 * block)
+    rules = {f"threshold {t}": fixed(t) for t in (0.7, 0.8, 0.9, 0.95, 0.98, 0.99)}
+    rules |= {f"factor {f}": factor(f) for f in (0.1, 0.25, 0.5, 1.0)}
+    rules |= {f"joint {t}": joint(t) for t in (0.7, 0.9)}
+    for name, rule in rules.items():
+        yield Way(name, rule, block, block, block)
+    for name in ("threshold 0.9", "factor 0.25"):
+        rule = rules[name]
+        yield Way(
+            f"{name}, half a block committed, the rest forgotten", rule, block, block // 2, block, False
+        )
+        yield Way(f"{name}, half a block committed", rule, block, block // 2, block)
+        yield Way(f"{name}, a quarter committed", rule, block, block // 4, block)
+        yield Way(f"{name}, next block begun early", rule, block, block, 2 * block)
+        yield Way(f"{name}, next block begun in the commit", rule, block, block, block, joins_commit=True)
 
 
 class Decoding:
@@ -89,36 +96,50 @@ class Decoding:
         self._block: list[int | None] = []
         self._num_final = 1
 
-    def ask(self) -> Ask:
+    def asks(self) -> list[Ask]:
+        """Of the next forward, one after the other from num_cached on."""
         if not self.num_cached:
-            return Ask(tuple(self.tokens), True, False, (len(self.tokens) - 1,))
-        if self._is_committing:
-            final = tuple(token for token in self._block[: self._num_final] if token is not None)
-            return Ask(final, True, False, (len(final) - 1,))
-        tokens = tuple(self._mask if token is None else token for token in self._block)
-        return Ask(tokens, False, False, self._masked)
+            return [Ask(tuple(self.tokens), True, False, (len(self.tokens) - 1,))]
+        if not self._is_committing:
+            return [self._denoising(self._block)]
+        final = tuple(token for token in self._block[: self._num_final] if token is not None)
+        asks = [Ask(final, True, False, (len(final) - 1,))]
+        if self._way.joins_commit:
+            self._block = [None] * min(
+                self._way.block_length, self._max_context - self.num_cached - len(final)
+            )
+            asks.append(self._denoising(self._block))
+        return asks
 
-    def advance(self, ask: Ask, output: SegmentOutput) -> None:
+    def advance(self, asks: Sequence[Ask], outputs: Sequence[SegmentOutput]) -> None:
         if not self.num_cached:
             self.num_cached = len(self.tokens)
-            self._begin(output.token_ids[0], [])
+            self._begin(outputs[0].token_ids[0], [])
             return
         self.num_forwards += 1
-        self.num_rows += len(ask.token_ids)
-        if ask.causal:
+        self.num_rows += sum(len(ask.token_ids) for ask in asks)
+        if asks[0].causal:
             self.num_cached += self._num_final
-            # The position after the final ones was still masked; what is past it goes over.
-            self._begin(output.token_ids[0], self._block[self._num_final + 1 :])
+            seed = outputs[0].token_ids[0]
+            if len(asks) == 2:
+                self._fix(asks[1], outputs[1])
+                self._begin(seed, self._block[1:])
+            else:  # the position after the final ones was still masked; what is past it may go over
+                self._begin(seed, self._block[self._num_final + 1 :] if self._way.carries else [])
             return
+        self._fix(asks[0], outputs[0])
+        self._take_final()
+
+    def _denoising(self, block: Sequence[int | None]) -> Ask:
+        tokens = tuple(self._mask if token is None else token for token in block)
+        masked = tuple(index for index, token in enumerate(block) if token is None)
+        return Ask(tokens, False, False, masked)
+
+    def _fix(self, ask: Ask, output: SegmentOutput) -> None:
         ranked = sorted(zip(output.probs, ask.wanted, output.token_ids, strict=True), reverse=True)
         count = max(1, self._way.rule([prob for prob, _, _ in ranked]))
         for _, index, token in ranked[:count]:
             self._block[index] = token
-        self._take_final()
-
-    @property
-    def _masked(self) -> tuple[int, ...]:
-        return tuple(index for index, token in enumerate(self._block) if token is None)
 
     @property
     def _is_committing(self) -> bool:
@@ -157,28 +178,30 @@ def decode(runner: TorchRunner, prompts: Sequence[Sequence[int]], way: Way) -> l
             for prompt in prompts[first : first + AT_ONCE]
         ]
         found += crowd
-        while running := [(number, one) for number, one in enumerate(crowd) if not one.is_over]:
-            asks = [one.ask() for _, one in running]
+        while running := [(number, one, one.asks()) for number, one in enumerate(crowd) if not one.is_over]:
             segments = []
-            for (number, one), ask in zip(running, asks, strict=True):
-                num_pages = ceil((one.num_cached + len(ask.token_ids)) / spec.page_size)
-                assert num_pages <= per_sequence
-                pages = tuple(range(number * per_sequence, number * per_sequence + num_pages))
-                segments.append(
-                    Segment(
-                        number,
-                        one.num_cached,
-                        ask.token_ids,
-                        pages,
-                        ask.causal,
-                        ask.adapter,
-                        ask.wanted,
-                        GREEDY,
+            for number, one, asks in running:
+                start = one.num_cached
+                for ask in asks:
+                    num_pages = ceil((start + len(ask.token_ids)) / spec.page_size)
+                    assert num_pages <= per_sequence
+                    pages = tuple(range(number * per_sequence, number * per_sequence + num_pages))
+                    segments.append(
+                        Segment(
+                            seq_id=number,
+                            start=start,
+                            token_ids=ask.token_ids,
+                            pages=pages,
+                            causal=ask.causal,
+                            adapter=ask.adapter,
+                            wanted=ask.wanted,
+                            sampling=GREEDY,
+                        )
                     )
-                )
-            outputs = runner.run(StepPlan(tuple(segments)))
-            for (_, one), ask, output in zip(running, asks, outputs, strict=True):
-                one.advance(ask, output)
+                    start += len(ask.token_ids)
+            outputs = iter(runner.run(StepPlan(tuple(segments))))
+            for _, one, asks in running:
+                one.advance(asks, [next(outputs) for _ in asks])
     return found
 
 
