@@ -73,11 +73,9 @@ def ways(block: int) -> Iterator[Way]:
     for name, rule in rules.items():
         yield Way(name, rule, block, block, block)
     for name in ("threshold 0.9", "factor 0.25"):
-        rule = rules[name]
-        yield Way(
-            f"{name}, half a block committed, the rest forgotten", rule, block, block // 2, block, False
-        )
-        yield Way(f"{name}, half a block committed", rule, block, block // 2, block)
+        rule, half = rules[name], f"{name}, half a block committed"
+        yield Way(f"{half}, the rest forgotten", rule, block, block // 2, block, carries=False)
+        yield Way(half, rule, block, block // 2, block)
         yield Way(f"{name}, a quarter committed", rule, block, block // 4, block)
         yield Way(f"{name}, next block begun early", rule, block, block, 2 * block)
         yield Way(f"{name}, next block begun in the commit", rule, block, block, block, joins_commit=True)

@@ -6,6 +6,7 @@ of calibrated confidences. Nothing here bears on which tokens come out, only on 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate
 from math import log
 from operator import mul
@@ -138,14 +139,9 @@ class Speculation:
         if not self.is_adaptive:
             return most
         replica = self.acceptance.chance(PRIOR_ACCEPTANCE, REPLICA_PRIOR)
-        chance = own.chance(replica, SEQUENCE_PRIOR)
-        best, best_rate = 1, 1.0 / self._ms(traffic, 1.0)
-        for length in {min(length, most) for length in BLOCK_LENGTHS[1:]}:
-            tokens = (1.0 - chance**length) / (1.0 - chance) if chance < 1.0 else float(length)
-            verified = min(length, 1.0 + VERIFIED * tokens)
-            rate = tokens / (self._ms(traffic, length) + self._ms(traffic, verified))
-            if rate > best_rate:
-                best, best_rate = length, rate
+        # Rounded, so that the many sequences of a step share their answers.
+        chance = round(own.chance(replica, SEQUENCE_PRIOR), 2)
+        best = _best_length(chance, most, traffic, self.cost)
         if best == 1:  # nothing will be learned of it, so what is known fades, and it is tried again
             own.add(0, False, FORGET_SEQUENCE)
             self.acceptance.add(0, False, FORGET_REPLICA)
@@ -178,12 +174,26 @@ class Speculation:
             kept[index] += 1
         return kept
 
-    def _ms(self, traffic: Traffic, each: float) -> float:
-        """Of a forward where all who speculate have so many query tokens each."""
-        return self._of_tokens(traffic, traffic.num_speculating * each + traffic.num_other_tokens)
-
     def _of_tokens(self, traffic: Traffic, num_tokens: float) -> float:
         return self.cost.ms(num_tokens, traffic.num_sequences, traffic.num_cached)
 
     def _calibration(self, temperature: float) -> Calibration:
         return self._sampled if temperature > 0 else self._greedy
+
+
+@lru_cache(maxsize=256)
+def _best_length(chance: float, most: int, traffic: Traffic, cost: StepCost) -> int:
+    """Of all who speculate in a step, if each had this chance: the length of most tokens a ms."""
+
+    def ms(each: float) -> float:
+        num_tokens = traffic.num_speculating * each + traffic.num_other_tokens
+        return cost.ms(num_tokens, traffic.num_sequences, traffic.num_cached)
+
+    best, best_rate = 1, 1.0 / ms(1.0)
+    for length in sorted({min(length, most) for length in BLOCK_LENGTHS[1:]}):
+        tokens = (1.0 - chance**length) / (1.0 - chance) if chance < 1.0 else float(length)
+        verified = min(length, 1.0 + VERIFIED * tokens)
+        rate = tokens / (ms(length) + ms(verified))
+        if rate > best_rate:
+            best, best_rate = length, rate
+    return best
