@@ -239,6 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--blocks", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--per-family", type=int, default=20, help="held-out tasks of each family")
+    parser.add_argument("--only", default="", help="only the ways with this in their name")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--json", type=Path, help="write the rows here too")
     options = parser.parse_args()
@@ -252,6 +253,8 @@ def main() -> None:
     print("| ---: | --- | ---: | ---: | ---: |")
     for block in options.blocks:
         for way in ways(block):
+            if options.only not in way.name:
+                continue
             row = score(way, tasks, decode(runner, prompts, way), codec)
             found.append(asdict(row))
             print(
