@@ -25,6 +25,7 @@ from replicas.engine.plan import ModelSpec, Segment, SegmentOutput, StepPlan
 from replicas.engine.prefill import Limits, PrefillBudget, is_coming, reusable_len
 from replicas.engine.sequence import Progress, Sequence, Status
 from replicas.engine.speculation import Speculation, Traffic
+from replicas.messages import FinishReason
 
 MAX_ROUNDS_KEPT = 1024
 MAX_PROBE_CREDIT = 4.0
@@ -351,6 +352,8 @@ class Scheduler:
                 sequence.round = None
         taken, reason = sequence.append(tokens, mode, self._spec.eos_token_ids)
         self.num_tokens += len(taken)
+        if taken:
+            self.speculation.note_text(len(taken), reason is FinishReason.STOP)
         if current is not None:
             self.tokens_by_mode[mode] += len(taken)
             if sequence.round is None or reason is not None:

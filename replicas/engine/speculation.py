@@ -24,6 +24,8 @@ FORGET_REPLICA = 0.995
 SEQUENCE_PRIOR = 6.0
 """Drafted tokens that a sequence's own estimate starts with, at the replica's."""
 REPLICA_PRIOR = 20.0
+TEXT_PRIOR = 50.0
+"""Tokens without an end that the estimate of texts' ends starts with."""
 VERIFIED = 1.25
 """Of a draft, about so many times the tokens that it is expected to bring are verified, and one."""
 NUM_TRIED = 24
@@ -104,6 +106,8 @@ class Speculation:
     is_adaptive: bool = True
     cost: StepCost = UNMEASURED
     acceptance: Acceptance = field(default_factory=Acceptance)
+    texts: Acceptance = field(default_factory=Acceptance)
+    """How texts go on: a token taken is one accepted, an end of text a refusal."""
     _greedy: Calibration = field(default_factory=Calibration)
     _sampled: Calibration = field(default_factory=Calibration)
 
@@ -130,17 +134,22 @@ class Speculation:
         if was_refused:
             observe(confidences[num_accepted], False)
 
+    def note_text(self, num_tokens: int, has_ended: bool) -> None:
+        """A step's tokens of one sequence, and whether its text ended with them."""
+        self.texts.add(num_tokens, has_ended, FORGET_REPLICA)
+
     def block_length(self, own: Acceptance, most: int, traffic: Traffic) -> int:
         """Of a sequence's next draft, the seed included: the length of most tokens a ms.
 
         A round costs a forward that drafts and one that verifies, both shared with all others, who are
-        taken to do alike. It brings y tokens: the sum of the chances that j in a row are accepted.
+        taken to do alike. It brings y tokens: the sum of the chances that j in a row are accepted, and the
+        text has not ended before.
         """
         if not self.is_adaptive:
             return most
         replica = self.acceptance.chance(PRIOR_ACCEPTANCE, REPLICA_PRIOR)
         # Rounded, so that the many sequences of a step share their answers.
-        chance = round(own.chance(replica, SEQUENCE_PRIOR), 2)
+        chance = round(own.chance(replica, SEQUENCE_PRIOR) * self.texts.chance(1.0, TEXT_PRIOR), 2)
         best = _best_length(chance, most, traffic, self.cost)
         if best == 1:  # nothing will be learned of it, so what is known fades, and it is tried again
             own.add(0, False, FORGET_SEQUENCE)
