@@ -62,7 +62,7 @@ lint: $(READY) ## ruff, mypy, import contracts
 format: $(READY) ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-bench: $(READY) ## tokens a second, TTFT and TPOT of each mode by concurrency, engine alone
+bench: $(READY) ## the cost of a forward; tokens a second, TTFT and TPOT of each mode by concurrency; engine alone
 	@$(BIN)/python -m benchmarks.modes $(ARGS)
 
 bench-floor: $(READY) ## a forward against reading its weights once, and against its linear layers alone

@@ -1,8 +1,8 @@
 """Adaptive drafts against fixed blocks, by concurrency: `python -m benchmarks.adaptive [--json PATH]`.
 
-The engine alone, in this process, with the embedded checkpoint. Every setting answers the same
-held-out prompts in self_speculation; at concurrency C, C requests are kept running. Settings take
-turns within each concurrency, for several turns, and the median counts. `ar` is there to compare.
+The engine alone, in this process, with the embedded checkpoint. Every setting answers the same prompts in
+self_speculation; at concurrency C, C requests are kept running. Settings take turns within each
+concurrency, for several turns, and the median counts. `ar` is there to compare.
 """
 
 import argparse
@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.load import PROMPTS as QUESTIONS
 from benchmarks.modes import CHECKPOINT, prompts
 from policies.cost import StepCost
 from policies.modes import DecodePlan, Mode
+from replicas.calibration import calibrate
 from replicas.engine.engine import Engine
-from replicas.engine.plan import Segment, StepPlan
 from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.runner import TorchRunner
 from replicas.text import TextCodec
@@ -27,48 +28,21 @@ FIXED = (1, 4, 8, 16, 32)
 """Block lengths; 1 is ar."""
 MOST = 32
 """What adaptive blocks may have."""
-SWEPT = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+NUM_PROMPTS = 104
+MAX_TOKENS = 120
 
 
-def sweep(runner: TorchRunner, clock: Callable[[], float]) -> StepCost:
-    """What forwards take by query tokens, segments and cached tokens; of several turns the fastest."""
-
-    def ms(num_segments: int, length: int, num_cached: int = 0) -> float:
-        plan = _plan(runner.spec.page_size, num_segments, length, num_cached)
-        took_s = []
-        for _ in range(8):
-            began_s = clock()
-            runner.run(plan)
-            took_s.append(clock() - began_s)
-        return 1000 * min(took_s)
-
-    segment_ms = max(0.0, (ms(32, 1) - ms(1, 32)) / 31)
-    cached_ms = max(0.0, (ms(32, 1, 256) - ms(32, 1)) / (32 * 0.256))
-    knot_ms: list[float] = []
-    for num_tokens in SWEPT:
-        num_segments = max(1, num_tokens // 32)
-        alone = ms(num_segments, num_tokens // num_segments) - (num_segments - 1) * segment_ms
-        knot_ms.append(max(alone, knot_ms[-1] if knot_ms else 0.01))
-    return StepCost(SWEPT, tuple(knot_ms), segment_ms, cached_ms)
-
-
-def _plan(page_size: int, num_segments: int, length: int, num_cached: int) -> StepPlan:
-    num_pages = -(-(num_cached + length) // page_size)
-    return StepPlan(
-        tuple(
-            Segment(
-                seq_id=number,
-                start=num_cached,
-                token_ids=(7,) * length,
-                pages=tuple(range(number * num_pages, (number + 1) * num_pages)),
-                causal=True,
-                adapter=False,
-                wanted=tuple(range(length)),
-                sampling=SamplingParams(),
-            )
-            for number in range(num_segments)
-        )
-    )
+def workloads(codec: TextCodec) -> dict[str, list[list[int]]]:
+    """The held-out prompts of benchmarks.modes, and the same with every second one a question that the
+    embedded model has not learned to answer, so that its drafts survive less often."""
+    known = prompts(codec)
+    foreign = [
+        codec.encode(({"role": "user", "content": f"{opening}{question}"},))
+        for opening in ("", "Please: ", "Tell me. ", "I ask you: ", "Now, ")
+        for question in QUESTIONS
+    ]
+    mixed = [prompt for pair in zip(known, foreign, strict=False) for prompt in pair]
+    return {"held-out": known[:NUM_PROMPTS], "mixed": mixed[:NUM_PROMPTS]}
 
 
 def measure(
@@ -93,7 +67,7 @@ def measure(
             else DecodingOptions(Mode.SELF_SPECULATION, block_length)
         )
     sequences = [
-        engine.submit(str(number), prompt, SamplingParams(max_tokens=200), options)
+        engine.submit(str(number), prompt, SamplingParams(max_tokens=MAX_TOKENS), options)
         for number, prompt in enumerate(asked)
     ]
     began_s = clock()
@@ -104,32 +78,31 @@ def measure(
     return engine.scheduler.num_tokens / took_s, engine.scheduler.num_tokens / num_forwards
 
 
-def rows(
-    num_turns: int, concurrencies: tuple[int, ...], num_threads: int, clock: Callable[[], float]
-) -> Iterator[dict[str, object]]:
-    runner = TorchRunner.load(str(CHECKPOINT), num_threads=num_threads)
-    asked = prompts(TextCodec.load(str(CHECKPOINT)))
-    measure(runner, 8, asked[:4], 4, sweep(runner, clock), clock)  # warm-up
-    cost = sweep(runner, clock)
-    line = ", ".join(f"{q}: {ms:.1f}" for q, ms in zip(cost.knots, cost.knot_ms, strict=True))
+def rows(options: argparse.Namespace, clock: Callable[[], float]) -> Iterator[dict[str, object]]:
+    runner = TorchRunner.load(str(CHECKPOINT), num_threads=options.threads)
+    cost = calibrate(runner, max_running=64, max_step_tokens=512, budget_s=4.0, clock=clock)
+    line = ", ".join(f"{q}: {ms:.2f}" for q, ms in zip(cost.knots, cost.knot_ms, strict=True))
     print(
-        f"ms a forward by tokens: {line}; a segment {cost.segment_ms:.2f}, 1,000 cached {cost.cached_ms:.2f}"
+        f"ms a forward by tokens: {line}; a segment {cost.segment_ms:.3f}, 1,000 cached {cost.cached_ms:.3f}"
     )
     settings = (*FIXED, None)
-    for concurrency in concurrencies:
-        some = asked[: 26 if concurrency == 1 else 104]
-        turns = [
-            [measure(runner, setting, some, concurrency, cost, clock) for setting in settings]
-            for _ in range(num_turns)
-        ]
-        for setting, found in zip(settings, zip(*turns, strict=True), strict=True):
-            yield {
-                "concurrency": concurrency,
-                "block": "adaptive" if setting is None else setting,
-                "tokens_per_s": round(statistics.median(rate for rate, _ in found), 1),
-                "tokens_per_forward": round(found[0][1], 2),
-                "turns": [round(rate, 1) for rate, _ in found],
-            }
+    for workload, asked in workloads(TextCodec.load(str(CHECKPOINT))).items():
+        measure(runner, 8, asked[:4], 4, cost, clock)  # warm-up
+        for concurrency in options.concurrency:
+            some = asked[: 26 if concurrency == 1 else NUM_PROMPTS]
+            turns = [
+                [measure(runner, setting, some, concurrency, cost, clock) for setting in settings]
+                for _ in range(options.turns)
+            ]
+            for setting, found in zip(settings, zip(*turns, strict=True), strict=True):
+                yield {
+                    "workload": workload,
+                    "concurrency": concurrency,
+                    "block": "adaptive" if setting is None else setting,
+                    "tokens_per_s": round(statistics.median(rate for rate, _ in found), 1),
+                    "tokens_per_forward": round(found[0][1], 2),
+                    "turns": [round(rate, 1) for rate, _ in found],
+                }
 
 
 def main() -> None:
@@ -144,10 +117,11 @@ def main() -> None:
     found = []
     kind = "CPU time" if options.cpu_time else "wall time"
     print(f"CPU, {options.threads} threads, float32; tokens/s by {kind}, median of {options.turns} turns")
-    for row in rows(options.turns, tuple(options.concurrency), options.threads, clock):
+    for row in rows(options, clock):
         found.append(row)
         name, rate = f"block {row['block']}", row["tokens_per_s"]
-        print(f"{row['concurrency']:>4}  {name:<15} {rate:>8} {row['tokens_per_forward']:>6}", flush=True)
+        where = f"{row['workload']:<9} {row['concurrency']:>4}"
+        print(f"{where}  {name:<15} {rate:>8} {row['tokens_per_forward']:>6}", flush=True)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -1,8 +1,9 @@
 """Tokens a second, TTFT and TPOT of each mode by concurrency: `python -m benchmarks.modes [--json PATH]`.
 
-The engine alone, in this process: no HTTP, no Ray. Every mode answers the same held-out prompts of
-the embedded checkpoint's task families; at concurrency C, C requests are kept running. Modes take
-turns within each concurrency, for several turns, and the median counts.
+Before them the table of what a forward costs here, as a replica measures it at its start. The engine alone,
+in this process: no HTTP, no Ray. Every mode answers the same held-out prompts of the embedded checkpoint's
+task families; at concurrency C, C requests are kept running. Modes take turns within each concurrency, for
+several turns, and the median counts.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 
 from policies.modes import DecodePlan, Mode
+from replicas.calibration import calibrate
 from replicas.engine.engine import Engine
 from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.checkpoint import DTYPES
@@ -94,12 +96,25 @@ def measure(
     )
 
 
-def rows(options: argparse.Namespace) -> Iterator[dict[str, object]]:
-    clock = time.process_time if options.cpu_time else time.perf_counter
-    num_threads = 1 if options.cpu_time else options.threads
-    runner = TorchRunner.load(
-        str(CHECKPOINT), dtype=options.dtype, num_threads=num_threads, forward=options.forward
-    )
+def step_cost_table(runner: TorchRunner, clock: Clock) -> str:
+    """A Markdown table: ms a forward by query tokens, of one sequence and of several that share them."""
+    cost = calibrate(runner, max_running=64, max_step_tokens=512, budget_s=4.0, clock=clock)
+    columns = ((1, 0), (1, 1024), (16, 16 * 256))
+    lines = [
+        "| query tokens | 1 sequence | 1, 1,024 tokens cached | 16, 256 cached each |",
+        "| ---: | ---: | ---: | ---: |",
+    ]
+    for num_tokens in cost.knots:
+        cells = [
+            f"{cost.ms(num_tokens, num_sequences, num_cached):.2f}" if num_tokens >= num_sequences else ""
+            for num_sequences, num_cached in columns
+        ]
+        lines.append(f"| {num_tokens} | {' | '.join(cells)} |")
+    more = f"a sequence more {cost.segment_ms:.3f} ms, 1,000 cached tokens {cost.cached_ms:.3f} ms"
+    return "\n".join(("ms a forward:", *lines, more))
+
+
+def rows(runner: TorchRunner, options: argparse.Namespace, clock: Clock) -> Iterator[dict[str, object]]:
     asked = prompts(TextCodec.load(str(CHECKPOINT)))
     measure(runner, PLANS[0], asked[:4], 4, clock)  # warm-up
     for concurrency in options.concurrency:
@@ -134,10 +149,17 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="by the CPU time of one thread")
     options = parser.parse_args()
     found = []
-    clock = "1 thread, by its CPU time" if options.cpu_time else f"{options.threads} threads"
-    print(f"CPU, {clock}, {options.dtype}; medians of {options.turns} turns")
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    num_threads = 1 if options.cpu_time else options.threads
+    runner = TorchRunner.load(
+        str(CHECKPOINT), dtype=options.dtype, num_threads=num_threads, forward=options.forward
+    )
+    by = "1 thread, by its CPU time" if options.cpu_time else f"{options.threads} threads"
+    print(f"CPU, {by}, {options.dtype}")
+    print(step_cost_table(runner, clock), flush=True)
+    print(f"medians of {options.turns} turns:")
     print(f"{'':>4}  {'':<20} {'tokens/s':>9} {'x ar':>6} {'TTFT ms':>8} {'TPOT ms':>8}")
-    for row in rows(options):
+    for row in rows(runner, options, clock):
         found.append(row)
         name = f"{row['mode']}" + (f" {row['block_length']}" if row["mode"] != "ar" else "")
         print(

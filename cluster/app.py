@@ -179,6 +179,7 @@ def _replica_config(args: ClusterConfig, redis_url: str) -> ReplicaConfig:
         max_running=args.max_running,
         max_step_tokens=args.max_step_tokens,
         max_prefill_tokens=args.max_prefill_tokens,
+        max_step_ms=args.max_step_ms,
         adaptive_speculation=args.adaptive_speculation,
         max_waiting=args.max_waiting,
         calibration_s=args.calibration_s,

@@ -111,6 +111,12 @@ class ClusterConfig(BaseModel):
     max_prefill_tokens: int = Field(
         256, ge=1, description="Prompt tokens in a forward that decodes too: bounds the delay of its streams."
     )
+    max_step_ms: float | None = Field(
+        None,
+        gt=0.0,
+        description="Longest forward, by its measured cost, that prompts may join when it decodes too: "
+        "bounds the delay between its streams' tokens. None: max_prefill_tokens alone.",
+    )
     adaptive_speculation: bool = Field(
         False,
         description="Draft and verify as much as pays, up to the block length; false: always all of it.",

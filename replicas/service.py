@@ -139,15 +139,23 @@ class ReplicaService:
         self._commands.put(lambda: self._engine.set_probes(probes))
 
     def load(self) -> ReplicaLoad:
-        """The load after the last step or command, with recent rates. Does not wait for the engine."""
+        """The load after the last step or command, with recent rates. Does not wait for the engine.
+
+        Tells the engine what its forwards have come to cost.
+        """
         began_s, seen = self._step_began_s, self._seen
+        costs = None
+        if self._costs is not None:
+            costs = self._costs.update()
+            step_cost = costs.step
+            self._commands.put(lambda: self._engine.set_step_cost(step_cost))
         self._stats.update(seen.num_tokens, seen.num_prefilled, seen.tokens_by_mode, seen.forwards_by_mode)
         return replace(
             seen.load,
             tokens_per_s=self._stats.tokens_per_s,
             tokens_per_forward=dict(self._stats.tokens_per_forward),
             prefill_per_token=self._stats.prefill_per_token,
-            costs=None if self._costs is None else self._costs.update(),
+            costs=costs,
             silent_s=0.0 if began_s is None else self._clock() - began_s,
         )
 

@@ -16,7 +16,8 @@ from policies.policy import Probes
 from replicas.engine.decoders.choose import ActivePlan
 from replicas.engine.grammar import Grammar
 from replicas.engine.plan import Runner, RunnerLost, StepPlan
-from replicas.engine.scheduler import Limits, Scheduler
+from replicas.engine.prefill import Limits
+from replicas.engine.scheduler import Scheduler
 from replicas.engine.sequence import Progress, Sequence, Status
 from replicas.engine.speculation import Speculation
 from replicas.errors import ErrorCode, TriadError
@@ -45,6 +46,7 @@ class Engine:
         max_waiting: int = 256,
         max_step_tokens: int = 512,
         max_prefill_tokens: int = 256,
+        max_step_ms: float | None = None,
         adaptive_speculation: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -59,6 +61,8 @@ class Engine:
             )
         if max_prefill_tokens < 1:
             raise ValueError(f"max_prefill_tokens must be at least 1, got {max_prefill_tokens}")
+        if max_step_ms is not None and not max_step_ms > 0:
+            raise ValueError(f"max_step_ms must be above 0, or None for no bound, got {max_step_ms}")
         if spec.num_pages * spec.page_size < spec.max_context:
             raise ValueError(
                 f"{spec.num_pages} pages of {spec.page_size} tokens can't hold one sequence of "
@@ -77,7 +81,7 @@ class Engine:
         """What the last steps took, for whoever learns from it to take; safe from another thread."""
         self._scheduler = Scheduler(
             spec,
-            Limits(max_running, max_step_tokens, max_prefill_tokens),
+            Limits(max_running, max_step_tokens, max_prefill_tokens, max_step_ms),
             ActivePlan(DecodePlan(Mode.AR), "start"),
             Speculation(adaptive_speculation),
             clock,
@@ -101,7 +105,7 @@ class Engine:
         return self._scheduler
 
     def set_step_cost(self, cost: StepCost) -> None:
-        """What a forward costs here, by which drafts are sized; in any unit."""
+        """What a forward costs here, by which drafts and, for max_step_ms, chunks of prompts are sized."""
         self._scheduler.speculation.cost = cost
 
     def set_plan(self, decode: DecodePlan, rule: str) -> None:

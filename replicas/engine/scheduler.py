@@ -1,10 +1,10 @@
 """Which segments the next forward runs, and what its outputs change. Knows nothing of modes.
 
 A step has a budget of tokens. Rounds in progress come first, the longest unserved before others;
-prompts are prefilled in chunks with what is left, at least a reserved share and, while rounds run, at
-most max_prefill_tokens. Sequences are ranked by arrival and priority (Sequence.rank): in this order
-they are admitted and prefilled. When pages run out the last of them gives up its own and is recomputed
-later; the first always goes on, so something always does.
+prompts are prefilled in chunks with what is left, at least a reserved share and, while rounds run,
+within the bounds on the streams' delay (engine.prefill). Sequences are ranked by arrival and priority
+(Sequence.rank): in this order they are admitted and prefilled. When pages run out the last of them gives
+up its own and is recomputed later; the first always goes on, so something always does.
 """
 
 import time
@@ -12,7 +12,7 @@ from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from policies.cost import RoundMade
 from policies.modes import DecodePlan, Mode
@@ -22,27 +22,16 @@ from replicas.engine.decoders.choose import ActivePlan, begin_round, plan_for
 from replicas.engine.decoders.round import Ask, Round
 from replicas.engine.grammar import GrammarFailed
 from replicas.engine.plan import ModelSpec, Segment, SegmentOutput, StepPlan
+from replicas.engine.prefill import Limits, PrefillBudget, is_coming, reusable_len
 from replicas.engine.sequence import Progress, Sequence, Status
 from replicas.engine.speculation import Speculation, Traffic
+from replicas.messages import FinishReason
 
 MAX_ROUNDS_KEPT = 1024
 MAX_PROBE_CREDIT = 4.0
 
 PREFILL_SHARE = 4
 """While prompts wait, rounds leave them one in this many tokens of a step."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """max_running: sequences in a step. max_step_tokens: query tokens in a step.
-
-    max_prefill_tokens: of them prompt tokens, in a step that runs rounds too. It bounds how much longer
-    a prompt makes the steps of the streams that run beside it.
-    """
-
-    max_running: int
-    max_step_tokens: int
-    max_prefill_tokens: int
 
 
 class Scheduler:
@@ -184,27 +173,25 @@ class Scheduler:
             if ask is not None:
                 asks[sequence] = ask
                 budget -= len(ask.token_ids)
-        if asks:
-            budget = min(budget, limits.max_prefill_tokens)
+        prefill = PrefillBudget(limits, self.speculation.cost, budget, asks)
         for sequence in prefilling:
-            if budget > 0:
-                asks[sequence] = self._ask_prefill(sequence, budget)
-                budget -= len(asks[sequence].token_ids)
-        self._admit(asks, budget)
+            if (ask := prefill.ask(sequence)) is not None:
+                asks[sequence] = ask
+        self._admit(asks, prefill)
         return asks
 
-    def _admit(self, asks: dict[Sequence, Ask], budget: int) -> None:
+    def _admit(self, asks: dict[Sequence, Ask], prefill: PrefillBudget) -> None:
         """Lets waiting sequences run, and adds what they ask, while the budget and the pages last."""
         num_promised = 0
         for sequence in tuple(self._waiting):
-            if budget <= 0 or len(self._running) == self._limits.max_running:
+            if prefill.room() <= 0 or len(self._running) == self._limits.max_running:
                 return
             self._reuse(sequence)
             num_pages = self._pool.pages_for(sequence.prefill_end + 1) - len(sequence.pages)
             if num_promised + num_pages > self._pool.num_free:
                 self._release(sequence)
                 return
-            if self._is_coming(sequence):
+            if is_coming(sequence, self._running, self._spec.page_size):
                 self._release(sequence)
                 continue
             num_promised += num_pages
@@ -213,34 +200,12 @@ class Scheduler:
             if sequence.began_s is None:
                 sequence.began_s = self._clock()
             insort(self._running, sequence, key=_rank)
-            if sequence.is_prefilling:
-                asks[sequence] = self._ask_prefill(sequence, budget)
-                budget -= len(asks[sequence].token_ids)
-
-    def _is_coming(self, sequence: Sequence) -> bool:
-        """Whether a prefill under way will leave at least half of what this prompt still needs.
-
-        So the choices of one prompt, and prompts with the same long beginning that come at once, wait
-        until it is computed for the first of them.
-        """
-        size, cached = self._spec.page_size, sequence.num_cached
-        needed = _reusable_len(sequence)
-        for other in self._running:
-            if not other.is_prefilling:
-                continue
-            end, most = cached, min(needed, other.prefill_end)
-            while end + size <= most and other.tokens[end : end + size] == sequence.tokens[end : end + size]:
-                end += size
-            if (
-                0 < needed - cached <= 2 * (end - cached)
-                and other.tokens[:cached] == sequence.tokens[:cached]
-            ):
-                return True
-        return False
+            if sequence.is_prefilling and (ask := prefill.ask(sequence)) is not None:
+                asks[sequence] = ask
 
     def _reuse(self, sequence: Sequence) -> None:
         """Gives a sequence about to run the cached pages of its prefix; its first token needs a forward."""
-        needed = _reusable_len(sequence)
+        needed = reusable_len(sequence)
         sequence.pages, sequence.key_number = self._pool.find(sequence.tokens[:needed])
         sequence.num_kept = len(sequence.pages)
         sequence.num_cached = sequence.num_kept * self._spec.page_size
@@ -320,13 +285,6 @@ class Scheduler:
         if any(sequence.is_probing for sequence in planned):
             self._probe_credit -= 1.0
 
-    def _ask_prefill(self, sequence: Sequence, budget: int) -> Ask:
-        end = min(sequence.prefill_end, sequence.num_cached + budget)
-        tokens = tuple(sequence.tokens[sequence.num_cached : end])
-        gives_first_token = sequence.num_completion_tokens == 0 and end == len(sequence.tokens)
-        wanted = (len(tokens) - 1,) if gives_first_token else ()
-        return Ask(tokens, causal=True, adapter=False, wanted=wanted)
-
     def _constrained(self, sequence: Sequence, ask: Ask) -> tuple[Ask, tuple[bytes, ...]]:
         """With a grammar: what each sampled token may be, and the ask without drafts that may not come."""
         if sequence.grammar is None or not ask.causal or not ask.wanted:
@@ -394,6 +352,8 @@ class Scheduler:
                 sequence.round = None
         taken, reason = sequence.append(tokens, mode, self._spec.eos_token_ids)
         self.num_tokens += len(taken)
+        if taken:
+            self.speculation.note_text(len(taken), reason is FinishReason.STOP)
         if current is not None:
             self.tokens_by_mode[mode] += len(taken)
             if sequence.round is None or reason is not None:
@@ -403,8 +363,3 @@ class Scheduler:
 
 def _rank(sequence: Sequence) -> tuple[float, int]:
     return sequence.rank
-
-
-def _reusable_len(sequence: Sequence) -> int:
-    """Leading tokens whose K/V may come from the cache; a first token needs its prompt's last logits."""
-    return sequence.prefill_end - (1 if sequence.num_completion_tokens == 0 else 0)

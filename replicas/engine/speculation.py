@@ -6,6 +6,7 @@ of calibrated confidences. Nothing here bears on which tokens come out, only on 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate
 from math import log
 from operator import mul
@@ -23,6 +24,8 @@ FORGET_REPLICA = 0.995
 SEQUENCE_PRIOR = 6.0
 """Drafted tokens that a sequence's own estimate starts with, at the replica's."""
 REPLICA_PRIOR = 20.0
+TEXT_PRIOR = 50.0
+"""Tokens without an end that the estimate of texts' ends starts with."""
 VERIFIED = 1.25
 """Of a draft, about so many times the tokens that it is expected to bring are verified, and one."""
 NUM_TRIED = 24
@@ -96,13 +99,15 @@ class Calibration:
 class Speculation:
     """A replica's estimates, shared by its sequences.
 
-    is_adaptive: otherwise blocks have the plan's length and are verified whole. cost: of a forward; its
-    unit does not matter. Drafts that were sampled and greedy ones are calibrated apart.
+    is_adaptive: otherwise blocks have the plan's length and are verified whole. cost: of a forward.
+    Drafts that were sampled and greedy ones are calibrated apart.
     """
 
     is_adaptive: bool = True
     cost: StepCost = UNMEASURED
     acceptance: Acceptance = field(default_factory=Acceptance)
+    texts: Acceptance = field(default_factory=Acceptance)
+    """How texts go on: a token taken is one accepted, an end of text a refusal."""
     _greedy: Calibration = field(default_factory=Calibration)
     _sampled: Calibration = field(default_factory=Calibration)
 
@@ -129,23 +134,23 @@ class Speculation:
         if was_refused:
             observe(confidences[num_accepted], False)
 
+    def note_text(self, num_tokens: int, has_ended: bool) -> None:
+        """A step's tokens of one sequence, and whether its text ended with them."""
+        self.texts.add(num_tokens, has_ended, FORGET_REPLICA)
+
     def block_length(self, own: Acceptance, most: int, traffic: Traffic) -> int:
         """Of a sequence's next draft, the seed included: the length of most tokens a ms.
 
         A round costs a forward that drafts and one that verifies, both shared with all others, who are
-        taken to do alike. It brings y tokens: the sum of the chances that j in a row are accepted.
+        taken to do alike. It brings y tokens: the sum of the chances that j in a row are accepted, and the
+        text has not ended before.
         """
         if not self.is_adaptive:
             return most
         replica = self.acceptance.chance(PRIOR_ACCEPTANCE, REPLICA_PRIOR)
-        chance = own.chance(replica, SEQUENCE_PRIOR)
-        best, best_rate = 1, 1.0 / self._ms(traffic, 1.0)
-        for length in {min(length, most) for length in BLOCK_LENGTHS[1:]}:
-            tokens = (1.0 - chance**length) / (1.0 - chance) if chance < 1.0 else float(length)
-            verified = min(length, 1.0 + VERIFIED * tokens)
-            rate = tokens / (self._ms(traffic, length) + self._ms(traffic, verified))
-            if rate > best_rate:
-                best, best_rate = length, rate
+        # Rounded, so that the many sequences of a step share their answers.
+        chance = round(own.chance(replica, SEQUENCE_PRIOR) * self.texts.chance(1.0, TEXT_PRIOR), 2)
+        best = _best_length(chance, most, traffic, self.cost)
         if best == 1:  # nothing will be learned of it, so what is known fades, and it is tried again
             own.add(0, False, FORGET_SEQUENCE)
             self.acceptance.add(0, False, FORGET_REPLICA)
@@ -178,12 +183,26 @@ class Speculation:
             kept[index] += 1
         return kept
 
-    def _ms(self, traffic: Traffic, each: float) -> float:
-        """Of a forward where all who speculate have so many query tokens each."""
-        return self._of_tokens(traffic, traffic.num_speculating * each + traffic.num_other_tokens)
-
     def _of_tokens(self, traffic: Traffic, num_tokens: float) -> float:
         return self.cost.ms(num_tokens, traffic.num_sequences, traffic.num_cached)
 
     def _calibration(self, temperature: float) -> Calibration:
         return self._sampled if temperature > 0 else self._greedy
+
+
+@lru_cache(maxsize=256)
+def _best_length(chance: float, most: int, traffic: Traffic, cost: StepCost) -> int:
+    """Of all who speculate in a step, if each had this chance: the length of most tokens a ms."""
+
+    def ms(each: float) -> float:
+        num_tokens = traffic.num_speculating * each + traffic.num_other_tokens
+        return cost.ms(num_tokens, traffic.num_sequences, traffic.num_cached)
+
+    best, best_rate = 1, 1.0 / ms(1.0)
+    for length in sorted({min(length, most) for length in BLOCK_LENGTHS[1:]}):
+        tokens = (1.0 - chance**length) / (1.0 - chance) if chance < 1.0 else float(length)
+        verified = min(length, 1.0 + VERIFIED * tokens)
+        rate = tokens / (ms(length) + ms(verified))
+        if rate > best_rate:
+            best, best_rate = length, rate
+    return best

@@ -257,12 +257,17 @@ def _check_memory(config: ModelConfig, dtype: torch.dtype, reserved_bytes: int) 
         # The prepacked head is a copy of the embedding.
         weights += config.vocab_size * config.hidden_size * dtype.itemsize
     available = available_bytes()
-    if weights + reserved_bytes > available:
-        advice = "use bfloat16, a smaller checkpoint" if dtype.itemsize > 2 else "use a smaller checkpoint"
-        raise CheckpointError(
-            f"too little memory: {weights / _GIB:.1f} GiB of weights and {reserved_bytes / _GIB:.1f} GiB of "
-            f"K/V pages, {available / _GIB:.1f} GiB available; {advice} or fewer pages"
-        )
+    if weights + reserved_bytes <= available:
+        return
+    bfloat16 = "bfloat16 or " if dtype.itemsize > 2 else ""
+    if weights > available:
+        advice = f"the weights alone do not fit: use {bfloat16}a smaller checkpoint"
+    else:
+        advice = f"use fewer pages (kv_cache_mb), {bfloat16}a smaller checkpoint"
+    raise CheckpointError(
+        f"too little memory: {weights / _GIB:.1f} GiB of weights and {reserved_bytes / _GIB:.1f} GiB of "
+        f"K/V pages, {available / _GIB:.1f} GiB available; {advice}"
+    )
 
 
 def available_bytes() -> int:

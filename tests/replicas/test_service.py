@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import pytest
 
+from policies.cost import StepCost
 from policies.load import ReplicaLoad
 from policies.modes import DecodePlan, Mode
 from replicas.engine.engine import Engine
@@ -355,3 +356,18 @@ async def test_logprobs_belong_to_the_text_they_come_with() -> None:
             for event in events:
                 at += len(event.text)
                 assert all(entry.offset < at for entry in event.logprobs)
+
+
+async def test_what_forwards_come_to_cost_reaches_the_engine() -> None:
+    engine = Engine(ScriptedRunner())
+    service = ReplicaService(engine, CODEC, "replica", step_cost=StepCost((1, 512), (5e3, 9e3)))
+    service.start()
+    stream = await opened(service)
+    assert isinstance(await service.submit(request("a")), Accepted)
+    await collect(stream, {"a"})
+    learned = service.load().costs
+    await service.state()  # the engine's thread has obeyed by then
+    assert learned is not None
+    assert engine.scheduler.speculation.cost == learned.step
+    assert learned.step.ms(1) < 5e3
+    await service.stop()

@@ -4,15 +4,26 @@ The runner keeps token ids where a real one keeps K/V. So a sequence that reads 
 rejected draft, or a bidirectional forward's leavings gets other tokens than it would get alone.
 """
 
+from collections.abc import Sequence as Seq
 from zlib import crc32
 
 from policies.modes import Mode
+from replicas.engine.grammar import Grammar
 from replicas.engine.plan import ModelSpec, SegmentOutput, StepPlan
+from replicas.engine.sequence import Progress
+from replicas.messages import DecodingOptions
 
 MASK = 1
 EOS = 2
 VOCAB = 61
 GARBAGE = -7
+PINNED = {
+    "ar": DecodingOptions(Mode.AR),
+    "diffusion": DecodingOptions(Mode.DIFFUSION, block_length=8, threshold=0.7),
+    "capped": DecodingOptions(Mode.DIFFUSION, block_length=8, threshold=0.7, max_steps=2),
+    "self_speculation": DecodingOptions(Mode.SELF_SPECULATION, block_length=6),
+    "lossless": DecodingOptions(lossless=True),
+}
 
 
 def _hash(*parts: object) -> int:
@@ -68,6 +79,8 @@ class ScriptedRunner:
                 self._slots[segment.pages[position // size]][position % size] = kept
             if segment.causal:
                 tokens = [next_token(prefix + segment.token_ids[: index + 1]) for index in segment.wanted]
+                if segment.allowed:
+                    tokens = [nearest(*pair) for pair in zip(tokens, segment.allowed, strict=True)]
                 outputs.append(SegmentOutput(tuple(tokens), (1.0,) * len(tokens)))
             else:
                 guess = denoise(prefix, segment.token_ids, segment.adapter)
@@ -76,12 +89,61 @@ class ScriptedRunner:
         return outputs
 
 
-def naive_ar(prompt: list[int], max_tokens: int, ignore_eos: bool = False) -> list[int]:
+def nearest(token: int, allowed: bytes) -> int:
+    """The choice, or where the mask does not have it the next token after it that it has."""
+    mask = int.from_bytes(allowed, "little")
+    return next(other % VOCAB for other in range(token, token + VOCAB) if mask >> other % VOCAB & 1)
+
+
+class ScriptedGrammar(Grammar):
+    """Neighbours differ modulo 3, the mask token never comes, and after so many tokens it is complete.
+
+    An end of text may come after every fourth token.
+    """
+
+    def __init__(self, num_tokens: int):
+        self._num_tokens = num_tokens
+        self._accepted: tuple[int, ...] = ()
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self._accepted) >= self._num_tokens
+
+    def masks(self, draft: Seq[int]) -> tuple[bytes, ...]:
+        masks = [self._mask(self._accepted)]
+        for count, token in enumerate(draft, start=1):
+            may_come = int.from_bytes(masks[-1], "little") >> token & 1
+            if not may_come or token == EOS or len(self._accepted) + count >= self._num_tokens:
+                break
+            masks.append(self._mask((*self._accepted, *draft[:count])))
+        return tuple(masks)
+
+    def accept(self, token_id: int) -> None:
+        assert int.from_bytes(self._mask(self._accepted), "little") >> token_id & 1, "not allowed"
+        self._accepted += (token_id,)
+
+    @staticmethod
+    def _mask(accepted: tuple[int, ...]) -> bytes:
+        bits = sum(1 << t for t in range(3, VOCAB) if not accepted or t % 3 != accepted[-1] % 3)
+        if accepted and len(accepted) % 4 == 0:
+            bits |= 1 << EOS
+        return bits.to_bytes(8, "little")
+
+
+def naive_ar(
+    prompt: list[int], max_tokens: int, ignore_eos: bool = False, grammar: Grammar | None = None
+) -> list[int]:
     tokens: list[int] = []
     while len(tokens) < max_tokens:
         tokens.append(next_token((*prompt, *tokens)))
+        if grammar is not None:
+            tokens[-1] = nearest(tokens[-1], grammar.masks(())[0])
         if tokens[-1] == EOS and not ignore_eos:
             break
+        if grammar is not None:
+            grammar.accept(tokens[-1])
+            if grammar.is_complete:
+                break
     return tokens
 
 
@@ -111,3 +173,13 @@ def naive_diffusion(
             tokens.append(next_token((*prefix, *block)))
     cut = tokens.index(EOS) + 1 if EOS in tokens else len(tokens)
     return tokens[: min(cut, max_tokens)]
+
+
+def expected(kind: str, prompt: list[int], max_tokens: int, max_context: int) -> list[int]:
+    if PINNED[kind].mode is Mode.DIFFUSION:
+        return naive_diffusion(prompt, max_tokens, 8, 0.7, max_context, PINNED[kind].max_steps)
+    return naive_ar(prompt, max_tokens)
+
+
+def tokens_of(progress: list[Progress]) -> list[int]:
+    return [token for made in progress for token in made.token_ids]

@@ -1,31 +1,13 @@
 """The engine against brute force: whatever else runs, a request's tokens are those it gets alone."""
 
-import random
-
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from policies.modes import DecodePlan, Mode
 from replicas.engine.engine import Engine
 from replicas.engine.sequence import Progress
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import DecodingOptions, FinishReason, SamplingParams
-from tests.replicas.engine.scripted import EOS, ScriptedRunner, naive_ar, naive_diffusion
-
-PINNED = {
-    "ar": DecodingOptions(Mode.AR),
-    "diffusion": DecodingOptions(Mode.DIFFUSION, block_length=8, threshold=0.7),
-    "capped": DecodingOptions(Mode.DIFFUSION, block_length=8, threshold=0.7, max_steps=2),
-    "self_speculation": DecodingOptions(Mode.SELF_SPECULATION, block_length=6),
-    "lossless": DecodingOptions(lossless=True),
-}
-
-
-def expected(kind: str, prompt: list[int], max_tokens: int, max_context: int) -> list[int]:
-    if PINNED[kind].mode is Mode.DIFFUSION:
-        return naive_diffusion(prompt, max_tokens, 8, 0.7, max_context, PINNED[kind].max_steps)
-    return naive_ar(prompt, max_tokens)
+from tests.replicas.engine.scripted import EOS, PINNED, ScriptedRunner, expected, naive_ar, tokens_of
 
 
 def drain(engine: Engine, max_steps: int = 5000) -> dict[str, list[Progress]]:
@@ -37,10 +19,6 @@ def drain(engine: Engine, max_steps: int = 5000) -> dict[str, list[Progress]]:
             seen.setdefault(made.sequence.request_id, []).append(made)
         engine.check_integrity()
     raise AssertionError(f"work left after {max_steps} steps")
-
-
-def tokens_of(progress: list[Progress]) -> list[int]:
-    return [token for made in progress for token in made.token_ids]
 
 
 @pytest.mark.parametrize("kind", PINNED)
@@ -55,54 +33,6 @@ def test_alone_equals_naive(kind: str, prompt_len: int) -> None:
         assert [made.ended for made in progress] == [False] * (len(progress) - 1) + [True]
         last = FinishReason.STOP if tokens_of(progress)[-1] == EOS else FinishReason.LENGTH
         assert progress[-1].reason is last
-
-
-@settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**9), num_pages=st.integers(24, 60), step_tokens=st.integers(128, 200))
-def test_crowd_equals_alone(seed: int, num_pages: int, step_tokens: int) -> None:
-    """Random arrivals, modes, cancels and plan changes on a pool so small that sequences are preempted."""
-    rng = random.Random(seed)
-    runner = ScriptedRunner(num_pages=num_pages, page_size=4, max_context=96)
-    engine = Engine(
-        runner,
-        max_running=rng.randint(1, 12),
-        max_step_tokens=step_tokens,
-        max_prefill_tokens=rng.randint(1, 60),
-    )
-    wanted: dict[str, list[int]] = {}
-    seen: dict[str, list[Progress]] = {}
-    to_come = 25
-    prefixes = [[rng.randint(3, 60) for _ in range(30)] for _ in range(2)]
-    for _ in range(5000):
-        if to_come and rng.random() < 0.4:
-            to_come -= 1
-            kind = rng.choice(list(PINNED))
-            shared = rng.choice(prefixes)[: rng.randint(0, 30)]
-            prompt = shared + [rng.randint(3, 60) for _ in range(rng.randint(1, 20))]
-            max_tokens = rng.randint(1, 96 - len(prompt))
-            name = f"{kind}-{to_come}"
-            sampling = SamplingParams(max_tokens=max_tokens)
-            engine.submit(name, prompt, sampling, PINNED[kind], priority=rng.choice((0, 0, -1, 5)))
-            wanted[name] = expected(kind, prompt, max_tokens, 96)
-        if rng.random() < 0.05 and wanted:
-            name = rng.choice(list(wanted))
-            if engine.cancel(name) is not None:
-                del wanted[name]
-                engine.check_integrity()
-        if rng.random() < 0.2:
-            mode = rng.choice(list(Mode))
-            engine.set_plan(DecodePlan(mode, 1 if mode is Mode.AR else rng.randint(2, 16)), "test")
-        for made in engine.step():
-            seen.setdefault(made.sequence.request_id, []).append(made)
-        engine.check_integrity()
-        if not engine.has_work and not to_come:
-            break
-    assert not engine.has_work
-    assert runner.most_tokens <= step_tokens
-    for name, tokens in wanted.items():
-        assert tokens_of(seen[name]) == tokens
-        assert sum(made.ended for made in seen[name]) == 1
-        assert seen[name][-1].ended
 
 
 def test_preemption_happens_and_changes_nothing() -> None:
@@ -373,9 +303,12 @@ def test_a_full_queue_refuses() -> None:
     engine.submit("r3", [5], SamplingParams(max_tokens=2))
 
 
-@pytest.mark.parametrize("limits", [{"max_running": 0}, {"max_step_tokens": 64}])
-def test_limits_are_checked(limits: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="must be at least"):
+@pytest.mark.parametrize(
+    "limits",
+    [{"max_running": 0}, {"max_step_tokens": 64}, {"max_prefill_tokens": 0}, {"max_step_ms": 0.0}],
+)
+def test_limits_are_checked(limits: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=rf"{next(iter(limits))} must be (at least|above)"):
         Engine(ScriptedRunner(), **limits)
 
 

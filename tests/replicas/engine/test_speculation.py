@@ -80,6 +80,33 @@ def test_blocks_grow_with_acceptance_and_shrink_with_what_tokens_cost() -> None:
     assert Speculation(is_adaptive=False, cost=STEEP).block_length(Acceptance(0, 100), 32, traffic()) == 32
 
 
+def test_blocks_are_shorter_where_texts_end_soon() -> None:
+    """What is accepted past an end of text brings nothing."""
+    lengths = []
+    for text_len in (5, 20, 1000):
+        speculation = Speculation(cost=StepCost((1, 512), (2.0, 104.0)))
+        for _ in range(4000):
+            speculation.note_text(text_len, has_ended=True)
+        lengths.append(speculation.block_length(Acceptance(500.0, 0.0), 32, traffic()))
+    assert lengths == sorted(set(lengths))
+    assert lengths[-1] == 32
+
+
+def test_the_engine_notes_how_texts_end() -> None:
+    engine = Engine(ScriptedRunner(num_pages=200), adaptive_speculation=True)
+    sequences = [
+        engine.submit(f"r{k}", [5 + k, 9], SamplingParams(max_tokens=30), DecodingOptions(lossless=True))
+        for k in range(8)
+    ]
+    while engine.has_work:
+        engine.step()
+    ended = sum(sequence.num_completion_tokens < 30 for sequence in sequences)
+    texts = engine.scheduler.speculation.texts
+    assert ended > 0
+    assert 0.5 * ended < texts.refused <= ended
+    assert texts.accepted <= sum(sequence.num_completion_tokens for sequence in sequences)
+
+
 def test_what_was_given_up_is_tried_again() -> None:
     speculation, own = Speculation(cost=FLAT), Acceptance(0.0, 50.0)
     num_waited = 0

@@ -121,10 +121,19 @@ def test_broken_file(folder: Path) -> None:
         load(folder)
 
 
-def test_too_little_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_for_the_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "available_bytes", lambda: 100_000)
-    with pytest.raises(CheckpointError, match=r"too little memory.*use bfloat16"):
+    with pytest.raises(CheckpointError, match=r"too little memory.*weights alone.*use bfloat16 or a smaller"):
         load(folder)
+    with pytest.raises(CheckpointError, match=r"too little memory.*weights alone.*use a smaller checkpoint"):
+        load(folder, dtype="bfloat16")
+
+
+def test_too_little_memory_for_the_pages(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "available_bytes", lambda: 4 << 20)
+    with pytest.raises(CheckpointError, match=r"and 1\.0 GiB of K/V pages.*use fewer pages \(kv_cache_mb\)"):
+        load(folder, num_pages=None, kv_budget_bytes=1 << 30)
+    load(folder)
 
 
 def test_adapter_errors(folder: Path) -> None:

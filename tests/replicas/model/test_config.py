@@ -30,31 +30,36 @@ PUBLISHED_ROPE = {
 }
 
 
-def published(**overrides: Any) -> dict[str, Any]:
-    """The shape of the published 3B checkpoint."""
+PUBLISHED = {
+    "3B": {"hidden_size": 3072, "intermediate_size": 9216, "num_hidden_layers": 26},
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 34},
+    "14B": {"hidden_size": 5120, "intermediate_size": 16384, "num_hidden_layers": 40},
+}
+
+
+def published(size: str = "3B") -> dict[str, Any]:
+    """The shape of a published checkpoint."""
     return tiny_config(
         vocab_size=131072,
-        hidden_size=3072,
-        intermediate_size=9216,
-        num_hidden_layers=26,
         num_attention_heads=32,
         num_key_value_heads=8,
         head_dim=128,
         max_position_embeddings=262144,
         mask_token_id=100,
         rope_parameters=PUBLISHED_ROPE,
-        **overrides,
+        **PUBLISHED[size],
     )
 
 
-def test_published_shape() -> None:
-    config = ModelConfig.parse(published())
+@pytest.mark.parametrize(("size", "billions"), [("3B", 3.83), ("8B", 8.5), ("14B", 13.5)])
+def test_published_shapes(size: str, billions: float) -> None:
+    config = ModelConfig.parse(published(size))
     assert config.modes == (Mode.AR, Mode.DIFFUSION, Mode.SELF_SPECULATION)
     assert (config.num_heads, config.num_kv_heads, config.head_dim, config.queries_per_kv) == (32, 8, 128, 4)
     assert config.mask_token_id == 100
     assert config.eos_token_ids == {2}
     assert config.rope.query_beta == 0.1
-    assert 3.2e9 < config.num_parameters < 4.0e9
+    assert config.num_parameters == pytest.approx(billions * 1e9, rel=0.01)
 
 
 def test_modes_need_a_mask_token_and_the_tri_mode_type() -> None:

@@ -1,0 +1,95 @@
+"""Which prompt tokens a step takes. Rounds come first; this is what they leave."""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from policies.cost import StepCost
+from replicas.engine.decoders.round import Ask
+from replicas.engine.sequence import Sequence
+
+LEAST_TOKENS = 16
+"""Prompt tokens that a step takes, whatever its bound in ms, so that prompts always go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """max_running: sequences in a step. max_step_tokens: query tokens in a step.
+
+    Of a step that runs rounds too, both bound how long a prompt makes the streams beside it wait.
+    max_prefill_tokens: prompt tokens in it. max_step_ms: what it may take by the measured cost of a
+    forward, prompts making up what rounds leave of it; None for no bound. Where the rounds alone take
+    longer, prompts go on by LEAST_TOKENS a step.
+    """
+
+    max_running: int
+    max_step_tokens: int
+    max_prefill_tokens: int
+    max_step_ms: float | None = None
+
+
+class PrefillBudget:
+    """Of one step, after its rounds have been chosen."""
+
+    def __init__(self, limits: Limits, cost: StepCost, num_tokens: int, rounds: Mapping[Sequence, Ask]):
+        """num_tokens: query tokens that the step may still take."""
+        self._num_left = min(num_tokens, limits.max_prefill_tokens) if rounds else num_tokens
+        self._max_ms = limits.max_step_ms if rounds else None
+        self._cost = cost
+        self._num_tokens = sum(len(ask.token_ids) for ask in rounds.values())
+        self._num_segments = len(rounds)
+        self._num_cached = sum(sequence.num_cached for sequence in rounds)
+        self._has_none = True
+
+    def room(self, num_cached: int = 0) -> int:
+        """Tokens that a prompt may add, num_cached of which are cached."""
+        if self._num_left <= 0 or self._max_ms is None:
+            return self._num_left
+
+        def ms(count: int) -> float:
+            num_tokens, num_segments = self._num_tokens + count, self._num_segments + 1
+            return self._cost.ms(num_tokens, num_segments, self._num_cached + num_cached)
+
+        within = bisect_right(range(1, self._num_left + 1), self._max_ms, key=ms)
+        return max(within, min(LEAST_TOKENS, self._num_left)) if self._has_none else within
+
+    def ask(self, sequence: Sequence) -> Ask | None:
+        """The next chunk of its prompt; None when there is no room."""
+        room = self.room(sequence.num_cached)
+        if room <= 0:
+            return None
+        end = min(sequence.prefill_end, sequence.num_cached + room)
+        tokens = tuple(sequence.tokens[sequence.num_cached : end])
+        self._num_left -= len(tokens)
+        self._num_tokens += len(tokens)
+        self._num_segments += 1
+        self._num_cached += sequence.num_cached
+        self._has_none = False
+        gives_first_token = sequence.num_completion_tokens == 0 and end == len(sequence.tokens)
+        return Ask(tokens, causal=True, adapter=False, wanted=(len(tokens) - 1,) if gives_first_token else ())
+
+
+def is_coming(sequence: Sequence, running: Iterable[Sequence], page_size: int) -> bool:
+    """Whether a prefill under way will leave at least half of what this prompt still needs.
+
+    So the choices of one prompt, and prompts with the same long beginning that come at once, wait
+    until it is computed for the first of them.
+    """
+    cached, needed = sequence.num_cached, reusable_len(sequence)
+    for other in running:
+        if not other.is_prefilling:
+            continue
+        end, most = cached, min(needed, other.prefill_end)
+        while (
+            end + page_size <= most
+            and other.tokens[end : end + page_size] == sequence.tokens[end : end + page_size]
+        ):
+            end += page_size
+        if 0 < needed - cached <= 2 * (end - cached) and other.tokens[:cached] == sequence.tokens[:cached]:
+            return True
+    return False
+
+
+def reusable_len(sequence: Sequence) -> int:
+    """Leading tokens whose K/V may come from the cache; a first token needs its prompt's last logits."""
+    return sequence.prefill_end - (1 if sequence.num_completion_tokens == 0 else 0)

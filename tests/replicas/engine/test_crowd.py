@@ -1,0 +1,149 @@
+"""Whatever else runs, a request's tokens are those it gets alone: random crowds against brute force."""
+
+import random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from policies.cost import StepCost
+from policies.modes import DecodePlan, Mode
+from replicas.engine.engine import Engine
+from replicas.engine.sequence import Progress, Sequence
+from replicas.messages import DecodingOptions, JsonFormat, SamplingParams
+from tests.replicas.engine.scripted import (
+    PINNED,
+    ScriptedGrammar,
+    ScriptedRunner,
+    expected,
+    naive_ar,
+    tokens_of,
+)
+
+MAX_CONTEXT = 96
+JSON = JsonFormat("{}")
+CONSTRAINED = {
+    "auto with a grammar": DecodingOptions(),
+    "speculation with a grammar": DecodingOptions(Mode.SELF_SPECULATION, block_length=7),
+}
+COSTS = (
+    StepCost((1, 512), (10.0, 10.001)),
+    StepCost((1, 512), (0.1, 51.2)),
+    StepCost((1, 32, 512), (4.0, 8.0, 80.0), segment_ms=0.2, cached_ms=1.0),
+)
+
+
+class Crowd:
+    """An engine, what was asked of it, and what each must get; the books are checked at every turn."""
+
+    def __init__(self, rng: random.Random, num_pages: int, step_tokens: int):
+        self.rng = rng
+        self.runner = ScriptedRunner(num_pages=num_pages, page_size=4, max_context=MAX_CONTEXT)
+        self.engine = Engine(
+            self.runner,
+            max_running=rng.randint(1, 12),
+            max_waiting=1000,
+            max_step_tokens=step_tokens,
+            max_prefill_tokens=rng.randint(1, 60),
+            max_step_ms=rng.choice((None, 6.0, 12.0)),
+            adaptive_speculation=rng.random() < 0.5,
+        )
+        self.engine.set_step_cost(rng.choice(COSTS))
+        self.prefixes = [[rng.randint(3, 60) for _ in range(30)] for _ in range(2)]
+        self.wanted: dict[str, list[int]] = {}
+        self.seen: dict[str, list[Progress]] = {}
+        self.sequences: list[Sequence] = []
+
+    def submit(self, number: int) -> None:
+        """A request of one choice or several, in any mode, with a grammar or without."""
+        rng = self.rng
+        shared = rng.choice(self.prefixes)[: rng.randint(0, 30)]
+        prompt = shared + [rng.randint(3, 60) for _ in range(rng.randint(1, 20))]
+        max_tokens = rng.randint(1, MAX_CONTEXT - len(prompt))
+        kind = rng.choice([*PINNED, *CONSTRAINED])
+        decoding = PINNED[kind] if kind in PINNED else CONSTRAINED[kind]
+        priority = rng.choice((0, 0, -1, 5))
+        for choice in range(rng.choice((1, 1, 1, 4))):
+            name = f"{kind}-{number}-{choice}"
+            grammar = None
+            sampling = SamplingParams(max_tokens=max_tokens, seed=choice)
+            if kind in PINNED:
+                self.wanted[name] = expected(kind, prompt, max_tokens, MAX_CONTEXT)
+            else:
+                num_tokens = rng.randint(1, 40)
+                grammar = ScriptedGrammar(num_tokens)
+                self.wanted[name] = naive_ar(prompt, max_tokens, grammar=ScriptedGrammar(num_tokens))
+                sampling = SamplingParams(max_tokens=max_tokens, seed=choice, response_format=JSON)
+            self.sequences.append(
+                self.engine.submit(name, list(prompt), sampling, decoding, priority=priority, grammar=grammar)
+            )
+            self.engine.check_integrity()
+
+    def cancel(self) -> None:
+        """One request, or all choices of one."""
+        name = self.rng.choice(list(self.wanted))
+        stem = name.rpartition("-")[0] + "-"
+        for other in [name] if self.rng.random() < 0.5 else [n for n in self.wanted if n.startswith(stem)]:
+            if self.engine.cancel(other) is not None:
+                del self.wanted[other]
+            self.engine.check_integrity()
+
+    def change_plan(self) -> None:
+        mode = self.rng.choice(list(Mode))
+        length = 1 if mode is Mode.AR else self.rng.randint(2, 16)
+        self.engine.set_plan(DecodePlan(mode, length), "test")
+        self.engine.check_integrity()
+
+    def step(self) -> None:
+        for made in self.engine.step():
+            self.seen.setdefault(made.sequence.request_id, []).append(made)
+        self.engine.check_integrity()
+
+    def check(self) -> None:
+        assert not self.engine.has_work
+        assert self.engine.scheduler.pages_used == 0
+        for name, tokens in self.wanted.items():
+            assert tokens_of(self.seen[name]) == tokens, name
+            assert sum(made.ended for made in self.seen[name]) == 1
+            assert self.seen[name][-1].ended
+
+
+def run_crowd(seed: int, num_pages: int, step_tokens: int) -> Crowd:
+    rng = random.Random(seed)
+    crowd = Crowd(rng, num_pages, step_tokens)
+    to_come = 20
+    for _ in range(5000):
+        if to_come and rng.random() < 0.4:
+            to_come -= 1
+            crowd.submit(to_come)
+        if rng.random() < 0.05 and crowd.wanted:
+            crowd.cancel()
+        if rng.random() < 0.2:
+            crowd.change_plan()
+        crowd.step()
+        if not crowd.engine.has_work and not to_come:
+            break
+    assert crowd.runner.most_tokens <= step_tokens
+    crowd.check()
+    return crowd
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**9), num_pages=st.integers(24, 60), step_tokens=st.integers(128, 200))
+def test_a_crowd_gets_what_each_would_alone(seed: int, num_pages: int, step_tokens: int) -> None:
+    """Arrivals, modes, grammars, choices, cancels and plan changes on a pool too small for all of them."""
+    run_crowd(seed, num_pages, step_tokens)
+
+
+def test_crowds_meet_what_they_are_for() -> None:
+    """Preemptions, prefixes reused, drafts cut by grammars and by cost: all of it happens in some crowds."""
+    crowds = [run_crowd(seed, 24, 128) for seed in range(12)]
+    sequences = [sequence for crowd in crowds for sequence in crowd.sequences]
+    constrained = [sequence for sequence in sequences if sequence.grammar is not None]
+    assert sum(sequence.num_preemptions for sequence in sequences) > 10
+    assert sum(sequence.num_preemptions for sequence in constrained) > 0
+    assert sum(sequence.num_reused for sequence in sequences) > 100
+    assert sum(sequence.num_switches for sequence in sequences) > 50
+    assert sum(sequence.tokens_by_mode[Mode.SELF_SPECULATION] for sequence in constrained) > 100
+    assert any(sequence.grammar.is_complete for sequence in constrained if sequence.grammar is not None)
+    assert any(crowd.engine.scheduler.speculation.is_adaptive for crowd in crowds)
+    assert any(not crowd.engine.scheduler.speculation.is_adaptive for crowd in crowds)
