@@ -70,9 +70,9 @@ async def test_a_dead_worker_ends_its_replica_and_another_takes_over(
         assert not streamed.done
 
     async def replaced() -> bool:
-        replicas = (await state_of(split_client))["replicas"]
-        fresh = [replica["replica"] for replica in replicas if replica["freshness"] == "fresh"]
-        return len(fresh) == 1 and fresh != [before]
+        state = await state_of(split_client)
+        fresh = [replica["replica"] for replica in state["replicas"] if replica["freshness"] == "fresh"]
+        return len(fresh) == 1 and fresh != [before] and fresh == list(state["router"]["in_flight"])
 
     await eventually(replaced, within_s=120, every_s=0.5)
     assert text_of(await complete(split_client, ask)) == expected
