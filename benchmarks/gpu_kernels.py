@@ -14,7 +14,7 @@ from replicas.kernels.confidence import confidence
 from replicas.kernels.rms_norm import rms_norm
 from replicas.kernels.store_kv import Rotation, store_kv
 from replicas.kernels.swiglu import swiglu
-from replicas.kernels.verify import verify
+from replicas.kernels.verify import accept, sample_rows
 from replicas.messages import SamplingParams
 from replicas.model.config import ModelConfig
 from replicas.model.cuda.inputs import HostStep, StepInputs
@@ -178,14 +178,15 @@ class KernelBench:
     def _verify(self, count: int) -> dict[str, object]:
         """As one segment's rows at a temperature, so twice over the logits."""
         logits = self._normal(count, self._shapes.config.vocab_size)
-        drafts = torch.zeros(1, max(count - 1, 1), dtype=torch.int64, device=self._device)
         first = torch.zeros(1, dtype=torch.int32, device=self._device)
+        drafts = torch.zeros(count, dtype=torch.int32, device=self._device)
         num_drafts = torch.full_like(first, count - 1)
         ones = torch.ones(count, device=self._device)
         halves = ones / 2
 
         def run() -> None:
-            verify(logits, drafts, first, num_drafts, ones, halves, 3)
+            tokens = sample_rows(logits, confidence(logits, 3), ones, halves, 3)
+            accept(drafts, first, num_drafts, tokens, first)
 
         def run_other() -> torch.Tensor:
             cumulative = logits.float().softmax(-1).cumsum(-1)

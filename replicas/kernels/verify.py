@@ -13,57 +13,46 @@ That is speculative sampling (arXiv 2211.17192) with a point-mass draft: the out
 token does not depend on the other rows, nor on how many there are.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from replicas.kernels.confidence import Confidence, confidence
+from replicas.kernels.confidence import Confidence
 
 _BLOCK = 4096
+_MAX_DRAFT = 64
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-class Verified(NamedTuple):
-    """num_accepted, bonus: [S] int64; tokens: [R] int64, every row's own."""
+class Accepted(NamedTuple):
+    """Of each draft the number of tokens accepted and the bonus token, [S] int64."""
 
-    num_accepted: torch.Tensor
+    counts: torch.Tensor
     bonus: torch.Tensor
-    tokens: torch.Tensor
 
 
-def verify(
-    logits: torch.Tensor,
+def accept(
     drafts: torch.Tensor,
-    first_rows: torch.Tensor,
+    first_drafts: torch.Tensor,
     num_drafts: torch.Tensor,
-    temperatures: torch.Tensor,
-    uniforms: torch.Tensor,
-    mask_token_id: int | None,
-) -> Verified:
-    """logits [R, vocab] of S verified segments, num_drafts + 1 rows each.
+    tokens: torch.Tensor,
+    first_rows: torch.Tensor,
+) -> Accepted:
+    """S drafts against the tokens of their rows.
 
-    drafts: [S, D] int64, of which num_drafts [S] int32 count; first_rows: [S] int32, into logits
-    temperatures, uniforms: [R] float32, as in `sample_rows`
+    drafts: [D] int32, one after the other, each from first_drafts [S] on, num_drafts [S] long, both int32
+    tokens: [R] int64, each one's rows from first_rows [S] int32 on, one more than it has tokens
     """
-    best = confidence(logits, mask_token_id)
-    tokens = sample_rows(logits, best, temperatures, uniforms, mask_token_id)
-    num_accepted, bonus = torch.empty_like(first_rows, dtype=torch.int64), torch.empty_like(drafts[:, 0])
-    if len(drafts):
-        block = triton.next_power_of_2(max(drafts.shape[1], 1))
-        _accept[(len(drafts),)](
-            drafts,
-            tokens,
-            first_rows,
-            num_drafts,
-            num_accepted,
-            bonus,
-            drafts.stride(0),
-            BLOCK=block,
-            num_warps=1,
+    shape = (len(first_drafts),)
+    found = Accepted(*(torch.empty(shape, dtype=torch.int64, device=tokens.device) for _ in range(2)))
+    if len(first_drafts):
+        _accept[shape](
+            drafts, first_drafts, num_drafts, tokens, first_rows, *found, BLOCK=_MAX_DRAFT, num_warps=1
         )
-    return Verified(num_accepted, bonus, tokens)
+    return found
 
 
 def sample_rows(
@@ -182,18 +171,21 @@ def _invert(
 
 
 @triton.jit
-def _accept(drafts, tokens, first_rows, num_drafts, num_accepted, bonus, draft_stride, BLOCK: tl.constexpr):
-    """One segment."""
-    segment = tl.program_id(0)
-    first_row = tl.load(first_rows + segment)
-    length = tl.load(num_drafts + segment)
-    index = tl.arange(0, BLOCK)
-    is_draft = index < length
-    draft = tl.load(drafts + segment * draft_stride + index, mask=is_draft, other=-1)
-    token = tl.load(tokens + first_row + index, mask=is_draft, other=-1)
-    accepted = tl.min(tl.where(is_draft & (draft != token), index, length), 0)
-    tl.store(num_accepted + segment, accepted.to(tl.int64))
-    tl.store(bonus + segment, tl.load(tokens + first_row + accepted))
+def _accept(drafts, first_drafts, num_drafts, tokens, first_rows, counts, bonus, BLOCK: tl.constexpr):
+    """One draft."""
+    number = tl.program_id(0)
+    first_row = tl.load(first_rows + number)
+    first_draft = tl.load(first_drafts + number)
+    length = tl.load(num_drafts + number)
+    accepted = length
+    for start in range(0, length, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        is_draft = index < length
+        draft = tl.load(drafts + first_draft + index, mask=is_draft, other=-1)
+        token = tl.load(tokens + first_row + index, mask=is_draft, other=-1)
+        accepted = tl.minimum(accepted, tl.min(tl.where(is_draft & (draft != token), index, length), 0))
+    tl.store(counts + number, accepted.to(tl.int64))
+    tl.store(bonus + number, tl.load(tokens + first_row + accepted))
 
 
 def sample_rows_reference(
@@ -212,13 +204,13 @@ def sample_rows_reference(
 
 
 def accept_reference(
-    drafts: torch.Tensor, tokens: torch.Tensor, first_rows: torch.Tensor, num_drafts: torch.Tensor
+    drafts: Sequence[Sequence[int]], tokens: Sequence[int], first_rows: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """num_accepted and bonus of each segment."""
-    accepted, bonus = [], []
-    for draft, first, length in zip(drafts.tolist(), first_rows.tolist(), num_drafts.tolist(), strict=True):
-        own = tokens[first : first + length + 1].tolist()
-        count = next((i for i in range(length) if draft[i] != own[i]), length)
-        accepted.append(count)
+    """How many of each draft, and the bonus token."""
+    counts, bonus = [], []
+    for draft, first in zip(drafts, first_rows, strict=True):
+        own = tokens[first : first + len(draft) + 1]
+        count = next((i for i, token in enumerate(draft) if token != own[i]), len(draft))
+        counts.append(count)
         bonus.append(own[count])
-    return accepted, bonus
+    return counts, bonus

@@ -74,7 +74,14 @@ class HostStep:
     page_table: np.ndarray
 
     @classmethod
-    def pack(cls, segments: Sequence[Segment], config: ModelConfig, page_size: int) -> "HostStep":
+    def pack(
+        cls,
+        segments: Sequence[Segment],
+        config: ModelConfig,
+        page_size: int,
+        most_added: Sequence[int] | None = None,
+    ) -> "HostStep":
+        """most_added: how far each segment may begin past its start; the table has its pages till there."""
         lengths = np.array([len(segment.token_ids) for segment in segments])
         starts = np.array([segment.start for segment in segments])
         ends = lengths.cumsum()
@@ -83,7 +90,10 @@ class HostStep:
         segment_of_row = np.repeat(np.arange(len(segments)), lengths)
         positions = np.arange(num_rows) - (first_rows - starts)[segment_of_row]
 
-        num_pages = -(-(starts + lengths) // page_size)
+        ends_at = starts + lengths
+        if most_added is not None:
+            ends_at = ends_at + np.array(most_added)
+        num_pages = -(-ends_at // page_size)
         first_pages = num_pages.cumsum() - num_pages
         page_table = np.fromiter(
             chain.from_iterable(
@@ -144,6 +154,16 @@ class HostStep:
         return at + len(self.page_table)
 
 
+def sections_of(buffer: torch.Tensor, size: StepSize) -> dict[str, torch.Tensor]:
+    """Views of the buffer by the names of StepSize.sections, and the rest of it as "page_table"."""
+    parts = {}
+    at = 0
+    for name, length in size.sections():
+        parts[name] = buffer[at : at + length]
+        at += length
+    return parts | {"page_table": buffer[at:]}
+
+
 @dataclass(frozen=True, slots=True)
 class StepInputs:
     """Views of the buffer on the device, all int32; what a forward reads.
@@ -167,11 +187,7 @@ class StepInputs:
     @classmethod
     def view(cls, buffer: torch.Tensor, size: StepSize, config: ModelConfig) -> "StepInputs":
         """buffer: [N] int32 as HostStep.write leaves it. Allocates the attention's scratch."""
-        parts = {}
-        at = 0
-        for name, length in size.sections():
-            parts[name] = buffer[at : at + length]
-            at += length
+        parts = sections_of(buffer, size)
         tiles = []
         for index, shape in enumerate(TILE_SHAPES):
             count = size.num_tiles[index]
@@ -186,7 +202,7 @@ class StepInputs:
             adapter=parts["adapter"] if size.has_adapter else None,
             wanted_adapter=parts["wanted_adapter"] if size.has_adapter else None,
             segments=parts["segments"].view(-1, _FIELDS),
-            page_table=buffer[at:],
+            page_table=parts["page_table"],
             tiles=tuple(tiles),
             scratch=scratch,
         )

@@ -1,7 +1,8 @@
 """Which segments the next step will ask for, where they follow from this one's tokens alone. Pure.
 
-An AR step is followed by one of the token it gives, a draft by the verify of the tokens it gives. Neither
-needs the host to be planned, so the runner may start them while the host still commits this step. The
+An AR step is followed by one of the token it gives, a draft by the verify of the tokens it gives, a verify by
+a draft that begins where it stopped accepting. None needs the host to be planned, so the runner may start
+them while the host still commits this step. The
 engine is free to ask for something else: a sequence may end, others may come. What was started is then
 dropped; its K/V lies past what counts as cached and is overwritten before it could.
 """
@@ -19,25 +20,43 @@ class Guess:
     """segments: what comes next, with tokens yet unknown as 0.
 
     sources: for each token of them, in order, the row among this step's outputs that gives it, or -1
-        where the token itself is known.
+        where the token itself is known. Past the outputs come the bonus tokens, one a segment.
+    drafts: for each segment what this step verifies of it, None where it verifies nothing. Such a segment
+        begins at its draft's start here; the accepted tokens and one are to be added.
+    first_outputs: for each segment where its rows begin among this step's outputs.
     """
 
     segments: tuple[Segment, ...]
     sources: tuple[int, ...]
+    drafts: tuple[tuple[int, ...] | None, ...]
+    first_outputs: tuple[int, ...]
+
+    @property
+    def most_added(self) -> tuple[int, ...]:
+        """How far each segment may begin past its start."""
+        return tuple(0 if draft is None else len(draft) + 1 for draft in self.drafts)
 
 
-def guess(segments: Sequence[Segment], first_outputs: Sequence[int], page_size: int) -> Guess | None:
+def guess(
+    segments: Sequence[Segment],
+    first_outputs: Sequence[int],
+    num_outputs: int,
+    page_size: int,
+    mask_token_id: int | None,
+) -> Guess | None:
     """None unless every segment's successor is known.
 
-    first_outputs: for each segment where its rows begin among the step's outputs.
+    first_outputs: for each segment where its rows begin among the step's outputs, num_outputs in all.
     """
     following = []
     sources: list[int] = []
-    for segment, first in zip(segments, first_outputs, strict=True):
+    drafts: list[tuple[int, ...] | None] = []
+    for number, (segment, first) in enumerate(zip(segments, first_outputs, strict=True)):
         sampling = segment.sampling
         if sampling.has_penalties or not segment.wanted:
             return None
         length = len(segment.token_ids)
+        drafts.append(None)
         if segment.causal and length == 1:
             start = segment.start + 1
             if start >= len(segment.pages) * page_size:
@@ -50,27 +69,58 @@ def guess(segments: Sequence[Segment], first_outputs: Sequence[int], page_size: 
                 replace(segment, token_ids=token_ids, causal=True, adapter=False, wanted=tuple(range(length)))
             )
             sources.extend((-1, *range(first, first + length - 1)))
+        elif segment.causal and segment.wanted == tuple(range(length)) and mask_token_id is not None:
+            if sampling.temperature > 0:
+                return None  # the random numbers belong to positions that the host does not know
+            if not _has_room(segment, page_size):
+                return None
+            token_ids = (_UNKNOWN, *[mask_token_id] * (length - 1))
+            wanted = tuple(range(1, length))
+            following.append(replace(segment, token_ids=token_ids, causal=False, adapter=True, wanted=wanted))
+            sources.extend((num_outputs + number, *[-1] * (length - 1)))
+            drafts[-1] = segment.token_ids[1:]
         else:
             return None
-    return Guess(tuple(following), tuple(sources))
+    return Guess(tuple(following), tuple(sources), tuple(drafts), tuple(first_outputs))
+
+
+def _has_room(verify: Segment, page_size: int) -> bool:
+    """Whether the next draft can be as long wherever this one stops, by its pages and by max_tokens."""
+    length = len(verify.token_ids)
+    end = verify.start + 2 * length
+    most = verify.sampling.max_tokens
+    return end <= len(verify.pages) * page_size and (most is None or end + 1 - verify.prompt_len <= most)
 
 
 def resolve(guessed: Guess, token_ids: Sequence[int]) -> dict[int, tuple[int, Segment]]:
     """By sequence: the index of its guessed segment, and the segment with the tokens that it had.
 
-    token_ids: the outputs that the sources number.
+    token_ids: the outputs, all of them.
     """
+    counts = [
+        None if draft is None else _num_accepted(draft, token_ids[first:])
+        for draft, first in zip(guessed.drafts, guessed.first_outputs, strict=True)
+    ]
+    bonus = [
+        token_ids[first + (count or 0)] for first, count in zip(guessed.first_outputs, counts, strict=True)
+    ]
+    made = [*token_ids, *bonus]
     known = {}
     at = 0
-    for index, segment in enumerate(guessed.segments):
+    for index, (segment, count) in enumerate(zip(guessed.segments, counts, strict=True)):
         sources = guessed.sources[at : at + len(segment.token_ids)]
         at += len(sources)
         tokens = tuple(
-            token if source < 0 else token_ids[source]
+            token if source < 0 else made[source]
             for token, source in zip(segment.token_ids, sources, strict=True)
         )
-        known[segment.seq_id] = (index, replace(segment, token_ids=tokens))
+        start = segment.start if count is None else segment.start + count + 1
+        known[segment.seq_id] = (index, replace(segment, start=start, token_ids=tokens))
     return known
+
+
+def _num_accepted(draft: Sequence[int], tokens: Sequence[int]) -> int:
+    return next((i for i, token in enumerate(draft) if token != tokens[i]), len(draft))
 
 
 def match(known: dict[int, tuple[int, Segment]], segments: Sequence[Segment]) -> list[int] | None:

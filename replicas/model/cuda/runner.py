@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from replicas.engine.plan import ModelSpec, Segment, SegmentOutput, StepPlan
@@ -18,8 +17,9 @@ from replicas.model.checkpoint import (
 )
 from replicas.model.config import ModelConfig
 from replicas.model.cuda.attention import PagedKv, TritonAttention
+from replicas.model.cuda.fill import fill_in
 from replicas.model.cuda.graphs import MAX_GRAPH_ROWS, MAX_GRAPHS, GraphCache, GraphRecorder, Replay
-from replicas.model.cuda.inputs import HostStep, StepInputs, StepSize
+from replicas.model.cuda.inputs import HostStep, StepInputs, StepSize, sections_of
 from replicas.model.cuda.lookahead import Guess, guess, match, resolve
 from replicas.model.cuda.sampling import Sampled, choose, is_plain
 from replicas.model.cuda.staging import Staging
@@ -181,14 +181,12 @@ class CudaRunner:
         self, segments: Sequence[Segment], guessed: Guess | None = None, after: Sampled | None = None
     ) -> Sampled:
         """Queues a step's work on the device; nothing is waited for unless a row needs the host's rules."""
-        host = HostStep.pack(segments, self.config, self._page_size)
+        most_added = None if guessed is None else guessed.most_added
+        host = HostStep.pack(segments, self.config, self._page_size, most_added)
         size, graphs = self._size(host)
         buffer = self._staging.send_step(host, size, None if graphs is None else self._buffer)
         if guessed is not None and after is not None:
-            sources = self._staging.send(np.array(guessed.sources, dtype=np.int32))
-            token_ids = buffer[: len(sources)]
-            made = after.tokens.int().index_select(0, sources.clamp(min=0))
-            token_ids.copy_(torch.where(sources >= 0, made, token_ids))
+            fill_in(guessed, after.tokens, sections_of(buffer, size), self._staging, self._page_size)
         if graphs is None:
             logits = self.model.forward(StepInputs.view(buffer, size, self.config))
             best = confidence(logits, self.config.mask_token_id)
@@ -205,7 +203,8 @@ class CudaRunner:
         if not self._options.looks_ahead or not all(is_plain(segment) for segment in segments):
             return None
         first_rows = sampled.first_rows()
-        return guess(segments, [first_rows[index] for index in indices], self._page_size)
+        firsts = [first_rows[index] for index in indices]
+        return guess(segments, firsts, len(sampled.tokens), self._page_size, self._spec.mask_token_id)
 
     def _size(self, host: HostStep) -> tuple[StepSize, GraphCache | None]:
         """The size to pad to, and the graphs where the step fits one."""

@@ -14,8 +14,9 @@ POINTERS = {
     "bf16": "qkv queries output x y residual weight gate_up logits down up query_norm key_norm",
     "fp32": "partial log_sums phases query_scale scales largest_parts total_parts probs temperatures "
     "uniforms block_sums parts",
-    "i32": "tiles segments page_table positions slots rows token_parts first_rows num_drafts",
-    "i64": "tokens drafts num_accepted bonus",
+    "i32": "tiles segments page_table positions slots rows token_parts first_rows "
+    "drafts first_drafts num_drafts",
+    "i64": "tokens counts bonus",
 }
 POINTER_TYPES = {name: f"*{kind}" for kind, names in POINTERS.items() for name in names.split()}
 FLOATS = ("eps", "softmax_scale")
@@ -72,7 +73,7 @@ def main() -> None:
     )
     compile_kernel("sum_blocks", verify._sum_blocks, vocabulary, num_warps=8)
     compile_kernel("invert", verify._invert, vocabulary | {"MAX_BLOCKS": 32}, num_warps=8)
-    compile_kernel("accept", verify._accept, {"BLOCK": 32}, num_warps=1)
+    compile_kernel("accept", verify._accept, {"BLOCK": 64}, num_warps=1)
     blocks = {"RANK": 128, "BLOCK_ROWS": 16, "BLOCK_RANK": 64, "DOT_DTYPE": tl.bfloat16}
     inner = {"SIZE_IN": 4096, "BLOCKS_PER_SPLIT": 2, "BLOCK_IN": 128}
     compile_kernel("project_down", adapter._project_down, blocks | inner)

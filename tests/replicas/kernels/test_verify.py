@@ -1,10 +1,12 @@
 """Sampling and acceptance on the device against brute force."""
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 
 from replicas.kernels.confidence import confidence
-from replicas.kernels.verify import accept_reference, sample_rows, sample_rows_reference, verify
+from replicas.kernels.verify import accept, accept_reference, sample_rows, sample_rows_reference
 from replicas.messages import SamplingParams
 from replicas.model.sampler import Row, sample, uniforms
 from tests.replicas.kernels.cases import DEVICE, DTYPES, ON_GPU, generator, normal
@@ -62,22 +64,34 @@ def test_a_rows_token_does_not_depend_on_the_batch() -> None:
         assert alone.tolist() == together[part].tolist()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_accepts_the_longest_prefix_that_agrees(temperature: float) -> None:
-    lengths = [0, 1, 3, 7, 5, 2]
-    first_rows = torch.tensor([0, 1, 3, 7, 15, 21], dtype=torch.int32, device=DEVICE)
-    logits = normal(24, 60, scale=2.0)
-    temperatures, random = torch.full((24,), temperature, device=DEVICE), draw(24)
-    own = sample_rows_reference(logits, temperatures, random, 5)
-    drafts = torch.full((6, 7), -7, device=DEVICE)
-    for segment, (first, length) in enumerate(zip(first_rows.tolist(), lengths, strict=True)):
-        drafts[segment, :length] = own[first : first + length]
-    drafts[2, 1] += 1  # one accepted
-    drafts[3, 0] += 1  # none
-    drafts[4, 4] += 1  # all but the last
-    num_drafts = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
-    found = verify(logits, drafts, first_rows, num_drafts, temperatures, random, 5)
-    expected = accept_reference(drafts, own, first_rows, num_drafts)
-    assert (found.num_accepted.tolist(), found.bonus.tolist()) == expected
-    assert expected[0] == [0, 1, 1, 0, 4, 2]
-    assert found.tokens.tolist() == own.tolist()
+def test_accepts_the_longest_prefix_that_agrees() -> None:
+    lengths = [0, 1, 3, 7, 5, 2, 130]
+    first_rows = [0, 1, 3, 7, 15, 21, 24]
+    own = torch.randint(0, 9, (155,), generator=generator(0), device=DEVICE)
+    tokens = own.tolist()
+    drafts = [tokens[first : first + length] for first, length in zip(first_rows, lengths, strict=True)]
+    drafts[2][1] += 1  # one accepted
+    drafts[3][0] += 1  # none
+    drafts[4][4] += 1  # all but the last
+    drafts[6][100] += 1  # a draft longer than one look
+    order = [6, 2, 0, 5, 3, 1, 4]  # where they lie need not be their order
+    first_drafts = {index: sum(lengths[before] for before in order[:at]) for at, index in enumerate(order)}
+
+    def ints(values: Iterable[int]) -> torch.Tensor:
+        return torch.tensor(list(values), dtype=torch.int32, device=DEVICE)
+
+    found = accept(
+        ints(token for index in order for token in drafts[index]),
+        ints(first_drafts[index] for index in range(7)),
+        ints(lengths),
+        own,
+        ints(first_rows),
+    )
+    expected = accept_reference(drafts, tokens, first_rows)
+    assert (found.counts.tolist(), found.bonus.tolist()) == expected
+    assert expected[0] == [0, 1, 1, 0, 4, 2, 100]
+
+
+def test_no_drafts() -> None:
+    none = torch.empty(0, dtype=torch.int32, device=DEVICE)
+    assert [len(part) for part in accept(none, none, none, none.long(), none)] == [0, 0]

@@ -98,6 +98,24 @@ def test_steps_begun_ahead_change_no_token(folder: Path, reference: Reference, p
     assert runner.num_steps_ahead > 0
 
 
+def test_all_steps_of_a_lone_sequence_are_begun_ahead(folder: Path, reference: Reference) -> None:
+    """Where pages and max_tokens reach: past the prompt and the first draft the device waits for no host."""
+    runner = make_runner(folder, Options(), page_size=64)
+    engine = Engine(runner)
+    sampling = SamplingParams(max_tokens=24, ignore_eos=True)
+    sequence = engine.submit("r", PROMPTS[0], sampling, decoding(PLANS[1]))
+    ahead = []
+    while engine.has_work:
+        before = runner.num_steps_ahead, sequence.num_remaining
+        engine.step()
+        ahead.append((before[1], runner.num_steps_ahead > before[0]))
+    assert completion(sequence) == reference.ar(PROMPTS[0], 24, ignore_eos=True).token_ids
+    assert [is_ahead for _, is_ahead in ahead[:2]] == [False, False]
+    full = [is_ahead for num_remaining, is_ahead in ahead[2:] if num_remaining >= 11]
+    assert len(full) >= 4
+    assert all(full)
+
+
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.9, "top_k": 20}, {"repetition_penalty": 1.3}], ids=str)
 def test_sampled_tokens_are_the_cpus(folder: Path, filters: dict[str, float]) -> None:
     """By the kernel or by the sampler, and the same in self-speculation as in AR."""
