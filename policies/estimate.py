@@ -24,14 +24,18 @@ MOST_ODD = 6.0
 is then as unknown as it is large."""
 OUTLIER = 3.0
 """An error beyond this many standard deviations counts as so many."""
+MOST_CHANGE = 0.3
+"""The share by which one measurement lengthens a forward like it at most, and shortens any cost at most.
+Latencies err upwards by any factor; and costs drift in proportion, so one taken to zero would stay there."""
 DRIFT_COMMON = 0.1
 DRIFT_OWN = 0.03
 """How far, relatively, all costs together and each of them alone may wander in a second (their square
 grows with time). The common drift is what lets one mode's forwards tell of a machine that slows down
 for all of them."""
-UNSURE_COMMON = 0.3
-UNSURE_OWN = 0.15
-"""The same of the first estimate, not by time."""
+UNSURE_COMMON = 0.2
+UNSURE_OWN = 0.1
+"""The same of the first estimate, not by time, and of one after any silence: the first forward after it is
+often a slow one, which tells nothing of the next."""
 LEAST_INCREMENT = 0.01
 """What a cost may at least wander by, of the base latency, so that one fitted as zero is not lost."""
 
@@ -104,8 +108,8 @@ class StepCostEstimator:
         return covariance
 
     def _drift(self, elapsed_s: float) -> None:
+        most = np.maximum(self._covariance.diagonal(), self._spread(UNSURE_COMMON, UNSURE_OWN).diagonal())
         self._covariance += elapsed_s * self._spread(DRIFT_COMMON, DRIFT_OWN)
-        most = self._spread(1.0, 1.0).diagonal()
         shrink = np.sqrt(np.minimum(1.0, most / self._covariance.diagonal()))
         self._covariance *= np.outer(shrink, shrink)
 
@@ -122,8 +126,8 @@ class StepCostEstimator:
             self._num_odd = 0.0
             self._covariance = self._spread(UNSURE_COMMON, 1.0)
             return
-        self._costs = np.maximum(self._costs + spread * (error / variance), 0.0)
-        self._costs[0] = max(self._costs[0], 1e-3)
+        error = min(error, MOST_CHANGE * expected)
+        self._costs = np.maximum(self._costs + spread * (error / variance), (1.0 - MOST_CHANGE) * self._costs)
         self._covariance -= np.outer(spread, spread) / variance
 
 

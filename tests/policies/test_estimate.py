@@ -97,6 +97,23 @@ def test_one_hang_of_many_forwards_passes():
     assert worst_error(estimator.cost, shapes=[(8, 8, 800)]) < 0.05
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_slow_first_forwards_after_silences_leave_the_estimate_sane(seed):
+    """Few requests, long silences, and a prefill after each that takes up to 12 times its time."""
+    rng = random.Random(seed)
+    estimator, now_s = StepCostEstimator(TRUE, 0.0), 0.0
+    for _ in range(150):
+        silence_s = rng.choice((0.2, 0.2, 0.2, 1.0, 5.0, 30.0))
+        now_s += silence_s
+        first = measured((rng.randrange(20, 60), 1, 0), TRUE, rng)
+        if silence_s >= 5.0:
+            first = first._replace(ms=first.ms * rng.uniform(1.0, 12.0))
+        shape = (rng.choice((1, 16, 32)), 1, 60 + rng.randrange(40))
+        estimator.update([first, *(measured(shape, TRUE, rng, outliers=0.05) for _ in range(8))], now_s)
+        for shape in ((1, 1, 60), (16, 1, 60)):
+            assert 1 / 3 < estimator.cost.ms(*shape) / TRUE.ms(*shape) < 3
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_bad_start_is_unlearned_from_what_runs_and_is_tried(seed):
     """A start-up sweep spoilt by a neighbour: everything costs the same."""
