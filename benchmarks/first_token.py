@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.load import complete
 from benchmarks.modes import CHECKPOINT
-from benchmarks.processes import triad
+from benchmarks.processes import Triad
 from replicas.engine.plan import Segment, StepPlan
 from replicas.messages import SamplingParams
 from replicas.model.checkpoint import DTYPES
@@ -77,8 +77,8 @@ def main() -> None:
     found: dict[str, list[float]] = {"ttft": [], "forward": [], "get": []}
     num_tokens = []
     given = (f"dtype={options.dtype}", f"served_model_name={MODEL}", "policy=ar")
-    with triad(str(Path(options.checkpoint).absolute()), options.port, *given) as server:
-        server.wait_until_ready()
+    model = f"model={Path(options.checkpoint).absolute()}"
+    with Triad(model, *given, port=options.port):
         for turn in range(options.turns + 1):
             for number, prompt in enumerate(prompts(turn)):
                 token_ids = codec.encode(({"role": "user", "content": prompt},))

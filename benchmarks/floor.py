@@ -11,6 +11,7 @@ import ctypes
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -100,7 +101,9 @@ def steps(num_sequences: int, num_tokens: int, page_size: int, causal: bool) -> 
     )
 
 
-def measure(tasks: dict[str, Callable[[], object]], num_turns: int, clock: Callable[[], float]) -> dict:
+def measure(
+    tasks: dict[str, Callable[[], object]], num_turns: int, clock: Callable[[], float]
+) -> dict[str, float]:
     """Milliseconds by name, each the fastest of its turns."""
     fastest: dict[str, float] = {}
     for _ in range(num_turns):
@@ -139,10 +142,10 @@ def main() -> None:
     torch.set_num_threads(num_threads)
     tasks: dict[str, Callable[[], object]] = {"read": matrices.read}
     for rows in ROWS:
-        tasks[f"native linears {rows}"] = lambda rows=rows: matrices.native(rows)
-        tasks[f"onednn linears {rows}"] = lambda rows=rows: matrices.onednn(rows)
+        tasks[f"native linears {rows}"] = partial(matrices.native, rows)
+        tasks[f"onednn linears {rows}"] = partial(matrices.onednn, rows)
     for name, plan in plans.items():
-        tasks[name] = lambda plan=plan: runner.run(plan)
+        tasks[name] = partial(runner.run, plan)
     found = measure(tasks, options.turns, clock)
     found |= {
         "step of 1 / read": found["step of 1"] / found["read"],

@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,7 +52,7 @@ class Bench:
         self._section(f"{works[0].name} model", 0.0, lambda: self._model(works[0]))
         self._section("kernels", 0.0, self._kernels)
         for work in works[1:]:
-            self._section(f"{work.name} model", 40.0, lambda work=work: self._model(work))
+            self._section(f"{work.name} model", 40.0, partial(self._model, work))
         self._conclude()
 
     def _works(self) -> "list[Work]":

@@ -48,7 +48,8 @@ def serve(num_requests: int, num_marks: int = 10) -> Iterator[tuple[int, float]]
             if options.mode is Mode.AR:
                 options = DecodingOptions(Mode.AR)
             name = str(num_submitted)
-            service._submit(GenerateRequest(name, "c", prompt, sampling, options), list(prompt))
+            request = GenerateRequest(name, "c", (prompt,), sampling, options)
+            service._submit(request, [list(prompt)], [None])
             num_submitted += 1
         if rng.random() < 0.1 * len(service._live) / CONCURRENCY:
             service._cancel([rng.choice(list(service._live))])

@@ -63,8 +63,8 @@ def publish_ms(engine: Engine, codec: TextCodec, concurrency: int) -> float:
     sampling = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True)
     prompt = list(range(10, 10 + PROMPT_TOKENS))
     for number in range(concurrency):
-        request = GenerateRequest(str(number), "c", tuple(prompt), sampling, OPTIONS[0])
-        service._submit(request, prompt)
+        request = GenerateRequest(str(number), "c", (tuple(prompt),), sampling, OPTIONS[0])
+        service._submit(request, [prompt], [None])
     fastest = float("inf")
     while engine.has_work:
         progress = engine.step()

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from benchmarks.load import Level, level
 from benchmarks.processes import ServerProcess, Triad, vllm
@@ -36,7 +37,9 @@ def shares(before: Counter[str], after: Counter[str], taken_s: float) -> dict[st
     return {name: round(share, 4) for name, share in sorted(spent.items()) if share > 0.001}
 
 
-def rows(ours: ServerProcess, peer: ServerProcess | None, options: argparse.Namespace) -> Iterator[dict]:
+def rows(
+    ours: ServerProcess, peer: ServerProcess | None, options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
     for concurrency in options.concurrency:
         each = max(options.requests, 4 // concurrency)
         turns: dict[str, list[Level]] = {"triad": [], "vllm": []}
@@ -52,7 +55,7 @@ def rows(ours: ServerProcess, peer: ServerProcess | None, options: argparse.Name
                 peer.signal(signal.SIGCONT)
                 turns["vllm"].append(run_level(peer.port, concurrency, each))
                 peer.signal(signal.SIGSTOP)
-        row: dict = {"concurrency": concurrency, "cpu_shares": cpu}
+        row: dict[str, Any] = {"concurrency": concurrency, "cpu_shares": cpu}
         for name, levels in turns.items():
             if levels:
                 middle = statistics.median_low(item.tokens_per_s for item in levels)

@@ -103,7 +103,7 @@ class ServerProcess:
         for pid in descendants(self._process.pid):
             fields = _stat(pid)
             if fields is not None:
-                spent[name_of(pid)] += (int(fields[11]) + int(fields[12])) / TICKS_PER_S
+                spent[name_of(pid)] += (int(fields[11]) + int(fields[12])) / TICKS_PER_S  # type: ignore[assignment]
         return spent
 
     def _is_ready(self) -> bool:
