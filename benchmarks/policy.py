@@ -24,8 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-
+from benchmarks.load import Answered, LoadError, complete
 from benchmarks.processes import Triad
 from replicas.training.tasks.registry import FAMILIES, held_out_tasks
 
@@ -40,6 +39,8 @@ FIXED: dict[str, dict[str, Any]] = {
     },
     **{f"diffusion {block}": {"mode": "diffusion", "block_length": block} for block in (8, 16)},
 }
+MODEL = "triad-5m"
+TIMEOUT_S = 120.0
 LEVELS = (1, 2, 4, 8, 16, 32)
 RAMP = (1, 2, 4, 8, 16, 32, 16, 8, 4, 2, 1)
 SQUARE = (1, 32) * 3
@@ -63,65 +64,34 @@ class Row:
     num_errors: int
 
 
-@dataclass(slots=True)
-class Answer:
-    began_s: float
-    first_s: float = 0.0
-    ended_s: float = 0.0
-    tokens: int = 0
-
-
 class Clients:
     """A closed loop of as many clients as are asked for."""
 
-    def __init__(self, url: str):
-        limits = httpx.Limits(max_connections=128)
-        self._http = httpx.AsyncClient(base_url=url, timeout=120.0, limits=limits)
+    def __init__(self, port: int):
+        self._port = port
         turns = zip(*(held_out_tasks(family, 8) for family in FAMILIES), strict=True)
         self._prompts = itertools.cycle([task.prompt for turn in turns for task in turn])
 
     async def run(
         self, decoding: dict[str, Any], concurrency: int, seconds: float
-    ) -> tuple[list[Answer], int]:
+    ) -> tuple[list[Answered], int]:
         """The answers begun in this window, waited for past its end; how many failed."""
-        answers: list[Answer] = []
+        answers: list[Answered] = []
         num_errors = 0
         ends_s = time.monotonic() + seconds
 
         async def client() -> None:
             nonlocal num_errors
             while time.monotonic() < ends_s:
-                answer = Answer(time.monotonic())
+                extra = {"ignore_eos": False, "decoding": decoding}
                 try:
-                    await self._ask(decoding, answer)
-                except httpx.HTTPError:
+                    async with asyncio.timeout(TIMEOUT_S):
+                        answers.append(await complete(self._port, MODEL, next(self._prompts), 200, extra))
+                except (LoadError, OSError):
                     num_errors += 1
-                    continue
-                answers.append(answer)
 
         await asyncio.gather(*(client() for _ in range(concurrency)))
         return answers, num_errors
-
-    async def _ask(self, decoding: dict[str, Any], answer: Answer) -> None:
-        body = {
-            "model": "triad-5m",
-            "messages": [{"role": "user", "content": next(self._prompts)}],
-            "temperature": 0,
-            "max_tokens": 200,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "decoding": decoding,
-        }
-        async with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
-            response.raise_for_status()
-            async for line in response.aiter_lines():
-                if line.startswith("data: {"):
-                    chunk = json.loads(line[6:])
-                    if not answer.first_s and any(c["delta"].get("content") for c in chunk["choices"]):
-                        answer.first_s = time.monotonic()
-                    if chunk.get("usage"):
-                        answer.tokens = chunk["usage"]["completion_tokens"]
-        answer.ended_s = time.monotonic()
 
 
 async def window(
@@ -130,10 +100,8 @@ async def window(
     began_s = time.monotonic()
     answers, num_errors = await clients.run(FIXED.get(contender, {}), concurrency, seconds)
     elapsed_s = time.monotonic() - began_s
-    tpots = sorted(
-        1000.0 * (a.ended_s - a.first_s) / (a.tokens - 1) for a in answers if a.tokens > 1 and a.first_s
-    )
-    tokens = sum(a.tokens for a in answers)
+    tpots = sorted(1000.0 * (a.total_s - a.ttft_s) / (a.num_tokens - 1) for a in answers if a.num_tokens > 1)
+    tokens = sum(a.num_tokens for a in answers)
     return Row(
         part,
         contender,
@@ -150,9 +118,9 @@ async def window(
     )
 
 
-async def measure(url: str, contenders: tuple[str, ...], options: argparse.Namespace) -> None:
+async def measure(port: int, contenders: tuple[str, ...], options: argparse.Namespace) -> None:
     """levels: contenders alternate at each concurrency. ramp, square: each runs its schedule whole."""
-    clients = Clients(url)
+    clients = Clients(port)
     await clients.run({}, 4, options.warmup)
     schedule = {"levels": options.levels, "ramp": RAMP, "square": SQUARE}[options.part]
     for turn in range(options.turns):
@@ -231,15 +199,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6.0, help="of one window")
     parser.add_argument("--warmup", type=float, default=10.0, help="seconds at first, not counted")
     parser.add_argument("--turns", type=int, default=1)
+    parser.add_argument("--triad", nargs="*", default=[], help="further key=value of its configuration")
     parser.add_argument("--raw", type=Path, default=RAW, help="rows are appended to this file")
     options = parser.parse_args()
     if options.part == "report":
         print(report(options.raw, options.raw.parent))
         return
     for number, policy in enumerate(options.policy):
-        with Triad("num_replicas=1", f"policy={policy}") as server:
+        with Triad("num_replicas=1", f"policy={policy}", *options.triad) as server:
             contenders = (policy, *(options.fixed if number == 0 else ()))
-            asyncio.run(measure(server.url, contenders, options))
+            asyncio.run(measure(server.port, contenders, options))
 
 
 if __name__ == "__main__":

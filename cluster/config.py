@@ -128,6 +128,13 @@ class ClusterConfig(BaseModel):
     max_queue_s: float | None = Field(
         None, gt=0.0, description="Longest expected wait for a place to run; past it 429. None: any."
     )
+    stream_interval_ms: float = Field(
+        0.0,
+        ge=0.0,
+        le=1000.0,
+        description="Least time between two chunks of a stream; its first and last come at once. Longer "
+        "costs the front door less: what has come meanwhile goes out as one.",
+    )
     calibration_s: float = Field(
         1.5, ge=0.0, le=60.0, description="Seconds a replica measures its forwards before it serves."
     )

@@ -38,6 +38,7 @@ class Door:
 
     model_name: the name clients ask for. created: when it was loaded, in seconds since 1970.
     limiter: None counts nothing. policy: None can't be changed at run time. tracer: None traces nothing.
+    stream_interval_s: the least time between two pieces of a stream.
     siblings: whose figures /metrics shows beside this ingress's own.
     """
 
@@ -49,6 +50,7 @@ class Door:
     bounds: Bounds = field(default_factory=Bounds)
     keys: KeyRing = field(default_factory=KeyRing)
     cors_origins: tuple[str, ...] = ()
+    stream_interval_s: float = 0.0
     limiter: KeyLimiter | None = None
     policy: PolicyWatch | None = None
     metrics: Metrics | None = None
@@ -162,7 +164,8 @@ async def _generate(
     charge = None if door.limiter is None else await door.limiter.charge(key, request)
     operation = "chat" if is_chat else "text_completion"
     record = Record(http.scope, operation, door.model_name, key, charge, door.metrics, door.limiter)
-    return GenerationResponse(door.dispatcher.generate(request), answer, bool(body.stream), record)
+    generation = door.dispatcher.generate(request)
+    return GenerationResponse(generation, answer, bool(body.stream), record, door.stream_interval_s)
 
 
 def _check_model_name(door: Door, name: str) -> None:

@@ -239,30 +239,44 @@ class Generation:
     ) -> None:
         self._leave()
 
-    async def deltas(self) -> AsyncGenerator[tuple[Delta, ...], None]:
+    async def deltas(self, interval_s: float = 0.0) -> AsyncGenerator[tuple[Delta, ...], None]:
         """Text as it comes; what has piled up of a choice meanwhile comes as one.
 
+        interval_s: the least time between two pieces; the first and the last come at once.
         Raises TriadError if it breaks off.
         """
+        clock = asyncio.get_running_loop().time
+        due_s = 0.0
         while self.finished is None:
             piled: dict[int, list[Delta]] = {}
-            event = self._first or await self._inbox.get()
+            event: Event | None = self._first or await self._inbox.get()
             self._first = None
             while isinstance(event, Delta):
                 piled.setdefault(event.index, []).append(event)
                 self.num_tokens += event.num_tokens
                 if event.reason is not None:
                     self.finish_reasons[event.index] = event.reason
-                if self._inbox.empty():
-                    break
-                event = self._inbox.get_nowait()
+                event = await self._next_before(due_s)
             if piled:
+                due_s = clock() + interval_s
                 yield tuple(map(joined, piled.values()))
             if isinstance(event, Failed):
                 raise TriadError(event.code, event.message)
             if isinstance(event, Finished):
                 self.finished = event
                 self._dispatcher.ended(self._request, event)
+
+    async def _next_before(self, due_s: float) -> Event | None:
+        """The next event, by the loop's clock; None when none has come by then."""
+        if not self._inbox.empty():
+            return self._inbox.get_nowait()
+        if asyncio.get_running_loop().time() >= due_s:
+            return None
+        try:
+            async with asyncio.timeout_at(due_s):
+                return await self._inbox.get()
+        except TimeoutError:
+            return None
 
     async def whole(self) -> tuple[Delta, ...]:
         """Every choice as one, in order.

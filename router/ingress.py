@@ -149,6 +149,7 @@ class IngressConfig:
     queue_limits: QueueLimits
     bounds: Bounds = field(default_factory=Bounds)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    stream_interval_s: float = 0.0
     log_format: str = "text"
 
 
@@ -195,6 +196,7 @@ class Ingress:
             bounds=config.bounds,
             keys=keys,
             cors_origins=config.guard.cors_origins,
+            stream_interval_s=config.stream_interval_s,
             limiter=self._limiter,
             policy=self._policy,
             metrics=self._metrics,

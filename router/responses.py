@@ -24,8 +24,12 @@ EVENT_STREAM = {
 class GenerationResponse(Response):
     """Runs a generation while it answers; a TriadError before the first byte leaves as an exception."""
 
-    def __init__(self, generation: Generation, answer: Answer, stream: bool, record: Record):
+    def __init__(
+        self, generation: Generation, answer: Answer, stream: bool, record: Record, interval_s: float = 0.0
+    ):
+        """interval_s: the least time between two pieces of a stream."""
         super().__init__()
+        self._interval_s = interval_s
         self._record = record.of(generation)
         self._generation = generation
         self._answer = answer
@@ -46,7 +50,7 @@ class GenerationResponse(Response):
         await send({"type": "http.response.body", "body": body})
 
     async def _reply_in_events(self, send: Send) -> None:
-        async with self._generation as generation, aclosing(generation.deltas()) as news:
+        async with self._generation as generation, aclosing(generation.deltas(self._interval_s)) as news:
             self._record.first_token()
             so_far = Counts(generation.num_prompt_tokens)
             head = self._answer.head(so_far)

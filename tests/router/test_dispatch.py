@@ -8,11 +8,13 @@ from policies.load import ClusterLoad, ObservedLoad
 from policies.store import ClusterView
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import Delta, GenerateRequest, SamplingParams
-from router.dispatch import Dispatcher
+from router.dispatch import Dispatcher, Generation
 from router.errors import Overloaded
 from tests.eventually import eventually
 from tests.router.conftest import QUICK, running
 from tests.router.fakes import TEXT, WORDS, FakeDirectory, FakeStore, ScriptedReplica, a_load
+
+CLOCK_RESOLUTION_S = 0.001
 
 
 def a_request(request_id: str = "r", **more) -> GenerateRequest:
@@ -61,6 +63,58 @@ async def test_text_that_piled_up_comes_as_one(start):
     await entering
     await eventually(lambda: dispatcher.in_flight() == {"a": 0})
     assert [text_of(deltas) async for deltas in generation.deltas()] == [TEXT]
+
+
+async def begun(dispatcher: Dispatcher, replica: ScriptedReplica) -> tuple[Generation, str]:
+    """A generation whose first word has come, and its id at the replica."""
+    generation = dispatcher.generate(a_request())
+    entering = asyncio.create_task(generation.__aenter__())
+    request_id = await until_submitted(replica)
+    replica.step(request_id)
+    await entering
+    return generation, request_id
+
+
+async def test_with_an_interval_the_first_piece_and_the_end_do_not_wait(start):
+    replica = ScriptedReplica("a")
+    dispatcher = await start(replica)
+    generation, request_id = await begun(dispatcher, replica)
+    news = generation.deltas(interval_s=1000.0)
+    assert text_of(await anext(news)) == WORDS[0]
+    rest = asyncio.create_task(anext(news))
+    play(replica, request_id, len(WORDS))
+    assert text_of(await rest) == "".join(WORDS[1:])
+    assert [deltas async for deltas in news] == []
+    assert generation.finished is not None
+
+
+async def test_after_its_interval_a_piece_has_what_came_meanwhile(start):
+    replica = ScriptedReplica("a")
+    dispatcher = await start(replica)
+    generation, request_id = await begun(dispatcher, replica)
+    news = generation.deltas(interval_s=0.1)
+    assert text_of(await anext(news)) == WORDS[0]
+    began_s = asyncio.get_running_loop().time()
+    piece = asyncio.create_task(anext(news))
+    play(replica, request_id, 2)
+    assert text_of(await piece) == WORDS[1] + WORDS[2]
+    assert asyncio.get_running_loop().time() - began_s >= 0.1 - CLOCK_RESOLUTION_S
+    await news.aclose()
+
+
+async def test_within_an_interval_a_loss_is_told_at_once_after_the_text_before_it(start):
+    replica = ScriptedReplica("a")
+    dispatcher = await start(replica)
+    generation, request_id = await begun(dispatcher, replica)
+    news = generation.deltas(interval_s=1000.0)
+    await anext(news)
+    piece = asyncio.create_task(anext(news))
+    replica.step(request_id)
+    await eventually(lambda: generation.num_tokens == 2)
+    replica.break_channels()
+    assert text_of(await piece) == WORDS[1]
+    with pytest.raises(TriadError, match="was lost"):
+        await anext(news)
 
 
 async def test_entering_waits_for_the_first_event(start):
