@@ -140,7 +140,8 @@ class Clients:
         self._whole_choices(plan, [choice["finish_reason"] for choice in choices])
         if "response_format" in plan.body:
             for choice in choices:
-                json.loads(choice["message"]["content"])
+                if choice["finish_reason"] == "stop":  # else max_tokens cut it
+                    json.loads(choice["message"]["content"])
 
     async def _stream(self, plan: Plan, began_s: float) -> None:
         async with self._http.stream("POST", PATH, json=plan.body) as response:
