@@ -24,4 +24,5 @@ def load_runner(config: ReplicaConfig) -> Runner:
         page_size=config.page_size,
         num_threads=config.num_threads,
         forward=config.forward,
+        quantization=config.quantization,
     )
