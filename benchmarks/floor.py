@@ -184,7 +184,9 @@ def main() -> None:
     found |= {f"{what} / int8": found[what] / found[f"int8 {what}"] for what in plans}
     for number in CONCURRENCY:
         for name in runners:
-            found[f"{name} tokens/s of {number}"] = number * NUM_NEW * 1e3 / found.pop(f"{name} engine {number}")
+            found[f"{name} tokens/s of {number}"] = (
+                number * NUM_NEW * 1e3 / found.pop(f"{name} engine {number}")
+            )
     found |= {
         "step of 1 / read": found["step of 1"] / found["read"],
         "step of 32 / onednn linears 32": found["step of 32"] / found["onednn linears 32"],

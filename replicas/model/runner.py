@@ -131,12 +131,11 @@ class TorchRunner:
         is_native = False
         if quantization and (forward == "torch" or parallel.size > 1):
             raise NativeUnavailable(
-                f"quantization {quantization!r} is of the native forward, which runs in one process: leave out "
-                f"forward='torch' and tensor_parallel"
+                f"quantization {quantization!r} is of the native forward, which runs in one process: "
+                f"leave out forward='torch' and tensor_parallel"
             )
         if parallel.size == 1:
-            required = forward == "native" or quantization is not None
-            is_native = forward != "torch" and _has_native(config, required)
+            is_native = forward != "torch" and _has_native(config, forward == "native", quantization)
         elif forward == "native":
             raise NativeUnavailable("the native forward runs in one process; tensor_parallel takes torch's")
         page_bytes_of = native_page_bytes if is_native else KvCache.page_bytes
@@ -186,11 +185,15 @@ class TorchRunner:
         return outputs
 
 
-def _has_native(config: ModelConfig, required: bool) -> bool:
-    """Raises NativeUnavailable where it is required and can't be had."""
+def _has_native(config: ModelConfig, required: bool, quantization: str | None) -> bool:
+    """Raises NativeUnavailable where it is required, for a quantization too, and can't be had."""
     try:
         require_native(config)
     except NativeUnavailable as error:
+        if quantization:
+            raise NativeUnavailable(
+                f"quantization {quantization!r} needs the native forward: {error}"
+            ) from error
         if required:
             raise
         logger.warning("the forward is torch's, several times slower than the native one: %s", error)

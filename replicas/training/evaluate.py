@@ -125,7 +125,9 @@ def evaluate(
     quantization: str | None = None,
 ) -> list[Score]:
     """Scores by setting and family, `ar` first; each setting's last row is "all"."""
-    runner = TorchRunner.load(str(checkpoint), dtype="float32", num_threads=num_threads, quantization=quantization)
+    runner = TorchRunner.load(
+        str(checkpoint), dtype="float32", num_threads=num_threads, quantization=quantization
+    )
     tasks = {family: list(held_out_tasks(family, per_family)) for family in FAMILIES}
     everything = [task for family in FAMILIES for task in tasks[family]]
     engine = Engine(runner, max_waiting=len(everything))

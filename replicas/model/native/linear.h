@@ -33,13 +33,12 @@ void sum_block(const Matrix& w, int64_t block, const uint32_t* x, int64_t ldx, I
   constexpr int64_t STEP = LANES * (CODES ? T::PER_UNIT : 4);
   const int64_t num_units = ceil_div(w.k, T::PER_UNIT);
   const char* packed = (const char*)w.packed + block * num_units * 2 * STEP;
-  const auto first = [&](int m, int v) {
-    return init.values ? load<Floats>(init.values + m * init.ld + v * LANES) : Floats{};
-  };
   const auto units = [](const char* at) { return CODES ? T::units((const int8_t*)at) : load<Units>(at); };
   Floats acc[M][2];
   for (int m = 0; m < M; m++) {
-    for (int v = 0; v < 2; v++) acc[m][v] = CODES ? Floats{} : first(m, v);
+    for (int v = 0; v < 2; v++) {
+      acc[m][v] = init.values ? load<Floats>(init.values + m * init.ld + v * LANES) : Floats{};
+    }
   }
   for (int64_t k = 0; k < num_units; k++, packed += 2 * STEP) {
     const Units w0 = units(packed), w1 = units(packed + STEP);
@@ -53,10 +52,8 @@ void sum_block(const Matrix& w, int64_t block, const uint32_t* x, int64_t ldx, I
     }
   }
   for (int m = 0; m < M; m++) {
-    for (int v = 0; v < 2; v++) {
-      if (CODES) acc[m][v] = first(m, v) + load<Floats>(w.scales + block * BLOCK + v * LANES) * acc[m][v];
-      store(out + m * BLOCK + v * LANES, acc[m][v]);
-    }
+    store(out + m * BLOCK, acc[m][0]);
+    store(out + m * BLOCK + LANES, acc[m][1]);
   }
 }
 
@@ -69,6 +66,17 @@ constexpr SumBlock SUM_BLOCK[MAX_ROWS + 1] = {
     sum_block<T, CODES, 5>,  sum_block<T, CODES, 6>,  sum_block<T, CODES, 7>,  sum_block<T, CODES, 8>,
     sum_block<T, CODES, 9>,  sum_block<T, CODES, 10>, sum_block<T, CODES, 11>, sum_block<T, CODES, 12>,
 };
+
+// sums [rows][32]: each times its scale, plus init. Compiled once, so that it is rounded alike for any rows.
+__attribute__((noinline)) inline void scale_sums(const float* scales, int64_t rows, Init init, float* sums) {
+  for (int64_t m = 0; m < rows; m++) {
+    for (int64_t v = 0; v < BLOCK; v += LANES) {
+      const Floats first = init.values ? load<Floats>(init.values + m * init.ld + v) : Floats{};
+      float* sum = sums + m * BLOCK + v;
+      store(sum, first + load<Floats>(scales + v) * load<Floats>(sum));
+    }
+  }
+}
 
 // All threads together. x: [rows, units of k], rows ldx units apart. init(row) gives an Init for rows
 // row and following, up to the next multiple of nothing: it must be valid for `count` rows.
@@ -93,7 +101,9 @@ void linear(Pool& pool, const Matrix& w, int64_t rows, const uint32_t* x, int64_
       for (int64_t tile = 0; tile < num_tiles; tile++) {
         const int64_t row = first + (last - first) * tile / num_tiles;
         const int64_t count = first + (last - first) * (tile + 1) / num_tiles - row;
-        sum_block_of[count](w, block, x + row * ldx, ldx, init_of(row, block * BLOCK), sums);
+        const Init init = init_of(row, block * BLOCK);
+        sum_block_of[count](w, block, x + row * ldx, ldx, w.scales ? Init{} : init, sums);
+        if (w.scales) scale_sums(w.scales + block * BLOCK, count, init, sums);
         finish(row, count, block * BLOCK, sums);
       }
     }

@@ -225,7 +225,7 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Symmetric: a row's largest weight by magnitude has the code 127 or -127.
     """
     codes, scales = [], []
-    for rows in weight.split(4096):  # a float32 copy of the whole head of a large model is gigabytes
+    for rows in torch.split(weight, 4096):  # a float32 copy of the whole head of a large model is gigabytes
         values = rows.float()
         scale = (values.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
         codes.append((values / scale[:, None]).round_().to(torch.int8))
