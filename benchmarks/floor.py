@@ -1,7 +1,8 @@
 """A forward against what it can't be faster than: `python -m benchmarks.floor --checkpoint <folder>`.
 
 In one run, turn by turn: reading all weights of a forward once; its linear layers alone, as oneDNN runs
-them prepacked and as the native forward does; and forwards with sampling. Every figure is the fastest
+them prepacked and as the native forward does, with int8 weights too; and of the checkpoint as it is and
+in int8, forwards with sampling and the engine's tokens a second. Every figure is the fastest
 turn, since other work on the machine only ever adds. `--cpu-time` counts the process's CPU time on one
 thread instead of wall time, which is the figure to trust on a busy machine.
 """
@@ -15,19 +16,24 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from benchmarks.modes import CHECKPOINT
+from policies.modes import Mode
+from replicas.engine.engine import Engine
 from replicas.engine.plan import Segment, StepPlan
-from replicas.messages import SamplingParams
+from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.checkpoint import DTYPES
 from replicas.model.config import ModelConfig
 from replicas.model.native import structures
 from replicas.model.native.build import load_library
-from replicas.model.native.model import pack
+from replicas.model.native.model import BLOCK, pack, pack_codes, quantize
 from replicas.model.runner import TorchRunner
 
 ROWS = (1, 4, 16, 32, 64)
 NUM_CACHED = 150
+CONCURRENCY = (1, 4, 16, 32)
+NUM_NEW = 48
 GREEDY = SamplingParams(max_tokens=1)
 
 
@@ -44,15 +50,24 @@ class Matrices:
         ]
         shapes = layer * config.num_layers + [(config.vocab_size, config.hidden_size)]
         self._bfloat16 = ctypes.c_int64(dtype is torch.bfloat16)
-        self._packed = [pack(torch.randn(shape).to(dtype)) for shape in shapes]
-        self._matrices = [
-            structures.Matrix(p.data_ptr(), *s) for p, s in zip(self._packed, shapes, strict=True)
-        ]
-        self._onednn = [
-            torch.ops.mkldnn._reorder_linear_weight(torch.randn(shape).to(dtype), None) for shape in shapes
-        ]
+        weights = [torch.randn(shape).to(dtype) for shape in shapes]
+        self._packed = [pack(weight) for weight in weights]
+        self._codes = []
+        for weight in weights:
+            codes, scales = quantize(weight)
+            self._codes.append((pack_codes(codes, dtype), F.pad(scales, (0, -len(scales) % BLOCK))))
+        self._matrices = {
+            "native": [
+                structures.Matrix(p.data_ptr(), None, *s) for p, s in zip(self._packed, shapes, strict=True)
+            ],
+            "int8": [
+                structures.Matrix(codes.data_ptr(), scales.data_ptr(), *s)
+                for (codes, scales), s in zip(self._codes, shapes, strict=True)
+            ],
+        }
+        self._onednn = [torch.ops.mkldnn._reorder_linear_weight(weight, None) for weight in weights]
         self._inputs = {(r, k): torch.randn(r, k).to(dtype) for r in ROWS for _, k in shapes}
-        self._outputs = {(r, n): torch.empty(r, -(-n // 32) * 32) for r in ROWS for n, _ in shapes}
+        self._outputs = {(r, n): torch.empty(r, -(-n // BLOCK) * BLOCK) for r in ROWS for n, _ in shapes}
         self._library = load_library()
         self._context = ctypes.c_void_p(self._library.triad_open(ctypes.c_int64(num_threads)))
         self.num_bytes = sum(packed.nbytes for packed in self._packed)
@@ -62,8 +77,8 @@ class Matrices:
             pointer = ctypes.c_void_p(packed.data_ptr())
             self._library.triad_read(self._context, pointer, ctypes.c_int64(packed.nbytes))
 
-    def native(self, rows: int) -> None:
-        for matrix in self._matrices:
+    def native(self, rows: int, weights: str) -> None:
+        for matrix in self._matrices[weights]:
             x, y = self._inputs[rows, matrix.k], self._outputs[rows, matrix.n]
             self._library.triad_linear(
                 self._context,
@@ -75,7 +90,7 @@ class Matrices:
             )
 
     def onednn(self, rows: int) -> None:
-        for packed, matrix in zip(self._onednn, self._matrices, strict=True):
+        for packed, matrix in zip(self._onednn, self._matrices["native"], strict=True):
             x = self._inputs[rows, matrix.k]
             torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
@@ -99,6 +114,16 @@ def steps(num_sequences: int, num_tokens: int, page_size: int, causal: bool) -> 
             for i in range(num_sequences)
         )
     )
+
+
+def generate(runner: TorchRunner, num_sequences: int) -> None:
+    """NUM_NEW tokens each after a prompt of 16, from submission to the last."""
+    engine = Engine(runner, max_running=num_sequences)
+    for i in range(num_sequences):
+        sampling = SamplingParams(max_tokens=NUM_NEW, ignore_eos=True)
+        engine.submit(str(i), list(range(50 + i, 66 + i)), sampling, DecodingOptions(Mode.AR))
+    while engine.has_work:
+        engine.step()
 
 
 def measure(
@@ -129,24 +154,39 @@ def main() -> None:
     torch.set_num_threads(num_threads)
     config = ModelConfig.from_folder(Path(options.checkpoint))
     matrices = Matrices(config, DTYPES[options.dtype], num_threads)
-    runner = TorchRunner.load(
-        options.checkpoint, dtype=options.dtype, num_threads=num_threads, num_pages=64 * 16, forward="native"
-    )
-    size = runner.spec.page_size
-    plans = {
-        "step of 1": steps(1, 1, size, True),
-        "step of 32": steps(32, 1, size, True),
-        "step of 64": steps(64, 1, size, True),
-        "block of 32": steps(1, 32, size, False),
+    runners = {
+        name: TorchRunner.load(
+            options.checkpoint,
+            dtype=options.dtype,
+            num_threads=num_threads,
+            num_pages=64 * 16,
+            forward="native",
+            quantization=quantization,
+        )
+        for name, quantization in (("native", None), ("int8", "int8"))
     }
+    size = runners["native"].spec.page_size
+    plans = {f"step of {number}": steps(number, 1, size, True) for number in ROWS}
+    plans["block of 32"] = steps(1, 32, size, False)
     torch.set_num_threads(num_threads)
     tasks: dict[str, Callable[[], object]] = {"read": matrices.read}
     for rows in ROWS:
-        tasks[f"native linears {rows}"] = partial(matrices.native, rows)
         tasks[f"onednn linears {rows}"] = partial(matrices.onednn, rows)
-    for name, plan in plans.items():
-        tasks[name] = partial(runner.run, plan)
+        for name in runners:
+            tasks[f"{name} linears {rows}"] = partial(matrices.native, rows, name)
+    for what, plan in plans.items():
+        for name, runner in runners.items():
+            tasks[what if name == "native" else f"{name} {what}"] = partial(runner.run, plan)
+    for number in CONCURRENCY:
+        for name, runner in runners.items():
+            tasks[f"{name} engine {number}"] = partial(generate, runner, number)
     found = measure(tasks, options.turns, clock)
+    found |= {f"{what} / int8": found[what] / found[f"int8 {what}"] for what in plans}
+    for number in CONCURRENCY:
+        for name in runners:
+            found[f"{name} tokens/s of {number}"] = (
+                number * NUM_NEW * 1e3 / found.pop(f"{name} engine {number}")
+            )
     found |= {
         "step of 1 / read": found["step of 1"] / found["read"],
         "step of 32 / onednn linears 32": found["step of 32"] / found["onednn linears 32"],

@@ -171,6 +171,7 @@ def _replica_config(args: ClusterConfig, redis_url: str) -> ReplicaConfig:
         policy_params=args.policy_params,
         device="cuda" if args.num_gpus > 0 else "cpu",
         dtype=args.weights_dtype,
+        quantization=args.quantization,
         forward=args.forward,
         num_threads=num_threads,
         page_size=args.page_size,

@@ -95,6 +95,9 @@ class ClusterConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Of weights and K/V; auto: float32 on CPUs, bfloat16 on GPUs."
     )
+    quantization: Literal["int8"] | None = Field(
+        None, description="On CPUs, native forward: linear layers' weights in 8 bits; None: all in dtype."
+    )
     forward: Literal["auto", "native", "torch"] = Field(
         "auto", description="On CPUs: compiled C++, or torch alone; auto: native where there is a compiler."
     )
@@ -209,6 +212,15 @@ class ClusterConfig(BaseModel):
             raise ValueError(
                 f"kv_dtype {self.kv_dtype!r} is for GPUs (num_gpus=1); on a CPU K/V has the weights' dtype: "
                 f"leave it out"
+            )
+        if self.quantization and self.num_gpus:
+            raise ValueError(
+                f"quantization {self.quantization!r} is for CPUs: leave it out, or set num_gpus=0"
+            )
+        if self.quantization and (self.forward == "torch" or self.tensor_parallel > 1):
+            raise ValueError(
+                f"quantization {self.quantization!r} is of the native forward, which runs in one process: "
+                f"leave out forward and tensor_parallel"
             )
         if self.tensor_parallel > 1:
             if 0 < self.num_gpus < 1:

@@ -12,6 +12,7 @@ class ReplicaConfig:
     """Checked by cluster.config, where each field is explained to operators.
 
     checkpoint: a folder or a hub name. device: 'cpu' or 'cuda'. num_threads None leaves torch's own choice.
+    quantization: 'int8' or None, of weights on a CPU.
     kv_cache_mb: memory for K/V pages of each process, in MiB. kv_dtype: 'auto', 'bfloat16' or 'fp8'.
     tensor_parallel: processes that share the model. max_running: sequences in one forward.
     max_step_tokens: query tokens in one forward; max_prefill_tokens: of them prompt tokens beside
@@ -28,6 +29,7 @@ class ReplicaConfig:
     policy_params: Mapping[str, Any] = field(default_factory=dict)
     device: str = "cpu"
     dtype: str = "auto"
+    quantization: str | None = None
     forward: str = "auto"
     num_threads: int | None = None
     page_size: int = 16

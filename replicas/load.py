@@ -2,12 +2,15 @@
 
 from replicas.config import ReplicaConfig
 from replicas.engine.plan import Runner
+from replicas.model.checkpoint import CheckpointError
 from replicas.model.runner import TorchRunner
 
 
 def load_runner(config: ReplicaConfig) -> Runner:
     """Raises CheckpointError. In a process of a group (replicas.model.lockstep) it is this one's part."""
     if config.device == "cuda":
+        if config.quantization:
+            raise CheckpointError(f"quantization {config.quantization!r} is for CPUs: leave it out")
         from replicas.model.cuda.runner import CudaRunner  # Triton is there on Linux only
 
         return CudaRunner.load(
@@ -24,4 +27,5 @@ def load_runner(config: ReplicaConfig) -> Runner:
         page_size=config.page_size,
         num_threads=config.num_threads,
         forward=config.forward,
+        quantization=config.quantization,
     )

@@ -20,6 +20,7 @@ from replicas.model.transformer import Batch, Transformer
 
 DEFAULT_KV_BUDGET_BYTES = 512 << 20
 FORWARDS = ("auto", "native", "torch")
+QUANTIZATIONS = (None, "int8")
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +64,12 @@ class TorchRunner:
         page_size: int,
         max_context: int,
         native_threads: int | None = None,
+        quantization: str | None = None,
         parallel: Parallel = ALONE,
     ):
         """Takes the weights over. native_threads: of the native forward; None: the forward is torch's.
+
+        quantization: the native forward's, as of load.
 
         parallel: this process's place among those that share the model, for torch's forward alone; weights
         and config are then its own part (replicas.model.parallel.shard).
@@ -82,6 +86,7 @@ class TorchRunner:
                 page_size=page_size,
                 num_positions=max_context,
                 num_threads=native_threads,
+                quantization=quantization,
             )
         self._spec = spec_of(config, num_pages=num_pages, page_size=page_size, max_context=max_context)
 
@@ -97,19 +102,24 @@ class TorchRunner:
         max_context: int | None = None,
         num_threads: int | None = None,
         forward: str = "auto",
+        quantization: str | None = None,
     ) -> "TorchRunner":
         """checkpoint: a folder or a hub name. Raises CheckpointError.
 
         num_pages or kv_budget_bytes sizes the page pool, the first before the second; with neither it
         takes DEFAULT_KV_BUDGET_BYTES. max_context is at most the model's own and what the pool holds.
         num_threads: None is torch's number, which is the cores'. forward: 'native', 'torch', or 'auto',
-        which is native where that can be had. Raises NativeUnavailable for 'native' where it can't.
+        which is native where that can be had. quantization: 'int8' holds the weights of linear layers, the
+        head among them, in 8 bits, for the native forward alone; embedding, adapter, activations and K/V
+        keep the dtype. Raises NativeUnavailable for 'native' or 'int8' where it can't be had.
         Under torch.distributed's default group the model is split among its processes, in torch.
         """
         if dtype not in DTYPES:
             raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         if forward not in FORWARDS:
             raise CheckpointError(f"forward must be one of {', '.join(FORWARDS)}, got {forward!r}")
+        if quantization not in QUANTIZATIONS:
+            raise CheckpointError(f"quantization must be 'int8' or None, got {quantization!r}")
         if page_size < 1:
             raise CheckpointError(f"page_size must be positive, got {page_size}")
         if num_threads is not None:
@@ -119,8 +129,13 @@ class TorchRunner:
         parallel = Parallel.of_default_group()
         config = shard_config(whole, parallel)
         is_native = False
+        if quantization and (forward == "torch" or parallel.size > 1):
+            raise NativeUnavailable(
+                f"quantization {quantization!r} is of the native forward, which runs in one process: "
+                f"leave out forward='torch' and tensor_parallel"
+            )
         if parallel.size == 1:
-            is_native = forward != "torch" and _has_native(config, required=forward == "native")
+            is_native = forward != "torch" and _has_native(config, forward == "native", quantization)
         elif forward == "native":
             raise NativeUnavailable("the native forward runs in one process; tensor_parallel takes torch's")
         page_bytes_of = native_page_bytes if is_native else KvCache.page_bytes
@@ -141,6 +156,7 @@ class TorchRunner:
             page_size=page_size,
             max_context=min(limits if max_context is None else [*limits, max_context]),
             native_threads=torch.get_num_threads() if is_native else None,
+            quantization=quantization,
             parallel=parallel,
         )
 
@@ -169,11 +185,15 @@ class TorchRunner:
         return outputs
 
 
-def _has_native(config: ModelConfig, required: bool) -> bool:
-    """Raises NativeUnavailable where it is required and can't be had."""
+def _has_native(config: ModelConfig, required: bool, quantization: str | None) -> bool:
+    """Raises NativeUnavailable where it is required, for a quantization too, and can't be had."""
     try:
         require_native(config)
     except NativeUnavailable as error:
+        if quantization:
+            raise NativeUnavailable(
+                f"quantization {quantization!r} needs the native forward: {error}"
+            ) from error
         if required:
             raise
         logger.warning("the forward is torch's, several times slower than the native one: %s", error)

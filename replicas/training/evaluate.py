@@ -122,9 +122,12 @@ def evaluate(
     per_family: int,
     plans: tuple[DecodePlan, ...] = SETTINGS,
     num_threads: int | None = None,
+    quantization: str | None = None,
 ) -> list[Score]:
     """Scores by setting and family, `ar` first; each setting's last row is "all"."""
-    runner = TorchRunner.load(str(checkpoint), dtype="float32", num_threads=num_threads)
+    runner = TorchRunner.load(
+        str(checkpoint), dtype="float32", num_threads=num_threads, quantization=quantization
+    )
     tasks = {family: list(held_out_tasks(family, per_family)) for family in FAMILIES}
     everything = [task for family in FAMILIES for task in tasks[family]]
     engine = Engine(runner, max_waiting=len(everything))
@@ -164,10 +167,16 @@ def main() -> None:
     parser.add_argument("--per-family", type=int, default=20, help="held-out tasks of each family")
     parser.add_argument("--json", type=Path, help="write the scores there too")
     parser.add_argument("--threads", type=int, default=None, help="torch threads")
+    parser.add_argument("--quantization", choices=["int8"], help="of the weights")
     parser.add_argument("--overall", action="store_true", help="print only the rows over all families")
     arguments = parser.parse_args()
     started = time.time()
-    scores = evaluate(arguments.checkpoint, arguments.per_family, num_threads=arguments.threads)
+    scores = evaluate(
+        arguments.checkpoint,
+        arguments.per_family,
+        num_threads=arguments.threads,
+        quantization=arguments.quantization,
+    )
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(s) for s in scores], indent=1) + "\n")
     print(table([s for s in scores if s.family == "all" or not arguments.overall]))

@@ -135,6 +135,11 @@ def test_a_split_replica_has_a_bundle_for_each_process_on_one_machine():
     )
 
 
+def test_int8_weights_arrive():
+    assert argument(nodes(deploy(ClusterConfig()))["Replica"]).quantization is None
+    assert argument(nodes(deploy(ClusterConfig(quantization="int8")))["Replica"]).quantization == "int8"
+
+
 @pytest.mark.parametrize(("num_replicas", "num_threads"), [(1, 8), (3, 2), (16, 1)])
 def test_replicas_share_the_cpus(monkeypatch, num_replicas, num_threads):
     monkeypatch.setattr(os, "cpu_count", lambda: 8)

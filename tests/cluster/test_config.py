@@ -74,6 +74,7 @@ def test_a_model_is_asked_for_by_its_last_part(model, name):
         ("num_gpus=4", ["num_gpus=1", "tensor_parallel=4"]),
         ("kv_dtype=fp8", ["kv_dtype", "num_gpus=1", "leave it out"]),
         ("kv_dtype=int4", ["kv_dtype", "bfloat16", "fp8"]),
+        ("quantization=int4", ["quantization", "int8"]),
         ("min_replicas=2", ["min_replicas", "set max_replicas too"]),
         ("downscale_delay_s=60", ["downscale_delay_s", "set max_replicas too"]),
         ("max_replicas=0", ["max_replicas", "greater than or equal to 1"]),
@@ -118,6 +119,20 @@ def test_numbers_of_replicas_that_do_not_fit_are_told(arguments):
 def test_what_a_split_model_cannot_do_is_told(argument, words):
     with pytest.raises(ValidationError, match=words):
         from_command_line("tensor_parallel=2", argument)
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("num_gpus=1", "for CPUs: leave it out"),
+        ("forward=torch", "leave out forward"),
+        ("tensor_parallel=2", "leave out .*tensor_parallel"),
+    ],
+)
+def test_what_int8_weights_cannot_be_had_with_is_told(argument, words):
+    assert from_command_line("quantization=int8").quantization == "int8"
+    with pytest.raises(ValidationError, match=words):
+        from_command_line("quantization=int8", argument)
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,7 @@ def test_an_external_redis_is_used_and_then_no_valkey_runs() -> None:
         ("weights.source=pvc", "claimName"),
         ("serve.num_gpus=2", "num_gpus"),
         ("serve.max_replicas=0", "max_replicas"),
+        ("serve.quantization=int4", "quantization"),
         ("serve.num_gpus=1,serve.tensor_parallel=2", "tensor_parallel"),
         ("ingress.enabled=true", "ingress.host"),
         ("telemetry.env.HOME=x", "HOME"),

@@ -143,6 +143,30 @@ def test_the_tiny_model_is_a_fair_judge(reference: Reference) -> None:
     assert len(set(reference.ar(prompt, MAX_TOKENS, ignore_eos=True).token_ids)) > 5
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_int8_weights_are_as_lossless(folder: Path, dtype: str) -> None:
+    """AR alone and one at a time, then self-speculation of all block lengths in one batch."""
+    runner = TorchRunner.load(
+        str(folder), dtype=dtype, num_pages=128, page_size=8, forward="native", quantization="int8"
+    )
+    sampling = SamplingParams(max_tokens=MAX_TOKENS)
+    wanted = []
+    for index, prompt in enumerate(prompts(12)):
+        engine = Engine(runner)
+        sequence = engine.submit(f"r{index}", prompt, sampling, pinned(PLANS[0]))
+        finish(engine)
+        wanted.append(completion(sequence))
+    engine = Engine(runner, max_running=12)
+    sequences = [
+        engine.submit(f"r{index}", prompt, sampling, pinned(PLANS[1 + index % 3]))
+        for index, prompt in enumerate(prompts(12))
+    ]
+    finish(engine)
+    assert [completion(sequence) for sequence in sequences] == wanted
+    # Were no draft ever right it would be two forwards a token, but for the last ones.
+    assert any(s.num_forwards < 2 * len(completion(s)) - 10 for s in sequences)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_in_a_mixed_batch_that_preempts(folder: Path, reference: Reference, seed: int) -> None:
     engine = make_engine(folder, num_pages=32, max_running=9, max_step_tokens=128)

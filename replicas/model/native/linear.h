@@ -3,6 +3,7 @@
 // Packed: [N / 32][units of K][32 units], N padded to 32 and K to a unit with zeros, so 32 outputs read
 // one contiguous block once, and their sums stay in registers over all of K. Every output is summed in
 // the order of K whatever the number of rows: a row's result does not depend on the rows beside it.
+// Where W is int8 codes, each becomes an element as it is read, and a sum is scaled at its end.
 #pragma once
 
 #include "pool.h"
@@ -13,9 +14,11 @@ namespace triad {
 constexpr int BLOCK = 32;
 constexpr int MAX_ROWS = 12;  // 24 of the 32 registers hold sums
 
-// n, k: unpadded. Null: no such matrix.
+// packed: units, or int8 codes in their order; then row n is scales[n] times its codes (N padded to 32).
+// n, k: unpadded. Null: no such matrix; no scales: units.
 struct Matrix {
-  const uint32_t* packed;
+  const void* packed;
+  const float* scales;
   int64_t n, k;
 };
 
@@ -25,18 +28,22 @@ struct Init {
   int64_t ld = 0;
 };
 
-template <class T, int M>
-void sum_block(const uint32_t* w, int64_t num_units, const uint32_t* x, int64_t ldx, Init init, float* out) {
+template <class T, bool CODES, int M>
+void sum_block(const Matrix& w, int64_t block, const uint32_t* x, int64_t ldx, Init init, float* out) {
+  constexpr int64_t STEP = LANES * (CODES ? T::PER_UNIT : 4);
+  const int64_t num_units = ceil_div(w.k, T::PER_UNIT);
+  const char* packed = (const char*)w.packed + block * num_units * 2 * STEP;
+  const auto units = [](const char* at) { return CODES ? T::units((const int8_t*)at) : load<Units>(at); };
   Floats acc[M][2];
   for (int m = 0; m < M; m++) {
     for (int v = 0; v < 2; v++) {
       acc[m][v] = init.values ? load<Floats>(init.values + m * init.ld + v * LANES) : Floats{};
     }
   }
-  for (int64_t k = 0; k < num_units; k++) {
-    const Units w0 = load<Units>(w + k * BLOCK), w1 = load<Units>(w + k * BLOCK + LANES);
-    if constexpr (M <= 4) __builtin_prefetch(w + k * BLOCK + 4096 / 4);
-    if constexpr (M <= 4) __builtin_prefetch(w + k * BLOCK + 4096 / 4 + LANES);
+  for (int64_t k = 0; k < num_units; k++, packed += 2 * STEP) {
+    const Units w0 = units(packed), w1 = units(packed + STEP);
+    if constexpr (M <= 4 || CODES) __builtin_prefetch(packed + 4096);
+    if constexpr (M <= 4 || CODES) __builtin_prefetch(packed + 4096 + STEP);
 #pragma GCC unroll 12
     for (int m = 0; m < M; m++) {
       const uint32_t unit = x[m * ldx + k];
@@ -50,15 +57,26 @@ void sum_block(const uint32_t* w, int64_t num_units, const uint32_t* x, int64_t 
   }
 }
 
-template <class T>
-using SumBlock = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, Init, float*);
+using SumBlock = void (*)(const Matrix&, int64_t, const uint32_t*, int64_t, Init, float*);
 
-template <class T>
-constexpr SumBlock<T> SUM_BLOCK[MAX_ROWS + 1] = {
-    nullptr,          sum_block<T, 1>,  sum_block<T, 2>,  sum_block<T, 3>, sum_block<T, 4>,
-    sum_block<T, 5>,  sum_block<T, 6>,  sum_block<T, 7>,  sum_block<T, 8>, sum_block<T, 9>,
-    sum_block<T, 10>, sum_block<T, 11>, sum_block<T, 12>,
+template <class T, bool CODES>
+constexpr SumBlock SUM_BLOCK[MAX_ROWS + 1] = {
+    nullptr,
+    sum_block<T, CODES, 1>,  sum_block<T, CODES, 2>,  sum_block<T, CODES, 3>,  sum_block<T, CODES, 4>,
+    sum_block<T, CODES, 5>,  sum_block<T, CODES, 6>,  sum_block<T, CODES, 7>,  sum_block<T, CODES, 8>,
+    sum_block<T, CODES, 9>,  sum_block<T, CODES, 10>, sum_block<T, CODES, 11>, sum_block<T, CODES, 12>,
 };
+
+// sums [rows][32]: each times its scale, plus init. Compiled once, so that it is rounded alike for any rows.
+__attribute__((noinline)) inline void scale_sums(const float* scales, int64_t rows, Init init, float* sums) {
+  for (int64_t m = 0; m < rows; m++) {
+    for (int64_t v = 0; v < BLOCK; v += LANES) {
+      const Floats first = init.values ? load<Floats>(init.values + m * init.ld + v) : Floats{};
+      float* sum = sums + m * BLOCK + v;
+      store(sum, first + load<Floats>(scales + v) * load<Floats>(sum));
+    }
+  }
+}
 
 // All threads together. x: [rows, units of k], rows ldx units apart. init(row) gives an Init for rows
 // row and following, up to the next multiple of nothing: it must be valid for `count` rows.
@@ -66,6 +84,7 @@ constexpr SumBlock<T> SUM_BLOCK[MAX_ROWS + 1] = {
 template <class T, class InitOf, class Finish>
 void linear(Pool& pool, const Matrix& w, int64_t rows, const uint32_t* x, int64_t ldx, const InitOf& init_of,
             const Finish& finish) {
+  const SumBlock* sum_block_of = w.scales ? SUM_BLOCK<T, true> : SUM_BLOCK<T, false>;
   const int64_t num_units = ceil_div(w.k, T::PER_UNIT), num_blocks = ceil_div(w.n, BLOCK);
   const int64_t num_slices = ceil_div(rows, 96);  // so that a prefill's activations stay in cache
   const int64_t group = std::max<int64_t>(
@@ -82,8 +101,9 @@ void linear(Pool& pool, const Matrix& w, int64_t rows, const uint32_t* x, int64_
       for (int64_t tile = 0; tile < num_tiles; tile++) {
         const int64_t row = first + (last - first) * tile / num_tiles;
         const int64_t count = first + (last - first) * (tile + 1) / num_tiles - row;
-        SUM_BLOCK<T>[count](w.packed + block * num_units * BLOCK, num_units, x + row * ldx, ldx,
-                            init_of(row, block * BLOCK), sums);
+        const Init init = init_of(row, block * BLOCK);
+        sum_block_of[count](w, block, x + row * ldx, ldx, w.scales ? Init{} : init, sums);
+        if (w.scales) scale_sums(w.scales + block * BLOCK, count, init, sums);
         finish(row, count, block * BLOCK, sums);
       }
     }

@@ -64,7 +64,10 @@ class NativeModel:
         page_size: int,
         num_positions: int,
         num_threads: int,
+        quantization: str | None = None,
     ):
+        """quantization: 'int8' or None; as of TorchRunner.load."""
+        self._quantizes = quantization == "int8"
         self._library = load_library()
         self._vocab_size = config.vocab_size
         self._dtype = weights.embedding.dtype
@@ -95,7 +98,7 @@ class NativeModel:
             norm=self._floats(weights.norm),
             phases=self._keep(torch.view_as_real(rotary.phases).contiguous()),
             query_scale=self._floats(rotary.query_scale),
-            head=self._pack(weights.head),
+            head=self._linear(weights.head),
             layers=layers,
         )
         self._context = self._library.triad_open(ctypes.c_int64(num_threads))
@@ -176,9 +179,9 @@ class NativeModel:
         layer.input_norm, layer.post_norm = self._floats(weights.input_norm), self._floats(weights.post_norm)
         layer.query_norm, layer.key_norm = self._floats(weights.query_norm), self._floats(weights.key_norm)
         layer.qkv_bias = self._floats(_pad_rows(weights.qkv_bias, BLOCK))
-        layer.qkv, layer.o = self._pack(weights.qkv), self._pack(weights.o)
-        layer.gate_up = self._pack(_interleave(weights.gate_up))
-        layer.down = self._pack(_pad_columns(weights.down))
+        layer.qkv, layer.o = self._linear(weights.qkv), self._linear(weights.o)
+        layer.gate_up = self._linear(_interleave(weights.gate_up))
+        layer.down = self._linear(_pad_columns(weights.down))
         for name, adapter in weights.adapters.items():
             setattr(layer, f"{name}_adapter", self._pack_adapter(name, adapter))
 
@@ -190,10 +193,15 @@ class NativeModel:
             down = _pad_columns(down)
         return c.LowRankMatrices(self._pack(down), self._pack(up))
 
+    def _linear(self, weight: torch.Tensor) -> Any:
+        if not self._quantizes:
+            return self._pack(weight)
+        codes, scales = quantize(weight)
+        packed = pack_codes(codes, self._dtype)
+        return c.Matrix(self._keep(packed), self._floats(_pad_rows(scales, BLOCK)), *weight.shape)
+
     def _pack(self, weight: torch.Tensor) -> Any:
-        packed = pack(weight)
-        self._kept.append(packed)
-        return c.Matrix(packed.data_ptr(), *weight.shape)
+        return c.Matrix(self._keep(pack(weight)), None, *weight.shape)
 
     def _floats(self, values: torch.Tensor | None) -> int | None:
         return None if values is None else self._keep(values.float().contiguous())
@@ -209,6 +217,29 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     rows, columns = weight.shape
     padded = F.pad(weight, (0, -columns % unit, 0, -rows % BLOCK))
     return padded.view(-1, BLOCK, padded.shape[1] // unit, unit).transpose(1, 2).contiguous()
+
+
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, K] -> int8 codes [N, K] and float32 scales [N]; a weight is about its code times its row's scale.
+
+    Symmetric: a row's largest weight by magnitude has the code 127 or -127.
+    """
+    codes, scales = [], []
+    for rows in torch.split(weight, 4096):  # a float32 copy of the whole head of a large model is gigabytes
+        values = rows.float()
+        scale = (values.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+        codes.append((values / scale[:, None]).round_().to(torch.int8))
+        scales.append(scale)
+    return torch.cat(codes), torch.cat(scales)
+
+
+def pack_codes(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """int8 [N, K] -> [N / 32, K / unit, 2, unit, 16], padded with zeros; units are those of the dtype."""
+    unit = 4 // dtype.itemsize
+    rows, columns = codes.shape
+    padded = F.pad(codes, (0, -columns % unit, 0, -rows % BLOCK))
+    halves = padded.view(-1, BLOCK // LANES, LANES, padded.shape[1] // unit, unit)
+    return halves.permute(0, 3, 1, 4, 2).contiguous()
 
 
 def _interleave(gate_up: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 
 
 class Matrix(Structure):
-    _fields_ = (("packed", c_void_p), ("n", c_int64), ("k", c_int64))
+    _fields_ = (("packed", c_void_p), ("scales", c_void_p), ("n", c_int64), ("k", c_int64))
 
 
 class LowRankMatrices(Structure):

@@ -2,7 +2,7 @@
 //
 // Everything multiplied is kept in units of 4 bytes along the axis summed over: one float, or two
 // bfloat16. One multiply-accumulate takes 16 units of one operand and one unit of the other, so every
-// kernel is written once for both types.
+// kernel is written once for both types. Weights may be int8 codes instead, which are exact in both.
 #pragma once
 
 #include <cmath>
@@ -30,6 +30,18 @@ inline V load(const void* from) {
 template <class V>
 inline void store(void* to, V v) {
   std::memcpy(to, &v, sizeof(V));
+}
+
+// Sixteen int8 codes.
+inline Floats widen(const int8_t* codes) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(codes)));
+#else  // in steps of twice the width, which GCC 12 keeps in vectors
+  typedef int8_t Codes __attribute__((vector_size(16)));
+  typedef int16_t Wider __attribute__((vector_size(32)));
+  const Wider wider = __builtin_convertvector(load<Codes>(codes), Wider);
+  return __builtin_convertvector(__builtin_convertvector(wider, Ints), Floats);
+#endif
 }
 
 inline Floats splat(float x) { return Floats{} + x; }
@@ -77,6 +89,7 @@ struct Float32 {
     std::memcpy(&value, &x, 4);
     return acc + (Floats)w * value;
   }
+  static Units units(const int8_t* codes) { return (Units)widen(codes); }
   static Floats read(const Element* from) { return load<Floats>(from); }
   static void write(Element* to, Floats v) { store(to, v); }
   static float read(Element x) { return x; }
@@ -94,6 +107,8 @@ struct BFloat16 {
     return acc + (Floats)(w << 16) * read((Element)x) + (Floats)(w & 0xffff0000u) * read((Element)(x >> 16));
 #endif
   }
+  // codes: of the sixteen units' first elements, then of their second.
+  static Units units(const int8_t* codes) { return (Units)widen(codes) >> 16 | (Units)widen(codes + LANES); }
   static Floats read(const Element* from) {
     typedef uint16_t Halves __attribute__((vector_size(32)));
     return (Floats)(__builtin_convertvector(load<Halves>(from), Units) << 16);

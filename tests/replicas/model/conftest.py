@@ -45,11 +45,22 @@ def runner(tiny_folder: Path, forward: str) -> TorchRunner:
 
 
 def poisoned_runner(
-    folder: Path, forward: str, *, page_size: int = 5, num_pages: int = 120, dtype: str = "float32"
+    folder: Path,
+    forward: str,
+    *,
+    page_size: int = 5,
+    num_pages: int = 120,
+    dtype: str = "float32",
+    quantization: str | None = None,
 ) -> TorchRunner:
     """A runner whose pages hold garbage, as after other sequences."""
     runner = TorchRunner.load(
-        str(folder), dtype=dtype, num_pages=num_pages, page_size=page_size, forward=forward
+        str(folder),
+        dtype=dtype,
+        num_pages=num_pages,
+        page_size=page_size,
+        forward=forward,
+        quantization=quantization,
     )
     generator = torch.Generator().manual_seed(7)
     for pages in runner._model.pages:

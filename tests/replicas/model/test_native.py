@@ -3,20 +3,28 @@
 import itertools
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from replicas.config import ReplicaConfig
 from replicas.engine.plan import Segment
+from replicas.load import load_runner
+from replicas.model.checkpoint import CheckpointError
 from replicas.model.config import ModelConfig
 from replicas.model.native import build
 from replicas.model.native.build import NativeUnavailable
-from replicas.model.native.model import require_native
+from replicas.model.native.model import quantize, require_native
 from replicas.model.runner import TorchModel, TorchRunner
 from replicas.model.sampler import choose
 from tests.replicas.model.conftest import LogitsProbe, Pages, poisoned_runner, prompt, segment
 from tests.tiny_checkpoint import tiny_config
+
+CONFIG = ReplicaConfig(
+    "", "tiny", "triad", "redis://", "ar", dtype="float32", quantization="int8", kv_cache_mb=1
+)
 
 
 @pytest.fixture
@@ -39,10 +47,13 @@ def some_segments(pages: Pages, probe: LogitsProbe) -> list[Segment]:
     return segments
 
 
+@pytest.mark.parametrize("quantization", [None, "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_row_does_not_depend_on_the_batch(tiny_folder: Path, dtype: str) -> None:
+def test_a_row_does_not_depend_on_the_batch(tiny_folder: Path, dtype: str, quantization: str | None) -> None:
     """Bit for bit: alone, with others, in any order, in chunks. So a verify gives AR's logits."""
-    runner = poisoned_runner(tiny_folder, "native", page_size=16, num_pages=60, dtype=dtype)
+    runner = poisoned_runner(
+        tiny_folder, "native", page_size=16, num_pages=60, dtype=dtype, quantization=quantization
+    )
     probe = LogitsProbe(runner)
     segments = some_segments(Pages(60, 16), probe)
     together = probe(*segments)
@@ -92,6 +103,43 @@ def test_without_a_compiler_the_forward_is_torchs(
     assert "CXX=no-such-compiler" in caplog.text
     with pytest.raises(NativeUnavailable, match="install g\\+\\+ or clang, or set CXX"):
         TorchRunner.load(str(tiny_folder), num_pages=20, page_size=8, forward="native")
+    with pytest.raises(NativeUnavailable, match=r"'int8' needs the native forward: .* install g\+\+"):
+        TorchRunner.load(str(tiny_folder), num_pages=20, page_size=8, quantization="int8")
+
+
+def test_quantization_that_cannot_be_had(tiny_folder: Path) -> None:
+    with pytest.raises(NativeUnavailable, match="leave out forward='torch'"):
+        TorchRunner.load(str(tiny_folder), num_pages=20, forward="torch", quantization="int8")
+    with pytest.raises(CheckpointError, match="must be 'int8' or None, got 'int4'"):
+        TorchRunner.load(str(tiny_folder), num_pages=20, quantization="int4")
+    with pytest.raises(CheckpointError, match="'int8' is for CPUs"):
+        load_runner(replace(CONFIG, checkpoint=str(tiny_folder), device="cuda"))
+
+
+def test_a_replica_is_quantised_as_configured(tiny_folder: Path) -> None:
+    expected = poisoned_runner(tiny_folder, "native", page_size=16, num_pages=60, quantization="int8")
+    found = load_runner(replace(CONFIG, checkpoint=str(tiny_folder)))
+    one = segment(prompt(20, seed=4), (0, 1))
+    assert torch.equal(LogitsProbe(found)(one)[0], LogitsProbe(expected)(one)[0])
+    whole = poisoned_runner(tiny_folder, "native", page_size=16, num_pages=60)
+    assert not torch.equal(LogitsProbe(found)(one)[0], LogitsProbe(whole)(one)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_are_the_nearest(dtype: torch.dtype) -> None:
+    """Of each row, whatever its scale, and none of a row of zeros is not a number."""
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(5000, 9, generator=generator) * torch.logspace(-20, 20, 5000)[:, None]
+    weight[7] = 0
+    weight = weight.to(dtype)
+    before = weight.clone()
+    codes, scales = quantize(weight)
+    assert torch.equal(weight, before)
+    off = (codes * scales.double()[:, None] - weight.double()).abs().amax(1)
+    assert (off <= scales.double() * 0.50001).all()
+    largest = codes.short().abs().amax(1)
+    assert largest[7] == 0
+    assert largest[torch.arange(5000) != 7].unique().tolist() == [127]
 
 
 def test_a_failed_build_says_what_the_compiler_said(

@@ -2,14 +2,18 @@
 
 import dataclasses
 import itertools
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from policies.modes import Mode
 from replicas.engine.plan import StepPlan
 from replicas.messages import SamplingParams
+from replicas.model.native.model import quantize
 from replicas.model.runner import TorchRunner
 from tests.reference import Reference
 from tests.replicas.model.conftest import LogitsProbe, Pages, poisoned_runner, prompt, segment
@@ -216,6 +220,40 @@ def test_random_ragged_batches(tiny_folder: Path, reference: Reference, forward:
 
 def test_empty_plan(runner: TorchRunner) -> None:
     assert list(runner.run(StepPlan(()))) == []
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_int8_weights_equal_the_same_weights_in_full(tmp_path: Path, dtype: str, tied: bool) -> None:
+    """The reference holds each code times its scale; embedding and adapter are not quantised."""
+    targets = ("q_proj", "o_proj", "gate_proj", "down_proj")
+    folder = make_tiny_checkpoint(
+        tmp_path / "whole", seed=8, adapter_targets=targets, tie_word_embeddings=tied
+    )
+    runner = poisoned_runner(folder, "native", dtype=dtype, quantization="int8")
+    segments, expected = _mixed_step(
+        runner, Reference(_dequantised(folder, tmp_path / "dequantised")), seed=9
+    )
+    for found, rows in zip(LogitsProbe(runner)(*segments), expected, strict=True):
+        if dtype == "float32":
+            assert_same(found, rows)
+        else:
+            assert torch.nn.functional.cosine_similarity(found, rows, dim=-1).mean() > 0.98
+
+
+def _dequantised(folder: Path, to: Path) -> Path:
+    """The checkpoint with its linear layers' weights rounded as int8 codes round them, its head its own."""
+    shutil.copytree(folder, to)
+    weights = load_file(folder / "model.safetensors")
+    weights.setdefault("diffusion_head.weight", weights["encoder.embed_tokens.weight"].clone())
+    for name, weight in weights.items():
+        if "_proj" in name or name == "diffusion_head.weight":
+            codes, scales = quantize(weight)
+            weights[name] = codes * scales[:, None]
+    save_file(weights, to / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    return to
 
 
 def test_bfloat16_runs_and_is_close(tiny_folder: Path, reference: Reference, forward: str) -> None:
