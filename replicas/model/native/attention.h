@@ -58,6 +58,22 @@ constexpr int MAX_SCORE_ROWS = 32;  // (query, query head) pairs of one task
 constexpr int CHUNK_TILES = 4;
 constexpr int MAX_HEAD_DIM = 256;
 
+// For R rows, how many tiles are scored, and how many times 16 of a value's dimensions summed, at once, so
+// that the sums stay in registers.
+#if defined(__AVX512F__)
+constexpr int MAX_SCORED = 8;
+template <int R>
+constexpr int SCORE_TILES = R <= 4 ? 4 : 1;
+template <int R>
+constexpr int VALUE_COLUMNS = 4;
+#else
+constexpr int MAX_SCORED = 4;
+template <int R>
+constexpr int SCORE_TILES = R == 1 ? 4 : R <= 3 ? 2 : 1;
+template <int R>
+constexpr int VALUE_COLUMNS = R == 1 ? 4 : R <= 3 ? 2 : 1;
+#endif
+
 // Scores of R rows against N tiles: out[r][16 a tile]. Few rows take several tiles at once, since one sum
 // after the other would wait for its own latency.
 template <class T, int R, int N>
@@ -72,7 +88,9 @@ inline void score_tiles(const uint32_t* const* tiles, int64_t num_units, const u
       for (int r = 0; r < R; r++) acc[r][n] = T::mac(acc[r][n], k, rows[r][d]);
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; r++) {
+#pragma GCC unroll 4
     for (int n = 0; n < N; n++) store(out + r * ldo + n * LANES, acc[r][n]);
   }
 }
@@ -80,12 +98,10 @@ inline void score_tiles(const uint32_t* const* tiles, int64_t num_units, const u
 template <class T, int R>
 inline void score_chunk(const uint32_t* const* tiles, int64_t count, int64_t num_units,
                         const uint32_t* const* rows, float* out, int64_t ldo) {
-  if constexpr (R <= 4) {
-    if (count == CHUNK_TILES) return score_tiles<T, R, CHUNK_TILES>(tiles, num_units, rows, out, ldo);
-  }
-  for (int64_t t = 0; t < count; t++) {
-    score_tiles<T, R, 1>(tiles + t, num_units, rows, out + t * LANES, ldo);
-  }
+  constexpr int N = SCORE_TILES<R>;
+  int64_t t = 0;
+  for (; t + N <= count; t += N) score_tiles<T, R, N>(tiles + t, num_units, rows, out + t * LANES, ldo);
+  for (; t < count; t++) score_tiles<T, R, 1>(tiles + t, num_units, rows, out + t * LANES, ldo);
 }
 
 // out[r][16 * V of head_dim] += probabilities [R][units] x values, over all tiles of a chunk.
@@ -93,7 +109,9 @@ template <class T, int R, int V>
 inline void add_values(const uint32_t* const* tiles, const int64_t* filled, int64_t count, int64_t ldv,
                        const uint32_t* probs, int64_t ldp, float* out) {
   Floats acc[R][V];
+#pragma GCC unroll 4
   for (int r = 0; r < R; r++) {
+#pragma GCC unroll 4
     for (int v = 0; v < V; v++) acc[r][v] = load<Floats>(out + r * MAX_HEAD_DIM + v * LANES);
   }
   for (int64_t t = 0; t < count; t++) {
@@ -108,7 +126,9 @@ inline void add_values(const uint32_t* const* tiles, const int64_t* filled, int6
       }
     }
   }
+#pragma GCC unroll 4
   for (int r = 0; r < R; r++) {
+#pragma GCC unroll 4
     for (int v = 0; v < V; v++) store(out + r * MAX_HEAD_DIM + v * LANES, acc[r][v]);
   }
 }
@@ -119,10 +139,10 @@ inline void add_values_of(const uint32_t* const* tiles, const int64_t* filled, i
   const uint32_t* at[CHUNK_TILES];
   for (int64_t d = 0; d < padded_dim;) {
     for (int64_t t = 0; t < count; t++) at[t] = tiles[t] + d;
-    if (d + 64 <= padded_dim) {
+    if (VALUE_COLUMNS<R> == 4 && d + 64 <= padded_dim) {
       add_values<T, R, 4>(at, filled, count, padded_dim, probs, ldp, out + d);
       d += 64;
-    } else if (d + 32 <= padded_dim) {
+    } else if (VALUE_COLUMNS<R> >= 2 && d + 32 <= padded_dim) {
       add_values<T, R, 2>(at, filled, count, padded_dim, probs, ldp, out + d);
       d += 32;
     } else {
@@ -157,7 +177,7 @@ void attend(const CacheShape& shape, const uint32_t* keys, const uint32_t* value
   const int64_t last = visible[num_rows - 1], first_limit = visible[0];
   const int64_t num_tiles =
       last / shape.page_size * shape.tiles_per_page + ceil_div(last % shape.page_size, LANES);
-  const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const Ints lane = lane_numbers();
 
   for (int64_t first = 0; first < num_tiles; first += CHUNK_TILES) {
     const int64_t count = std::min<int64_t>(CHUNK_TILES, num_tiles - first);
@@ -174,7 +194,7 @@ void attend(const CacheShape& shape, const uint32_t* keys, const uint32_t* value
         score_chunk<T, R>(k, count, shape.key_units, rows + r, scores[r], CHUNK);
       }
     };
-    score(std::integral_constant<int, 8>{});
+    if constexpr (MAX_SCORED == 8) score(std::integral_constant<int, 8>{});
     score(std::integral_constant<int, 4>{});
     score(std::integral_constant<int, 3>{});
     score(std::integral_constant<int, 2>{});
@@ -188,7 +208,7 @@ void attend(const CacheShape& shape, const uint32_t* keys, const uint32_t* value
       float* to = &scores[0][t * LANES];
       for (r = 0; r < num_rows; r++) {
         const int limit = (int)std::clamp<int64_t>(visible[r] - base, 0, filled[t]);
-        store(to + r * CHUNK, select(lane < limit, load<Floats>(to + r * CHUNK), splat(-INFINITY)));
+        store(to + r * CHUNK, select(lane < Ints{} + limit, load<Floats>(to + r * CHUNK), splat(-INFINITY)));
       }
       filled[t] = std::min(filled[t], last - base);
     }

@@ -331,7 +331,7 @@ class Forward {
 // The most probable token of a row, and log(sum(exp(logits))).
 void choose_row(float* logits, int64_t vocab, int64_t forbidden, int64_t* token, float* normaliser) {
   if (forbidden >= 0) logits[forbidden] = -INFINITY;
-  const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const Ints lane = lane_numbers();
   Floats best = splat(-INFINITY);
   Ints at{};
   int64_t i = 0;

@@ -6,13 +6,27 @@
 // Where W is int8 codes, each becomes an element as it is read, and a sum is scaled at its end.
 #pragma once
 
+#include <array>
+#include <utility>
+
 #include "pool.h"
 #include "vec.h"
 
 namespace triad {
 
 constexpr int BLOCK = 32;
-constexpr int MAX_ROWS = 12;  // 24 of the 32 registers hold sums
+
+// So many rows, and of each so many times 16 outputs, have their sums in registers at once: 24 of 32 with
+// AVX-512, 12 of 16 of half that width elsewhere.
+#if defined(__AVX512F__)
+constexpr int MAX_ROWS = 12;
+template <int M>
+constexpr int COLUMNS = 2;
+#else
+constexpr int MAX_ROWS = 6;
+template <int M>
+constexpr int COLUMNS = M <= 3 ? 2 : 1;
+#endif
 
 // packed: units, or int8 codes in their order; then row n is scales[n] times its codes (N padded to 32).
 // n, k: unpadded. Null: no such matrix; no scales: units.
@@ -31,41 +45,47 @@ struct Init {
 template <class T, bool CODES, int M>
 void sum_block(const Matrix& w, int64_t block, const uint32_t* x, int64_t ldx, Init init, float* out) {
   constexpr int64_t STEP = LANES * (CODES ? T::PER_UNIT : 4);
+  constexpr int N = COLUMNS<M>;
   const int64_t num_units = ceil_div(w.k, T::PER_UNIT);
-  const char* packed = (const char*)w.packed + block * num_units * 2 * STEP;
   const auto units = [](const char* at) { return CODES ? T::units((const int8_t*)at) : load<Units>(at); };
-  Floats acc[M][2];
-  for (int m = 0; m < M; m++) {
-    for (int v = 0; v < 2; v++) {
-      acc[m][v] = init.values ? load<Floats>(init.values + m * init.ld + v * LANES) : Floats{};
-    }
-  }
-  for (int64_t k = 0; k < num_units; k++, packed += 2 * STEP) {
-    const Units w0 = units(packed), w1 = units(packed + STEP);
-    if constexpr (M <= 4 || CODES) __builtin_prefetch(packed + 4096);
-    if constexpr (M <= 4 || CODES) __builtin_prefetch(packed + 4096 + STEP);
+  for (int first = 0; first < 2; first += N) {
+    const char* packed = (const char*)w.packed + block * num_units * 2 * STEP + first * STEP;
+    Floats acc[M][N];
 #pragma GCC unroll 12
     for (int m = 0; m < M; m++) {
-      const uint32_t unit = x[m * ldx + k];
-      acc[m][0] = T::mac(acc[m][0], w0, unit);
-      acc[m][1] = T::mac(acc[m][1], w1, unit);
+#pragma GCC unroll 2
+      for (int v = 0; v < N; v++) {
+        acc[m][v] = init.values ? load<Floats>(init.values + m * init.ld + (first + v) * LANES) : Floats{};
+      }
     }
-  }
-  for (int m = 0; m < M; m++) {
-    store(out + m * BLOCK, acc[m][0]);
-    store(out + m * BLOCK + LANES, acc[m][1]);
+    for (int64_t k = 0; k < num_units; k++, packed += 2 * STEP) {
+      Units weights[N];
+#pragma GCC unroll 2
+      for (int v = 0; v < N; v++) {
+        weights[v] = units(packed + v * STEP);
+        if constexpr (M <= 4 || CODES) __builtin_prefetch(packed + 4096 + v * STEP);
+      }
+#pragma GCC unroll 12
+      for (int m = 0; m < M; m++) {
+        const uint32_t unit = x[m * ldx + k];
+#pragma GCC unroll 2
+        for (int v = 0; v < N; v++) acc[m][v] = T::mac(acc[m][v], weights[v], unit);
+      }
+    }
+#pragma GCC unroll 12
+    for (int m = 0; m < M; m++) {
+#pragma GCC unroll 2
+      for (int v = 0; v < N; v++) store(out + m * BLOCK + (first + v) * LANES, acc[m][v]);
+    }
   }
 }
 
 using SumBlock = void (*)(const Matrix&, int64_t, const uint32_t*, int64_t, Init, float*);
 
 template <class T, bool CODES>
-constexpr SumBlock SUM_BLOCK[MAX_ROWS + 1] = {
-    nullptr,
-    sum_block<T, CODES, 1>,  sum_block<T, CODES, 2>,  sum_block<T, CODES, 3>,  sum_block<T, CODES, 4>,
-    sum_block<T, CODES, 5>,  sum_block<T, CODES, 6>,  sum_block<T, CODES, 7>,  sum_block<T, CODES, 8>,
-    sum_block<T, CODES, 9>,  sum_block<T, CODES, 10>, sum_block<T, CODES, 11>, sum_block<T, CODES, 12>,
-};
+constexpr auto SUM_BLOCK = []<size_t... M>(std::index_sequence<M...>) {
+  return std::array<SumBlock, MAX_ROWS + 1>{nullptr, sum_block<T, CODES, M + 1>...};
+}(std::make_index_sequence<MAX_ROWS>{});
 
 // sums [rows][32]: each times its scale, plus init. Compiled once, so that it is rounded alike for any rows.
 __attribute__((noinline)) inline void scale_sums(const float* scales, int64_t rows, Init init, float* sums) {
@@ -84,7 +104,7 @@ __attribute__((noinline)) inline void scale_sums(const float* scales, int64_t ro
 template <class T, class InitOf, class Finish>
 void linear(Pool& pool, const Matrix& w, int64_t rows, const uint32_t* x, int64_t ldx, const InitOf& init_of,
             const Finish& finish) {
-  const SumBlock* sum_block_of = w.scales ? SUM_BLOCK<T, true> : SUM_BLOCK<T, false>;
+  const auto& sum_block_of = w.scales ? SUM_BLOCK<T, true> : SUM_BLOCK<T, false>;
   const int64_t num_units = ceil_div(w.k, T::PER_UNIT), num_blocks = ceil_div(w.n, BLOCK);
   const int64_t num_slices = ceil_div(rows, 96);  // so that a prefill's activations stay in cache
   const int64_t group = std::max<int64_t>(

@@ -1,4 +1,4 @@
-// Sixteen lanes, and the two element types of weights, activations and K/V.
+// The two element types of weights, activations and K/V, and functions of sixteen lanes.
 //
 // Everything multiplied is kept in units of 4 bytes along the axis summed over: one float, or two
 // bfloat16. One multiply-accumulate takes 16 units of one operand and one unit of the other, so every
@@ -6,46 +6,12 @@
 #pragma once
 
 #include <cmath>
-#include <cstdint>
-#include <cstring>
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+
+#include "lanes.h"
 
 namespace triad {
 
-constexpr int LANES = 16;
-
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Units __attribute__((vector_size(64)));
-
-template <class V>
-inline V load(const void* from) {
-  V v;
-  std::memcpy(&v, from, sizeof(V));
-  return v;
-}
-
-template <class V>
-inline void store(void* to, V v) {
-  std::memcpy(to, &v, sizeof(V));
-}
-
-// Sixteen int8 codes.
-inline Floats widen(const int8_t* codes) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(codes)));
-#else  // in steps of twice the width, which GCC 12 keeps in vectors
-  typedef int8_t Codes __attribute__((vector_size(16)));
-  typedef int16_t Wider __attribute__((vector_size(32)));
-  const Wider wider = __builtin_convertvector(load<Codes>(codes), Wider);
-  return __builtin_convertvector(__builtin_convertvector(wider, Ints), Floats);
-#endif
-}
-
-inline Floats splat(float x) { return Floats{} + x; }
-inline Floats select(Ints mask, Floats a, Floats b) { return (Floats)((mask & (Ints)a) | (~mask & (Ints)b)); }
+[[gnu::always_inline]] inline Floats select(Ints mask, Floats a, Floats b) { return (Floats)((mask & (Ints)a) | (~mask & (Ints)b)); }
 inline Floats max(Floats a, Floats b) { return select(a > b, a, b); }
 
 inline float max_lane(Floats v) {
@@ -61,7 +27,7 @@ inline float sum_lanes(Floats v) {
 }
 
 // e^x to about 2 ulp; exactly 0 below -87, which is where masked scores (-inf) are.
-inline Floats exp(Floats x) {
+[[gnu::always_inline]] inline Floats exp(Floats x) {
   const Ints keep = x > splat(-87.0f);
   x = select(keep, x, splat(-87.0f));
   x = select(x < splat(88.0f), x, splat(88.0f));
@@ -87,7 +53,7 @@ struct Float32 {
   static Floats mac(Floats acc, Units w, uint32_t x) {
     float value;
     std::memcpy(&value, &x, 4);
-    return acc + (Floats)w * value;
+    return fused(acc, (Floats)w, splat(value));
   }
   static Units units(const int8_t* codes) { return (Units)widen(codes); }
   static Floats read(const Element* from) { return load<Floats>(from); }
@@ -104,20 +70,17 @@ struct BFloat16 {
 #if defined(__AVX512BF16__)
     return (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32((int)x));
 #else
-    return acc + (Floats)(w << 16) * read((Element)x) + (Floats)(w & 0xffff0000u) * read((Element)(x >> 16));
+    const Units both = Units{} + x;
+    acc = fused(acc, (Floats)(w << 16), (Floats)(both << 16));
+    return fused(acc, (Floats)(w & 0xffff0000u), (Floats)(both & 0xffff0000u));
 #endif
   }
   // codes: of the sixteen units' first elements, then of their second.
   static Units units(const int8_t* codes) { return (Units)widen(codes) >> 16 | (Units)widen(codes + LANES); }
-  static Floats read(const Element* from) {
-    typedef uint16_t Halves __attribute__((vector_size(32)));
-    return (Floats)(__builtin_convertvector(load<Halves>(from), Units) << 16);
-  }
+  static Floats read(const Element* from) { return (Floats)(widen(from) << 16); }
   static void write(Element* to, Floats v) {
-    typedef uint16_t Halves __attribute__((vector_size(32)));
     const Units bits = (Units)v;
-    const Units rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    store(to, __builtin_convertvector(rounded, Halves));
+    narrow(to, (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
   }
   static float read(Element x) {
     const uint32_t bits = (uint32_t)x << 16;
