@@ -1,6 +1,6 @@
 """A forward against what it can't be faster than: `python -m benchmarks.floor --checkpoint <folder>`.
 
-In one run, turn by turn: reading all weights of a forward once; its linear layers alone, as oneDNN runs
+In one run, turn by turn: reading all weights of a forward once; its linear layers alone, as torch runs
 them prepacked and as the native forward does, with int8 weights too; and of the checkpoint as it is and
 in int8, forwards with sampling and the engine's tokens a second. Every figure is the fastest
 turn, since other work on the machine only ever adds. `--cpu-time` counts the process's CPU time on one
@@ -25,6 +25,7 @@ from replicas.engine.plan import Segment, StepPlan
 from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.checkpoint import DTYPES
 from replicas.model.config import ModelConfig
+from replicas.model.linear import make_linear
 from replicas.model.native import structures
 from replicas.model.native.build import load_library
 from replicas.model.native.model import BLOCK, pack, pack_codes, quantize
@@ -38,7 +39,7 @@ GREEDY = SamplingParams(max_tokens=1)
 
 
 class Matrices:
-    """Random weights of a model's shapes, packed for oneDNN and for the native forward."""
+    """Random weights of a model's shapes, packed as torch's forward has them and for the native forward."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, num_threads: int):
         attention = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
@@ -65,7 +66,7 @@ class Matrices:
                 for (codes, scales), s in zip(self._codes, shapes, strict=True)
             ],
         }
-        self._onednn = [torch.ops.mkldnn._reorder_linear_weight(weight, None) for weight in weights]
+        self._torch = [make_linear(weight) for weight in weights]
         self._inputs = {(r, k): torch.randn(r, k).to(dtype) for r in ROWS for _, k in shapes}
         self._outputs = {(r, n): torch.empty(r, -(-n // BLOCK) * BLOCK) for r in ROWS for n, _ in shapes}
         self._library = load_library()
@@ -89,10 +90,10 @@ class Matrices:
                 ctypes.c_void_p(y.data_ptr()),
             )
 
-    def onednn(self, rows: int) -> None:
-        for packed, matrix in zip(self._onednn, self._matrices["native"], strict=True):
-            x = self._inputs[rows, matrix.k]
-            torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    def by_torch(self, rows: int) -> None:
+        """As torch's forward has them: prepacked by oneDNN, where that can the dtype on this processor."""
+        for linear, matrix in zip(self._torch, self._matrices["native"], strict=True):
+            linear(self._inputs[rows, matrix.k])
 
 
 def steps(num_sequences: int, num_tokens: int, page_size: int, causal: bool) -> StepPlan:
@@ -171,7 +172,7 @@ def main() -> None:
     torch.set_num_threads(num_threads)
     tasks: dict[str, Callable[[], object]] = {"read": matrices.read}
     for rows in ROWS:
-        tasks[f"onednn linears {rows}"] = partial(matrices.onednn, rows)
+        tasks[f"torch linears {rows}"] = partial(matrices.by_torch, rows)
         for name in runners:
             tasks[f"{name} linears {rows}"] = partial(matrices.native, rows, name)
     for what, plan in plans.items():
@@ -189,8 +190,8 @@ def main() -> None:
             )
     found |= {
         "step of 1 / read": found["step of 1"] / found["read"],
-        "step of 32 / onednn linears 32": found["step of 32"] / found["onednn linears 32"],
-        "block of 32 / onednn linears 32": found["block of 32"] / found["onednn linears 32"],
+        "step of 32 / torch linears 32": found["step of 32"] / found["torch linears 32"],
+        "block of 32 / torch linears 32": found["block of 32"] / found["torch linears 32"],
     }
     kind = "CPU ms" if options.cpu_time else "ms"
     print(

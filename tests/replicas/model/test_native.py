@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import platform
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +68,44 @@ def test_a_row_does_not_depend_on_the_batch(tiny_folder: Path, dtype: str, quant
         for low, high in itertools.pairwise((0, 1, 2, 9, 25))
     ]
     assert torch.equal(torch.cat(chunks), rows)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="builds for kinds of x86")
+@pytest.mark.parametrize("kind", ["haswell", "x86-64"])
+@pytest.mark.parametrize(
+    ("dtype", "quantization"), [("float32", None), ("bfloat16", None), ("bfloat16", "int8")]
+)
+def test_built_for_a_narrower_processor(
+    tiny_folder: Path,
+    fresh_build: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    dtype: str,
+    quantization: str | None,
+) -> None:
+    """Vectors of 8 and of 4 lanes give what this machine's own build gives, whatever the batch."""
+    if kind == "haswell" and " avx2 " not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has no AVX2")
+
+    def load() -> LogitsProbe:
+        return LogitsProbe(
+            poisoned_runner(
+                tiny_folder, "native", page_size=16, num_pages=60, dtype=dtype, quantization=quantization
+            )
+        )
+
+    own = load()
+    expected = own(*some_segments(Pages(60, 16), own))
+    flags = tuple(flag for flag in build._FLAGS if not flag.startswith("-march"))
+    monkeypatch.setattr(build, "_FLAGS", (*flags, f"-march={kind}"))
+    build.load_library.cache_clear()
+    probe = load()
+    segments = some_segments(Pages(60, 16), probe)
+    found = probe(*segments)
+    tolerance = 1e-4 if dtype == "float32" else 0.05
+    for part, rows, wanted in zip(segments, found, expected, strict=True):
+        torch.testing.assert_close(rows, wanted, rtol=tolerance, atol=tolerance)
+        assert torch.equal(probe(part)[0], rows)
 
 
 def test_threads_do_not_change_results(tiny_folder: Path) -> None:
