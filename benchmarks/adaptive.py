@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.load import PROMPTS as QUESTIONS
-from benchmarks.modes import CHECKPOINT, prompts
+from benchmarks.modes import CHECKPOINT
 from policies.cost import StepCost
 from policies.modes import DecodePlan, Mode
 from replicas.calibration import calibrate
@@ -23,6 +23,7 @@ from replicas.engine.engine import Engine
 from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.runner import TorchRunner
 from replicas.text import TextCodec
+from replicas.training.tasks.registry import FAMILIES, held_out_tasks
 
 FIXED = (1, 4, 8, 16, 32)
 """Block lengths; 1 is ar."""
@@ -32,17 +33,25 @@ NUM_PROMPTS = 104
 MAX_TOKENS = 120
 
 
-def workloads(codec: TextCodec) -> dict[str, list[list[int]]]:
-    """The held-out prompts of benchmarks.modes, and the same with every second one a question that the
-    embedded model has not learned to answer, so that its drafts survive less often."""
-    known = prompts(codec)
+def texts() -> dict[str, list[str]]:
+    """Prompts: held-out ones of the embedded model's task families, which alternate; and the same with every
+    second one a question that the model has not learned to answer, so that its drafts survive less often."""
+    turns = zip(*(held_out_tasks(family, 8) for family in FAMILIES), strict=True)
+    known = [task.prompt for turn in turns for task in turn]
     foreign = [
-        codec.encode(({"role": "user", "content": f"{opening}{question}"},))
+        f"{opening}{question}"
         for opening in ("", "Please: ", "Tell me. ", "I ask you: ", "Now, ")
         for question in QUESTIONS
     ]
     mixed = [prompt for pair in zip(known, foreign, strict=False) for prompt in pair]
-    return {"held-out": known[:NUM_PROMPTS], "mixed": mixed[:NUM_PROMPTS]}
+    return {"held-out": known, "mixed": mixed}
+
+
+def workloads(codec: TextCodec) -> dict[str, list[list[int]]]:
+    return {
+        name: [codec.encode(({"role": "user", "content": prompt},)) for prompt in prompts[:NUM_PROMPTS]]
+        for name, prompts in texts().items()
+    }
 
 
 def measure(

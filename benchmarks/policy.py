@@ -19,18 +19,21 @@ import json
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from benchmarks.adaptive import texts
 from benchmarks.load import Answered, LoadError, complete
 from benchmarks.processes import Triad
-from replicas.training.tasks.registry import FAMILIES, held_out_tasks
+from benchmarks.replica_alone import ReplicaAlone, replica_alone
+from policies.modes import Mode
+from replicas.messages import DecodingOptions
 
 RESULTS = Path(__file__).parent / "results"
 RAW = RESULTS / "policy-cpu.jsonl"
-AUTO = ("cost_model", "threshold")
+AUTO = ("cost_model", "threshold", "cost_model adaptive")
 FIXED: dict[str, dict[str, Any]] = {
     "ar": {"mode": "ar"},
     **{
@@ -41,6 +44,7 @@ FIXED: dict[str, dict[str, Any]] = {
 }
 MODEL = "triad-5m"
 TIMEOUT_S = 120.0
+MAX_TOKENS = 200
 LEVELS = (1, 2, 4, 8, 16, 32)
 RAMP = (1, 2, 4, 8, 16, 32, 16, 8, 4, 2, 1)
 SQUARE = (1, 32) * 3
@@ -50,6 +54,8 @@ SQUARE = (1, 32) * 3
 class Row:
     """One contender's window. tpot_ms: a token after the first, over requests that ended in it."""
 
+    where: str
+    workload: str
     part: str
     contender: str
     concurrency: int
@@ -64,16 +70,54 @@ class Row:
     num_errors: int
 
 
+class Target(Protocol):
+    async def complete(self, prompt: str, decoding: Mapping[str, Any]) -> Answered:
+        """Raises LoadError or OSError."""
+        ...
+
+    async def prepare(self, contender: str) -> None:
+        """Before a window of this contender."""
+        ...
+
+
+class OverHttp:
+    def __init__(self, port: int):
+        self._port = port
+
+    async def complete(self, prompt: str, decoding: Mapping[str, Any]) -> Answered:
+        extra = {"ignore_eos": False, "decoding": decoding}
+        return await complete(self._port, MODEL, prompt, MAX_TOKENS, extra)
+
+    async def prepare(self, contender: str) -> None:
+        pass
+
+
+class InProcess:
+    def __init__(self, replica: ReplicaAlone):
+        self._replica = replica
+
+    async def complete(self, prompt: str, decoding: Mapping[str, Any]) -> Answered:
+        options = dict(decoding)
+        mode = Mode(options.pop("mode")) if "mode" in options else None
+        return await self._replica.complete(prompt, MAX_TOKENS, DecodingOptions(mode, **options))
+
+    async def prepare(self, contender: str) -> None:
+        if contender not in FIXED:
+            policy, _, adaptive = contender.partition(" ")
+            self._replica.set_policy(policy, is_adaptive=bool(adaptive))
+        else:
+            self._replica.set_policy("ar", is_adaptive=False)
+
+
 class Clients:
     """A closed loop of as many clients as are asked for."""
 
-    def __init__(self, port: int):
-        self._port = port
-        turns = zip(*(held_out_tasks(family, 8) for family in FAMILIES), strict=True)
-        self._prompts = itertools.cycle([task.prompt for turn in turns for task in turn])
+    def __init__(self, target: Target, prompts: list[str]):
+        self._target = target
+        self._prompts = itertools.cycle(prompts)
 
     async def run(
-        self, decoding: dict[str, Any], concurrency: int, seconds: float
+        self, decoding: Mapping[str, Any], concurrency: int, seconds: float
     ) -> tuple[list[Answered], int]:
         """The answers begun in this window, waited for past its end; how many failed."""
         answers: list[Answered] = []
@@ -83,10 +127,9 @@ class Clients:
         async def client() -> None:
             nonlocal num_errors
             while time.monotonic() < ends_s:
-                extra = {"ignore_eos": False, "decoding": decoding}
                 try:
                     async with asyncio.timeout(TIMEOUT_S):
-                        answers.append(await complete(self._port, MODEL, next(self._prompts), 200, extra))
+                        answers.append(await self._target.complete(next(self._prompts), decoding))
                 except (LoadError, OSError):
                     num_errors += 1
 
@@ -95,15 +138,17 @@ class Clients:
 
 
 async def window(
-    clients: Clients, part: str, contender: str, concurrency: int, turn: int, seconds: float
+    clients: Clients, options: argparse.Namespace, contender: str, concurrency: int, turn: int
 ) -> Row:
     began_s = time.monotonic()
-    answers, num_errors = await clients.run(FIXED.get(contender, {}), concurrency, seconds)
+    answers, num_errors = await clients.run(FIXED.get(contender, {}), concurrency, options.seconds)
     elapsed_s = time.monotonic() - began_s
     tpots = sorted(1000.0 * (a.total_s - a.ttft_s) / (a.num_tokens - 1) for a in answers if a.num_tokens > 1)
     tokens = sum(a.num_tokens for a in answers)
     return Row(
-        part,
+        options.where,
+        options.workload,
+        options.part,
         contender,
         concurrency,
         turn,
@@ -118,20 +163,29 @@ async def window(
     )
 
 
-async def measure(port: int, contenders: tuple[str, ...], options: argparse.Namespace) -> None:
-    """levels: contenders alternate at each concurrency. ramp, square: each runs its schedule whole."""
-    clients = Clients(port)
+async def measure(target: Target, contenders: tuple[str, ...], options: argparse.Namespace) -> None:
+    """levels: contenders alternate at each concurrency, and each comes first in its turn. ramp, square: each
+    runs its schedule whole."""
+    clients = Clients(target, texts()[options.workload])
     await clients.run({}, 4, options.warmup)
     schedule = {"levels": options.levels, "ramp": RAMP, "square": SQUARE}[options.part]
     for turn in range(options.turns):
-        order = [(name, c) for c in schedule for name in contenders]
-        if options.part != "levels":
-            order = [(name, c) for name in contenders for c in schedule]
+        order = [(name, c) for name in _rotated(contenders, turn) for c in schedule]
+        if options.part == "levels":
+            order = [
+                (name, c) for step, c in enumerate(schedule) for name in _rotated(contenders, turn + step)
+            ]
         for contender, concurrency in order:
-            row = await window(clients, options.part, contender, concurrency, turn, options.seconds)
+            await target.prepare(contender)
+            row = await window(clients, options, contender, concurrency, turn)
             print(f"{row.contender:<20} {concurrency:>3} {row.tokens_per_s:>8} tokens/s", flush=True)
             with options.raw.open("a") as file:
                 file.write(json.dumps(asdict(row)) + "\n")
+
+
+def _rotated(contenders: tuple[str, ...], by: int) -> tuple[str, ...]:
+    by %= len(contenders)
+    return contenders[by:] + contenders[:by]
 
 
 def rows_of(path: Path) -> Iterator[dict[str, Any]]:
@@ -146,11 +200,11 @@ def report(raw: Path, folder: Path) -> str:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    by_part: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    by_part: defaultdict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in rows_of(raw):
-        by_part[row["part"]].append(row)
+        by_part[row["where"], row["workload"], row["part"]].append(row)
     tables = []
-    for part, rows in by_part.items():
+    for (where, workload, part), rows in by_part.items():
         contenders = list(dict.fromkeys(row["contender"] for row in rows))
         figure, axes = pyplot.subplots(figsize=(8, 4.5))
         if part == "levels":
@@ -172,12 +226,12 @@ def report(raw: Path, folder: Path) -> str:
                 lines.append(f"| {name} | {sum(row['tokens'] for row in own):,.0f} |")
                 axes.plot([row["tokens_per_s"] for row in own], marker="o", label=name)
             axes.set_xlabel(f"window of the {part}")
-        axes.set_ylabel("tokens/s")
+        axes.set_ylabel(f"tokens/s ({where}, {workload} prompts)")
         axes.legend(fontsize=7)
         figure.tight_layout()
-        figure.savefig(folder / f"policy-{part}.png", dpi=120)
+        figure.savefig(folder / f"policy-{part}-{where}-{workload}.png", dpi=120)
         pyplot.close(figure)
-        tables.append("\n".join(lines))
+        tables.append("\n".join([f"{where}, {workload} prompts", "", *lines]))
     return "\n\n".join(tables)
 
 
@@ -193,22 +247,34 @@ def _median(rows: list[dict[str, Any]], contender: str, concurrency: int) -> flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--part", choices=("levels", "ramp", "square", "report"), required=True)
-    parser.add_argument("--policy", choices=AUTO, nargs="+", default=list(AUTO))
+    parser.add_argument("--where", choices=("http", "replica"), default="http")
+    parser.add_argument("--workload", choices=("held-out", "mixed"), default="held-out")
+    parser.add_argument("--policy", choices=AUTO, nargs="+", default=None)
     parser.add_argument("--fixed", choices=list(FIXED), nargs="*", default=list(FIXED))
     parser.add_argument("--levels", type=int, nargs="+", default=list(LEVELS))
     parser.add_argument("--seconds", type=float, default=6.0, help="of one window")
     parser.add_argument("--warmup", type=float, default=10.0, help="seconds at first, not counted")
     parser.add_argument("--turns", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of a replica in this process")
     parser.add_argument("--triad", nargs="*", default=[], help="further key=value of its configuration")
     parser.add_argument("--raw", type=Path, default=RAW, help="rows are appended to this file")
     options = parser.parse_args()
     if options.part == "report":
         print(report(options.raw, options.raw.parent))
-        return
-    for number, policy in enumerate(options.policy):
-        with Triad("num_replicas=1", f"policy={policy}", *options.triad) as server:
-            contenders = (policy, *(options.fixed if number == 0 else ()))
-            asyncio.run(measure(server.port, contenders, options))
+    elif options.where == "replica":
+        asyncio.run(measure_in_process((*(options.policy or AUTO), *options.fixed), options))
+    else:
+        for number, policy in enumerate(options.policy or AUTO[:2]):
+            adaptive = ("adaptive_speculation=true",) if policy.endswith("adaptive") else ()
+            name = f"policy={policy.partition(' ')[0]}"
+            with Triad("num_replicas=1", name, *adaptive, *options.triad) as server:
+                contenders = (policy, *(options.fixed if number == 0 else ()))
+                asyncio.run(measure(OverHttp(server.port), contenders, options))
+
+
+async def measure_in_process(contenders: tuple[str, ...], options: argparse.Namespace) -> None:
+    async with replica_alone(options.threads) as replica:
+        await measure(InProcess(replica), contenders, options)
 
 
 if __name__ == "__main__":

@@ -118,6 +118,7 @@ class Triad(ServerProcess):
     """`serve run` as an operator would; arguments: key=value of ClusterConfig. Entered, it is ready."""
 
     def __init__(self, *arguments: str, port: int | None = None, env: Mapping[str, str] | None = None):
+        from cluster.environment import serving_environment
         from cluster.serve_file import serve_file
 
         port = port or free_port()
@@ -125,8 +126,7 @@ class Triad(ServerProcess):
         file = folder / "serve.yaml"
         file.write_text(serve_file([f"port={port}", *arguments]))
         command = [str(Path(sys.executable).with_name("serve")), "run", str(file)]
-        # Ray gives its workers a low priority, which on a busy machine is none at all.
-        ray = {"RAY_TMPDIR": str(folder), "RAY_worker_niceness": "0"}
+        ray = {"RAY_TMPDIR": str(folder), **serving_environment(folder)}
         super().__init__(command, port, "/readyz", ray | dict(env or {}), folder)
 
     def __enter__(self) -> Self:

@@ -4,12 +4,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# Ray starts its workers with a low priority, which suits batch jobs and not servers.
-export RAY_worker_niceness="${RAY_worker_niceness:-0}"
 port="${PORT:-8000}"
-# May hold the password of redis_url; mktemp makes it readable to its owner only.
-file="$(mktemp)"
-trap 'rm -f "$file"' EXIT
+# The file in it may hold the password of redis_url; mktemp makes it its owner's only.
+folder="$(mktemp -d /tmp/triad-XXXXXX)"
+trap 'rm -rf "$folder"' EXIT
+file="$folder/serve.yaml"
+exports="$(python -m cluster.environment "$folder")"
+eval "$exports"
 python -m cluster.serve_file "port=$port" "model=${MODEL:-}" "dtype=${DTYPE:-}" "num_replicas=${REPLICAS:-}" \
   "redis_url=${REDIS_URL:-}" "policy=${POLICY:-}" >"$file"
 

@@ -298,9 +298,12 @@ class Scheduler:
         kept = len(allowed)
         return replace(ask, token_ids=ask.token_ids[: first + kept], wanted=ask.wanted[:kept]), allowed
 
-    def _note_round(self, sequence: Sequence) -> None:
+    def _note_round(self, sequence: Sequence, made_by: Round) -> None:
         made = sequence.round_made()
-        if made.plan.mode is not Mode.AR:
+        length = made_by.shortened_to
+        if length is not None and length > 1:  # nothing is known of what it left out
+            made = made._replace(plan=replace(made.plan, block_length=length))
+        if made.plan.mode is not Mode.AR and length != 1:
             self.rounds.append(made)
         if sequence.is_probing and self._is_probing:
             self._is_probing = False
@@ -357,7 +360,7 @@ class Scheduler:
         if current is not None:
             self.tokens_by_mode[mode] += len(taken)
             if sequence.round is None or reason is not None:
-                self._note_round(sequence)
+                self._note_round(sequence, current)
         return Progress(sequence, taken, logprobs[: len(taken)], reason)
 
 

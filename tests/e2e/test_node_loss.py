@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from benchmarks.processes import ServerProcess, free_port, short_folder
+from cluster.environment import serving_environment
 from tests.e2e.clients import all_fresh, chat, complete, state_of, stream, text_of
 from tests.eventually import eventually
 
@@ -19,13 +20,15 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 async def test_a_lost_node_takes_its_own_streams_only_and_the_service_goes_on() -> None:
     port = free_port()
     folder = short_folder()
-    env = {"RAY_TMPDIR": str(folder), "RAY_worker_niceness": "0"}
+    env = {"RAY_TMPDIR": str(folder), **serving_environment(folder)}
     command = [sys.executable, "-m", "tests.e2e.two_nodes", str(port)]
     with ServerProcess(command, port, "/readyz", env, folder) as server:
         await asyncio.to_thread(server.wait_until_ready)
         async with httpx.AsyncClient(base_url=server.url, timeout=120.0) as client:
             await eventually(lambda: all_fresh(client), within_s=120, every_s=0.2, what="both replicas")
-            body = chat("Write a short story about Anna.", max_tokens=900, decoding={"mode": "ar"})
+            body = chat(
+                "Write a short story about Anna.", max_tokens=900, ignore_eos=True, decoding={"mode": "ar"}
+            )
             whole = chat("Write a short story about a fox.", max_tokens=200, decoding={"mode": "ar"})
             expected, expected_whole = await stream(client, body), await complete(client, whole)
 

@@ -55,12 +55,12 @@ def begin_round(
         return ArRound(start, seed)
     assert spec.mask_token_id is not None, "a model without a mask token has only the mode ar"
     if plan.mode is Mode.SELF_SPECULATION:
-        length = min(block_length, sequence.num_remaining)
+        length = most = min(block_length, sequence.num_remaining)
         if sequence.decoding.block_length is None:
-            length = speculation.block_length(sequence.acceptance, length, traffic)
+            length = speculation.block_length(sequence.acceptance, most, traffic)
         temperature = sequence.sampling.temperature
         return SelfSpeculationRound(
-            start, seed, length, spec.mask_token_id, speculation, sequence.acceptance, temperature
+            start, seed, length, spec.mask_token_id, speculation, sequence.acceptance, temperature, most
         )
     eos = frozenset() if sequence.sampling.ignore_eos else spec.eos_token_ids
     max_steps = sequence.decoding.max_steps or block_length

@@ -44,6 +44,11 @@ class Round(ABC):
     mode: Mode
     start: int
 
+    @property
+    def shortened_to(self) -> int | None:
+        """The block length it came to, where that was made less than could be, since more did not pay."""
+        return None
+
     @abstractmethod
     def ask(self) -> Ask: ...
 

@@ -16,6 +16,7 @@ class SelfSpeculationRound(Round):
     """block_length 1 has nothing to draft and is an AR step.
 
     acceptance: the sequence's own estimate; like speculation's, the round tells it how it went.
+    most: what the block could have been.
     """
 
     mode = Mode.SELF_SPECULATION
@@ -29,8 +30,10 @@ class SelfSpeculationRound(Round):
         speculation: Speculation,
         acceptance: Acceptance,
         temperature: float,
+        most: int,
     ):
         self.start = start
+        self._most = most
         self._seed = seed
         self._masks = (mask_token_id,) * (block_length - 1)
         self._draft: tuple[int, ...] | None = None if self._masks else ()
@@ -39,6 +42,11 @@ class SelfSpeculationRound(Round):
         self._speculation = speculation
         self._acceptance = acceptance
         self._temperature = temperature
+
+    @property
+    def shortened_to(self) -> int | None:
+        length = 1 + self._num_kept
+        return length if length < self._most else None
 
     def ask(self) -> Ask:
         if self._draft is None:

@@ -1,0 +1,68 @@
+"""What Ray has to find in the environment when it starts: `eval "$(python -m cluster.environment FOLDER)"`.
+
+Serve's own proxy is a Python process that every chunk of every stream goes through. With these, HAProxy
+stands in its place, which Ray brings along, and clients reach the ingresses through it.
+"""
+
+import os
+import shlex
+import socket
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+LONGEST_STREAM_S = 3600
+"""When ingresses come and go HAProxy starts anew beside its old self, which ends what it has begun."""
+LEAST_DRAIN_S = 1
+"""For how long an ingress that is to end still answers: HAProxy has stopped sending by then."""
+
+OWN_PORTS = (
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+)
+
+
+def serving_environment(folder: Path) -> dict[str, str]:
+    """folder: the cluster's own on this machine, absent or not; its path short, for sockets lie in it.
+
+    What the environment has already stays as it is.
+    """
+    haproxy = folder / "h"
+    wanted = {
+        # Ray starts its workers with a low priority, which suits batch jobs and not servers.
+        "RAY_worker_niceness": "0",
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, (os.cpu_count() or 1) // 2))),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM_S),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(LEAST_DRAIN_S),
+    }
+    # Of a cluster's own: sent to the port of another one's, a request would be answered by that.
+    wanted |= dict(zip(OWN_PORTS, map(str, _free_ports(len(OWN_PORTS))), strict=True))
+    return {name: os.environ.get(name, value) for name, value in wanted.items()}
+
+
+def _free_ports(count: int) -> list[int]:
+    """All different: each stays taken until the last is found."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m cluster.environment FOLDER")
+    for name, value in serving_environment(Path(sys.argv[1])).items():
+        print(f"export {name}={shlex.quote(value)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.environment import OWN_PORTS, serving_environment
+
+LONGEST_SOCKET = 107
+NODE_ID = "f" * 56
+"""Ray makes a folder of this name for each node."""
+
+
+def test_two_clusters_on_a_machine_share_no_port_and_no_file(tmp_path: Path) -> None:
+    first, second = serving_environment(tmp_path / "1"), serving_environment(tmp_path / "2")
+    ports = [environment[name] for environment in (first, second) for name in OWN_PORTS]
+    assert len(set(ports[: len(OWN_PORTS)])) == len(OWN_PORTS)
+    files = {name for name, value in first.items() if str(tmp_path) in value}
+    assert len(files) == 5
+    assert all(first[name] != second[name] for name in files)
+
+
+def test_what_is_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "0")
+    assert serving_environment(Path("/tmp/t"))["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
+
+
+def test_a_shell_takes_it() -> None:
+    """And the sockets of a folder such as serve.sh makes are short enough for the kernel."""
+    folder = "/tmp/triad-XXXXXX"
+    command = f'eval "$({sys.executable} -m cluster.environment {folder})"; env'
+    shown = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
+    environment = dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
+    assert environment["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    folder_of_node, name = environment["RAY_SERVE_HAPROXY_SOCKET_PATH"].rsplit("/", 1)
+    assert len(f"{folder_of_node}/{NODE_ID}/{name}") + len(".12345.tmp") <= LONGEST_SOCKET
