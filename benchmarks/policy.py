@@ -1,9 +1,10 @@
-"""Policies against fixed modes over HTTP: `python -m benchmarks.policy --part levels|ramp|square`.
+"""Policies against fixed modes: `python -m benchmarks.policy --part levels|ramp|square`.
 
-A real server with the embedded checkpoint on one replica, and clients in a closed loop that answer
-held-out prompts, on the same machine. Fixed modes are requests that pin their mode; `cost_model` and
-`threshold` are servers of that policy. Within a part the contenders take turns, a window each, and
-that several times over.
+A real server with the embedded checkpoint on one replica, and clients in a closed loop with held-out
+prompts, on the same machine. Fixed modes are requests that pin their mode; `cost_model` and `threshold` are
+servers of that policy. Within a part the contenders take turns, a window each, and that several times over.
+`--where replica` leaves HTTP and Serve out: the replica is in this process. `--workload mixed` has every
+second prompt one that the model has not learned to answer, so that its drafts seldom survive.
 
     levels   tokens/s and TPOT at steady concurrency
     ramp     1 -> 32 -> 1 clients, in steps, all contenders over the same minutes
@@ -213,10 +214,17 @@ def report(raw: Path, folder: Path) -> str:
                 f"| tokens/s at concurrency | {' | '.join(map(str, levels))} |",
                 "|---" * (len(levels) + 1) + "|",
             ]
+            paces = [lines[0].replace("tokens/s", "TPOT p50 / p95, ms,"), lines[1]]
             for name in contenders:
-                means = [_median(rows, name, level) for level in levels]
+                means = [_median(rows, name, level, "tokens_per_s") for level in levels]
                 lines.append(f"| {name} | {' | '.join(f'{mean:,.0f}' for mean in means)} |")
                 axes.plot(levels, means, marker="o", label=name, linewidth=3 if name in AUTO else 1)
+                tpots = [
+                    " / ".join(f"{_median(rows, name, c, f'tpot_{p}_ms'):.1f}" for p in ("p50", "p95"))
+                    for c in levels
+                ]
+                paces.append(f"| {name} | {' | '.join(tpots)} |")
+            lines += ["", *paces]
             axes.set_xscale("log", base=2)
             axes.set_xlabel("concurrency")
         else:
@@ -235,11 +243,11 @@ def report(raw: Path, folder: Path) -> str:
     return "\n\n".join(tables)
 
 
-def _median(rows: list[dict[str, Any]], contender: str, concurrency: int) -> float:
+def _median(rows: list[dict[str, Any]], contender: str, concurrency: int, what: str) -> float:
     found = [
-        row["tokens_per_s"]
+        row[what]
         for row in rows
-        if (row["contender"], row["concurrency"]) == (contender, concurrency)
+        if (row["contender"], row["concurrency"]) == (contender, concurrency) and row[what] is not None
     ]
     return statistics.median(found) if found else float("nan")
 

@@ -107,6 +107,25 @@ def test_the_engine_notes_how_texts_end() -> None:
     assert texts.accepted <= sum(sequence.num_completion_tokens for sequence in sequences)
 
 
+@pytest.mark.parametrize("cost", [FLAT, STEEP])
+def test_a_round_cut_short_says_so(cost: StepCost) -> None:
+    """Of what it left out nothing is known, so a yield must not count it as refused."""
+    engine = Engine(ScriptedRunner(num_pages=200), adaptive_speculation=True)
+    engine.set_step_cost(cost)
+    engine.set_plan(DecodePlan(Mode.SELF_SPECULATION, 32), "test")
+    for k in range(8):
+        engine.submit(f"r{k}", [5 + k, 9], SamplingParams(max_tokens=90, ignore_eos=True))
+    while engine.has_work:
+        engine.step()
+    rounds = list(engine.scheduler.rounds)
+    assert all(2 <= made.plan.block_length <= 32 for made in rounds)
+    assert all(1 <= made.tokens <= made.plan.block_length for made in rounds)
+    if cost is FLAT:
+        assert any(made.plan.block_length < 32 for made in rounds)
+    else:  # drafts don't pay, and single tokens are no rounds of speculation
+        assert sum(made.tokens for made in rounds) < 8 * 89 / 4
+
+
 def test_what_was_given_up_is_tried_again() -> None:
     speculation, own = Speculation(cost=FLAT), Acceptance(0.0, 50.0)
     num_waited = 0
