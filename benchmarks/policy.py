@@ -237,7 +237,7 @@ def report(raw: Path, folder: Path) -> str:
         axes.set_ylabel(f"tokens/s ({where}, {workload} prompts)")
         axes.legend(fontsize=7)
         figure.tight_layout()
-        figure.savefig(folder / f"policy-{part}-{where}-{workload}.png", dpi=120)
+        figure.savefig(folder / f"policy-{where}-{workload}-{part}.png", dpi=120)
         pyplot.close(figure)
         tables.append("\n".join([f"{where}, {workload} prompts", "", *lines]))
     return "\n\n".join(tables)
