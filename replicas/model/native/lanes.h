@@ -14,14 +14,17 @@ namespace triad {
 
 constexpr int LANES = 16;
 
+// A call would hand lanes over in memory.
+#define TRIAD_INLINE [[gnu::always_inline]] inline
+
 #if defined(__AVX512F__)
 
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Units __attribute__((vector_size(64)));
 
-inline Floats splat(float x) { return Floats{} + x; }
-inline Floats fused(Floats acc, Floats a, Floats b) { return acc + a * b; }
+TRIAD_INLINE Floats splat(float x) { return Floats{} + x; }
+TRIAD_INLINE Floats fused(Floats acc, Floats a, Floats b) { return acc + a * b; }
 
 #else
 
@@ -36,23 +39,23 @@ struct Parts {
   typedef E Part __attribute__((vector_size(4 * WIDTH)));
   Part part[COUNT];
 
-  E operator[](int lane) const { return part[lane / WIDTH][lane % WIDTH]; }
+  TRIAD_INLINE E operator[](int lane) const { return part[lane / WIDTH][lane % WIDTH]; }
 
   // The same bits as another type.
   template <class F>
-  explicit operator Parts<F>() const {
-    return apply<F>([](Part a) { return (typename Parts<F>::Part)a; }, *this);
+  TRIAD_INLINE explicit operator Parts<F>() const {
+    return apply<F>([](Part a) __attribute__((always_inline)) { return (typename Parts<F>::Part)a; }, *this);
   }
 
   template <class F, class Do, class... More>
-  static Parts<F> apply(const Do& what, const Parts& first, const More&... more) {
+  TRIAD_INLINE static Parts<F> apply(const Do& what, const Parts& first, const More&... more) {
     Parts<F> made;
 #pragma GCC unroll 4
     for (int i = 0; i < COUNT; i++) made.part[i] = what(first.part[i], more.part[i]...);
     return made;
   }
 
-  static Parts all(E x) {
+  TRIAD_INLINE static Parts all(E x) {
     Parts made;
 #pragma GCC unroll 4
     for (int i = 0; i < COUNT; i++) made.part[i] = x - Part{};  // x + 0 would be an addition, for x = -0
@@ -66,11 +69,11 @@ using Units = Parts<uint32_t>;
 
 #define TRIAD_BINARY(op)                                                                               \
   template <class E>                                                                                   \
-  inline Parts<E> operator op(Parts<E> a, Parts<E> b) {                                                \
-    return Parts<E>::template apply<E>([](auto x, auto y) { return x op y; }, a, b);                   \
+  TRIAD_INLINE Parts<E> operator op(Parts<E> a, Parts<E> b) {                                                \
+    return Parts<E>::template apply<E>([](auto x, auto y) __attribute__((always_inline)) { return x op y; }, a, b);                   \
   }                                                                                                    \
   template <class E>                                                                                   \
-  inline Parts<E> operator op(Parts<E> a, E b) {                                                       \
+  TRIAD_INLINE Parts<E> operator op(Parts<E> a, E b) {                                                       \
     return a op Parts<E>::all(b);                                                                      \
   }
 TRIAD_BINARY(+)
@@ -83,39 +86,39 @@ TRIAD_BINARY(|)
 
 #define TRIAD_COMPARE(op)                                                                              \
   template <class E>                                                                                   \
-  inline Ints operator op(Parts<E> a, Parts<E> b) {                                                    \
-    return Parts<E>::template apply<int32_t>([](auto x, auto y) { return x op y; }, a, b);             \
+  TRIAD_INLINE Ints operator op(Parts<E> a, Parts<E> b) {                                                    \
+    return Parts<E>::template apply<int32_t>([](auto x, auto y) __attribute__((always_inline)) { return x op y; }, a, b);             \
   }
 TRIAD_COMPARE(<)
 TRIAD_COMPARE(>)
 #undef TRIAD_COMPARE
 
 template <class E>
-inline Parts<E> operator<<(Parts<E> a, int by) {
-  return Parts<E>::template apply<E>([by](auto x) { return x << by; }, a);
+TRIAD_INLINE Parts<E> operator<<(Parts<E> a, int by) {
+  return Parts<E>::template apply<E>([by](auto x) __attribute__((always_inline)) { return x << by; }, a);
 }
 
 template <class E>
-inline Parts<E> operator>>(Parts<E> a, int by) {
-  return Parts<E>::template apply<E>([by](auto x) { return x >> by; }, a);
+TRIAD_INLINE Parts<E> operator>>(Parts<E> a, int by) {
+  return Parts<E>::template apply<E>([by](auto x) __attribute__((always_inline)) { return x >> by; }, a);
 }
 
 template <class E>
-inline Parts<E> operator~(Parts<E> a) {
-  return Parts<E>::template apply<E>([](auto x) { return ~x; }, a);
+TRIAD_INLINE Parts<E> operator~(Parts<E> a) {
+  return Parts<E>::template apply<E>([](auto x) __attribute__((always_inline)) { return ~x; }, a);
 }
 
-inline Floats operator-(Floats a) { return Floats{} - a; }
-inline Floats& operator+=(Floats& a, Floats b) { return a = a + b; }
-inline Units& operator+=(Units& a, Units b) { return a = a + b; }
-inline Floats& operator*=(Floats& a, Floats b) { return a = a * b; }
+TRIAD_INLINE Floats operator-(Floats a) { return Floats{} - a; }
+TRIAD_INLINE Floats& operator+=(Floats& a, Floats b) { return a = a + b; }
+TRIAD_INLINE Units& operator+=(Units& a, Units b) { return a = a + b; }
+TRIAD_INLINE Floats& operator*=(Floats& a, Floats b) { return a = a * b; }
 
-inline Floats splat(float x) { return Floats::all(x); }
+TRIAD_INLINE Floats splat(float x) { return Floats::all(x); }
 
 // acc + a * b, rounded once where the processor can, so that no caller is rounded differently.
-inline Floats fused(Floats acc, Floats a, Floats b) {
+TRIAD_INLINE Floats fused(Floats acc, Floats a, Floats b) {
   return Floats::apply<float>(
-      [](auto c, auto x, auto y) {
+      [](auto c, auto x, auto y) __attribute__((always_inline)) {
 #if defined(__FMA__)
         return (Floats::Part)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)c);
 #else
@@ -128,7 +131,7 @@ inline Floats fused(Floats acc, Floats a, Floats b) {
 #endif
 
 template <class V>
-inline V load(const void* from) {
+TRIAD_INLINE V load(const void* from) {
   V v;
 #if defined(__AVX512F__)
   std::memcpy(&v, from, sizeof(V));
@@ -142,7 +145,7 @@ inline V load(const void* from) {
 }
 
 template <class V>
-inline void store(void* to, V v) {
+TRIAD_INLINE void store(void* to, V v) {
 #if defined(__AVX512F__)
   std::memcpy(to, &v, sizeof(V));
 #else
@@ -153,13 +156,13 @@ inline void store(void* to, V v) {
 #endif
 }
 
-inline Ints lane_numbers() {
+TRIAD_INLINE Ints lane_numbers() {
   alignas(64) static constexpr int32_t numbers[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   return load<Ints>(numbers);
 }
 
 // Sixteen int8 codes as floats.
-inline Floats widen(const int8_t* codes) {
+TRIAD_INLINE Floats widen(const int8_t* codes) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)codes)));
 #elif defined(__AVX2__)
@@ -174,7 +177,7 @@ inline Floats widen(const int8_t* codes) {
 }
 
 // Sixteen uint16.
-inline Units widen(const uint16_t* halves) {
+TRIAD_INLINE Units widen(const uint16_t* halves) {
 #if defined(__AVX512F__)
   return (Units)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)halves));
 #elif defined(__AVX2__)
@@ -188,7 +191,7 @@ inline Units widen(const uint16_t* halves) {
 }
 
 // Each below 2^16.
-inline void narrow(uint16_t* to, Units values) {
+TRIAD_INLINE void narrow(uint16_t* to, Units values) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)values));
 #elif defined(__AVX2__)

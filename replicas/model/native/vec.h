@@ -11,23 +11,23 @@
 
 namespace triad {
 
-[[gnu::always_inline]] inline Floats select(Ints mask, Floats a, Floats b) { return (Floats)((mask & (Ints)a) | (~mask & (Ints)b)); }
-inline Floats max(Floats a, Floats b) { return select(a > b, a, b); }
+TRIAD_INLINE Floats select(Ints mask, Floats a, Floats b) { return (Floats)((mask & (Ints)a) | (~mask & (Ints)b)); }
+TRIAD_INLINE Floats max(Floats a, Floats b) { return select(a > b, a, b); }
 
-inline float max_lane(Floats v) {
+TRIAD_INLINE float max_lane(Floats v) {
   float m = v[0];
   for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m;
   return m;
 }
 
-inline float sum_lanes(Floats v) {
+TRIAD_INLINE float sum_lanes(Floats v) {
   float s = 0;
   for (int i = 0; i < LANES; i++) s += v[i];
   return s;
 }
 
 // e^x to about 2 ulp; exactly 0 below -87, which is where masked scores (-inf) are.
-[[gnu::always_inline]] inline Floats exp(Floats x) {
+TRIAD_INLINE Floats exp(Floats x) {
   const Ints keep = x > splat(-87.0f);
   x = select(keep, x, splat(-87.0f));
   x = select(x < splat(88.0f), x, splat(88.0f));
@@ -50,23 +50,23 @@ struct Float32 {
   using Element = float;
   static constexpr int PER_UNIT = 1;
 
-  static Floats mac(Floats acc, Units w, uint32_t x) {
+  TRIAD_INLINE static Floats mac(Floats acc, Units w, uint32_t x) {
     float value;
     std::memcpy(&value, &x, 4);
     return fused(acc, (Floats)w, splat(value));
   }
-  static Units units(const int8_t* codes) { return (Units)widen(codes); }
-  static Floats read(const Element* from) { return load<Floats>(from); }
-  static void write(Element* to, Floats v) { store(to, v); }
-  static float read(Element x) { return x; }
-  static Element round(float x) { return x; }
+  TRIAD_INLINE static Units units(const int8_t* codes) { return (Units)widen(codes); }
+  TRIAD_INLINE static Floats read(const Element* from) { return load<Floats>(from); }
+  TRIAD_INLINE static void write(Element* to, Floats v) { store(to, v); }
+  TRIAD_INLINE static float read(Element x) { return x; }
+  TRIAD_INLINE static Element round(float x) { return x; }
 };
 
 struct BFloat16 {
   using Element = uint16_t;
   static constexpr int PER_UNIT = 2;
 
-  static Floats mac(Floats acc, Units w, uint32_t x) {
+  TRIAD_INLINE static Floats mac(Floats acc, Units w, uint32_t x) {
 #if defined(__AVX512BF16__)
     return (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32((int)x));
 #else
@@ -76,19 +76,19 @@ struct BFloat16 {
 #endif
   }
   // codes: of the sixteen units' first elements, then of their second.
-  static Units units(const int8_t* codes) { return (Units)widen(codes) >> 16 | (Units)widen(codes + LANES); }
-  static Floats read(const Element* from) { return (Floats)(widen(from) << 16); }
-  static void write(Element* to, Floats v) {
+  TRIAD_INLINE static Units units(const int8_t* codes) { return (Units)widen(codes) >> 16 | (Units)widen(codes + LANES); }
+  TRIAD_INLINE static Floats read(const Element* from) { return (Floats)(widen(from) << 16); }
+  TRIAD_INLINE static void write(Element* to, Floats v) {
     const Units bits = (Units)v;
     narrow(to, (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
   }
-  static float read(Element x) {
+  TRIAD_INLINE static float read(Element x) {
     const uint32_t bits = (uint32_t)x << 16;
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
   }
-  static Element round(float x) {  // to nearest, ties to even
+  TRIAD_INLINE static Element round(float x) {  // to nearest, ties to even
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
     return (Element)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
