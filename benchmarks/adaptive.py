@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.load import PROMPTS as QUESTIONS
-from benchmarks.modes import CHECKPOINT
+from benchmarks.modes import CHECKPOINT, held_out_prompts
 from policies.cost import StepCost
 from policies.modes import DecodePlan, Mode
 from replicas.calibration import calibrate
@@ -23,7 +23,6 @@ from replicas.engine.engine import Engine
 from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.runner import TorchRunner
 from replicas.text import TextCodec
-from replicas.training.tasks.registry import FAMILIES, held_out_tasks
 
 FIXED = (1, 4, 8, 16, 32)
 """Block lengths; 1 is ar."""
@@ -36,8 +35,7 @@ MAX_TOKENS = 120
 def texts() -> dict[str, list[str]]:
     """Prompts: held-out ones of the embedded model's task families, which alternate; and the same with every
     second one a question that the model has not learned to answer, so that its drafts survive less often."""
-    turns = zip(*(held_out_tasks(family, 8) for family in FAMILIES), strict=True)
-    known = [task.prompt for turn in turns for task in turn]
+    known = held_out_prompts()
     foreign = [
         f"{opening}{question}"
         for opening in ("", "Please: ", "Tell me. ", "I ask you: ", "Now, ")

@@ -38,10 +38,15 @@ PLANS = (
 )
 
 
+def held_out_prompts() -> list[str]:
+    """Of the embedded model's task families, which alternate."""
+    turns = zip(*(held_out_tasks(family, 8) for family in FAMILIES), strict=True)
+    return [task.prompt for turn in turns for task in turn]
+
+
 def prompts(codec: TextCodec) -> list[list[int]]:
-    """The same for every mode and turn; families alternate."""
-    tasks = zip(*(held_out_tasks(family, 8) for family in FAMILIES), strict=True)
-    return [codec.encode(({"role": "user", "content": task.prompt},)) for turn in tasks for task in turn]
+    """The same for every mode and turn."""
+    return [codec.encode(({"role": "user", "content": prompt},)) for prompt in held_out_prompts()]
 
 
 @dataclass(frozen=True, slots=True)

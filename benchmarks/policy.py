@@ -263,10 +263,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6.0, help="of one window")
     parser.add_argument("--warmup", type=float, default=10.0, help="seconds at first, not counted")
     parser.add_argument("--turns", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1, help="of a replica in this process")
+    parser.add_argument("--threads", type=int, help="of a replica in this process; default 1")
     parser.add_argument("--triad", nargs="*", default=[], help="further key=value of its configuration")
     parser.add_argument("--raw", type=Path, default=RAW, help="rows are appended to this file")
     options = parser.parse_args()
+    if options.where == "replica" and options.triad:
+        parser.error("--triad is for a server; a replica in this process takes --threads")
+    if options.where == "http" and options.threads is not None:
+        parser.error("--threads is for --where replica; for a server say --triad num_threads=N")
     if options.part == "report":
         print(report(options.raw, options.raw.parent))
     elif options.where == "replica":
@@ -281,7 +285,7 @@ def main() -> None:
 
 
 async def measure_in_process(contenders: tuple[str, ...], options: argparse.Namespace) -> None:
-    async with replica_alone(options.threads) as replica:
+    async with replica_alone(options.threads or 1) as replica:
         await measure(InProcess(replica), contenders, options)
 
 

@@ -135,7 +135,7 @@ async def test_a_killed_valkey_fails_no_request_and_the_loop_resumes(
 async def test_a_killed_replica_harms_only_what_it_had_begun(
     client: httpx.AsyncClient, server: Triad
 ) -> None:
-    body = chat(PROMPTS[2], max_tokens=900, ignore_eos=True, decoding={"mode": "ar"})
+    body = chat(PROMPTS[2], max_tokens=900, decoding={"mode": "ar"})
     whole = chat(PROMPTS[3], max_tokens=100, decoding={"mode": "ar"})
     expected, expected_whole = await texts_alone(client, [body, whole])
     replicas = server.pids("ServeReplica:triad:Replica")

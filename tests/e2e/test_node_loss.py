@@ -26,9 +26,7 @@ async def test_a_lost_node_takes_its_own_streams_only_and_the_service_goes_on() 
         await asyncio.to_thread(server.wait_until_ready)
         async with httpx.AsyncClient(base_url=server.url, timeout=120.0) as client:
             await eventually(lambda: all_fresh(client), within_s=120, every_s=0.2, what="both replicas")
-            body = chat(
-                "Write a short story about Anna.", max_tokens=900, ignore_eos=True, decoding={"mode": "ar"}
-            )
+            body = chat("Write a short story about Anna.", max_tokens=900, decoding={"mode": "ar"})
             whole = chat("Write a short story about a fox.", max_tokens=200, decoding={"mode": "ar"})
             expected, expected_whole = await stream(client, body), await complete(client, whole)
 

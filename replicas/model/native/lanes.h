@@ -67,14 +67,14 @@ using Floats = Parts<float>;
 using Ints = Parts<int32_t>;
 using Units = Parts<uint32_t>;
 
-#define TRIAD_BINARY(op)                                                                               \
-  template <class E>                                                                                   \
-  TRIAD_INLINE Parts<E> operator op(Parts<E> a, Parts<E> b) {                                                \
-    return Parts<E>::template apply<E>([](auto x, auto y) __attribute__((always_inline)) { return x op y; }, a, b);                   \
-  }                                                                                                    \
-  template <class E>                                                                                   \
-  TRIAD_INLINE Parts<E> operator op(Parts<E> a, E b) {                                                       \
-    return a op Parts<E>::all(b);                                                                      \
+#define TRIAD_BINARY(op)                                                                                               \
+  template <class E>                                                                                                   \
+  TRIAD_INLINE Parts<E> operator op(Parts<E> a, Parts<E> b) {                                                          \
+    return Parts<E>::template apply<E>([](auto x, auto y) __attribute__((always_inline)) { return x op y; }, a, b);    \
+  }                                                                                                                    \
+  template <class E>                                                                                                   \
+  TRIAD_INLINE Parts<E> operator op(Parts<E> a, E b) {                                                                 \
+    return a op Parts<E>::all(b);                                                                                      \
   }
 TRIAD_BINARY(+)
 TRIAD_BINARY(-)
@@ -84,10 +84,10 @@ TRIAD_BINARY(&)
 TRIAD_BINARY(|)
 #undef TRIAD_BINARY
 
-#define TRIAD_COMPARE(op)                                                                              \
-  template <class E>                                                                                   \
-  TRIAD_INLINE Ints operator op(Parts<E> a, Parts<E> b) {                                                    \
-    return Parts<E>::template apply<int32_t>([](auto x, auto y) __attribute__((always_inline)) { return x op y; }, a, b);             \
+#define TRIAD_COMPARE(op)                                                                                              \
+  template <class E>                                                                                                   \
+  TRIAD_INLINE Ints operator op(Parts<E> a, Parts<E> b) {                                                              \
+    return Parts<E>::template apply<int32_t>([](auto x, auto y) __attribute__((always_inline)) { return x op y; }, a, b); \
   }
 TRIAD_COMPARE(<)
 TRIAD_COMPARE(>)
