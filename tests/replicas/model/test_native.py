@@ -77,13 +77,16 @@ def test_a_row_does_not_depend_on_the_batch(tiny_folder: Path, dtype: str, quant
 )
 def test_built_for_a_narrower_processor(
     tiny_folder: Path,
-    fresh_build: Path,
     monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
     kind: str,
     dtype: str,
     quantization: str | None,
 ) -> None:
-    """Vectors of 8 and of 4 lanes give what this machine's own build gives, whatever the batch."""
+    """Vectors of 8 and of 4 lanes give what this machine's own build gives, whatever the batch.
+
+    Built once a kind, beside the machine's own library, for all dtypes.
+    """
     if kind == "haswell" and " avx2 " not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this processor has no AVX2")
 
@@ -99,6 +102,7 @@ def test_built_for_a_narrower_processor(
     flags = tuple(flag for flag in build._FLAGS if not flag.startswith("-march"))
     monkeypatch.setattr(build, "_FLAGS", (*flags, f"-march={kind}"))
     build.load_library.cache_clear()
+    request.addfinalizer(build.load_library.cache_clear)
     probe = load()
     segments = some_segments(Pages(60, 16), probe)
     found = probe(*segments)
