@@ -97,11 +97,11 @@ class Decoding:
     def asks(self) -> list[Ask]:
         """Of the next forward, one after the other from num_cached on."""
         if not self.num_cached:
-            return [Ask(tuple(self.tokens), True, False, (len(self.tokens) - 1,))]
+            return [Ask(tuple(self.tokens), len(self.tokens), False, (len(self.tokens) - 1,))]
         if not self._is_committing:
             return [self._denoising(self._block)]
         final = tuple(token for token in self._block[: self._num_final] if token is not None)
-        asks = [Ask(final, True, False, (len(final) - 1,))]
+        asks = [Ask(final, len(final), False, (len(final) - 1,))]
         if self._way.joins_commit:
             self._block = [None] * min(
                 self._way.block_length, self._max_context - self.num_cached - len(final)
@@ -116,7 +116,7 @@ class Decoding:
             return
         self.num_forwards += 1
         self.num_rows += sum(len(ask.token_ids) for ask in asks)
-        if asks[0].causal:
+        if asks[0].num_causal:
             self.num_cached += self._num_final
             seed = outputs[0].token_ids[0]
             if len(asks) == 2:
@@ -131,7 +131,7 @@ class Decoding:
     def _denoising(self, block: Sequence[int | None]) -> Ask:
         tokens = tuple(self._mask if token is None else token for token in block)
         masked = tuple(index for index, token in enumerate(block) if token is None)
-        return Ask(tokens, False, False, masked)
+        return Ask(tokens, 0, False, masked)
 
     def _fix(self, ask: Ask, output: SegmentOutput) -> None:
         ranked = sorted(zip(output.probs, ask.wanted, output.token_ids, strict=True), reverse=True)
@@ -190,7 +190,7 @@ def decode(runner: TorchRunner, prompts: Sequence[Sequence[int]], way: Way) -> l
                             start=start,
                             token_ids=ask.token_ids,
                             pages=pages,
-                            causal=ask.causal,
+                            num_causal=ask.num_causal,
                             adapter=ask.adapter,
                             wanted=ask.wanted,
                             sampling=GREEDY,

@@ -42,7 +42,7 @@ def forward_ms(runner: TorchRunner, token_ids: list[int]) -> float:
         start=0,
         token_ids=tuple(token_ids),
         pages=tuple(range(num_pages)),
-        causal=True,
+        num_causal=len(token_ids),
         adapter=False,
         wanted=(len(token_ids) - 1,),
         sampling=SamplingParams(),

@@ -107,7 +107,7 @@ def steps(num_sequences: int, num_tokens: int, page_size: int, causal: bool) -> 
                 start=NUM_CACHED,
                 token_ids=(7,) * num_tokens,
                 pages=tuple(range(i * pages, (i + 1) * pages)),
-                causal=causal,
+                num_causal=num_tokens if causal else 0,
                 adapter=False,
                 wanted=wanted,
                 sampling=GREEDY,

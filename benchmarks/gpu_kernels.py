@@ -108,8 +108,9 @@ class KernelBench:
         config, page_size = self._shapes.config, self._shapes.page_size
         per_sequence = -(-(start + length) // page_size)
         order = torch.randperm(batch * per_sequence).view(batch, -1).tolist()
+        num_causal = length if causal else 0
         asked = [
-            Segment(number, start, (7,) * length, tuple(pages), causal, False, (0,), _GREEDY)
+            Segment(number, start, (7,) * length, tuple(pages), num_causal, False, (0,), _GREEDY)
             for number, pages in enumerate(order)
         ]
         host = HostStep.pack(asked, config, page_size)

@@ -119,7 +119,7 @@ def segments(work: Work, concurrency: int, num_queries: int, *, draft: bool) -> 
             start=work.num_cached,
             token_ids=tuple(7 + (number + index) % 89 for index in range(num_queries)),
             pages=tuple(number + concurrency * page for page in range(per_sequence)),
-            causal=not draft,
+            num_causal=0 if draft else num_queries,
             adapter=draft,
             wanted=tuple(range(1 if draft else 0, num_queries)),
             sampling=_GREEDY,

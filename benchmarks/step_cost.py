@@ -4,8 +4,9 @@ Two measurements in turns, in one run, so that one can be held against the other
 turn. Forwards of so many sequences, each with so many query tokens and so many cached ones, straight
 through the runner; and the engine answering the held-out prompts of benchmarks.modes at each
 concurrency. The second gives tokens a second, what the engine spends outside the forwards, and of every
-request the tokens and forwards it took. With one thread `--clock cpu` leaves out what other processes
-took. `python -m loadtest.simulate validate` predicts the rates from the rest.
+request the tokens and forwards it took. Blocks of diffusion come one after the other, which is what the
+simulator models. With one thread `--clock cpu` leaves out what other processes took.
+`python -m loadtest.simulate validate` predicts the rates from the rest.
 """
 
 import argparse
@@ -71,7 +72,7 @@ class Shape:
                     start=self.num_cached,
                     token_ids=token_ids,
                     pages=tuple(range(number * num_pages, (number + 1) * num_pages)),
-                    causal=causal,
+                    num_causal=self.num_query if causal else 0,
                     adapter=not causal,
                     wanted=wanted,
                     sampling=GREEDY,
@@ -130,7 +131,7 @@ class Cell:
 
     def measure(self, runner: TorchRunner, asked: Sequence[list[int]], clock: Clock) -> None:
         watched = Watched(runner, clock)
-        engine = Engine(watched, max_running=self.concurrency, max_waiting=len(asked))
+        engine = Engine(watched, max_running=self.concurrency, max_waiting=len(asked), overlap_blocks=False)
         options = DecodingOptions(
             self.plan.mode, None if self.plan.mode is Mode.AR else self.plan.block_length
         )

@@ -110,7 +110,7 @@ class ClusterConfig(BaseModel):
         "auto", description="Of K/V on GPUs: auto is dtype's; fp8 holds twice as many tokens."
     )
     max_running: int = Field(64, ge=1, description="Requests in one forward.")
-    max_step_tokens: int = Field(512, ge=2 * MAX_BLOCK_LENGTH, description="Query tokens in one forward.")
+    max_step_tokens: int = Field(512, ge=3 * MAX_BLOCK_LENGTH, description="Query tokens in one forward.")
     max_prefill_tokens: int = Field(
         256, ge=1, description="Prompt tokens in a forward that decodes too: bounds the delay of its streams."
     )
@@ -123,6 +123,11 @@ class ClusterConfig(BaseModel):
     adaptive_speculation: bool = Field(
         False,
         description="Draft and verify as much as pays, up to the block length; false: always all of it.",
+    )
+    overlap_blocks: bool = Field(
+        True,
+        description="Begin a block of diffusion in the forward that commits the one before: fewer forwards, "
+        "and tokens that may differ. false: one block after the other, as Nemotron's authors decode.",
     )
     max_waiting: int = Field(256, ge=0, description="Requests queued a replica, beyond those running.")
     max_waiting_tokens: int | None = Field(

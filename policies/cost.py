@@ -6,8 +6,8 @@ C x y / (F x L(C x B)) tokens a second; policies.forecast has the whole of it.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from policies.modes import DecodePlan, Mode
@@ -23,21 +23,26 @@ PRIOR_FIXED = 2.7
 class Forward(NamedTuple):
     """One forward as measured.
 
-    num_cached: cached tokens that it read, over all segments. ms: its latency.
+    num_cached: cached tokens that it read, over all segments. ms: its latency. mode: of most of its
+    decoding tokens, None for prompts alone. is_trial: it ran a plan that is not in force.
     """
 
     num_tokens: int
     num_segments: int
     num_cached: int
     ms: float
+    mode: Mode | None = None
+    is_trial: bool = False
 
 
 class RoundMade(NamedTuple):
-    """One round as it went: plan as asked for, tokens that the request took, forwards."""
+    """One round as it went: plan as asked for, tokens that the request took, forwards, and query tokens in
+    these forwards."""
 
     plan: DecodePlan
     tokens: int
     forwards: int
+    rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +98,20 @@ class Yield:
     """What one round of a plan brings, on average.
 
     tokens: those that the request takes, so none past its end. forwards: a draft and its verify are
-    two, a diffusion block's commit is one. num_rounds: how many rounds the estimate rests on, an
-    older one counting less; 0 is a prior.
+    two, a diffusion block's commit is one; one that begins the next block too is counted here alone.
+    num_rounds: how many rounds the estimate rests on, an older one counting less; 0 is a prior.
+    rows: query tokens a forward; None: the block's.
     """
 
     plan: DecodePlan
     tokens: float
     forwards: float
     num_rounds: float = 0.0
+    rows: float | None = None
+
+    @property
+    def rows_per_forward(self) -> float:
+        return self.plan.block_length if self.rows is None else self.rows
 
     @property
     def tokens_per_forward(self) -> float:
@@ -120,10 +131,20 @@ def prior_yield(plan: DecodePlan) -> Yield:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaCosts:
-    """What a replica has measured of itself. yields: of plans that ran, or were inferred from others."""
+    """What a replica has measured of itself.
+
+    step: of a forward of any mode. yields: of plans that ran, or were inferred from others. own: of a
+    forward, of modes that ran in force. Beside the same number of rows modes differ by what else the machine
+    does meanwhile: tokens sent on their way, which `ar` has after every forward.
+    """
 
     step: StepCost
     yields: tuple[Yield, ...] = ()
+    own: Mapping[Mode, StepCost] = field(default_factory=dict)
+
+    def step_of(self, mode: Mode) -> StepCost:
+        """The mode's own, else what forwards of any mode take."""
+        return self.own.get(mode, self.step)
 
     def yield_of(self, plan: DecodePlan) -> Yield:
         """Measured, else from the measured plan of that mode nearest to it, else a prior.
@@ -139,7 +160,8 @@ class ReplicaCosts:
         expected = prior_yield(near.plan)
         tokens = min(prior.tokens * near.tokens / expected.tokens, float(plan.block_length))
         forwards = max(1.0, prior.forwards * near.forwards / expected.forwards)
-        return Yield(plan, max(1.0, tokens), forwards)
+        rows = plan.block_length * near.rows_per_forward / near.plan.block_length
+        return Yield(plan, max(1.0, tokens), forwards, rows=rows)
 
 
 def _nearest(plan: DecodePlan, yields: Iterable[Yield]) -> Yield | None:

@@ -39,6 +39,8 @@ often a slow one, which tells nothing of the next."""
 LEAST_INCREMENT = 0.01
 """What a cost may at least wander by, of the base latency, so that one fitted as zero is not lost."""
 
+REMEMBERED_S = 60.0
+"""What a mode's forwards took is believed for so long after it last ran in force."""
 HALF_LIFE_S = 60.0
 MAX_ROUNDS = 300.0
 """Past so many rounds the older ones count less, however fast they came."""
@@ -131,6 +133,45 @@ class StepCostEstimator:
         self._covariance -= np.outer(spread, spread) / variance
 
 
+class CostEstimator:
+    """StepCostEstimator of all forwards, and one of each mode that has run in force.
+
+    A mode's own is left as it is while another runs, since what the machine does beside its forwards is not
+    seen then: not in a trial's few forwards either, which bear on it only where it is older than
+    REMEMBERED_S. start, now_s: as of StepCostEstimator.
+    """
+
+    def __init__(self, start: StepCost, now_s: float):
+        self._all = StepCostEstimator(start, now_s)
+        self._own: dict[Mode, StepCostEstimator] = {}
+        self._seen_s: dict[Mode, float] = {}
+
+    @property
+    def cost(self) -> StepCost:
+        return self._all.cost
+
+    @property
+    def own(self) -> dict[Mode, StepCost]:
+        return {mode: estimator.cost for mode, estimator in self._own.items()}
+
+    def update(self, forwards: Sequence[Forward], now_s: float) -> None:
+        """Those since the last call, in any order."""
+        self._all.update(forwards, now_s)
+        by_mode: defaultdict[Mode, list[Forward]] = defaultdict(list)
+        for forward in forwards:
+            if forward.mode is not None and self._counts(forward.mode, forward.is_trial, now_s):
+                by_mode[forward.mode].append(forward)
+        for mode, own in by_mode.items():
+            if mode not in self._own:
+                self._own[mode] = StepCostEstimator(self.cost, now_s)
+            self._own[mode].update(own, now_s)
+            if not all(forward.is_trial for forward in own):
+                self._seen_s[mode] = now_s
+
+    def _counts(self, mode: Mode, is_trial: bool, now_s: float) -> bool:
+        return not is_trial or (mode in self._own and now_s - self._seen_s[mode] > REMEMBERED_S)
+
+
 class YieldEstimator:
     """Tokens and forwards a round, by plan.
 
@@ -144,7 +185,7 @@ class YieldEstimator:
         self._reached = np.zeros(MAX_BLOCK_LENGTH)  # rounds that had taken j tokens and drafted one more
         self._passed = np.zeros(MAX_BLOCK_LENGTH)  # those of them that took it
         self._by_block = np.zeros(MAX_BLOCK_LENGTH + 1)
-        self._diffusion: dict[DecodePlan, Vector] = {}  # rounds, tokens, forwards
+        self._diffusion: dict[DecodePlan, Vector] = {}  # rounds, tokens, forwards, rows
 
     def update(self, rounds: Iterable[RoundMade], now_s: float) -> None:
         """Those since the last call."""
@@ -157,8 +198,8 @@ class YieldEstimator:
                 self._passed[1 : made.tokens] += 1
                 self._by_block[block] += 1
             elif made.plan.mode is Mode.DIFFUSION:
-                sums = self._diffusion.setdefault(made.plan, np.zeros(3))
-                sums += (1.0, made.tokens, made.forwards)
+                sums = self._diffusion.setdefault(made.plan, np.zeros(4))
+                sums += (1.0, made.tokens, made.forwards, made.rows)
 
     def yields(self) -> tuple[Yield, ...]:
         """Of the plans that ran, and of self-speculation's usual blocks once it ran at all."""
@@ -195,16 +236,23 @@ class YieldEstimator:
         """Its own rounds, and as many as PRIOR_ROUNDS of what all diffusion makes of its priors."""
         prior = prior_yield(plan)
         more_tokens, more_forwards = self._against_priors()
-        num_rounds, tokens, forwards = map(float, self._diffusion[plan])
+        num_rounds, tokens, forwards, rows = map(float, self._diffusion[plan])
+        rows_per_forward = rows / forwards
         tokens += PRIOR_ROUNDS * prior.tokens * more_tokens
         forwards += PRIOR_ROUNDS * prior.forwards * more_forwards
         total = num_rounds + PRIOR_ROUNDS
-        return Yield(plan, round(tokens / total, 4), round(forwards / total, 4), round(num_rounds, 2))
+        return Yield(
+            plan,
+            round(tokens / total, 4),
+            round(forwards / total, 4),
+            round(num_rounds, 2),
+            round(rows_per_forward, 2),
+        )
 
     def _against_priors(self) -> tuple[float, float]:
         """Tokens and forwards of all diffusion rounds, and of one as expected, to those expected of them."""
         made, expected = np.ones(2), np.ones(2)
-        for plan, (num_rounds, tokens, forwards) in self._diffusion.items():
+        for plan, (num_rounds, tokens, forwards, _) in self._diffusion.items():
             prior = prior_yield(plan)
             made += tokens / prior.tokens, forwards / prior.forwards
             expected += num_rounds

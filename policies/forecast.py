@@ -1,14 +1,14 @@
 """What a plan would bring at a replica: goodput and pace, from its load and its measured costs.
 
-All sequences share each forward, whatever their modes: with n_g of group g running blocks of B_g
-query tokens, a forward takes L(sum n_g B_g + prefill, segments, cached tokens read) and brings
-sum n_g y_g / F_g tokens (policies.cost has L, y and F).
+All sequences share each forward, whatever their modes: with n_g of group g that have B_g query tokens in
+a forward, it takes L(sum n_g B_g + prefill, segments, cached tokens read) and brings sum n_g y_g / F_g
+tokens (policies.cost has L, y, F and B: the block, or more where forwards begin the next one too).
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from policies.cost import UNMEASURED, ReplicaCosts
+from policies.cost import UNMEASURED, ReplicaCosts, Yield
 from policies.load import ReplicaLoad
 from policies.modes import DecodePlan, default_plan, lossless_plan
 
@@ -46,21 +46,24 @@ def forecast(load: ReplicaLoad, plan: DecodePlan, num_auto: float | None = None)
     can't hold wait, blocks that the tokens of a step can't hold take turns.
     """
     costs = load.costs or _NOTHING_MEASURED
-    groups = list(_groups(load, plan, load.num_auto if num_auto is None else num_auto))
+    asked = _groups(load, plan, load.num_auto if num_auto is None else num_auto)
+    groups = [(count, costs.yield_of(group)) for count, group in asked]
     num_requests = sum(count for count, _ in groups)
-    held_tokens = sum(count * (load.mean_context + group.block_length) for count, group in groups)
+    held_tokens = sum(count * (load.mean_context + group.rows_per_forward) for count, group in groups)
     pool_tokens = load.num_pages * load.page_size
     places = min(1.0, load.max_running / num_requests, pool_tokens / max(1.0, held_tokens))
-    num_tokens = places * sum(count * group.block_length for count, group in groups)
+    num_tokens = places * sum(count * group.rows_per_forward for count, group in groups)
     budget = load.max_step_tokens * (1.0 - PREFILL_SHARE if load.prefill_per_token else 1.0)
     turns = min(1.0, budget / num_tokens)
     num_tokens = min(num_tokens, budget)
 
-    paces = [(count, turns * _pace(load, costs, group)) for count, group in groups]
+    paces = [(count, turns * _pace(load, group)) for count, group in groups]
     made = places * sum(count * pace for count, pace in paces)
     num_prefill = min(load.prefill_per_token * made, load.max_step_tokens - num_tokens)
     num_segments = places * turns * num_requests
-    step_ms = costs.step.ms(num_tokens + num_prefill, num_segments, num_segments * load.mean_context)
+    step_ms = costs.step_of(plan.mode).ms(
+        num_tokens + num_prefill, num_segments, num_segments * load.mean_context
+    )
     tpots = tuple((count, step_ms / pace / 1000.0) for count, pace in paces)
     return Forecast(plan, 1000.0 * made / step_ms, step_ms, num_prefill, tpots)
 
@@ -77,9 +80,8 @@ def _groups(load: ReplicaLoad, plan: DecodePlan, num_auto: float) -> Iterator[tu
         yield count, default_plan(mode)
 
 
-def _pace(load: ReplicaLoad, costs: ReplicaCosts, plan: DecodePlan) -> float:
+def _pace(load: ReplicaLoad, expected: Yield) -> float:
     """Tokens a forward, of no more than the requests still want."""
-    expected = costs.yield_of(plan)
     if load.mean_remaining is None:
         return expected.tokens_per_forward
     return min(expected.tokens, max(1.0, load.mean_remaining)) / expected.forwards

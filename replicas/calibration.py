@@ -97,7 +97,7 @@ def _plan(spec: ModelSpec, shape: Shape) -> StepPlan:
                 start=shape.num_cached,
                 token_ids=token_ids,
                 pages=tuple(range(number * per_sequence, (number + 1) * per_sequence)),
-                causal=True,
+                num_causal=shape.num_tokens,
                 adapter=False,
                 wanted=wanted or (shape.num_tokens - 1,),
                 sampling=SamplingParams(),

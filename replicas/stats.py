@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 from policies.cost import Forward, ReplicaCosts, RoundMade, StepCost
-from policies.estimate import StepCostEstimator, YieldEstimator
+from policies.estimate import CostEstimator, YieldEstimator
 from policies.modes import Mode
 
 T = TypeVar("T")
@@ -73,15 +73,15 @@ class CostMeter:
         self._clock = clock
         self._forwards = forwards
         self._rounds = rounds
-        self._step = StepCostEstimator(start, clock())
+        self._step = CostEstimator(start, clock())
         self._yields = YieldEstimator(clock())
 
     def update(self) -> ReplicaCosts:
         """Takes what has come since the last call into account."""
         now_s = self._clock()
-        self._step.update((forward for forward in _taken(self._forwards) if forward.ms > 0), now_s)
+        self._step.update([forward for forward in _taken(self._forwards) if forward.ms > 0], now_s)
         self._yields.update(_taken(self._rounds), now_s)
-        return ReplicaCosts(self._step.cost, self._yields.yields())
+        return ReplicaCosts(self._step.cost, self._yields.yields(), self._step.own)
 
 
 def _taken(queue: deque[T]) -> Iterator[T]:

@@ -8,7 +8,7 @@ import copy
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,9 @@ class Decoded:
     """token_ids: the completion; the EOS that ended it is its last token.
 
     num_forwards: all but the prefill, which gives the first token. A draft and its verify are two; a
-    diffusion block costs its denoising forwards and, unless the request ends in it, one commit.
-    Blocks are cut to the model's context only, never to max_tokens.
+    diffusion block costs its denoising forwards, but the one that is done in the commit of the block before,
+    and, unless the request ends in it, one commit. Blocks are cut to the model's context only, never to
+    max_tokens.
     """
 
     token_ids: tuple[int, ...]
@@ -37,7 +38,11 @@ class Decoded:
 
 
 class Reference:
-    """Decodes greedily from a tri-mode checkpoint folder, in float32."""
+    """Decodes greedily from a tri-mode checkpoint folder, in float32.
+
+    overlaps_blocks: a block of diffusion behind another of the same plan has its first denoising in that
+    one's commit, so with its seed still masked.
+    """
 
     def __init__(self, folder: Path | str):
         folder = Path(folder)
@@ -47,6 +52,7 @@ class Reference:
         self.mask_token_id: int = config["mask_token_id"]
         self.max_context: int = config["max_position_embeddings"]
         self.denoise_with_adapter: bool = config.get("denoise_with_adapter", False)
+        self.overlaps_blocks = not self.denoise_with_adapter
         self.base = _load_base(folder, config)
         self.drafter = _with_adapter(self.base, folder / "linear_spec_lora")
 
@@ -98,10 +104,17 @@ class Reference:
         return self.mixed(prompt_ids, max_tokens, lambda _: plan, ignore_eos=ignore_eos)
 
     def mixed(
-        self, prompt_ids: Seq[int], max_tokens: int, schedule: Schedule, *, ignore_eos: bool = False
+        self,
+        prompt_ids: Seq[int],
+        max_tokens: int,
+        schedule: Schedule,
+        *,
+        ignore_eos: bool = False,
+        apart: Set[int] = frozenset(),
     ) -> Decoded:
         """schedule(n) is the plan of round n, asked at the safe point before it; the prefill is no round.
 
+        apart: rounds that the one before did not begin, though they could have been.
         In tokens_by_mode the first token, which the prefill gives, counts for the first round's mode.
         """
         eos = frozenset() if ignore_eos else self.eos_token_ids
@@ -110,27 +123,33 @@ class Reference:
         by_mode = {schedule(0).mode: 1}
         num_forwards = 0
         round_index = 0
+        before: DecodePlan | None = None
         while len(tokens) < max_tokens and tokens[-1] not in eos:
             plan = schedule(round_index)
             remaining = max_tokens - len(tokens)
-            new, forwards = self._round([*prompt_ids, *tokens], plan, remaining, eos)
+            is_begun = self.overlaps_blocks and plan == before and round_index not in apart
+            new, forwards = self._round([*prompt_ids, *tokens], plan, remaining, eos, is_begun)
             end = next((i + 1 for i, token in enumerate(new) if token in eos), len(new))
             new = new[: min(end, remaining)]
             tokens += new
             by_mode[plan.mode] = by_mode.get(plan.mode, 0) + len(new)
             num_forwards += forwards
             round_index += 1
+            before = plan
         return Decoded(tuple(tokens), num_forwards, by_mode)
 
     def _round(
-        self, context: list[int], plan: DecodePlan, remaining: int, eos: frozenset[int]
+        self, context: list[int], plan: DecodePlan, remaining: int, eos: frozenset[int], is_begun: bool
     ) -> tuple[list[int], int]:
-        """One round after `context`, whose last token is the seed: new tokens and forwards."""
+        """One round after `context`, whose last token is the seed: new tokens and forwards.
+
+        is_begun: in the commit of the block before, where it is diffusion.
+        """
         prefix, seed = context[:-1], context[-1]
         length = min(plan.block_length, self.max_context - len(prefix))
         block = [seed] + [self.mask_token_id] * (length - 1)
         if plan.mode is Mode.DIFFUSION:
-            num_denoisings = self._denoise(prefix, block, plan.threshold, eos)
+            num_denoisings = self._denoise(prefix, block, plan.threshold, eos, is_begun)
             fixed = block[1:]
             ended = len(fixed) >= remaining or self.mask_token_id in fixed or any(t in eos for t in fixed)
             if ended:
@@ -147,8 +166,10 @@ class Reference:
             accepted += 1
         return choices[: accepted + 1], num_drafts + 1
 
-    def _denoise(self, prefix: list[int], block: list[int], threshold: float, eos: frozenset[int]) -> int:
-        """Fill the masks of `block` in place; returns the number of forwards."""
+    def _denoise(
+        self, prefix: list[int], block: list[int], threshold: float, eos: frozenset[int], is_begun: bool
+    ) -> int:
+        """Fill the masks of `block` in place; returns the number of forwards of its own."""
         masked = set(range(1, len(block)))
         num_forwards = 0
 
@@ -157,7 +178,9 @@ class Reference:
             return not masked or any(token in eos for token in block[1:first_mask])
 
         while not ended():
-            logits = self.block_logits(prefix, block, adapter=self.denoise_with_adapter)
+            is_first = is_begun and num_forwards == 0
+            seen = [self.mask_token_id, *block[1:]] if is_first else block
+            logits = self.block_logits(prefix, seen, adapter=self.denoise_with_adapter)
             num_forwards += 1
             choices = {index: self._choose(logits[index]) for index in sorted(masked)}
             surest = max(choices, key=lambda index: choices[index][1])
@@ -165,7 +188,7 @@ class Reference:
                 if index == surest or prob >= threshold:
                     block[index] = token
                     masked.discard(index)
-        return num_forwards
+        return num_forwards - (1 if is_begun and num_forwards else 0)
 
     def _causal_choices(self, prefix: list[int], block: list[int]) -> list[int]:
         logits = self.causal_logits([*prefix, *block])[len(prefix) :]

@@ -26,6 +26,8 @@ from replicas.messages import DecodingOptions, SamplingParams
 AUTO = DecodingOptions()
 PRIORITY_S = 10.0
 """A request ranks as if it had come this much earlier for each level of priority below 0."""
+LEAST_STEP_TOKENS = 3 * MAX_BLOCK_LENGTH
+"""A block, the next one behind it, and the share that is kept for prompts."""
 MAX_FORWARDS_KEPT = 256
 COMPLETIONS_AVERAGED = 20.0
 
@@ -48,6 +50,7 @@ class Engine:
         max_prefill_tokens: int = 256,
         max_step_ms: float | None = None,
         adaptive_speculation: bool = False,
+        overlap_blocks: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ):
         spec = runner.spec
@@ -55,10 +58,8 @@ class Engine:
             raise ValueError(
                 f"max_running must be at least 1 and max_waiting at least 0, got {max_running}, {max_waiting}"
             )
-        if max_step_tokens < 2 * MAX_BLOCK_LENGTH:
-            raise ValueError(
-                f"max_step_tokens must be at least {2 * MAX_BLOCK_LENGTH}, got {max_step_tokens}"
-            )
+        if max_step_tokens < LEAST_STEP_TOKENS:
+            raise ValueError(f"max_step_tokens must be at least {LEAST_STEP_TOKENS}, got {max_step_tokens}")
         if max_prefill_tokens < 1:
             raise ValueError(f"max_prefill_tokens must be at least 1, got {max_prefill_tokens}")
         if max_step_ms is not None and not max_step_ms > 0:
@@ -85,6 +86,7 @@ class Engine:
             ActivePlan(DecodePlan(Mode.AR), "start"),
             Speculation(adaptive_speculation),
             clock,
+            overlap_blocks,
         )
 
     @property
@@ -176,8 +178,9 @@ class Engine:
             raise
         except Exception as error:
             return ended + self._fail_planned(error)
+        mode, is_trial = self._scheduler.decoding()
         progress = self._scheduler.commit(plan, outputs)
-        self._note_forward(plan, self._clock() - began_s)
+        self._note_forward(plan, self._clock() - began_s, mode, is_trial)
         for made in progress:
             if made.ended:
                 del self._sequences[made.sequence.request_id]
@@ -268,9 +271,10 @@ class Engine:
         message = f"the model's forward failed ({type(error).__name__})"
         return [Progress(sequence, error=ErrorCode.INTERNAL, message=message) for sequence in planned]
 
-    def _note_forward(self, plan: StepPlan, elapsed_s: float) -> None:
+    def _note_forward(self, plan: StepPlan, elapsed_s: float, mode: Mode | None, is_trial: bool) -> None:
         num_cached = sum(segment.start for segment in plan.segments)
-        self.forwards.append(Forward(plan.num_tokens, len(plan.segments), num_cached, 1000.0 * elapsed_s))
+        ms = 1000.0 * elapsed_s
+        self.forwards.append(Forward(plan.num_tokens, len(plan.segments), num_cached, ms, mode, is_trial))
 
     def _note_completion(self, num_tokens: int) -> None:
         before = num_tokens if math.isinf(self._mean_completion) else self._mean_completion

@@ -13,10 +13,10 @@ from replicas.messages import SamplingParams
 class Segment:
     """Consecutive tokens of one sequence in one forward.
 
-    A causal segment's queries see the sequence's cached tokens and, inside the segment, themselves
-    and what is before; its K/V is kept. A bidirectional segment's queries see the cached tokens and
-    the whole segment; its K/V lands in the same page slots but is garbage afterwards: the caller
-    overwrites it by a causal segment before it counts as cached.
+    Its first num_causal tokens are causal: their queries see the sequence's cached tokens and, inside
+    the segment, themselves and what is before; their K/V is kept. The rest is bidirectional: its
+    queries see the cached tokens and the whole segment; its K/V lands in the same page slots but is
+    garbage afterwards: the caller overwrites it by causal tokens before it counts as cached.
 
     seq_id: the engine's number of the sequence.
     start: position of token_ids[0]; the K/V of positions 0..start-1 is cached.
@@ -24,7 +24,8 @@ class Segment:
     wanted: indices into token_ids whose logits are sampled, ascending; may be empty.
     prompt_len: tokens of the sequence's prompt.
     history: the tokens before start, where the sampling has penalties; else empty.
-    adapter: whether the adapter is on for these rows (bidirectional segments only).
+    num_causal: all, none, or fewer where a commit has the next block behind it.
+    adapter: whether the adapter is on for these rows; never with causal ones among them.
     allowed: for each wanted index a mask of what may be sampled (engine.grammar); empty for anything.
     """
 
@@ -32,7 +33,7 @@ class Segment:
     start: int
     token_ids: tuple[int, ...]
     pages: tuple[int, ...]
-    causal: bool
+    num_causal: int
     adapter: bool
     wanted: tuple[int, ...]
     sampling: SamplingParams
@@ -41,14 +42,18 @@ class Segment:
     allowed: tuple[bytes, ...] = ()
 
     @property
+    def is_causal(self) -> bool:
+        """All of it."""
+        return self.num_causal == len(self.token_ids)
+
+    @property
     def sampled_positions(self) -> tuple[int, ...]:
         """For each wanted index the position of the token that its logits predict.
 
         Causal logits at position i predict i + 1; bidirectional ones predict i itself (no shift).
         The random numbers of a sample depend on (seed, this position) alone.
         """
-        shift = 1 if self.causal else 0
-        return tuple(self.start + index + shift for index in self.wanted)
+        return tuple(self.start + index + (index < self.num_causal) for index in self.wanted)
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,7 +66,8 @@ class PrefillBudget:
         self._num_cached += sequence.num_cached
         self._has_none = False
         gives_first_token = sequence.num_completion_tokens == 0 and end == len(sequence.tokens)
-        return Ask(tokens, causal=True, adapter=False, wanted=(len(tokens) - 1,) if gives_first_token else ())
+        wanted = (len(tokens) - 1,) if gives_first_token else ()
+        return Ask(tokens, num_causal=len(tokens), adapter=False, wanted=wanted)
 
 
 def is_coming(sequence: Sequence, running: Iterable[Sequence], page_size: int) -> bool:

@@ -18,7 +18,7 @@ from policies.cost import RoundMade
 from policies.modes import DecodePlan, Mode
 from policies.policy import Probes
 from replicas.engine.blocks import ROOT, PagePool
-from replicas.engine.decoders.choose import ActivePlan, begin_round, plan_for
+from replicas.engine.decoders.choose import ActivePlan, begin_round, following_block, plan_for
 from replicas.engine.decoders.round import Ask, Round
 from replicas.engine.grammar import GrammarFailed
 from replicas.engine.plan import ModelSpec, Segment, SegmentOutput, StepPlan
@@ -42,8 +42,12 @@ class Scheduler:
         active: ActivePlan,
         speculation: Speculation,
         clock: Callable[[], float] = time.monotonic,
+        overlaps_blocks: bool = True,
     ):
+        """overlaps_blocks: a block of diffusion is begun in the forward that commits the one before, where
+        the model denoises without adapter, as it commits."""
         self._clock = clock
+        self._overlaps_blocks = overlaps_blocks and not spec.denoise_with_adapter
         self._spec = spec
         self.speculation = speculation
         self._limits = limits
@@ -111,7 +115,7 @@ class Scheduler:
                     start=start,
                     token_ids=ask.token_ids,
                     pages=tuple(sequence.pages),
-                    causal=ask.causal,
+                    num_causal=ask.num_causal,
                     adapter=ask.adapter,
                     wanted=ask.wanted,
                     sampling=sequence.sampling,
@@ -142,6 +146,13 @@ class Scheduler:
     def planned(self) -> tuple[Sequence, ...]:
         """The sequences of the plan under way."""
         return self._planned
+
+    def decoding(self) -> tuple[Mode | None, bool]:
+        """Of the plan under way: the mode of most sequences that decode, and whether any tries a plan."""
+        rounds = [s for s in self._planned if s.round is not None and not s.is_prefilling]
+        modes = Counter(sequence.round.mode for sequence in rounds if sequence.round is not None)
+        is_trial = any(sequence.is_probing for sequence in rounds)
+        return (modes.most_common(1)[0][0] if modes else None), is_trial
 
     def check_integrity(self) -> None:
         """Between steps. Raises AssertionError where the bookkeeping disagrees with itself."""
@@ -233,7 +244,7 @@ class Scheduler:
             if mode is Mode.SELF_SPECULATION:
                 num_speculating += 1
             else:
-                num_other_tokens += 1 if current is None else len(current.ask().token_ids)
+                num_other_tokens += 1 if current is None else len(self._ask(sequence, current).token_ids)
             if current is not None and (survivals := current.survivals()):
                 drafts[current] = survivals
         num_cached = sum(sequence.num_cached for sequence in rounds)
@@ -249,7 +260,7 @@ class Scheduler:
         """None when the budget is too small for it; it then begins its round another time."""
         current = sequence.round
         if current is not None:
-            ask = current.ask()
+            ask = self._ask(sequence, current)
             return ask if len(ask.token_ids) <= budget else None
         plan = plan_for(sequence, self.active, self._spec)
         probe = self._probe_for(sequence)
@@ -259,9 +270,15 @@ class Scheduler:
         if len(ask.token_ids) > budget:
             return None
         sequence.begin_round(begun, decode, probe is not None)
+        self._is_probing |= probe is not None
         if probe is None:
             sequence.note_mode(begun.mode, plan.rule)
         return ask
+
+    def _ask(self, sequence: Sequence, current: Round) -> Ask:
+        if not self._overlaps_blocks or self._probe_for(sequence) is not None:
+            return current.ask()
+        return current.ask(following_block(sequence, self.active, self._spec))
 
     def _probe_for(self, sequence: Sequence) -> DecodePlan | None:
         """The plan to try, where it is time to and the request may run it.
@@ -276,7 +293,6 @@ class Scheduler:
             return None
         if plan_for(sequence, ActivePlan(decode, ""), self._spec).decode != decode:
             return None
-        self._is_probing = True
         return decode
 
     def _account_for_probes(self, share: float, planned: Seq[Sequence]) -> None:
@@ -287,7 +303,7 @@ class Scheduler:
 
     def _constrained(self, sequence: Sequence, ask: Ask) -> tuple[Ask, tuple[bytes, ...]]:
         """With a grammar: what each sampled token may be, and the ask without drafts that may not come."""
-        if sequence.grammar is None or not ask.causal or not ask.wanted:
+        if sequence.grammar is None or not ask.num_causal or not ask.wanted:
             return ask, ()
         first = ask.wanted[0]
         try:
@@ -296,13 +312,17 @@ class Scheduler:
             sequence.failure = f"the grammar of response_format can't go on: {error}"
             return ask, ()
         kept = len(allowed)
-        return replace(ask, token_ids=ask.token_ids[: first + kept], wanted=ask.wanted[:kept]), allowed
+        token_ids = ask.token_ids[: first + kept]
+        return Ask(token_ids, len(token_ids), ask.adapter, ask.wanted[:kept]), allowed
 
     def _note_round(self, sequence: Sequence, made_by: Round) -> None:
         made = sequence.round_made()
         length = made_by.shortened_to
         if length is not None and length > 1:  # nothing is known of what it left out
             made = made._replace(plan=replace(made.plan, block_length=length))
+        if sequence.is_probing and made.plan.mode is Mode.DIFFUSION and self._overlaps_blocks:
+            # In force it would have been begun in the commit before.
+            made = made._replace(forwards=max(1, made.forwards - 1))
         if made.plan.mode is not Mode.AR and length != 1:
             self.rounds.append(made)
         if sequence.is_probing and self._is_probing:
@@ -348,19 +368,21 @@ class Scheduler:
         else:
             advance = current.advance(output)
             sequence.num_forwards += 1
+            sequence.num_rows += len(segment.token_ids)
             self.forwards_by_mode[current.mode] += 1
             mode, tokens, logprobs = current.mode, advance.tokens, advance.logprobs
             if advance.done:
                 sequence.num_cached = current.start + advance.num_cached
-                sequence.round = None
+                sequence.round = advance.successor
         taken, reason = sequence.append(tokens, mode, self._spec.eos_token_ids)
         self.num_tokens += len(taken)
         if taken:
             self.speculation.note_text(len(taken), reason is FinishReason.STOP)
         if current is not None:
             self.tokens_by_mode[mode] += len(taken)
-            if sequence.round is None or reason is not None:
+            if sequence.round is not current or reason is not None:
                 self._note_round(sequence, current)
+                sequence.note_next_round()
         return Progress(sequence, taken, logprobs[: len(taken)], reason)
 
 

@@ -59,14 +59,16 @@ class Sequence:
     round: Round | None = None
     round_plan: DecodePlan | None = None
     """What the round in progress, or the last one, was begun as."""
-    round_began: tuple[int, int] = (0, 0)
-    """Completion tokens and forwards at its beginning."""
+    round_began: tuple[int, int, int] = (0, 0, 0)
+    """Completion tokens, forwards and rows at its beginning."""
     is_probing: bool = False
     """The round in progress is there to learn what its plan brings; see Scheduler.probe."""
     last_mode: Mode | None = None
     rule: str = ""
     tokens_by_mode: Counter[Mode] = field(default_factory=Counter)
     num_forwards: int = 0
+    num_rows: int = 0
+    """Query tokens of these forwards."""
     num_switches: int = 0
     num_preemptions: int = 0
     began_s: float | None = None
@@ -108,14 +110,21 @@ class Sequence:
 
     def begin_round(self, begun: Round, plan: DecodePlan, is_probing: bool) -> None:
         self.round, self.round_plan, self.is_probing = begun, plan, is_probing
-        self.round_began = (self.num_completion_tokens, self.num_forwards)
+        self.note_next_round()
+
+    def note_next_round(self) -> None:
+        """What comes from now on counts for the round in progress."""
+        self.round_began = (self.num_completion_tokens, self.num_forwards, self.num_rows)
 
     def round_made(self) -> RoundMade:
         """What the round that has just ended brought, or the one in progress so far."""
         assert self.round_plan is not None
-        num_tokens, num_forwards = self.round_began
+        num_tokens, num_forwards, num_rows = self.round_began
         return RoundMade(
-            self.round_plan, self.num_completion_tokens - num_tokens, self.num_forwards - num_forwards
+            self.round_plan,
+            self.num_completion_tokens - num_tokens,
+            self.num_forwards - num_forwards,
+            self.num_rows - num_rows,
         )
 
     def note_mode(self, mode: Mode, rule: str) -> None:

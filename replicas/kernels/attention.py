@@ -1,7 +1,7 @@
 """Attention of a ragged list of segments over paged K/V.
 
-For query i of a segment (position start + i), with v = start + i + 1 keys visible to it if the segment
-is causal and start + length if it is bidirectional:
+For query i of a segment (position start + i), with v = start + i + 1 keys visible to it if i < num_causal
+and start + length, the whole segment, if not:
 
     output_i = sum_j softmax_j(q_i . k_j / sqrt(head_dim)) v_j    over the first v positions j
 
@@ -107,7 +107,7 @@ def ragged_paged_attention(
     [T, heads, head_dim], contiguous.
 
     cache: [pages, 2, kv_heads, page_size, head_dim], keys then values; segments' own K/V is in it already
-    segments: [S, 5] int32: first row, start, length, causal, where its pages begin in page_table
+    segments: [S, 5] int32: first row, start, length, num_causal, where its pages begin in page_table
     page_table: [P] int32, each segment's pages in order; nothing past a segment's last key is read
     tiles: cover each row once; rows that no tile covers are left as they are
     scales: [2, kv_heads] float32, what stored keys and values are multiplied by; None for 1
@@ -204,7 +204,7 @@ def _attend(
     first_row = tl.load(segments + SEGMENT_FIELDS * segment)
     start = tl.load(segments + SEGMENT_FIELDS * segment + 1)
     length = tl.load(segments + SEGMENT_FIELDS * segment + 2)
-    causal = tl.load(segments + SEGMENT_FIELDS * segment + 3) != 0
+    num_causal = tl.load(segments + SEGMENT_FIELDS * segment + 3)
 
     tile_row = tl.arange(0, BLOCK_M)
     query = first_query + tile_row // GROUP
@@ -222,9 +222,11 @@ def _attend(
         softmax_scale *= tl.load(scales + kv_head)
 
     total = start + length
-    visible = tl.where(is_row, tl.where(causal, start + query + 1, total), 0)
-    most_visible = tl.where(causal, start + tl.minimum(first_query + BLOCK_Q, length), total)
-    least_visible = tl.where(causal, start + first_query + 1, total)
+    visible = tl.where(is_row, tl.where(query < num_causal, start + query + 1, total), 0)
+    # Later queries never see less, so a tile's first and last ones bound what its rows see.
+    end_query = tl.minimum(first_query + BLOCK_Q, length)
+    most_visible = tl.where(end_query <= num_causal, start + end_query, total)
+    least_visible = tl.where(first_query < num_causal, start + first_query + 1, total)
     num_blocks = tl.cdiv(most_visible, BLOCK_N)
     split_blocks = tl.maximum(tl.cdiv(num_blocks, NUM_SPLITS), MIN_SPLIT_BLOCKS)
     first_block = split * split_blocks
@@ -365,7 +367,7 @@ def ragged_paged_attention_reference(
     """The same by its definition, a segment at a time, in float64 -> [T, heads, head_dim] float64."""
     num_kv_heads, page_size, head_dim = cache.shape[2:]
     output = torch.full(queries.shape, torch.nan, dtype=torch.float64, device=queries.device)
-    for first, start, length, causal, first_page in segments.tolist():
+    for first, start, length, num_causal, first_page in segments.tolist():
         total = start + length
         pages = page_table[first_page : first_page - (-total // page_size)].long()
         keys_values = cache[pages].double().permute(1, 2, 0, 3, 4).reshape(2, num_kv_heads, -1, head_dim)
@@ -374,9 +376,10 @@ def ragged_paged_attention_reference(
             keys, values = keys * scales[0, :, None, None], values * scales[1, :, None, None]
         rows = queries[first : first + length].double().unflatten(1, (-1, num_kv_heads))
         scores = torch.einsum("qgkd,knd->qgkn", rows, keys) * head_dim**-0.5
-        if causal:
-            hidden = torch.arange(total) > start + torch.arange(length)[:, None]
-            scores.masked_fill_(hidden[:, None, None].to(scores.device), -torch.inf)
+        query = torch.arange(length)
+        visible = torch.where(query < num_causal, start + query + 1, total)
+        hidden = torch.arange(total) >= visible[:, None]
+        scores.masked_fill_(hidden[:, None, None].to(scores.device), -torch.inf)
         attended = torch.einsum("qgkn,knd->qgkd", scores.softmax(-1), values)
         output[first : first + length] = attended.flatten(1, 2)
     return output

@@ -1,9 +1,9 @@
 """Attention of ragged segments over paged keys and values: the signature, and the CPU behind it.
 
 A backend plans a step once (which order to pack the segments in, what to gather, what to mask) and
-then runs every layer by the plan. Keys and values of all segments, causal or not, are stored to
-their pages first; then every query reads from the pages positions 0 to its own (causal) or to its
-segment's last (bidirectional).
+then runs every layer by the plan. Keys and values of all tokens, causal or not, are stored to their
+pages first; then every query reads from the pages positions 0 to its own (causal) or to its segment's
+last (bidirectional).
 """
 
 from collections.abc import Sequence
@@ -104,16 +104,21 @@ class CpuAttention:
         first = first_row = 0
         for indices in members:
             part = slice(first, first + len(indices))
-            causal = np.array([segments[index].causal for index in indices])
-            group = self._plan_group(first_row, starts[part], packed_lengths[part], causal, table[part])
+            num_causal = np.array([segments[index].num_causal for index in indices])
+            group = self._plan_group(first_row, starts[part], packed_lengths[part], num_causal, table[part])
             groups.append(group)
             first, first_row = part.stop, first_row + group.num_rows
         return AttentionPlan(order, torch.from_numpy(positions), store_rows, tuple(groups))
 
     def _plan_group(
-        self, first_row: int, starts: np.ndarray, lengths: np.ndarray, causal: np.ndarray, table: np.ndarray
+        self,
+        first_row: int,
+        starts: np.ndarray,
+        lengths: np.ndarray,
+        num_causal: np.ndarray,
+        table: np.ndarray,
     ) -> Group:
-        """starts, lengths, causal: [S]; table: [S, pages]"""
+        """starts, lengths, num_causal: [S]; table: [S, pages]"""
         num_segments, num_queries, num_rows = len(lengths), int(lengths.max()), int(lengths.sum())
         totals = starts + lengths
         num_keys = int(totals.max())
@@ -126,7 +131,7 @@ class CpuAttention:
             pad = torch.from_numpy((first[:, None] + query).ravel())
             real = np.arange(num_queries) < lengths[:, None]
             unpad = torch.from_numpy(np.flatnonzero(real))
-        visible = np.where(causal[:, None], starts[:, None] + query + 1, totals[:, None])
+        visible = np.where(query < num_causal[:, None], starts[:, None] + query + 1, totals[:, None])
         return Group(
             num_segments=num_segments,
             num_queries=num_queries,

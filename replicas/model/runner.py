@@ -216,13 +216,15 @@ def spec_of(config: ModelConfig, *, num_pages: int, page_size: int, max_context:
 
 
 def rows_of(segment: Segment) -> list[Row]:
-    """A bidirectional row knows, of its own segment, the seed alone: a draft, to be verified."""
+    """A causal row knows, of its own segment, the tokens up to itself; a bidirectional one the seed alone: a
+    draft, to be verified. Diffusion has no penalties, so no row behind a commit is asked.
+    """
     rows = []
     masks = segment.allowed or (None,) * len(segment.wanted)
     for index, position, allowed in zip(segment.wanted, segment.sampled_positions, masks, strict=True):
         seen: tuple[int, ...] = ()
         if segment.sampling.has_penalties:
-            seen = segment.history + segment.token_ids[: index + 1 if segment.causal else 1]
+            seen = segment.history + segment.token_ids[: index + 1 if index < segment.num_causal else 1]
         rows.append(Row(segment.sampling, position, segment.prompt_len, seen, allowed))
     return rows
 

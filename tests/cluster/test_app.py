@@ -65,7 +65,7 @@ def test_what_is_configured_arrives():
         page_size=32,
         kv_cache_mb=99,
         max_running=5,
-        max_step_tokens=128,
+        max_step_tokens=256,
         max_waiting=6,
         max_waiting_tokens=700,
         max_queue_s=8.0,
@@ -88,7 +88,7 @@ def test_what_is_configured_arrives():
     )
     assert given.forward == "torch"
     assert (given.page_size, given.kv_cache_mb, given.max_running) == (32, 99, 5)
-    assert (given.max_step_tokens, given.max_waiting) == (128, 6)
+    assert (given.max_step_tokens, given.max_waiting) == (256, 6)
     ingress = argument(found["Ingress"])
     assert (ingress.max_running, ingress.queue_limits, ingress.bounds.max_body_bytes) == (
         5,

@@ -69,7 +69,7 @@ def test_a_model_is_asked_for_by_its_last_part(model, name):
         ("policy_params=dwell", ["policy_params", "JSON object"]),
         ('policy_params={"dwel_s": 1}', ["dwel_s", "keys"]),
         ("dtype=int8", ["dtype", "bfloat16"]),
-        ("max_step_tokens=8", ["max_step_tokens", "128"]),
+        ("max_step_tokens=8", ["max_step_tokens", "192"]),
         ("app=a b", ["app", "pattern"]),
         ("num_gpus=4", ["num_gpus=1", "tensor_parallel=4"]),
         ("kv_dtype=fp8", ["kv_dtype", "num_gpus=1", "leave it out"]),

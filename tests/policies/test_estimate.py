@@ -4,8 +4,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policies.cost import Forward, RoundMade, StepCost, prior_yield
-from policies.estimate import StepCostEstimator, YieldEstimator, fit_step_cost, knots_up_to
+from policies.cost import UNMEASURED, Forward, ReplicaCosts, RoundMade, StepCost, prior_yield
+from policies.estimate import (
+    REMEMBERED_S,
+    CostEstimator,
+    StepCostEstimator,
+    YieldEstimator,
+    fit_step_cost,
+    knots_up_to,
+)
 from policies.modes import DecodePlan, Mode
 
 TRUE = StepCost((1, 16, 128, 512), (3.0, 6.0, 20.0, 70.0), segment_ms=0.3, cached_ms=0.9)
@@ -140,7 +147,7 @@ def speculate(estimator, block, chance, num, now_s, seed=0):
         tokens = 1
         while tokens < block and rng.random() < chance:
             tokens += 1
-        rounds.append(RoundMade(SPECULATION[block], tokens, 2))
+        rounds.append(RoundMade(SPECULATION[block], tokens, 2, 2 * block))
     estimator.update(rounds, now_s)
 
 
@@ -175,26 +182,36 @@ def test_blocks_of_several_lengths_make_one_curve():
 def test_diffusion_is_counted_by_block_and_near_its_prior_at_first():
     estimator = YieldEstimator(0.0)
     prior = prior_yield(DIFFUSION)
-    estimator.update([RoundMade(DIFFUSION, 16, 3)], 1.0)
+    estimator.update([RoundMade(DIFFUSION, 16, 3, 48)], 1.0)
     assert 3.0 < tokens_of(estimator, DIFFUSION).forwards < prior.forwards
-    estimator.update([RoundMade(DIFFUSION, 12, 3)] * 200, 2.0)
+    estimator.update([RoundMade(DIFFUSION, 12, 3, 48)] * 200, 2.0)
     found = tokens_of(estimator, DIFFUSION)
     assert (found.tokens, found.forwards) == (pytest.approx(12, rel=0.03), pytest.approx(3, rel=0.03))
     assert found.num_rounds == pytest.approx(200, rel=0.05)
+
+
+def test_rows_a_forward_are_counted_where_forwards_begin_the_next_block_too():
+    estimator = YieldEstimator(0.0)
+    estimator.update([RoundMade(DIFFUSION, 16, 3, 64)] * 50, 1.0)
+    assert tokens_of(estimator, DIFFUSION).rows_per_forward == pytest.approx(64 / 3, abs=0.01)
+    costs = ReplicaCosts(UNMEASURED, estimator.yields())
+    assert costs.yield_of(DecodePlan(Mode.DIFFUSION, 32, 0.9)).rows_per_forward == pytest.approx(
+        128 / 3, abs=0.01
+    )
 
 
 def test_one_diffusion_block_lends_its_neighbours_what_it_learned():
     estimator = YieldEstimator(0.0)
     longer = DecodePlan(Mode.DIFFUSION, 32, 0.9)
     half = prior_yield(DIFFUSION).forwards / 2
-    estimator.update([RoundMade(DIFFUSION, 16, half)] * 100 + [RoundMade(longer, 32, 6)], 1.0)
+    estimator.update([RoundMade(DIFFUSION, 16, half, 16 * half)] * 100 + [RoundMade(longer, 32, 6, 192)], 1.0)
     assert tokens_of(estimator, longer).forwards < 0.6 * prior_yield(longer).forwards
 
 
 def test_what_is_old_counts_less_and_is_forgotten():
     estimator = YieldEstimator(0.0)
     speculate(estimator, 8, 0.95, 100, 1.0)
-    estimator.update([RoundMade(DIFFUSION, 16, 3)] * 100, 1.0)
+    estimator.update([RoundMade(DIFFUSION, 16, 3, 48)] * 100, 1.0)
     estimator.update([], 61.0)
     assert tokens_of(estimator, SPECULATION[8]).num_rounds == pytest.approx(50, rel=0.02)
     assert tokens_of(estimator, DIFFUSION).num_rounds == pytest.approx(50, rel=0.02)
@@ -209,3 +226,48 @@ def test_a_change_of_the_workload_is_followed_under_load():
     for period in range(100, 200):
         speculate(estimator, 8, 0.6, 20, 0.2 * period, seed=period)
     assert tokens_of(estimator, SPECULATION[8]).tokens == pytest.approx((1 - 0.6**8) / 0.4, rel=0.1)
+
+
+SLOWED = 3.0
+
+
+def forwards_of(mode, num_tokens, ms, num=20, is_trial=False):
+    return [Forward(num_tokens, 8, 400, ms, mode, is_trial)] * num
+
+
+def run_for(estimator, mode, num_tokens, ms, began_s, seconds):
+    for period in range(int(5 * seconds)):
+        estimator.update(forwards_of(mode, num_tokens, ms), began_s + 0.2 * period)
+
+
+def test_what_a_mode_costs_is_remembered_while_another_runs():
+    """`ar` sends tokens after every forward, which slows its forwards; drafts are as fast as expected."""
+    start = StepCost((1, 8, 64, 512), (1.0, 2.0, 6.0, 40.0))
+    estimator = CostEstimator(start, 0.0)
+    run_for(estimator, Mode.AR, 8, SLOWED * start.ms(8, 8, 400), 0.2, 5)
+    learned = estimator.own[Mode.AR].ms(8, 8, 400)
+    assert learned == pytest.approx(SLOWED * start.ms(8, 8, 400), rel=0.05)
+    run_for(estimator, Mode.SELF_SPECULATION, 128, start.ms(128, 8, 400), 6.0, 30)
+    estimator.update(forwards_of(Mode.AR, 8, start.ms(8, 8, 400), is_trial=True), 36.0)
+    assert estimator.own[Mode.AR].ms(8, 8, 400) == learned
+    assert estimator.own[Mode.SELF_SPECULATION].ms(128, 8, 400) == pytest.approx(
+        start.ms(128, 8, 400), rel=0.05
+    )
+
+
+def test_a_mode_that_has_not_run_for_long_is_known_by_its_trials():
+    start = StepCost((1, 8, 64, 512), (1.0, 2.0, 6.0, 40.0))
+    estimator = CostEstimator(start, 0.0)
+    run_for(estimator, Mode.AR, 8, SLOWED * start.ms(8, 8, 400), 0.2, 5)
+    for period in range(20):
+        now_s = 5.0 + REMEMBERED_S + 1.0 + 0.2 * period
+        estimator.update(forwards_of(Mode.AR, 8, start.ms(8, 8, 400), 1, is_trial=True), now_s)
+    assert estimator.own[Mode.AR].ms(8, 8, 400) == pytest.approx(start.ms(8, 8, 400), rel=0.1)
+
+
+def test_a_mode_that_only_was_tried_has_no_costs_of_its_own():
+    estimator = CostEstimator(UNMEASURED, 0.0)
+    estimator.update(forwards_of(Mode.AR, 8, 5.0, is_trial=True), 1.0)
+    estimator.update(forwards_of(None, 64, 5.0), 1.2)
+    assert estimator.own == {}
+    assert ReplicaCosts(estimator.cost, (), estimator.own).step_of(Mode.AR) == estimator.cost

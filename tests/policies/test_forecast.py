@@ -34,6 +34,13 @@ def test_the_formula(plan, num, tokens_per_s, step_ms):
     assert expected.tpot_s == pytest.approx(num / tokens_per_s)
 
 
+def test_forwards_that_begin_the_next_block_too_have_more_rows():
+    costs = ReplicaCosts(STEP, (Yield(DIFFUSION, 16.0, 3.0, 50, rows=64 / 3),))
+    expected = forecast(a_replica(2, costs=costs), DIFFUSION)
+    assert expected.step_ms == pytest.approx(10.0 + 0.5 * (2 * 64 / 3 - 1))
+    assert expected.tokens_per_s == pytest.approx(1000 * 2 * 16 / 3 / expected.step_ms)
+
+
 def test_an_idle_replica_is_judged_by_one_request():
     assert forecast(a_replica(0), SPECULATION) == forecast(a_replica(1), SPECULATION)
 

@@ -75,7 +75,7 @@ class AcceptsAll:
         outputs = self._honest.run(plan)
         return [
             replace(output, token_ids=(*segment.token_ids[1:], output.token_ids[-1]))
-            if segment.causal and len(output.token_ids) == len(segment.token_ids) > 1
+            if segment.is_causal and len(output.token_ids) == len(segment.token_ids) > 1
             else output
             for segment, output in zip(plan.segments, outputs, strict=True)
         ]

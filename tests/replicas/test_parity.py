@@ -169,7 +169,7 @@ def test_int8_weights_are_as_lossless(folder: Path, dtype: str) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_in_a_mixed_batch_that_preempts(folder: Path, reference: Reference, seed: int) -> None:
-    engine = make_engine(folder, num_pages=32, max_running=9, max_step_tokens=128)
+    engine = make_engine(folder, num_pages=32, max_running=9, max_step_tokens=192)
     rng = random.Random(seed)
     wanted: dict[Sequence, tuple[int, ...]] = {}
     for index, prompt in enumerate(prompts(14, seed)):
@@ -183,25 +183,36 @@ def test_in_a_mixed_batch_that_preempts(folder: Path, reference: Reference, seed
     assert sum(sequence.num_preemptions for sequence in wanted) > 0
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_mode_changes_in_the_middle(engine: Engine, reference: Reference, seed: int) -> None:
+def test_mode_changes_in_the_middle(engine: Engine, reference: Reference) -> None:
     """Plans change at random between steps; what each round really ran is what the reference runs."""
-    rng = random.Random(seed)
-    prompt = prompts(5, seed)[4]
-    sampling = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True)
-    sequence = engine.submit("r", prompt, sampling)
-    schedule: list[DecodePlan] = []
-
-    def between(step: int) -> None:
-        plan = rng.choice(PLANS)
-        engine.set_plan(plan, "test")
-        if sequence.round is None and sequence.num_completion_tokens:
-            schedule.append(plan)  # it begins its next round by this plan
-
-    finish(engine, between)
-    expected = reference.mixed(prompt, MAX_TOKENS, lambda index: schedule[index], ignore_eos=True)
-    assert completion(sequence) == expected.token_ids
-    assert sequence.num_switches > 0
+    num_begun = num_switches = 0
+    for seed in range(5):
+        rng = random.Random(seed)
+        prompt = prompts(5, seed)[4]
+        sampling = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True)
+        sequence = engine.submit("r", prompt, sampling)
+        schedule: list[DecodePlan] = []
+        apart: set[int] = set()
+        plan, running = PLANS[0], None
+        while engine.has_work:
+            plan = rng.choice(PLANS[:-1]) if rng.random() < 0.3 else plan
+            engine.set_plan(plan, "test")
+            if sequence.round is None and sequence.num_completion_tokens:
+                apart.add(len(schedule))
+                schedule.append(plan)  # it begins its next round by this plan
+            elif sequence.round is not running and running is not None:
+                assert sequence.round_plan is not None
+                schedule.append(sequence.round_plan)  # the one before has begun it
+            running = sequence.round
+            engine.step()
+            engine.check_integrity()
+        schedule.append(schedule[-1])  # begun, and ended at once
+        expected = reference.mixed(prompt, MAX_TOKENS, schedule.__getitem__, ignore_eos=True, apart=apart)
+        assert completion(sequence) == expected.token_ids
+        num_begun += len(schedule) - 1 - len(apart)
+        num_switches += sequence.num_switches
+    assert num_begun > 0
+    assert num_switches > 0
 
 
 RULES = SamplingParams(
@@ -253,7 +264,7 @@ def test_sampled_tokens_do_not_depend_on_the_batch(folder: Path, options: Decodi
     alone = make_engine(folder)
     first = alone.submit("r", prompt, sampling, DecodingOptions(Mode.AR))
     finish(alone)
-    crowd = make_engine(folder, max_step_tokens=128)
+    crowd = make_engine(folder, max_step_tokens=192)
     others = [
         crowd.submit(f"o{k}", other, SamplingParams(max_tokens=30, temperature=1.0, seed=k), pinned(PLANS[k]))
         for k, other in enumerate(prompts(8, seed=5))
@@ -273,7 +284,7 @@ def test_the_embedded_checkpoint_in_one_mixed_batch() -> None:
     reference = Reference(folder)
     codec = TextCodec.load(str(folder))
     runner = TorchRunner.load(str(folder), dtype="float32", num_pages=80, page_size=16)
-    engine = Engine(runner, max_running=6, max_step_tokens=128)
+    engine = Engine(runner, max_running=6, max_step_tokens=192)
     plans = [
         DecodePlan(Mode.AR),
         DecodePlan(Mode.SELF_SPECULATION, 8),

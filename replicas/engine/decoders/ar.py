@@ -12,8 +12,8 @@ class ArRound(Round):
         self.start = start
         self._seed = seed
 
-    def ask(self) -> Ask:
-        return Ask((self._seed,), causal=True, adapter=False, wanted=(0,))
+    def ask(self, following: int = 0) -> Ask:
+        return Ask((self._seed,), num_causal=1, adapter=False, wanted=(0,))
 
     def advance(self, output: SegmentOutput) -> Advance:
         return Advance(output.token_ids, output.logprobs(1), num_cached=1, done=True)

@@ -74,3 +74,15 @@ def begin_round(
         max_steps,
         spec.denoise_with_adapter,
     )
+
+
+def following_block(sequence: Sequence, active: ActivePlan, spec: ModelSpec) -> int:
+    """Length of the block of diffusion that is to follow the one in progress; 0 for none, as behind one
+    that only tries a plan."""
+    plan = sequence.round_plan
+    if plan is None or plan.mode is not Mode.DIFFUSION or sequence.is_probing:
+        return 0
+    if sequence.num_remaining <= 1 or plan_for(sequence, active, spec).decode != plan:
+        return 0
+    length = min(plan.block_length, spec.max_context - len(sequence.tokens))
+    return length if length > 1 else 0

@@ -17,7 +17,7 @@ class Ask:
     """The segment a round wants, from the seed's position on; fields as in engine.plan.Segment."""
 
     token_ids: tuple[int, ...]
-    causal: bool
+    num_causal: int
     adapter: bool
     wanted: tuple[int, ...]
 
@@ -29,13 +29,15 @@ class Advance:
     tokens: newly final tokens, to be appended to the sequence and streamed.
     logprobs: of these tokens, where the request asks for them; else empty.
     num_cached: how many tokens from the seed on now have valid K/V; 0 until the round's end.
-    done: whether the sequence is at its next safe point.
+    done: whether the round is over: the sequence is at its next safe point, or in the successor.
+    successor: the round that this one has begun already.
     """
 
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     num_cached: int = 0
     done: bool = False
+    successor: "Round | None" = None
 
 
 class Round(ABC):
@@ -50,7 +52,9 @@ class Round(ABC):
         return None
 
     @abstractmethod
-    def ask(self) -> Ask: ...
+    def ask(self, following: int = 0) -> Ask:
+        """following: the length of the block that is to follow this one, where it may be begun in the same
+        forward; the last ask before advance() counts."""
 
     @abstractmethod
     def advance(self, output: SegmentOutput) -> Advance: ...

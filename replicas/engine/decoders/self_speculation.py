@@ -48,12 +48,12 @@ class SelfSpeculationRound(Round):
         length = 1 + self._num_kept
         return length if length < self._most else None
 
-    def ask(self) -> Ask:
+    def ask(self, following: int = 0) -> Ask:
         if self._draft is None:
             wanted = tuple(range(1, 1 + len(self._masks)))
-            return Ask((self._seed, *self._masks), causal=False, adapter=True, wanted=wanted)
+            return Ask((self._seed, *self._masks), num_causal=0, adapter=True, wanted=wanted)
         tokens = (self._seed, *self._draft[: self._num_kept])
-        return Ask(tokens, causal=True, adapter=False, wanted=tuple(range(len(tokens))))
+        return Ask(tokens, num_causal=len(tokens), adapter=False, wanted=tuple(range(len(tokens))))
 
     def survivals(self) -> tuple[float, ...]:
         return self._speculation.survivals(self._confidences, self._temperature)

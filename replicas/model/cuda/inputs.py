@@ -103,7 +103,7 @@ class HostStep:
             count=int(num_pages.sum()),
         )
         pages = page_table[first_pages[segment_of_row] + positions // page_size]
-        causal = [segment.causal for segment in segments]
+        num_causal = [segment.num_causal for segment in segments]
         wanted = np.concatenate(
             [
                 np.array(segment.wanted, dtype=np.int64) + first
@@ -124,7 +124,7 @@ class HostStep:
             "wanted": wanted,
             "adapter": np.where(adapted, rows, -1) if has_adapter else rows[:0],
             "wanted_adapter": np.where(adapted[wanted], wanted_rows, -1) if has_adapter else rows[:0],
-            "segments": np.stack([first_rows, starts, lengths, causal, first_pages], 1).ravel(),
+            "segments": np.stack([first_rows, starts, lengths, num_causal, first_pages], 1).ravel(),
         }
         for shape in range(len(TILE_SHAPES)):
             sections[f"tiles{shape}"] = tiles[shape].ravel() if shape in tiles else rows[:0]

@@ -2,9 +2,10 @@
 
 An AR step is followed by one of the token it gives, a draft by the verify of the tokens it gives, a verify by
 a draft that begins where it stopped accepting. None needs the host to be planned, so the runner may start
-them while the host still commits this step. The
-engine is free to ask for something else: a sequence may end, others may come. What was started is then
-dropped; its K/V lies past what counts as cached and is overwritten before it could.
+them while the host still commits this step. What follows a forward of diffusion, a block's commit with the
+next one behind it too, is the host's to say. The engine is free to ask for something else: a sequence may
+end, others may come. What was started is then dropped; its K/V lies past what counts as cached and is
+overwritten before it could.
 """
 
 from collections.abc import Sequence
@@ -57,7 +58,7 @@ def guess(
             return None
         length = len(segment.token_ids)
         drafts.append(None)
-        if segment.causal and length == 1:
+        if segment.is_causal and length == 1:
             start = segment.start + 1
             if start >= len(segment.pages) * page_size:
                 return None  # its page is not allocated yet
@@ -65,18 +66,19 @@ def guess(
             sources.append(first)
         elif segment.adapter and segment.wanted == tuple(range(1, length)):
             token_ids = (segment.token_ids[0], *[_UNKNOWN] * (length - 1))
+            wanted = tuple(range(length))
             following.append(
-                replace(segment, token_ids=token_ids, causal=True, adapter=False, wanted=tuple(range(length)))
+                replace(segment, token_ids=token_ids, num_causal=length, adapter=False, wanted=wanted)
             )
             sources.extend((-1, *range(first, first + length - 1)))
-        elif segment.causal and segment.wanted == tuple(range(length)) and mask_token_id is not None:
+        elif segment.is_causal and segment.wanted == tuple(range(length)) and mask_token_id is not None:
             if sampling.temperature > 0:
                 return None  # the random numbers belong to positions that the host does not know
             if not _has_room(segment, page_size):
                 return None
             token_ids = (_UNKNOWN, *[mask_token_id] * (length - 1))
             wanted = tuple(range(1, length))
-            following.append(replace(segment, token_ids=token_ids, causal=False, adapter=True, wanted=wanted))
+            following.append(replace(segment, token_ids=token_ids, num_causal=0, adapter=True, wanted=wanted))
             sources.extend((num_outputs + number, *[-1] * (length - 1)))
             drafts[-1] = segment.token_ids[1:]
         else:

@@ -45,13 +45,13 @@ void store_token(const CacheShape& shape, uint32_t* keys, uint32_t* values, int6
   }
 }
 
-// Consecutive queries of one segment: `length` of them, the first at position `start`.
+// Consecutive queries of one segment: `length` of them, the first at position `start`. Those before
+// num_causal, which may be negative or past the last, are causal; the others see all of the segment.
 struct QueryBlock {
   const int32_t* pages;
-  int64_t start, length, first_row, num_keys;
-  bool causal;
+  int64_t start, length, first_row, num_keys, num_causal;
 
-  int64_t visible(int64_t query) const { return causal ? start + query + 1 : num_keys; }
+  int64_t visible(int64_t query) const { return query < num_causal ? start + query + 1 : num_keys; }
 };
 
 constexpr int MAX_SCORE_ROWS = 32;  // (query, query head) pairs of one task

@@ -43,11 +43,11 @@ struct Model {
 // Rows of the adapter come first among the segments, and so among the wanted rows.
 struct Step {
   int64_t num_segments, num_rows, num_wanted, num_adapter_rows, num_wanted_adapter;
-  const int64_t *starts, *lengths, *causal, *page_offsets;  // [num_segments]
-  const int32_t* pages;                                     // segment s: from page_offsets[s]
-  const int64_t* token_ids;                                 // [num_rows]
-  const int64_t* wanted;                                    // [num_wanted], ascending rows
-  float* logits;                                            // [num_wanted, vocab padded to 32]
+  const int64_t *starts, *lengths, *num_causal, *page_offsets;  // [num_segments]
+  const int32_t* pages;                                         // segment s: from page_offsets[s]
+  const int64_t* token_ids;                                     // [num_rows]
+  const int64_t* wanted;                                        // [num_wanted], ascending rows
+  float* logits;                                                // [num_wanted, vocab padded to 32]
 };
 }
 
@@ -134,7 +134,7 @@ class Forward {
       const int32_t* pages = step_.pages + step_.page_offsets[s];
       for (int64_t q = 0; q < length; q += block_length) {
         blocks_.push_back({pages, start + q, std::min(block_length, length - q), row + q, start + length,
-                           (bool)step_.causal[s]});
+                           step_.num_causal[s] - q});
       }
       for (int64_t i = 0; i < length; i++) {
         positions_.push_back(start + i);

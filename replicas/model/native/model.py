@@ -120,7 +120,8 @@ class NativeModel:
         firsts = [end - length for end, length in zip(ends, lengths, strict=True)]
         num_pages = [len(part.pages) for part in parts]
         offsets = [end - count for end, count in zip(accumulate(num_pages), num_pages, strict=True)]
-        rows = np.array([[part.start for part in parts], lengths, [part.causal for part in parts], offsets])
+        num_causal = [part.num_causal for part in parts]
+        rows = np.array([[part.start for part in parts], lengths, num_causal, offsets])
         pages = np.fromiter(chain.from_iterable(part.pages for part in parts), np.int32, sum(num_pages))
         tokens = np.fromiter(chain.from_iterable(part.token_ids for part in parts), np.int64, ends[-1])
         wanted = np.array(
@@ -135,7 +136,7 @@ class NativeModel:
             num_wanted_adapter=sum(len(part.wanted) for part in parts if part.adapter),
             starts=rows[0].ctypes.data,
             lengths=rows[1].ctypes.data,
-            causal=rows[2].ctypes.data,
+            num_causal=rows[2].ctypes.data,
             page_offsets=rows[3].ctypes.data,
             pages=pages.ctypes.data,
             token_ids=tokens.ctypes.data,

@@ -39,9 +39,8 @@ def next_token(prefix: tuple[int, ...], eos_rate: int = 40) -> int:
 def denoise(prefix: tuple[int, ...], block: tuple[int, ...], adapter: bool) -> dict[int, tuple[int, float]]:
     """For each masked index of a block its token and probability: AR's own, often enough, less sure later."""
     guess: dict[int, tuple[int, float]] = {}
-    rollout = prefix + block[:1]
-    for index in range(1, len(block)):
-        token = block[index]
+    rollout = prefix
+    for index, token in enumerate(block):
         if token == MASK:
             value = _hash("denoise", prefix, block, index, adapter)
             token = next_token(rollout) if value % 4 else 3 + value % (VOCAB - 3)
@@ -75,17 +74,21 @@ class ScriptedRunner:
             prefix = tuple(self._slots[segment.pages[p // size]][p % size] for p in range(segment.start))
             for offset, token in enumerate(segment.token_ids):
                 position = segment.start + offset
-                kept = token if segment.causal else GARBAGE
+                kept = token if offset < segment.num_causal else GARBAGE
                 self._slots[segment.pages[position // size]][position % size] = kept
-            if segment.causal:
-                tokens = [next_token(prefix + segment.token_ids[: index + 1]) for index in segment.wanted]
-                if segment.allowed:
-                    tokens = [nearest(*pair) for pair in zip(tokens, segment.allowed, strict=True)]
-                outputs.append(SegmentOutput(tuple(tokens), (1.0,) * len(tokens)))
-            else:
-                guess = denoise(prefix, segment.token_ids, segment.adapter)
-                chosen = [guess[index] for index in segment.wanted]
-                outputs.append(SegmentOutput(tuple(t for t, _ in chosen), tuple(p for _, p in chosen)))
+            count = segment.num_causal
+            causal, block = segment.token_ids[:count], segment.token_ids[count:]
+            chosen = [
+                (next_token(prefix + causal[: index + 1]), 1.0) for index in segment.wanted if index < count
+            ]
+            if segment.allowed:
+                chosen = [
+                    (nearest(token, mask), 1.0)
+                    for (token, _), mask in zip(chosen, segment.allowed, strict=True)
+                ]
+            guess = denoise(prefix + causal, block, segment.adapter) if block else {}
+            chosen += [guess[index - count] for index in segment.wanted if index >= count]
+            outputs.append(SegmentOutput(tuple(t for t, _ in chosen), tuple(p for _, p in chosen)))
         return outputs
 
 
@@ -154,20 +157,28 @@ def naive_diffusion(
     threshold: float,
     max_context: int,
     max_steps: int | None = None,
+    overlaps: bool = True,
 ) -> list[int]:
-    """Block diffusion by the book, one block after another; ends at EOS or max_tokens."""
+    """Block diffusion by the book, one block after another; ends at EOS or max_tokens.
+
+    overlaps: every block's first denoising but the first one's is done with its seed still masked.
+    """
     tokens = [next_token(tuple(prompt))]
+    is_first = True
     while len(tokens) < max_tokens and EOS not in tokens:
         prefix = (*prompt, *tokens[:-1])
         block = [tokens[-1]] + [MASK] * (min(block_length, max_context - len(prefix)) - 1)
         num_steps = 0
         while MASK in block and EOS not in block[: block.index(MASK)]:
             num_steps += 1
-            guess = denoise(prefix, tuple(block), adapter=False)
+            seen = [MASK, *block[1:]] if overlaps and num_steps == 1 and not is_first else block
+            guess = denoise(prefix, tuple(seen), adapter=False)
+            guess.pop(0, None)
             surest = max(guess, key=lambda index: guess[index][1])
             for index, (token, prob) in guess.items():
                 if index == surest or prob >= threshold or num_steps == max_steps:
                     block[index] = token
+        is_first = False
         tokens += block[1:]
         if MASK not in block:
             tokens.append(next_token((*prefix, *block)))
@@ -175,9 +186,11 @@ def naive_diffusion(
     return tokens[: min(cut, max_tokens)]
 
 
-def expected(kind: str, prompt: list[int], max_tokens: int, max_context: int) -> list[int]:
+def expected(
+    kind: str, prompt: list[int], max_tokens: int, max_context: int, overlaps: bool = True
+) -> list[int]:
     if PINNED[kind].mode is Mode.DIFFUSION:
-        return naive_diffusion(prompt, max_tokens, 8, 0.7, max_context, PINNED[kind].max_steps)
+        return naive_diffusion(prompt, max_tokens, 8, 0.7, max_context, PINNED[kind].max_steps, overlaps)
     return naive_ar(prompt, max_tokens)
 
 

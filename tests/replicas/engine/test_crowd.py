@@ -37,6 +37,7 @@ class Crowd:
 
     def __init__(self, rng: random.Random, num_pages: int, step_tokens: int):
         self.rng = rng
+        self.overlaps_blocks = rng.random() < 0.7
         self.runner = ScriptedRunner(num_pages=num_pages, page_size=4, max_context=MAX_CONTEXT)
         self.engine = Engine(
             self.runner,
@@ -46,6 +47,7 @@ class Crowd:
             max_prefill_tokens=rng.randint(1, 60),
             max_step_ms=rng.choice((None, 6.0, 12.0)),
             adaptive_speculation=rng.random() < 0.5,
+            overlap_blocks=self.overlaps_blocks,
         )
         self.engine.set_step_cost(rng.choice(COSTS))
         self.prefixes = [[rng.randint(3, 60) for _ in range(30)] for _ in range(2)]
@@ -67,7 +69,7 @@ class Crowd:
             grammar = None
             sampling = SamplingParams(max_tokens=max_tokens, seed=choice)
             if kind in PINNED:
-                self.wanted[name] = expected(kind, prompt, max_tokens, MAX_CONTEXT)
+                self.wanted[name] = expected(kind, prompt, max_tokens, MAX_CONTEXT, self.overlaps_blocks)
             else:
                 num_tokens = rng.randint(1, 40)
                 grammar = ScriptedGrammar(num_tokens)
@@ -128,7 +130,7 @@ def run_crowd(seed: int, num_pages: int, step_tokens: int) -> Crowd:
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**9), num_pages=st.integers(24, 60), step_tokens=st.integers(128, 200))
+@given(seed=st.integers(0, 10**9), num_pages=st.integers(24, 60), step_tokens=st.integers(192, 260))
 def test_a_crowd_gets_what_each_would_alone(seed: int, num_pages: int, step_tokens: int) -> None:
     """Arrivals, modes, grammars, choices, cancels and plan changes on a pool too small for all of them."""
     run_crowd(seed, num_pages, step_tokens)
@@ -136,7 +138,7 @@ def test_a_crowd_gets_what_each_would_alone(seed: int, num_pages: int, step_toke
 
 def test_crowds_meet_what_they_are_for() -> None:
     """Preemptions, prefixes reused, drafts cut by grammars and by cost: all of it happens in some crowds."""
-    crowds = [run_crowd(seed, 24, 128) for seed in range(12)]
+    crowds = [run_crowd(seed, 24, 192) for seed in range(12)]
     sequences = [sequence for crowd in crowds for sequence in crowd.sequences]
     constrained = [sequence for sequence in sequences if sequence.grammar is not None]
     assert sum(sequence.num_preemptions for sequence in sequences) > 10

@@ -35,13 +35,13 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype
 
 
 def segment_table(
-    starts: Sequence[int], lengths: Sequence[int], causal: Sequence[bool], page_size: int
+    starts: Sequence[int], lengths: Sequence[int], num_causal: Sequence[int], page_size: int
 ) -> torch.Tensor:
     """[S, 5] int32, with the segments' pages one after the other."""
     first_row = np.cumsum([0, *lengths])[:-1]
     num_pages = [-(-(start + length) // page_size) for start, length in zip(starts, lengths, strict=True)]
     first_page = np.cumsum([0, *num_pages])[:-1]
-    rows = np.stack([first_row, starts, lengths, np.array(causal, dtype=np.int64), first_page], 1)
+    rows = np.stack([first_row, starts, lengths, num_causal, first_page], 1)
     return torch.from_numpy(rows.astype(np.int32)).to(DEVICE)
 
 

@@ -2,11 +2,17 @@
 
 import itertools
 from collections.abc import Sequence
+from random import Random
 
 import pytest
 import torch
 
-from replicas.kernels.attention import ragged_paged_attention, ragged_paged_attention_reference
+from replicas.kernels.attention import (
+    TILE_SHAPES,
+    queries_per_tile,
+    ragged_paged_attention,
+    ragged_paged_attention_reference,
+)
 from tests.replicas.kernels.cases import (
     DEVICE,
     DTYPES,
@@ -19,10 +25,10 @@ from tests.replicas.kernels.cases import (
     segment_table,
 )
 
-Kind = tuple[int, int, bool]  # start, length, causal
+Kind = tuple[int, int, int]  # start, length, num_causal
 
 MIXED: list[Kind] = [
-    (0, 1, True), (70, 1, True), (0, 5, False), (130, 7, True), (62, 3, False), (0, 0, True), (3, 19, True),
+    (0, 1, 1), (70, 1, 1), (0, 5, 0), (130, 7, 7), (62, 3, 0), (57, 12, 5), (0, 0, 0), (3, 19, 19),
 ]  # fmt: skip
 
 
@@ -40,7 +46,7 @@ def check(
     pages: Sequence[int] | None = None,
     seed: int = 0,
 ) -> None:
-    starts, lengths, causal = zip(*kinds, strict=True)
+    starts, lengths, num_causal = zip(*kinds, strict=True)
     num_keys = [start + length for start, length in zip(starts, lengths, strict=True)]
     num_rows = sum(lengths)
     used = sum(-(-keys // page_size) for keys in num_keys)
@@ -59,7 +65,7 @@ def check(
         _poison_unused(cache, pages, num_keys)
     qkv = normal(num_rows, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype, seed=seed + 1)
     queries = qkv[:, :num_heads]
-    segments = segment_table(starts, lengths, causal, page_size)
+    segments = segment_table(starts, lengths, num_causal, page_size)
     tiles = make_tiles(lengths, num_heads // num_kv_heads, num_splits, padding)
     output = poison(num_rows, num_heads, head_dim, dtype=dtype)
     scratch = make_scratch(tiles, num_rows, num_heads, head_dim)
@@ -88,25 +94,68 @@ def test_mixed_segments(dtype: torch.dtype, num_splits: int) -> None:
     ("head_dim", "page_size"), [(32, 128), (64, 16), (96, 32), (128, 64), (12, 5), (64, 1)]
 )
 def test_head_dims_and_page_sizes(head_dim: int, page_size: int) -> None:
-    kinds = [(67, 4, False), (150, 1, True)]
+    kinds = [(67, 4, 0), (150, 1, 1)]
     check(kinds, num_heads=3, num_kv_heads=1, head_dim=head_dim, page_size=page_size, num_splits=2)
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(1, 1), (8, 8), (8, 1), (40, 2), (15, 3)])
 def test_head_groups(num_heads: int, num_kv_heads: int) -> None:
-    kinds = [(9, 1, True), (66, 2, False)]
+    kinds = [(9, 1, 1), (66, 2, 0)]
     check(kinds, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=16, page_size=16)
 
 
 def test_prefill_chunk_of_hundreds() -> None:
-    check([(40, 150, True)], num_heads=2, num_kv_heads=1, head_dim=16, page_size=32)
+    check([(40, 150, 150)], num_heads=2, num_kv_heads=1, head_dim=16, page_size=32)
 
 
 @pytest.mark.parametrize("num_splits", [4, 16])
 def test_splits_beyond_the_keys(num_splits: int) -> None:
     """Some splits have no keys at all, some rows see none in a split that others have keys in."""
-    kinds = [(0, 1, True), (126, 5, True), (250, 2, False), (700, 1, True)]
+    kinds = [(0, 1, 1), (126, 5, 5), (250, 2, 0), (700, 1, 1), (1, 90, 3)]
     check(kinds, num_splits=num_splits, num_heads=2, num_kv_heads=1, head_dim=16)
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "page_size"), [(2, 1, 16), (3, 1, 5), (2, 2, 64)])
+def test_borders_of_the_causal_part(num_heads: int, num_kv_heads: int, page_size: int) -> None:
+    """Within a tile, at its ends, and between two."""
+    per_tile = queries_per_tile(TILE_SHAPES[-1], num_heads // num_kv_heads)
+    length = per_tile + 20
+    borders = (1, 30, per_tile - 1, per_tile, per_tile + 1, length - 1)
+    kinds = [(start, length, border) for start, border in zip((0, 71, 0, 33, 0, 100), borders, strict=True)]
+    check(kinds, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=16, page_size=page_size)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_kinds(seed: int) -> None:
+    """Wholly causal, wholly bidirectional and both, in one batch."""
+    random = Random(seed)
+    kinds: list[Kind] = []
+    for _ in range(8):
+        length = random.choice([1, 2, 7, 16, 33, 64])
+        kinds.append((random.randrange(200), length, random.choice([0, length, random.randrange(length)])))
+    num_kv_heads, group = random.choice([1, 2]), random.choice([1, 3, 4])
+    check(
+        kinds,
+        num_heads=num_kv_heads * group,
+        num_kv_heads=num_kv_heads,
+        head_dim=16,
+        page_size=random.choice([1, 5, 16, 64]),
+        num_splits=random.choice([1, 2, 4]),
+        padding=1,
+        seed=seed,
+    )
+
+
+def test_the_reference_of_a_commit_and_a_block_is_that_of_two_segments() -> None:
+    start, border, length = 9, 6, 11
+    cache, queries = normal(2, 2, 1, 16, 16), normal(length, 3, 16, seed=1)
+    table = torch.tensor([1, 0], dtype=torch.int32, device=DEVICE)
+    both = segment_table([start], [length], [border], 16)
+    apart = torch.tensor([[0, start, border, border, 0], [border, start + border, length - border, 0, 0]])
+    found, expected = (
+        ragged_paged_attention_reference(queries, cache, segments, table) for segments in (both, apart)
+    )
+    torch.testing.assert_close(found, expected)
 
 
 def test_large_scores_do_not_overflow() -> None:
@@ -114,7 +163,7 @@ def test_large_scores_do_not_overflow() -> None:
     table = torch.arange(5, dtype=torch.int32, device=DEVICE)
     cache = normal(5, 2, 1, 16, 16, scale=60.0)
     queries = normal(3, 2, 16, scale=60.0, seed=1)
-    segments = segment_table(starts, lengths, [True], 16)
+    segments = segment_table(starts, lengths, lengths, 16)
     tiles = make_tiles(lengths, 2, 2)
     output = poison(3, 2, 16)
     ragged_paged_attention(queries, cache, output, segments, table, tiles, make_scratch(tiles, 3, 2, 16))
@@ -124,7 +173,7 @@ def test_large_scores_do_not_overflow() -> None:
 
 @pytest.mark.parametrize("order", ["falling", "shared", "far"])
 def test_adversarial_page_tables(order: str) -> None:
-    kinds = [(33, 4, False), (50, 1, True)]
+    kinds = [(33, 4, 0), (50, 1, 1)]
     pages = {"falling": [6, 5, 4, 3, 2, 1, 0], "shared": [2, 4, 1, 2, 4, 0, 3], "far": [0, 6, 1, 5, 2, 4, 3]}
     check(kinds, pages=pages[order], head_dim=16)
 
@@ -133,7 +182,7 @@ def test_rows_of_no_tile_are_left_alone() -> None:
     """A CUDA graph has rows beyond those in use."""
     lengths = [2]
     table, cache = torch.tensor([1], dtype=torch.int32, device=DEVICE), normal(2, 2, 1, 16, 16)
-    queries, segments = normal(4, 1, 16), segment_table([8], lengths, [True], 16)
+    queries, segments = normal(4, 1, 16), segment_table([8], lengths, lengths, 16)
     output = poison(4, 1, 16)
     tiles = make_tiles(lengths, 1, 1, padding=3)
     ragged_paged_attention(queries, cache, output, segments, table, tiles, make_scratch(tiles, 4, 1, 16))
@@ -143,7 +192,7 @@ def test_rows_of_no_tile_are_left_alone() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fp8_cache_with_scales(dtype: torch.dtype) -> None:
-    check(MIXED[3:5], dtype=dtype, cache_dtype=torch.float8_e4m3fn, num_splits=2)
+    check(MIXED[3:6], dtype=dtype, cache_dtype=torch.float8_e4m3fn, num_splits=2)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="full shapes need a GPU")
@@ -153,11 +202,13 @@ def test_fp8_cache_with_scales(dtype: torch.dtype) -> None:
 )
 def test_full_shapes(dtype: torch.dtype, head_dim: int, page_size: int) -> None:
     kinds: list[Kind] = [
-        (4096, 1, True),
-        (16384, 1, True),
-        (800, 32, False),
-        (803, 32, True),
-        (1000, 511, True),
+        (4096, 1, 1),
+        (16384, 1, 1),
+        (800, 32, 0),
+        (803, 32, 32),
+        (1000, 511, 511),
+        (600, 64, 32),
+        (2, 300, 150),
     ]
     for num_splits in (1, 16):
         shape = {"num_heads": 32, "num_kv_heads": 8, "head_dim": head_dim, "page_size": page_size}

@@ -1,6 +1,7 @@
 """Tiny checkpoints, their reference, and plans with scattered pages for the model's tests."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from replicas.messages import SamplingParams
 from replicas.model.checkpoint import DTYPES
 from replicas.model.runner import TorchRunner
 from tests.reference import Reference
-from tests.tiny_checkpoint import make_tiny_checkpoint
+from tests.tiny_checkpoint import MASK_TOKEN_ID, make_tiny_checkpoint
 
 GREEDY = SamplingParams(max_tokens=1)
 
@@ -109,15 +110,54 @@ def segment(
     pages: tuple[int, ...],
     *,
     start: int = 0,
-    causal: bool = True,
+    num_causal: int | None = None,
     adapter: bool = False,
     wanted: Sequence[int] | None = None,
     sampling: SamplingParams = GREEDY,
     seq_id: int = 0,
 ) -> Segment:
-    """wanted None is all."""
+    """num_causal and wanted: None is all."""
     rows = range(len(token_ids)) if wanted is None else wanted
+    causal = len(token_ids) if num_causal is None else num_causal
     return Segment(seq_id, start, tuple(token_ids), pages, causal, adapter, tuple(rows), sampling)
+
+
+def commit_and_masks(
+    tokens: Sequence[int],
+    num_masks: int,
+    pages: tuple[int, ...],
+    *,
+    start: int = 0,
+    sampling: SamplingParams = GREEDY,
+    seq_id: int = 0,
+) -> Segment:
+    """tokens, causal, and behind them the next block: wanted are its seed and its first guesses."""
+    border, end = len(tokens), len(tokens) + num_masks
+    return segment(
+        [*tokens, *[MASK_TOKEN_ID] * num_masks],
+        pages,
+        start=start,
+        num_causal=border,
+        wanted=(border - 1, *range(border + 1, end)),
+        sampling=sampling,
+        seq_id=seq_id,
+    )
+
+
+def in_two(both: Segment) -> tuple[Segment, Segment]:
+    """The commit, and the block over the K/V that it leaves: two forwards for the one of commit_and_masks."""
+    border = both.num_causal
+    wanted = both.wanted
+    return (
+        replace(both, token_ids=both.token_ids[:border], wanted=tuple(i for i in wanted if i < border)),
+        replace(
+            both,
+            start=both.start + border,
+            token_ids=both.token_ids[border:],
+            num_causal=0,
+            wanted=tuple(i - border for i in wanted if i >= border),
+        ),
+    )
 
 
 def prompt(length: int, seed: int, vocab: int = 97) -> list[int]:

@@ -37,7 +37,8 @@ def change(folder: Path, name: str, tensor: torch.Tensor | None, file: str = "mo
 
 
 def logits(runner: TorchRunner, *, adapter: bool = False) -> torch.Tensor:
-    part = segment(prompt(20, seed=1), Pages(20, 8).table(20), causal=not adapter, adapter=adapter)
+    num_causal = 0 if adapter else None
+    part = segment(prompt(20, seed=1), Pages(20, 8).table(20), num_causal=num_causal, adapter=adapter)
     return LogitsProbe(runner)(part)[0]
 
 
@@ -72,8 +73,8 @@ def test_adapter_under_any_prefix(folder: Path, prefix: str) -> None:
 
 def test_no_adapter_folder_means_the_base_model_drafts(tmp_path: Path) -> None:
     folder = make_tiny_checkpoint(tmp_path / "plain", adapter_targets=())
-    part = segment(prompt(9, seed=1), (0, 1), causal=False, adapter=True)
-    bare = segment(prompt(9, seed=1), (0, 1), causal=False, adapter=False)
+    part = segment(prompt(9, seed=1), (0, 1), num_causal=0, adapter=True)
+    bare = segment(prompt(9, seed=1), (0, 1), num_causal=0, adapter=False)
     probe = LogitsProbe(load(folder))
     assert torch.equal(probe(part)[0], probe(bare)[0])
 

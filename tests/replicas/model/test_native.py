@@ -20,7 +20,15 @@ from replicas.model.native.build import NativeUnavailable
 from replicas.model.native.model import quantize, require_native
 from replicas.model.runner import TorchModel, TorchRunner
 from replicas.model.sampler import choose
-from tests.replicas.model.conftest import LogitsProbe, Pages, poisoned_runner, prompt, segment
+from tests.replicas.model.conftest import (
+    LogitsProbe,
+    Pages,
+    commit_and_masks,
+    in_two,
+    poisoned_runner,
+    prompt,
+    segment,
+)
 from tests.tiny_checkpoint import tiny_config
 
 CONFIG = ReplicaConfig(
@@ -38,13 +46,18 @@ def fresh_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 
 
 def some_segments(pages: Pages, probe: LogitsProbe) -> list[Segment]:
-    """Lengths around the number of rows summed together, each with a prefix cached."""
+    """Lengths around the number of rows summed together, each with a prefix cached; the last two are a
+    draft, and a commit with a block behind it."""
     segments = []
-    for index, (start, length) in enumerate([(40, 1), (7, 5), (30, 12), (0, 25), (11, 13), (3, 1), (50, 16)]):
+    shapes = [(40, 1), (7, 5), (30, 12), (0, 25), (11, 13), (3, 1), (50, 16), (45, 33)]
+    for index, (start, length) in enumerate(shapes):
         tokens, table = prompt(start + length, seed=index), pages.table(start + length)
         if start:
             probe(segment(tokens[:start], table, wanted=()))
-        segments.append(segment(tokens[start:], table, start=start, causal=index != 6, adapter=index == 6))
+        num_causal = {6: 0, 7: 17}.get(index)
+        segments.append(
+            segment(tokens[start:], table, start=start, num_causal=num_causal, adapter=index == 6)
+        )
     return segments
 
 
@@ -68,6 +81,27 @@ def test_a_row_does_not_depend_on_the_batch(tiny_folder: Path, dtype: str, quant
         for low, high in itertools.pairwise((0, 1, 2, 9, 25))
     ]
     assert torch.equal(torch.cat(chunks), rows)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_masks_behind_a_commit_change_no_bit(tiny_folder: Path, dtype: str) -> None:
+    """Of its logits and K/V, and theirs are those of a forward after it; with borders in and between the
+    blocks of queries that attention takes at once."""
+    together, apart = (
+        LogitsProbe(poisoned_runner(tiny_folder, "native", page_size=16, num_pages=16, dtype=dtype))
+        for _ in range(2)
+    )
+    for start, border, num_masks in itertools.product((0, 5, 70), (1, 7, 10, 12, 30), (1, 8, 33)):
+        tokens, table = prompt(start + border, seed=border), Pages(16, 16, start).table(140)
+        both = commit_and_masks(tokens[start:], num_masks, table, start=start)
+        commit, block = in_two(both)
+        for probe in (together, apart):
+            if start:
+                probe(segment(tokens[:start], table, wanted=()))
+        [found] = together(both)
+        assert torch.equal(found, torch.cat((apart(commit)[0], apart(block)[0])))
+        for pages, expected in zip(together.runner._model.pages, apart.runner._model.pages, strict=True):
+            assert torch.equal(pages, expected)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="builds for kinds of x86")

@@ -16,7 +16,15 @@ from replicas.messages import SamplingParams
 from replicas.model.native.model import quantize
 from replicas.model.runner import TorchRunner
 from tests.reference import Reference
-from tests.replicas.model.conftest import LogitsProbe, Pages, poisoned_runner, prompt, segment
+from tests.replicas.model.conftest import (
+    LogitsProbe,
+    Pages,
+    commit_and_masks,
+    in_two,
+    poisoned_runner,
+    prompt,
+    segment,
+)
 from tests.tiny_checkpoint import MASK_TOKEN_ID, make_tiny_checkpoint
 
 
@@ -79,7 +87,7 @@ def test_bidirectional_segment(
     probe = LogitsProbe(runner)
     if prefix_length:
         probe(segment(tokens[:-1], pages, wanted=()))
-    [logits] = probe(segment(block, pages, start=prefix_length, causal=False, adapter=adapter))
+    [logits] = probe(segment(block, pages, start=prefix_length, num_causal=0, adapter=adapter))
     assert_same(logits, reference.block_logits(tokens[:-1], block, adapter=adapter))
 
 
@@ -96,7 +104,7 @@ def test_causal_rewrite_after_a_draft(runner: TorchRunner, reference: Reference)
     pages = Pages(120, 5).table(40)
     probe = LogitsProbe(runner)
     probe(segment(tokens[:20], pages, wanted=()))
-    probe(segment([tokens[20], *[MASK_TOKEN_ID] * 9], pages, start=20, causal=False, adapter=True))
+    probe(segment([tokens[20], *[MASK_TOKEN_ID] * 9], pages, start=20, num_causal=0, adapter=True))
     [logits] = probe(segment(tokens[20:], pages, start=20))
     assert_same(logits, reference.causal_logits(tokens)[20:])
 
@@ -108,23 +116,35 @@ def _mixed_step(runner: TorchRunner, reference: Reference, seed: int) -> tuple[l
     kinds = [
         ("prefill", 0, 33), ("step", 50, 1), ("draft", 20, 16), ("denoise", 35, 8), ("verify", 18, 16),
         ("step", 3, 1), ("chunk", 12, 70), ("draft", 2, 4), ("step", 17, 1), ("denoise", 60, 32),
+        ("commit and masks", 16, 31),
     ]  # fmt: skip
     for seq_id, (kind, start, length) in enumerate(kinds):
         tokens = prompt(start + length, seed=seed * 100 + seq_id)
         table = pages.table(start + length)
         if start:
             runner.run(StepPlan((segment(tokens[:start], table, wanted=()),)))
-        block = tokens[start:]
+        block, adapter = tokens[start:], kind == "draft"
+        num_causal, wanted = length, range(length) if kind != "prefill" else range(length - 1, length)
+        rows = reference.causal_logits(tokens)[start:]
         if kind in ("draft", "denoise"):
             block = [block[0], *[MASK_TOKEN_ID] * (length - 1)]
-            adapter, wanted = kind == "draft", range(1, length)
+            num_causal, wanted = 0, range(1, length)
             rows = reference.block_logits(tokens[:start], block, adapter=adapter)
-        else:
-            adapter, wanted = False, range(length) if kind != "prefill" else range(length - 1, length)
-            rows = reference.causal_logits(tokens)[start:]
-        causal = kind not in ("draft", "denoise")
+        elif kind == "commit and masks":
+            num_causal = length // 2
+            block[num_causal:] = [MASK_TOKEN_ID] * (length - num_causal)
+            behind = reference.block_logits(tokens[: start + num_causal], block[num_causal:], adapter=False)
+            rows = torch.cat((rows[:num_causal], behind))
         segments.append(
-            segment(block, table, start=start, causal=causal, adapter=adapter, wanted=wanted, seq_id=seq_id)
+            segment(
+                block,
+                table,
+                start=start,
+                num_causal=num_causal,
+                adapter=adapter,
+                wanted=wanted,
+                seq_id=seq_id,
+            )
         )
         expected.append(rows[list(wanted)])
     return segments, expected
@@ -149,6 +169,52 @@ def test_outputs_are_in_the_plans_order(runner: TorchRunner, reference: Referenc
         probs = without_mask(rows).softmax(-1)
         assert list(output.token_ids) == probs.argmax(-1).tolist()
         assert output.probs == pytest.approx(probs.max(-1).values.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("page_size", [1, 5, 16])
+def test_a_commit_with_the_next_block_behind_it_is_two_forwards(
+    tiny_folder: Path, forward: str, page_size: int, temperature: float
+) -> None:
+    """By tokens, probabilities and all K/V, with borders anywhere and a step and a draft in the batch."""
+    together, apart = (
+        poisoned_runner(tiny_folder, forward, page_size=page_size, num_pages=700 // page_size)
+        for _ in range(2)
+    )
+    generator = torch.Generator().manual_seed(page_size)
+
+    def draw(least: int, most: int) -> int:
+        return int(torch.randint(least, most + 1, (1,), generator=generator))
+
+    for seed in range(3):
+        pages = Pages(700 // page_size, page_size, seed)
+        starts = [draw(0, 60) for _ in range(4)]
+        mixed = []
+        for index, start in enumerate(starts):
+            num_causal, num_masks = draw(1, 45), draw(1, 33)
+            tokens = prompt(start + num_causal, seed=seed * 10 + index)
+            table = pages.table(start + num_causal + num_masks)
+            sampling = SamplingParams(max_tokens=1, temperature=temperature, seed=index)
+            part = commit_and_masks(tokens[start:], num_masks, table, start=start, sampling=sampling)
+            mixed.append(dataclasses.replace(part, seq_id=index))
+            if start:
+                for runner in (together, apart):
+                    runner.run(StepPlan((segment(tokens[:start], table, wanted=()),)))
+        others = [
+            segment([9], pages.table(1), seq_id=8),
+            segment([9, 5, 5], pages.table(3), num_causal=0, adapter=True, wanted=(1, 2), seq_id=9),
+        ]
+        outputs = together.run(StepPlan((*mixed, *others)))
+        commits, blocks = zip(*map(in_two, mixed), strict=True)
+        first = apart.run(StepPlan((*commits, *others)))
+        second = apart.run(StepPlan(blocks))
+        for output, commit, block in zip(outputs[: len(mixed)], first, second, strict=False):
+            assert output.token_ids == commit.token_ids + block.token_ids
+            assert output.probs == pytest.approx(commit.probs + block.probs, abs=1e-4)
+        for found, expected in zip(together._model.pages, apart._model.pages, strict=True):
+            torch.testing.assert_close(
+                found.view(torch.float32), expected.view(torch.float32), atol=1e-4, rtol=1e-4
+            )
 
 
 def test_more_adapter_targets(tmp_path: Path, forward: str) -> None:

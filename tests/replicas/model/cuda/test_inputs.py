@@ -14,7 +14,7 @@ from replicas.model.cuda.graphs import GraphCache
 from replicas.model.cuda.inputs import HostStep, StepSize, bucket, sections_of
 from replicas.model.cuda.lookahead import guess, match, resolve
 from replicas.model.cuda.staging import Staging
-from tests.replicas.model.conftest import segment
+from tests.replicas.model.conftest import commit_and_masks, segment
 from tests.tiny_checkpoint import MASK_TOKEN_ID, tiny_config
 
 CONFIG = ModelConfig.parse(tiny_config())
@@ -36,7 +36,7 @@ def test_buckets_cover_with_bounded_waste() -> None:
 
 def test_written_sections_are_padded_and_in_place() -> None:
     segments = [
-        segment([7, 8, 9], (4, 2), start=6, causal=False, adapter=True, wanted=(1, 2)),
+        segment([7, 8, 9], (4, 2), start=6, num_causal=0, adapter=True, wanted=(1, 2)),
         segment([3], (5,), start=2),
     ]
     host = HostStep.pack(segments, CONFIG, PAGE)
@@ -57,6 +57,18 @@ def test_written_sections_are_padded_and_in_place() -> None:
     assert parts["segments"] == [0, 6, 3, 0, 0, 3, 2, 1, 1, 2, *[0] * 10]
     assert parts["tiles0"] == [0, 0, 1, 0, -1, -1, -1, -1]
     assert buffer[at:used].tolist() == [4, 2, 5]
+
+
+def test_a_commit_and_the_block_behind_it_are_one_segment() -> None:
+    segments = [segment([3], (5,), start=2), commit_and_masks([7, 8, 9], 3, (4, 2), start=4)]
+    host = HostStep.pack(segments, CONFIG, PAGE)
+    found = {name: values.tolist() for name, values in host.sections.items()}
+    assert found["token_ids"] == [3, 7, 8, 9, *[MASK_TOKEN_ID] * 3]
+    assert found["positions"] == [2, 4, 5, 6, 7, 8, 9]
+    assert found["slots"][1:] == [*range(4 * PAGE + 4, 5 * PAGE), 2 * PAGE, 2 * PAGE + 1]
+    assert found["wanted"] == [0, 3, 5, 6]
+    assert found["segments"] == [0, 2, 1, 1, 0, 1, 4, 6, 3, 1]
+    assert not host.size.has_adapter
 
 
 def test_adapter_free_steps_have_no_adapter_sections() -> None:
@@ -108,15 +120,18 @@ def test_what_follows_a_step_is_a_step() -> None:
     assert match(known, [step(41, 4, seq_id=4)]) is None
     assert match(known, [step(41, 3, seq_id=4, pages=(2,))]) is None
     assert match(known, [step(41, 3, seq_id=4), step(1, 0, seq_id=9)]) is None
+    assert match(known, [commit_and_masks([41], 2, (3,), start=3, seq_id=4)]) is None
 
 
 def test_what_follows_a_draft_is_its_verify() -> None:
-    draft = segment([9, 5, 5], (3,), start=1, causal=False, adapter=True, wanted=(1, 2), seq_id=1)
+    draft = segment([9, 5, 5], (3,), start=1, num_causal=0, adapter=True, wanted=(1, 2), seq_id=1)
     guessed = guess([step(7, 0), draft], [0, 1], 3, PAGE, MASK_TOKEN_ID)
     assert guessed is not None
     assert guessed.sources == (0, -1, 1, 2)
-    verify = replace(draft, token_ids=(9, 31, 32), causal=True, adapter=False, wanted=(0, 1, 2))
-    assert match(resolve(guessed, [30, 31, 32]), [verify]) == [1]
+    verify = replace(draft, token_ids=(9, 31, 32), num_causal=3, adapter=False, wanted=(0, 1, 2))
+    known = resolve(guessed, [30, 31, 32])
+    assert match(known, [verify]) == [1]
+    assert match(known, [replace(verify, num_causal=2)]) is None
 
 
 @pytest.mark.parametrize("num_accepted", [0, 1, 2])
@@ -131,7 +146,7 @@ def test_what_follows_a_verify_is_a_draft_from_where_it_stopped(num_accepted: in
         verify,
         start=6 + num_accepted,
         token_ids=(tokens[1 + num_accepted], MASK_TOKEN_ID, MASK_TOKEN_ID),
-        causal=False,
+        num_causal=0,
         adapter=True,
         wanted=(1, 2),
     )
@@ -158,7 +173,12 @@ def test_what_follows_a_verify_is_a_draft_from_where_it_stopped(num_accepted: in
         segment([9, 5, 6], (3, 4), start=3, sampling=SamplingParams(max_tokens=9)),  # or may be shorter
         # a verify: the random numbers of the next draft belong to positions not known
         segment([9, 5], (3,), start=1, wanted=(0, 1), sampling=replace(LONG, temperature=1.0)),
-        segment([9, 5], (3,), start=1, causal=False, wanted=(1,)),  # a block denoised by diffusion
+        segment([9, 5], (3,), start=1, num_causal=0, wanted=(1,)),  # a block denoised by diffusion
+        commit_and_masks([9, 31], 2, (3,), start=1),  # and one committed, with the next behind it
+        commit_and_masks([9], 2, (3,), start=1),
+        # whichever of its rows are wanted: as of a verify, as of a draft
+        segment([9, 31, 5], (3,), start=1, num_causal=2, sampling=LONG),
+        segment([9, 5, 5], (3,), start=1, num_causal=1, wanted=(1, 2), sampling=LONG),
         segment([9, 5], (3,), start=1, wanted=()),  # a chunk of a prompt
         segment([9], (3,), start=7),  # the next token's page is not there
         segment([9], (3,), start=1, sampling=SamplingParams(presence_penalty=1.0)),

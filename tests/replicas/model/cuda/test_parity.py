@@ -1,6 +1,7 @@
 """The GPU's runner against the reference, through the engine and row by row, in Triton's interpreter."""
 
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from policies.modes import DecodePlan, Mode
 from replicas.engine.engine import Engine
-from replicas.engine.plan import Segment
+from replicas.engine.plan import Segment, StepPlan
 from replicas.engine.sequence import Sequence
 from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.checkpoint import CheckpointError, load_weights
@@ -18,7 +19,7 @@ from replicas.model.cuda.runner import CudaRunner, Options
 from replicas.model.runner import TorchRunner
 from replicas.model.transformer import Batch, Transformer
 from tests.reference import Reference
-from tests.replicas.model.conftest import Pages, prompt, segment
+from tests.replicas.model.conftest import Pages, commit_and_masks, in_two, prompt, segment
 from tests.tiny_checkpoint import MASK_TOKEN_ID, make_tiny_checkpoint
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,7 +63,7 @@ def completion(sequence: Sequence) -> tuple[int, ...]:
 
 def run_all(runner: CudaRunner, prompts: Seq[list[int]]) -> dict[tuple[int, Mode], tuple[int, ...]]:
     """Every prompt in every mode, in one crowd."""
-    engine = Engine(runner, max_running=6, max_step_tokens=128)
+    engine = Engine(runner, max_running=6, max_step_tokens=192)
     sampling = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True)
     submitted = {
         (index, plan.mode): engine.submit(f"{index}-{plan.mode}", prompt, sampling, decoding(plan))
@@ -134,24 +135,40 @@ def test_sampled_tokens_are_the_cpus(folder: Path, filters: dict[str, float]) ->
 
 
 def _mixed(reference: Reference, runner: CudaRunner) -> tuple[list[Segment], torch.Tensor]:
-    """A draft, a denoising block, a verify and a step, and the logits they must give."""
+    """A draft, a denoising block, a verify, a step and a commit with a block behind it, and their logits."""
     pages = Pages(60, 8)
     segments, expected = [], []
-    kinds = (("draft", 18, 4), ("denoise", 3, 3), ("verify", 9, 4), ("step", 20, 1))
-    for seq_id, (kind, start, length) in enumerate(kinds):
+    kinds = (
+        ("draft", 18, 4, 0),
+        ("denoise", 3, 3, 0),
+        ("verify", 9, 4, 4),
+        ("step", 20, 1, 1),
+        ("", 13, 7, 3),
+    )
+    for seq_id, (kind, start, length, num_causal) in enumerate(kinds):
         tokens = prompt(start + length, seed=seq_id)
         table = pages.table(start + length)
         runner.forward([segment(tokens[:start], table, wanted=(0,))])
-        causal = kind in ("verify", "step")
-        block = tokens[start:] if causal else [tokens[start], *[MASK_TOKEN_ID] * (length - 1)]
+        border = start + num_causal
+        known = max(num_causal, 1)
+        block = [*tokens[start : start + known], *[MASK_TOKEN_ID] * (length - known)]
         adapter = kind == "draft"
-        wanted = range(length) if causal else range(1, length)
+        wanted = range(0 if num_causal else 1, length)
         segments.append(
-            segment(block, table, start=start, causal=causal, adapter=adapter, wanted=wanted, seq_id=seq_id)
+            segment(
+                block,
+                table,
+                start=start,
+                num_causal=num_causal,
+                adapter=adapter,
+                wanted=wanted,
+                seq_id=seq_id,
+            )
         )
-        rows = reference.causal_logits(tokens)[start:]
-        if not causal:
-            rows = reference.block_logits(tokens[:start], block, adapter=adapter)
+        rows = reference.causal_logits(tokens)[start:border]
+        if num_causal < length:
+            behind = reference.block_logits(tokens[:border], block[num_causal:], adapter=adapter)
+            rows = torch.cat((rows, behind))
         expected.append(rows[list(wanted)])
     return segments, torch.cat(expected)
 
@@ -171,6 +188,34 @@ def test_logits_of_a_mixed_step(tmp_path: Path, kv_dtype: str) -> None:
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     else:
         assert torch.nn.functional.cosine_similarity(found, expected, dim=-1).min() > 0.9
+
+
+def test_a_commit_with_the_next_block_behind_it_is_two_steps(folder: Path) -> None:
+    """By tokens, probabilities and K/V; it is not taken for the step begun ahead, and none is after it."""
+    together, apart = (make_runner(folder, Options()) for _ in range(2))
+    tokens, other = prompt(14, seed=2), prompt(5, seed=3)
+    table, other_table = Pages(60, 8).table(30), (63,)
+    sampling = SamplingParams(max_tokens=1, temperature=0.9, seed=4)
+    both = commit_and_masks(tokens[4:], 6, table, start=4, sampling=sampling)
+    commit, block = in_two(both)
+    for runner in (together, apart):
+        runner.run(StepPlan((segment(tokens[:4], table, wanted=()),)))
+        step = segment(other[:1], other_table, seq_id=1)
+        runner.run(StepPlan((replace(both, token_ids=both.token_ids[:1], num_causal=1, wanted=(0,)), step)))
+    verify = segment(other[1:], other_table, start=1, seq_id=1)
+    found, checked = together.run(StepPlan((both, verify)))
+    first, expected = apart.run(StepPlan((commit, verify)))
+    [second] = apart.run(StepPlan((block,)))
+    assert checked.token_ids == expected.token_ids
+    assert found.token_ids == first.token_ids + second.token_ids
+    assert found.probs == pytest.approx(first.probs + second.probs, abs=1e-4)
+    assert together._ahead is None
+    assert together.num_steps_ahead == apart.num_steps_ahead == 0
+    torch.testing.assert_close(kv_pages(together), kv_pages(apart), atol=1e-4, rtol=1e-4)
+
+
+def kv_pages(runner: CudaRunner) -> torch.Tensor:
+    return runner.model._layers[0]._attention._pages.layers
 
 
 def test_triton_attention_under_the_cpus_transformer(tmp_path: Path) -> None:
