@@ -41,7 +41,7 @@ FIXED: dict[str, dict[str, Any]] = {
         f"self_speculation {block}": {"mode": "self_speculation", "block_length": block}
         for block in (8, 16, 32)
     },
-    **{f"diffusion {block}": {"mode": "diffusion", "block_length": block} for block in (8, 16)},
+    **{f"diffusion {block}": {"mode": "diffusion", "block_length": block} for block in (8, 16, 32)},
 }
 MODEL = "triad-5m"
 TIMEOUT_S = 120.0

@@ -14,8 +14,18 @@ from policies.policy import Decision, Policy, PolicyParameters, Probes, Snapshot
 NOISE = 0.35
 """A load this much below another, relatively, may still be the same load."""
 SMOOTHED_S = 0.5
+LASTING_S = 0.15
+"""A change larger than noise counts once it has lasted for so long: requests that end together and come
+again at once are no change."""
 WORTH_TRYING = 0.7
 """A plan that may bring at least so much of what the best one is expected to is tried now and then."""
+HOPE = 4.0
+"""What a plan that never ran may bring above what is expected of it, relatively: priors are that wrong."""
+
+
+FEW_ROUNDS = 3.0
+EAGER = 5.0
+"""While a plan worth trying has had fewer rounds than that, so many times as many forwards go into trying."""
 
 
 class CostModelParameters(PolicyParameters):
@@ -29,7 +39,7 @@ class CostModelParameters(PolicyParameters):
     (0.05 is 5 %).
     speculation_blocks, diffusion_blocks: the block lengths considered.
     explore: the share of a replica's forwards that go into trying plans which do not run but are not
-    far behind, or not well known; 0 tries nothing.
+    far behind, or not well known; up to EAGER times that where one is not known at all; 0 tries nothing.
     """
 
     quality: Literal["any", "lossless"] = "any"
@@ -58,10 +68,11 @@ class CostModelParameters(PolicyParameters):
 
 @dataclass(frozen=True, slots=True)
 class Smoothed:
-    """num_auto: the load's, without its noise, as of at_s."""
+    """num_auto: the load's, without its noise, as of at_s. changed_s: since when it has been another one."""
 
     num_auto: float
     at_s: float
+    changed_s: float | None = None
 
 
 class CostModelPolicy(Policy[Smoothed | None]):
@@ -81,7 +92,9 @@ class CostModelPolicy(Policy[Smoothed | None]):
         load, current = snapshot.load, snapshot.current
         state = _smooth(state, load.num_auto, now_s)
         candidates = self._bounds.candidates(load.modes)
-        forecasts = [forecast(load, plan, state.num_auto) for plan in candidates]
+        # Without any the plan is for the one that may come next.
+        num_auto = max(1.0, state.num_auto)
+        forecasts = [forecast(load, plan, num_auto) for plan in candidates]
         scores = {f.plan: self._score(load, f, is_running=f.plan == current) for f in forecasts}
         best = max(forecasts, key=lambda expected: scores[expected.plan])
         # A plan that no candidate is, as another policy or other parameters leave it, is just left.
@@ -93,18 +106,25 @@ class CostModelPolicy(Policy[Smoothed | None]):
     def probes(self, load: ReplicaLoad, running: DecodePlan) -> Probes | None:
         """Each plan that may be near the best: so no estimate is stale for ever, and little is lost.
 
-        What a plan may bring is up to twice what is expected of it, the less the more of its rounds
-        have been seen lately.
+        What a plan may bring is up to 1 + HOPE times what is expected of it, the less the more of its
+        rounds have been seen lately.
         """
         if not self._bounds.explore or load.costs is None or load.num_auto == 0:
             return None
         candidates = self._bounds.candidates(load.modes)
         worths = {plan: self._worth(forecast(load, plan)) for plan in candidates}
         least = WORTH_TRYING * max(worths.values())
-        hopes = {plan: 1.0 + 1.0 / (1.0 + load.costs.yield_of(plan).num_rounds) for plan in candidates}
-        hopes[candidates[0]] = 1.0  # ar's yield is never in doubt
-        plans = tuple(p for p in candidates if p != running and worths[p] * hopes[p] >= least)
-        return Probes(plans, self._bounds.explore) if plans else None
+        num_rounds = {plan: load.costs.yield_of(plan).num_rounds for plan in candidates}
+        num_rounds[candidates[0]] = math.inf  # ar's yield is never in doubt
+        plans = tuple(
+            plan
+            for plan in candidates
+            if plan != running and worths[plan] * (1.0 + HOPE / (1.0 + num_rounds[plan])) >= least
+        )
+        if not plans:
+            return None
+        is_eager = min(num_rounds[plan] for plan in plans) < FEW_ROUNDS
+        return Probes(plans, self._bounds.explore * (EAGER if is_eager else 1.0))
 
     def _score(self, load: ReplicaLoad, expected: Forecast, is_running: bool) -> tuple[float, float]:
         """Plans are compared by the first number, and where it is the same by the second."""
@@ -118,9 +138,14 @@ class CostModelPolicy(Policy[Smoothed | None]):
 
 
 def _smooth(state: Smoothed | None, num_auto: int, now_s: float) -> Smoothed:
-    """Noise is averaged out; a change larger than noise is taken at once."""
-    if state is None or abs(num_auto - state.num_auto) > NOISE * max(num_auto, state.num_auto):
+    """Noise is averaged out; a change larger than noise is taken as it is once it lasts, or none ran."""
+    if state is None or state.num_auto < 1.0:
         return Smoothed(float(num_auto), now_s)
+    if abs(num_auto - state.num_auto) > NOISE * max(num_auto, state.num_auto):
+        changed_s = now_s if state.changed_s is None else state.changed_s
+        if now_s - changed_s >= LASTING_S:
+            return Smoothed(float(num_auto), now_s)
+        return Smoothed(state.num_auto, now_s, changed_s)
     fresh = 1.0 - math.exp(-max(0.0, now_s - state.at_s) / SMOOTHED_S)
     return Smoothed(state.num_auto + fresh * (num_auto - state.num_auto), now_s)
 

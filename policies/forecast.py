@@ -61,9 +61,9 @@ def forecast(load: ReplicaLoad, plan: DecodePlan, num_auto: float | None = None)
     made = places * sum(count * pace for count, pace in paces)
     num_prefill = min(load.prefill_per_token * made, load.max_step_tokens - num_tokens)
     num_segments = places * turns * num_requests
-    step_ms = costs.step_of(plan.mode).ms(
-        num_tokens + num_prefill, num_segments, num_segments * load.mean_context
-    )
+    _, most = max(groups, key=lambda entry: entry[0])
+    step = costs.step_of(most.plan.mode)
+    step_ms = step.ms(num_tokens + num_prefill, num_segments, num_segments * load.mean_context)
     tpots = tuple((count, step_ms / pace / 1000.0) for count, pace in paces)
     return Forecast(plan, 1000.0 * made / step_ms, step_ms, num_prefill, tpots)
 

@@ -20,10 +20,10 @@ SETTLED = 0.4
 class StabiliseParameters(PolicyParameters):
     """dwell_s: least time between two shifts, in seconds.
 
-    max_shifts_per_minute: over any 60 s. margin: the least gain worth a shift, for policies that
-    know the gain (0.1 is 10 %). margin_half_life_s: in so many seconds without a shift the margin
-    halves, down to SETTLED of it, so that noise shifts nothing and a small gain that lasts is taken in
-    the end.
+    max_shifts_per_minute: over any 60 s, of those that requests see. margin: the least gain worth a shift,
+    for policies that know the gain (0.1 is 10 %). margin_half_life_s: in so many seconds without a shift the
+    margin halves, down to SETTLED of it, so that noise shifts nothing and a small gain that lasts is taken
+    in the end.
 
     The dwell is a control period short of a second, so that a change of load is answered within one
     whatever went before.
@@ -84,7 +84,9 @@ class Stabilised(Policy[StableState]):
         if obstacle is not None and current.mode in snapshot.load.modes:
             held = Decision(current, f"{wanted.reason}; {wanted.decode.mode} held back: {obstacle}", 0.0)
             return held, replace(state, shifts_s=recent)
-        return wanted, replace(state, current=wanted.decode, since_s=now_s, shifts_s=(*recent, now_s))
+        if snapshot.load.num_auto:
+            recent = (*recent, now_s)
+        return wanted, replace(state, current=wanted.decode, since_s=now_s, shifts_s=recent)
 
     def probes(self, load: ReplicaLoad, running: DecodePlan) -> Probes | None:
         try:

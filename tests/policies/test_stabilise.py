@@ -92,9 +92,16 @@ def test_the_clock_decides_and_not_the_number_of_calls():
     assert len(shifts(drive(policy, often))) == 4
 
 
+def test_shifts_that_no_request_sees_are_free():
+    policy = Stabilised(Nervous(), StabiliseParameters(dwell_s=0.0, max_shifts_per_minute=3))
+    loads = [(float(second), a_load(1 if second >= 30 else 0)) for second in range(60)]
+    times = shifts(drive(policy, loads))
+    assert times == [float(second) for second in range(1, 33)]
+
+
 def test_shifts_a_minute_are_bounded_and_come_again():
     policy = Stabilised(Nervous(), StabiliseParameters(dwell_s=0.0, max_shifts_per_minute=3))
-    times = shifts(drive(policy, [(float(second), a_load()) for second in range(130)]))
+    times = shifts(drive(policy, [(float(second), a_load(1)) for second in range(130)]))
     assert times == [1.0, 2.0, 3.0, 61.0, 62.0, 63.0, 121.0, 122.0, 123.0]
 
 

@@ -199,7 +199,7 @@ def completion(sequence: Sequence) -> list[int]:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_every_answer_validates_and_speculation_equals_ar(runner: TorchRunner, temperature: float) -> None:
     """The embedded model, all schemas at once, with pages too few for all."""
-    engine = Engine(runner, max_running=24, max_step_tokens=160)
+    engine = Engine(runner, max_running=24, max_step_tokens=192)
     engine.set_plan(DecodePlan(Mode.DIFFUSION, 8), "test")
     options = {
         "ar": DecodingOptions(Mode.AR),
