@@ -92,11 +92,11 @@ class CostModelPolicy(Policy[Smoothed | None]):
         load, current = snapshot.load, snapshot.current
         state = _smooth(state, load.num_auto, now_s)
         candidates = self._bounds.candidates(load.modes)
-        # Without any the plan is for the one that may come next.
-        num_auto = max(1.0, state.num_auto)
-        forecasts = [forecast(load, plan, num_auto) for plan in candidates]
+        forecasts = [forecast(load, plan, state.num_auto) for plan in candidates]
         scores = {f.plan: self._score(load, f, is_running=f.plan == current) for f in forecasts}
         best = max(forecasts, key=lambda expected: scores[expected.plan])
+        if not load.num_auto and load.num_in_flight and current in scores:
+            return Decision(current, "only pinned requests run", 0.0), state
         # A plan that no candidate is, as another policy or other parameters leave it, is just left.
         gain = None
         if current in scores:

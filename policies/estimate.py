@@ -39,6 +39,9 @@ often a slow one, which tells nothing of the next."""
 LEAST_INCREMENT = 0.01
 """What a cost may at least wander by, of the base latency, so that one fitted as zero is not lost."""
 
+OWN_DRIFT = 0.2
+"""Of a mode's own costs, so much of the drift: what it took in its last moments must not be what is believed
+of it while another runs."""
 REMEMBERED_S = 60.0
 """What a mode's forwards took is believed for so long after it last ran in force."""
 HALF_LIFE_S = 60.0
@@ -79,10 +82,11 @@ class StepCostEstimator:
     """A Kalman filter over the parameters of a StepCost.
 
     start: the first estimate, by fit_step_cost or a prior. now_s: any clock that moves forward, the
-    same one for all calls.
+    same one for all calls. drift: of the usual one; the less, the longer it averages.
     """
 
-    def __init__(self, start: StepCost, now_s: float):
+    def __init__(self, start: StepCost, now_s: float, drift: float = 1.0):
+        self._drift_common, self._drift_own = DRIFT_COMMON * drift, DRIFT_OWN * drift
         self._knots = start.knots
         self._costs = _parameters(start)
         self._now_s = now_s
@@ -111,7 +115,7 @@ class StepCostEstimator:
 
     def _drift(self, elapsed_s: float) -> None:
         most = np.maximum(self._covariance.diagonal(), self._spread(UNSURE_COMMON, UNSURE_OWN).diagonal())
-        self._covariance += elapsed_s * self._spread(DRIFT_COMMON, DRIFT_OWN)
+        self._covariance += elapsed_s * self._spread(self._drift_common, self._drift_own)
         shrink = np.sqrt(np.minimum(1.0, most / self._covariance.diagonal()))
         self._covariance *= np.outer(shrink, shrink)
 
@@ -163,7 +167,7 @@ class CostEstimator:
                 by_mode[forward.mode].append(forward)
         for mode, own in by_mode.items():
             if mode not in self._own:
-                self._own[mode] = StepCostEstimator(self.cost, now_s)
+                self._own[mode] = StepCostEstimator(self.cost, now_s, OWN_DRIFT)
             self._own[mode].update(own, now_s)
             if not all(forward.is_trial for forward in own):
                 self._seen_s[mode] = now_s

@@ -84,9 +84,9 @@ class Stabilised(Policy[StableState]):
         if obstacle is not None and current.mode in snapshot.load.modes:
             held = Decision(current, f"{wanted.reason}; {wanted.decode.mode} held back: {obstacle}", 0.0)
             return held, replace(state, shifts_s=recent)
-        if snapshot.load.num_auto:
-            recent = (*recent, now_s)
-        return wanted, replace(state, current=wanted.decode, since_s=now_s, shifts_s=recent)
+        if not snapshot.load.num_auto:  # nobody sees it
+            return wanted, replace(state, current=wanted.decode, shifts_s=recent)
+        return wanted, replace(state, current=wanted.decode, since_s=now_s, shifts_s=(*recent, now_s))
 
     def probes(self, load: ReplicaLoad, running: DecodePlan) -> Probes | None:
         try:

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from replicas.engine.sequence import Sequence
-from replicas.messages import DecodingReport, Event, GenerateRequest, TextLogprob
-from replicas.text import TextStream
+from replicas.engine.sequence import Progress, Sequence
+from replicas.messages import DecodingReport, Event, Finished, GenerateRequest, TextLogprob
+from replicas.text import TextCodec, TextStream
 from replicas.timeline import Timeline
 
 
@@ -19,6 +19,17 @@ class Live:
     num_completion_tokens: int = 0
     report: DecodingReport | None = None
 
+    def finished(self) -> Finished:
+        """Once its last choice has ended."""
+        assert self.report is not None
+        return Finished(
+            self.request.request_id,
+            self.num_prompt_tokens,
+            self.num_completion_tokens,
+            self.report,
+            self.num_reused_tokens,
+        )
+
 
 @dataclass(slots=True)
 class Choice:
@@ -31,6 +42,17 @@ class Choice:
     num_unsent: int = 0
     unsent_logprobs: list[TextLogprob] = field(default_factory=list)
     timeline: Timeline | None = None
+
+    def take(self, made: Progress, codec: TextCodec, now_s: float) -> str:
+        """The text that a step's tokens set free."""
+        before = self.text.num_tokens
+        text = self.text.push(made.token_ids)
+        starts = self.text.starts[before:]
+        self.num_unsent += len(starts)
+        if self.timeline is not None and starts:
+            self.timeline.note(self.sequence, len(starts), now_s)
+        self.unsent_logprobs += map(codec.logprob, made.logprobs, starts)
+        return text if made.reason is None else text + self.text.finish()
 
 
 @dataclass(slots=True)

@@ -27,7 +27,6 @@ from replicas.messages import (
     Delta,
     Event,
     Failed,
-    Finished,
     FinishReason,
     GenerateRequest,
     Rejected,
@@ -349,7 +348,7 @@ class ReplicaService:
             self._drop(live, made.error)
             outbox.add(channel_id, Failed(request_id, made.error, made.message))
             return
-        text = self._take(choice, made)
+        text = choice.take(made, self._codec, self._clock())
         reason = FinishReason.STOP if choice.text.stopped else made.reason
         if text or reason is not None:
             logprobs = choice.unsent_logprobs
@@ -362,18 +361,8 @@ class ReplicaService:
         if reason is not None:
             self._end_choice(choice)
             if not live.choices:
-                outbox.add(channel_id, self._finish(live))
-
-    def _take(self, choice: Choice, made: Progress) -> str:
-        """The text that a step's tokens set free."""
-        before = choice.text.num_tokens
-        text = choice.text.push(made.token_ids)
-        starts = choice.text.starts[before:]
-        choice.num_unsent += len(starts)
-        if choice.timeline is not None and starts:
-            choice.timeline.note(choice.sequence, len(starts), self._clock())
-        choice.unsent_logprobs += map(self._codec.logprob, made.logprobs, starts)
-        return text if made.reason is None else text + choice.text.finish()
+                del self._live[request_id]
+                outbox.add(channel_id, live.finished())
 
     def _end_choice(self, choice: Choice) -> None:
         live, sequence = choice.live, choice.sequence
@@ -386,18 +375,6 @@ class ReplicaService:
         del live.choices[choice.index]
         del self._choices[sequence.request_id]
         self._engine.cancel(sequence.request_id)  # a stop string ends a sequence that would go on
-
-    def _finish(self, live: Live) -> Finished:
-        request_id = live.request.request_id
-        del self._live[request_id]
-        assert live.report is not None
-        return Finished(
-            request_id,
-            live.num_prompt_tokens,
-            live.num_completion_tokens,
-            live.report,
-            live.num_reused_tokens,
-        )
 
     def _close(self, choice: Choice, error: ErrorCode | None) -> None:
         if choice.timeline is not None and self._on_timeline is not None:

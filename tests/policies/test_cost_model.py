@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -250,6 +251,33 @@ def test_bad_parameters_are_refused(parameters):
 def slo(load, current=None, **parameters):
     policy = SloPolicy(SloParameters(**parameters))
     return policy.decide(Snapshot(load, current), None, 0.0)[0]
+
+
+def test_a_plan_that_hardly_ran_is_tried_sooner_and_however_poor_its_prior():
+    policy = CostModelPolicy(CostModelParameters(explore=0.02))
+    running = diffusion(16)
+    known = policy.probes(a_replica(1), running)
+    unknown = policy.probes(a_replica(1, measured(num_rounds=0.0)), running)
+    assert (known.share, unknown.share) == (0.02, 0.1)
+    poor = ReplicaCosts(GPU, tuple(Yield(speculation(b), 0.3 * b, 2.0, 0.0) for b in (4, 8, 16, 32)))
+    assert speculation(32) in policy.probes(a_replica(1, poor), running).plans
+
+
+def test_a_dip_between_two_looks_is_no_change_of_load():
+    """Requests that end together and come again at once."""
+    policy = create_policy("cost_model", {})
+    loads = [a_replica(1 if index % 5 == 4 else 64) for index in range(60)]
+    plans = [d.decode for _, d in drive(policy, [(PERIOD_S * i, load) for i, load in enumerate(loads)])]
+    steady = decided(a_replica(64)).decode
+    assert steady != decided(a_replica(1)).decode
+    assert set(plans) == {steady}
+
+
+def test_while_only_pinned_requests_run_the_plan_stays():
+    pinned = replace(a_replica(40, pinned_by_mode={Mode.DIFFUSION: 40}), num_auto=0)
+    for plan in (AR, speculation(4), diffusion(32)):
+        assert decided(pinned, current=plan).decode == plan
+    assert decided(a_replica(0), current=AR).decode != AR
 
 
 def test_slo_is_the_fastest_plan_where_every_plan_is_in_time():

@@ -41,6 +41,15 @@ def test_forwards_that_begin_the_next_block_too_have_more_rows():
     assert expected.tokens_per_s == pytest.approx(1000 * 2 * 16 / 3 / expected.step_ms)
 
 
+def test_a_forward_takes_what_the_mode_of_most_requests_takes():
+    slow = STEP.scaled(3.0)
+    costs = ReplicaCosts(STEP, COSTS.yields, {Mode.AR: slow})
+    assert forecast(a_replica(4, costs=costs), AR).step_ms == pytest.approx(slow.ms(4))
+    assert forecast(a_replica(4, costs=costs), SPECULATION).step_ms == pytest.approx(STEP.ms(32))
+    crowded = a_replica(2, costs=costs, pinned_by_mode={Mode.AR: 6})
+    assert forecast(crowded, SPECULATION).step_ms == pytest.approx(slow.ms(2 * 8 + 6))
+
+
 def test_an_idle_replica_is_judged_by_one_request():
     assert forecast(a_replica(0), SPECULATION) == forecast(a_replica(1), SPECULATION)
 

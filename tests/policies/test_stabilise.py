@@ -88,7 +88,7 @@ def test_the_right_mode_is_reached_within_1_s_and_the_dwell_of_a_step_change(noi
 
 def test_the_clock_decides_and_not_the_number_of_calls():
     policy = Stabilised(Nervous(), StabiliseParameters(dwell_s=2.0))
-    often = [(0.01 * index, a_load()) for index in range(1000)]
+    often = [(0.01 * index, a_load(1)) for index in range(1000)]
     assert len(shifts(drive(policy, often))) == 4
 
 
