@@ -21,8 +21,6 @@ WORTH_TRYING = 0.7
 """A plan that may bring at least so much of what the best one is expected to is tried now and then."""
 HOPE = 4.0
 """What a plan that never ran may bring above what is expected of it, relatively: priors are that wrong."""
-
-
 FEW_ROUNDS = 3.0
 EAGER = 5.0
 """While a plan worth trying has had fewer rounds than that, so many times as many forwards go into trying."""
@@ -107,11 +105,14 @@ class CostModelPolicy(Policy[Smoothed | None]):
         """Each plan that may be near the best: so no estimate is stale for ever, and little is lost.
 
         What a plan may bring is up to 1 + HOPE times what is expected of it, the less the more of its
-        rounds have been seen lately.
+        rounds have been seen lately. None that no request may run: the others would wait for its turn.
         """
         if not self._bounds.explore or load.costs is None or load.num_auto == 0:
             return None
-        candidates = self._bounds.candidates(load.modes)
+        modes = load.modes
+        if load.num_lossless >= load.num_auto:
+            modes = tuple(mode for mode in modes if mode in LOSSLESS_MODES)
+        candidates = self._bounds.candidates(modes)
         worths = {plan: self._worth(forecast(load, plan)) for plan in candidates}
         least = WORTH_TRYING * max(worths.values())
         num_rounds = {plan: load.costs.yield_of(plan).num_rounds for plan in candidates}

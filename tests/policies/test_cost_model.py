@@ -263,6 +263,15 @@ def test_a_plan_that_hardly_ran_is_tried_sooner_and_however_poor_its_prior():
     assert speculation(32) in policy.probes(a_replica(1, poor), running).plans
 
 
+def test_where_all_requests_are_lossless_no_diffusion_is_tried():
+    policy = CostModelPolicy(CostModelParameters())
+    unknown = measured(num_rounds=0.0)
+    some = policy.probes(a_replica(4, unknown, num_lossless=3), speculation(16))
+    every = policy.probes(a_replica(4, unknown, num_lossless=4), speculation(16))
+    assert Mode.DIFFUSION in {plan.mode for plan in some.plans}
+    assert {plan.mode for plan in every.plans} == {Mode.SELF_SPECULATION}
+
+
 def test_a_dip_between_two_looks_is_no_change_of_load():
     """Requests that end together and come again at once."""
     policy = create_policy("cost_model", {})

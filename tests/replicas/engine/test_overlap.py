@@ -45,6 +45,17 @@ def run(engine: Engine, max_tokens: int = 80, decoding: DecodingOptions | None =
     return sequence
 
 
+def with_trials(plan: DecodePlan, tried: DecodePlan) -> tuple[Engine, Seen]:
+    """After twenty requests in a plan, a tenth of the forwards trying another."""
+    runner = Seen()
+    engine = Engine(runner)
+    engine.set_plan(plan, "rule")
+    engine.set_probes(Probes((tried,), 0.1))
+    for _ in range(20):
+        run(engine, decoding=DecodingOptions())
+    return engine, runner
+
+
 def test_each_block_but_the_first_takes_a_forward_less() -> None:
     runs = {}
     for overlaps in (True, False):
@@ -106,25 +117,16 @@ def test_a_model_that_denoises_with_its_adapter_never_does() -> None:
 
 def test_plans_are_tried_all_the_same() -> None:
     """Blocks that begin one another leave no safe point between them, unless it is time to try a plan."""
-    runner = Seen()
-    engine = Engine(runner)
-    engine.set_plan(PLAN, "rule")
-    engine.set_probes(Probes((OTHER,), 0.1))
-    for _ in range(20):
-        run(engine, decoding=DecodingOptions())
+    engine, runner = with_trials(PLAN, OTHER)
     forwards = engine.scheduler.forwards_by_mode
     assert 0.05 < forwards[OTHER.mode] / sum(forwards.values()) < 0.15
     assert runner.num_overlapping > 0
 
 
 def test_a_block_that_is_tried_counts_as_if_the_one_before_had_begun_it() -> None:
-    runner = Seen()
-    engine = Engine(runner)
-    engine.set_plan(OTHER, "rule")
-    engine.set_probes(Probes((PLAN,), 0.1))
-    for _ in range(20):
-        run(engine, decoding=DecodingOptions())
+    engine, runner = with_trials(OTHER, PLAN)
     made = [round_made for round_made in engine.scheduler.rounds if round_made.plan == PLAN]
+    assert made
     assert sum(round_made.forwards for round_made in made) == (
         engine.scheduler.forwards_by_mode[PLAN.mode] - len(made)
     )
