@@ -125,6 +125,8 @@ class GenerateRequest:
     priority: int = 0
     traceparent: str | None = None
     """The ingress's span, by W3C trace context; None without tracing."""
+    cache_salt: str = ""
+    """Prompts share the prefix cache with those of the same salt alone."""
 
     @property
     def num_indices(self) -> int:

@@ -83,6 +83,8 @@ class SegmentOutput:
     probs: tuple[float, ...]
     top: tuple[tuple[TokenProb, ...], ...] = ()
     """Where asked for: for each chosen token the most probable ones, in order."""
+    failure: str | None = None
+    """Why nothing could be sampled from this segment's rows; token_ids and probs are then empty."""
 
     def logprobs(self, count: int) -> tuple["TokenLogprob", ...]:
         """Of the first count tokens; empty where none were asked for."""
