@@ -226,14 +226,18 @@ def report(raw: Path, folder: Path) -> str:
                 paces.append(f"| {name} | {' | '.join(tpots)} |")
             lines += ["", *paces]
             axes.set_xscale("log", base=2)
-            axes.set_xlabel("concurrency")
+            axes.set_xticks(levels, map(str, levels))
+            axes.set_xlabel("clients, each with one request at a time")
         else:
             lines = [f"| {part} | tokens in the same time |", "|---|---|"]
             for name in contenders:
                 own = [row for row in rows if row["contender"] == name]
                 lines.append(f"| {name} | {sum(row['tokens'] for row in own):,.0f} |")
                 axes.plot([row["tokens_per_s"] for row in own], marker="o", label=name)
-            axes.set_xlabel(f"window of the {part}")
+            first = [row["concurrency"] for row in rows if row["contender"] == contenders[0]]
+            axes.set_xticks(range(len(first)), map(str, first))
+            axes.set_xlabel(f"clients, in windows of {rows[0]['seconds']:.0f} s, one after the other")
+        axes.set_ylim(bottom=0)
         axes.set_ylabel(f"tokens/s ({where}, {workload} prompts)")
         axes.legend(fontsize=7)
         figure.tight_layout()
