@@ -19,9 +19,9 @@ from policies.cost import RoundMade
 from policies.modes import DecodePlan, Mode
 from policies.policy import Probes
 from replicas.engine.blocks import ROOT, PagePool
+from replicas.engine.constrain import constrained
 from replicas.engine.decoders.choose import ActivePlan, begin_round, following_block, plan_for
 from replicas.engine.decoders.round import Ask, Round
-from replicas.engine.grammar import GrammarFailed
 from replicas.engine.plan import ModelSpec, Segment, SegmentOutput, StepPlan
 from replicas.engine.prefill import Limits, PrefillBudget, is_coming, reusable_len
 from replicas.engine.sequence import Progress, Sequence, Status
@@ -121,7 +121,7 @@ class Scheduler:
         for sequence in [running for running in self._running if running in asks]:
             if sequence.status is not Status.RUNNING:
                 continue  # preempted for one before it, earlier in this loop
-            ask, allowed = self._constrained(sequence, asks[sequence])
+            ask, allowed = constrained(sequence, asks[sequence])
             if sequence.failure is not None:
                 continue
             start = sequence.num_cached
@@ -325,24 +325,6 @@ class Scheduler:
         self._probe_credit = min(self._probe_credit + share, MAX_PROBE_CREDIT)
         if any(sequence.is_probing for sequence in planned):
             self._probe_credit -= 1.0
-
-    def _constrained(self, sequence: Sequence, ask: Ask) -> tuple[Ask, tuple[bytes, ...]]:
-        """With a grammar: what each sampled token may be, and the ask without drafts that may not come."""
-        if sequence.grammar is None or not ask.num_causal or not ask.wanted:
-            return ask, ()
-        first = ask.wanted[0]
-        try:
-            allowed = sequence.grammar.masks(ask.token_ids[first + 1 :])
-        except GrammarFailed as error:
-            sequence.failure = f"the grammar of response_format can't go on: {error}"
-            return ask, ()
-        except Exception as error:
-            logger.exception("the grammar of request %s raised", sequence.request_id)
-            sequence.failure = f"the grammar of response_format can't go on ({type(error).__name__})"
-            return ask, ()
-        kept = len(allowed)
-        token_ids = ask.token_ids[: first + kept]
-        return Ask(token_ids, len(token_ids), ask.adapter, ask.wanted[:kept]), allowed
 
     def _note_round(self, sequence: Sequence, made_by: Round) -> None:
         made = sequence.round_made()
