@@ -110,6 +110,7 @@ async def sent(coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
     """Starts a call and lets it run up to where it waits for the engine's thread."""
     task = asyncio.create_task(coroutine)
     await asyncio.sleep(0)
+    await asyncio.sleep(0)  # a shielded call begins a turn later
     return task
 
 
