@@ -1,7 +1,7 @@
-"""The one periodic loop of the control path, and whether loops still run."""
+"""The one periodic loop of the control path."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 
 PERIOD_S = 0.2
 """How often loads are published and plans decided."""
@@ -22,11 +22,3 @@ async def run_every(
         started_s = clock()
         await step()
         await sleep(max(0.0, started_s + period_s - clock()))
-
-
-def check_running(loops: Iterable["asyncio.Task[None]"]) -> None:
-    """Raises RuntimeError where one has ended, whatever it ended by."""
-    for loop in loops:
-        if loop.done():
-            error = None if loop.cancelled() else loop.exception()
-            raise RuntimeError(f"{loop.get_name()} has ended: {error!r}") from error

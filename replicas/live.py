@@ -25,7 +25,7 @@ class Live:
         sequence = choice.sequence
         report = sequence.report(replica_id)
         self.report = report if self.report is None else self.report + report
-        self.num_completion_tokens += choice.text.num_tokens
+        self.num_completion_tokens += sequence.num_completion_tokens
         if choice.index % self.request.num_choices == 0:
             self.num_reused_tokens += sequence.num_reused
 

@@ -1,6 +1,8 @@
-"""What no request waits for may fail without ending any."""
+"""What no request waits for may fail without ending any; but loops that have ended are to be known of."""
 
+import asyncio
 import logging
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from types import TracebackType
 
@@ -30,3 +32,11 @@ class Net(AbstractContextManager[None]):
                 exc_info=error,
             )
         return True
+
+
+def check_running(loops: Iterable["asyncio.Task[None]"]) -> None:
+    """Raises RuntimeError where one has ended, whatever it ended by."""
+    for loop in loops:
+        if loop.done():
+            error = None if loop.cancelled() else loop.exception()
+            raise RuntimeError(f"{loop.get_name()} has ended: {error!r}") from error

@@ -11,7 +11,6 @@ from ray import serve
 
 from policies.follower import PlanFollower
 from policies.load import ReplicaLoad
-from policies.loop import check_running
 from policies.plan import ReplicaPlan
 from policies.registry import create_policy
 from policies.scaling import demand
@@ -22,6 +21,7 @@ from replicas.config import ReplicaConfig
 from replicas.engine.engine import Engine
 from replicas.load import load_runner
 from replicas.messages import Accepted, Event, GenerateRequest, ModelInfo, Rejected
+from replicas.net import check_running
 from replicas.service import ReplicaService
 from replicas.text import TextCodec
 from replicas.trace import SpanWriter
