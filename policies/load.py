@@ -60,8 +60,8 @@ class ReplicaLoad:
     mean_context: float = 0.0
     """Tokens in the cache, a running request."""
     mean_remaining: float | None = None
-    """Tokens a running request is still expected to generate: what max_tokens leaves it, of no more
-    than recent requests came to. None while none runs."""
+    """Tokens a running request is still expected to generate, by how long recent ones came to be and what
+    max_tokens leaves it. None while none runs."""
     prefill_per_token: float = 0.0
     """Prompt tokens prefilled for each token generated, a recent average."""
     costs: ReplicaCosts | None = None

@@ -4,7 +4,6 @@ Not thread-safe: one thread calls all of it. Other threads reach it through repl
 """
 
 import logging
-import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -17,13 +16,14 @@ from policies.policy import Probes
 from replicas.engine.decoders.choose import ActivePlan
 from replicas.engine.grammar import Grammar
 from replicas.engine.isolate import is_sticky, nobodys_segment, run_apart
+from replicas.engine.lengths import CompletionLengths
 from replicas.engine.plan import Runner, RunnerLost, SegmentOutput, StepPlan
 from replicas.engine.prefill import Limits
 from replicas.engine.scheduler import Scheduler
 from replicas.engine.sequence import Progress, Sequence, Status
 from replicas.engine.speculation import Speculation
 from replicas.errors import ErrorCode, TriadError
-from replicas.messages import DecodingOptions, SamplingParams
+from replicas.messages import DecodingOptions, FinishReason, SamplingParams
 
 AUTO = DecodingOptions()
 PRIORITY_S = 10.0
@@ -31,7 +31,7 @@ PRIORITY_S = 10.0
 LEAST_STEP_TOKENS = 3 * MAX_BLOCK_LENGTH
 """A block, the next one behind it, and the share that is kept for prompts."""
 MAX_FORWARDS_KEPT = 256
-COMPLETIONS_AVERAGED = 20.0
+REMEMBERED_S = 0.1
 MAX_FAILED = 3
 """Steps in a row in which a runner could not even run nobody's segment, after which it is lost."""
 MAX_FRUITLESS = 32
@@ -84,7 +84,9 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._num_submitted = 0
         self._num_failed = self._num_fruitless = 0  # steps in a row, as for MAX_FAILED and MAX_FRUITLESS
-        self._mean_completion = math.inf
+        self._lengths = CompletionLengths()
+        self._remaining: float | None = None
+        self._remaining_s = 0.0
         self.forwards: deque[Forward] = deque(maxlen=MAX_FORWARDS_KEPT)
         """What the last steps took, for whoever learns from it to take; safe from another thread."""
         self._scheduler = Scheduler(
@@ -189,7 +191,7 @@ class Engine:
             if made.ended:
                 del self._sequences[made.sequence.request_id]
             if made.reason is not None:
-                self._note_completion(made.sequence.num_completion_tokens)
+                self._lengths.note(made.sequence.num_completion_tokens, made.reason is FinishReason.STOP)
         return ended + progress
 
     def _run(self, plan: StepPlan) -> tuple[Seq[SegmentOutput | None], bool]:
@@ -319,16 +321,16 @@ class Engine:
         ms = 1000.0 * elapsed_s
         self.forwards.append(Forward(plan.num_tokens, len(plan.segments), num_cached, ms, mode, is_trial))
 
-    def _note_completion(self, num_tokens: int) -> None:
-        before = num_tokens if math.isinf(self._mean_completion) else self._mean_completion
-        self._mean_completion = before + (num_tokens - before) / COMPLETIONS_AVERAGED
-
     def _mean_remaining(self) -> float | None:
-        """A completion of unknown end has as much before it, on average, as one that begins."""
-        running = self._scheduler.running
+        """As of REMEMBERED_S ago at most: a load is looked at after each step, and published less often."""
+        running, now_s = self._scheduler.running, self._clock()
         if not running:
-            return None
-        return sum(min(s.num_remaining, self._mean_completion) for s in running) / len(running)
+            self._remaining = None
+        elif self._remaining is None or now_s - self._remaining_s > REMEMBERED_S:
+            remaining = self._lengths.remaining
+            total = sum(remaining(s.num_completion_tokens, s.num_remaining) for s in running)
+            self._remaining, self._remaining_s = total / len(running), now_s
+        return self._remaining
 
     def load(self, replica_id: str) -> ReplicaLoad:
         """The load now, rates and costs left out: they are replicas.stats' to measure."""
