@@ -49,12 +49,12 @@ def serve(num_requests: int, num_marks: int = 10) -> Iterator[tuple[int, float]]
                 options = DecodingOptions(Mode.AR)
             name = str(num_submitted)
             request = GenerateRequest(name, "c", (prompt,), sampling, options)
-            service._submit(request, [list(prompt)], [None])
+            service._take_in(request, [list(prompt)], [None])
             num_submitted += 1
         if rng.random() < 0.1 * len(service._live) / CONCURRENCY:
             service._cancel([rng.choice(list(service._live))])
         service._publish(engine.step())
-        service._seen = service._look()
+        service._look_again()
         num_ended = num_submitted - len(service._live)
         if num_ended >= next_mark:
             yield num_ended, resident_mib()

@@ -64,13 +64,13 @@ def publish_ms(engine: Engine, codec: TextCodec, concurrency: int) -> float:
     prompt = list(range(10, 10 + PROMPT_TOKENS))
     for number in range(concurrency):
         request = GenerateRequest(str(number), "c", (tuple(prompt),), sampling, OPTIONS[0])
-        service._submit(request, [prompt], [None])
+        service._take_in(request, [prompt], [None])
     fastest = float("inf")
     while engine.has_work:
         progress = engine.step()
         began_s = time.process_time()
         service._publish(progress)
-        service._seen = service._look()
+        service._look_again()
         taken_ms = (time.process_time() - began_s) * 1e3
         if len(progress) == concurrency:
             fastest = min(fastest, taken_ms)

@@ -3,7 +3,6 @@
 # No `from __future__ import annotations` here: Serve reads the annotation of deploy()'s parameter,
 # and as a string it would leave the configuration an unchecked dict.
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -157,11 +156,6 @@ def _ingress_config(args: ClusterConfig, redis_url: str) -> IngressConfig:
 
 
 def _replica_config(args: ClusterConfig, redis_url: str) -> ReplicaConfig:
-    num_threads = args.num_threads
-    if num_threads is None and args.num_gpus == 0:
-        # Ray would give an actor with a fraction of a CPU one thread. All replicas on one machine is
-        # the case to be right for: more threads than cores cost far more than idle ones.
-        num_threads = max(1, (os.cpu_count() or 1) // (args.most_replicas * args.tensor_parallel))
     return ReplicaConfig(
         checkpoint=args.checkpoint,
         served_model_name=args.model_name,
@@ -173,7 +167,9 @@ def _replica_config(args: ClusterConfig, redis_url: str) -> ReplicaConfig:
         dtype=args.weights_dtype,
         quantization=args.quantization,
         forward=args.forward,
-        num_threads=num_threads,
+        num_threads=args.num_threads,
+        # All on one machine is the case to be right for.
+        num_sharing=args.most_replicas * args.tensor_parallel,
         page_size=args.page_size,
         kv_cache_mb=args.kv_cache_mb,
         kv_dtype=args.kv_dtype,

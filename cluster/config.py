@@ -101,7 +101,9 @@ class ClusterConfig(BaseModel):
     forward: Literal["auto", "native", "torch"] = Field(
         "auto", description="On CPUs: compiled C++, or torch alone; auto: native where there is a compiler."
     )
-    num_threads: int | None = Field(None, ge=1, description="CPU threads a replica; None: its share of them.")
+    num_threads: int | None = Field(
+        None, ge=1, description="CPU threads a replica; None: its share of the cores it may use."
+    )
     page_size: int = Field(16, ge=1, description="Tokens a K/V page.")
     kv_cache_mb: int = Field(
         256, ge=1, description="Memory for K/V pages, in MiB, of each of a replica's processes."

@@ -11,6 +11,8 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+from replicas.machine import default_num_threads
+
 LONGEST_STREAM_S = 3600
 """When ingresses come and go HAProxy starts anew beside its old self, which ends what it has begun."""
 LEAST_DRAIN_S = 1
@@ -34,7 +36,7 @@ def serving_environment(folder: Path) -> dict[str, str]:
         # Ray starts its workers with a low priority, which suits batch jobs and not servers.
         "RAY_worker_niceness": "0",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, (os.cpu_count() or 1) // 2))),
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, default_num_threads(2))),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),

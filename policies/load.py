@@ -60,8 +60,8 @@ class ReplicaLoad:
     mean_context: float = 0.0
     """Tokens in the cache, a running request."""
     mean_remaining: float | None = None
-    """Tokens a running request is still expected to generate: what max_tokens leaves it, of no more
-    than recent requests came to. None while none runs."""
+    """Tokens a running request is still expected to generate, by how long recent ones came to be and what
+    max_tokens leaves it. None while none runs."""
     prefill_per_token: float = 0.0
     """Prompt tokens prefilled for each token generated, a recent average."""
     costs: ReplicaCosts | None = None
@@ -70,6 +70,9 @@ class ReplicaLoad:
     """asyncio tasks in its process: what of them outlives the requests is a leak."""
     silent_s: float = 0.0
     """For how long its engine has been in the forward under way: so old was all this when published."""
+    tokens_total_by_mode: Mapping[Mode, int] = field(default_factory=dict)
+    """Every token generated since the replica started, by mode, whatever became of its request; never
+    less than it was under the same replica_id, which no other process ever has."""
 
     @property
     def num_in_flight(self) -> int:

@@ -21,9 +21,11 @@ class ChannelHub:
     def __init__(self, on_close: Callable[[str], None]):
         self._on_close = on_close
         self._open: dict[str, asyncio.Queue[tuple[Event, ...] | None]] = {}
+        self._is_closed = False
 
     def is_open(self, channel_id: str) -> bool:
-        return channel_id in self._open
+        """From any thread. One that closes later is told of by on_close after this."""
+        return channel_id in self._open and not self._is_closed
 
     def publish(self, events: Mapping[str, list[Event]]) -> None:
         """events by channel. Those of a closed channel have nobody to go to."""
@@ -33,7 +35,9 @@ class ChannelHub:
                 queue.put_nowait(tuple(batch))
 
     def close(self) -> None:
-        """Ends every channel's stream, after what was published."""
+        """Ends every channel's stream, after what was published; one that is opened from now on ends at
+        once, without an item."""
+        self._is_closed = True
         for queue in self._open.values():
             queue.put_nowait(None)
 
@@ -42,6 +46,8 @@ class ChannelHub:
 
         Opening a channel again ends the stream that had it.
         """
+        if self._is_closed:
+            return
         former = self._open.get(channel_id)
         if former is not None:
             former.put_nowait(None)

@@ -11,7 +11,8 @@ from policies.scaling import Targets
 class ReplicaConfig:
     """Checked by cluster.config, where each field is explained to operators.
 
-    checkpoint: a folder or a hub name. device: 'cpu' or 'cuda'. num_threads None leaves torch's own choice.
+    checkpoint: a folder or a hub name. device: 'cpu' or 'cuda'. num_threads: of each process on a CPU; None:
+    its share of the cores it may use, which num_sharing processes are on.
     quantization: 'int8' or None, of weights on a CPU.
     kv_cache_mb: memory for K/V pages of each process, in MiB. kv_dtype: 'auto', 'bfloat16' or 'fp8'.
     tensor_parallel: processes that share the model. max_running: sequences in one forward.
@@ -33,6 +34,7 @@ class ReplicaConfig:
     quantization: str | None = None
     forward: str = "auto"
     num_threads: int | None = None
+    num_sharing: int = 1
     page_size: int = 16
     kv_cache_mb: int = 256
     kv_dtype: str = "auto"

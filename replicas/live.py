@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 
 from replicas.engine.sequence import Progress, Sequence
-from replicas.messages import DecodingReport, Event, Finished, GenerateRequest, TextLogprob
+from replicas.errors import ErrorCode
+from replicas.messages import DecodingReport, Event, Failed, Finished, GenerateRequest, TextLogprob
 from replicas.text import TextCodec, TextStream
 from replicas.timeline import Timeline
 
@@ -18,6 +19,19 @@ class Live:
     num_reused_tokens: int = 0
     num_completion_tokens: int = 0
     report: DecodingReport | None = None
+
+    def count(self, choice: "Choice", replica_id: str) -> None:
+        """Adds up what a choice has come to, which has ended or is given up."""
+        sequence = choice.sequence
+        report = sequence.report(replica_id)
+        self.report = report if self.report is None else self.report + report
+        self.num_completion_tokens += sequence.num_completion_tokens
+        if choice.index % self.request.num_choices == 0:
+            self.num_reused_tokens += sequence.num_reused
+
+    def failed(self, code: ErrorCode, message: str) -> Failed:
+        """Once its choices are given up."""
+        return Failed(self.request.request_id, code, message, self.report, self.num_completion_tokens)
 
     def finished(self) -> Finished:
         """Once its last choice has ended."""

@@ -2,6 +2,7 @@
 
 from replicas.config import ReplicaConfig
 from replicas.engine.plan import Runner
+from replicas.machine import default_num_threads
 from replicas.model.checkpoint import CheckpointError
 from replicas.model.runner import TorchRunner
 
@@ -20,12 +21,16 @@ def load_runner(config: ReplicaConfig) -> Runner:
             kv_dtype=config.kv_dtype,
             page_size=config.page_size,
         )
+    num_threads = config.num_threads
+    if num_threads is None:
+        # Asked here, on the machine it is for. Ray would give an actor with a fraction of a CPU one thread.
+        num_threads = default_num_threads(config.num_sharing)
     return TorchRunner.load(
         config.checkpoint,
         dtype=config.dtype,
         kv_budget_bytes=config.kv_cache_mb * 2**20,
         page_size=config.page_size,
-        num_threads=config.num_threads,
+        num_threads=num_threads,
         forward=config.forward,
         quantization=config.quantization,
     )

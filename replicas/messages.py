@@ -250,9 +250,18 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
+    """A request has ended without being complete; what it had made by then.
+
+    report: how that was decoded, all choices together, as in Finished; None where the replica was not
+    there to say: a lost replica, or a request that made no token. Metrics count it like a Finished's.
+    num_completion_tokens: tokens of its texts, counted as Finished counts them.
+    """
+
     request_id: str
     code: ErrorCode
     message: str
+    report: DecodingReport | None = None
+    num_completion_tokens: int = 0
 
 
 Event = Delta | Finished | Failed

@@ -21,6 +21,7 @@ from replicas.config import ReplicaConfig
 from replicas.engine.engine import Engine
 from replicas.load import load_runner
 from replicas.messages import Accepted, Event, GenerateRequest, ModelInfo, Rejected
+from replicas.net import check_running
 from replicas.service import ReplicaService
 from replicas.text import TextCodec
 from replicas.trace import SpanWriter
@@ -92,9 +93,11 @@ class Replica:
         self._apply(self._follower.plan)
         self._stop = asyncio.Event()
         self._service.start()
-        self._control = asyncio.create_task(self._follower.run(self._stop))
+        self._control = asyncio.create_task(self._follower.run(self._stop), name="the control loop")
+        self._loops = [self._control]
         if self._workers is not None:
-            self._minding = asyncio.create_task(self._mind(self._workers))
+            minding = asyncio.create_task(self._mind(self._workers), name="the watch over the workers")
+            self._loops.append(minding)
 
     async def model_info(self) -> ModelInfo:
         return self._info
@@ -128,18 +131,18 @@ class Replica:
     async def check_health(self) -> None:
         """Called by Serve; raises RuntimeError when the replica should be replaced."""
         self._service.check()
-        if self._control.done():
-            raise RuntimeError("the control loop has ended") from self._control.exception()
+        check_running(self._loops)
 
     async def __del__(self) -> None:
         """Called by Serve when the replica stops, also one whose constructor failed."""
         if not hasattr(self, "_control"):
             return
         self._stop.set()
-        await self._control
+        await asyncio.wait((self._control,))  # which may have ended by an error of its own
         await self._service.stop()
         if self._workers is not None:
-            self._minding.cancel()
+            for loop in self._loops:
+                loop.cancel()
             self._workers.close()
         await self._store.close()
         await asyncio.to_thread(self._tracing.close)

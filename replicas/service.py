@@ -5,15 +5,15 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 from policies.cost import StepCost
 from policies.load import ReplicaLoad
-from policies.modes import DecodePlan, Mode
+from policies.modes import DecodePlan
 from policies.policy import Probes
 from replicas.channels import ChannelHub
 from replicas.engine.engine import Engine
@@ -26,12 +26,12 @@ from replicas.messages import (
     Accepted,
     Delta,
     Event,
-    Failed,
     FinishReason,
     GenerateRequest,
     Rejected,
 )
-from replicas.stats import CostMeter, DecodingStats
+from replicas.net import Net
+from replicas.stats import LoadMeter, look
 from replicas.text import TextCodec
 from replicas.timeline import Timeline
 
@@ -40,17 +40,6 @@ T = TypeVar("T")
 
 WEDGED_S = 120.0
 """A forward that takes longer than this counts as hung."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """The engine's load and totals at one moment, for other threads to read."""
-
-    load: ReplicaLoad
-    num_tokens: int
-    num_prefilled: int
-    tokens_by_mode: Mapping[Mode, int]
-    forwards_by_mode: Mapping[Mode, int]
 
 
 class ReplicaService:
@@ -79,14 +68,14 @@ class ReplicaService:
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._live: dict[str, Live] = {}
         self._choices: dict[str, Choice] = {}  # by their names in the engine
-        self._stats = DecodingStats(clock)
-        self._costs = None
-        if step_cost is not None:
-            self._costs = CostMeter(step_cost, engine.forwards, engine.scheduler.rounds, clock)
-        self._seen = self._look()
+        self._meter = LoadMeter(engine, clock, step_cost)
+        self._seen = look(engine, replica_id)
         self._grammars = codec.grammars(engine.spec.vocab_size, engine.spec.eos_token_ids)
         self._compiling = ThreadPoolExecutor(1, "grammar")
         self._hub = ChannelHub(self._cancel_channel)
+        self._commands_net = Net("a command to the engine")
+        self._timelines_net = Net("a timeline")
+        self._load_net = Net("looking at the engine's load")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._step_began_s: float | None = None
         self._death: BaseException | None = None
@@ -140,23 +129,14 @@ class ReplicaService:
     def load(self) -> ReplicaLoad:
         """The load after the last step or command, with recent rates. Does not wait for the engine.
 
-        Tells the engine what its forwards have come to cost.
+        Tells the engine what its forwards have come to cost. An engine that has died is silent from then on.
         """
-        began_s, seen = self._step_began_s, self._seen
-        costs = None
-        if self._costs is not None:
-            costs = self._costs.update()
-            step_cost = costs.step
+        began_s = self._step_began_s
+        load = self._meter.load(self._seen, 0.0 if began_s is None else self._clock() - began_s)
+        if load.costs is not None:
+            step_cost = load.costs.step
             self._commands.put(lambda: self._engine.set_step_cost(step_cost))
-        self._stats.update(seen.num_tokens, seen.num_prefilled, seen.tokens_by_mode, seen.forwards_by_mode)
-        return replace(
-            seen.load,
-            tokens_per_s=self._stats.tokens_per_s,
-            tokens_per_forward=dict(self._stats.tokens_per_forward),
-            prefill_per_token=self._stats.prefill_per_token,
-            costs=costs,
-            silent_s=0.0 if began_s is None else self._clock() - began_s,
-        )
+        return load
 
     async def state(self) -> dict[str, Any]:
         """For people: the plan under way and what runs."""
@@ -169,6 +149,8 @@ class ReplicaService:
         began_s = self._step_began_s
         if began_s is not None and self._clock() - began_s > WEDGED_S:
             raise RuntimeError(f"a forward has been running for more than {WEDGED_S:g} s")
+        if not self._thread.is_alive() and not self._stopping:
+            raise RuntimeError("the engine's thread has ended")
 
     async def _grammars_for(self, request: GenerateRequest) -> Seq[Grammar | None]:
         """One for each choice, compiled beside the engine. TriadError when the schema is at fault."""
@@ -192,8 +174,12 @@ class ReplicaService:
                 if self._death is not None:
                     raise TriadError(ErrorCode.UNAVAILABLE, "the replica's engine has failed")
                 future.set_result(command())
-            except BaseException as error:
+            except TriadError as error:
                 future.set_exception(error)
+            except BaseException as error:
+                logger.exception("a command to the engine failed")
+                message = f"the replica could not do it ({type(error).__name__})"
+                future.set_exception(TriadError(ErrorCode.INTERNAL, message))
 
         if self._stopping:
             raise TriadError(ErrorCode.UNAVAILABLE, "the replica is shutting down")
@@ -209,16 +195,13 @@ class ReplicaService:
                 progress = self._engine.step()
                 self._step_began_s = None
                 self._publish(progress)
-                self._seen = self._look()
+                self._look_again()
         except BaseException as error:
             logger.exception("the engine's thread died")
-            self._death = error
-            for live in self._live.values():
-                for choice in live.choices.values():
-                    self._close(choice, ErrorCode.INTERNAL)
-            self._send_failure(self._live.values(), ErrorCode.INTERNAL, "the replica's engine failed")
+            self._die(error)
             while (command := self._commands.get()) is not None:
-                command()
+                with self._commands_net:
+                    command()
 
     def _obey(self) -> bool:
         """Runs the commands that wait; blocks for one when there is no work. False: stop."""
@@ -229,10 +212,38 @@ class ReplicaService:
                 return True
             if command is None:
                 return False
-            command()
-            self._seen = self._look()
+            with self._commands_net:
+                command()
+            self._look_again()
+
+    def _die(self, error: BaseException) -> None:
+        """Ends every request and then the channels, by which the routers know. The engine is not asked."""
+        self._death = error
+        if self._step_began_s is None:
+            self._step_began_s = self._clock()  # silent from now on
+        message = "the replica's engine failed"
+        try:
+            outbox = Outbox()
+            for live in self._live.values():
+                for choice in live.choices.values():
+                    self._give_up(choice, ErrorCode.INTERNAL)
+                outbox.add(live.request.channel_id, live.failed(ErrorCode.INTERNAL, message))
+            self._send(outbox)
+        finally:
+            self._live.clear()
+            self._choices.clear()
+            self._loop.call_soon_threadsafe(self._hub.close)
 
     def _submit(
+        self, request: GenerateRequest, prompts: Seq[list[int]], grammars: Seq[Grammar | None]
+    ) -> None:
+        """Raises TriadError where the channel has closed while the request was made ready; one that closes
+        from now on cancels it."""
+        if not self._hub.is_open(request.channel_id):
+            raise TriadError(ErrorCode.UNAVAILABLE, f"the channel {request.channel_id!r} has closed")
+        self._take_in(request, prompts, grammars)
+
+    def _take_in(
         self, request: GenerateRequest, prompts: Seq[list[int]], grammars: Seq[Grammar | None]
     ) -> None:
         """All of its choices, or none and TriadError."""
@@ -249,7 +260,7 @@ class ReplicaService:
         try:
             for index in range(request.num_indices):
                 self._submit_choice(live, index, prompts[index // request.num_choices], grammars[index])
-        except TriadError:
+        except BaseException:
             self._drop(live)
             raise
         self._live[request.request_id] = live
@@ -282,26 +293,25 @@ class ReplicaService:
             del self._choices[name]
             self._engine.cancel(name)
             if code is not None:
-                self._close(choice, code)
+                self._give_up(choice, code)
         live.choices.clear()
+
+    def _give_up(self, choice: Choice, code: ErrorCode) -> None:
+        """Counts what a choice has come to that is not to be complete."""
+        if choice.sequence.num_completion_tokens:
+            choice.live.count(choice, self.replica_id)
+        self._close(choice, code)
 
     def _cancel(self, request_ids: Iterable[str]) -> None:
         self._end(request_ids, ErrorCode.CANCELLED, "the request was cancelled")
 
     def _end(self, request_ids: Iterable[str], code: ErrorCode, message: str) -> None:
-        ended = []
+        outbox = Outbox()
         for request_id in request_ids:
             live = self._live.get(request_id)
             if live is not None:
                 self._drop(live, code)
-                ended.append(live)
-        self._send_failure(ended, code, message)
-
-    def _send_failure(self, ended: Iterable[Live], code: ErrorCode, message: str) -> None:
-        outbox = Outbox()
-        for live in ended:
-            request = live.request
-            outbox.add(request.channel_id, Failed(request.request_id, code, message))
+                outbox.add(live.request.channel_id, live.failed(code, message))
         self._send(outbox)
 
     def _cancel_channel(self, channel_id: str) -> None:
@@ -313,11 +323,9 @@ class ReplicaService:
 
         self._commands.put(cancel)
 
-    def _look(self) -> _Seen:
-        scheduler = self._engine.scheduler
-        load = self._engine.load(self.replica_id)
-        by_mode = dict(scheduler.tokens_by_mode), dict(scheduler.forwards_by_mode)
-        return _Seen(load, scheduler.num_tokens, scheduler.num_prefilled, *by_mode)
+    def _look_again(self) -> None:
+        with self._load_net:
+            self._seen = look(self._engine, self.replica_id)
 
     def _state(self) -> dict[str, Any]:
         scheduler = self._engine.scheduler
@@ -346,7 +354,7 @@ class ReplicaService:
         request_id, channel_id = live.request.request_id, live.request.channel_id
         if made.error is not None:
             self._drop(live, made.error)
-            outbox.add(channel_id, Failed(request_id, made.error, made.message))
+            outbox.add(channel_id, live.failed(made.error, made.message))
             return
         text = choice.take(made, self._codec, self._clock())
         reason = FinishReason.STOP if choice.text.stopped else made.reason
@@ -366,20 +374,23 @@ class ReplicaService:
 
     def _end_choice(self, choice: Choice) -> None:
         live, sequence = choice.live, choice.sequence
-        report = sequence.report(self.replica_id)
-        live.report = report if live.report is None else live.report + report
-        live.num_completion_tokens += choice.text.num_tokens
-        if choice.index % live.request.num_choices == 0:
-            live.num_reused_tokens += sequence.num_reused
+        live.count(choice, self.replica_id)
         self._close(choice, None)
         del live.choices[choice.index]
         del self._choices[sequence.request_id]
         self._engine.cancel(sequence.request_id)  # a stop string ends a sequence that would go on
 
     def _close(self, choice: Choice, error: ErrorCode | None) -> None:
-        if choice.timeline is not None and self._on_timeline is not None:
-            choice.timeline.end(choice.sequence, error, self._clock())
-            self._loop.call_soon_threadsafe(self._on_timeline, choice.timeline)
+        if choice.timeline is not None:
+            with self._timelines_net:
+                choice.timeline.end(choice.sequence, error, self._clock())
+                self._loop.call_soon_threadsafe(self._tell_timeline, choice.timeline)
+
+    def _tell_timeline(self, timeline: Timeline) -> None:
+        """On the event loop."""
+        assert self._on_timeline is not None
+        with self._timelines_net:
+            self._on_timeline(timeline)
 
     def _send(self, outbox: Outbox) -> None:
         if outbox.events:

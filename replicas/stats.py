@@ -3,11 +3,15 @@
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from policies.cost import Forward, ReplicaCosts, RoundMade, StepCost
 from policies.estimate import CostEstimator, YieldEstimator
+from policies.load import ReplicaLoad
 from policies.modes import Mode
+from replicas.engine.engine import Engine
+from replicas.net import Net
 
 T = TypeVar("T")
 
@@ -60,7 +64,8 @@ class DecodingStats:
 class CostMeter:
     """Learns from what an engine leaves in its two queues, which another thread fills.
 
-    start: from the sweep (replicas.calibration). clock: seconds.
+    start: from the sweep (replicas.calibration). clock: seconds. What it has learned is left as it was by a
+    reading that its estimators can't take.
     """
 
     def __init__(
@@ -75,13 +80,21 @@ class CostMeter:
         self._rounds = rounds
         self._step = CostEstimator(start, clock())
         self._yields = YieldEstimator(clock())
+        self._step_net = Net("learning what forwards cost")
+        self._yields_net = Net("learning what rounds bring")
+        self._costs = ReplicaCosts(start)
 
     def update(self) -> ReplicaCosts:
-        """Takes what has come since the last call into account."""
+        """Takes what has come since the last call into account. Never raises."""
         now_s = self._clock()
-        self._step.update([forward for forward in _taken(self._forwards) if forward.ms > 0], now_s)
-        self._yields.update(_taken(self._rounds), now_s)
-        return ReplicaCosts(self._step.cost, self._yields.yields(), self._step.own)
+        forwards, rounds = list(_taken(self._forwards)), list(_taken(self._rounds))
+        with self._step_net:
+            self._step.update([forward for forward in forwards if forward.ms > 0], now_s)
+            self._costs = replace(self._costs, step=self._step.cost, own=self._step.own)
+        with self._yields_net:
+            self._yields.update(rounds, now_s)
+            self._costs = replace(self._costs, yields=self._yields.yields())
+        return self._costs
 
 
 def _taken(queue: deque[T]) -> Iterator[T]:
@@ -90,3 +103,63 @@ def _taken(queue: deque[T]) -> Iterator[T]:
             yield queue.popleft()
         except IndexError:
             return
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """An engine's load and totals since its start at one moment, for other threads to read.
+
+    made_by_mode: all tokens; tokens_by_mode and forwards_by_mode: of rounds.
+    """
+
+    load: ReplicaLoad
+    made_by_mode: Mapping[Mode, int]
+    num_prefilled: int
+    tokens_by_mode: Mapping[Mode, int]
+    forwards_by_mode: Mapping[Mode, int]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.made_by_mode.values())
+
+
+def look(engine: Engine, replica_id: str) -> Seen:
+    """On the engine's thread."""
+    scheduler = engine.scheduler
+    return Seen(
+        engine.load(replica_id),
+        dict(scheduler.made_by_mode),
+        scheduler.num_prefilled,
+        dict(scheduler.tokens_by_mode),
+        dict(scheduler.forwards_by_mode),
+    )
+
+
+class LoadMeter:
+    """What a replica publishes of itself. Not on the engine's thread, but on one other alone.
+
+    step_cost: what forwards take, as first measured; None publishes no costs. clock: seconds.
+    """
+
+    def __init__(self, engine: Engine, clock: Callable[[], float], step_cost: StepCost | None):
+        self._stats = DecodingStats(clock)
+        self._stats_net = Net("averaging rates")
+        self._costs = None
+        if step_cost is not None:
+            self._costs = CostMeter(step_cost, engine.forwards, engine.scheduler.rounds, clock)
+
+    def load(self, seen: Seen, silent_s: float) -> ReplicaLoad:
+        """Never raises: what can't be learned is left as it was."""
+        with self._stats_net:
+            self._stats.update(
+                seen.num_tokens, seen.num_prefilled, seen.tokens_by_mode, seen.forwards_by_mode
+            )
+        return replace(
+            seen.load,
+            tokens_per_s=self._stats.tokens_per_s,
+            tokens_per_forward=dict(self._stats.tokens_per_forward),
+            prefill_per_token=self._stats.prefill_per_token,
+            costs=None if self._costs is None else self._costs.update(),
+            tokens_total_by_mode=seen.made_by_mode,
+            silent_s=silent_s,
+        )

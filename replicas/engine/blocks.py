@@ -97,6 +97,14 @@ class PagePool:
                 else:
                     self._free.append(page)
 
+    def forget(self, pages: Iterable[int]) -> None:
+        """Makes pages in use unfindable, whose content is not to be trusted, and so all that follows them."""
+        for page in pages:
+            key = self._key_of.pop(page, None)
+            if key is not None:
+                del self._page_of[key]
+                del self._number_of[page]
+
     def _evict(self) -> int:
         page, _ = self._idle.popitem(last=False)
         del self._page_of[self._key_of.pop(page)]

@@ -4,10 +4,10 @@ Not thread-safe: one thread calls all of it. Other threads reach it through repl
 """
 
 import logging
-import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 
 from policies.cost import Forward, StepCost
 from policies.load import ReplicaLoad
@@ -15,13 +15,15 @@ from policies.modes import MAX_BLOCK_LENGTH, DecodePlan, Mode
 from policies.policy import Probes
 from replicas.engine.decoders.choose import ActivePlan
 from replicas.engine.grammar import Grammar
-from replicas.engine.plan import Runner, RunnerLost, StepPlan
+from replicas.engine.isolate import is_sticky, nobodys_segment, run_apart
+from replicas.engine.lengths import CompletionLengths
+from replicas.engine.plan import Runner, RunnerLost, SegmentOutput, StepPlan
 from replicas.engine.prefill import Limits
 from replicas.engine.scheduler import Scheduler
 from replicas.engine.sequence import Progress, Sequence, Status
 from replicas.engine.speculation import Speculation
 from replicas.errors import ErrorCode, TriadError
-from replicas.messages import DecodingOptions, SamplingParams
+from replicas.messages import DecodingOptions, FinishReason, SamplingParams
 
 AUTO = DecodingOptions()
 PRIORITY_S = 10.0
@@ -29,7 +31,11 @@ PRIORITY_S = 10.0
 LEAST_STEP_TOKENS = 3 * MAX_BLOCK_LENGTH
 """A block, the next one behind it, and the share that is kept for prompts."""
 MAX_FORWARDS_KEPT = 256
-COMPLETIONS_AVERAGED = 20.0
+REMEMBERED_S = 0.1
+MAX_FAILED = 3
+"""Steps in a row in which a runner could not even run nobody's segment, after which it is lost."""
+MAX_FRUITLESS = 32
+"""Steps in a row in which it could run that, but no segment of a request."""
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +83,10 @@ class Engine:
         self._clock = clock
         self._sequences: dict[str, Sequence] = {}
         self._num_submitted = 0
-        self._mean_completion = math.inf
+        self._num_failed = self._num_fruitless = 0  # steps in a row, as for MAX_FAILED and MAX_FRUITLESS
+        self._lengths = CompletionLengths()
+        self._remaining: float | None = None
+        self._remaining_s = 0.0
         self.forwards: deque[Forward] = deque(maxlen=MAX_FORWARDS_KEPT)
         """What the last steps took, for whoever learns from it to take; safe from another thread."""
         self._scheduler = Scheduler(
@@ -172,20 +181,65 @@ class Engine:
         ended = expired + self._end_failed()
         if not plan.segments:
             return ended
+        mode, is_trial = self._scheduler.decoding()
+        outputs, is_one_forward = self._run(plan)
+        elapsed_s = self._clock() - began_s
+        progress = self._scheduler.commit(plan, outputs)
+        if is_one_forward:
+            self._note_forward(plan, elapsed_s, mode, is_trial)
+        for made in progress:
+            if made.ended:
+                del self._sequences[made.sequence.request_id]
+            if made.reason is not None:
+                self._lengths.note(made.sequence.num_completion_tokens, made.reason is FinishReason.STOP)
+        return ended + progress
+
+    def _run(self, plan: StepPlan) -> tuple[Seq[SegmentOutput | None], bool]:
+        """The outputs, and whether one forward gave them all. Raises RunnerLost.
+
+        Where a forward fails, its segments are run again in parts, so that those at fault end alone. Where
+        the runner can run nothing, no segment is at fault: all are to be planned again.
+        """
         try:
             outputs = self._runner.run(plan)
         except RunnerLost:
             raise
         except Exception as error:
-            return ended + self._fail_planned(error)
-        mode, is_trial = self._scheduler.decoding()
-        progress = self._scheduler.commit(plan, outputs)
-        self._note_forward(plan, self._clock() - began_s, mode, is_trial)
-        for made in progress:
-            if made.ended:
-                del self._sequences[made.sequence.request_id]
-                self._note_completion(made.sequence.num_completion_tokens)
-        return ended + progress
+            logger.exception("a forward of %d sequences failed", len(plan.segments))
+            if not self._runs_at_all():
+                return (None,) * len(plan.segments), False
+            apart = run_apart(self._runner.run, plan, error)
+            if any(output is not None and output.failure is None for output in apart):
+                self._num_fruitless = 0
+            else:
+                self._num_fruitless += 1
+                if self._num_fruitless == MAX_FRUITLESS:
+                    raise RunnerLost(f"no segment of {MAX_FRUITLESS} steps could be run: {error}") from error
+            return apart, False
+        self._num_failed = self._num_fruitless = 0
+        return outputs, True
+
+    def _runs_at_all(self) -> bool:
+        """Asked after a failed forward, by one of a segment that is nobody's.
+
+        Raises RunnerLost after MAX_FAILED steps in a row in which that failed too, and at once where the
+        device says that it will go on to.
+        """
+        page = self._scheduler.spare_page()
+        if page is None:
+            return True  # as far as can be told
+        try:
+            self._runner.run(StepPlan((nobodys_segment(page),)))
+        except RunnerLost:
+            raise
+        except Exception as error:
+            self._num_failed += 1
+            if is_sticky(error) or self._num_failed == MAX_FAILED:
+                message = f"{self._num_failed} forwards in a row failed, whatever they ran: {error}"
+                raise RunnerLost(message) from error
+            return False
+        self._num_failed = 0
+        return True
 
     def _check(
         self, request_id: str, prompt_ids: list[int], sampling: SamplingParams, decoding: DecodingOptions
@@ -262,30 +316,21 @@ class Engine:
         code = ErrorCode.INTERNAL
         return [Progress(sequence, error=code, message=sequence.failure or "") for sequence in failed]
 
-    def _fail_planned(self, error: Exception) -> list[Progress]:
-        """A forward failed: its sequences end with an error, the others go on."""
-        planned = self._scheduler.planned()
-        logger.exception("a forward of %d sequences failed", len(planned), exc_info=error)
-        for sequence in planned:
-            self.cancel(sequence.request_id)
-        message = f"the model's forward failed ({type(error).__name__})"
-        return [Progress(sequence, error=ErrorCode.INTERNAL, message=message) for sequence in planned]
-
     def _note_forward(self, plan: StepPlan, elapsed_s: float, mode: Mode | None, is_trial: bool) -> None:
         num_cached = sum(segment.start for segment in plan.segments)
         ms = 1000.0 * elapsed_s
         self.forwards.append(Forward(plan.num_tokens, len(plan.segments), num_cached, ms, mode, is_trial))
 
-    def _note_completion(self, num_tokens: int) -> None:
-        before = num_tokens if math.isinf(self._mean_completion) else self._mean_completion
-        self._mean_completion = before + (num_tokens - before) / COMPLETIONS_AVERAGED
-
     def _mean_remaining(self) -> float | None:
-        """A completion of unknown end has as much before it, on average, as one that begins."""
-        running = self._scheduler.running
+        """As of REMEMBERED_S ago at most: a load is looked at after each step, and published less often."""
+        running, now_s = self._scheduler.running, self._clock()
         if not running:
-            return None
-        return sum(min(s.num_remaining, self._mean_completion) for s in running) / len(running)
+            self._remaining = None
+        elif self._remaining is None or now_s - self._remaining_s > REMEMBERED_S:
+            remaining = self._lengths.remaining
+            total = sum(remaining(s.num_completion_tokens, s.num_remaining) for s in running)
+            self._remaining, self._remaining_s = total / len(running), now_s
+        return self._remaining
 
     def load(self, replica_id: str) -> ReplicaLoad:
         """The load now, rates and costs left out: they are replicas.stats' to measure."""

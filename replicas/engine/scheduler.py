@@ -7,6 +7,7 @@ within the bounds on the streams' delay (engine.prefill). Sequences are ranked b
 up its own and is recomputed later; the first always goes on, so something always does.
 """
 
+import logging
 import time
 from bisect import insort
 from collections import Counter, deque
@@ -18,14 +19,17 @@ from policies.cost import RoundMade
 from policies.modes import DecodePlan, Mode
 from policies.policy import Probes
 from replicas.engine.blocks import ROOT, PagePool
+from replicas.engine.constrain import constrained
 from replicas.engine.decoders.choose import ActivePlan, begin_round, following_block, plan_for
 from replicas.engine.decoders.round import Ask, Round
-from replicas.engine.grammar import GrammarFailed
 from replicas.engine.plan import ModelSpec, Segment, SegmentOutput, StepPlan
 from replicas.engine.prefill import Limits, PrefillBudget, is_coming, reusable_len
 from replicas.engine.sequence import Progress, Sequence, Status
 from replicas.engine.speculation import Speculation, Traffic
+from replicas.errors import ErrorCode
 from replicas.messages import FinishReason
+
+logger = logging.getLogger(__name__)
 
 MAX_ROUNDS_KEPT = 1024
 MAX_PROBE_CREDIT = 4.0
@@ -62,7 +66,7 @@ class Scheduler:
         self.active = active
         self.probes: Probes | None = None
         """Plans that rounds of `auto` sequences try now and then, whatever the active one."""
-        self.num_tokens = 0
+        self.made_by_mode: Counter[Mode] = Counter()  # all tokens, by the mode that a prefill's goes on in
         self.tokens_by_mode: Counter[Mode] = Counter()  # by rounds; a prefill's token is nobody's yield
         self.forwards_by_mode: Counter[Mode] = Counter()
         self.num_prefilled = 0
@@ -76,6 +80,11 @@ class Scheduler:
     @property
     def waiting(self) -> Seq[Sequence]:
         return self._waiting
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens made so far."""
+        return self.made_by_mode.total()
 
     @property
     def pages_used(self) -> int:
@@ -92,6 +101,17 @@ class Scheduler:
             self._waiting.remove(sequence)
         sequence.status = Status.ENDED
         self._release(sequence)
+        if self._is_probing and sequence.tries_plan:
+            # With the last of them the trial is over, though it has brought nothing.
+            self._is_probing = any(other.tries_plan for other in (*self._running, *self._waiting))
+
+    def spare_page(self) -> int | None:
+        """A page of nobody's, to be written before anything else is planned; None where all are taken."""
+        pages = self._pool.allocate(1)
+        if pages is None:
+            return None
+        self._pool.release(pages)
+        return pages[0]
 
     def schedule(self) -> StepPlan:
         """The next forward; without segments when there is nothing to do."""
@@ -101,7 +121,7 @@ class Scheduler:
         for sequence in [running for running in self._running if running in asks]:
             if sequence.status is not Status.RUNNING:
                 continue  # preempted for one before it, earlier in this loop
-            ask, allowed = self._constrained(sequence, asks[sequence])
+            ask, allowed = constrained(sequence, asks[sequence])
             if sequence.failure is not None:
                 continue
             start = sequence.num_cached
@@ -130,22 +150,27 @@ class Scheduler:
         self._planned = tuple(planned)
         return StepPlan(tuple(segments))
 
-    def commit(self, plan: StepPlan, outputs: Seq[SegmentOutput]) -> list[Progress]:
-        """Applies the outputs of the plan that schedule() gave last; what is new, by sequence."""
+    def commit(self, plan: StepPlan, outputs: Seq[SegmentOutput | None]) -> list[Progress]:
+        """Applies the outputs of the plan that schedule() gave last; what is new, by sequence.
+
+        A segment that failed, or whose output can't be applied, ends its sequence alone. None: it was not
+        run; its sequence is where it was.
+        """
         progress = []
         for sequence, segment, output in zip(self._planned, plan.segments, outputs, strict=True):
-            made = self._apply(sequence, segment, output)
-            self._keep(sequence)
+            if output is None:
+                continue
+            made = self._applied(sequence, segment, output)
+            if made.error is not None:
+                self._pool.forget(sequence.pages)  # it may be their content that is at fault
+            else:
+                self._keep(sequence)
             if made.ended:
                 self.remove(sequence)
             if made.token_ids or made.ended:
                 progress.append(made)
         self._planned = ()
         return progress
-
-    def planned(self) -> tuple[Sequence, ...]:
-        """The sequences of the plan under way."""
-        return self._planned
 
     def decoding(self) -> tuple[Mode | None, bool]:
         """Of the plan under way: the mode of most sequences that decode, and whether any tries a plan."""
@@ -301,20 +326,6 @@ class Scheduler:
         if any(sequence.is_probing for sequence in planned):
             self._probe_credit -= 1.0
 
-    def _constrained(self, sequence: Sequence, ask: Ask) -> tuple[Ask, tuple[bytes, ...]]:
-        """With a grammar: what each sampled token may be, and the ask without drafts that may not come."""
-        if sequence.grammar is None or not ask.num_causal or not ask.wanted:
-            return ask, ()
-        first = ask.wanted[0]
-        try:
-            allowed = sequence.grammar.masks(ask.token_ids[first + 1 :])
-        except GrammarFailed as error:
-            sequence.failure = f"the grammar of response_format can't go on: {error}"
-            return ask, ()
-        kept = len(allowed)
-        token_ids = ask.token_ids[: first + kept]
-        return Ask(token_ids, len(token_ids), ask.adapter, ask.wanted[:kept]), allowed
-
     def _note_round(self, sequence: Sequence, made_by: Round) -> None:
         made = sequence.round_made()
         length = made_by.shortened_to
@@ -355,6 +366,16 @@ class Scheduler:
         sequence.num_cached = sequence.num_kept = 0
         sequence.key_number = ROOT
 
+    def _applied(self, sequence: Sequence, segment: Segment, output: SegmentOutput) -> Progress:
+        failure = output.failure
+        if failure is None:
+            try:
+                return self._apply(sequence, segment, output)
+            except Exception as error:
+                logger.exception("what a step made of request %s can't be applied", sequence.request_id)
+                failure = f"the request's tokens can't be taken ({type(error).__name__})"
+        return Progress(sequence, error=ErrorCode.INTERNAL, message=failure)
+
     def _apply(self, sequence: Sequence, segment: Segment, output: SegmentOutput) -> Progress:
         current = sequence.round
         if current is None or sequence.is_prefilling:
@@ -375,8 +396,8 @@ class Scheduler:
                 sequence.num_cached = current.start + advance.num_cached
                 sequence.round = advance.successor
         taken, reason = sequence.append(tokens, mode, self._spec.eos_token_ids)
-        self.num_tokens += len(taken)
         if taken:
+            self.made_by_mode[mode] += len(taken)
             self.speculation.note_text(len(taken), reason is FinishReason.STOP)
         if current is not None:
             self.tokens_by_mode[mode] += len(taken)

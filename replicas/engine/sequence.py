@@ -108,6 +108,11 @@ class Sequence:
     def is_prefilling(self) -> bool:
         return self.num_cached < self.prefill_end
 
+    @property
+    def tries_plan(self) -> bool:
+        """Whether the round in progress is there to learn what its plan brings."""
+        return self.is_probing and self.round is not None
+
     def begin_round(self, begun: Round, plan: DecodePlan, is_probing: bool) -> None:
         self.round, self.round_plan, self.is_probing = begun, plan, is_probing
         self.note_next_round()

@@ -1,6 +1,5 @@
 """Checkpoints from a folder or a hub name into weights in the engine's layout."""
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from replicas.machine import available_bytes
 from replicas.model import layout
 from replicas.model.adapter import LowRank, load_adapter, load_mask_row
 from replicas.model.config import ADAPTER_FOLDER, TRI_MODE_TYPE, CheckpointError, ModelConfig, read_json
@@ -268,22 +268,3 @@ def _check_memory(config: ModelConfig, dtype: torch.dtype, reserved_bytes: int) 
         f"too little memory: {weights / _GIB:.1f} GiB of weights and {reserved_bytes / _GIB:.1f} GiB of "
         f"K/V pages, {available / _GIB:.1f} GiB available; {advice}"
     )
-
-
-def available_bytes() -> int:
-    """Memory this process may still take: the machine's free memory, or the control group's if less."""
-    limits = []
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
-        if found:
-            limits.append(int(found[1]) * 1024)
-    for limit, usage in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        if os.path.isfile(limit) and os.path.isfile(usage):
-            text = Path(limit).read_text().strip()
-            if text.isdigit():
-                limits.append(int(text) - int(Path(usage).read_text()))
-    return min(limits, default=1 << 62)

@@ -1,10 +1,8 @@
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 from ray import cloudpickle
 from ray.serve import Application
@@ -97,8 +95,7 @@ def test_what_is_configured_arrives():
     )
 
 
-def test_the_number_of_replicas_may_follow_the_demand(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+def test_the_number_of_replicas_may_follow_the_demand():
     config = ClusterConfig(
         min_replicas=1,
         num_replicas=2,
@@ -112,7 +109,7 @@ def test_the_number_of_replicas_may_follow_the_demand(monkeypatch):
     assert (scaling.min_replicas, scaling.initial_replicas, scaling.max_replicas) == (1, 2, 4)
     assert (scaling.upscale_delay_s, scaling.downscale_delay_s) == (5.0, 7.0)
     assert argument(found["Replica"]).targets == Targets(3.0, 0.1)
-    assert argument(found["Replica"]).num_threads == 2  # room for all there may be
+    assert argument(found["Replica"]).num_sharing == 4  # room for all there may be
     assert found["Ingress"]._bound_deployment._deployment_config.autoscaling_config is None
     assert (
         nodes(deploy(ClusterConfig()))["Replica"]._bound_deployment._deployment_config.autoscaling_config
@@ -140,11 +137,12 @@ def test_int8_weights_arrive():
     assert argument(nodes(deploy(ClusterConfig(quantization="int8")))["Replica"]).quantization == "int8"
 
 
-@pytest.mark.parametrize(("num_replicas", "num_threads"), [(1, 8), (3, 2), (16, 1)])
-def test_replicas_share_the_cpus(monkeypatch, num_replicas, num_threads):
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    found = nodes(deploy(ClusterConfig(num_replicas=num_replicas)))
-    assert argument(found["Replica"]).num_threads == num_threads
+def test_replicas_share_the_cores_of_the_machine_they_are_on():
+    """Which this one, where they are deployed from, may not be."""
+    for num_replicas, tensor_parallel in ((1, 1), (3, 1), (2, 2)):
+        config = ClusterConfig(num_replicas=num_replicas, tensor_parallel=tensor_parallel)
+        given = argument(nodes(deploy(config))["Replica"])
+        assert (given.num_threads, given.num_sharing) == (None, num_replicas * tensor_parallel)
 
 
 def test_everything_fits_a_machine_with_two_cores():

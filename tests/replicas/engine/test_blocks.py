@@ -19,7 +19,14 @@ def test_random_use_keeps_the_books(seed: int, num_pages: int, page_size: int) -
     live: list[list[int]] = []
     for _ in range(80):
         if live and rng.random() < 0.4:
-            pool.release(live.pop(rng.randrange(len(live))))
+            ended = live.pop(rng.randrange(len(live)))
+            if rng.random() < 0.2:
+                pool.forget(ended)
+                forgotten = content[ended[-1]] if ended else ()
+                found, _ = pool.find(forgotten)
+                assert not set(found) & set(ended)
+                pool.release(found)
+            pool.release(ended)
         else:
             num_full = rng.randint(0, 4)
             tokens = tuple(rng.randint(0, 1) for _ in range(num_full * page_size))

@@ -233,18 +233,6 @@ def test_deadline_ends_waiting_and_running_requests() -> None:
     assert tokens_of(patient) == naive_ar([5, 6], 50, ignore_eos=True)
 
 
-def test_a_failed_forward_ends_its_sequences_only() -> None:
-    runner = ScriptedRunner()
-    engine = Engine(runner, max_running=2)
-    for name in ("a", "b", "c"):
-        engine.submit(name, [5, 6], SamplingParams(max_tokens=10))
-    runner.fail_next = RuntimeError("no memory")
-    ended = {made.sequence.request_id: made.error for made in engine.step()}
-    assert ended == {"a": ErrorCode.INTERNAL, "b": ErrorCode.INTERNAL}
-    engine.check_integrity()
-    assert tokens_of(drain(engine)["c"]) == naive_ar([5, 6], 10)
-
-
 @pytest.mark.parametrize(
     ("prompt", "sampling", "decoding", "code", "param"),
     [

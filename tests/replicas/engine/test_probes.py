@@ -79,6 +79,49 @@ def test_a_request_that_may_not_run_a_plan_does_not_try_it() -> None:
     assert probing_forwards(engine, DIFFUSION) == 0
 
 
+def test_a_trial_that_is_cancelled_is_over() -> None:
+    """Else whoever came next would try the plan too, without credit."""
+    engine = Engine(ScriptedRunner(num_pages=400))
+    engine.set_plan(AR, "rule")
+    engine.set_probes(Probes((DecodePlan(Mode.DIFFUSION, 32),), 0.02))
+    sampling = SamplingParams(max_tokens=60, ignore_eos=True)
+    first = engine.submit("first", [5, 6, 7], sampling)
+    num_steps = 0
+    while not first.is_probing:
+        engine.step()
+        num_steps += 1
+    engine.cancel("first")
+    tried = []
+    for number in range(20):
+        sequence = engine.submit(str(number), [5 + number, 6, 7], sampling)
+        engine.step()
+        engine.step()
+        tried.append(sequence.is_probing)
+        engine.cancel(str(number))
+    assert not any(tried)
+    # The credit comes back as fast as ever.
+    again = engine.submit("again", [5, 6, 7], sampling)
+    while not again.is_probing:
+        engine.step()
+        num_steps -= 1
+    assert num_steps >= 0
+
+
+def test_a_trial_goes_on_while_another_request_is_in_it() -> None:
+    engine = Engine(ScriptedRunner(num_pages=400))
+    engine.set_plan(AR, "rule")
+    engine.set_probes(Probes((DecodePlan(Mode.DIFFUSION, 32),), 0.02))
+    sampling = SamplingParams(max_tokens=60, ignore_eos=True)
+    two = [engine.submit(str(number), [5 + number, 6], sampling) for number in range(2)]
+    while not all(sequence.is_probing for sequence in two):
+        engine.step()
+    engine.cancel("0")
+    late = engine.submit("late", [9, 6], sampling)
+    engine.step()
+    engine.step()
+    assert late.is_probing
+
+
 def test_without_probes_nothing_is_tried() -> None:
     engine, _ = serve(None, AR, [DecodingOptions()])
     assert set(engine.scheduler.forwards_by_mode) == {Mode.AR}

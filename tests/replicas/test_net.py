@@ -1,0 +1,49 @@
+"""What may fail, and what is to be known of where it does."""
+
+import asyncio
+import logging
+
+import pytest
+
+from replicas.net import Net, check_running
+
+
+async def test_a_loop_that_has_ended_is_told_of_whatever_it_ended_by() -> None:
+    async def fails() -> None:
+        raise ValueError("a bad reading")
+
+    async def returns() -> None:
+        return
+
+    running = asyncio.create_task(asyncio.Event().wait(), name="runs")
+    check_running((running,))  # type: ignore[arg-type]
+    cancelled = asyncio.create_task(asyncio.sleep(60), name="the cancelled one")
+    ended = [
+        asyncio.create_task(fails(), name="the failed one"),
+        asyncio.create_task(returns(), name="the returned one"),
+        cancelled,
+    ]
+    cancelled.cancel()
+    await asyncio.wait(ended)
+    for loop in ended:
+        with pytest.raises(RuntimeError, match=f"{loop.get_name()} has ended"):
+            check_running((running, loop))  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="a bad reading"):
+        check_running(ended)
+    running.cancel()
+
+
+def test_a_net_keeps_exceptions_and_tells_of_the_first(caplog: pytest.LogCaptureFixture) -> None:
+    net = Net("adding up")
+    done = []
+    for number in range(3):
+        with net:
+            done.append(number)
+            raise ValueError(number)
+    assert done == [0, 1, 2]
+    (record,) = caplog.records
+    assert record.levelno == logging.ERROR
+    assert "adding up failed" in record.message
+    assert record.exc_info is not None
+    with pytest.raises(KeyboardInterrupt), net:
+        raise KeyboardInterrupt
