@@ -26,7 +26,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
     copying_start: float = 1.0
-    """How far attention starts out as copying what it attends to; 0 is a plain random start."""
+    """The strength with which attention starts out copying what it attends to; 0 is a plain random start."""
 
     @property
     def head_dim(self) -> int:
