@@ -147,8 +147,10 @@ class TriModel(nn.Module):
     learned for all words at once. The published checkpoint has two matrices.
     """
 
-    cos: Tensor  # float32 [positions, head_dim / 2]
+    cos: Tensor
+    """float32 [positions, head_dim / 2]"""
     sin: Tensor
+    """float32 [positions, head_dim / 2]"""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
