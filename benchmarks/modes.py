@@ -28,7 +28,7 @@ from replicas.training.tasks.registry import FAMILIES, held_out_tasks
 
 CHECKPOINT = Path(__file__).parent.parent / "replicas" / "checkpoints" / "triad-5m"
 Clock = Callable[[], float]
-"""Seconds."""
+"""A source of seconds."""
 PLANS = (
     DecodePlan(Mode.AR),
     DecodePlan(Mode.SELF_SPECULATION, 8),

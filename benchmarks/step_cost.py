@@ -43,7 +43,7 @@ TIMED_S = 0.04
 """The least time of a visit: one forward of a millisecond says little."""
 GREEDY = SamplingParams()
 Clock = Callable[[], float]
-"""Seconds."""
+"""A source of seconds."""
 
 
 @dataclass(frozen=True, slots=True)

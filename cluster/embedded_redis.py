@@ -91,7 +91,8 @@ class EmbeddedRedis:
 
     @classmethod
     def start(cls, endpoint: Endpoint | None = None) -> "EmbeddedRedis":
-        """Returns once the server answers, at `endpoint` or one of its own. Raises EmbeddedRedisError."""
+        """Starts a server at `endpoint`, or one of its own; returns once it answers. Raises
+        EmbeddedRedisError."""
         binary = find_server()
         for _ in range(START_ATTEMPTS):  # the port may be taken between its choice and its use
             server = cls(binary, endpoint or Endpoint.draw())
@@ -153,7 +154,7 @@ class EmbeddedRedis:
             logger.warning("the embedded Redis server ended, starting it again: %s", self._last_words())
 
     def _run_once(self) -> bool:
-        """From start to end of one server process; returns whether it got ready. Blocks on its output."""
+        """Runs one server process to its end; returns whether it got ready. Blocks on its output."""
         is_ready = False
         with tempfile.TemporaryDirectory(prefix="triad-redis-", ignore_cleanup_errors=True) as folder:
             try:

@@ -10,7 +10,7 @@ ADAPTIVE = tuple(name for name in POLICIES if name != "fixed")
 
 
 def table_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """A table a scenario."""
+    """The lines of a Markdown table for each scenario."""
     for name in dict.fromkeys(outcome.scenario for outcome in outcomes):
         mine = [outcome for outcome in outcomes if outcome.scenario == name]
         best, oracle = _bounds(mine)
