@@ -91,8 +91,7 @@ class EmbeddedRedis:
 
     @classmethod
     def start(cls, endpoint: Endpoint | None = None) -> "EmbeddedRedis":
-        """Starts a server at `endpoint`, or one of its own; returns once it answers. Raises
-        EmbeddedRedisError."""
+        """Starts a server at `endpoint` or one of its own, until it answers. Raises EmbeddedRedisError."""
         binary = find_server()
         for _ in range(START_ATTEMPTS):  # the port may be taken between its choice and its use
             server = cls(binary, endpoint or Endpoint.draw())
