@@ -75,8 +75,6 @@ SLACK = {"files": 3, "threads": 3, "tasks": 2}
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One figure before and after, and the most it may be after."""
-
     what: str
     before: float
     after: float
@@ -89,10 +87,7 @@ class Row:
 
 @dataclass
 class Faults:
-    """The faults so far."""
-
     counts: Counter[str] = field(default_factory=Counter)
-    """Faults by kind."""
     killed_s: list[float] = field(default_factory=list)
     """The times at which a replica was killed; time.monotonic()."""
 
