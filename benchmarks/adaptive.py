@@ -25,16 +25,20 @@ from replicas.model.runner import TorchRunner
 from replicas.text import TextCodec
 
 FIXED = (1, 4, 8, 16, 32)
-"""Block lengths; 1 is ar."""
+"""Fixed block lengths; 1 is ar."""
 MOST = 32
-"""What adaptive blocks may have."""
+"""The longest that an adaptive block may be."""
 NUM_PROMPTS = 104
 MAX_TOKENS = 120
 
 
 def texts() -> dict[str, list[str]]:
-    """Prompts: held-out ones of the embedded model's task families, which alternate; and the same with every
-    second one a question that the model has not learned to answer, so that its drafts survive less often."""
+    """The prompts by workload.
+
+    held-out: held-out ones of the embedded model's task families, which alternate
+    mixed: the same with every second one a question that the model has not learned to answer, so that its
+    drafts survive less often
+    """
     known = held_out_prompts()
     foreign = [
         f"{opening}{question}"
@@ -60,7 +64,10 @@ def measure(
     cost: StepCost,
     clock: Callable[[], float],
 ) -> tuple[float, float]:
-    """block_length: None is adaptive. Tokens a second over all prompts, and tokens a forward."""
+    """Tokens a second over all prompts, and tokens a forward.
+
+    block_length: None is adaptive
+    """
     engine = Engine(
         runner, max_running=concurrency, max_waiting=len(asked), adaptive_speculation=block_length is None
     )

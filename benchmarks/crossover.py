@@ -17,7 +17,7 @@ def accepted(chance: float, block: int) -> float:
 
 
 def chance_of(accepted_tokens: float, block: int = 32) -> float:
-    """The chance at which a round of that block commits so many tokens."""
+    """The chance of acceptance at which a round of that block commits so many tokens."""
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -26,9 +26,9 @@ def chance_of(accepted_tokens: float, block: int = 32) -> float:
 
 
 def rates(rows: Iterable[Row], chance: float, diffusion_tokens: float) -> dict[str, float]:
-    """Tokens a second of every way, from the rows of one model and concurrency.
+    """Tokens a second of every way to decode, from the rows of one model and concurrency.
 
-    diffusion_tokens: committed a denoising forward at block 32.
+    diffusion_tokens: committed by a denoising forward at block 32
     """
     found: dict[str, float] = {}
     for row in rows:
@@ -46,10 +46,11 @@ def rates(rows: Iterable[Row], chance: float, diffusion_tokens: float) -> dict[s
 
 
 def crossovers(rows: Sequence[Row], figures: Mapping[str, object]) -> list[dict[str, object]]:
-    """For each model and concurrency: the best way at each published acceptance, and its gain over AR.
+    """The best way for each model, concurrency and published acceptance, and its gain over AR.
 
-    figures: benchmarks/data/acceptance.json. Diffusion may change the text; so the best lossless way is
-    given too.
+    figures: benchmarks/data/acceptance.json
+
+    Diffusion may change the text; so the best lossless way is given too.
     """
     lengths = figures["acceptance_length_8B_draft_31_with_lora_by_category"]
     yields = figures["tokens_per_forward_10_tasks"]

@@ -1,9 +1,9 @@
-"""What raises diffusion's tokens a forward, at what loss of answers: `python -m benchmarks.diffusion`.
+"""Ways to raise diffusion's tokens a forward, and the answers they lose: `python -m benchmarks.diffusion`.
 
-Counts, not times. Ways to choose which positions a denoising forward fixes, and ways to commit before a
-block is complete or to look past its end, each on the same held-out prompts of the embedded checkpoint's
-task families. Exact: the family's own checker accepts the answer. Forwards are all after the prefill,
-commits among them; rows are the query tokens of a forward.
+Counts, not times. Ways to choose which positions a denoising forward fixes, and ways to commit before a block
+is complete or to look past its end, each on the same held-out prompts of the embedded checkpoint's task
+families. Exact: the family's own checker accepts the answer. Forwards are all after the prefill, commits
+among them; rows are the query tokens of a forward.
 """
 
 import argparse
@@ -29,41 +29,40 @@ AT_ONCE = 52
 """Sequences in a forward; no figure depends on it."""
 GREEDY = SamplingParams()
 Rule = Callable[[Sequence[float]], int]
-"""Of the masked positions' probabilities, the highest first: how many to fix; the first always is."""
+"""Takes the masked positions' probabilities, highest first, and tells how many to fix, at least the first."""
 
 
 def fixed(threshold: float) -> Rule:
-    """Those that reach the threshold."""
+    """Fixes the positions that reach the threshold."""
     return lambda probs: sum(prob >= threshold for prob in probs)
 
 
 def factor(limit: float) -> Rule:
-    """The most, n, for which (n + 1)(1 - p_n) < limit (Fast-dLLM's factor, arXiv 2505.22618)."""
+    """Fixes the most, n, for which (n + 1)(1 - p_n) < limit (Fast-dLLM's factor, arXiv 2505.22618)."""
     return lambda probs: max((n for n, p in enumerate(probs, 1) if (n + 1) * (1 - p) < limit), default=0)
 
 
 def joint(threshold: float) -> Rule:
-    """The most whose probabilities' product reaches the threshold."""
+    """Fixes the most whose probabilities' product reaches the threshold."""
     return lambda probs: sum(product >= threshold for product in accumulate(probs, mul))
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """block_length: positions seen at once at first, the seed among them.
-
-    commit_at: final tokens, the seed among them, from which on they are committed, block complete or not.
-    carries: what is fixed past them goes over to the next block, else it is forgotten. reach: positions seen
-    at most, as the final ones grow: past block_length it is into the next block. joins_commit: the next
-    block's first denoising, its seed still masked, runs in the forward that commits.
-    """
+    """A way to decode by diffusion."""
 
     name: str
     rule: Rule
     block_length: int
+    """Positions seen at once at first, the seed among them."""
     commit_at: int
+    """The number of final tokens, the seed among them, at which they are committed, block complete or not."""
     reach: int
+    """The most positions seen, as the final ones grow; past block_length they are the next block's."""
     carries: bool = True
+    """If true, what is fixed past the final ones goes over to the next block; else it is forgotten."""
     joins_commit: bool = False
+    """If true, the next block's first denoising, its seed still masked, runs in the forward that commits."""
 
 
 def ways(block: int) -> Iterator[Way]:
@@ -95,7 +94,7 @@ class Decoding:
         self._num_final = 1
 
     def asks(self) -> list[Ask]:
-        """Of the next forward, one after the other from num_cached on."""
+        """The segments of the next forward, one after the other from num_cached on."""
         if not self.num_cached:
             return [Ask(tuple(self.tokens), len(self.tokens), False, (len(self.tokens) - 1,))]
         if not self._is_committing:
@@ -165,7 +164,7 @@ class Decoding:
 
 
 def decode(runner: TorchRunner, prompts: Sequence[Sequence[int]], way: Way) -> list[Decoding]:
-    """Greedy, AT_ONCE at a time."""
+    """Decodes the prompts greedily, AT_ONCE at a time."""
     spec = runner.spec
     assert spec.mask_token_id is not None
     per_sequence = spec.num_pages // AT_ONCE
@@ -205,14 +204,16 @@ def decode(runner: TorchRunner, prompts: Sequence[Sequence[int]], way: Way) -> l
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """exact: share of the answers. rows_per_forward: query tokens."""
+    """The figures of one way."""
 
     way: str
     block_length: int
     num_tasks: int
     exact: float
+    """The share of answers that are exact."""
     tokens_per_forward: float
     rows_per_forward: float
+    """Query tokens a forward."""
 
 
 def score(way: Way, tasks: Sequence[Task], decoded: Sequence[Decoding], codec: TextCodec) -> Row:

@@ -31,7 +31,7 @@ ASKED = ("Where is", "How big is", "Who lives in", "Name a street in")
 
 
 def prompts(turn: int) -> list[str]:
-    """Of about ten words, all different from the first on, so that no prefix is found cached."""
+    """Prompts of about ten words, all different from the first on, so that no prefix is found cached."""
     return [f"{turn}{number}: {ask} {place}?" for number, place in enumerate(PLACES) for ask in ASKED]
 
 

@@ -1,10 +1,10 @@
-"""A forward against what it can't be faster than: `python -m benchmarks.floor --checkpoint <folder>`.
+"""A forward against its lower bounds on this machine: `python -m benchmarks.floor --checkpoint <folder>`.
 
-In one run, turn by turn: reading all weights of a forward once; its linear layers alone, as torch runs
-them prepacked and as the native forward does, with int8 weights too; and of the checkpoint as it is and
-in int8, forwards with sampling and the engine's tokens a second. Every figure is the fastest
-turn, since other work on the machine only ever adds. `--cpu-time` counts the process's CPU time on one
-thread instead of wall time, which is the figure to trust on a busy machine.
+In one run, turn by turn: reading all weights of a forward once; its linear layers alone, as torch runs them
+prepacked and as the native forward does, with int8 weights too; and of the checkpoint as it is and in int8,
+forwards with sampling and the engine's tokens a second. Every figure is the fastest turn, since other work on
+the machine only ever adds. `--cpu-time` counts the process's CPU time on one thread instead of wall time,
+which is the figure to trust on a busy machine.
 """
 
 import argparse
@@ -91,13 +91,13 @@ class Matrices:
             )
 
     def by_torch(self, rows: int) -> None:
-        """As torch's forward has them: prepacked by oneDNN, where that can the dtype on this processor."""
+        """Runs the products as torch's forward has them: prepacked by oneDNN, where it can the dtype."""
         for linear, matrix in zip(self._torch, self._matrices["native"], strict=True):
             linear(self._inputs[rows, matrix.k])
 
 
 def steps(num_sequences: int, num_tokens: int, page_size: int, causal: bool) -> StepPlan:
-    """Sequences with NUM_CACHED tokens cached; a causal one wants its last row, a draft all."""
+    """A step of sequences with NUM_CACHED tokens cached; a causal one wants its last row, a draft all."""
     pages = -(-(NUM_CACHED + num_tokens) // page_size)
     wanted = (num_tokens - 1,) if causal else tuple(range(num_tokens))
     return StepPlan(
@@ -118,7 +118,7 @@ def steps(num_sequences: int, num_tokens: int, page_size: int, causal: bool) -> 
 
 
 def generate(runner: TorchRunner, num_sequences: int) -> None:
-    """NUM_NEW tokens each after a prompt of 16, from submission to the last."""
+    """Generates NUM_NEW tokens for each sequence after a prompt of 16, from submission to the last."""
     engine = Engine(runner, max_running=num_sequences)
     for i in range(num_sequences):
         sampling = SamplingParams(max_tokens=NUM_NEW, ignore_eos=True)

@@ -66,7 +66,7 @@ class Bench:
         return [Work("8B"), Work("14B")]
 
     def _section(self, name: str, needs_s: float, run: Callable[[], None]) -> None:
-        """A section that fails is reported; the others go on."""
+        """Runs a section; one that fails is reported, and the others go on."""
         if self._clock.left_s < needs_s or self._clock.left_s <= 0:
             self._report.cut.append(name)
             return
@@ -85,7 +85,7 @@ class Bench:
     def _take(
         self, name: str, rows: Iterable[dict[str, object]], into: list[dict[str, object]], keep_s: float
     ) -> None:
-        """Rows as they come, written each; stops when fewer than keep_s seconds are left."""
+        """Takes rows as they come, and writes after each; stops when fewer than keep_s seconds are left."""
         for row in rows:
             into.append(row)
             self._say("  " + "  ".join(f"{key} {value}" for key, value in row.items() if value is not None))
@@ -144,7 +144,7 @@ class Bench:
                 self._say(f"{name}: {'; '.join(values)}")
 
     def _write(self) -> None:
-        """Whole or not at all; the sweep also in the form of the public one, and in the simulator's."""
+        """Writes the report whole or not at all, and the sweep in the public form and the simulator's."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._path.with_suffix(".partial")
         partial.write_text(json.dumps(dataclasses.asdict(self._report), indent=1) + "\n")

@@ -37,7 +37,7 @@ def step_cost_table(
 
 
 def _overhead(rows: Sequence[Row]) -> dict[str, float]:
-    """The line through the least and the largest concurrency; none of it below 0."""
+    """The engine's overhead: the line through the least and the largest concurrency, none of it below 0."""
     by_concurrency = {_number(row["concurrency"]): _number(row["overhead_ms"]) for row in rows}
     if not by_concurrency:
         return {}

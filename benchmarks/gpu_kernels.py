@@ -25,17 +25,24 @@ _TOLERANCE = 3e-2
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """contexts: of AR steps at `batch`; rows: of the row-wise kernels."""
+    """The sizes at which the kernels are measured."""
 
     config: ModelConfig
     page_size: int
     batch: int
+    """Sequences of an AR step."""
     contexts: tuple[int, ...]
+    """Context lengths of AR steps, in tokens."""
     block: int
+    """Query tokens of a block."""
     block_batches: tuple[int, ...]
+    """Sequences of steps of blocks."""
     prefill: int
+    """Tokens of a prompt."""
     rows: tuple[int, ...]
+    """Rows of the row-wise kernels."""
     tunes: bool
+    """If true, other tile shapes are timed too."""
     dtype: torch.dtype
 
 
@@ -48,7 +55,7 @@ class KernelBench:
         self._dtype = shapes.dtype
 
     def rows(self) -> Iterator[dict[str, object]]:
-        """The most wanted first."""
+        """Measures the kernels, the most wanted first."""
         shapes = self._shapes
         for context in shapes.contexts:
             yield from self._attention("1 query", shapes.batch, context - 1, 1, causal=True)
@@ -104,7 +111,7 @@ class KernelBench:
     def _case(
         self, batch: int, start: int, length: int, causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor, StepInputs]:
-        """queries, one layer's pages, and the step's inputs, each sequence's pages scattered."""
+        """The queries, one layer's pages, and the step's inputs, with each sequence's pages scattered."""
         config, page_size = self._shapes.config, self._shapes.page_size
         per_sequence = -(-(start + length) // page_size)
         order = torch.randperm(batch * per_sequence).view(batch, -1).tolist()
@@ -123,7 +130,7 @@ class KernelBench:
     def _attention(
         self, name: str, batch: int, start: int, length: int, causal: bool
     ) -> Iterator[dict[str, object]]:
-        """Against SDPA on keys and values gathered into dense tensors beforehand."""
+        """Attention against SDPA on keys and values gathered into dense tensors beforehand."""
         config = self._shapes.config
         queries, pages, inputs = self._case(batch, start, length, causal)
         output = torch.empty_like(queries)
@@ -157,7 +164,7 @@ class KernelBench:
     def _dense(
         self, queries: torch.Tensor, pages: torch.Tensor, inputs: StepInputs, batch: int, num_keys: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[batch, heads, queries, head_dim], and keys and values [batch, kv_heads, keys, head_dim]"""
+        """Queries [batch, heads, queries, head_dim], keys and values [batch, kv_heads, keys, head_dim]."""
         config = self._shapes.config
         table = inputs.page_table.view(batch, -1).long()
         gathered = pages[table].permute(2, 0, 3, 1, 4, 5)  # [2, batch, kv_heads, pages, page_size, head_dim]
@@ -177,7 +184,7 @@ class KernelBench:
         )
 
     def _verify(self, count: int) -> dict[str, object]:
-        """As one segment's rows at a temperature, so twice over the logits."""
+        """Verification of the rows as one segment's at a temperature, so twice over the logits."""
         logits = self._normal(count, self._shapes.config.vocab_size)
         first = torch.zeros(1, dtype=torch.int32, device=self._device)
         drafts = torch.zeros(count, dtype=torch.int32, device=self._device)
@@ -242,7 +249,7 @@ class KernelBench:
         return self._row("store_kv", f"{count} rows", num_bytes, run, "", None)
 
     def _adapter(self, count: int) -> dict[str, object]:
-        """Every row of the batch flagged."""
+        """The adapter with every row of the batch flagged."""
         config = self._shapes.config
         size_in, size_out = config.num_heads * config.head_dim, config.hidden_size
         rank = min(128, size_in)
@@ -283,7 +290,7 @@ class KernelBench:
         yield self._row("ragged_paged_attention", shape, num_bytes, run, "FlexAttention, dense", run_other)
 
     def _tiles(self, context: int) -> Iterator[dict[str, object]]:
-        """Other tile shapes than the chosen, to be chosen from."""
+        """Attention with other tile shapes than the chosen, to be chosen from."""
         kinds = (
             (0, self._shapes.batch, context - 1, 1),
             (2, self._shapes.block_batches[-1], context, self._shapes.block),

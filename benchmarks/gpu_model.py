@@ -36,7 +36,7 @@ _GREEDY = SamplingParams(max_tokens=1)
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one model is measured on; smaller where it only has to run."""
+    """The sizes at which one model is measured; smaller where it only has to run."""
 
     name: str
     page_size: int = 64
@@ -67,7 +67,7 @@ def published_config(name: str) -> ModelConfig:
 
 
 def random_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> ModelWeights:
-    """Small normal numbers in the engine's layout, with an adapter on every output projection."""
+    """Small normal weights in the engine's layout, with an adapter on every output projection."""
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device).normal_(std=0.02)
@@ -97,7 +97,7 @@ def random_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device
 
 
 def make_runner(work: Work, device: torch.device, options: Options) -> CudaRunner:
-    """With pages for max_concurrency sequences of num_cached tokens and a block each."""
+    """A runner with pages for max_concurrency sequences of num_cached tokens and a block each."""
     config = published_config(work.name)
     per_sequence = -(-(work.num_cached + 4 * work.max_queries) // work.page_size)
     return CudaRunner(
@@ -111,7 +111,10 @@ def make_runner(work: Work, device: torch.device, options: Options) -> CudaRunne
 
 
 def segments(work: Work, concurrency: int, num_queries: int, *, draft: bool) -> list[Segment]:
-    """One a sequence, after its cached tokens: a draft, which wants all but its seed, or a verify or step."""
+    """A segment for each sequence, after its cached tokens.
+
+    draft: it wants all but its seed, else it is a verify or a step
+    """
     per_sequence = -(-(work.num_cached + num_queries) // work.page_size)
     return [
         Segment(

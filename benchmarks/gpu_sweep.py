@@ -49,7 +49,7 @@ def forward_rows(
 def time_forward(
     runner: CudaRunner, work: Work, clock: Clock, concurrency: int, queries: int, *, draft: bool
 ) -> Timing:
-    """Replays of a CUDA graph of the forward and the choice of its tokens."""
+    """The time of the forward and the choice of its tokens, by replays of their CUDA graph."""
     run = Forward(runner, segments(work, concurrency, queries, draft=draft))
     replay = run if runner.device.type != "cuda" else GraphRecorder(runner.device).capture(run)
     timing = clock.time(replay, for_s=0.2, cold=False)
@@ -62,7 +62,7 @@ def time_forward(
 def overhead_row(
     runner: CudaRunner, work: Work, clock: Clock, mode: Mode, concurrency: int
 ) -> dict[str, object]:
-    """A round through the whole engine against the replays of its forwards alone.
+    """Compares a round through the whole engine with the replays of its forwards alone.
 
     The prompts have num_cached tokens, so rounds run on about as many as the forwards they are compared to.
     With random weights a draft is hardly ever accepted, which costs nothing here: a round is a round.

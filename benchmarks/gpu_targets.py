@@ -1,4 +1,4 @@
-"""What the project wants of a GPU, against what was measured. Pure."""
+"""Targets of the project on a GPU, against what was measured. Pure."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,11 +11,11 @@ _MATRIX_PARAMETERS = {
     "8B": 34 * (4096 * 48 * 128 + 4096 * 4096 + 3 * 4096 * 14336) + 131072 * 4096,
     "14B": 40 * (5120 * 48 * 128 + 4096 * 5120 + 3 * 5120 * 16384) + 131072 * 5120,
 }
-"""Of the matrices that a forward reads: all but the embedding."""
+"""Parameters of the matrices that a forward reads: all but the embedding."""
 
 
 def targets(report: Report) -> list[dict[str, object]]:
-    """Each with what was found, None where that was not measured, and whether it is met."""
+    """The targets, each with what was found, None where that was not measured, and whether it is met."""
     return [
         {"target": name, "wanted": wanted, "found": found, "met": None if found is None else met(found)}
         for name, wanted, found, met in _all(report)

@@ -21,7 +21,10 @@ class Timing:
 
 
 class Clock:
-    """budget_s: seconds from its making on for everything measured with it."""
+    """Times runs on a device within a budget.
+
+    budget_s: seconds from the clock's making on, for everything measured with it
+    """
 
     def __init__(self, device: torch.device, budget_s: float):
         self.device = device
@@ -34,9 +37,9 @@ class Clock:
         return self._end_s - time.monotonic()
 
     def time(self, run: Callable[[], object], *, for_s: float = 0.15, cold: bool = True) -> Timing:
-        """Runs it for about for_s seconds, at least 5 times (once off a GPU), after one run to warm up.
+        """Times `run` for about for_s seconds, at least 5 times (once off a GPU), after one run to warm up.
 
-        cold: whether the L2 cache is overwritten before each run.
+        cold: overwrites the L2 cache before each run
         """
         run()
         self.wait()
@@ -51,7 +54,7 @@ class Clock:
         return Timing(statistics.median(times), statistics.pstdev(times), len(times))
 
     def _run_some(self, run: Callable[[], object], count: int, cold: bool) -> Iterator[float]:
-        """Queued together, so that a kernel's launch hides behind what runs before it."""
+        """Queues runs together, so that a kernel's launch hides behind what runs before it."""
         new = torch.cuda.Event
         events = [[new(enable_timing=True) for _ in range(2)] for _ in range(count)]  # type: ignore[no-untyped-call]
         for start, end in events:
@@ -70,14 +73,16 @@ class Clock:
 
 @dataclass(slots=True)
 class Ceilings:
-    """What the device gives, measured in this run. copy_gb_s: read and written bytes; bf16: TFLOP/s."""
+    """The device's limits, measured in this run."""
 
     copy_gb_s: float
+    """GB/s of a copy, read and written bytes both counted."""
     bf16_tflop_s: float
+    """TFLOP/s of a bfloat16 matrix product."""
 
     @classmethod
     def measure(cls, clock: Clock, size: int) -> "Ceilings":
-        """size: of the square matrices; the copy has 64 times as many bytes as one of them."""
+        """Measures products of square matrices of this size, and copies of 64 such matrices."""
         source = torch.zeros(128 * size * size, dtype=torch.uint8, device=clock.device)
         target = torch.empty_like(source)
         copied = clock.time(lambda: target.copy_(source), for_s=0.5, cold=False)
@@ -88,7 +93,7 @@ class Ceilings:
 
 @dataclass(slots=True)
 class Report:
-    """What was found so far; `cut` names what the budget left out."""
+    """The results found so far."""
 
     about: dict[str, object]
     ceilings: dict[str, float] = field(default_factory=dict)
@@ -99,3 +104,4 @@ class Report:
     targets: list[dict[str, object]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     cut: list[str] = field(default_factory=list)
+    """The sections that the budget left out."""

@@ -29,27 +29,35 @@ class LoadError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """ttft_s: from sending to the first event with content. num_tokens: as the server's usage says."""
+    """One answer."""
 
     ttft_s: float
+    """The time from sending to the first event with content."""
     total_s: float
     num_tokens: int
+    """The tokens that the server's usage says."""
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """What a server did at one concurrency. tpot_ms: (end - first token) / (tokens - 1), the median."""
+    """The figures of a server at one concurrency."""
 
     concurrency: int
     tokens_per_s: float
     ttft_ms: float
     tpot_ms: float
+    """The median of (end - first token) / (tokens - 1)."""
     num_requests: int
 
 
 async def complete(port: int, model: str, prompt: str, max_tokens: int, extra: dict[str, object]) -> Answered:
-    """extra: further fields of the request. Raises LoadError when the stream does not end with [DONE], or,
-    unless `ignore_eos` is false there, gives another number of tokens."""
+    """Asks for one completion.
+
+    extra: further fields of the request
+
+    Raises LoadError when the stream does not end with [DONE], or, unless `ignore_eos` is false in `extra`,
+    gives another number of tokens.
+    """
     request = {
         "model": model,
         "messages": [{"role": "user", "content": prompt}],
@@ -88,7 +96,7 @@ async def complete(port: int, model: str, prompt: str, max_tokens: int, extra: d
 
 
 def _has_content(received: bytearray) -> bool:
-    """Whether an event with a token's text is there; the first, which names the role, has none."""
+    """True if an event with a token's text is there; the first, which names the role, has none."""
     return any(
         b'"content":"' in part and b'"content":""' not in part
         for part in received.replace(b'": "', b'":"').split(b"data: ")[1:]
@@ -103,7 +111,7 @@ async def level(
     requests_each: int = 3,
     extra: dict[str, object] | None = None,
 ) -> Level:
-    """`concurrency` clients, each with so many requests one after the other."""
+    """Runs `concurrency` clients, each with so many requests one after the other."""
     answers: list[Answered] = []
 
     async def client(number: int) -> None:

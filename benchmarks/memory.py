@@ -29,7 +29,7 @@ def resident_mib() -> float:
 
 
 def serve(num_requests: int, num_marks: int = 10) -> Iterator[tuple[int, float]]:
-    """Requests answered so far and resident MiB, at so many marks."""
+    """Answers the requests; yields those answered so far and resident MiB, at so many marks."""
     runner = TorchRunner.load(str(CHECKPOINT), kv_budget_bytes=KV_CACHE_MB << 20, num_threads=1)
     codec = TextCodec.load(str(CHECKPOINT))
     engine = Engine(runner, max_running=CONCURRENCY)

@@ -28,7 +28,7 @@ from replicas.training.tasks.registry import FAMILIES, held_out_tasks
 
 CHECKPOINT = Path(__file__).parent.parent / "replicas" / "checkpoints" / "triad-5m"
 Clock = Callable[[], float]
-"""Seconds."""
+"""A source of seconds."""
 PLANS = (
     DecodePlan(Mode.AR),
     DecodePlan(Mode.SELF_SPECULATION, 8),
@@ -39,24 +39,26 @@ PLANS = (
 
 
 def held_out_prompts() -> list[str]:
-    """Of the embedded model's task families, which alternate."""
+    """Held-out prompts of the embedded model's task families, which alternate."""
     turns = zip(*(held_out_tasks(family, 8) for family in FAMILIES), strict=True)
     return [task.prompt for turn in turns for task in turn]
 
 
 def prompts(codec: TextCodec) -> list[list[int]]:
-    """The same for every mode and turn."""
+    """The prompts' token ids, the same for every mode and turn."""
     return [codec.encode(({"role": "user", "content": prompt},)) for prompt in held_out_prompts()]
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """tokens_per_s: of all requests together. ttft_ms: from the submission of a request, made when there
-    is room for it, to its first token; tpot_ms: from there to its last, by token. Both are medians."""
+    """The figures of one mode at one concurrency; times are medians over requests."""
 
     tokens_per_s: float
+    """Tokens a second of all requests together."""
     ttft_ms: float
+    """The time to a request's first token from its submission, which is made when there is room for it."""
     tpot_ms: float
+    """The time from a request's first token to its last, by token."""
 
 
 @dataclass(slots=True)
@@ -70,7 +72,7 @@ class _Timed:
 def measure(
     runner: TorchRunner, plan: DecodePlan, asked: list[list[int]], concurrency: int, clock: Clock
 ) -> Measured:
-    """All the prompts, with so many requests running at a time."""
+    """Measures all the prompts, with so many requests running at a time."""
     engine = Engine(runner, max_running=concurrency, max_waiting=0)
     options = DecodingOptions(plan.mode, None if plan.mode is Mode.AR else plan.block_length)
     waiting = deque(enumerate(asked))

@@ -1,8 +1,8 @@
-"""What a step costs besides the model: `python -m benchmarks.overhead`.
+"""The cost of a step besides the model: `python -m benchmarks.overhead`.
 
-The engine, the layout of a step's arrays and the way of its tokens into text and events run as they
-do while serving; the native library's forward and choice of tokens are replaced by ones that do
-nothing. CPU milliseconds a step of one thread, which other work on the machine does not disturb.
+The engine, the layout of a step's arrays and the way of its tokens into text and events run as they do while
+serving; the native library's forward and choice of tokens are replaced by ones that do nothing. CPU
+milliseconds a step of one thread, which other work on the machine does not disturb.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class IdleModel(NativeModel):
 
 
 def engine_ms(engine: Engine, options: DecodingOptions, concurrency: int) -> float:
-    """The fastest of the steps in which all sequences decode."""
+    """Milliseconds of the fastest of the steps in which all sequences decode."""
     sampling = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True)
     for number in range(concurrency):
         engine.submit(str(number), list(range(10, 10 + PROMPT_TOKENS)), sampling, options)
@@ -57,7 +57,7 @@ def engine_ms(engine: Engine, options: DecodingOptions, concurrency: int) -> flo
 
 
 def publish_ms(engine: Engine, codec: TextCodec, concurrency: int) -> float:
-    """Of an AR step's tokens: text, events, the load that the replica reports; without sending them."""
+    """Milliseconds to make text, events and the load out of an AR step's tokens, without sending them."""
     service = ReplicaService(engine, codec, "r")
     service._send = lambda outbox: None  # type: ignore[method-assign]
     sampling = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True)

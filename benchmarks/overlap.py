@@ -37,7 +37,7 @@ def measure(
     concurrency: int,
     overlaps: bool,
 ) -> tuple[float, float, float]:
-    """Tokens a second, tokens a forward, share of right answers."""
+    """Tokens a second, tokens a forward and the share of right answers."""
     engine = Engine(runner, max_running=concurrency, max_waiting=len(tasks), overlap_blocks=overlaps)
     options = DecodingOptions(Mode.DIFFUSION, block_length)
     sampling = SamplingParams(max_tokens=MAX_TOKENS)

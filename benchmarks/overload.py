@@ -34,11 +34,13 @@ TIMEOUT_S = 120.0
 
 @dataclass
 class Window:
-    """answers: by status; of the refusals, those without a Retry-After are counted apart."""
+    """The tallies of one window."""
 
     seconds: float
     num_tokens: int = 0
+    """Tokens of answers that came whole within the window."""
     answers: Counter[str] = field(default_factory=Counter)
+    """Answers by status; refusals without a Retry-After are counted apart."""
     refusal_ms: list[float] = field(default_factory=list)
     cpu_s: dict[str, float] = field(default_factory=dict)
 
@@ -48,7 +50,7 @@ class Window:
 
 
 async def ask(port: int, max_tokens: int, number: int) -> tuple[str, int]:
-    """The answer's kind, and how many tokens came, of a whole answer only."""
+    """The kind of one answer, and its number of tokens, of a whole answer only."""
     request = {
         "model": MODEL,
         "messages": [{"role": "user", "content": PROMPTS[number % len(PROMPTS)]}],
@@ -76,7 +78,7 @@ async def ask(port: int, max_tokens: int, number: int) -> tuple[str, int]:
 
 
 async def take(window: Window, port: int, max_tokens: int, number: int, ends_s: float) -> None:
-    """What ends after the window's end counts as an answer, but not to its goodput."""
+    """Asks, and counts the answer; one that ends after ends_s adds no tokens to the goodput."""
     began_s = time.monotonic()
     async with asyncio.timeout(TIMEOUT_S):
         kind, num_tokens = await ask(port, max_tokens, number)
@@ -126,7 +128,7 @@ def described(window: Window) -> dict[str, Any]:
 
 
 def pin(server: Triad) -> None:
-    """Every thread of it; those to come follow their process."""
+    """Pins every thread of the server; those to come follow their process."""
     first, *others = sorted(os.sched_getaffinity(0))
     replicas = server.pids("triad:Replica")
     for pid in (*server.pids(""), os.getpid()):
@@ -137,7 +139,7 @@ def pin(server: Triad) -> None:
 
 @contextmanager
 def cpu_of(server: Triad) -> Iterator[dict[str, float]]:
-    """CPU seconds of what happened meanwhile, by process, this one included."""
+    """Fills in the CPU seconds of what happens meanwhile, by process, this one included."""
     spent: dict[str, float] = {}
     before, own_before_s = server.cpu_s(), time.process_time()
     yield spent

@@ -31,7 +31,7 @@ def run_level(port: int, concurrency: int, requests_each: int) -> Level:
 
 
 def shares(before: Counter[str], after: Counter[str], taken_s: float) -> dict[str, float]:
-    """Of the machine's CPU time, by process; what took under 0.1 % is left out."""
+    """Each process's share of the machine's CPU time; what took under 0.1 % is left out."""
     whole_s = taken_s * (os.cpu_count() or 1)
     spent = {name: (after[name] - before[name]) / whole_s for name in after}
     return {name: round(share, 4) for name, share in sorted(spent.items()) if share > 0.001}

@@ -53,7 +53,7 @@ SQUARE = (1, 32) * 3
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One contender's window. tpot_ms: a token after the first, over requests that ended in it."""
+    """One contender's window; tpot is a token after the first, over the requests that ended in it."""
 
     where: str
     workload: str
@@ -73,11 +73,11 @@ class Row:
 
 class Target(Protocol):
     async def complete(self, prompt: str, decoding: Mapping[str, Any]) -> Answered:
-        """Raises LoadError or OSError."""
+        """Answers one prompt. Raises LoadError or OSError."""
         ...
 
     async def prepare(self, contender: str) -> None:
-        """Before a window of this contender."""
+        """Called before a window of this contender."""
         ...
 
 
@@ -120,7 +120,7 @@ class Clients:
     async def run(
         self, decoding: Mapping[str, Any], concurrency: int, seconds: float
     ) -> tuple[list[Answered], int]:
-        """The answers begun in this window, waited for past its end; how many failed."""
+        """Runs one window; returns the answers begun in it, waited for past its end, and how many failed."""
         answers: list[Answered] = []
         num_errors = 0
         ends_s = time.monotonic() + seconds
@@ -165,8 +165,11 @@ async def window(
 
 
 async def measure(target: Target, contenders: tuple[str, ...], options: argparse.Namespace) -> None:
-    """levels: contenders alternate at each concurrency, and each comes first in its turn. ramp, square: each
-    runs its schedule whole."""
+    """Measures the contenders in turns.
+
+    levels: contenders alternate at each concurrency, and each comes first in its turn. ramp, square: each
+    runs its schedule whole.
+    """
     clients = Clients(target, texts()[options.workload])
     await clients.run({}, 4, options.warmup)
     schedule = {"levels": options.levels, "ramp": RAMP, "square": SQUARE}[options.part]
@@ -195,7 +198,7 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def report(raw: Path, folder: Path) -> str:
-    """The Markdown tables; the plots go into the folder."""
+    """Returns the Markdown tables; the plots go into the folder."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -39,7 +39,7 @@ CHANNEL = "benchmark"
 
 
 class NoStore(LoadStore):
-    """Connects to nothing."""
+    """A store that connects to nothing."""
 
     def __init__(self) -> None:
         super().__init__("redis://127.0.0.1:1/0", "benchmark")
@@ -52,7 +52,7 @@ class NoStore(LoadStore):
 
 
 class ReplicaAlone:
-    """Requests go in by complete(); each waits for its own last event."""
+    """A replica without Serve. Requests go in by complete(); each waits for its own last event."""
 
     def __init__(self, service: ReplicaService, engine: Engine, follower: PlanFollower):
         self._service = service
@@ -62,7 +62,7 @@ class ReplicaAlone:
         self._inboxes: dict[str, asyncio.Queue[Event]] = {}
 
     def set_policy(self, name: str, is_adaptive: bool) -> None:
-        """Between two windows, with nothing running. It goes on from the plan in force."""
+        """Sets the policy between two windows, with nothing running. It goes on from the plan in force."""
         self._engine.scheduler.speculation.is_adaptive = is_adaptive
         self._follower.set_policy(create_policy(name, {}))
 
@@ -72,7 +72,7 @@ class ReplicaAlone:
                 self._inboxes[event.request_id].put_nowait(event)
 
     async def complete(self, prompt: str, max_tokens: int, decoding: DecodingOptions) -> Answered:
-        """Raises RuntimeError where it fails."""
+        """Answers one prompt. Raises RuntimeError where it fails."""
         name = str(next(self._numbers))
         inbox: asyncio.Queue[Event] = asyncio.Queue()
         self._inboxes[name] = inbox

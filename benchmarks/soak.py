@@ -64,11 +64,12 @@ ARGUMENTS = (
     "kv_cache_mb=16",
     "policy=threshold",
 )
-"""Small, so that a burst is shed and pages run short."""
+"""The server's configuration: small, so that a burst is shed and pages run short."""
 NUM_BURST = 60
 SETTLE_WITHIN_S = 240.0
 MEMORY_SHARE, MEMORY_MIB = 0.1, 8.0
-"""How much more anonymous memory counts as back where it was: allocators keep some, and fragments of it."""
+"""The growth of anonymous memory that counts as back where it was: allocators keep some, and fragments
+of it."""
 SLACK = {"files": 3, "threads": 3, "tasks": 2}
 
 
@@ -88,7 +89,7 @@ class Row:
 class Faults:
     counts: Counter[str] = field(default_factory=Counter)
     killed_s: list[float] = field(default_factory=list)
-    """When a replica was killed; time.monotonic()."""
+    """The times at which a replica was killed; time.monotonic()."""
 
     def excuse(self, began_s: float) -> bool:
         return bool(self.killed_s) and self.killed_s[-1] >= began_s
@@ -159,7 +160,7 @@ class Soak:
         ]
 
     async def _load(self, for_s: float, with_faults: bool) -> None:
-        """Requests, and faults too, begin for so long; returns when all have ended."""
+        """Lets requests begin for for_s seconds, with faults or not; returns when all have ended."""
         stop = asyncio.Event()
         seeds = [self._rng.randrange(2**32) for _ in range(self._options.clients)]
         async with asyncio.TaskGroup() as group:
@@ -235,7 +236,7 @@ class Soak:
         self.faults.killed_s.append(time.monotonic())
 
     async def _set_policy(self, choice: dict[str, Any] | None) -> None:
-        """A Redis that is away is waited for."""
+        """Sets the policy. A Redis that is away is waited for."""
         deadline_s = time.monotonic() + 30.0
         while True:
             method = "DELETE" if choice is None else "PUT"
@@ -285,7 +286,7 @@ class Soak:
         }
 
     def _processes(self) -> dict[str, float]:
-        """Of each watched process: anonymous memory in MiB, open files, threads. The oldest is number 1."""
+        """Each watched process's anonymous memory in MiB, open files, threads. The oldest is number 1."""
         found: dict[str, float] = {}
         for kind in WATCHED:
             for number, pid in enumerate(self._server.pids(kind), 1):
@@ -303,7 +304,7 @@ class Soak:
 
 
 def allowed(what: str, before: float) -> float:
-    """The most that counts as back where it was."""
+    """The most that counts as back where the figure was."""
     kind = what.partition(":")[0]
     more = SLACK.get(kind, 0)
     if what in ("files: Ingress 1", "files: valkey-server 1"):
@@ -356,8 +357,8 @@ async def soak(server: ServerProcess, keys: dict[str, str], options: argparse.Na
 
 
 def new_keys() -> tuple[str, dict[str, str]]:
-    """A key with limits, so that every request asks Redis, and one that may switch the policy; and the
-    text that the server is to have of them."""
+    """The server's text of two API keys, and the keys: one with limits, so that every request asks Redis, and
+    one that may switch the policy."""
     keys = {"load": new_key(), "ops": new_key()}
     entries: list[dict[str, Any]] = [
         {"name": name, "sha256": digest_of(key).hex()} for name, key in keys.items()

@@ -14,7 +14,7 @@ import httpx
 MODEL = "triad-5m"
 PATH = "/v1/chat/completions"
 END_WITHIN_S = 90.0
-"""A request that has not ended by then hangs."""
+"""The time after which a request that has not ended hangs."""
 SUBJECTS = ("Anna", "a fox", "the sea", "two trains", "a clock", "rain", "a lamp", "the moon")
 SCHEMA = {
     "type": "object",
@@ -34,15 +34,17 @@ DECODING = (
 )
 SHED = {429, 503}
 Excused = Callable[[float], bool]
-"""Whether a request that ran since then (time.monotonic) may have lost its replica."""
+"""True if a request that ran since then (time.monotonic) may have lost its replica."""
 
 
 @dataclass
 class Tally:
-    """ends: how many requests ended how. broken: what should not have been, the first few of it."""
+    """The verdicts so far."""
 
     ends: Counter[str] = field(default_factory=Counter)
+    """The number of requests that ended in each way."""
     broken: list[str] = field(default_factory=list)
+    """The first few things that should not have been."""
     num_broken: int = 0
 
     def ended(self, how: str) -> None:
@@ -56,14 +58,19 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A request and what its client does: reads it all, slowly or not, or goes after so many events."""
+    """One request, and what its client does with the answer: by default it reads it all."""
 
     body: dict[str, Any]
     pause_s: float = 0.0
+    """The client reads slowly, with such a pause after each event."""
     leave_after: int | None = None
+    """The client leaves after so many events."""
     leave_after_s: float | None = None
+    """The client leaves after such a time."""
     may_be_late: bool = False
+    """If true, the request's own timeout may end it."""
     is_bad: bool = False
+    """If true, the server has to refuse the request."""
 
 
 def draw(rng: random.Random) -> Plan:
@@ -105,7 +112,10 @@ def draw(rng: random.Random) -> Plan:
 
 
 class Clients:
-    """excused: see Excused. Bursts too are asked through `ask`."""
+    """The clients of a soak; bursts too are asked through `ask`.
+
+    excused: as Excused says
+    """
 
     def __init__(self, http: httpx.AsyncClient, tally: Tally, excused: Excused):
         self._http = http

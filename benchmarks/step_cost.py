@@ -1,11 +1,11 @@
-"""What a forward costs here, and what the engine makes of it: `python -m benchmarks.step_cost --json PATH`.
+"""The cost of a forward here, and the engine's rates with it: `python -m benchmarks.step_cost --json PATH`.
 
-Two measurements in turns, in one run, so that one can be held against the other, and of each the median
-turn. Forwards of so many sequences, each with so many query tokens and so many cached ones, straight
-through the runner; and the engine answering the held-out prompts of benchmarks.modes at each
-concurrency. The second gives tokens a second, what the engine spends outside the forwards, and of every
-request the tokens and forwards it took. Blocks of diffusion come one after the other, which is what the
-simulator models. With one thread `--clock cpu` leaves out what other processes took.
+Two measurements in turns, in one run, so that one can be held against the other, and of each the median turn.
+Forwards of so many sequences, each with so many query tokens and so many cached ones, straight through the
+runner; and the engine answering the held-out prompts of benchmarks.modes at each concurrency. The second
+gives tokens a second, what the engine spends outside the forwards, and of every request the tokens and
+forwards it took. Blocks of diffusion come one after the other, which is what the simulator models. With one
+thread `--clock cpu` leaves out what other processes took.
 `python -m loadtest.simulate validate` predicts the rates from the rest.
 """
 
@@ -36,14 +36,14 @@ QUERIES = (1, 8, 16, 32)
 CACHED = (32, 160)
 PREFILLS = (64, 192)
 VISITS = 3
-"""Shapes, and the engine where it takes a second, are timed so often a turn, at moments spread over it: the
-machine's pace wanders within seconds."""
+"""The number of times a turn that a shape is timed, and the engine where it takes a second, at moments spread
+over the turn: the machine's pace wanders within seconds."""
 MIN_CALLS = 3
 TIMED_S = 0.04
-"""For at least so long a visit: one forward of a millisecond says little."""
+"""The least time of a visit: one forward of a millisecond says little."""
 GREEDY = SamplingParams()
 Clock = Callable[[], float]
-"""Seconds."""
+"""A source of seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,10 @@ class Shape:
 
     def plans(self, spec: ModelSpec, num_wanted: int = 1) -> list[StepPlan]:
         """A causal step where a sequence has one token or nothing cached, else one as of a draft and one as
-        of a verify. num_wanted: positions of each sequence, its last, whose logits are wanted."""
+        of a verify.
+
+        num_wanted: positions of each sequence, its last, whose logits are wanted
+        """
         wanted = tuple(range(self.num_query))[-num_wanted:]
         if self.num_query == 1 or self.num_cached == 0:
             return [self._plan(spec, True, wanted)]
@@ -87,12 +90,12 @@ SHAPES = (
     *(Shape(1, query, 0) for query in PREFILLS),
 )
 HEADS = tuple(Shape(count, query, CACHED[0]) for count in CONCURRENCIES for query in (8, 32))
-"""Timed also with all logits wanted."""
+"""Shapes timed also with all logits wanted."""
 
 
 @dataclass(slots=True)
 class Watched:
-    """A runner that knows how long its forwards took."""
+    """A runner that times its forwards."""
 
     inner: TorchRunner
     clock: Clock
@@ -123,11 +126,11 @@ class Cell:
     concurrency: int
     rates: list[float] = field(default_factory=list)
     outside: list[tuple[float, float, float]] = field(default_factory=list)
-    """Each turn's segments and query tokens a step, and ms a step outside the forward."""
+    """For each turn: segments and query tokens a step, and ms a step outside the forward."""
     forwards_ms: list[float] = field(default_factory=list)
-    """Each turn's ms a step in the forward."""
+    """For each turn: ms a step in the forward."""
     requests: list[tuple[int, int, int, int]] = field(default_factory=list)
-    """Each request's prompt tokens, those of them not found cached, completion tokens, and forwards."""
+    """For each request: prompt tokens, those of them not found cached, completion tokens, and forwards."""
 
     def measure(self, runner: TorchRunner, asked: Sequence[list[int]], clock: Clock) -> None:
         watched = Watched(runner, clock)
@@ -160,7 +163,7 @@ class Cell:
 
 
 def measure(num_turns: int, num_threads: int, clock: Clock) -> Iterator[dict[str, Any]]:
-    """What is found so far, after each turn."""
+    """Yields, after each turn, all that is found so far."""
     runner = TorchRunner.load(str(CHECKPOINT), num_threads=num_threads)
     asked = prompts(TextCodec.load(str(CHECKPOINT)))
     cells = [Cell(plan, concurrency) for concurrency in CONCURRENCIES for plan in PLANS]
@@ -228,7 +231,7 @@ def _found(
 
 
 def _time(runner: TorchRunner, plans: Sequence[StepPlan], clock: Clock, visits: list[float]) -> None:
-    """Adds the median ms of a forward of these plans, which count alike."""
+    """Adds to visits the median ms of a forward of these plans, which count alike."""
     taken: list[float] = []
     while len(taken) < MIN_CALLS or sum(taken) * len(plans) < 1000.0 * TIMED_S:
         began_s = clock()
@@ -239,7 +242,7 @@ def _time(runner: TorchRunner, plans: Sequence[StepPlan], clock: Clock, visits: 
 
 
 def _logits_ms(forwards_ms: dict[Shape, list[float]], with_logits_ms: dict[Shape, list[float]]) -> float:
-    """What a position more costs whose logits are wanted: by least relative squares over the shapes."""
+    """The cost of one more position whose logits are wanted, by least relative squares over the shapes."""
     shares = []
     for shape, turns in with_logits_ms.items():
         base_ms = statistics.median(forwards_ms[shape])
@@ -249,7 +252,7 @@ def _logits_ms(forwards_ms: dict[Shape, list[float]], with_logits_ms: dict[Shape
 
 
 def _plane(points: Sequence[tuple[float, ...]]) -> tuple[float, float, float]:
-    """Least relative squares a + b x + c y, none of them below 0."""
+    """The plane a + b x + c y of least relative squares, none of a, b and c below 0."""
     x, y, ms = numpy.array(points).T
     terms = numpy.stack([1.0 / ms, x / ms, y / ms], axis=1)
     kept = [0, 1, 2]

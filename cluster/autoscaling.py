@@ -11,9 +11,9 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingP
 from policies.scaling import DEMAND, wanted_replicas
 
 REPORT_PERIOD_S = 2.0
-"""Each replica tells Serve's controller this often; seconds."""
+"""The period at which each replica reports to Serve's controller."""
 LOOK_BACK_S = 4.0
-"""The demand is its mean over so long."""
+"""The time over which the mean demand is taken."""
 
 
 def scale(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:

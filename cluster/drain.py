@@ -17,7 +17,7 @@ PERIOD_S = 0.5
 
 
 async def drain(app: str, timeout_s: float) -> int:
-    """Returns how many requests were still there when the time was up: 0 when nothing was lost."""
+    """Drains, and returns the number of requests still there when the time was up: 0 if nothing was lost."""
     ingress: DeploymentHandle[object] = serve.get_app_handle(app)
     deadline_s = time.monotonic() + timeout_s
     while True:

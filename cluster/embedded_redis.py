@@ -25,8 +25,8 @@ START_ATTEMPTS = 3
 MAX_BACKOFF_S = 1.0
 
 _PORTS = range(20000, 30000)
-"""Below the ports that the kernel hands to clients (32768 and up), so that no outgoing connection,
-least of all one of a client that tries to reach a server just killed, sits on ours at a restart."""
+"""Ports below those that the kernel hands to clients (32768 and up), so that no outgoing connection, least of
+all one of a client that tries to reach a server just killed, sits on ours at a restart."""
 
 _READY_LINE = "Ready to accept connections"
 
@@ -39,13 +39,14 @@ if os.getppid() != int(sys.argv[1]):
     sys.exit("the parent has gone")
 os.execv(sys.argv[2], sys.argv[2:])
 """
-"""Runs between fork and exec, in an interpreter of its own: a preexec_fn may deadlock in a process
-with threads. The kernel sends the signal when the thread that forked ends, so the supervisor's does."""
+"""A wrapper that runs between fork and exec, in an interpreter of its own: a preexec_fn may deadlock in a
+process with threads. The kernel sends the signal when the thread that forked ends, so the supervisor's
+does."""
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a server listens and what it asks for; drawn before there is one, so that all can be told."""
+    """The address of a server and its password; drawn before there is a server, so that all can be told."""
 
     port: int
     password: str = field(repr=False)
@@ -90,7 +91,7 @@ class EmbeddedRedis:
 
     @classmethod
     def start(cls, endpoint: Endpoint | None = None) -> "EmbeddedRedis":
-        """Returns once the server answers, at `endpoint` or one of its own. Raises EmbeddedRedisError."""
+        """Starts a server at `endpoint` or one of its own, until it answers. Raises EmbeddedRedisError."""
         binary = find_server()
         for _ in range(START_ATTEMPTS):  # the port may be taken between its choice and its use
             server = cls(binary, endpoint or Endpoint.draw())
@@ -152,7 +153,7 @@ class EmbeddedRedis:
             logger.warning("the embedded Redis server ended, starting it again: %s", self._last_words())
 
     def _run_once(self) -> bool:
-        """From start to end of one server process; returns whether it got ready. Blocks on its output."""
+        """Runs one server process to its end; returns whether it got ready. Blocks on its output."""
         is_ready = False
         with tempfile.TemporaryDirectory(prefix="triad-redis-", ignore_cleanup_errors=True) as folder:
             try:
@@ -182,7 +183,7 @@ class EmbeddedRedis:
         return is_ready
 
     def _spawn(self, folder: str) -> subprocess.Popen[str] | None:
-        """None if it was stopped meanwhile."""
+        """Starts the server; None if it was stopped meanwhile."""
         wrapper = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid())]
         with self._lock:
             if self._stopping.is_set():
@@ -202,7 +203,7 @@ class EmbeddedRedis:
         return " | ".join(list(self._output)[-3:]) or "it said nothing"
 
     def _config(self) -> str:
-        """Read by the server from its standard input, so that the password is in no file and no `ps`."""
+        """The configuration, read by the server from its standard input: no password in a file or in `ps`."""
         lines = (
             f"port {self.port}",
             f"bind {HOST}",

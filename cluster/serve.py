@@ -20,7 +20,7 @@ from cluster.drain import drain
 
 
 class Terminated(BaseException):
-    """Not an Exception, or `serve run` would take it for an error of its own."""
+    """Raised by SIGTERM; not an Exception, or `serve run` would take it for an error of its own."""
 
 
 def terminate(number: int, frame: FrameType | None) -> None:

@@ -13,6 +13,8 @@ from cluster.config import ClusterConfig
 
 
 class HttpAddress(BaseModel):
+    """The address at which Serve listens."""
+
     model_config = ConfigDict(frozen=True)
 
     host: str = "127.0.0.1"
@@ -20,7 +22,7 @@ class HttpAddress(BaseModel):
 
 
 def serve_file(arguments: Sequence[str]) -> str:
-    """arguments: `key=value`, of ClusterConfig or HttpAddress. Raises ValueError, which names the key."""
+    """The Serve file for `key=value` of ClusterConfig or HttpAddress. Raises ValueError, naming the key."""
     given: dict[str, str] = {}
     for argument in arguments:
         key, separator, value = argument.partition("=")

@@ -1,4 +1,4 @@
-"""When requests arrive: seeded Poisson and gamma-bursty processes of any shape, and recorded traces.
+"""Arrival times of requests: seeded Poisson and gamma-bursty processes of any shape, and recorded traces.
 
 An open loop sends at these times whether or not earlier answers have come, so a slow server meets the queue
 that real users would make. Pure: the same arguments give the same arrivals.
@@ -16,7 +16,7 @@ import numpy as np
 from loadtest.shapes import Shape, Soak
 
 _GRID_S = 0.01
-"""A shape's level is integrated in steps of this length."""
+"""The step in which a shape's level is integrated."""
 _MAX_GRID = 1_000_000
 
 
@@ -26,27 +26,30 @@ class TraceError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """at_s: seconds from the start. The others are set where a trace says them: lengths in tokens."""
+    """One request to come; the fields but at_s are set where a trace gives them."""
 
     at_s: float
+    """Seconds from the start."""
     prompt_len: int | None = None
+    """Tokens."""
     output_len: int | None = None
+    """Tokens."""
     class_name: str | None = None
 
 
 def poisson(rate: float | Shape, duration_s: float | None = None, *, seed: int = 0) -> tuple[Arrival, ...]:
-    """Independent arrivals: `gamma` with burstiness 1."""
+    """Draws independent arrivals: `gamma` with burstiness 1."""
     return gamma(rate, duration_s, burstiness=1.0, seed=seed)
 
 
 def gamma(
     rate: float | Shape, duration_s: float | None = None, *, burstiness: float, seed: int = 0
 ) -> tuple[Arrival, ...]:
-    """A renewal process with gamma gaps, in time order, from 0 up to the end, which is left out.
+    """Draws a renewal process with gamma gaps, in time order, from 0 up to the end, which is left out.
 
-    rate: requests/s, or a shape of it, whose duration is then the duration.
+    rate: requests/s, or a shape of it, whose duration is then the duration
     burstiness: the gamma's shape parameter, as `vllm bench serve` has it: 1 is Poisson, below it arrivals
-    come in bursts (coefficient of variation of the gaps 1/sqrt(burstiness)), above it evenly.
+    come in bursts (coefficient of variation of the gaps 1/sqrt(burstiness)), above it evenly
 
     A varying rate is had by time change: unit-rate arrivals go through the inverse of the integrated rate,
     which for burstiness 1 is exactly the inhomogeneous Poisson process (Cinlar 1975). Raises ValueError.
@@ -76,7 +79,7 @@ def gamma(
 
 
 def _integrated(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
-    """Times, and arrivals expected up to each: both (cells + 1,), by the midpoint rule."""
+    """Times and the arrivals expected up to each, both (cells + 1,), by the midpoint rule."""
     num_cells = min(_MAX_GRID, max(1, math.ceil(shape.duration_s / _GRID_S)))
     times = np.linspace(0.0, shape.duration_s, num_cells + 1)
     middles = (times[:-1] + times[1:]) / 2
@@ -85,7 +88,7 @@ def _integrated(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fixed_rate(rate: float, duration_s: float) -> tuple[Arrival, ...]:
-    """Evenly spaced, the first at 0."""
+    """Evenly spaced arrivals, the first at 0."""
     Soak(duration_s, rate)  # checks both
     return tuple(Arrival(k / rate) for k in range(math.ceil(rate * duration_s)))
 
@@ -98,17 +101,19 @@ _TRACE_KEYS = {
     "output_length": "output_len",
     "class": "class",
 }
-"""Mooncake's published traces say input_length and output_length, and milliseconds."""
+"""The keys of a line. Mooncake's traces say input_length and output_length, and milliseconds."""
 
 
 def read_trace(
     path: Path, *, unit_s: float = 1.0, speed: float = 1.0, limit: int | None = None
 ) -> tuple[Arrival, ...]:
-    """A JSONL trace, a request a line: timestamp, and if known prompt_len, output_len (tokens) and class.
+    """Reads a JSONL trace, a request a line: timestamp; if known, prompt_len, output_len (tokens) and class.
 
-    unit_s: seconds in one unit of timestamp (0.001 for Mooncake's). speed: 2 replays in half the time.
-    Times count from the earliest line; lines may be in any order; other keys are left alone.
-    Raises TraceError.
+    unit_s: seconds in one unit of timestamp (0.001 for Mooncake's)
+    speed: 2 replays in half the time
+
+    Times count from the earliest line; lines may be in any order; other keys are left alone. Raises
+    TraceError.
     """
     if not (unit_s > 0 and speed > 0):
         raise TraceError(f"unit_s and speed must be above 0, got {unit_s} and {speed}")
@@ -147,7 +152,7 @@ def _arrival(line: str, where: str) -> Arrival:
 
 
 def write_trace(arrivals: Iterable[Arrival], path: Path) -> None:
-    """As `read_trace` reads it, in seconds."""
+    """Writes a trace as `read_trace` reads it, in seconds."""
     with path.open("w", encoding="utf-8") as out:
         for a in arrivals:
             row = {
@@ -160,7 +165,7 @@ def write_trace(arrivals: Iterable[Arrival], path: Path) -> None:
 
 
 def coefficient_of_variation(arrivals: Sequence[Arrival]) -> float:
-    """Of the gaps: 1 for Poisson, above for bursts. Raises ValueError for fewer than three arrivals."""
+    """The variation of gaps: 1 for Poisson, above for bursts. Raises ValueError for fewer than 3 arrivals."""
     if len(arrivals) < 3:
         raise ValueError("gaps vary only among three arrivals or more")
     gaps = np.diff([a.at_s for a in arrivals])

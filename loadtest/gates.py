@@ -26,12 +26,14 @@ class GateError(ValueError):
 
 @dataclass(frozen=True)
 class Gate:
+    """A bound on one figure of a summary."""
+
     figure: str
     sign: str
     bound: float
 
     def broken_by(self, summary: Summary) -> str | None:
-        """What is wrong, or None. A figure that is not there breaks its gate: it was not shown to hold."""
+        """The complaint; None if the gate holds. A missing figure breaks it: it was not shown to hold."""
         value = _value(summary, self.figure)
         holds = operator.le if self.sign == "<=" else operator.ge
         if value is not None and holds(value, self.bound):
@@ -49,7 +51,7 @@ def _value(summary: Summary, figure: str) -> float | None:
 
 
 def parse_gates(text: str) -> tuple[Gate, ...]:
-    """Comma-separated; times in seconds, shares from 0 to 1. Raises GateError."""
+    """Parses comma-separated gates; times in seconds, shares from 0 to 1. Raises GateError."""
     known = [*_FIGURES, *(f"{name}_p{p}" for name in _TIMES for p in PERCENTILES)]
     gates = []
     for part in filter(None, (item.strip() for item in text.split(","))):

@@ -29,7 +29,7 @@ def ttst_s(record: Record) -> float | None:
 
 
 def e2e_s(record: Record) -> float | None:
-    """From the intended send to the last chunk with text."""
+    """Time of the whole answer: from the intended send to the last chunk with text."""
     return record.chunks[-1].at_s - record.intended_s if record.chunks else None
 
 
@@ -50,7 +50,7 @@ def inter_chunk_s(record: Record) -> list[float]:
 
 
 def meets(record: Record, slo: Slo | None) -> bool:
-    """A good answer, and within each target. A figure that one chunk leaves undefined misses nothing."""
+    """True for a good answer within each target. A figure that one chunk leaves undefined misses nothing."""
     if record.error is not None:
         return False
     if slo is None:
@@ -65,11 +65,12 @@ def meets(record: Record, slo: Slo | None) -> bool:
 
 @dataclass(frozen=True)
 class Distribution:
-    """Of times in seconds; percentiles interpolate linearly. count 0 has no figures."""
+    """The distribution of times in seconds; with a count of 0 it has no figures."""
 
     count: int
     mean: float | None
     percentiles: Mapping[int, float]
+    """Times by percentile, interpolated linearly."""
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Distribution":
@@ -86,19 +87,13 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Summary:
-    """Of the requests of one setting at one level.
-
-    duration_s: from the first intended send to the last end, turn by turn. Rates are over it and count good
-    answers.
-    tokens_per_s_per_user: mean of the requests' own 1 / TPOT. goodput: requests/s within their SLO.
-    correct: share of checked answers that are right. tokens_per_forward: after each first token.
-    late_p99_s: how late the client itself sent; much of it means the client was too slow, not the server.
-    """
+    """The figures of one setting's requests at one level; rates are over duration_s, of good answers."""
 
     num_requests: int
     num_good: int
     errors: Mapping[ErrorKind, int]
     duration_s: float
+    """The time from the first intended send to the last end, summed over the turns."""
     ttft: Distribution
     ttst: Distribution
     tpot: Distribution
@@ -107,14 +102,20 @@ class Summary:
     requests_per_s: float
     tokens_per_s: float
     tokens_per_s_per_user: float | None
+    """The mean of the requests' own 1 / TPOT."""
     goodput: float
+    """Requests a second within their SLO."""
     attained: float
+    """The share of the requests within their SLO."""
     correct: float | None
+    """The share of checked answers that are right."""
     tokens_per_forward: float | None
+    """Tokens a forward after each first token."""
     tokens_by_mode: Mapping[str, int]
     num_switches: int
     chunks_per_request: float | None
     late_p99_s: float | None
+    """The lateness of the client's own sends; if it is large, the client was too slow, not the server."""
 
     @property
     def error_share(self) -> float:
@@ -122,7 +123,7 @@ class Summary:
 
 
 def summarise(records: Sequence[Record], slos: Mapping[str, Slo]) -> Summary:
-    """slos: by class. Raises ValueError without records."""
+    """Summarises the records. slos: by class. Raises ValueError without records."""
     if not records:
         raise ValueError("there are no records to summarise")
     good = [r for r in records if r.error is None]
@@ -156,7 +157,7 @@ def summarise(records: Sequence[Record], slos: Mapping[str, Slo]) -> Summary:
 
 
 def _duration_s(records: Sequence[Record]) -> float:
-    """Of all turns together, without what lay between them."""
+    """The time of all turns together, without what lay between them."""
     spans: dict[int, tuple[float, float]] = {}
     for r in records:
         begin, end = spans.get(r.turn, (math.inf, -math.inf))
@@ -169,7 +170,7 @@ def _known(values: Iterable[float | None]) -> list[float]:
 
 
 def tokens_per_forward(records: Iterable[Record]) -> float | None:
-    """Of all together, each request's first token left out, as it comes of its prefill."""
+    """Tokens a forward over all records, without requests' first tokens, which come of the prefill."""
     reports = [r.decoding for r in records if r.decoding and r.decoding["forwards"]]
     forwards = sum(report["forwards"] for report in reports)
     tokens = sum(sum(report["tokens"].values()) - 1 for report in reports)
@@ -185,7 +186,7 @@ def tokens_by_mode(records: Iterable[Record]) -> dict[str, int]:
 
 
 def tokens_per_forward_over(records: Sequence[Record], edges: Sequence[float]) -> list[float]:
-    """Of the requests that ended between two edges (seconds since the epoch); nan where none did."""
+    """Tokens a forward of requests that ended between two edges (seconds since the epoch); nan for none."""
     found = [tokens_per_forward(_ended_between(records, low, high)) for low, high in pairwise(edges)]
     return [math.nan if value is None else value for value in found]
 

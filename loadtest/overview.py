@@ -8,7 +8,7 @@ from loadtest.slo import Slo
 
 
 def overview(records: Sequence[Record], slos: Mapping[str, Slo]) -> list[list[str]]:
-    """The head, then the lines. E2E p50 / p95 in ms at each level; where there are no levels, each stage.
+    """The table's head, then its lines: E2E p50 / p95 in ms at each level, or stage if there are no levels.
 
     The figures after them are over all those levels. Raises ValueError without records.
     """
@@ -32,6 +32,6 @@ def _e2e(summary: Summary) -> str:
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """The first line is the head."""
+    """A Markdown table; the first line is the head."""
     head, *body = lines
     return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *body))

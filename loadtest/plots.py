@@ -26,7 +26,7 @@ COLOURS = ("#1f4e9c", "#d1662b", "#2f8f5b", "#8a4fa3", "#b08a1e", "#4a4a4a")
 MODE_COLOURS = {"ar": "#d1662b", "self_speculation": "#2f8f5b", "diffusion": "#8a4fa3"}
 Panels = Sequence[tuple[str, Callable[[Summary], float | None]]]
 Levels = Mapping[str, Sequence[tuple[float, Summary]]]
-"""By setting: the level, and what was measured there."""
+"""The levels of each setting, with the figures measured there."""
 
 
 def latency(levels: Levels, unit: str) -> Figure:
@@ -116,8 +116,7 @@ def comparison(levels: Levels) -> Figure:
 
 
 def timeline(records: Sequence[Record], observed: Observations, buckets: int = 36) -> Figure:
-    """Requests in flight, token throughput, tokens a forward and each mode's share over one stage, with the
-    shifts."""
+    """One stage over time: requests in flight, tokens/s, tokens a forward, each mode's share, the shifts."""
     start = min(r.intended_s for r in records)
     end = max(r.end_s or r.intended_s for r in records)
     edges = np.linspace(start, end + 1e-6, buckets + 1)

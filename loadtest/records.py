@@ -1,4 +1,4 @@
-"""What is kept of each request. Times are seconds since the epoch, by one monotonic clock a process."""
+"""Records of requests. Times are seconds since the epoch, by one monotonic clock a process."""
 
 import json
 import time
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 
 class ErrorKind(StrEnum):
-    """Why a request has no good answer. Kinds are kept apart, for each has another cause and remedy."""
+    """The reason why a request has no good answer; kinds are apart because causes and remedies are."""
 
     RATE_LIMITED = "429"
     UNAVAILABLE = "503"
@@ -18,13 +18,13 @@ class ErrorKind(StrEnum):
     ERROR_EVENT = "error_event"
     """The stream ended with the server's own error."""
     TRUNCATED = "truncated_stream"
-    """It ended before a finish reason."""
+    """The stream ended before a finish reason."""
     MISSING_DONE = "missing_done"
     """Everything came but the closing [DONE]."""
     MALFORMED = "malformed"
     """An event is not what OpenAI's stream has."""
     WRONG_TEXT = "wrong_text"
-    """Not the text that this very request had when it was alone."""
+    """The text is not the one that this very request had when it was alone."""
     TIMEOUT = "timeout"
     CONNECTION = "connection"
 
@@ -40,29 +40,29 @@ class Clock:
 
 
 class Chunk(NamedTuple):
-    """One event with text. num_tokens: as the server says it; None where it does not, never a guess."""
+    """One event with text."""
 
     at_s: float
     num_chars: int
     num_tokens: int | None = None
+    """The server's count; None where it gives none, never a guess."""
 
 
 @dataclass(slots=True)
 class Record:
-    """One request. intended_s: when it was due, from which latencies count, so a late client hides nothing.
-
-    setting: what was compared (a decoding mode, a server). stage: the level of load, by name.
-    turn: counts from 0 where a stage is measured several times, with others in between.
-    decoding: Triad's own report, if there was one. correct: the task's checker; None where it has none.
-    """
+    """One request and how it was answered."""
 
     setting: str
+    """The thing compared: a decoding mode, a server."""
     stage: str
+    """The level of load, by name."""
     workload: str
     class_name: str
     intended_s: float
+    """The time at which it was due, from which latencies count, so a late client hides nothing."""
     level: float | None = None
     turn: int = 0
+    """Counts from 0 where a stage is measured several times, with others in between."""
     sent_s: float | None = None
     end_s: float | None = None
     chunks: list[Chunk] = field(default_factory=list)
@@ -72,12 +72,14 @@ class Record:
     cached_tokens: int | None = None
     output_tokens: int | None = None
     decoding: dict[str, Any] | None = None
+    """Triad's own report, if there was one."""
     correct: bool | None = None
+    """The verdict of the task's checker; None where it has none."""
     error: ErrorKind | None = None
     message: str | None = None
 
     def fail(self, kind: ErrorKind, message: str) -> None:
-        """The first failure is the one that counts."""
+        """Notes a failure; the first is the one that counts."""
         if self.error is None:
             self.error, self.message = kind, message[:300]
 
@@ -99,7 +101,7 @@ def write_records(records: Iterable[Record], path: Path) -> None:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """Raises ValueError, which names the line."""
+    """Reads the records of a file. Raises ValueError, which names the line."""
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:

@@ -48,7 +48,7 @@ class Row:
 
 
 def rows_of(records: Sequence[Record], slos: Mapping[str, Slo]) -> list[Row]:
-    """By stage and setting, in the order they were first seen."""
+    """A row for each stage and setting, in the order in which they were first seen."""
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         groups.setdefault((record.stage, record.setting), []).append(record)
@@ -100,7 +100,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
         None if r.summary.late_p99_s is None else 1000 * r.summary.late_p99_s, "{:.1f}"
     ),
 }
-"""Times in ms."""
+"""The columns of the full table; times in ms."""
 
 SHORT = (
     *("setting", "load", "good", "errors", "tok/s", "TTFT p50", "TTFT p95", "TPOT p50", "chunk gap p95"),
@@ -255,7 +255,7 @@ def _html_table(rows: Sequence[Row]) -> str:
 
 
 def _shift_table(info: RunInfo) -> str:
-    """Each with the stage it fell in, and the seconds into the stage; those between stages have none."""
+    """The shifts, each with its stage and the seconds into it; those between stages have none."""
     spans: dict[tuple[str, str, int], tuple[float, float]] = {}
     for r in info.records:
         key = r.setting, r.stage, r.turn

@@ -1,4 +1,4 @@
-"""How the load moves over time. A shape's level is requests/s to the open loop and users to locust."""
+"""Shapes of the load over time. A shape's level is requests/s to the open loop and users to locust."""
 
 import math
 from abc import ABC, abstractmethod
@@ -58,7 +58,7 @@ class Steps(Shape):
 
 @dataclass(frozen=True)
 class Ramp(Shape):
-    """Evenly from low to high."""
+    """Rises evenly from low to high."""
 
     low: float = 0.0
     high: float = 8.0
@@ -70,7 +70,7 @@ class Ramp(Shape):
 
 @dataclass(frozen=True)
 class Spike(Shape):
-    """low, with high in the middle third."""
+    """Stays low, but for a middle third of high."""
 
     low: float = 1.0
     high: float = 16.0
@@ -111,7 +111,7 @@ SHAPES: dict[str, type[Shape]] = {shape.name: shape for shape in (Soak, Steps, R
 
 
 def parse_shape(text: str) -> Shape:
-    """`name:key=value,...`, as in `square:low=1,high=8,period_s=20,duration_s=120`; levels by `/`.
+    """Parses `name:key=value,...`, as in `square:low=1,high=8,period_s=20,duration_s=120`; levels by `/`.
 
     Raises ShapeError, which says what to change.
     """

@@ -21,7 +21,7 @@ from loadtest.simulate_yields import load_acceptance, mean_chance, tokens_a_roun
 from policies.modes import DecodePlan, Mode
 
 CONTEXT = 800
-"""Cached tokens a request; about the mean of the sweep."""
+"""Cached tokens a request, about the mean of the sweep."""
 CONCURRENCIES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 ACCEPTANCES = (2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0)
 SATURATION = 0.99
@@ -33,13 +33,13 @@ def title(plan: DecodePlan) -> str:
 
 
 def rate(table: StepTable, plan: DecodePlan, pace: float, concurrency: int) -> float:
-    """Tokens a second of so many requests that all decode; pace: tokens a forward."""
+    """Tokens a second of `concurrency` requests that all decode; pace: tokens a forward."""
     ms = table.ms(concurrency, concurrency * plan.block_length, concurrency * CONTEXT)
     return 1000.0 * concurrency * pace / ms
 
 
 def paces(machine: Machine, category: str | None = None) -> dict[DecodePlan, float]:
-    """Tokens a forward by plan, over all categories alike or of one."""
+    """Tokens a forward by plan, of one category or over all of them alike."""
     acceptance = machine.acceptance
     means = [acceptance.means[category]] if category is not None else list(acceptance.means.values())
     found = {}
@@ -65,8 +65,10 @@ def modes_lines(machine: Machine) -> Iterator[str]:
 
 
 def winner(machine: Machine, tokens: float, concurrency: int) -> tuple[DecodePlan, float]:
-    """The best plan where a round of self-speculation at block 32 brings so many tokens, and how many times
-    ar's rate it makes. Diffusion's published pace stands as it is."""
+    """The best plan and how many times ar's rate it makes.
+
+    tokens: brought by a round of self-speculation at block 32; diffusion's published pace stands as it is
+    """
     acceptance = machine.acceptance
     mean = mean_chance(tokens, 32, acceptance.spread)
     rates = {}
@@ -94,11 +96,13 @@ def crossover_lines(machine: Machine) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """The highest rate a replica carries within the SLO, in requests a second, and what it was like there."""
+    """The highest rate that a replica carries within the SLO."""
 
     policy: str
     rate: float
+    """Requests a second."""
     outcome: Outcome
+    """The run at that rate."""
 
 
 def carried(
@@ -110,7 +114,7 @@ def carried(
     highest: float,
     seed: int = 0,
 ) -> Carried:
-    """By bisection, to 3 %, over Poisson arrivals at one replica."""
+    """Finds the rate by bisection, to 3 %, over Poisson arrivals at one replica."""
     low, high, outcome = 0.0, highest, None
     while high - low > 0.03 * high:
         middle = (low + high) / 2

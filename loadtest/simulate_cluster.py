@@ -29,49 +29,54 @@ from policies.prefix import CHUNK_CHARS, PrefixMap
 
 REPLICAS_A_ROUTER = 64
 TICKS_A_PROBE = 5
-"""A replica asks its policy once a second what else to try; the real one asks every period."""
+"""Periods between a replica's questions to its policy what else to try; the real one asks every period."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A replica is gone from at_s for for_s seconds, and comes back empty."""
+    """The loss of a replica, which comes back empty."""
 
     replica: int
     at_s: float
+    """The time at which it goes."""
     for_s: float
+    """The time until it is back."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outage:
-    """Redis can't be reached from at_s for for_s seconds."""
+    """A time without Redis."""
 
     at_s: float
+    """The time at which it begins."""
     for_s: float
+    """Its length."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """believed_yields: what replicas think a round of each plan brings before they have seen any."""
+    """The machines of a simulated cluster, and what befalls them."""
 
     num_replicas: int
     hardware: Hardware
     limits: QueueLimits
     start: DecodePlan
     believed_yields: Mapping[DecodePlan, Yield]
+    """The replicas' belief of what a round of each plan brings before they have seen any."""
     failures: tuple[Failure, ...] = ()
     outages: tuple[Outage, ...] = ()
 
 
 @dataclass(slots=True)
 class Record:
-    """What became of each request, by number: times in seconds, NaN where it did not come to that."""
+    """The outcome of a run; lists by request number, times in seconds, NaN where it did not come to that."""
 
     first_s: list[float]
     finish_s: list[float]
     shed: int = 0
     unavailable: int = 0
     lost: int = 0
-    """Ended by the loss of their replica after their first token, or twice before it."""
+    """Requests ended by the loss of their replica after their first token, or twice before it."""
     retried: int = 0
     shifts: int = 0
     end_s: float = 0.0
@@ -80,7 +85,7 @@ class Record:
 
 
 Decide = Callable[[SimulatedReplica, ReplicaLoad, float], DecodePlan]
-"""What a replica should run; for oracles, which see it as it is."""
+"""Chooses the plan that a replica should run; for oracles, which see the replica as it is."""
 
 
 class _Router:
@@ -94,7 +99,10 @@ class _Router:
 
 
 class Cluster:
-    """policy None: `decide` chooses, at every period and without dwell."""
+    """A simulated cluster and one run of it.
+
+    policy: None lets `decide` choose, at every period and without dwell
+    """
 
     def __init__(
         self,
@@ -141,7 +149,7 @@ class Cluster:
         self.record = Record([nan] * len(requests), [nan] * len(requests))
 
     def run(self) -> Record:
-        """Until every request has ended."""
+        """Runs until every request has ended."""
         requests, events, replicas = self._requests, self._events, self._replicas
         arrivals = requests.arrival_s
         num = len(arrivals)
@@ -249,7 +257,7 @@ class Cluster:
             self._schedule(number, replica)
 
     def _keys(self, request: int) -> tuple[int, ...]:
-        """Of the text it shares with others; what is its own nobody else asks for."""
+        """The prefix keys of the text that a request shares with others; the rest nobody else asks for."""
         prefix = self._requests.prefix[request]
         if prefix < 0:
             return ()
@@ -327,7 +335,7 @@ class Cluster:
     # Failures.
 
     def _faults(self) -> list[tuple[float, Callable[[float], None]]]:
-        """Latest first."""
+        """The faults and their times, latest first."""
         faults: list[tuple[float, Callable[[float], None]]] = []
         for failure in self._setting.failures:
             number = failure.replica
@@ -337,7 +345,7 @@ class Cluster:
         return sorted(faults, key=lambda fault: -fault[0])
 
     def _fail(self, number: int, now_s: float) -> None:
-        """Routers see it at once, by their broken channels; what had sent nothing goes elsewhere, once."""
+        """Loses a replica, which routers see at once; requests that had sent nothing go elsewhere, once."""
         if number not in self._up:
             return
         replica = self._replicas[number]

@@ -1,11 +1,10 @@
-"""What a forward costs in the simulator: a table of measured latencies, interpolated.
+"""The cost of a forward in the simulator: a table of measured latencies, interpolated.
 
-The table is JSON: `rows` of {sequences, query_tokens, cached_tokens, ms}, the last three over all
-sequences of the forward; optionally `logits_ms`, what each position past the first of a sequence costs
-whose logits are wanted, where the rows were measured with one a sequence; and `overhead_ms` {step,
-sequence, query_token}, what the engine spends outside the forward, a step, a sequence in it and a query
-token of it. `python -m benchmarks.step_cost` measures one; loadtest/data/ has those of a B200, from
-public figures.
+The table is JSON: `rows` of {sequences, query_tokens, cached_tokens, ms}, tokens summed over the forward's
+sequences. `logits_ms`, optional, is the cost of each position past a sequence's first whose logits are
+wanted, for rows measured with one a sequence. `overhead_ms` {step, sequence, query_token}, optional, is the
+engine's time outside the forward: a step, a sequence in it and a query token of it.
+`python -m benchmarks.step_cost` measures a table; loadtest/data/ has those of a B200, from public figures.
 """
 
 import json
@@ -29,24 +28,24 @@ class TableError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class _Curve:
-    """Latency by query tokens a sequence, at one number of sequences and `cached` cached ones each.
-
-    by_cached: ms for each further cached token a sequence.
-    """
+    """Latency by query tokens a sequence, at one number of sequences."""
 
     queries: tuple[float, ...]
+    """Query tokens a sequence, rising."""
     ms: tuple[float, ...]
+    """Latency at each of them, with `cached` cached tokens a sequence."""
     by_cached: tuple[float, ...]
+    """ms for each further cached token a sequence."""
     cached: float
 
 
 class StepTable:
-    """Latency of a forward.
+    """The latency of a forward.
 
-    Between measured points straight lines, in sequences, in query tokens a sequence and in cached
-    tokens a sequence. Past the largest block each further token costs what it did in the largest
-    forwards measured. Where the smallest block is above 1 the line through it and the next is drawn on
-    to 1, with the median of the slopes at about as many sequences, since a slope is mostly noise.
+    It is interpolated by straight lines between measured points: in sequences, in query tokens a sequence and
+    in cached tokens a sequence. Past the largest block each further token costs what it did in the largest
+    forwards measured. Where the smallest block is above 1 the line through it and the next is drawn on to 1,
+    with the median of the slopes at about as many sequences, since a slope is mostly noise.
     """
 
     def __init__(
@@ -67,9 +66,10 @@ class StepTable:
         self.rows = tuple(rows)
 
     def ms(self, sequences: float, query_tokens: float, cached_tokens: float, wanted: float = 0.0) -> float:
-        """Of a forward of so many sequences with so many tokens in all, its overhead included.
+        """The latency of a forward of so many sequences and tokens in all, its overhead included.
 
-        wanted: positions whose logits are wanted, in all; one a sequence at least."""
+        wanted: positions whose logits are wanted, in all; one a sequence at least
+        """
         count = round(sequences)
         count = 1 if count < 1 else count if count <= self.max_sequences else self.max_sequences
         curve = self._curves[count]
@@ -97,7 +97,7 @@ class StepTable:
 
     @classmethod
     def load(cls, path: Path) -> "StepTable":
-        """Raises TableError, OSError."""
+        """Reads a table. Raises TableError, OSError."""
         return cls.parse(json.loads(path.read_text()), str(path))
 
     @classmethod
@@ -120,7 +120,7 @@ class StepTable:
 
     @cached_property
     def fitted(self) -> StepCost:
-        """What a replica would have learned of these costs at its start."""
+        """The step cost that a replica would have learned from these latencies at its start."""
         forwards = [
             Forward(
                 num_tokens=round(row["query_tokens"]),

@@ -1,7 +1,7 @@
-"""The requests of a simulated run: when they come, how long they are, what they are about. Seeded.
+"""Draws the requests of a simulated run: arrival times, lengths, categories. Seeded.
 
-Arrivals are a Poisson process whose rate follows a profile, by time change: unit-rate arrivals
-through the inverse of the integrated rate. All arrays, since there may be millions.
+Arrivals are a Poisson process whose rate follows a profile, by time change: unit-rate arrivals through the
+inverse of the integrated rate. All arrays, since there may be millions.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from loadtest.simulate_yields import Acceptance
 from policies.modes import DecodePlan
 
 Profile = Callable[[NDArray[numpy.float64], numpy.random.Generator], NDArray[numpy.float64]]
-"""Times as shares of the run, 0 to 1 -> the rate there as a multiple of the mean rate."""
+"""Maps times, as shares of the run from 0 to 1, to the rate there as a multiple of the mean rate."""
 
 
 def _poisson(at: NDArray[numpy.float64], rng: numpy.random.Generator) -> NDArray[numpy.float64]:
@@ -49,26 +49,27 @@ PROFILES: dict[str, Profile] = {
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """What the requests are like.
-
-    weights: by category, even where left out. prompt, output: mean tokens, log-normal with sigma as
-    given. max_tokens: what clients set, not what they get. pinned: shares of requests that pin a
-    plan. prefix_share: of the requests that begin with one of num_prefixes common texts of
-    prefix_tokens tokens.
-    """
+    """The make-up of the requests; lengths in tokens."""
 
     weights: dict[str, float] = field(default_factory=dict)
+    """The weight of each category, 0 for one left out; all weigh the same where it is empty."""
     prompt: float = 600.0
+    """The mean length of prompts, which are log-normal."""
     output: float = 250.0
+    """The mean length of answers, which are log-normal."""
     sigma: float = 0.7
+    """The sigma of both log-normal distributions."""
     max_tokens: int = 1024
+    """The limit that clients set, not the length they get."""
     pinned: tuple[tuple[DecodePlan, float], ...] = ()
+    """Plans that requests pin, and the share of the requests that pin each."""
     prefix_share: float = 0.0
+    """The share of the requests that begin with one of num_prefixes common texts of prefix_tokens tokens."""
     num_prefixes: int = 64
     prefix_tokens: int = 400
 
     def check(self, acceptance: Acceptance) -> None:
-        """Raises ValueError, naming what to change."""
+        """Raises ValueError for a mix that can't be, naming what to change."""
         unknown = sorted(set(self.weights) - set(acceptance.categories))
         if unknown:
             raise ValueError(f"no category {unknown[0]!r}; there are {', '.join(acceptance.categories)}")
@@ -79,26 +80,26 @@ class Mix:
 
 @dataclass(frozen=True, slots=True)
 class Requests:
-    """Lists by request number, in order of arrival; lists because they are read one at a time.
-
-    chance: index of its chance of agreement. luck: a standard normal. pinned: its plan, None for
-    `auto`. prefix: which common text it begins with, -1 for none; its tokens are part of the prompt.
-    forwards, reused: what each takes, and how much of its prompt was cached, where that was measured;
-    else None.
-    """
+    """Lists by request number, in order of arrival; lists because they are read one at a time."""
 
     arrival_s: list[float]
     prompt: list[int]
     output: list[int]
     category: list[int]
     chance: list[int]
+    """The index of each one's chance of agreement (Acceptance.draw)."""
     luck: list[float]
+    """A standard normal each."""
     pinned: list[DecodePlan | None]
+    """The plan that each pins; None for `auto`."""
     prefix: list[int]
+    """The common text that each begins with, -1 for none; its tokens are part of the prompt."""
     prefix_tokens: int
     max_tokens: int
     forwards: list[int] | None = None
+    """The forwards that each takes, where that was measured; else None."""
     reused: list[int] | None = None
+    """The prompt tokens found cached for each, where that was measured; else None."""
     has_pins: bool = False
 
     def __len__(self) -> int:
@@ -106,7 +107,7 @@ class Requests:
 
 
 def generate(num: int, rate: float, profile: str, mix: Mix, acceptance: Acceptance, seed: int) -> Requests:
-    """num requests at a mean of `rate` a second. Raises ValueError for an unknown profile or category."""
+    """Draws num requests, `rate` a second. Raises ValueError for an unknown profile or category."""
     if profile not in PROFILES:
         raise ValueError(f"no arrivals {profile!r}; there are {', '.join(PROFILES)}")
     if num < 1 or rate <= 0:
@@ -142,7 +143,7 @@ def generate(num: int, rate: float, profile: str, mix: Mix, acceptance: Acceptan
 
 
 def arrivals(num: int, rate: float, profile: str, rng: numpy.random.Generator) -> NDArray[numpy.float64]:
-    """Rising times in seconds, shape [num]."""
+    """Draws rising times in seconds, shape [num]."""
     units = numpy.cumsum(rng.exponential(1.0, num))
     at = numpy.linspace(0.0, 1.0, 20_001)
     level = PROFILES[profile]((at[:-1] + at[1:]) / 2, rng)

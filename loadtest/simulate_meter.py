@@ -1,4 +1,4 @@
-"""What a simulated replica measures of itself, as it publishes it."""
+"""The measurements that a simulated replica takes of itself, as it publishes them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,18 +7,20 @@ from policies.cost import Yield
 from policies.modes import DecodePlan
 
 YIELD_MEMORY_S = 3.0
-"""The estimate of a yield follows what is seen with this time constant."""
+"""Time constant with which the estimate of a yield follows what is seen."""
 RATE_MEMORY_S = 2.0
 MAX_ROUNDS = 1000.0
 TRIED_WEIGHT = 0.2
-"""Of what one trial says, against what was believed before."""
+"""The weight of one trial's outcome, against what was believed before."""
 OUTPUT_MEMORY = 50.0
 """Requests over which the mean length of completions is taken."""
 
 
 class Meter:
-    """yields: what is believed before anything was seen. A plan that neither runs nor is tried keeps its last
-    estimate."""
+    """Running estimates of a replica's rates and yields.
+
+    A plan that neither runs nor is tried keeps its last estimate. yields: believed before anything was seen.
+    """
 
     def __init__(self, yields: Mapping[DecodePlan, Yield]):
         self.tokens_per_s = 0.0
@@ -35,13 +37,13 @@ class Meter:
         return tuple(self._yields.values())
 
     def ended(self, output: int) -> None:
-        """A request has come to so many tokens."""
+        """Notes a request that ended after `output` tokens."""
         if self.mean_output == math.inf:
             self.mean_output = float(output)
         self.mean_output += (output - self.mean_output) / OUTPUT_MEMORY
 
     def look(self, now_s: float, made: float, prefilled: float) -> None:
-        """made, prefilled: tokens since the start."""
+        """Takes the rates since the last look. made, prefilled: tokens since the start."""
         self._elapsed_s = now_s - self._at_s
         if self._elapsed_s <= 0:
             return
@@ -53,13 +55,13 @@ class Meter:
         self._at_s, self._made, self._prefilled = now_s, made, prefilled
 
     def saw(self, plan: DecodePlan, paces: Sequence[float]) -> None:
-        """Tokens a forward of each request that has run the plan since the last look."""
+        """Learns from requests that have run the plan since the last look; paces: their tokens a forward."""
         if not paces or plan.block_length == 1 or self._elapsed_s <= 0:
             return
         self._learn(plan, paces, 1.0 - math.exp(-self._elapsed_s / YIELD_MEMORY_S))
 
     def tried(self, plan: DecodePlan, paces: Sequence[float]) -> None:
-        """Likewise of a few requests that tried a plan which does not run."""
+        """Learns from a few requests that tried a plan which does not run; paces: their tokens a forward."""
         if paces and plan.block_length > 1:
             self._learn(plan, paces, TRIED_WEIGHT)
 

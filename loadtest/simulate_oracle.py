@@ -22,8 +22,10 @@ RELIEFS = (0.0, 16.0, 48.0, math.inf)
 
 
 def clairvoyant(plans: Sequence[DecodePlan], tpot_s: float, relief: float) -> Decide:
-    """The plan that brings most of the requests there to their end in time, and of such plans the fastest;
-    with more than `relief` of them in flight, or some that wait, the fastest."""
+    """Chooses the plan that brings most of the requests there to their end in time, of such the fastest.
+
+    relief: with more than so many requests in flight, or some that wait, it chooses the fastest
+    """
 
     def decide(replica: SimulatedReplica, load: ReplicaLoad, now_s: float) -> DecodePlan:
         is_pressed = replica.num_in_flight > relief or replica.num_waiting > 0
@@ -39,8 +41,10 @@ def clairvoyant(plans: Sequence[DecodePlan], tpot_s: float, relief: float) -> De
 
 
 def truth(replica: SimulatedReplica, plan: DecodePlan, tpot_s: float, now_s: float) -> tuple[float, int]:
-    """If all `auto` requests ran this plan from now on: tokens a second, and how many of the requests end
-    in time, which is tpot_s for each token after the first."""
+    """Tokens a second, and how many requests end in time, if all `auto` requests ran this plan from now on.
+
+    In time is tpot_s for each token after the first.
+    """
     requests, hardware = replica.requests, replica.hardware
     queries = wanted = 0.0
     paces, needed = [], []

@@ -13,7 +13,7 @@ def check_places(path: Path, names: Iterable[str]) -> None:
 
 
 def update(path: Path, name: str, lines: Sequence[str]) -> None:
-    """Raises ValueError where the page has no such place."""
+    """Writes the table's lines into its place. Raises ValueError where the page has none."""
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     before, begun, rest = path.read_text().partition(begin)
     _, ended, after = rest.partition(end)

@@ -1,4 +1,4 @@
-"""What a simulated replica is made of: its limits, the requests that decode, the texts its cache has."""
+"""The parts of a simulated replica: its limits, the requests that decode, the texts its cache has."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -12,23 +12,22 @@ PREFIXES_KEPT = 16
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """What every replica is. believed: the step cost it reports to the policy, right or wrong.
-
-    max_prefill_tokens: prompt tokens in a step that decodes too.
-    """
+    """The equipment and limits that all replicas have alike."""
 
     table: StepTable
     believed: StepCost
+    """The step cost that a replica reports to the policy, right or wrong."""
     max_running: int = 128
     max_step_tokens: int = 4096
     max_prefill_tokens: int = 1024
+    """Prompt tokens in a step that decodes too, at most."""
     num_pages: int = 65_536
     page_size: int = 16
     modes: tuple[Mode, ...] = tuple(Mode)
 
 
 class Decoding:
-    """A request that decodes: what of which plan, since which count of forwards."""
+    """A request that decodes: its plan, tokens and forwards, and the count of forwards when it began."""
 
     __slots__ = ("began", "first_s", "forwards", "pace", "plan", "request", "tokens", "wanted")
 
@@ -59,7 +58,7 @@ class RecentPrefixes:
         self._kept: OrderedDict[int, None] = OrderedDict()
 
     def has(self, prefix: int) -> bool:
-        """Whether it had this one; from now on it does."""
+        """True if the cache had this text; from now on it has."""
         had = prefix in self._kept
         self._kept[prefix] = None
         self._kept.move_to_end(prefix)

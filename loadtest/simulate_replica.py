@@ -23,7 +23,7 @@ from policies.load import ReplicaLoad
 from policies.modes import DecodePlan, Mode
 
 PREFILL_SHARE = 4
-"""As the engine's: while prompts wait, rounds leave them one in this many tokens of a step."""
+"""Prompts that wait get one in so many of a step's tokens, as in the engine."""
 MAX_STRETCH = 512
 """Steps taken as one before the growth of the cache is looked at again."""
 PROBED = 4
@@ -31,7 +31,7 @@ PROBED = 4
 
 
 class SimulatedReplica:
-    """next_s: when something happens here by itself, infinity while idle. Times are the cluster's."""
+    """One replica. Its next event of its own is at `next_s`, infinity while idle; times are the cluster's."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class SimulatedReplica:
             self._cut(now_s)
 
     def set_plan(self, plan: DecodePlan, now_s: float) -> None:
-        """For `auto` requests, from their next safe point on."""
+        """Sets the plan of `auto` requests, from their next safe point on."""
         if plan == self.plan:
             return
         self.plan = plan
@@ -121,7 +121,7 @@ class SimulatedReplica:
             self._cut(now_s)
 
     def kill(self) -> list[int]:
-        """All that was here; nothing is any more."""
+        """Empties the replica; returns the requests that were here."""
         lost = [*self._waiting, *(request for request, _ in self._prefilling), *self._decoding]
         self._waiting.clear()
         self._prefilling.clear()
@@ -135,7 +135,7 @@ class SimulatedReplica:
         return lost
 
     def advance(self) -> Sequence[int]:
-        """Called at next_s: ends the stretch, begins the next. The requests that have finished."""
+        """Ends the stretch, at next_s, and begins the next; returns the requests that have finished."""
         now_s = self.next_s
         had = self._share * self._num_steps
         made = self._pace * had
@@ -151,7 +151,7 @@ class SimulatedReplica:
         return ended
 
     def load(self, now_s: float) -> ReplicaLoad:
-        """What the replica would publish now; its rates are since the last call."""
+        """The load that the replica would publish now; its rates are since the last call."""
         done = 0.0
         if self.next_s < math.inf and self._step_s:
             done = self._share * min(self._num_steps, int((now_s - self._at_s) / self._step_s))
@@ -206,7 +206,7 @@ class SimulatedReplica:
         )
 
     def probe(self, plans: Sequence[DecodePlan]) -> None:
-        """Some requests try the next of these plans; what that costs, 2 % at most, is not modelled."""
+        """Lets some requests try the next of these plans; what that costs, 2 % at most, is not modelled."""
         plan = plans[self._num_probes % len(plans)]
         self._num_probes += 1
         if plan in self.rounds:
@@ -215,8 +215,10 @@ class SimulatedReplica:
             self._meter.tried(plan, [pace(self.requests.chance[item.request]) for item in tried])
 
     def progress(self) -> Iterator[tuple[int, float, float]]:
-        """Of each request that runs the tokens still to come, as of the last event here, and when its first
-        came; one in its prefill may have it now."""
+        """Each running request, its tokens still to come as of the last event, and its first token's time.
+
+        A request in its prefill may have its first token now.
+        """
         for sequence in self._decoding.values():
             left = 1.0 - (self._forwards - sequence.began) / sequence.forwards
             yield sequence.request, sequence.tokens * left, sequence.first_s
@@ -226,7 +228,7 @@ class SimulatedReplica:
     # The stretch of steps.
 
     def _cut(self, now_s: float) -> None:
-        """The stretch under way ends at the next step."""
+        """Ends the stretch under way at the next step."""
         done = math.ceil((now_s - self._at_s) / self._step_s - 1e-9)
         if done < self._num_steps:
             self._num_steps = max(1, done)
@@ -291,7 +293,7 @@ class SimulatedReplica:
             to_prefill += to_go
 
     def _reused(self, request: int) -> int:
-        """Prompt tokens that the prefix cache has; from now on it has them all."""
+        """The request's prompt tokens that the prefix cache has; from now on it has them all."""
         if self.requests.reused is not None:
             return self.requests.reused[request]
         prefix = self.requests.prefix[request]
@@ -302,7 +304,7 @@ class SimulatedReplica:
         return -(-tokens // self.hardware.page_size)
 
     def _prefill(self, tokens: float, now_s: float) -> list[int]:
-        """Spends so many tokens on prompts, oldest first. Requests of one token are done with it."""
+        """Spends so many tokens on prompts, oldest first; returns the requests of one token, done with it."""
         ended = []
         requests = self.requests
         self._prefilled += tokens
@@ -357,7 +359,7 @@ class SimulatedReplica:
         return ended
 
     def _plan_anew(self) -> None:
-        """All `auto` sequences on to the plan, with what is left of their tokens."""
+        """Moves all `auto` sequences on to the plan, with what is left of their tokens."""
         self._is_planned_anew = False
         sequences = list(self._decoding.values())
         pinned = self.requests.pinned

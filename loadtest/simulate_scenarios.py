@@ -1,4 +1,4 @@
-"""What to simulate: scenarios, the policies that run them, and what came of it."""
+"""Scenarios to simulate, the policies that run them, and the outcomes."""
 
 import json
 import math
@@ -27,51 +27,53 @@ PLANS = (
     DecodePlan(Mode.SELF_SPECULATION, 32),
     DecodePlan(Mode.DIFFUSION, 32),
 )
-"""Those that have published figures."""
+"""The plans that have published figures."""
 _ALSO_RUN = (
     DecodePlan(Mode.DIFFUSION, 16),
     DecodePlan(Mode.DIFFUSION, 8),
     DecodePlan(Mode.SELF_SPECULATION, 4),
 )
 ORACLE = "oracle"
-"""loadtest.simulate_oracle: the best of its parts with hindsight."""
+"""The name of loadtest.simulate_oracle's contender: the best of its parts, with hindsight."""
 _CLAIRVOYANT = "clairvoyant"
 AS_GOOD = 0.999
-"""Goodput that differs by less says nothing; the oracle then has the better pace."""
+"""The ratio of goodputs above which they count as equal; the oracle then has the better pace."""
 
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """A request is good when its first token comes within ttft_s and each further one, on average,
-    within tpot_s."""
+    """Latency targets of a request in seconds; one that meets both is good."""
 
     ttft_s: float = 1.0
+    """The most until the first token."""
     tpot_s: float = 0.015
+    """The most for each further token, on average."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """rate: requests a second and replica, on average. failing: the share of the replicas that fail, one
-    after another through the middle half of the run, each for a tenth of it. outage: the share of the run
-    without Redis, from its middle. cost_error: what the replicas believe a query token costs, as a multiple
-    of the truth; yield_error: likewise what they believe at the start that a round brings.
-    """
+    """One load on one cluster, and what goes wrong in it."""
 
     name: str
     num_replicas: int
     rate: float
+    """Requests a second and replica, on average."""
     profile: str = "poisson"
     mix: Mix = field(default_factory=Mix)
     failing: float = 0.0
+    """The share of replicas that fail, in turn through the run's middle half, each for a tenth of the run."""
     outage: float = 0.0
+    """The share of the run without Redis, from its middle."""
     cost_error: float = 1.0
+    """The cost of a query token that replicas believe in, as a multiple of the true one."""
     yield_error: float = 1.0
+    """The yield of a round that replicas believe in at the start, as a multiple of the true one."""
 
 
 PINNED = Mix(pinned=((DecodePlan(Mode.AR), 0.3),), prefix_share=0.7)
 
 RATES = {"poisson": 25.0, "bursty": 16.0, "diurnal": 16.0, "flash_crowd": 10.0}
-"""Requests a second and replica; where they vary fewer, at their peaks more than can be in time."""
+"""Requests a second and replica by profile; those that vary peak above what can be served in time."""
 SIZES = (1, 8, 64, 512)
 
 SCENARIOS = (
@@ -108,7 +110,10 @@ class Machine:
 
     @classmethod
     def b200(cls, model: str, scale: float = 1.0) -> "Machine":
-        """model: 8b or 14b. scale: of the acceptance. Raises ValueError."""
+        """The published model on a B200. Raises ValueError.
+
+        model: 8b or 14b; scale: factor on the acceptance
+        """
         if model not in ("8b", "14b"):
             raise ValueError(f"public figures are there for 8b and 14b, not {model!r}; give a table")
         table = StepTable.load(DATA / f"step-cost-b200-{model}.json")
@@ -117,12 +122,13 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """name: of a policy, a mode, or ORACLE, whose outcome is made from those of its parts. label: how
-    tables call it."""
+    """A policy with its parameters, a fixed mode, or the oracle."""
 
     name: str
+    """The policy, the mode, or ORACLE, whose outcome is made from those of its parts."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
     label: str = ""
+    """The name in tables; `name` where it is empty."""
     start: DecodePlan = PLANS[0]
 
     @property
@@ -151,20 +157,22 @@ def contenders(slo: Slo) -> tuple[Contender, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Latencies in seconds at p50, p95, p99. tokens_per_s: to the end of the last request.
-
-    goodput: requests within the SLO for each second in which requests came. good_share: of all that
-    came. shifts: a replica and minute.
-    """
+    """The figures of one policy in one scenario."""
 
     scenario: str
     policy: str
     tokens_per_s: float
+    """Tokens a second to the end of the last request."""
     goodput: float
+    """Requests within the SLO, for each second in which requests came."""
     good_share: float
+    """The share within the SLO of all requests that came."""
     ttft_s: tuple[float, float, float]
+    """p50, p95 and p99."""
     tpot_s: tuple[float, float, float]
+    """p50, p95 and p99."""
     shifts: float
+    """Changes of plan, a replica and minute."""
     num_requests: int
     num_finished: int
     num_shed: int
@@ -181,7 +189,7 @@ def run(
     seed: int = 0,
     slo: Slo = Slo(),
 ) -> Outcome:
-    """One policy through one scenario. The same seed gives the same requests to every policy.
+    """Runs one policy through one scenario. The same seed gives the same requests to every policy.
 
     Raises PolicyError, ValueError.
     """
@@ -196,7 +204,7 @@ def run_each(
     seed: int = 0,
     slo: Slo = Slo(),
 ) -> Iterator[Outcome]:
-    """The same for several; a fixed plan that is among them isn't run again for an oracle after it."""
+    """Runs several policies; a fixed plan that is among them isn't run again for an oracle after it."""
     rate = scenario.rate * scenario.num_replicas
     requests = generate(num_requests, rate, scenario.profile, scenario.mix, machine.acceptance, seed)
     known: dict[str, Outcome] = {}
@@ -224,7 +232,7 @@ def oracle_parts() -> tuple[Contender, ...]:
 
 
 def best_of(outcomes: Sequence[Outcome]) -> Outcome:
-    """By goodput, and of those as good the one with the lowest median time a token."""
+    """The outcome of the highest goodput; of those as good, the one with the lowest median time a token."""
     most = max(outcome.goodput for outcome in outcomes)
     return min((o for o in outcomes if o.goodput >= AS_GOOD * most), key=lambda o: o.tpot_s[0])
 
@@ -297,7 +305,7 @@ def summarise(
 
 
 def load_outcomes(paths: Iterable[Path]) -> list[Outcome]:
-    """What `scenarios --json` wrote; of a scenario and policy that is there twice, the last.
+    """Reads what `scenarios --json` wrote; of a scenario and policy that is there twice, the last.
 
     Raises ValueError, OSError.
     """
@@ -337,7 +345,7 @@ def _percentiles(values: Any) -> tuple[float, float, float]:
 
 
 def _mean_pace(pace: Any, counts: Any) -> float:
-    """Tokens a forward of the whole mix: each request's weighted by the forwards it takes for its tokens."""
+    """Tokens a forward of the whole mix: each request's weighted by the forwards that its tokens take."""
     present = numpy.flatnonzero(counts)
     paces = numpy.array([pace(int(index)) for index in present])
     return float(counts[present].sum() / (counts[present] / paces).sum())
@@ -351,7 +359,7 @@ def _believed_yield(plan: DecodePlan, pace: float, error: float) -> Yield:
 
 
 def _distorted(cost: StepCost, error: float) -> StepCost:
-    """Right at one token, and wrong by this factor in what each further one costs."""
+    """A step cost that is right at one token, and wrong by this factor in the cost of each further one."""
     if error == 1.0:
         return cost
     first = cost.knot_ms[0]

@@ -1,4 +1,4 @@
-"""Markdown tables of what came of the scenarios: each policy against the best fixed plan and the oracle."""
+"""Markdown tables of the scenarios' outcomes: each policy against the best fixed plan and the oracle."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,7 +10,7 @@ ADAPTIVE = tuple(name for name in POLICIES if name != "fixed")
 
 
 def table_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """A table a scenario."""
+    """The lines of a Markdown table for each scenario."""
     for name in dict.fromkeys(outcome.scenario for outcome in outcomes):
         mine = [outcome for outcome in outcomes if outcome.scenario == name]
         best, oracle = _bounds(mine)
@@ -57,7 +57,7 @@ def summary_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
 
 
 def _bounds(outcomes: Sequence[Outcome]) -> tuple[Outcome | None, Outcome | None]:
-    """The best fixed plan's outcome, and the oracle's."""
+    """The outcomes of the best fixed plan and of the oracle; None for one that is missing."""
     plans = [outcome for outcome in outcomes if outcome.policy in FIXED]
     oracle = next((outcome for outcome in outcomes if outcome.policy == ORACLE), None)
     return best_of(plans) if plans else None, oracle

@@ -22,25 +22,26 @@ MAX_PREFILL_TOKENS = 256
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One plan at one concurrency. Rates in tokens a second; spread: (most - least) / median of the turns."""
+    """One plan at one concurrency; rates in tokens a second."""
 
     plan: DecodePlan
     concurrency: int
     measured: float
     predicted: float
     spread: float
+    """(largest - smallest) / median of the turns."""
 
     @property
     def error(self) -> float:
-        """Relative, positive where the simulator is too fast."""
+        """The relative error of the prediction, positive where the simulator is too fast."""
         return self.predicted / self.measured - 1.0
 
 
 def validate(path: Path) -> list[Cell]:
-    """path: what `python -m benchmarks.step_cost` wrote. Raises TableError, OSError.
+    """Predicts the rates of a file of `python -m benchmarks.step_cost`. Raises TableError, OSError.
 
-    Taken from the measurement are the step costs, and of each request its lengths and how many forwards
-    it took; predicted is how long all of it takes together, kept so many at a time.
+    Taken from the measurement are the step costs, and each request's lengths and number of forwards;
+    predicted is the time that all of it takes together, with `concurrency` requests kept running.
     """
     found = json.loads(path.read_text())
     table = StepTable.parse(found, str(path))

@@ -1,10 +1,10 @@
-"""How many forwards a request takes in each mode, drawn as the published acceptance figures say.
+"""Draws the forwards that a request takes in each mode, by the published acceptance figures.
 
-Self-speculation: each drafted token agrees with chance p, which is the request's own, so a round
-brings (1 - p^B) / (1 - p) tokens on average. p is drawn from a Beta distribution about its category's
-mean. Its spread is fitted to the published growth of acceptance with the block, which one p for all
-requests can't have; each mean to its category's published acceptance. Diffusion: tokens a forward as
-published, the same for every request, since nothing finer is.
+Self-speculation: each drafted token agrees with chance p, which is the request's own, so a round brings
+(1 - p^B) / (1 - p) tokens on average. p is drawn from a Beta distribution about its category's mean. Its
+spread is fitted to the published growth of acceptance with the block, which one p for all requests can't
+have; each mean to its category's published acceptance. Diffusion: tokens a forward as published, the same for
+every request, since nothing finer is.
 """
 
 import json
@@ -20,26 +20,26 @@ from policies.modes import DecodePlan, Mode
 
 DATA = Path(__file__).parent / "data"
 NUM_CHANCES = 2001
-"""Chances of agreement that are told apart."""
+"""The number of chances of agreement that are told apart."""
 
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """means: of p, by category. spread: alpha + beta of the Beta distribution about them.
-
-    diffusion: tokens a forward at block 32 and threshold 0.9.
-    """
+    """The published acceptance, as distributions of p."""
 
     means: dict[str, float]
+    """The mean of p, by category."""
     spread: float
+    """alpha + beta of the Beta distribution about the means."""
     diffusion: float
+    """Tokens a forward of diffusion at block 32 and threshold 0.9."""
 
     @property
     def categories(self) -> tuple[str, ...]:
         return tuple(self.means)
 
     def draw(self, categories: NDArray[numpy.int64], rng: numpy.random.Generator) -> NDArray[numpy.int64]:
-        """For each request, given the index of its category, the index of its p."""
+        """Draws for each request, given the index of its category, the index of its p."""
         means = numpy.array(list(self.means.values()))[categories]
         chances = rng.beta(means * self.spread, (1.0 - means) * self.spread)
         return numpy.minimum((chances * NUM_CHANCES).astype(numpy.int64), NUM_CHANCES - 1)
@@ -48,7 +48,7 @@ class Acceptance:
 def load_acceptance(
     model: str = "8b", path: Path = DATA / "acceptance.json", scale: float = 1.0
 ) -> Acceptance:
-    """scale: every category's tokens a round times this, to see what if."""
+    """Reads a model's published figures; scale multiplies each category's tokens a round, to see what if."""
     figures = json.loads(path.read_text())
     blocks = {int(block): float(value) for block, value in figures["accepted_by_block_8b"].items()}
     spread = _fit_spread(blocks)
@@ -62,7 +62,7 @@ def load_acceptance(
 
 
 def tokens_a_round(mean: float, spread: float, block_length: int) -> float:
-    """Mean of (1 - p^B) / (1 - p) = 1 + p + ... + p^(B-1) over p ~ Beta(mean, spread)."""
+    """The mean of (1 - p^B) / (1 - p) = 1 + p + ... + p^(B-1) over p ~ Beta(mean, spread)."""
     alpha, total, moment = mean * spread, 1.0, 1.0
     for power in range(block_length - 1):
         moment *= (alpha + power) / (spread + power)
@@ -93,7 +93,7 @@ def _fit_spread(blocks: dict[int, float]) -> float:
 
 
 class Rounds:
-    """Forwards that a request of given p takes for a number of tokens, under one plan."""
+    """The forwards that a request of given p takes for a number of tokens, under one plan."""
 
     def __init__(self, plan: DecodePlan, diffusion: float):
         self.plan = plan
@@ -119,7 +119,7 @@ class Rounds:
         return mean.tolist(), (weights @ counts**2 - mean**2).tolist()
 
     def forwards(self, chance_index: int, num_tokens: float, luck: float) -> float:
-        """luck: a standard normal. At least what full blocks would take."""
+        """The forwards for num_tokens, at least those of full blocks. luck: a standard normal."""
         if self._is_speculation:
             means, variances = self._moments
             mean, variance = means[chance_index], variances[chance_index]

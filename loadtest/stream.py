@@ -8,7 +8,7 @@ from loadtest.records import Chunk, ErrorKind, Record
 
 
 class EventReader:
-    """Server-sent events out of bytes that come in any pieces."""
+    """Splits bytes that come in any pieces into server-sent events."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -44,7 +44,7 @@ class StreamReader:
 
     @property
     def done(self) -> bool:
-        """[DONE] has come, or nothing more can be made of it."""
+        """True once [DONE] has come, or nothing more can be made of the stream."""
         return self._done or self.record.error is not None
 
     def feed(self, piece: bytes, at_s: float) -> None:
@@ -82,7 +82,10 @@ class StreamReader:
             record.finish_reason = choice.get("finish_reason") or record.finish_reason
 
     def close(self, check: Callable[[str], bool] | None = None, expected: str | None = None) -> None:
-        """After the last byte. check: is the answer right; expected: the text it must be."""
+        """Judges the record after the last byte.
+
+        check: tells whether the answer is right; expected: the text it must be
+        """
         record = self.record
         if record.finish_reason is None:
             record.fail(ErrorKind.TRUNCATED, f"ended after {len(self.text)} characters, no finish reason")
@@ -97,6 +100,6 @@ class StreamReader:
 
 
 def fail_by_status(record: Record, status: int, body: str) -> None:
-    """An answer that is no stream."""
+    """Notes the failure of an answer that is no stream."""
     known = {429: ErrorKind.RATE_LIMITED, 503: ErrorKind.UNAVAILABLE}
     record.fail(known.get(status, ErrorKind.STATUS), f"{status}: {body}")

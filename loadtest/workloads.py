@@ -1,4 +1,4 @@
-"""What is asked. The tasks are the embedded checkpoint's own, so their answers are checked under load too."""
+"""Workloads to ask. The tasks are the embedded checkpoint's own, so answers are checked under load too."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -12,22 +12,22 @@ from replicas.training.tasks.registry import FAMILIES
 from replicas.training.tasks.words import ITEMS, NAMES
 
 ANSWER_LIMIT = 320
-"""No task's answer is longer, in tokens of the embedded checkpoint."""
+"""The most tokens of the embedded checkpoint in any task's answer."""
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One request to send. output_len: exactly so many tokens, the end of text ignored; None: up to the end.
-
-    expected: the text it must have, where that is known.
-    """
+    """One request to send."""
 
     workload: str
     class_name: str
     messages: tuple[dict[str, str], ...]
     check: Callable[[str], bool] | None = None
+    """Judges an answer; None where there is nothing to judge by."""
     output_len: int | None = None
+    """The exact number of tokens, the end of text ignored; None: up to the end."""
     expected: str | None = None
+    """The text that the answer must have, where that is known."""
 
     def body(self, model: str, extra: dict[str, Any]) -> dict[str, Any]:
         """The request's JSON: greedy, streamed, with the usage. extra: more fields, such as `decoding`."""
@@ -49,18 +49,17 @@ Draw = Callable[[random.Random, Arrival], Ask]
 
 @dataclass(frozen=True)
 class Workload:
-    """A named kind of traffic. slos: by class of request.
-
-    takes_lengths: asks with the lengths that an arrival has. takes_classes: which of an arrival's classes it
-    knows; None is any.
-    """
+    """A named kind of traffic."""
 
     name: str
     about: str
     draw: Draw
     slos: dict[str, Slo] = field(default_factory=dict)
+    """Targets by class of request."""
     takes_lengths: bool = False
+    """True if it asks with the lengths that an arrival has."""
     takes_classes: tuple[str, ...] | None = ()
+    """The classes of an arrival that it knows; None is any."""
 
     def check_trace(self, arrivals: Sequence[Arrival]) -> None:
         """Raises TraceError for what this workload would have to leave out of account."""
@@ -81,7 +80,7 @@ LONG_PROMPT = Slo(ttft_s=2.0)
 HIGH_ACCEPTANCE = ("story", "email", "sql", "spell", "table")
 MIDDLE_ACCEPTANCE = ("dates", "python", "yaml", "add")
 LOW_ACCEPTANCE = ("relist", "json", "units", "sort")
-"""By the tokens a forward that self-speculation reaches on them (the embedded checkpoint's model card)."""
+"""Families by the tokens a forward of self-speculation (the embedded checkpoint's model card)."""
 
 
 def _task(workload: str, class_name: str, families: tuple[str, ...]) -> Draw:
@@ -101,7 +100,7 @@ def words(rng: random.Random, count: int) -> str:
 
 def _lengths(workload: str, class_name: str, prompt_len: int, output_len: int) -> Draw:
     def ask(rng: random.Random, arrival: Arrival) -> Ask:
-        """The arrival's own lengths and class come first, as a trace has them."""
+        """Asks with the arrival's own lengths and class where a trace gives them."""
         text = words(rng, max(1, (arrival.prompt_len or prompt_len) - 3))  # the template has about 3
         messages = ({"role": "user", "content": text},)
         length = arrival.output_len or output_len
@@ -202,7 +201,7 @@ WORKLOADS: dict[str, Workload] = {
 
 
 def find_workload(name: str) -> Workload:
-    """By name, or `tasks:<family>` for one family alone. Raises ValueError."""
+    """The workload of this name, or `tasks:<family>` for one family alone. Raises ValueError."""
     kind, colon, family = name.partition(":")
     if kind == "tasks" and colon:
         if family not in FAMILIES:
@@ -214,12 +213,12 @@ def find_workload(name: str) -> Workload:
 
 
 def pool(workload: Workload, count: int, seed: int) -> list[Ask]:
-    """`count` requests of the workload, the same for the same seed."""
+    """Draws `count` requests of the workload, the same for the same seed."""
     rng = random.Random(f"pool/{seed}")
     return [workload.draw(rng, Arrival(0.0)) for _ in range(count)]
 
 
 def verified(workload: Workload, asks: Sequence[Ask], texts: Sequence[str]) -> Workload:
-    """Draws from these requests alone, each of which must have its text."""
+    """A workload that draws from these requests alone, each of which must have its text."""
     expected = [replace(ask, expected=text) for ask, text in zip(asks, texts, strict=True)]
     return replace(workload, draw=lambda rng, arrival: rng.choice(expected))

@@ -23,7 +23,7 @@ _MAX_SPLITS = 16
 def add_adapter(
     y: torch.Tensor, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, rows: torch.Tensor
 ) -> None:
-    """y [T, out] changed in place at `rows`, from x [T, in]; all contiguous.
+    """Adds the adapter's product of x [T, in] to y [T, out] in place, at `rows` alone; all contiguous.
 
     down: [rank, in]; up: [out, rank]; rows: [R] int32, each once, or -1 for none
     """
@@ -66,7 +66,7 @@ def _project_down(
     BLOCK_IN: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
-    """Some rows times some of the rank, over one split of the inner dimension."""
+    """Multiplies some rows by some of the rank, over one split of the inner dimension."""
     place = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row = tl.load(rows + place, mask=place < num_rows, other=-1)
     if tl.max(row, 0) < 0:
@@ -109,7 +109,7 @@ def _project_up(
     BLOCK_OUT: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
-    """Some rows times some of the outputs."""
+    """Computes some of the outputs of some rows, and adds them to y."""
     place = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row = tl.load(rows + place, mask=place < num_rows, other=-1)
     if tl.max(row, 0) < 0:
@@ -141,7 +141,7 @@ def _project_up(
 def add_adapter_reference(
     y: torch.Tensor, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, rows: torch.Tensor
 ) -> torch.Tensor:
-    """-> the new y, float64."""
+    """The new y by the definition, float64."""
     expected = y.double()
     flagged = rows[rows >= 0].long()
     expected[flagged] += x[flagged].double() @ down.double().t() @ up.double().t()

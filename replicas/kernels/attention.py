@@ -29,16 +29,16 @@ _LOG2_E = 1.4426950408889634
 
 @dataclass(frozen=True, slots=True)
 class TileShape:
-    """block_m: rows of a tile, query tokens times queries per K/V head. block_n: keys a step.
-
-    num_resident: how many such programs an SM of sm_90 holds, by registers and shared memory.
-    """
+    """The shape of a program's work, and how it is launched."""
 
     block_m: int
+    """Rows of a tile: query tokens times queries per K/V head."""
     block_n: int
+    """Keys a step."""
     num_warps: int
     num_stages: int
     num_resident: int
+    """Such programs that an SM of sm_90 holds at once, by registers and shared memory."""
 
 
 TILE_SHAPES = (TileShape(16, 64, 4, 3, 4), TileShape(64, 64, 4, 3, 2), TileShape(128, 64, 8, 3, 1))
@@ -46,23 +46,23 @@ TILE_SHAPES = (TileShape(16, 64, 4, 3, 4), TileShape(64, 64, 4, 3, 2), TileShape
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Tiles of one shape.
-
-    index: [N, 2] int32, segment and first query of it; a segment of -1 is padding.
-    num_splits: among how many programs a tile's keys are split.
-    """
+    """Tiles of one shape."""
 
     shape: TileShape
     index: torch.Tensor
+    """[N, 2] int32, each tile's segment and its first query in it; a segment of -1 is padding."""
     num_splits: int
+    """The number of programs among which a tile's keys are split."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
-    """Parts of split tiles: partial [splits, T, heads, head_dim] and log_sums [splits, T, heads], float32."""
+    """The parts of split tiles, float32, until they are merged."""
 
     partial: torch.Tensor
+    """[splits, T, heads, head_dim], each split's output."""
     log_sums: torch.Tensor
+    """[splits, T, heads], the log2 of each split's sum of exponentials."""
 
     @classmethod
     def allocate(
@@ -75,7 +75,7 @@ class Scratch:
 
 
 def num_splits(shape: TileShape, num_tiles: int, num_kv_heads: int, device: torch.device) -> int:
-    """How many splits keep the device full of tiles of this shape; a power of two."""
+    """The number of splits, a power of two, that keeps the device full of tiles of this shape."""
     return splits_to_fill(num_tiles * num_kv_heads, device, MAX_SPLITS, shape.num_resident)
 
 
@@ -103,14 +103,14 @@ def ragged_paged_attention(
     scratch: Scratch,
     scales: torch.Tensor | None = None,
 ) -> None:
-    """queries [T, heads, head_dim], heads ordered (query of a K/V head, K/V head), rows strided -> output
-    [T, heads, head_dim], contiguous.
+    """Attends queries [T, heads, head_dim] -> output [T, heads, head_dim], contiguous.
 
+    queries: heads ordered (query of a K/V head, K/V head), rows strided
     cache: [pages, 2, kv_heads, page_size, head_dim], keys then values; segments' own K/V is in it already
-    segments: [S, 5] int32: first row, start, length, num_causal, where its pages begin in page_table
+    segments: [S, 5] int32: first row, start, length, num_causal, first index of its pages in page_table
     page_table: [P] int32, each segment's pages in order; nothing past a segment's last key is read
     tiles: cover each row once; rows that no tile covers are left as they are
-    scales: [2, kv_heads] float32, what stored keys and values are multiplied by; None for 1
+    scales: [2, kv_heads] float32, the factors by which stored keys and values are multiplied; None for 1
     """
     num_rows, num_heads, head_dim = queries.shape
     num_kv_heads, page_size = cache.shape[2:4]
@@ -192,7 +192,7 @@ def _attend(
     MIN_SPLIT_BLOCKS: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
-    """One tile of one K/V head, over one split of its keys."""
+    """Attends one tile of one K/V head, over one split of its keys."""
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     kv_head = tl.program_id(1)
@@ -285,7 +285,7 @@ def _attend_block(
     DOT_DTYPE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One block of keys more in the running maximum, total weight and weighted sum of values."""
+    """Takes one more block of keys into the running maximum, total weight and weighted sum of values."""
     key = block * BLOCK_N + tl.arange(0, BLOCK_N)
     dim = tl.arange(0, BLOCK_D)
     is_element = (dim < HEAD_DIM)[None, :]
@@ -331,7 +331,7 @@ def _merge_splits(
     BLOCK_D: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
 ):
-    """One row of a tile: output = sum_s 2^(l_s - l) partial_s, with l the log2 of the sum of the 2^l_s."""
+    """Merges a tile's row: output = sum_s 2^(l_s - l) partial_s, with l the log2 of the sum of the 2^l_s."""
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     tile_row = tl.program_id(1)
     segment = tl.load(tiles + 2 * tl.program_id(0))
@@ -364,7 +364,7 @@ def ragged_paged_attention_reference(
     page_table: torch.Tensor,
     scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The same by its definition, a segment at a time, in float64 -> [T, heads, head_dim] float64."""
+    """The same by its definition, a segment at a time -> [T, heads, head_dim] float64."""
     num_kv_heads, page_size, head_dim = cache.shape[2:]
     output = torch.full(queries.shape, torch.nan, dtype=torch.float64, device=queries.device)
     for first, start, length, num_causal, first_page in segments.tolist():

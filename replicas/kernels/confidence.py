@@ -20,17 +20,20 @@ _MAX_SPLITS = 32
 
 
 class Confidence(NamedTuple):
-    """tokens: [R] int64, of equal logits the lowest id; probs, log_sums: [R] float32."""
+    """The most probable token of each row."""
 
     tokens: torch.Tensor
+    """[R] int64; of equal logits the lowest id."""
     probs: torch.Tensor
+    """[R] float32, the token's probability."""
     log_sums: torch.Tensor
+    """[R] float32, the row's log-sum-exp."""
 
 
 def confidence(logits: torch.Tensor, mask_token_id: int | None, num_splits: int | None = None) -> Confidence:
-    """logits [R, vocab], rows contiguous.
+    """The confidence of each row of logits [R, vocab], rows contiguous.
 
-    num_splits: programs a row, a power of two; None for as many as fill the device.
+    num_splits: programs a row, a power of two; None for as many as fill the device
     """
     num_rows, vocab = logits.shape
     assert logits.stride(1) == 1
@@ -63,7 +66,7 @@ def confidence(logits: torch.Tensor, mask_token_id: int | None, num_splits: int 
 
 @triton.jit
 def _load(logits, row, start, stride, mask_token_id, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of logits in float32, -inf for the mask token and past the end."""
+    """Loads a block of logits in float32, -inf for the mask token and past the end."""
     token = start + tl.arange(0, BLOCK)
     x = tl.load(logits + row * stride + token, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
     return tl.where(token == mask_token_id, float("-inf"), x)
@@ -92,7 +95,7 @@ def _scan(
     BLOCKS_PER_SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One split of one row."""
+    """Scans one split of one row."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     first = split * BLOCKS_PER_SPLIT * BLOCK
@@ -122,7 +125,7 @@ def _scan(
 
 @triton.jit
 def _merge(largest_parts, total_parts, token_parts, tokens, probs, log_sums, NUM_SPLITS: tl.constexpr):
-    """One row's splits."""
+    """Merges one row's splits."""
     row = tl.program_id(0).to(tl.int64)
     at = row * NUM_SPLITS + tl.arange(0, NUM_SPLITS)
     part = tl.load(largest_parts + at)

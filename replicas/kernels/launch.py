@@ -1,4 +1,4 @@
-"""What launchers share: the interpreter's limits, block sizes, how many programs fill a device."""
+"""Helpers that launchers share: the interpreter's limits, block sizes, how many programs fill a device."""
 
 from functools import cache
 
@@ -10,12 +10,12 @@ _INTERPRETED_SMS = 1
 
 
 def is_interpreted() -> bool:
-    """Kernels run in Python on CPU tensors (TRITON_INTERPRET=1 when they were first imported)."""
+    """True if kernels run in Python on CPU tensors (TRITON_INTERPRET=1 when they were first imported)."""
     return bool(triton.knobs.runtime.interpret)
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
-    """What tl.dot multiplies for tensors of dtype; sums are float32 always.
+    """The dtype in which tl.dot multiplies tensors of dtype; sums are float32 always.
 
     The interpreter holds bfloat16 as bare 16-bit integers and would multiply those.
     """
@@ -32,9 +32,9 @@ def num_sms(device: torch.device) -> int:
 
 
 def splits_to_fill(num_programs: int, device: torch.device, most: int, per_sm: int = 2) -> int:
-    """A power of two, at most `most`: into how many parts to split each of so many programs' work.
+    """The number of parts, a power of two up to `most`, into which to split each program's work.
 
-    per_sm: how many programs to give each streaming multiprocessor.
+    per_sm: programs to give each streaming multiprocessor
     """
     wanted = per_sm * num_sms(device) // max(num_programs, 1)
     return min(most, 1 << max(wanted, 1).bit_length() - 1)

@@ -15,7 +15,7 @@ import triton.language as tl
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """x [T, hidden], weight [hidden] -> [T, hidden]; residual [T, hidden] is changed in place.
+    """Norm of x [T, hidden] by weight [hidden] -> [T, hidden]; residual [T, hidden] is changed in place.
 
     Without a residual x itself is normalised, and left as it is.
     """
@@ -33,7 +33,7 @@ def rms_norm(
 
 @triton.jit
 def _rms_norm(x, residual, weight, y, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """One row."""
+    """Normalises one row."""
     column = tl.arange(0, BLOCK)
     is_element = column < SIZE
     at = tl.program_id(0).to(tl.int64) * SIZE + column
@@ -52,6 +52,6 @@ def _rms_norm(x, residual, weight, y, eps, SIZE: tl.constexpr, BLOCK: tl.constex
 def rms_norm_reference(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> y and the new residual, both float64; the residual is x where there is none."""
+    """The definition -> y and the new residual, both float64; the residual is x where there is none."""
     total = x.double() if residual is None else x.double() + residual.double()
     return total * (total.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.double(), total

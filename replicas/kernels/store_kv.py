@@ -21,22 +21,23 @@ _BLOCK_HEADS = 8
 
 @dataclass(frozen=True, slots=True)
 class HeadNorms:
-    """query, key: [head_dim] weights, in the engine's order of dimensions."""
+    """Weights of the norms over each query and key head."""
 
     query: torch.Tensor
+    """[head_dim], in the engine's order of dimensions."""
     key: torch.Tensor
+    """[head_dim], likewise."""
     eps: float
 
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """phases: [positions, head_dim] float32, cos and sin of pair j at 2j and 2j + 1.
-
-    query_scale: [positions] float32; None where queries are not scaled.
-    """
+    """The rotary embedding's tables by position."""
 
     phases: torch.Tensor
+    """[positions, head_dim] float32, cos and sin of pair j at 2j and 2j + 1."""
     query_scale: torch.Tensor | None
+    """[positions] float32; None where queries are not scaled."""
 
 
 def store_kv(
@@ -49,13 +50,14 @@ def store_kv(
     norms: HeadNorms | None = None,
     scales: torch.Tensor | None = None,
 ) -> None:
-    """qkv [T, heads + 2 kv_heads, head_dim], rows contiguous; its queries are changed in place, its keys
-    and values go to cache [pages, 2, kv_heads, page_size, head_dim].
+    """Rotates the queries of qkv in place, and writes its keys, rotated, and its values to the cache.
 
+    qkv: [T, heads + 2 kv_heads, head_dim], rows contiguous
+    cache: [pages, 2, kv_heads, page_size, head_dim]
     positions: [T] int32
     slots: [T] int32, page * page_size + offset in it; -1 for rows that are padding and stored nowhere
-    rotation: None where heads come rotated and normalised already, so are stored only
-    scales: [2, kv_heads] float32, what keys and values are divided by to be stored; None for 1
+    rotation: None for heads that come rotated and normalised already, so are stored only
+    scales: [2, kv_heads] float32, the divisors of keys and values as they are stored; None for 1
     """
     num_rows, num_all_heads, head_dim = qkv.shape
     assert qkv.stride()[1:] == (head_dim, 1)
@@ -107,7 +109,7 @@ def _store_kv(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A few heads of one row, of whatever kinds: queries first, then keys, then values."""
+    """Handles a few heads of one row, of whatever kinds: queries first, then keys, then values."""
     row = tl.program_id(0)
     slot = tl.load(slots + row)
     position = tl.load(positions + row)
@@ -159,7 +161,7 @@ def store_kv_reference(
     norms: HeadNorms | None = None,
     scales: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> queries [T, heads, head_dim] and the cache as it is to be, both float64; nothing is changed."""
+    """The definition -> queries [T, heads, head_dim] and the new cache, both float64; nothing is changed."""
     num_kv_heads, page_size = cache.shape[2:4]
     queries, keys, values = qkv.double().split((num_heads, num_kv_heads, num_kv_heads), 1)
     if norms is not None:

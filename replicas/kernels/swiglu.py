@@ -8,7 +8,7 @@ _BLOCK = 1024
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """gate_up [T, 2 * intermediate], gates first -> [T, intermediate]."""
+    """The gated product of gate_up [T, 2 * intermediate], gates first -> [T, intermediate]."""
     num_rows, double_size = gate_up.shape
     size = double_size // 2
     assert gate_up.is_contiguous()
@@ -31,6 +31,6 @@ def _swiglu(gate_up, y, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def swiglu_reference(gate_up: torch.Tensor) -> torch.Tensor:
-    """[T, 2 * intermediate] -> [T, intermediate] float64"""
+    """The definition: [T, 2 * intermediate] -> [T, intermediate] float64."""
     gate, up = gate_up.double().chunk(2, -1)
     return gate * gate.sigmoid() * up

@@ -8,7 +8,7 @@ from replicas.kernels.attention import TILE_SHAPES, queries_per_tile, tile_shape
 
 
 def tiles_of(lengths: Sequence[int], queries_per_kv: int) -> dict[int, np.ndarray]:
-    """By index in TILE_SHAPES: [N, 2] int32, the segment and the first query in it of every tile."""
+    """The tiles by index in TILE_SHAPES: [N, 2] int32, each tile's segment and its first query in it."""
     found: dict[int, list[tuple[int, int]]] = {}
     for segment, length in enumerate(lengths):
         index = tile_shape(length, queries_per_kv)

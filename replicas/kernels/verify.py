@@ -28,10 +28,12 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class Accepted(NamedTuple):
-    """Of each draft the number of tokens accepted and the bonus token, [S] int64."""
+    """The verdict on each of S drafts."""
 
     counts: torch.Tensor
+    """[S] int64, the number of tokens accepted."""
     bonus: torch.Tensor
+    """[S] int64, the token that follows them."""
 
 
 def accept(
@@ -41,10 +43,10 @@ def accept(
     tokens: torch.Tensor,
     first_rows: torch.Tensor,
 ) -> Accepted:
-    """S drafts against the tokens of their rows.
+    """Holds S drafts against the tokens of their rows.
 
     drafts: [D] int32, one after the other, each from first_drafts [S] on, num_drafts [S] long, both int32
-    tokens: [R] int64, each one's rows from first_rows [S] int32 on, one more than it has tokens
+    tokens: [R] int64; a draft's rows begin at first_rows [S] int32 and are one more than its tokens
     """
     shape = (len(first_drafts),)
     found = Accepted(*(torch.empty(shape, dtype=torch.int64, device=tokens.device) for _ in range(2)))
@@ -62,7 +64,7 @@ def sample_rows(
     uniforms: torch.Tensor,
     mask_token_id: int | None,
 ) -> torch.Tensor:
-    """[R] int64: each row's token, best.tokens where its temperature is 0.
+    """A token for each row, [R] int64; best.tokens where the temperature is 0.
 
     best: confidence(logits); temperatures, uniforms: [R] float32, uniforms in [0, 1)
     """
@@ -99,7 +101,7 @@ def _weights(
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """exp((x - max x) / T) of one block of one row."""
+    """The weights exp((x - max x) / T) of one block of one row."""
     token = start + tl.arange(0, BLOCK)
     largest = tl.load(log_sums + row) + tl.log(tl.load(probs + row))
     is_token = (token < VOCAB) & (token != mask_token_id)
@@ -145,7 +147,7 @@ def _invert(
     BLOCK: tl.constexpr,
     MAX_BLOCKS: tl.constexpr,
 ):
-    """The block in which the cumulative sum passes the target, then the token in it.
+    """Finds the block in which the cumulative sum passes the target, then the token in it.
 
     Rounding may leave the target unpassed; the last block, or token, of positive weight is then taken.
     """
@@ -172,7 +174,7 @@ def _invert(
 
 @triton.jit
 def _accept(drafts, first_drafts, num_drafts, tokens, first_rows, counts, bonus, BLOCK: tl.constexpr):
-    """One draft."""
+    """Judges one draft."""
     number = tl.program_id(0)
     first_row = tl.load(first_rows + number)
     first_draft = tl.load(first_drafts + number)
@@ -191,7 +193,7 @@ def _accept(drafts, first_drafts, num_drafts, tokens, first_rows, counts, bonus,
 def sample_rows_reference(
     logits: torch.Tensor, temperatures: torch.Tensor, uniforms: torch.Tensor, mask_token_id: int | None
 ) -> torch.Tensor:
-    """[R] int64, by the definition in float64."""
+    """The rows' tokens [R] int64 by the definition, in float64."""
     wide = logits.double().clone()
     if mask_token_id is not None:
         wide[:, mask_token_id] = -torch.inf
@@ -206,7 +208,7 @@ def sample_rows_reference(
 def accept_reference(
     drafts: Sequence[Sequence[int]], tokens: Sequence[int], first_rows: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """How many of each draft, and the bonus token."""
+    """For each draft the number of tokens accepted, and the bonus token."""
     counts, bonus = [], []
     for draft, first in zip(drafts, first_rows, strict=True):
         own = tokens[first : first + len(draft) + 1]

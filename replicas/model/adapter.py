@@ -28,26 +28,29 @@ ReadTensor = Callable[[str, tuple[int, ...]], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class AdapterRows:
-    """The rows of a packed batch on which the adapter is on. index: [R] int64, None where it is all."""
+    """The rows of a packed batch on which the adapter is on."""
 
     index: torch.Tensor | None
+    """[R] int64; None means every row."""
 
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """y += x down^T up^T, with the adapter's scale folded into `up`.
+    """A low-rank update of a linear layer, y += x down^T up^T, with the adapter's scale folded into `up`.
 
-    down: [rank, in]; up: [out, rank]. Several projections of one fused matrix stack their ranks.
+    Projections that share a fused matrix share one update, with their ranks stacked.
     """
 
     down: torch.Tensor
+    """[rank, in]"""
     up: torch.Tensor
+    """[out, rank]"""
 
     def to(self, dtype: torch.dtype) -> "LowRank":
         return LowRank(self.down.to(dtype).contiguous(), self.up.to(dtype).contiguous())
 
     def add_to(self, y: torch.Tensor, x: torch.Tensor, rows: AdapterRows) -> torch.Tensor:
-        """y [T, out] changed in place at `rows`, from x [T, in]."""
+        """Adds the update of x [T, in] to y [T, out] in place, at `rows` alone."""
         if rows.index is None:
             return y.addmm_(x @ self.down.t(), self.up.t())
         delta = (x.index_select(0, rows.index) @ self.down.t()) @ self.up.t()
@@ -57,10 +60,12 @@ class LowRank:
 def load_adapter(
     raw: Mapping[str, Any], names: Sequence[str], read: ReadTensor, config: ModelConfig
 ) -> list[dict[str, LowRank]]:
-    """One dict a layer, by the fused matrix's name; float32, in the engine's layout.
+    """The adapter's updates, one dict a layer by the fused matrix's name; float32, in the engine's layout.
 
-    raw: adapter_config.json; names: the tensors of the adapter's file, in PEFT's naming, whatever
-    prefix stands before `layers.N`. Raises CheckpointError.
+    raw: adapter_config.json
+    names: the tensors of the adapter's file, in PEFT's naming, whatever prefix stands before `layers.N`
+
+    Raises CheckpointError.
     """
     rank, scale = _rank_and_scale(raw)
     shapes = _projection_shapes(config)
@@ -95,7 +100,7 @@ def load_adapter(
 def load_mask_row(
     raw: Mapping[str, Any], names: Sequence[str], read: ReadTensor, config: ModelConfig
 ) -> torch.Tensor | None:
-    """[hidden], the mask token's embedding where the adapter brings one (PEFT's `trainable_token_indices`).
+    """The mask token's embedding [hidden], if the adapter brings one (PEFT's `trainable_token_indices`).
 
     In PEFT's files such rows stand in the embedding's place, in spite of the tensor's name. Raises
     CheckpointError when another token's row is among them: causal forwards would no longer be the base's.
@@ -129,7 +134,7 @@ def _rank_and_scale(raw: Mapping[str, Any]) -> tuple[int, float]:
 
 
 def _projection_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """[out, in] of each projection, in the order in which they are fused."""
+    """The shape [out, in] of each projection, in the order in which they are fused."""
     hidden, intermediate = config.hidden_size, config.intermediate_size
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     return {
@@ -154,7 +159,7 @@ def _in_layout(projection: str, down: torch.Tensor, up: torch.Tensor, config: Mo
 
 
 def _fuse(pairs: Mapping[str, LowRank], shapes: Mapping[str, tuple[int, int]]) -> dict[str, LowRank]:
-    """Stack the ranks of projections that share a fused matrix; rows of the others stay zero."""
+    """Stacks the ranks of projections that share a fused matrix; `up` is block diagonal, zero elsewhere."""
     fused = {}
     for name in dict.fromkeys(_FUSED[projection] for projection in pairs):
         parts = [projection for projection in shapes if _FUSED[projection] == name]

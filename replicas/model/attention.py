@@ -23,38 +23,35 @@ _FREE_PADDING_ROWS = 512
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Segments of alike lengths, padded to one shape: S segments of Q queries over L keys.
-
-    first_row, num_rows: the packed rows of the group.
-    blocks: what to gather, KvCache.gather_blocks of [S, P]
-    mask: added to the scores, [S, 1, Q * heads per kv head, L] ([S, 1, 1, L] if Q is 1); None if no
-        key is hidden from any query.
-    pad, unpad: rows of the group [S * Q] that fill the padded queries, and the padded rows [num_rows]
-        that are real; None if no query is padded.
-    """
+    """Segments of alike lengths, padded to one shape: S segments of Q queries over L keys."""
 
     num_segments: int
     num_queries: int
     num_keys: int
     first_row: int
+    """The group's first packed row."""
     num_rows: int
+    """The group's packed rows, padding not counted."""
     blocks: torch.Tensor
+    """The blocks to gather: KvCache.gather_blocks of the group's page table [S, P]."""
     mask: torch.Tensor | None
+    """Added to the scores: [S, 1, Q * heads per kv head, L], or [S, 1, 1, L] if Q is 1; None hides no key."""
     pad: torch.Tensor | None
+    """[S * Q], the group's row that fills each padded query; None if no query is padded."""
     unpad: torch.Tensor | None
+    """[num_rows], the padded rows that are real; None if no query is padded."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """order: segment indices in the order in which their tokens are packed into rows.
-
-    positions: [T] int64, of the packed rows
-    store_rows: KvCache.store_rows of the packed rows
-    """
+    """One step's attention, laid out once for all layers."""
 
     order: tuple[int, ...]
+    """Segment indices in the order in which their tokens are packed into rows."""
     positions: torch.Tensor
+    """[T] int64, the position of each packed row."""
     store_rows: torch.Tensor
+    """KvCache.store_rows of the packed rows."""
     groups: tuple[Group, ...]
 
 
@@ -62,14 +59,17 @@ class Attention(Protocol):
     """One device's attention over one KvCache."""
 
     def plan(self, segments: Sequence[Segment]) -> AttentionPlan:
-        """All that the layers of one step share."""
+        """The plan that all layers of one step share."""
         ...
 
     def __call__(
         self, layer: int, queries: torch.Tensor, keys_values: torch.Tensor, plan: AttentionPlan
     ) -> torch.Tensor:
-        """queries [T, heads, head_dim], heads ordered (query of a kv head, kv head);
-        keys_values [T, 2 * kv_heads, head_dim], keys first; stores them -> [T, heads * head_dim]"""
+        """Stores the keys and values to their pages, then attends -> [T, heads * head_dim].
+
+        queries: [T, heads, head_dim], heads ordered (query of a kv head, kv head)
+        keys_values: [T, 2 * kv_heads, head_dim], keys first
+        """
         ...
 
 
@@ -118,7 +118,10 @@ class CpuAttention:
         num_causal: np.ndarray,
         table: np.ndarray,
     ) -> Group:
-        """starts, lengths, num_causal: [S]; table: [S, pages]"""
+        """The group of S segments whose rows begin at first_row.
+
+        starts, lengths, num_causal: [S]; table: [S, pages]
+        """
         num_segments, num_queries, num_rows = len(lengths), int(lengths.max()), int(lengths.sum())
         totals = starts + lengths
         num_keys = int(totals.max())
@@ -145,7 +148,7 @@ class CpuAttention:
         )
 
     def _mask(self, visible: np.ndarray, num_keys: int) -> torch.Tensor | None:
-        """visible [S, Q]: how many keys, from the first, each query sees."""
+        """Hides from each query the keys past its first `visible` [S, Q]; None if none is hidden."""
         if visible.min() == num_keys:
             return None
         if visible.shape[1] > 1:
@@ -162,7 +165,7 @@ class CpuAttention:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _run_group(self, layer: int, queries: torch.Tensor, group: Group) -> torch.Tensor:
-        """queries [T, heads, head_dim] -> [num_rows, heads * head_dim]"""
+        """Attends one group's rows of queries [T, heads, head_dim] -> [num_rows, heads * head_dim]."""
         cache = self._cache
         rows = queries[group.first_row : group.first_row + group.num_rows]
         if group.pad is not None:

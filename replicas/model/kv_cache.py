@@ -6,11 +6,11 @@ from replicas.model.config import ModelConfig
 
 
 class KvCache:
-    """layers: one tensor a layer, [num_pages, 2, num_kv_heads, page_size, head_dim]; index 0 of the
-    second axis is keys, 1 values.
+    """Keys and values of all layers, in pages.
 
-    A head's keys of one page are contiguous, so a gather of whole pages gives attention contiguous
-    [length, head_dim] blocks. Memory of pages never written is not resident.
+    `layers` holds one tensor a layer, [num_pages, 2, num_kv_heads, page_size, head_dim]; index 0 of the
+    second axis is keys, 1 values. A head's keys of one page are contiguous, so a gather of whole pages gives
+    attention contiguous [length, head_dim] blocks. Memory of pages never written is not resident.
     """
 
     def __init__(self, config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype):
@@ -32,11 +32,13 @@ class KvCache:
         return 2 * config.num_layers * config.num_kv_heads * config.head_dim * page_size * dtype.itemsize
 
     def store(self, layer: int, keys_values: torch.Tensor, rows: torch.Tensor) -> None:
-        """keys_values [T, 2 * num_kv_heads, head_dim] to rows [T * 2 * num_kv_heads] (`store_rows`)."""
+        """Writes keys_values [T, 2 * num_kv_heads, head_dim] at rows [T * 2 * num_kv_heads] of
+        `store_rows`."""
         self._rows[layer].index_copy_(0, rows, keys_values.reshape(-1, self.head_dim))
 
     def gather(self, layer: int, blocks: torch.Tensor, num_sequences: int) -> torch.Tensor:
-        """blocks (`gather_blocks`, P pages a sequence) -> [2, S, num_kv_heads, P * page_size, head_dim].
+        """Reads blocks (`gather_blocks`, P pages a sequence) -> [2, S, num_kv_heads, P * page_size,
+        head_dim].
 
         The result is valid until the next gather.
         """
@@ -48,13 +50,13 @@ class KvCache:
         return pages.view(2, num_sequences, self.num_kv_heads, -1, self.head_dim)
 
     def store_rows(self, pages: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """Where `store` puts tokens: pages [T] and the offsets [T] in them."""
+        """The rows at which `store` writes tokens, given their pages [T] and their offsets [T] in them."""
         heads = torch.arange(2 * self.num_kv_heads)
         return (
             (pages[:, None] * (2 * self.num_kv_heads) + heads) * self.page_size + offsets[:, None]
         ).flatten()
 
     def gather_blocks(self, page_table: torch.Tensor) -> torch.Tensor:
-        """What `gather` reads for page_table [S, P]; entries past a sequence's end may be any page."""
+        """The blocks that `gather` reads for page_table [S, P]; past a sequence's end any page will do."""
         heads = torch.arange(2 * self.num_kv_heads).view(2, 1, self.num_kv_heads, 1)
         return (page_table[None, :, None, :] * (2 * self.num_kv_heads) + heads).flatten()

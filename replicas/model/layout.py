@@ -13,7 +13,7 @@ from replicas.model.config import ModelConfig
 
 
 def query_rows(weight: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """[num_heads * head_dim, ...] from the published order to the engine's."""
+    """Reorders query rows [num_heads * head_dim, ...] from the published order to the engine's."""
     heads = weight.view(
         config.num_kv_heads, config.queries_per_kv, 2, config.head_dim // 2, *weight.shape[1:]
     )
@@ -21,17 +21,17 @@ def query_rows(weight: torch.Tensor, config: ModelConfig) -> torch.Tensor:
 
 
 def key_rows(weight: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """[num_kv_heads * head_dim, ...] from the published order to the engine's."""
+    """Reorders key rows [num_kv_heads * head_dim, ...] from the published order to the engine's."""
     heads = weight.view(config.num_kv_heads, 2, config.head_dim // 2, *weight.shape[1:])
     return heads.transpose(1, 2).flatten(0, 2)
 
 
 def head_norm(weight: torch.Tensor) -> torch.Tensor:
-    """[head_dim]: the weight of a norm over one head, in the engine's order."""
+    """Reorders the weight [head_dim] of a norm over one head from the published order to the engine's."""
     return weight.view(2, -1).transpose(0, 1).flatten()
 
 
 def output_columns(weight: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """[..., num_heads * head_dim]: columns that read attention outputs, which are not rotated."""
+    """Reorders columns [..., num_heads * head_dim], which read attention outputs; these are not rotated."""
     heads = weight.view(*weight.shape[:-1], config.num_kv_heads, config.queries_per_kv, config.head_dim)
     return heads.transpose(-3, -2).flatten(-3)

@@ -9,14 +9,14 @@ SINGLE_ROW_BYTES = 8 << 20
 
 
 class Linear(Protocol):
-    """y = x W^T + b, with x [T, in] and W [out, in]."""
+    """A linear layer: y = x W^T + b, with x [T, in] and W [out, in]."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, in] -> [T, out]"""
+        """The product y: x [T, in] -> [T, out]."""
         ...
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """residual [T, out] + y; residual may be overwritten."""
+        """The sum residual [T, out] + y; residual may be overwritten."""
         ...
 
 
@@ -35,10 +35,11 @@ class PlainLinear:
 
 
 class PackedLinear:
-    """The weight reordered once into oneDNN's blocks, which a plain product does at every call or never.
+    """A linear layer whose weight is reordered once, into oneDNN's blocks.
 
-    A small float32 matrix is kept transposed besides: for one row its plain product costs half of the
-    packed one, whose call overhead outweighs the arithmetic. Large matrices are packed only.
+    A plain product reorders it at every call or never. A small float32 matrix is kept transposed besides: for
+    one row its plain product costs half of the packed one, whose call overhead outweighs the arithmetic.
+    Large matrices are packed only.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
@@ -72,7 +73,7 @@ def keeps_single_row_copy(weight: torch.Tensor) -> bool:
 
 
 def make_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
-    """The fastest for this weight's dtype and this machine."""
+    """The fastest linear layer for this weight's dtype and this machine."""
     can_pack = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if can_pack and weight.dtype is torch.bfloat16:
         can_pack = torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -1,4 +1,4 @@
-"""One runner to the engine, several processes behind it: each runs every step on its part of the model."""
+"""Several processes behind one runner: each runs every step on its part of the model."""
 
 import socket
 from collections.abc import Sequence
@@ -10,15 +10,15 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from replicas.engine.plan import ModelSpec, Runner, RunnerLost, SegmentOutput, StepPlan
 
 JOIN_TIMEOUT = timedelta(seconds=120)
-"""How long the first of the processes waits for the last one."""
+"""The first of the processes waits this long for the last one."""
 STEP_TIMEOUT = timedelta(seconds=100)
-"""How long a process waits in a step for another that lives but does not come; compiling kernels counts."""
+"""A process waits this long in a step for another that lives but does not come; compiling kernels counts."""
 IDLE_TIMEOUT = timedelta(days=365)
-"""How long followers wait for a plan: a replica may idle. One that dies closes its connection at once."""
+"""Followers wait this long for a plan: a replica may idle. A dead leader's connection closes at once."""
 
 
 class Meeting:
-    """Where the processes find each other: a store on a loopback port that rank 0 drew.
+    """The store at which the processes find each other, on a loopback port that rank 0 drew.
 
     They are on one machine, as tensor parallelism asks for, so no other can reach it.
     """
@@ -41,7 +41,9 @@ class Meeting:
 def join(meeting: Meeting | int, rank: int, size: int, device: str) -> None:
     """Makes torch.distributed's default group. Waits for the others, JOIN_TIMEOUT at most.
 
-    meeting: rank 0's own, its port for the others. Steps are computed over NCCL on 'cuda'; plans go by gloo.
+    meeting: rank 0's own for itself, its port for the others
+
+    Steps are computed over NCCL on 'cuda'; plans go by gloo.
     """
     if isinstance(meeting, Meeting):
         store = meeting.store
@@ -83,13 +85,13 @@ class Leader:
             raise RunnerLost(f"a step failed on a part of the model: {error}") from error
 
     def close(self) -> None:
-        """Nothing after RunnerLost, when the others may never come for it."""
+        """Ends the followers. Does nothing after RunnerLost, when they may never come for it."""
         if not self._is_lost:
             dist.broadcast_object_list([None], src=0, group=self._plans)
 
 
 def follow(runner: Runner) -> None:
-    """The other ranks': runs what the leader runs until it closes. Raises what a step raises."""
+    """Runs on every other rank what the leader runs, until it closes. Raises what a step raises."""
     plans = plans_group()
     while True:
         received: list[StepPlan | None] = [None]

@@ -19,7 +19,7 @@ from replicas.model.config import CheckpointError, ModelConfig
 
 
 class Parallel:
-    """The processes among which a model is split, by torch.distributed's default group; alone without one."""
+    """The processes that share a model, by torch.distributed's default group; without one, this one alone."""
 
     def __init__(self, rank: int = 0, size: int = 1):
         self.rank = rank
@@ -30,13 +30,13 @@ class Parallel:
         return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
 
     def add(self, partial: torch.Tensor) -> torch.Tensor:
-        """The sum of all processes' tensors of one shape, in place."""
+        """Adds up the processes' tensors `partial`, all of one shape, in place."""
         if self.size > 1:
             dist.all_reduce(partial)
         return partial
 
     def least(self, number: int) -> int:
-        """The least of all processes' numbers."""
+        """The least of the processes' numbers."""
         if self.size == 1:
             return number
         numbers = [0] * self.size
@@ -44,7 +44,7 @@ class Parallel:
         return min(numbers)
 
     def gather(self, part: torch.Tensor, width: int) -> torch.Tensor:
-        """[W, n] of each process -> [W, width], in the order of ranks; what is past width is padding."""
+        """Joins the processes' parts [W, n] -> [W, width] by rank; what is past width is padding."""
         if self.size == 1:
             return part
         parts = [torch.empty_like(part) for _ in range(self.size)]
@@ -56,7 +56,7 @@ ALONE = Parallel()
 
 
 def shard_config(config: ModelConfig, parallel: Parallel) -> ModelConfig:
-    """What this process has of the model: its own heads and MLP size. Raises CheckpointError."""
+    """The config of this process's part of the model: its own heads and MLP size. Raises CheckpointError."""
     size = parallel.size
     for name in ("num_kv_heads", "intermediate_size"):
         if getattr(config, name) % size:
@@ -73,7 +73,7 @@ def shard_config(config: ModelConfig, parallel: Parallel) -> ModelConfig:
 
 
 def shard(config: ModelConfig, weights: ModelWeights, parallel: Parallel) -> ModelWeights:
-    """This process's part of the weights, which are emptied. config: of the whole model."""
+    """This process's part of the weights, which are emptied. config: the whole model's."""
     size = parallel.size
     if size == 1:
         return weights
@@ -87,7 +87,7 @@ def shard(config: ModelConfig, weights: ModelWeights, parallel: Parallel) -> Mod
 
 
 class _Cut:
-    """Slices of matrices whose rows or columns are made of equal blocks, each of which is split."""
+    """Cuts matrices whose rows or columns are made of equal blocks, each of which is split."""
 
     def __init__(self, config: ModelConfig, parallel: Parallel):
         self._parallel = parallel
@@ -97,7 +97,7 @@ class _Cut:
         self._gate_up = 2
 
     def rows(self, matrix: torch.Tensor, num_blocks: int, dim: int = 0) -> torch.Tensor:
-        """This process's part of each of so many equal blocks."""
+        """This process's part of each of num_blocks equal blocks of rows, or of columns (dim 1)."""
         blocks = matrix.unflatten(dim, (num_blocks, self._parallel.size, -1))  # type: ignore[no-untyped-call]
         part: torch.Tensor = blocks.select(dim + 1, self._parallel.rank)
         return part.flatten(dim, dim + 1).contiguous()
@@ -120,7 +120,7 @@ class _Cut:
         )
 
     def _adapter(self, name: str, adapter: LowRank) -> LowRank:
-        """Its products are cut as the matrix is: outputs of the first kind, inputs of the second."""
+        """Cuts an adapter as its matrix is cut: its outputs with rows, its inputs with columns."""
         if name == "qkv":
             return LowRank(adapter.down, self.rows(adapter.up, self._qkv))
         if name == "gate_up":

@@ -28,7 +28,7 @@ class RotaryTable:
             self.query_scale = 1 + beta * torch.log(1 + torch.floor(positions / original_max))
 
     def factors(self, positions: torch.Tensor, num_heads: int, num_kv_heads: int) -> torch.Tensor:
-        """[T] -> what query heads, then key heads are multiplied by: [T, heads + kv_heads, head_dim / 2]."""
+        """Factors of query heads, then key heads, at positions [T]: [T, heads + kv_heads, head_dim / 2]."""
         keys = self.phases[positions].unsqueeze(1)
         if self.query_scale is None:
             return keys
@@ -50,7 +50,7 @@ def rotate_(heads: torch.Tensor, factors: torch.Tensor) -> None:
 
 
 def _frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
-    """[head_dim / 2] float32 inverse frequencies, and the factor of cos and sin."""
+    """The inverse frequencies [head_dim / 2] float32, and the factor of cos and sin."""
     parameters = config.rope.parameters
     if config.rope.rope_type == "default":
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim

@@ -16,25 +16,23 @@ from replicas.model.rotary import RotaryTable, rotate_
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One forward's input; the runner fills it, rows in the attention plan's order.
-
-    token_ids: [T] int64
-    wanted: [W] int64, ascending rows whose logits are wanted; None where it is every row
-    adapter, wanted_adapter: where the draft adapter is on, among the rows and among the wanted ones;
-        None for nowhere
-    """
+    """One forward's input; the runner fills it, rows in the attention plan's order."""
 
     token_ids: torch.Tensor
+    """[T] int64"""
     attention: AttentionPlan
     wanted: torch.Tensor | None
+    """[W] int64, the rows whose logits are wanted, ascending; None means every row."""
     adapter: AdapterRows | None
+    """The rows on which the draft adapter is on; None means none."""
     wanted_adapter: AdapterRows | None
+    """The wanted rows on which it is on, by their place among these; None means none."""
 
 
 class Transformer:
     """A decoder of the Llama family, or this process's part of one (replicas.model.parallel).
 
-    Takes the weights over: they are emptied layer by layer. config: the part's own.
+    Takes the weights over: they are emptied layer by layer. config: the part's own configuration.
     """
 
     def __init__(
@@ -60,7 +58,7 @@ class Transformer:
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
-        """-> logits [W, vocab] of the wanted rows, in the model's dtype."""
+        """Runs the batch -> logits [W, vocab] of the wanted rows, in the model's dtype."""
         factors = self._rotary.factors(batch.attention.positions, *self._heads)
         hidden = F.embedding(batch.token_ids, self._embedding)
         for layer in self._layers[:-1]:
@@ -111,7 +109,7 @@ class _Layer:
         attention: Attention,
         adapter: AdapterRows | None,
     ) -> torch.Tensor:
-        """hidden [T, hidden_size] -> [T, heads * head_dim], before the output projection."""
+        """Norm, projection and attention: hidden [T, hidden_size] -> [T, heads * head_dim]."""
         x = rms_norm(hidden, self._input_norm, self._eps)
         qkv = self._adapted("qkv", self._qkv(x), x, adapter).view(len(x), -1, self._head_dim)
         queries, keys_values = qkv.split_with_sizes(self._split, 1)
@@ -135,7 +133,8 @@ class _Layer:
     def _added(
         self, name: str, linear: Linear, hidden: torch.Tensor, x: torch.Tensor, rows: AdapterRows | None
     ) -> torch.Tensor:
-        """hidden and the product, of which each process has a part; hidden may be overwritten."""
+        """hidden + the product, summed over the processes that have a part of it; hidden may be
+        overwritten."""
         if self._parallel.size == 1:
             return self._adapted(name, linear.add_to(hidden, x), x, rows)
         return hidden.add_(self._parallel.add(self._adapted(name, linear(x), x, rows)))

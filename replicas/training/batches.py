@@ -18,7 +18,7 @@ from replicas.training.tokenizer import ASSISTANT_ID, BOS_ID, EOS_ID, MASK_ID, S
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What a batch is made of; lengths in tokens."""
+    """The make-up of a batch; lengths in tokens."""
 
     rows: int = 16
     clean_len: int = 200
@@ -39,24 +39,33 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Document:
-    """A tokenised chat; `answers` are the (start, end) token spans to learn, their EOS included."""
+    """A tokenised chat."""
 
     ids: list[int]
     answers: list[tuple[int, int]]
+    """The (start, end) token spans to learn, their EOS included."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """Inputs and targets of one step; noisy fields are None in AR-only training."""
 
-    ids: Tensor  # int64 [rows, clean (+ noisy)]
-    positions: Tensor  # int64 [rows, clean (+ noisy)]
-    clean_mask: Tensor  # bool [rows, clean, clean]
-    noisy_mask: Tensor | None  # bool [rows, noisy, clean + noisy]
-    targets: Tensor  # int64 [rows, clean (+ noisy)]
-    ar_weights: Tensor  # float32 [rows, clean (+ noisy)], 0 in the noisy half
-    noisy_weights: Tensor  # float32 [rows, clean (+ noisy)], 0 in the clean half
-    num_tokens: int  # clean tokens that are not padding
+    ids: Tensor
+    """int64 [rows, clean (+ noisy)]"""
+    positions: Tensor
+    """int64 [rows, clean (+ noisy)]"""
+    clean_mask: Tensor
+    """bool [rows, clean, clean]"""
+    noisy_mask: Tensor | None
+    """bool [rows, noisy, clean + noisy]"""
+    targets: Tensor
+    """int64 [rows, clean (+ noisy)]"""
+    ar_weights: Tensor
+    """float32 [rows, clean (+ noisy)], 0 in the noisy half."""
+    noisy_weights: Tensor
+    """float32 [rows, clean (+ noisy)], 0 in the clean half."""
+    num_tokens: int
+    """Clean tokens that are not padding."""
 
     def to(self, device: torch.device) -> "Batch":
         moved: dict[str, Any] = {
@@ -66,7 +75,7 @@ class Batch:
 
 
 def encode_chat(tokenizer: Tokenizer, chat: list[Message]) -> Document:
-    """Tokenises as the chat template does."""
+    """Tokenises the chat as the chat template does."""
     ids, answers = [BOS_ID], []
     roles = {"system": SYSTEM_ID, "user": USER_ID, "assistant": ASSISTANT_ID}
     for message in chat:
@@ -100,7 +109,7 @@ def _draw_documents(config: DataConfig, tokenizer: Tokenizer, rng: random.Random
 
 
 def _pack(config: DataConfig, documents: list[Document]) -> list[list[Document]]:
-    """First fit, longest first; what doesn't fit is left out."""
+    """Packs the documents first fit, longest first; what doesn't fit is left out."""
     rows: list[list[Document]] = [[] for _ in range(config.rows)]
     room = [config.clean_len] * config.rows
     for document in sorted(documents, key=lambda d: -len(d.ids)):
@@ -121,7 +130,7 @@ def _blocks(config: DataConfig, document: Document, rng: random.Random) -> list[
 
 
 def make_batch(config: DataConfig, tokenizer: Tokenizer, seed: int, step: int, joint: bool) -> Batch:
-    """The batch of a step. joint: with the noisy half, else AR only."""
+    """The batch of a step; with the noisy half if `joint`, else AR only."""
     rng = random.Random(f"{seed}/{step}")
     rows = _pack(config, _draw_documents(config, tokenizer, rng))
     shape = (config.rows, config.clean_len + (config.noisy_len if joint else 0))

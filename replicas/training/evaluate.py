@@ -34,19 +34,19 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Answer:
-    """What one decoding of a task gave."""
+    """The result of decoding one task."""
 
     tokens: tuple[int, ...]
     """The completion, its end of text included."""
     text: str
     ended: bool
-    """With an end of text, not for want of room."""
+    """True if it ended with an end of text, not for want of room."""
     num_forwards: int
 
 
 @dataclass(frozen=True)
 class Score:
-    """One family, or all of them ("all"), under one setting."""
+    """The figures of one family, or of all of them ("all"), under one setting."""
 
     setting: str
     family: str

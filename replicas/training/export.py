@@ -28,7 +28,7 @@ BLOCK_SIZE = 32
 
 
 def config_json(config: ModelConfig) -> dict[str, object]:
-    """config.json with the published fields; query scaling stays 1 within the context length."""
+    """The content of config.json, with the published fields; query scaling is 1 within the context length."""
     return {
         "model_type": "nemotron_labs_diffusion",
         "architectures": ["NemotronLabsDiffusionModel"],
@@ -70,7 +70,7 @@ def config_json(config: ModelConfig) -> dict[str, object]:
 
 
 def export(model: TriModel, tokenizer: Tokenizer, folder: Path) -> None:
-    """config.json, model.safetensors (float32), tokenizer files, chat template, generation_config.json."""
+    """Writes config.json, model.safetensors (float32), tokenizer, chat template, generation_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", config_json(model.config))
     weights = {name: tensor.float().cpu() for name, tensor in model.published_state().items()}

@@ -26,7 +26,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
     copying_start: float = 1.0
-    """How far attention starts out as copying what it attends to; 0 is a plain random start."""
+    """The strength with which attention starts out copying what it attends to; 0 is a plain random start."""
 
     @property
     def head_dim(self) -> int:
@@ -147,8 +147,10 @@ class TriModel(nn.Module):
     learned for all words at once. The published checkpoint has two matrices.
     """
 
-    cos: Tensor  # float32 [positions, head_dim / 2]
+    cos: Tensor
+    """float32 [positions, head_dim / 2]"""
     sin: Tensor
+    """float32 [positions, head_dim / 2]"""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -23,10 +23,10 @@ class NoisyBlock:
 
     start: int
     ids: list[int]
-    """What the model sees: tokens, some of them masked."""
+    """The model's input: tokens, some of them masked."""
     targets: list[int]
     weights: list[float]
-    """Of the loss at each position: 0 where the token is not masked."""
+    """The weight of the loss at each position: 0 where the token is not masked."""
 
 
 def make_blocks(
@@ -68,7 +68,9 @@ def make_blocks(
 
 
 def clean_mask(documents: Tensor) -> Tensor:
-    """bool [rows, clean, clean]: causal within a document. documents: int64 [rows, clean], 0 is padding.
+    """The mask of the clean half, bool [rows, clean, clean]: causal within a document.
+
+    documents: int64 [rows, clean], 0 is padding
 
     Padding attends to padding before it, so no row of the mask is empty.
     """
@@ -80,10 +82,11 @@ def clean_mask(documents: Tensor) -> Tensor:
 def noisy_mask(
     documents: Tensor, positions: Tensor, noisy_documents: Tensor, noisy_blocks: Tensor, noisy_starts: Tensor
 ) -> Tensor:
-    """bool [rows, noisy, clean + noisy]: what a noisy token attends to.
+    """The mask of the noisy half, bool [rows, noisy, clean + noisy], True where a noisy token attends.
 
-    documents, positions: int64 [rows, clean], of the clean half; noisy_documents, noisy_blocks, noisy_starts:
-    int64 [rows, noisy], the document, the block (numbered within the row) and the block's first position.
+    documents, positions: int64 [rows, clean], the clean half's
+    noisy_documents, noisy_blocks, noisy_starts: int64 [rows, noisy], the document, the block (numbered within
+    the row) and the block's first position
     """
     same = noisy_documents[:, :, None] == documents[:, None, :]
     to_clean = same & (positions[:, None, :] < noisy_starts[:, :, None]) & (documents != 0)[:, None, :]
@@ -92,5 +95,8 @@ def noisy_mask(
 
 
 def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Sum of the weighted cross-entropies. logits [n, vocab]; targets int64 [n]; weights float [n]."""
+    """The sum of the weighted cross-entropies.
+
+    logits: [n, vocab]; targets: int64 [n]; weights: float [n]
+    """
     return (F.cross_entropy(logits.float(), targets, reduction="none") * weights).sum()

@@ -49,11 +49,11 @@ class TrainConfig:
     eval_per_family: int = 24
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=0))
-    """Its vocab_size becomes the tokenizer's."""
+    """The model's sizes; the vocab_size becomes the tokenizer's."""
 
 
 def learning_rate_scale(step: int, config: TrainConfig) -> float:
-    """Warm-up, stable, linear decay to zero at `config.steps`."""
+    """The learning rate's factor: warm-up, stable, linear decay to zero at `config.steps`."""
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
     return warm * min(1.0, (config.steps - step) / max(1, config.decay_steps))
 
@@ -74,7 +74,7 @@ def make_optimizers(model: TriModel, config: TrainConfig) -> list[torch.optim.Op
 
 
 def losses(model: TriModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(AR loss per answer token, masked-token loss per noisy position), both scalars."""
+    """The AR loss per answer token and the masked-token loss per noisy position, both scalars."""
     with torch.autocast(batch.ids.device.type, dtype=torch.bfloat16):
         hidden = model(batch.ids, batch.positions, batch.clean_mask, batch.noisy_mask)
         logits = model.logits(hidden).flatten(0, 1)
@@ -93,7 +93,7 @@ def losses(model: TriModel, batch: Batch) -> tuple[Tensor, Tensor]:
 def teacher_forced_exact(
     model: TriModel, tokenizer: Tokenizer, per_family: int, device: torch.device
 ) -> dict[str, float]:
-    """Share of held-out tasks a family whose whole answer is the argmax at each place.
+    """The share of held-out tasks, by family, whose whole answer is the argmax at each place.
 
     That equals greedy AR decoding giving the reference answer exactly.
     """
@@ -146,7 +146,7 @@ def train(
 ) -> TriModel:
     """Trains to `config.steps`, from `out/state.pt` where there is one; exports to `out/checkpoint`.
 
-    stop_at: a step to stop at before, its state saved, as if interrupted.
+    stop_at: the step before which to stop, its state saved, as if interrupted
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out.mkdir(parents=True, exist_ok=True)

@@ -15,12 +15,14 @@ from replicas.model.rotary import RotaryTable
 
 
 class PagedKv:
-    """layers: one tensor a layer, [num_pages, 2, num_kv_heads, page_size, head_dim], keys then values.
+    """Keys and values of all layers on the device, in pages.
 
-    dtype: of the pages; float8_e4m3fn stores keys and values divided by `scales`.
-    scales: [layers, 2, num_kv_heads] float32, None where pages have the model's own dtype. They are 1
-        until a checkpoint or a calibration sets them: keys and values of the served models are small
-        against fp8's largest number, 448.
+    `layers` holds one tensor a layer, [num_pages, 2, num_kv_heads, page_size, head_dim], keys then values. In
+    float8_e4m3fn pages, keys and values are stored divided by `scales`, [layers, 2, num_kv_heads] float32;
+    with the model's own dtype it is None. Scales are 1 until a checkpoint or a calibration sets them: keys
+    and values of the served models are small against fp8's largest number, 448.
+
+    dtype: the pages' own
     """
 
     def __init__(
@@ -36,10 +38,12 @@ class PagedKv:
 
 @dataclass(frozen=True, slots=True)
 class TritonPlan:
-    """replicas.model.attention.AttentionPlan's counterpart. order, positions: as there."""
+    """The counterpart of replicas.model.attention.AttentionPlan for the kernels."""
 
     order: tuple[int, ...]
+    """Segment indices in the order in which their tokens are packed into rows."""
     positions: torch.Tensor
+    """[T] int64, the position of each packed row."""
     inputs: StepInputs
 
 
@@ -66,8 +70,11 @@ class TritonAttention:
     def __call__(
         self, layer: int, queries: torch.Tensor, keys_values: torch.Tensor, plan: TritonPlan
     ) -> torch.Tensor:
-        """queries [T, heads, head_dim] and keys_values [T, 2 * kv_heads, head_dim], rotated already;
-        stores the latter -> [T, heads * head_dim]"""
+        """Stores the keys and values, then attends -> [T, heads * head_dim].
+
+        queries: [T, heads, head_dim], rotated already
+        keys_values: [T, 2 * kv_heads, head_dim], likewise
+        """
         inputs = plan.inputs
         pages = self._pages.layers[layer]
         store_kv(keys_values, pages, inputs.positions, inputs.slots, 0, None, scales=self._scales(layer))
@@ -76,8 +83,10 @@ class TritonAttention:
     def rotate_store_attend(
         self, layer: int, qkv: torch.Tensor, norms: HeadNorms | None, inputs: StepInputs
     ) -> torch.Tensor:
-        """qkv [T, heads + 2 kv_heads, head_dim] as the projection gives it; its queries are overwritten
-        -> [T, heads * head_dim]"""
+        """Rotates, stores and attends -> [T, heads * head_dim].
+
+        qkv: [T, heads + 2 kv_heads, head_dim] as the projection gives it; its queries are overwritten
+        """
         num_heads = self._config.num_heads
         store_kv(
             qkv,

@@ -1,4 +1,4 @@
-"""What a step begun ahead did not know when it was packed, filled in on the device once it is known there."""
+"""Fills in on the device what a step begun ahead of its turn could not know when it was packed."""
 
 from collections.abc import Mapping
 from itertools import chain
@@ -17,7 +17,11 @@ _START, _FIRST_PAGE = 1, 4
 def fill_in(
     guessed: Guess, tokens: torch.Tensor, parts: Mapping[str, torch.Tensor], staging: Staging, page_size: int
 ) -> None:
-    """tokens: [W] int64, of the step before. parts: of the guessed step (sections_of), changed in place."""
+    """Completes the guessed step's token ids, positions and slots from the tokens of the step before it.
+
+    tokens: [W] int64, the outputs of the step before
+    parts: the guessed step's (sections_of), changed in place
+    """
     # One copy for all of it: staging waits for a copy of its own that is queued behind a running step.
     sent = staging.send(_pack(guessed))
     num_rows, num_segments = len(guessed.sources), len(guessed.segments)
@@ -35,7 +39,7 @@ def fill_in(
 
 
 def _pack(guessed: Guess) -> np.ndarray:
-    """The sources; and where anything is verified, each row's segment and each segment's draft."""
+    """The guess in numbers: sources; and if anything is verified, rows' segments and segments' drafts."""
     if all(draft is None for draft in guessed.drafts):
         return np.array(guessed.sources, dtype=np.int32)
     lengths = [len(segment.token_ids) for segment in guessed.segments]
@@ -55,7 +59,10 @@ def _pack(guessed: Guess) -> np.ndarray:
 def _move(
     parts: Mapping[str, torch.Tensor], added: torch.Tensor, of_row: torch.Tensor, page_size: int
 ) -> None:
-    """Each segment with its rows further on. added: [S] int32; of_row: [T] int32, the segment of each row"""
+    """Moves each segment and its rows further on.
+
+    added: [S] int32; of_row: [T] int32, the segment of each row
+    """
     segments = parts["segments"].view(-1, int(SEGMENT_FIELDS.value))[: len(added)]
     segments[:, _START] += added
     positions = parts["positions"][: len(of_row)]

@@ -14,9 +14,9 @@ Replay = Callable[[], object]
 
 
 class GraphCache:
-    """Replays of captured steps by size, at most max_graphs of them.
+    """Replays captured steps by size; keeps at most max_graphs of them.
 
-    capture: makes the replay of a step of a size; called once a size, until it is dropped.
+    capture: makes the replay of a step of a size; called once a size, and again after that size was dropped
     """
 
     def __init__(self, capture: Callable[[StepSize], Replay], max_graphs: int = MAX_GRAPHS):
@@ -51,7 +51,7 @@ class GraphRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, compute: Callable[[], object]) -> Replay:
-        """compute runs twice: once outside, which compiles kernels and sets libraries up, once captured."""
+        """Captures compute, which runs twice: first outside, to compile kernels and set up libraries."""
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):

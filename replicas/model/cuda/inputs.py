@@ -23,13 +23,15 @@ _FIELDS = int(SEGMENT_FIELDS.value)
 
 @dataclass(frozen=True, slots=True)
 class StepSize:
-    """num_tiles: of each of the kernel's tile shapes. has_adapter: whether the draft adapter runs at all."""
+    """The lengths of a step's arrays, which a graph fixes."""
 
     num_rows: int
     num_wanted: int
     num_segments: int
     num_tiles: tuple[int, ...]
+    """The number of tiles of each of the kernel's tile shapes."""
     has_adapter: bool
+    """True if the draft adapter runs at all."""
 
     def bucketed(self) -> "StepSize":
         """The next size of few kinds: 1, 2, 4, 8, and then steps of a quarter to a half."""
@@ -42,7 +44,7 @@ class StepSize:
         )
 
     def sections(self) -> Iterator[tuple[str, int]]:
-        """Names and lengths of what the buffer holds before the page table, in order."""
+        """The names and lengths of the arrays that the buffer holds before the page table, in order."""
         yield "token_ids", self.num_rows
         yield "positions", self.num_rows
         yield "slots", self.num_rows
@@ -64,14 +66,13 @@ def bucket(count: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class HostStep:
-    """A step on the host, not padded; rows in the order of the segments.
-
-    sections: int32 arrays by the names of StepSize.sections; page_table: [P] int32
-    """
+    """A step on the host, not padded; rows in the order of the segments."""
 
     size: StepSize
     sections: dict[str, np.ndarray]
+    """int32 arrays by the names of StepSize.sections."""
     page_table: np.ndarray
+    """[P] int32"""
 
     @classmethod
     def pack(
@@ -81,7 +82,10 @@ class HostStep:
         page_size: int,
         most_added: Sequence[int] | None = None,
     ) -> "HostStep":
-        """most_added: how far each segment may begin past its start; the table has its pages till there."""
+        """Lays out the segments.
+
+        most_added: the most positions by which each may begin past its start; the table has pages for them
+        """
         lengths = np.array([len(segment.token_ids) for segment in segments])
         starts = np.array([segment.start for segment in segments])
         ends = lengths.cumsum()
@@ -138,11 +142,11 @@ class HostStep:
         return cls(size, sections, page_table)
 
     def num_ints(self, size: StepSize) -> int:
-        """How many numbers `write` will write."""
+        """The count of numbers that `write` writes."""
         return sum(length for _, length in size.sections()) + len(self.page_table)
 
     def write(self, buffer: np.ndarray, size: StepSize) -> int:
-        """Into an int32 buffer, padded to size; returns how many of its numbers are used."""
+        """Writes the step into an int32 buffer, padded to size; returns how many of its numbers are used."""
         at = 0
         for name, length in size.sections():
             values = self.sections[name]
@@ -155,7 +159,7 @@ class HostStep:
 
 
 def sections_of(buffer: torch.Tensor, size: StepSize) -> dict[str, torch.Tensor]:
-    """Views of the buffer by the names of StepSize.sections, and the rest of it as "page_table"."""
+    """Views of the buffer by the names of StepSize.sections; the rest of it is "page_table"."""
     parts = {}
     at = 0
     for name, length in size.sections():
@@ -166,27 +170,32 @@ def sections_of(buffer: torch.Tensor, size: StepSize) -> dict[str, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """Views of the buffer on the device, all int32; what a forward reads.
-
-    token_ids, positions, slots: [T]; wanted: [W]
-    adapter, wanted_adapter: rows of the draft adapter, -1 for none, [T] and [W]; None where it is off
-    segments: [S, 5]; page_table: [rest of the buffer]; tiles and scratch: of the attention kernel
-    """
+    """A forward's inputs: views of the buffer on the device, all int32."""
 
     token_ids: torch.Tensor
+    """[T]"""
     positions: torch.Tensor
+    """[T]"""
     slots: torch.Tensor
+    """[T]"""
     wanted: torch.Tensor
+    """[W]"""
     adapter: torch.Tensor | None
+    """[T], the rows of the draft adapter, padded with -1; None where it is off."""
     wanted_adapter: torch.Tensor | None
+    """[W], the same among the wanted rows."""
     segments: torch.Tensor
+    """[S, 5]"""
     page_table: torch.Tensor
+    """[P], the rest of the buffer."""
     tiles: tuple[Tiles, ...]
+    """The attention kernel's tiles."""
     scratch: Scratch
+    """The attention kernel's scratch."""
 
     @classmethod
     def view(cls, buffer: torch.Tensor, size: StepSize, config: ModelConfig) -> "StepInputs":
-        """buffer: [N] int32 as HostStep.write leaves it. Allocates the attention's scratch."""
+        """Views of buffer [N] int32 as HostStep.write leaves it. Allocates the attention's scratch."""
         parts = sections_of(buffer, size)
         tiles = []
         for index, shape in enumerate(TILE_SHAPES):

@@ -1,11 +1,11 @@
-"""Which segments the next step will ask for, where they follow from this one's tokens alone. Pure.
+"""Guesses the next step's segments where they follow from this one's tokens alone. Pure.
 
 An AR step is followed by one of the token it gives, a draft by the verify of the tokens it gives, a verify by
 a draft that begins where it stopped accepting. None needs the host to be planned, so the runner may start
-them while the host still commits this step. What follows a forward of diffusion, a block's commit with the
-next one behind it too, is the host's to say. The engine is free to ask for something else: a sequence may
-end, others may come. What was started is then dropped; its K/V lies past what counts as cached and is
-overwritten before it could.
+them while the host still commits this step. Only the host can tell what follows a forward of diffusion, which
+includes a block's commit with the next block behind it. The engine is free to ask for something else: a
+sequence may end, others may come. What was started is then dropped; its K/V lies past what counts as cached
+and is overwritten before it could.
 """
 
 from collections.abc import Sequence
@@ -18,23 +18,22 @@ _UNKNOWN = 0
 
 @dataclass(frozen=True, slots=True)
 class Guess:
-    """segments: what comes next, with tokens yet unknown as 0.
-
-    sources: for each token of them, in order, the row among this step's outputs that gives it, or -1
-        where the token itself is known. Past the outputs come the bonus tokens, one a segment.
-    drafts: for each segment what this step verifies of it, None where it verifies nothing. Such a segment
-        begins at its draft's start here; the accepted tokens and one are to be added.
-    first_outputs: for each segment where its rows begin among this step's outputs.
-    """
+    """The segments that the next step is expected to ask for."""
 
     segments: tuple[Segment, ...]
+    """The expected segments, with tokens yet unknown as 0."""
     sources: tuple[int, ...]
+    """For each of their tokens, in order, the row among this step's outputs that gives it, -1 where it is
+    known already. The bonus tokens, one a segment, count as rows past the outputs."""
     drafts: tuple[tuple[int, ...] | None, ...]
+    """For each segment the draft that this step verifies, None where it verifies nothing. Such a segment
+    begins here at its draft's start, to be moved on by the accepted tokens and one."""
     first_outputs: tuple[int, ...]
+    """For each segment the first of its rows among this step's outputs."""
 
     @property
     def most_added(self) -> tuple[int, ...]:
-        """How far each segment may begin past its start."""
+        """For each segment the most positions by which it may begin past its start."""
         return tuple(0 if draft is None else len(draft) + 1 for draft in self.drafts)
 
 
@@ -45,9 +44,9 @@ def guess(
     page_size: int,
     mask_token_id: int | None,
 ) -> Guess | None:
-    """None unless every segment's successor is known.
+    """The guess of the step after this one; None unless every segment's successor is known.
 
-    first_outputs: for each segment where its rows begin among the step's outputs, num_outputs in all.
+    first_outputs: for each segment the first of its rows among the step's outputs, num_outputs in all
     """
     following = []
     sources: list[int] = []
@@ -87,7 +86,7 @@ def guess(
 
 
 def _has_room(verify: Segment, page_size: int) -> bool:
-    """Whether the next draft can be as long wherever this one stops, by its pages and by max_tokens."""
+    """True if the next draft can be as long wherever this one stops, by its pages and by max_tokens."""
     length = len(verify.token_ids)
     end = verify.start + 2 * length
     most = verify.sampling.max_tokens
@@ -95,9 +94,9 @@ def _has_room(verify: Segment, page_size: int) -> bool:
 
 
 def resolve(guessed: Guess, token_ids: Sequence[int]) -> dict[int, tuple[int, Segment]]:
-    """By sequence: the index of its guessed segment, and the segment with the tokens that it had.
+    """The guessed segments with the tokens that they had, by sequence, each with its index in the guess.
 
-    token_ids: the outputs, all of them.
+    token_ids: all of the step's outputs
     """
     counts = [
         None if draft is None else _num_accepted(draft, token_ids[first:])
@@ -126,7 +125,7 @@ def _num_accepted(draft: Sequence[int], tokens: Sequence[int]) -> int:
 
 
 def match(known: dict[int, tuple[int, Segment]], segments: Sequence[Segment]) -> list[int] | None:
-    """For each segment asked for the index of its guess; None unless all were guessed."""
+    """The index of the guess for each segment asked for; None unless all were guessed."""
     found = []
     for segment in segments:
         index, expected = known.get(segment.seq_id, (-1, None))

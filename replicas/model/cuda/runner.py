@@ -33,36 +33,37 @@ MEMORY_FOR_STEPS = 2 << 30
 """Bytes left free on the device for activations, graphs and libraries when the page pool is sized."""
 _GRAPH_PAGE_ENTRIES = 1 << 20
 _FP8_SINCE = (8, 9)
-"""The compute capability from which on fp8 is converted in hardware, as Triton asks for."""
+"""The first compute capability that converts fp8 in hardware, as Triton asks for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """pads: steps are padded to few sizes, as graphs need; graphs: those are captured and replayed.
-
-    looks_ahead: a step whose segments follow from this one's tokens is started before it is asked for.
-    Both graphs and looks_ahead are for CUDA; on the CPU, where tests run, padding alone can be had.
-    """
+    """Ways to make steps faster; on the CPU, where tests run, `pads` alone can be had."""
 
     pads: bool = True
+    """Pads steps to few sizes, as graphs need."""
     graphs: bool = True
+    """Captures the padded steps and replays them."""
     looks_ahead: bool = True
+    """Starts a step before it is asked for if its segments follow from this one's tokens."""
     max_graphs: int = MAX_GRAPHS
 
 
 @dataclass(frozen=True, slots=True)
 class _Ahead:
-    """A step begun before it was asked for. known: its segments (lookahead.resolve)."""
+    """A step begun before it was asked for."""
 
     known: dict[int, tuple[int, Segment]]
+    """Its segments, as lookahead.resolve gives them."""
     sampled: Sampled
 
 
 class CudaRunner:
     """Runs StepPlans on one device. Not thread-safe: one thread calls `run`.
 
-    weights are on the device. parallel: this process's place among those that share the model; weights
-    and config are then its own part (replicas.model.parallel.shard).
+    weights: on the device already
+    parallel: this process's place among those that share the model; weights and config are then its own part
+    (replicas.model.parallel.shard)
     """
 
     def __init__(
@@ -106,11 +107,11 @@ class CudaRunner:
         max_context: int | None = None,
         options: Options = Options(),
     ) -> "CudaRunner":
-        """checkpoint: a folder or a hub name. Raises CheckpointError.
+        """Loads a checkpoint from a folder or by its hub name. Raises CheckpointError.
 
-        num_pages or kv_budget_bytes sizes the page pool, the first before the second; with neither it
-        takes what the device has left beside weights and MEMORY_FOR_STEPS. kv_dtype: 'auto' is the
-        weights'. Under torch.distributed's default group the model is split among its processes.
+        num_pages or kv_budget_bytes sizes the page pool, the first before the second; with neither it takes
+        what the device has left beside weights and MEMORY_FOR_STEPS. kv_dtype: 'auto' is the weights'. Under
+        torch.distributed's default group the model is split among its processes.
         """
         if dtype not in DTYPES:
             raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -199,7 +200,7 @@ class CudaRunner:
         return choose(segments, logits[:num_wanted], best, spec.mask_token_id, spec.eos_token_ids)
 
     def _guess(self, segments: Sequence[Segment], sampled: Sampled, indices: Sequence[int]) -> Guess | None:
-        """What follows the segments, whose outputs are at indices of the sampled ones."""
+        """The guess of the segments that follow these, whose outputs are at `indices` of the sampled ones."""
         if not self._options.looks_ahead or not all(is_plain(segment) for segment in segments):
             return None
         first_rows = sampled.first_rows()
@@ -207,7 +208,7 @@ class CudaRunner:
         return guess(segments, firsts, len(sampled.tokens), self._page_size, self._spec.mask_token_id)
 
     def _size(self, host: HostStep) -> tuple[StepSize, GraphCache | None]:
-        """The size to pad to, and the graphs where the step fits one."""
+        """The size to pad to, and the graphs if the step fits one."""
         if not self._options.pads or host.size.num_rows > MAX_GRAPH_ROWS:
             return host.size, None
         size = host.size.bucketed()
@@ -215,7 +216,7 @@ class CudaRunner:
         return size, self._graphs if fits else None
 
     def _prepare_graphs(self, dtype: torch.dtype, max_graphs: int) -> None:
-        """Tensors that graphs read from and write to, and the way they are captured."""
+        """Makes the tensors that graphs read from and write to, and the way they are captured."""
         device = self.device
         most = StepSize(MAX_GRAPH_ROWS, MAX_GRAPH_ROWS, MAX_GRAPH_ROWS, (2 * MAX_GRAPH_ROWS,) * 3, True)
         num_ints = sum(length for _, length in most.sections()) + _GRAPH_PAGE_ENTRIES

@@ -9,7 +9,7 @@ _NUM_BUFFERS = 3
 
 
 class Event:
-    """Whether the work queued so far is done; nothing to wait for on a CPU."""
+    """A mark in the queue of the device's work, to wait for; on a CPU there is nothing to wait for."""
 
     def __init__(self, device: torch.device):
         self._event: torch.cuda.Event | None = None
@@ -32,13 +32,13 @@ class Staging:
         self._turn = 0
 
     def send_step(self, host: HostStep, size: StepSize, target: torch.Tensor | None) -> torch.Tensor:
-        """Into target [N] int32, or into a new tensor of the step's own length."""
+        """Sends the step into target [N] int32, or into a new tensor of the step's own length."""
         buffer = self._next(host.num_ints(size))
         used = host.write(buffer.numpy(), size)
         return self._send(buffer[:used], target)
 
     def send(self, numbers: np.ndarray) -> torch.Tensor:
-        """[n] int32"""
+        """Sends numbers [n] int32 into a new tensor."""
         buffer = self._next(len(numbers))
         buffer.numpy()[: len(numbers)] = numbers
         return self._send(buffer[: len(numbers)], None)

@@ -17,7 +17,7 @@ from replicas.model.parallel import Parallel
 class CudaTransformer:
     """A decoder of the Llama family, or this process's part of one (replicas.model.parallel).
 
-    weights: on the device already. config: the part's own.
+    weights: on the device already. config: the part's own configuration.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class CudaTransformer:
 
     @torch.inference_mode()
     def forward(self, inputs: StepInputs, logits: torch.Tensor | None = None) -> torch.Tensor:
-        """-> logits [W, vocab] of the wanted rows, in the model's dtype; into `logits` if it is given."""
+        """Computes logits [W, vocab] of the wanted rows in the model's dtype, into `logits` if given."""
         residual = F.embedding(inputs.token_ids, self._weights.embedding)
         update: torch.Tensor | None = None
         last = self._layers[-1]
@@ -58,7 +58,7 @@ class CudaTransformer:
 
 
 class _Layer:
-    """Residuals are added by the norm that follows them, so `finish` gives an update yet to be added."""
+    """A layer; the norm that follows adds the residual, so `finish` gives an update yet to be added."""
 
     def __init__(
         self,
@@ -79,7 +79,10 @@ class _Layer:
             self._norms = HeadNorms(weights.query_norm, weights.key_norm, config.rms_norm_eps)
 
     def attend(self, update: torch.Tensor | None, residual: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
-        """update, residual [T, hidden], the second changed in place -> [T, heads * head_dim]"""
+        """Norm, projection and attention -> [T, heads * head_dim].
+
+        update, residual: [T, hidden], the second changed in place
+        """
         weights = self._weights
         if update is None:
             x = rms_norm(residual, weights.input_norm, self._eps)
@@ -92,7 +95,10 @@ class _Layer:
     def finish(
         self, attended: torch.Tensor, residual: torch.Tensor, adapter: torch.Tensor | None
     ) -> torch.Tensor:
-        """attended [N, heads * head_dim], residual [N, hidden], changed in place -> update [N, hidden]"""
+        """Output projection and MLP: attended [N, heads * head_dim] -> update [N, hidden].
+
+        residual: [N, hidden], changed in place
+        """
         weights = self._weights
         update = self._adapted("o", F.linear(attended, weights.o), attended, adapter)
         x = rms_norm(self._parallel.add(update), weights.post_norm, self._eps, residual)

@@ -15,7 +15,7 @@
 
 namespace triad {
 
-// Of one layer's keys or values, in units; both have tiles of tile_units.
+// The layout of one layer's keys or values, in units; both have tiles of tile_units.
 struct CacheShape {
   int64_t page_size, num_kv_heads, head_dim, padded_dim, tiles_per_page, key_units, tile_units;
 

@@ -27,7 +27,7 @@ class NativeUnavailable(Exception):
 
 @cache
 def load_library() -> ctypes.CDLL:
-    """The library, compiled if this machine has not got it yet. Raises NativeUnavailable."""
+    """The native library, compiled if this machine has not got it yet. Raises NativeUnavailable."""
     compiler = _compiler()
     path = _cache_folder() / f"forward-{_fingerprint(compiler)}.so"
     if not path.is_file():
@@ -57,7 +57,7 @@ def _cache_folder() -> Path:
 
 
 def _fingerprint(compiler: str) -> str:
-    """Of all that the library depends on: sources, flags, compiler, and the processor's features."""
+    """A hash of all that the library depends on: sources, flags, compiler, and the processor's features."""
     digest = hashlib.sha256()
     for source in sorted(SOURCES.glob("*.h")) + sorted(SOURCES.glob("*.cpp")):
         digest.update(source.read_bytes())

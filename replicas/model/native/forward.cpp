@@ -124,7 +124,7 @@ class Forward {
   }
 
  private:
-  // Where each row's K/V goes, and attention's tasks. Long blocks of queries come first.
+  // Lays out each row's place in the K/V, and attention's tasks, of which long blocks of queries come first.
   void plan() {
     const int64_t per_kv = model_.num_heads / model_.num_kv_heads;
     const int64_t block_length = std::max<int64_t>(1, MAX_SCORE_ROWS / per_kv);

@@ -28,15 +28,16 @@ template <int M>
 constexpr int COLUMNS = M <= 3 ? 2 : 1;
 #endif
 
-// packed: units, or int8 codes in their order; then row n is scales[n] times its codes (N padded to 32).
-// n, k: unpadded. Null: no such matrix; no scales: units.
+// A packed matrix of n rows and k columns, unpadded; packed is null where there is no such matrix.
+// packed holds units where scales is null, else int8 codes in the units' order: row n is scales[n] times its
+// codes (N padded to 32).
 struct Matrix {
   const void* packed;
   const float* scales;
   int64_t n, k;
 };
 
-// init: what the sums begin with, rows ld_init apart (0: one row for all); null for zeros.
+// The values that the sums begin with, rows ld apart (0: one row for all); null for zeros.
 struct Init {
   const float* values = nullptr;
   int64_t ld = 0;

@@ -49,10 +49,10 @@ def _page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
 
 
 class NativeModel:
-    """Weights, K/V pages and threads of the native forward. Not thread-safe.
+    """The weights, K/V pages and threads of the native forward. Not thread-safe.
 
-    Takes the weights over: they are emptied layer by layer. A row's results do not depend on the
-    other rows of a step, bit for bit, in either dtype.
+    Takes the weights over: they are emptied layer by layer. A row's results do not depend on the other rows
+    of a step, bit for bit, in either dtype.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class NativeModel:
         num_threads: int,
         quantization: str | None = None,
     ):
-        """quantization: 'int8' or None; as of TorchRunner.load."""
+        """quantization: 'int8' or None, as in TorchRunner.load."""
         self._quantizes = quantization == "int8"
         self._library = load_library()
         self._vocab_size = config.vocab_size
@@ -109,7 +109,7 @@ class NativeModel:
             self._library.triad_close(ctypes.c_void_p(self._context))
 
     def forward(self, segments: Sequence[Segment]) -> tuple[tuple[int, ...], torch.Tensor]:
-        """-> the order in which segments were packed, and the logits [W, vocab] of their wanted rows.
+        """Runs a step -> the order in which segments were packed, and the wanted rows' logits [W, vocab].
 
         Segments with the adapter come first. The logits, float32, are valid until the next forward.
         """
@@ -147,13 +147,13 @@ class NativeModel:
         return tuple(order), logits[:, : self._vocab_size]
 
     def _run(self, step: c.Step) -> None:
-        """Every array that the step points to must outlive the call."""
+        """Calls the library. Every array that the step points to must outlive the call."""
         self._library.triad_forward(
             ctypes.c_void_p(self._context), ctypes.byref(self._model), ctypes.byref(step)
         )
 
     def choose(self, logits: torch.Tensor, forbidden: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """logits [W, vocab] of the last forward -> argmax [W] int64 and logsumexp [W] float32.
+        """The argmax [W] int64 and logsumexp [W] float32 of the last forward's logits [W, vocab].
 
         The forbidden token's logits become -inf.
         """
@@ -170,7 +170,7 @@ class NativeModel:
         return tokens, normalisers
 
     def _logits_for(self, num_rows: int) -> torch.Tensor:
-        """Reused, because fresh memory of this size costs more than writing it."""
+        """The logits' tensor, kept between steps: fresh memory of this size costs more than writing it."""
         width = -(-self._vocab_size // BLOCK) * BLOCK
         if num_rows * width > len(self._logits):
             self._logits = torch.empty(2 * num_rows * width)
@@ -213,7 +213,7 @@ class NativeModel:
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
-    """[N, K] -> [N / 32, K / unit, 32, unit], padded with zeros; a unit is 4 bytes (linear.h)."""
+    """Packs [N, K] -> [N / 32, K / unit, 32, unit], padded with zeros; a unit is 4 bytes (linear.h)."""
     unit = 4 // weight.itemsize
     rows, columns = weight.shape
     padded = F.pad(weight, (0, -columns % unit, 0, -rows % BLOCK))
@@ -221,7 +221,7 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[N, K] -> int8 codes [N, K] and float32 scales [N]; a weight is about its code times its row's scale.
+    """Codes int8 [N, K] and scales float32 [N] of a matrix: a weight is about its code times its row's scale.
 
     Symmetric: a row's largest weight by magnitude has the code 127 or -127.
     """
@@ -235,7 +235,7 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def pack_codes(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """int8 [N, K] -> [N / 32, K / unit, 2, unit, 16], padded with zeros; units are those of the dtype."""
+    """Packs int8 [N, K] -> [N / 32, K / unit, 2, unit, 16], padded with zeros; units are the dtype's."""
     unit = 4 // dtype.itemsize
     rows, columns = codes.shape
     padded = F.pad(codes, (0, -columns % unit, 0, -rows % BLOCK))
@@ -244,7 +244,7 @@ def pack_codes(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _interleave(gate_up: torch.Tensor) -> torch.Tensor:
-    """[2 * intermediate, ...], gate before up -> 16 rows of gate, 16 of up, and so on."""
+    """Interleaves [2 * intermediate, ...], gate before up -> 16 rows of gate, 16 of up, and so on."""
     gate, up = (_pad_rows(half, LANES) for half in gate_up.chunk(2))
     shape = (-1, LANES, *gate.shape[1:])
     return torch.stack((gate.view(shape), up.view(shape)), 1).flatten(0, 2)

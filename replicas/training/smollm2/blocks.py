@@ -14,39 +14,42 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """full_mask_share: of blocks masked whole; the ratio of the others is uniform in [0.05, 1].
-
-    A masked position weighs 1 / (the block's mask ratio), at most max_weight; past the answer's end, where
-    the target is the end of text, tail_weight times that. In a draft the k-th token after the seed weighs
-    exp(-(k - 1) / draft_decay), since it counts only where all before it are right. aligned_share: of rows
-    whose blocks begin with the answer. distill: the base's own share of the target (loss.py).
-    """
+    """The ways in which blocks are drawn, masked and weighted."""
 
     lengths: tuple[int, ...] = (4, 8, 8, 8, 16, 16, 32)
+    """The block lengths in tokens, of which each row draws one."""
     full_mask_share: float = 0.5
+    """The share of blocks masked whole; the others' mask ratio is uniform in [0.05, 1]."""
     aligned_share: float = 0.25
+    """The share of rows whose blocks begin with the answer."""
     tail_weight: float = 0.1
+    """The factor on the weight of a position past the answer's end, where the target is the end of text."""
     max_weight: float = 4.0
+    """A masked position weighs 1 / (the block's mask ratio), at most this."""
     draft_decay: float = 6.0
+    """In a draft the k-th token after the seed weighs exp(-(k - 1) / draft_decay), since it counts only where
+    all before it are right."""
     distill: float = 0.7
+    """The base's own share of the target (loss.py)."""
 
 
 @dataclass(frozen=True)
 class NoisyBlocks:
-    """The noisy half of a batch, all [rows, noisy] but the mask.
-
-    ids: what the model sees; targets: what it should say; positions: of the clean counterparts;
-    weights: of the loss, 0 where nothing is asked; shares: the base's share of the target, 0 where the base
-    has none: past the end, and where a token after the position is visible, which the base never sees.
-    mask: bool [rows, noisy, clean + noisy].
-    """
+    """The noisy half of a batch, all [rows, noisy] but the mask."""
 
     ids: Tensor
+    """The model's input, int64."""
     targets: Tensor
+    """The tokens that it should say, int64."""
     positions: Tensor
+    """The positions of the clean counterparts, int64."""
     weights: Tensor
+    """The weight of the loss; 0 where nothing is asked."""
     shares: Tensor
+    """The base's share of the target. It is 0 past the end, and where a token after the position is visible,
+    which the base never sees."""
     mask: Tensor
+    """bool [rows, noisy, clean + noisy], True where a noisy token attends."""
 
 
 def draw_blocks(
@@ -61,9 +64,12 @@ def draw_blocks(
     mask_id: int,
     eos_id: int,
 ) -> NoisyBlocks:
-    """ids: int64 [rows, clean], padded at the end; prompt_lens, lengths: int64 [rows], of the prompt and of
-    all; ended: bool [rows], whether an end of text is the last token. The seed of a row's first block is no
-    token before the answer's first, as when serving. num_noisy: positions of the noisy half.
+    """Draws the noisy half; a row's first seed is the answer's first token or a later one, as when serving.
+
+    ids: int64 [rows, clean], padded at the end
+    prompt_lens, lengths: int64 [rows], the prompt's and the whole row's
+    ended: bool [rows], True if an end of text is the last token
+    num_noisy: positions of the noisy half
     """
     device, rows = ids.device, len(ids)
 

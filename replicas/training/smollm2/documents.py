@@ -11,14 +11,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Prompts:
-    """ids: int64 [n, longest], padded at the end; lengths: int64 [n]."""
+    """Prompts as token ids."""
 
     ids: Tensor
+    """int64 [n, longest], padded at the end."""
     lengths: Tensor
+    """int64 [n]"""
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[int]], pad_id: int, width: int | None = None) -> "Prompts":
-        """width: what to pad to; None is the longest prompt's length."""
+        """Pads the prompts to `width`; None is the longest prompt's length."""
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         ids = torch.full((len(prompts), width or int(lengths.max())), pad_id)
         for row, prompt in enumerate(prompts):
@@ -33,7 +35,7 @@ class Prompts:
 
     @classmethod
     def save(cls, path: Path, splits: Mapping[str, "Prompts"]) -> None:
-        """One file of several splits, such as "train"; without padding, for vocabularies up to 65,536."""
+        """Writes splits, such as "train", to one file; without padding, for vocabularies up to 65,536."""
         tensors = {}
         for name, prompts in splits.items():
             real = torch.arange(prompts.ids.shape[1]) < prompts.lengths[:, None]
@@ -53,16 +55,16 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Documents:
-    """Prompts with their answers.
-
-    ids: int64 [n, clean], padded at the end; prompt_lens, lengths: int64 [n], of the prompt and of prompt
-    and answer; ended: bool [n], whether the last token is an end of text, or the answer was cut.
-    """
+    """Prompts with their answers."""
 
     ids: Tensor
+    """int64 [n, clean], padded at the end."""
     prompt_lens: Tensor
+    """int64 [n], the prompt's length."""
     lengths: Tensor
+    """int64 [n], the length of prompt and answer."""
     ended: Tensor
+    """bool [n], True if the last token is an end of text, False if the answer was cut."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -82,7 +84,7 @@ class Documents:
         return self.ids, self.prompt_lens, self.lengths, self.ended
 
     def save(self, path: Path) -> None:
-        """Whole or not at all."""
+        """Writes the file whole or not at all."""
         names = ("ids", "prompt_lens", "lengths", "ended")
         parts = {name: part.cpu().int() for name, part in zip(names, self._parts, strict=True)}
         save_file(parts, path.with_suffix(".tmp"))
@@ -90,7 +92,7 @@ class Documents:
 
     @classmethod
     def load(cls, paths: Iterable[Path]) -> "Documents":
-        """Of one or more files, in their order."""
+        """Reads the documents of one or more files, in their order."""
         files = [load_file(path) for path in paths]
         parts = {name: torch.cat([file[name] for file in files]) for name in files[0]}
         ids, prompt_lens, lengths = (parts[name].long() for name in ("ids", "prompt_lens", "lengths"))

@@ -1,9 +1,9 @@
-"""What the adapter gives on held-out chat prompts, measured with the real engine.
+"""Measures the adapter on held-out chat prompts with the real engine.
 
 `python -m replicas.training.smollm2.evaluate`. Greedy, every prompt under every setting: mean accepted length
 (tokens a draft-and-verify round), tokens a forward (a draft and its verify are two, a diffusion block's
 commit is one) and the share of answers that are AR's token for token. --show prints answers side by side,
-since whether diffusion reads well no number says.
+since no number says whether diffusion reads well.
 """
 
 import argparse
@@ -28,13 +28,14 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Score:
-    """Over all prompts under one setting. accepted: tokens a round of self-speculation; None elsewhere."""
+    """The figures of all prompts under one setting."""
 
     setting: str
     num_prompts: int
     tokens: int
     tokens_per_forward: float
     accepted: float | None
+    """Tokens a round of self-speculation; None for other modes."""
     same_as_ar: float
 
 
@@ -54,7 +55,7 @@ def score(plan: DecodePlan, answers: list[Answer], by_ar: list[Answer]) -> Score
 def evaluate(
     checkpoint: Path, prompts: list[str], plans: tuple[DecodePlan, ...] = SETTINGS, dtype: str = "float32"
 ) -> tuple[list[Score], list[list[Answer]]]:
-    """Scores and answers by plan, of which the first is `ar`.
+    """Scores and answers by plan, the first of which is `ar`.
 
     Raises ValueError for a mode the checkpoint lacks.
     """

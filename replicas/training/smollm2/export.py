@@ -1,4 +1,4 @@
-"""The trained adapter as `linear_spec_lora/`, in PEFT's format, and back."""
+"""Writes the trained adapter as `linear_spec_lora/`, in PEFT's format, and reads it back."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ _MASK_ROW = "base_model.model.encoder.embed_tokens.token_adapter.trainable_token
 
 
 def adapter_tensors(model: AdaptedModel) -> dict[str, Tensor]:
-    """bfloat16, under PEFT's names."""
+    """The adapter's tensors in bfloat16, under PEFT's names."""
     tensors = {_MASK_ROW: model.mask_row[None]}
     for index, layer in enumerate(model.layers):
         for name, module in PROJECTIONS.items():
@@ -26,7 +26,7 @@ def adapter_tensors(model: AdaptedModel) -> dict[str, Tensor]:
 
 
 def export(model: AdaptedModel, folder: Path) -> None:
-    """adapter_config.json and adapter_model.safetensors."""
+    """Writes adapter_config.json and adapter_model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "peft_type": "LORA",
@@ -48,7 +48,7 @@ def export(model: AdaptedModel, folder: Path) -> None:
 
 @torch.no_grad()
 def restore(model: AdaptedModel, file: Path) -> None:
-    """The adapter of an exported file into the model. Raises KeyError or ValueError where it does not fit."""
+    """Reads an exported file into the model. Raises KeyError or ValueError where it does not fit."""
     tensors = load_file(file)
     for name, own in adapter_tensors(model).items():
         if tensors[name].shape != own.shape:

@@ -4,7 +4,7 @@
 and what it takes. Everything it makes is in --out:
 
     documents-*.safetensors, held-out.safetensors   answers by the base, made once
-    state.pt, log.jsonl                             what training goes on from
+    state.pt, log.jsonl                             the state that training goes on from, and its log
     parts/                                          the adapter so far, in parts, and progress.json
     linear_spec_lora/                               the adapter, at the end
 """
@@ -30,30 +30,32 @@ from replicas.training.smollm2.train import TrainConfig, Trainer
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Answers are sampled at temperatures uniform in [low, high]; a greedy_share of them greedily, since
-    greedy decoding is what acceptance is measured on. They end after max_documents or minutes, whichever is
-    first.
-    """
+    """The sampling of answers; it ends after max_documents or minutes, whichever is first."""
 
     minutes: float = 4.0
     max_documents: int = 400_000
     rows: int = 2048
+    """Answers sampled at a time."""
     max_new_tokens: int = 256
     low: float = 0.7
+    """The lowest temperature; temperatures are uniform in [low, high]."""
     high: float = 1.0
     greedy_share: float = 0.25
+    """The share of answers sampled greedily, since acceptance is measured on greedy decoding."""
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class JobConfig:
-    """rank: of the adapter. stop_after_minutes: of this call, sampling included; a later one goes on."""
+    """The settings of one call of the job."""
 
     base: Path
     prompts: Path
     out: Path
     rank: int = 64
+    """The adapter's rank."""
     stop_after_minutes: float = math.inf
+    """The time that this call may take, sampling included; a later one goes on."""
     compiled: bool = True
     sampling: SampleConfig = field(default_factory=SampleConfig)
     training: TrainConfig = field(default_factory=TrainConfig)
@@ -102,7 +104,7 @@ def sample_documents(model: AdaptedModel, config: JobConfig, eos_id: int) -> Non
 
 
 def run(config: JobConfig) -> bool:
-    """Whether the training has come to its end and linear_spec_lora/ is there."""
+    """Runs the job; returns True if training has come to its end and linear_spec_lora/ is there."""
     began = time.monotonic()
     config.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -138,7 +140,7 @@ def run(config: JobConfig) -> bool:
 
 
 def _resume_from_parts(trainer: Trainer, out: Path) -> None:
-    """From what another machine saved, where its parts were put into out/parts; the optimizer starts anew."""
+    """Goes on from what another machine saved, if its parts are in out/parts; the optimizer starts anew."""
     progress = out / "parts" / "progress.json"
     if not progress.is_file():
         return

@@ -29,9 +29,9 @@ def distillation_loss(
 ) -> Tensor:
     """The weighted sum over positions, a scalar; differentiable by `student` alone.
 
-    student, teacher: normed hidden states [n, hidden]; head: [vocab, hidden]; targets: int64 [n];
-    weights, shares: float32 [n]; shares is `a`, the teacher's share of the target;
-    chunk: chunk_loss, or a compiled one.
+    student, teacher: normed hidden states [n, hidden]; head: [vocab, hidden]; targets: int64 [n]
+    weights, shares: float32 [n]; shares is `a`, the teacher's share of the target
+    chunk: chunk_loss, or a compiled one
     """
     chunk = chunk or chunk_loss
     return _Distillation.apply(student, teacher, head, targets, weights, shares, mask_token_id, chunk)
@@ -58,7 +58,7 @@ class _Distillation(torch.autograd.Function):
 
 
 def _padded(x: Tensor) -> Tensor:
-    """To CHUNK rows of zeros, so that every chunk has one shape; a weight of 0 makes them count nothing."""
+    """Pads x with zeros to CHUNK rows, so that every chunk has one shape; such rows weigh 0."""
     return F.pad(x, (0, 0) * (x.dim() - 1) + (0, CHUNK - len(x)))
 
 
@@ -71,7 +71,7 @@ def chunk_loss(
     head: Tensor,
     mask_token_id: int,
 ) -> tuple[Tensor, Tensor]:
-    """Of CHUNK positions -> the loss, and its gradient by `student`."""
+    """The loss of CHUNK positions, and its gradient by `student`."""
     never = torch.arange(len(head), device=head.device) == mask_token_id
     logits = F.linear(student, head).float().masked_fill(never, _NEVER)
     wanted = F.linear(teacher, head).float().masked_fill(never, _NEVER).softmax(-1) * shares[:, None]

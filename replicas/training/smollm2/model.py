@@ -26,13 +26,13 @@ PROJECTIONS = {
     "up_proj": "mlp",
     "down_proj": "mlp",
 }
-"""The adapted layers, and the module of each."""
+"""The adapted layers, and each one's module."""
 
 
 class AdaptedLinear(nn.Module):
-    """y = W x, and + B A x where the adapter is on.
+    """A linear layer with an adapter: y = W x, and + B A x where the adapter is on.
 
-    weight: [out, in], frozen; lora_A: [rank, in]; lora_B: [out, rank], which starts at zero.
+    The weight W [out, in] is frozen; lora_A is [rank, in], lora_B [out, rank], which starts at zero.
     """
 
     weight: Tensor
@@ -79,7 +79,7 @@ class Layer(nn.Module):
         self.finish: Callable[..., Tensor] = self._finish
 
     def compile_parts(self) -> None:
-        """What stands before and after attention becomes few kernels; one compilation serves all layers."""
+        """Compiles the parts before and after attention to few kernels; one compilation serves all layers."""
         self.project = torch.compile(self._project, dynamic=False)
         self.finish = torch.compile(self._finish, dynamic=False)
 
@@ -101,7 +101,7 @@ class Layer(nn.Module):
         return kv.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1)
 
     def clean(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [rows, length, hidden] -> x, K, V. Causal, without adapter."""
+        """Causal, without adapter: x [rows, length, hidden] -> x, K, V."""
         q, k, v = self.project(x, cos, sin, False)
         attended = F.scaled_dot_product_attention(q, self._heads(k), self._heads(v), is_causal=True)
         return self.finish(x, attended, False), k, v
@@ -109,9 +109,9 @@ class Layer(nn.Module):
     def noisy(
         self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, keys: Tensor, values: Tensor
     ) -> Tensor:
-        """x [rows, noisy, hidden] -> x. Bidirectional, with adapter.
+        """Bidirectional, with adapter: x [rows, noisy, hidden] -> x.
 
-        keys, values: the clean ones; bias: [rows, 1, noisy, clean + noisy].
+        keys, values: the clean ones; bias: [rows, 1, noisy, clean + noisy]
         """
         q, k, v = self.project(x, cos, sin, True)
         k, v = torch.cat((keys, k), dim=2), torch.cat((values, v), dim=2)
@@ -127,10 +127,11 @@ class Layer(nn.Module):
         cache: tuple[Tensor, Tensor],
         positions: Tensor,
     ) -> Tensor:
-        """x [rows, 1, hidden] -> x. The cache takes this token's K and V at positions [rows].
+        """One causal token a row: x [rows, 1, hidden] -> x. The cache takes its K and V at positions [rows].
 
-        bias: [rows, 1, 1, cached]. The query heads of one K/V head are so many queries of it, so that
-        nothing of the cache is copied.
+        bias: [rows, 1, 1, cached]
+
+        The query heads of one K/V head are so many queries of it, so that nothing of the cache is copied.
         """
         q, k, v = self.project(x, cos, sin, False)
         row = torch.arange(len(x), device=x.device)
@@ -142,9 +143,10 @@ class Layer(nn.Module):
 
 
 class AdaptedModel(nn.Module):
-    """Raises ValueError for a base that is not tied or has no mask token.
+    """The frozen base with its adapter and mask token.
 
-    What state_dict() holds is what is trained: the adapter and the mask token's embedding, in float32.
+    state_dict() holds what is trained: the adapter and the mask token's embedding, in float32. Raises
+    ValueError for a base that is not tied or has no mask token.
     """
 
     embedding: Tensor
@@ -155,7 +157,7 @@ class AdaptedModel(nn.Module):
     def __init__(
         self, config: ModelConfig, weights: Mapping[str, Tensor], rank: int, num_positions: int, seed: int = 0
     ) -> None:
-        """weights: the published tensors, without the adapter; num_positions: how long rows may be."""
+        """weights: the published tensors, without the adapter; num_positions: the longest row's length"""
         super().__init__()
         if config.mask_token_id is None or not config.tie_word_embeddings:
             raise ValueError("the recipe is for a checkpoint with a mask token and one matrix for both ends")
@@ -188,21 +190,22 @@ class AdaptedModel(nn.Module):
         return cast(Sequence[Layer], self._layers)
 
     def compile_layers(self) -> None:
-        """Faster on a GPU. Where the compiler fails, what it was to compile runs as it is."""
+        """Compiles the layers, faster on a GPU. A part that the compiler fails on runs as it is."""
         torch._dynamo.config.suppress_errors = True
         torch._dynamo.config.recompile_limit = 32  # one for each shape, of which there are about ten
         for layer in self.layers:
             layer.compile_parts()
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """[rows, length] -> [rows, 1, length, head_dim / 2] of cosines, sines."""
+        """Cosines and sines of positions [rows, length] -> [rows, 1, length, head_dim / 2] each."""
         return self.cos[positions][:, None], self.sin[positions][:, None]
 
     @torch.no_grad()
     def clean(self, ids: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """ids [rows, length] -> normed hidden states [rows, length, hidden], and each layer's K and V.
+        """Causal: ids [rows, length] -> normed hidden states [rows, length, hidden], and each layer's K and
+        V.
 
-        Causal, so padding at a row's end changes nothing before it.
+        Padding at a row's end changes nothing before it.
         """
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         cos, sin = self._angles(positions)
@@ -216,9 +219,9 @@ class AdaptedModel(nn.Module):
     def noisy(
         self, ids: Tensor, positions: Tensor, mask: Tensor, cached: list[tuple[Tensor, Tensor]]
     ) -> Tensor:
-        """ids, positions [rows, noisy] -> normed hidden states [rows, noisy, hidden].
+        """Bidirectional: ids, positions [rows, noisy] -> normed hidden states [rows, noisy, hidden].
 
-        mask: bool [rows, noisy, clean + noisy], what each may attend to; cached: from `clean`.
+        mask: bool [rows, noisy, clean + noisy], True where a token may attend; cached: from `clean`
         """
         cos, sin = self._angles(positions)
         masked = (ids == self.mask_token_id)[..., None]
@@ -230,9 +233,10 @@ class AdaptedModel(nn.Module):
 
     @torch.no_grad()
     def decode(self, ids: Tensor, positions: Tensor, cached: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """ids, positions [rows] -> normed hidden states [rows, hidden]; the cache takes the tokens in.
+        """One token a row: ids, positions [rows] -> normed hidden states [rows, hidden].
 
-        cached: [rows, kv_heads, capacity, head_dim] a layer; what lies past a row's position is not seen.
+        cached: [rows, kv_heads, capacity, head_dim] a layer, which takes the tokens in; what lies past a
+        row's position is not seen
         """
         cos, sin = self._angles(positions[:, None])
         x = F.embedding(ids[:, None], self.embedding)
@@ -246,7 +250,7 @@ class AdaptedModel(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.norm, self.config.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Normed hidden states [..., hidden] -> float32 logits [..., vocab], the mask token's at -inf."""
+        """The float32 logits [..., vocab] of normed hidden states [..., hidden], the mask token's at -inf."""
         logits = F.linear(hidden, self.embedding).float()
         logits[..., self.mask_token_id] = -torch.inf
         return logits

@@ -1,4 +1,4 @@
-"""Large files in parts that any transfer takes: `python -m replicas.training.smollm2.parts`."""
+"""Splits large files into parts that any transfer takes: `python -m replicas.training.smollm2.parts`."""
 
 import argparse
 import hashlib
@@ -8,7 +8,8 @@ PART_BYTES = 15 << 20
 
 
 def split(path: Path, folder: Path, part_bytes: int = PART_BYTES) -> list[Path]:
-    """Writes NAME.part-00, ... and NAME.sha256 to the folder, in place of older ones; the parts' paths."""
+    """Writes NAME.part-00, ... and NAME.sha256 to the folder, in place of older ones; gives the parts'
+    paths."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in _parts(folder, path.name):
         old.unlink()
@@ -25,7 +26,7 @@ def split(path: Path, folder: Path, part_bytes: int = PART_BYTES) -> list[Path]:
 
 
 def join(folder: Path, name: str, target: Path) -> None:
-    """Raises ValueError where a part is missing or damaged; the target is then left as it was."""
+    """Joins the parts. Raises ValueError where one is missing or damaged, and leaves the target as it was."""
     digest = hashlib.sha256()
     unfinished = target.with_name(target.name + ".tmp")
     with unfinished.open("wb") as file:

@@ -42,13 +42,13 @@ LICENCES = {
     "transformers": "Apache-2.0",
     "typer": "MIT",
 }
-"""Where passages come from; "python" is the standard library."""
+"""The licence of each package that gives passages; "python" is the standard library."""
 
 Message = dict[str, str]
 _FILES_PER_PACKAGE = 150
 _PASSAGES_PER_PACKAGE = 300
 _SHINGLE = 6
-"""Words in a row that a training prompt may not share with a held-out one."""
+"""The length in words of a run that a training prompt may not share with a held-out one."""
 
 
 def held_out_prompts() -> list[str]:
@@ -72,7 +72,7 @@ def passages(package: str, rng: random.Random) -> list[str]:
 
 
 def _sources(package: str) -> tuple[list[Path], list[str]]:
-    """Source files in a fixed order, and texts that are no source."""
+    """The package's source files in a fixed order, and its texts that are no source."""
     if package == "python":
         return sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")), []
     installed = distribution(package)
@@ -92,7 +92,7 @@ def _docstrings(file: Path) -> Iterator[str]:
 
 
 def _paragraphs(text: str) -> Iterator[str]:
-    """Of 20 to 80 words, from a capital to a full stop, nearly all letters."""
+    """Paragraphs of 20 to 80 words, from a capital to a full stop, nearly all letters."""
     for block in re.split(r"\n\s*\n", textwrap.dedent(text)):
         paragraph = " ".join(block.split())
         letters = sum(char.isalpha() or char == " " for char in paragraph)
@@ -172,7 +172,7 @@ def shingles(text: str) -> set[tuple[str, ...]]:
 
 
 def train_chats(count: int, texts: list[str], seed: int) -> Iterator[tuple[Message, ...]]:
-    """Different chats, none with a run of words that a held-out prompt has."""
+    """Draws different chats, none with a run of words that a held-out prompt has."""
     rng, drawer = random.Random(seed), Drawer(texts)
     kept_out = set().union(*map(shingles, held_out_prompts()))
     seen: set[tuple[str, ...]] = set()
@@ -188,7 +188,7 @@ def train_chats(count: int, texts: list[str], seed: int) -> Iterator[tuple[Messa
 
 
 def encode(codec: TextCodec, chats: Iterable[tuple[Message, ...]], max_len: int) -> list[list[int]]:
-    """Through the chat template; those longer than max_len tokens are left out."""
+    """Token ids of the chats through the chat template; those longer than max_len tokens are left out."""
     return [ids for chat in chats if len(ids := codec.encode(chat)) <= max_len]
 
 

@@ -1,4 +1,4 @@
-"""Answers by the base itself, many at a time: a static K/V cache, one token a row and step."""
+"""Samples answers by the base itself, many at a time: a static K/V cache, one token a row and step."""
 
 import torch
 from torch import Tensor
@@ -19,9 +19,11 @@ def sample(
     eos_id: int,
     generator: torch.Generator,
 ) -> Documents:
-    """temperatures: float [rows], 0 is greedy. Rows are as long as the prompts' width and max_new_tokens.
+    """Samples answers to the prompts, without the adapter; each is cut after max_new_tokens.
 
-    The adapter has no part in it. An answer without an end of text after max_new_tokens is cut there.
+    temperatures: float [rows], 0 is greedy
+
+    Rows are as long as the prompts' width and max_new_tokens.
     """
     device = model.embedding.device
     prompt_ids, prompt_lens = prompts.ids.to(device), prompts.lengths.to(device)

@@ -1,4 +1,4 @@
-"""What prompts are made of: the words of the templates in prompts.py. Written for this project."""
+"""Words that fill the templates in prompts.py. Written for this project."""
 
 TOPICS = """
 solar energy|wind turbines|electric cars|recycling at home|composting|coral reefs|rainforests|volcanoes|
@@ -36,7 +36,7 @@ traffic|fractions|percentages|prime numbers|geometry|triangles|probability|stati
 equations|logic puzzles|riddles|ethics|happiness|justice|free will|creativity|curiosity|failure|
 patience|courage|kindness|honesty|teamwork
 """
-"""Separated by bars."""
+"""Topics, separated by bars."""
 
 ABOUT_TOPIC = (
     "What is {t}?",

@@ -1,4 +1,4 @@
-"""Trains the adapter on answers of the base's own, bounded by time, and goes on where it was stopped.
+"""Trains the adapter on the base's own answers, bounded by time, and goes on where it was stopped.
 
 A step is a pure function of (seed, step) and the state before it. The base runs causally over a row without
 gradients, as when serving; the noisy half then runs with the adapter over the base's K/V (model.py), and its
@@ -26,26 +26,29 @@ from replicas.training.smollm2.model import AdaptedModel
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """minutes: of training, over all runs of it, what is compiled at first included; steps: an end by count
-    instead, which makes a run repeatable. One of the two is given.
-
-    rows: documents in a forward; accumulate: forwards a step. The learning rate warms up over warmup_steps
-    and falls linearly to zero over the last decay_share of the time.
-    """
+    """The recipe. It ends by time or by count: one of `minutes` and `steps` is given."""
 
     minutes: float | None = 18.0
+    """The time of training, over all runs of it, what is compiled at first included."""
     steps: int | None = None
+    """The number of steps, which makes a run repeatable."""
     rows: int = 128
+    """Documents in a forward."""
     accumulate: int = 2
+    """Forwards a step."""
     num_noisy: int = 256
+    """Positions of the noisy half."""
     learning_rate: float = 1e-3
     warmup_steps: int = 50
+    """Steps over which the learning rate warms up."""
     decay_share: float = 0.5
+    """The last share of the training, in which the learning rate falls linearly to zero."""
     max_gradient_norm: float = 1.0
     seed: int = 0
     log_every: int = 20
     save_minutes: float = 2.0
     accepted_block: int = 8
+    """The block length at which the accepted length is measured."""
     blocks: BlockConfig = field(default_factory=BlockConfig)
 
     def __post_init__(self) -> None:
@@ -53,7 +56,7 @@ class TrainConfig:
             raise ValueError("give minutes or steps, one of the two")
 
     def progress(self, step: int, minutes: float) -> float:
-        """How much of the training is done, 1 at its end."""
+        """The share of the training that is done, 1 at its end."""
         if self.steps is not None:
             return step / self.steps
         assert self.minutes is not None
@@ -73,7 +76,7 @@ def batch_loss(
     generator: torch.Generator,
     chunk: ChunkLoss = chunk_loss,
 ) -> tuple[Tensor, Tensor]:
-    """-> the weighted sum of losses over the documents' noisy halves, and the sum of the weights."""
+    """The weighted sum of losses over the documents' noisy halves, and the sum of the weights."""
     blocks = draw_blocks(
         documents.ids,
         documents.prompt_lens,
@@ -107,8 +110,10 @@ def batch_loss(
 def accepted_length(model: AdaptedModel, documents: Documents, block_length: int, rows: int) -> float:
     """Tokens a draft-and-verify round at this block length: the drafts that agree, and the token after them.
 
-    documents: greedy answers, so that their tokens are what verification says. Every block that lies in an
-    answer counts, from every offset of it; the rounds of a real decoding begin where the one before ended.
+    documents: greedy answers, so that their tokens are what verification says
+
+    Every block that lies in an answer counts, from every offset of it; the rounds of a real decoding begin
+    where the one before ended.
     """
     model_device = model.embedding.device
     agreed = counted = 0
@@ -135,9 +140,10 @@ def accepted_length(model: AdaptedModel, documents: Documents, block_length: int
 
 
 class Trainer:
-    """Holds what a run needs; `state` is what it goes on from.
+    """A training run and its state.
 
-    documents: on the model's device; held_out: greedy answers to prompts that no document answers.
+    documents: on the model's device
+    held_out: greedy answers to prompts that no document answers
     """
 
     def __init__(
@@ -154,7 +160,7 @@ class Trainer:
         self.minutes = 0.0
 
     def save(self, path: Path) -> None:
-        """Whole or not at all."""
+        """Writes the state whole or not at all."""
         state = {
             "step": self.step,
             "minutes": self.minutes,
@@ -175,7 +181,7 @@ class Trainer:
         return self.config.progress(self.step, self.minutes)
 
     def run_step(self) -> Tensor:
-        """One step; the mean loss a unit of weight, still on the device. Does not count it."""
+        """Runs one step, without counting it; returns the mean loss a unit of weight, still on the device."""
         config, model = self.config, self.model
         device = model.embedding.device
         generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + self.step)
@@ -206,7 +212,7 @@ class Trainer:
         clock: Callable[[], float] = time.monotonic,
         on_save: Callable[[], None] = lambda: None,
     ) -> bool:
-        """To the end, or for stop_after_minutes of this call; whether the end is reached.
+        """Trains to the end, or for stop_after_minutes of this call; returns True if the end is reached.
 
         Goes on from out/state.pt where it is; writes it, and out/log.jsonl, as it goes. on_save is called
         after each time. Raises FloatingPointError for a loss that is not finite; the state saved last stays.
@@ -246,7 +252,7 @@ class Trainer:
         return self.progress >= 1
 
     def _mean(self, losses: list[Tensor]) -> float:
-        """Waits for the device, so the clock is right after it. Raises FloatingPointError."""
+        """The mean loss; waits for the device, so the clock is right after it. Raises FloatingPointError."""
         loss = torch.stack(losses).mean().item()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {self.step}")

@@ -32,7 +32,7 @@ _FACTS = {
 
 
 def repeat(rng: random.Random) -> tuple[str, str]:
-    """(request, answer): one to four words again, in a layout."""
+    """(request, answer): one to four words to write again, in a layout."""
     words = [rng.choice(rng.choice(_LISTS)) for _ in range(rng.randint(1, 4))]
     target, separator = rng.choice((("commas", ", "), ("arrows", " -> "), ("bullets", "\n- ")))
     lead = "- " if target == "bullets" else ""
@@ -41,7 +41,7 @@ def repeat(rng: random.Random) -> tuple[str, str]:
 
 
 def look_up(rng: random.Random) -> tuple[str, str]:
-    """(request, answer): one of two to four facts."""
+    """(request, answer): a question for one of two to four facts."""
     asked = rng.sample(sorted(_FACTS), rng.randint(2, 4))
     values = {key: rng.choice(_FACTS[key][0]) for key in asked}
     wanted = rng.choice(asked)

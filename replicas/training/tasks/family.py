@@ -1,4 +1,4 @@
-"""What a task family is: it draws parameters, phrases the request, writes the answer and checks answers."""
+"""Task families: each draws parameters, phrases the request, writes the answer and checks answers."""
 
 import hashlib
 import json
@@ -15,18 +15,18 @@ HELD_OUT_ONE_IN = 20
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of task.
-
-    `sample` draws JSON-able parameters, which alone determine the answer; `phrase` writes the request in
-    one of several wordings; `answer` writes the reference answer; `check` tells whether an answer is right by
-    parsing or running it, so an answer that differs from the reference only in layout may pass.
-    """
+    """One kind of task."""
 
     name: str
     sample: Callable[[random.Random], Params]
+    """Draws JSON-able parameters, which alone determine the answer."""
     phrase: Callable[[Params, random.Random], str]
+    """Writes the request in one of several wordings."""
     answer: Callable[[Params], str]
+    """Writes the reference answer."""
     check: Callable[[Params, str], bool]
+    """Judges an answer by parsing or running it; one that differs from the reference only in layout may
+    pass."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Task:
 
 
 def is_held_out(family: str, params: Params) -> bool:
-    """Whether the combination belongs to the held-out split: a stable hash of family and parameters.
+    """True if the combination belongs to the held-out split: a stable hash of family and parameters.
 
     The wording is not hashed, so a held-out combination is never trained on in any wording.
     """

@@ -134,7 +134,7 @@ def _sql_answer(params: Params) -> str:
 
 
 def _sql_check(params: Params, answer: str) -> bool:
-    """The statement compiles in SQLite against the schema and equals the reference up to white space."""
+    """True if the statement compiles in SQLite against the schema and is the reference up to white space."""
     if re.sub(r"\s+", " ", answer).strip() != re.sub(r"\s+", " ", _sql_answer(params)):
         return False
     database = sqlite3.connect(":memory:")
