@@ -57,7 +57,10 @@ def engine_ms(engine: Engine, options: DecodingOptions, concurrency: int) -> flo
 
 
 def publish_ms(engine: Engine, codec: TextCodec, concurrency: int) -> float:
-    """Of an AR step's tokens: events, the load that the replica reports; text is made in the step, nothing is sent."""
+    """Of an AR step's tokens: events, the load that the replica reports, without sending them.
+
+    Their text is made in the step.
+    """
     service = ReplicaService(engine, codec, "r")
     service._send = lambda outbox: None  # type: ignore[method-assign]
     sampling = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True)

@@ -142,8 +142,7 @@ def _own_template(tokenizer: PreTrainedTokenizerFast) -> str | None:
 
 
 def _rendered(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], **options: Any) -> str:
-    text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
-    return text
+    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options))
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str]:

@@ -345,11 +345,10 @@ class ReplicaService:
                 self._tell(outbox, choice, made)
             except Exception:
                 request = choice.live.request
-                logger.exception("telling what request %r got failed; it ends", request.request_id)
-                if request.request_id in self._live:  # else it has had its end
-                    self._drop(choice.live, ErrorCode.INTERNAL)
-                    message = "the replica failed to make a text of this request's tokens"
-                    outbox.add(request.channel_id, Failed(request.request_id, ErrorCode.INTERNAL, message))
+                logger.exception("telling what request %r got has failed; it ends", request.request_id)
+                self._drop(choice.live, ErrorCode.INTERNAL)
+                message = "the replica failed to make a text of this request's tokens"
+                outbox.add(request.channel_id, Failed(request.request_id, ErrorCode.INTERNAL, message))
         self._send(outbox)
 
     def _tell(self, outbox: Outbox, choice: Choice, made: Progress) -> None:
@@ -373,9 +372,8 @@ class ReplicaService:
         if reason is not None:
             self._end_choice(choice)
             if not live.choices:
-                finished = live.finished()
+                outbox.add(channel_id, live.finished())
                 del self._live[request_id]
-                outbox.add(channel_id, finished)
 
     def _end_choice(self, choice: Choice) -> None:
         live, sequence = choice.live, choice.sequence

@@ -32,8 +32,8 @@ class TextCodec:
         raw = json.loads(self._backend.to_str())
         self._bytes = TokenBytes(self._backend, raw["decoder"])
         self._prompts = PromptEncoder(tokenizer, raw, control_ids)
-        self._special_ids = {
-            self._backend.id_to_token(token_id): token_id for token_id in self._bytes.special_ids
+        self._special_ids: dict[str, int] = {
+            str(self._backend.id_to_token(token_id)): token_id for token_id in self._bytes.special_ids
         }
         longest_first = sorted(self._special_ids, key=len, reverse=True)
         self._special_names = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
@@ -89,7 +89,7 @@ class TextCodec:
         )
 
     def logprob(self, made: TokenLogprob, offset: int, is_first: bool = False) -> TextLogprob:
-        """offset: where the token's text begins in the completion, in characters. is_first: see token_bytes."""
+        """offset: where the token's text begins in the completion, in characters; is_first: token_bytes's."""
         top = tuple(TextLogprob(self.token_bytes(token, is_first), logprob) for token, logprob in made.top)
         return TextLogprob(self.token_bytes(made.token_id, is_first), made.logprob, offset, top)
 

@@ -32,7 +32,8 @@ class TokenBytes:
         kinds = {part["type"] for part in _parts(decoder)}
         if unknown := sorted(kinds - _DECODERS):
             raise CheckpointError(
-                f"tokenizer.json: decoder {unknown[0]!r} is not supported, only {', '.join(sorted(_DECODERS))}"
+                f"tokenizer.json: decoder: type {unknown[0]!r} is not supported, only "
+                f"{', '.join(sorted(_DECODERS))}"
             )
         self._backend = backend
         self._is_byte_level = "ByteLevel" in kinds

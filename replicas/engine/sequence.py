@@ -26,7 +26,10 @@ class Text(Protocol):
     """Follows one completion's text, as the engine sees it. Implementation: replicas.text."""
 
     def accept(self, token_id: int) -> bool:
-        """The completion has one more token. Whether its text ends with it, as at a stop string. Never raises."""
+        """The completion has one more token. Whether its text ends with it, as at a stop string.
+
+        Never raises.
+        """
         ...
 
 
