@@ -193,9 +193,8 @@ class TextStream:
             piece = self._bytes.first(token_id)
         else:
             piece = self._bytes.further(token_id)
-        # A character that this token does not go on with was one U+FFFD before it.
-        is_broken = bool(self._pending) and not _begins_text(self._pending + piece[:1])
-        self.starts.append(self._num_decoded + is_broken)
+        num_broken = _num_broken(self._pending, piece) if self._pending else 0
+        self.starts.append(self._num_decoded + num_broken)
         text = self._utf8.decode(piece)
         if self._pending or not piece.isascii():
             self._pending = self._utf8.getstate()[0]
@@ -236,13 +235,11 @@ class TextStream:
         return text
 
 
-def _begins_text(raw: bytes) -> bool:
-    """Whether bytes, the last of which has just come, are UTF-8 so far."""
-    try:
-        codecs.utf_8_decode(raw, "strict", False)
-    except UnicodeDecodeError:
-        return False
-    return True
+def _num_broken(pending: bytes, piece: bytes) -> int:
+    """Characters that the pending bytes are by themselves; 0 where the piece goes on with them."""
+    if len((pending + piece[:1]).decode(errors="replace")) == 1:
+        return 0
+    return len(pending.decode(errors="replace"))
 
 
 def _overlap(text: str, stop: str) -> int:

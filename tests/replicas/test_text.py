@@ -186,6 +186,23 @@ def test_what_is_encoded_comes_back(name: str, text: str) -> None:
     assert stream.push(tuple(ids)) + stream.finish() == TOKENIZERS[name].decode(ids, skip_special_tokens=True)
 
 
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(st.sampled_from(b"A\x7f\x80\x90\x9f\xa0\xbf\xc0\xc2\xe0\xe2\xed\xf0\xf4\xf5\xff"), max_size=8)
+)
+def test_a_byte_belongs_to_the_character_it_is_in(raw: list[int]) -> None:
+    """Also halves of surrogates, overlong ones and others that a decoder takes in before it refuses them."""
+    tokenizer = TOKENIZERS["byte-fallback, replace"]
+    ids = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in raw])
+    stream = CODECS["byte-fallback, replace"].stream(continues_text=True)
+    text = "".join(stream.push((token,)) for token in ids) + stream.finish()
+    assert text == bytes(raw).decode(errors="replace")
+    ends = [0]
+    for length in spans(bytes(raw)):
+        ends.append(ends[-1] + length)
+    assert all(ends[start] <= at < ends[start + 1] for at, start in enumerate(stream.starts))
+
+
 def test_a_broken_character_is_one_replacement_character_and_the_text_goes_on() -> None:
     """An emitted character, the beginning of one, then another piece: tokenizers' DecodeStream raises."""
     tokenizer = byte_fallback_tokenizer()
