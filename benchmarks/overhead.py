@@ -57,7 +57,10 @@ def engine_ms(engine: Engine, options: DecodingOptions, concurrency: int) -> flo
 
 
 def publish_ms(engine: Engine, codec: TextCodec, concurrency: int) -> float:
-    """Milliseconds to make text, events and the load out of an AR step's tokens, without sending them."""
+    """Milliseconds to make events and the load out of an AR step's tokens, without sending them.
+
+    Their text is made in the step.
+    """
     service = ReplicaService(engine, codec, "r")
     service._send = lambda outbox: None  # type: ignore[method-assign]
     sampling = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True)

@@ -4,7 +4,15 @@ from dataclasses import dataclass, field
 
 from replicas.engine.sequence import Progress, Sequence
 from replicas.errors import ErrorCode
-from replicas.messages import DecodingReport, Event, Failed, Finished, GenerateRequest, TextLogprob
+from replicas.messages import (
+    DecodingReport,
+    Event,
+    Failed,
+    Finished,
+    GenerateRequest,
+    Prompt,
+    TextLogprob,
+)
 from replicas.text import TextCodec, TextStream
 from replicas.timeline import Timeline
 
@@ -58,14 +66,19 @@ class Choice:
     timeline: Timeline | None = None
 
     def take(self, made: Progress, codec: TextCodec, now_s: float) -> str:
-        """The text that a step's tokens set free."""
-        before = self.text.num_tokens
-        text = self.text.push(made.token_ids)
-        starts = self.text.starts[before:]
-        self.num_unsent += len(starts)
-        if self.timeline is not None and starts:
-            self.timeline.note(self.sequence, len(starts), now_s)
-        self.unsent_logprobs += map(codec.logprob, made.logprobs, starts)
+        """The text that a step's tokens set free; the engine has had the stream accept them."""
+        if self.text.failure is not None:
+            raise self.text.failure
+        count = len(made.token_ids)
+        self.num_unsent += count
+        if self.timeline is not None and count:
+            self.timeline.note(self.sequence, count, now_s)
+        begin = self.text.num_tokens - count
+        for index, entry in enumerate(made.logprobs, begin):
+            self.unsent_logprobs.append(
+                codec.logprob(entry, self.text.starts[index], is_first=index == self.text.first)
+            )
+        text = self.text.take()
         return text if made.reason is None else text + self.text.finish()
 
 
@@ -77,6 +90,10 @@ class Outbox:
 
     def add(self, channel_id: str, event: Event) -> None:
         self.events.setdefault(channel_id, []).append(event)
+
+
+def is_chat(prompt: Prompt) -> bool:
+    return not isinstance(prompt, str) and not all(isinstance(item, int) for item in prompt)
 
 
 def choice_name(live: Live, index: int) -> str:

@@ -20,7 +20,7 @@ from replicas.engine.engine import Engine
 from replicas.engine.grammar import Grammar
 from replicas.engine.sequence import Progress
 from replicas.errors import ErrorCode, TriadError
-from replicas.live import Choice, Live, Outbox, choice_name
+from replicas.live import Choice, Live, Outbox, choice_name, is_chat
 from replicas.messages import (
     NUM_SEEDS,
     Accepted,
@@ -269,16 +269,19 @@ class ReplicaService:
         request = live.request
         seed = (request.sampling.seed + index % request.num_choices) % NUM_SEEDS
         name = choice_name(live, index)
+        prompt, sampling = request.prompts[index // request.num_choices], request.sampling
+        text = self._codec.stream(sampling.stop, sampling.min_tokens, continues_text=not is_chat(prompt))
         sequence = self._engine.submit(
             name,
             prompt_ids,
-            replace(request.sampling, seed=seed),
+            replace(sampling, seed=seed),
             request.decoding,
             request.timeout_s,
             request.priority,
             grammar,
+            text,
         )
-        choice = Choice(live, index, sequence, self._codec.stream(request.sampling.stop))
+        choice = Choice(live, index, sequence, text)
         if self._on_timeline is not None:
             choice.timeline = Timeline(request.request_id, request.traceparent, self._clock(), index)
         self._choices[name] = live.choices[index] = choice
@@ -344,8 +347,16 @@ class ReplicaService:
         outbox = Outbox()
         for made in progress:
             choice = self._choices.get(made.sequence.request_id)
-            if choice is not None:  # else another choice of its request failed in this step
+            if choice is None:
+                continue  # another choice of its request failed in this step
+            try:
                 self._tell(outbox, choice, made)
+            except Exception:
+                live = choice.live
+                logger.exception("telling what request %r got has failed; it ends", live.request.request_id)
+                self._drop(live, ErrorCode.INTERNAL)
+                message = "the replica failed to make a text of this request's tokens"
+                outbox.add(live.request.channel_id, live.failed(ErrorCode.INTERNAL, message))
         self._send(outbox)
 
     def _tell(self, outbox: Outbox, choice: Choice, made: Progress) -> None:
@@ -369,8 +380,8 @@ class ReplicaService:
         if reason is not None:
             self._end_choice(choice)
             if not live.choices:
-                del self._live[request_id]
                 outbox.add(channel_id, live.finished())
+                del self._live[request_id]
 
     def _end_choice(self, choice: Choice) -> None:
         live, sequence = choice.live, choice.sequence
@@ -378,7 +389,6 @@ class ReplicaService:
         self._close(choice, None)
         del live.choices[choice.index]
         del self._choices[sequence.request_id]
-        self._engine.cancel(sequence.request_id)  # a stop string ends a sequence that would go on
 
     def _close(self, choice: Choice, error: ErrorCode | None) -> None:
         if choice.timeline is not None:

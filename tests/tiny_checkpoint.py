@@ -1,11 +1,17 @@
-"""A random tiny checkpoint in the published tri-mode layout, for tests that need a real model fast."""
+"""Random tiny checkpoints in the published tri-mode layout, for tests that need a real model fast.
+
+`python -m tests.tiny_checkpoint FOLDER` writes one with a byte-fallback tokenizer, to be served.
+"""
 
 import json
+import sys
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 VOCAB_SIZE = 97
 MASK_TOKEN_ID = 5
@@ -14,6 +20,18 @@ EOS_TOKEN_ID = 2
 _HIDDEN, _INTERMEDIATE, _NUM_LAYERS = 40, 72, 3
 _NUM_HEADS, _NUM_KV_HEADS, _HEAD_DIM = 6, 2, 12
 _RANK = 6
+
+RAW_ROPE: dict[str, object] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 
 
 def tiny_config(**overrides: object) -> dict[str, object]:
@@ -31,17 +49,7 @@ def tiny_config(**overrides: object) -> dict[str, object]:
         "hidden_act": "silu",
         "rms_norm_eps": 1e-5,
         "max_position_embeddings": 256,
-        "rope_parameters": {
-            "rope_type": "yarn",
-            "rope_theta": 10000.0,
-            "factor": 16.0,
-            "original_max_position_embeddings": 16,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-            "llama_4_scaling_beta": 0.1,
-        },
+        "rope_parameters": dict(RAW_ROPE),
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
@@ -187,3 +195,103 @@ def _save_adapter(
         weights[name] = torch.randn(1, _number(config, "hidden_size"), generator=generator)
     (folder / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2))
     save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+BYTE_FALLBACK_KINDS = ("replace", "metaspace")
+"""How tokenizers of the SentencePiece kind write their ▁: Llama 2's tokenizer.json, and the newer one."""
+
+BYTE_FALLBACK_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role == 'user' %}[INST] {{ message.content | trim }} [/INST]"
+    "{% elif message.role == 'assistant' %} {{ message.content | trim }} {{ eos_token }}"
+    "{% elif message.role == 'system' %}<|system|>{{ message.content }}\n"
+    "{% else %}{{ raise_exception('no role ' + message.role) }}{% endif %}{% endfor %}"
+)
+
+_WORDS = (
+    "▁the",
+    "▁and",
+    "▁of",
+    "▁a",
+    "▁in",
+    "▁token",
+    "▁language",
+    "ing",
+    "er",
+    "on",
+    "▁▁",
+    "é",
+    "▁né",
+    "界",
+)
+_SPECIAL = ("<unk>", "<s>", "</s>", "<|mask|>", "<|system|>")
+
+
+def byte_fallback_tokenizer(kind: str = "replace") -> PreTrainedTokenizerFast:
+    """Of Llama 2's kind: pieces with ▁ for a space, <0x00> to <0xFF> for the bytes of what has no piece.
+
+    ids: special tokens, bytes, characters, merged pieces. kind: one of BYTE_FALLBACK_KINDS.
+    """
+    pieces = [*_SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
+    merges: dict[tuple[str, str], None] = {}
+    characters = "▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,:;!?'\"()[]{}<>|/_-0123456789é界"
+    pieces += characters
+    for word in _WORDS:
+        for end in range(2, len(word) + 1):
+            merges[word[: end - 1], word[end - 1]] = None
+    pieces += dict.fromkeys(left + right for left, right in merges if left + right not in pieces)
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    backend = Tokenizer(
+        models.BPE(vocab=vocab, merges=list(merges), unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    if kind == "replace":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        backend.decoder = decoders.Sequence(
+            [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")]
+        )
+    backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in _SPECIAL])
+    begin = vocab["<s>"]
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", begin)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        mask_token="<|mask|>",
+        chat_template=BYTE_FALLBACK_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def write_byte_fallback_checkpoint(
+    folder: Path | str, *, kind: str = "replace", num_padded_rows: int = 13, **config_overrides: object
+) -> Path:
+    """A tri-mode checkpoint with weights, tokenizer and chat template; returns the folder.
+
+    More than half of its tokens are bytes, so its texts are mostly broken characters. num_padded_rows: of
+    embedding and head, past the tokenizer's tokens.
+    """
+    tokenizer = byte_fallback_tokenizer(kind)
+    rope = {**RAW_ROPE, "factor": 64.0}
+    overrides: dict[str, object] = {
+        "vocab_size": len(tokenizer) + num_padded_rows,
+        "max_position_embeddings": 1024,
+        "rope_parameters": rope,
+        "mask_token_id": tokenizer.mask_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    folder = make_tiny_checkpoint(folder, likely_tokens=24, **overrides | config_overrides)
+    tokenizer.save_pretrained(str(folder))
+    return folder
+
+
+if __name__ == "__main__":
+    write_byte_fallback_checkpoint(sys.argv[1])

@@ -20,7 +20,7 @@ from replicas.engine.lengths import CompletionLengths
 from replicas.engine.plan import Runner, RunnerLost, SegmentOutput, StepPlan
 from replicas.engine.prefill import Limits
 from replicas.engine.scheduler import Scheduler
-from replicas.engine.sequence import Progress, Sequence, Status
+from replicas.engine.sequence import Progress, Sequence, Status, Text
 from replicas.engine.speculation import Speculation
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import DecodingOptions, FinishReason, SamplingParams
@@ -136,9 +136,11 @@ class Engine:
         timeout_s: float | None = None,
         priority: int = 0,
         grammar: Grammar | None = None,
+        text: Text | None = None,
     ) -> Sequence:
         """Queues a request. TriadError when it can't be served as it stands, or the queue is full.
 
+        text: of its completion, at its beginning; it says where a stop string ends it.
         grammar: of sampling.response_format, at its beginning; it is the sequence's own from here on.
         priority: lower goes first. A level is worth PRIORITY_S of waiting, so nobody waits for ever.
         """
@@ -157,6 +159,7 @@ class Engine:
             deadline_s=None if timeout_s is None else now_s + timeout_s,
             rank=(now_s + PRIORITY_S * priority, self._num_submitted),
             grammar=grammar,
+            text=text,
         )
         self._num_submitted += 1
         self._sequences[request_id] = sequence
@@ -252,6 +255,9 @@ class Engine:
                 ErrorCode.INVALID_REQUEST, "the prompt is empty; give at least one token", "prompt"
             )
         self._check_vocabulary("prompt", prompt_ids)
+        if self.spec.mask_token_id is not None and self.spec.mask_token_id in prompt_ids:
+            message = f"token id {self.spec.mask_token_id} is the mask of diffusion, which no prompt may have"
+            raise TriadError(ErrorCode.INVALID_REQUEST, message, "prompt")
         self._check_vocabulary("logit_bias", [token for token, _ in sampling.logit_bias])
         if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
             raise TriadError(ErrorCode.INVALID_REQUEST, "min_tokens is above max_tokens", "min_tokens")

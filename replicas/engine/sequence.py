@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Protocol
 
 from policies.cost import RoundMade
 from policies.modes import DecodePlan, Mode
@@ -19,6 +20,17 @@ class Status(StrEnum):
     WAITING = "waiting"
     RUNNING = "running"
     ENDED = "ended"
+
+
+class Text(Protocol):
+    """Follows one completion's text, as the engine sees it. Implementation: replicas.text."""
+
+    def accept(self, token_id: int) -> bool:
+        """The completion has one more token. Whether its text ends with it, as at a stop string.
+
+        Never raises.
+        """
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +54,8 @@ class Sequence:
     rank: tuple[float, int] = (0.0, 0)
     grammar: Grammar | None = None
     """What the completion may be; it has accepted the completion's tokens."""
+    text: Text | None = None
+    """What the completion says; it has accepted the completion's tokens."""
     acceptance: Acceptance = field(default_factory=Acceptance)
     """How its drafts fared."""
     failure: str | None = None
@@ -146,7 +160,8 @@ class Sequence:
         for count, token in enumerate(tokens, start=1):
             self.tokens.append(token)
             self.tokens_by_mode[mode] += 1
-            if token in eos_token_ids and not self.sampling.ignore_eos:
+            is_stop = self.text is not None and self.text.accept(token)
+            if is_stop or (token in eos_token_ids and not self.sampling.ignore_eos):
                 return tokens[:count], FinishReason.STOP
             if self.grammar is not None:
                 self.grammar.accept(token)

@@ -10,6 +10,7 @@ import torch
 
 from replicas.model import layout
 from replicas.model.config import CheckpointError, ModelConfig
+from replicas.model.fields import Fields
 
 _FUSED = {
     "q_proj": "qkv",
@@ -120,17 +121,14 @@ def load_mask_row(
 
 
 def _rank_and_scale(raw: Mapping[str, Any]) -> tuple[int, float]:
-    rank, alpha = raw.get("r"), raw.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise CheckpointError(
-            f"linear_spec_lora/adapter_config.json: r and lora_alpha must be numbers, got {rank!r}, {alpha!r}"
-        )
+    fields = Fields(raw, "linear_spec_lora/adapter_config.json")
+    rank, alpha = fields.positive("r"), fields.number("lora_alpha", None, 1e-9)
     for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
         if raw.get(key):
             raise CheckpointError(f"linear_spec_lora/adapter_config.json: {key} is not supported")
     if raw.get("bias", "none") != "none":
         raise CheckpointError("linear_spec_lora/adapter_config.json: bias is not supported, only 'none'")
-    return rank, alpha / (math.sqrt(rank) if raw.get("use_rslora") else rank)
+    return rank, alpha / (math.sqrt(rank) if fields.flag("use_rslora") else rank)
 
 
 def _projection_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:

@@ -95,10 +95,13 @@ def load_weights(
         def read(name: str, *shape: int) -> torch.Tensor:
             return reader.read(name, shape).to(dtype)
 
-        vocabulary = (config.vocab_size, config.hidden_size)
-        embedding = read(f"{prefix}.embed_tokens.weight", *vocabulary)
+        def read_rows(name: str) -> torch.Tensor:
+            stored = read(name, config.vocab_size + config.num_padded_rows, config.hidden_size)
+            return stored[: config.vocab_size]
+
+        embedding = read_rows(f"{prefix}.embed_tokens.weight")
         tied = config.tie_word_embeddings and head_name not in reader
-        head = embedding if tied else read(head_name, *vocabulary)
+        head = embedding if tied else read_rows(head_name)
         layers = [
             _read_layer(reader, f"{prefix}.layers.{index}", config, dtype)
             for index in range(config.num_layers)
@@ -205,7 +208,7 @@ class _TensorReader:
         self._file_of: dict[str, str] = {}
         single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
         if index.is_file():
-            self._file_of = dict(read_json(index).get("weight_map", {}))
+            self._file_of = _weight_map(index)
         elif not single.is_file():
             raise CheckpointError(f"{folder} has neither {single.name} nor {index.name}")
         for name in sorted(set(self._file_of.values()) or {single.name}):
@@ -249,6 +252,19 @@ class _TensorReader:
             raise CheckpointError(f"{path} is missing, though the index names it") from None
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """From tensors' names to those of the files they are in, which lie beside the index."""
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise CheckpointError(f"{index}: weight_map must be an object of tensors' names and files")
+    for tensor, file in found.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(
+                f"{index}: weight_map: {tensor} must be in a file of this folder, got {file!r}"
+            )
+    return found
 
 
 def _check_memory(config: ModelConfig, dtype: torch.dtype, reserved_bytes: int) -> None:

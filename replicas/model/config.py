@@ -1,21 +1,21 @@
 """What a checkpoint's config.json says about the model, read and validated once."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from policies.modes import Mode
+from replicas.model.fields import CheckpointError, Fields, TokenBound, read_json
+from replicas.model.vocabulary import Vocabulary
 
 TRI_MODE_TYPE = "nemotron_labs_diffusion"
 ADAPTER_FOLDER = "linear_spec_lora"
 MODEL_TYPES = (TRI_MODE_TYPE, "ministral3", "llama", "mistral", "qwen2", "qwen3")
+_CONFIG, _GENERATION = "config.json", "generation_config.json"
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
-
-class CheckpointError(Exception):
-    """The checkpoint can't be served; the message names what is wrong and what to change."""
+__all__ = ["ADAPTER_FOLDER", "TRI_MODE_TYPE", "CheckpointError", "ModelConfig", "RopeConfig", "read_json"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,8 @@ class RopeConfig:
 class ModelConfig:
     """The shape of a decoder of the Llama family, with or without the tri-mode extras.
 
+    vocab_size: the tokens that the tokenizer knows. num_padded_rows: further rows of embedding and head in
+    the file, for nothing but even shapes; they are left out, so none is ever sampled.
     qkv_bias: whether q, k and v have a bias (qwen2). qk_norm: whether query and key heads are
     normalised before the rotary embedding (qwen3).
     denoise_with_adapter: the adapter is on in every bidirectional forward, not in drafts alone; the model
@@ -64,6 +66,7 @@ class ModelConfig:
     has_adapter: bool
     block_size: int | None
     eos_token_ids: frozenset[int]
+    num_padded_rows: int = 0
 
     @property
     def modes(self) -> tuple[Mode, ...]:
@@ -85,31 +88,42 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelConfig":
-        """Read config.json, and the EOS ids of generation_config.json where there is one.
+        """Read config.json and what generation_config.json and the tokenizer's files say of the same.
 
-        Raises CheckpointError.
+        Raises CheckpointError, which names file and key.
         """
-        raw = read_json(folder / "config.json")
-        generation = folder / "generation_config.json"
-        extra_eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
-        return cls.parse(raw, extra_eos, has_adapter=(folder / ADAPTER_FOLDER).is_dir())
+        generation = folder / _GENERATION
+        return cls.parse(
+            read_json(folder / _CONFIG),
+            read_json(generation) if generation.is_file() else {},
+            Vocabulary.from_folder(folder),
+            has_adapter=(folder / ADAPTER_FOLDER).is_dir(),
+        )
 
     @classmethod
     def parse(
-        cls, raw: Mapping[str, Any], extra_eos: int | list[int] | None = None, has_adapter: bool = False
+        cls,
+        raw: Mapping[str, Any],
+        generation: Mapping[str, Any] | None = None,
+        vocabulary: Vocabulary | None = None,
+        has_adapter: bool = False,
     ) -> "ModelConfig":
-        """Raises CheckpointError for an unknown model type or a value that can't be served."""
+        """Raises CheckpointError for an unknown model type or a value that can't be served.
+
+        generation: generation_config.json. A text ends with any id that one of the files calls its end.
+        """
         model_type = raw.get("model_type")
         if model_type not in MODEL_TYPES:
             raise CheckpointError(
                 f"config.json: model_type {model_type!r} is not supported; use a checkpoint of "
                 f"{', '.join(MODEL_TYPES)}"
             )
+        fields = Fields(raw, _CONFIG)
         _refuse_unsupported(raw, model_type)
-        hidden_size = _positive(raw, "hidden_size")
-        num_heads = _positive(raw, "num_attention_heads")
-        num_kv_heads = _positive(raw, "num_key_value_heads", num_heads)
-        head_dim = _positive(raw, "head_dim", hidden_size // num_heads)
+        hidden_size = fields.positive("hidden_size")
+        num_heads = fields.positive("num_attention_heads")
+        num_kv_heads = fields.positive("num_key_value_heads", num_heads)
+        head_dim = fields.positive("head_dim", hidden_size // num_heads)
         if num_heads % num_kv_heads:
             raise CheckpointError(
                 f"config.json: num_attention_heads ({num_heads}) must be a multiple of "
@@ -117,45 +131,38 @@ class ModelConfig:
             )
         if head_dim % 2:
             raise CheckpointError(f"config.json: head_dim must be even, got {head_dim}")
-        vocab_size = _positive(raw, "vocab_size")
-        max_positions = _positive(raw, "max_position_embeddings")
-        if raw.get("sliding_window") and raw.get("use_sliding_window", True):
+        max_positions = fields.positive("max_position_embeddings")
+        rope = _rope(fields, max_positions)
+        if raw.get("sliding_window") is not None and fields.flag("use_sliding_window", True):
             # Every position attends to the whole cache, which is the model's own attention within a window.
-            max_positions = min(max_positions, _positive(raw, "sliding_window"))
-        mask_token_id = _token_id(raw, "mask_token_id", vocab_size) if model_type == TRI_MODE_TYPE else None
+            max_positions = min(max_positions, fields.positive("sliding_window"))
+        num_rows = fields.positive("vocab_size")
+        vocab_size = num_rows if vocabulary is None else min(num_rows, vocabulary.size)
+        mask_token_id, eos_token_ids = _control_ids(
+            fields, Fields(generation or {}, _GENERATION), vocabulary, num_rows, model_type == TRI_MODE_TYPE
+        )
         return cls(
             model_type=model_type,
             vocab_size=vocab_size,
             hidden_size=hidden_size,
-            intermediate_size=_positive(raw, "intermediate_size"),
-            num_layers=_positive(raw, "num_hidden_layers"),
+            intermediate_size=fields.positive("intermediate_size"),
+            num_layers=fields.positive("num_hidden_layers"),
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=fields.number("rms_norm_eps", 1e-6, 1e-30, 1.0),
             max_position_embeddings=max_positions,
-            rope=_rope(raw),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            rope=rope,
+            tie_word_embeddings=fields.flag("tie_word_embeddings"),
             qkv_bias=model_type == "qwen2",
             qk_norm=model_type == "qwen3",
             mask_token_id=mask_token_id,
-            denoise_with_adapter=_flag(raw, "denoise_with_adapter"),
+            denoise_with_adapter=fields.flag("denoise_with_adapter"),
             has_adapter=has_adapter,
-            block_size=_positive(raw, "block_size") if raw.get("block_size") is not None else None,
-            eos_token_ids=_ids(raw.get("eos_token_id")) | _ids(extra_eos),
+            block_size=fields.positive("block_size") if raw.get("block_size") is not None else None,
+            eos_token_ids=eos_token_ids,
+            num_padded_rows=num_rows - vocab_size,
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: not a checkpoint folder") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return value
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], model_type: str) -> None:
@@ -167,59 +174,94 @@ def _refuse_unsupported(raw: Mapping[str, Any], model_type: str) -> None:
             raise CheckpointError(f"config.json: {key} is not supported for {model_type}")
     if raw.get("quantization_config"):
         raise CheckpointError("config.json: quantized checkpoints are not supported; use the bf16 weights")
-    layer_types = set(raw.get("layer_types") or ["full_attention"])
-    if layer_types != {"full_attention"} and raw.get("sliding_window") is None:
-        raise CheckpointError(f"config.json: layer_types {sorted(layer_types)} are not supported")
+    layer_types = raw.get("layer_types") or ["full_attention"]
+    is_full = isinstance(layer_types, list) and all(kind == "full_attention" for kind in layer_types)
+    if not is_full and raw.get("sliding_window") is None:
+        raise CheckpointError(f"config.json: layer_types {layer_types!r} are not supported")
 
 
-def _positive(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = raw.get(key)
-    if value is None:
-        value = default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"config.json: {key} must be a positive integer, got {value!r}")
-    return value
+def _control_ids(
+    config: Fields, generation: Fields, vocabulary: Vocabulary | None, num_rows: int, is_tri_mode: bool
+) -> tuple[int | None, frozenset[int]]:
+    """The mask token's id, where the model has one, and those of the ends of text."""
+    for fields in (config, generation):
+        for key in ("bos_token_id", "pad_token_id"):
+            fields.token_ids(key, TokenBound(num_rows, "vocab_size"))
+    bound = TokenBound(num_rows, "vocab_size")
+    if vocabulary is not None and vocabulary.size < num_rows:
+        bound = TokenBound(vocabulary.size, "the tokenizer's vocabulary of")
+    eos = config.token_ids("eos_token_id", bound) | generation.token_ids("eos_token_id", bound)
+    named = {} if vocabulary is None else vocabulary.named
+    if (end := named.get("eos_token")) is not None:
+        if end >= num_rows:
+            raise CheckpointError(
+                f"tokenizer_config.json: eos_token has id {end}, which config.json's vocab_size {num_rows} "
+                f"leaves out"
+            )
+        eos |= {end}
+    mask = config.token_id("mask_token_id", bound) if is_tri_mode else None
+    if mask is not None and mask in eos:
+        raise config.error("mask_token_id", f"must not be an end of text as well, got {mask}")
+    return mask, eos
 
 
-def _flag(raw: Mapping[str, Any], key: str) -> bool:
-    value = raw.get(key, False)
-    if not isinstance(value, bool):
-        raise CheckpointError(f"config.json: {key} must be true or false, got {value!r}")
-    return value
-
-
-def _token_id(raw: Mapping[str, Any], key: str, vocab_size: int) -> int | None:
-    value = raw.get(key)
-    if value is None:
-        return None
-    if not isinstance(value, int) or not 0 <= value < vocab_size:
-        raise CheckpointError(f"config.json: {key} must be in [0, vocab_size {vocab_size}), got {value!r}")
-    return value
-
-
-def _ids(value: int | list[int] | None) -> frozenset[int]:
-    if value is None:
-        return frozenset()
-    return frozenset(value) if isinstance(value, list) else frozenset({value})
-
-
-def _rope(raw: Mapping[str, Any]) -> RopeConfig:
+def _rope(fields: Fields, max_positions: int) -> RopeConfig:
     """From `rope_parameters`, or from the older `rope_theta` and `rope_scaling`."""
-    parameters = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    key = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
+    parameters = dict(fields.object(key))
+    if by_layer := [name for name, value in parameters.items() if isinstance(value, dict)]:
+        raise fields.error(key, f"by kind of layer is not supported, got {by_layer[0]!r}")
     parameters.setdefault("rope_type", parameters.pop("type", "default"))
     theta = parameters.get("rope_theta")
-    parameters["rope_theta"] = raw.get("rope_theta", 10000.0) if theta is None else theta
-    if parameters["rope_type"] not in ROPE_TYPES:
+    parameters["rope_theta"] = fields.get("rope_theta") if theta is None else theta
+    if parameters["rope_theta"] is None:
+        parameters["rope_theta"] = 10000.0
+    kind = parameters["rope_type"]
+    if kind not in ROPE_TYPES:
         raise CheckpointError(
-            f"config.json: rope_type {parameters['rope_type']!r} is not supported, "
-            f"only {', '.join(ROPE_TYPES)}"
+            f"config.json: rope_type {kind!r} is not supported, only {', '.join(ROPE_TYPES)}"
         )
-    if parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor") or 1.0) != 1.0:
+    if parameters.get("partial_rotary_factor", fields.get("partial_rotary_factor") or 1.0) != 1.0:
         raise CheckpointError("config.json: partial_rotary_factor is not supported")
-    original = parameters.get("original_max_position_embeddings")
-    beta = parameters.get("llama_4_scaling_beta")
-    if beta is not None and original is None:
-        raise CheckpointError(
-            "config.json: rope_parameters has llama_4_scaling_beta but no original_max_position_embeddings"
-        )
+    rope = Fields(parameters, _CONFIG, f"{key}.")
+    rope.number("rope_theta", None, 1.0 + 1e-9)
+    original, beta = parameters.get("original_max_position_embeddings"), None
+    if parameters.get("llama_4_scaling_beta") is not None:
+        beta = rope.number("llama_4_scaling_beta", None, 0.0)
+        if original is None:
+            raise CheckpointError(
+                f"config.json: {key} has llama_4_scaling_beta but no original_max_position_embeddings"
+            )
+    if original is not None or kind == "llama3":
+        original = rope.positive("original_max_position_embeddings")
+    if kind != "default":
+        factor = rope.number("factor", None, 1.0)
+        if kind == "llama3":
+            _check_llama3(rope)
+        if kind == "yarn":
+            _check_yarn(rope, factor, original, max_positions)
     return RopeConfig(parameters, beta, original)
+
+
+def _check_llama3(rope: Fields) -> None:
+    low = rope.number("low_freq_factor", None, 1e-9)
+    high = rope.number("high_freq_factor", None, 1e-9)
+    if high <= low:
+        raise rope.error("high_freq_factor", f"must be above low_freq_factor {low:g}, got {high:g}")
+
+
+def _check_yarn(rope: Fields, factor: float, original: int | None, max_positions: int) -> None:
+    fast, slow = rope.number("beta_fast", 32.0, 1e-9), rope.number("beta_slow", 1.0, 1e-9)
+    if fast < slow:
+        raise rope.error("beta_fast", f"must be at least beta_slow {slow:g}, got {fast:g}")
+    for key in ("mscale", "mscale_all_dim"):
+        rope.number(key, 1.0, 0.0)
+    rope.number("attention_factor", 1.0, 1e-9)
+    rope.flag("truncate")
+    # A context shorter than YaRN was set up for is the model's own choice (Qwen2.5's is).
+    if original is not None and max_positions > factor * original:
+        raise rope.error(
+            "factor",
+            f"must be at least max_position_embeddings {max_positions} / original_max_position_embeddings "
+            f"{original}, got {factor:g}",
+        )

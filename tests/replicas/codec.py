@@ -12,7 +12,7 @@ TEMPLATE = (
 )
 
 
-def byte_codec(chat_template: str | None = TEMPLATE) -> TextCodec:
+def tiny_tokenizer(chat_template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {"<pad>": 0, "<mask>": 1, "<eos>": 2} | {char: 3 + k for k, char in enumerate(alphabet)}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -22,4 +22,8 @@ def byte_codec(chat_template: str | None = TEMPLATE) -> TextCodec:
         tokenizer_object=backend, pad_token="<pad>", mask_token="<mask>", eos_token="<eos>"
     )
     tokenizer.chat_template = chat_template
-    return TextCodec(tokenizer)
+    return tokenizer
+
+
+def byte_codec(chat_template: str | None = TEMPLATE) -> TextCodec:
+    return TextCodec(tiny_tokenizer(chat_template))

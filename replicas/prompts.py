@@ -1,0 +1,173 @@
+"""Prompts to token ids, so that no text of a user becomes a control token.
+
+A control token of a prompt is one that the chat template writes, or the tokenizer adds by itself, or that
+came as an id. A user's text is text, whatever it spells. So that the two can't be mixed up, control tokens
+have other names here, which nobody can know: the template's own text is rewritten to these names, and so is
+the tokenizer that reads what the template renders. Nothing is searched or cut out of the users' texts, so
+what templates do to them makes no difference, nor does it matter where two of them meet.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateSyntaxError
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from replicas.errors import ErrorCode, TriadError
+from replicas.model.config import CheckpointError
+
+_CONTROL_NAME = re.compile(r"<[|｜].*[|｜]>")
+"""How control tokens are spelled that a tokenizer.json does not call special, as some of DeepSeek's."""
+_PROBES: tuple[tuple[Mapping[str, str], ...], ...] = (
+    ({"role": "user", "content": "one two"},),
+    ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "one\ntwo"}),
+    (
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two three"},
+        {"role": "user", "content": "four"},
+    ),
+)
+
+
+class PromptEncoder:
+    """raw: the tokenizer's tokenizer.json. control_ids: the model's ends of text and mask token; what the
+    tokenizer calls special is control as well.
+
+    Safe from several threads. Raises CheckpointError for a chat template that does not compile.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, raw: Mapping[str, Any], control_ids: Collection[int] = ()
+    ):
+        self._tokenizer = tokenizer
+        self._secret = secrets.token_hex(8)
+        self._aliases = {
+            token["content"]: f"␟{self._secret}:{token['id']}␟"
+            for token in raw["added_tokens"]
+            if token["special"] or token["id"] in control_ids or _CONTROL_NAME.fullmatch(token["content"])
+        }
+        self._names = {alias: name for name, alias in self._aliases.items()}
+        self._known = _any_of(self._aliases)
+        self._backend = _renamed(raw, self._aliases)
+        for name, alias in self._aliases.items():
+            if self._backend.token_to_id(alias) != tokenizer.backend_tokenizer.token_to_id(name):
+                raise CheckpointError(f"tokenizer.json: the control token {name!r} can't be told from text")
+        self._variables = {
+            key: self._aliases.get(value, value)
+            for key, value in tokenizer.special_tokens_map.items()
+            if isinstance(value, str)
+        }
+        own = _own_template(tokenizer)
+        self._template = None if own is None else self._known.sub(self._alias, own)
+        self._joins_names = False
+        self._joins_names = self._template is not None and not self._agrees_with(tokenizer)
+
+    def of_text(self, text: str) -> list[int]:
+        """With the tokens that the tokenizer itself adds to a text. TriadError."""
+        return self._encode(text, "prompt", adds_tokens=True)
+
+    def of_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """By the chat template, ready for the assistant's turn. TriadError when it refuses the messages."""
+        if self._template is None:
+            message = "this model has no chat template; use /v1/completions with a prompt"
+            raise TriadError(ErrorCode.INVALID_REQUEST, message, "messages")
+        try:
+            text = self._render([dict(message) for message in messages])
+        except Exception as error:  # the template is the checkpoint's own program and may raise anything
+            said = _any_of(self._names).sub(lambda found: self._names[found[0]], str(error))
+            message = f"the model's chat template refuses these messages: {said or type(error).__name__}"
+            raise TriadError(ErrorCode.INVALID_REQUEST, message, "messages") from error
+        return self._encode(text, "messages", adds_tokens=False)
+
+    def _encode(self, text: str, param: str, adds_tokens: bool) -> list[int]:
+        try:
+            return list(self._backend.encode(text, add_special_tokens=adds_tokens).ids)
+        except BaseException as error:  # a panic of its Rust code is no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            message = f"the model's tokenizer can't read this text: {error}"
+            raise TriadError(ErrorCode.INVALID_REQUEST, message, param) from error
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        """-> a text in which the template's control tokens have their aliases."""
+        if not self._joins_names:
+            return _rendered(self._tokenizer, messages, chat_template=self._template, **self._variables)
+        # This template puts names together from parts, so they can be told in what it renders alone;
+        # whole names that users spell are kept out of that.
+        stand_ins = {name: f"␟{self._secret}={index}␟" for index, name in enumerate(self._aliases)}
+        hidden = {stand_in: name for name, stand_in in stand_ins.items()}
+        masked = [
+            {key: self._known.sub(lambda found: stand_ins[found[0]], value) for key, value in message.items()}
+            for message in messages
+        ]
+        text = self._known.sub(self._alias, _rendered(self._tokenizer, masked))
+        return _any_of(hidden).sub(lambda found: hidden[found[0]], text)
+
+    def _alias(self, found: re.Match[str]) -> str:
+        return self._aliases[found[0]]
+
+    def _agrees_with(self, tokenizer: PreTrainedTokenizerFast) -> bool:
+        """Whether chats without control tokens in them get the ids that the checkpoint's own files give."""
+        for probe in _PROBES:
+            messages = [dict(message) for message in probe]
+            try:
+                plain = _rendered(tokenizer, messages)
+            except TemplateSyntaxError as error:
+                raise CheckpointError(
+                    f"the chat template can't be read: line {error.lineno}: {error}"
+                ) from error
+            except Exception:  # it may refuse a system message, say
+                continue
+            expected = tokenizer.backend_tokenizer.encode(plain, add_special_tokens=False).ids
+            try:
+                if self.of_chat(messages) != expected:
+                    return False
+            except TriadError:
+                return False
+        return True
+
+
+def _own_template(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    if tokenizer.chat_template is None:
+        return None
+    try:
+        template: str = tokenizer.get_chat_template()
+    except ValueError as error:  # several, none of which is the default
+        raise CheckpointError(f"tokenizer_config.json: chat_template: {error}") from error
+    return template
+
+
+def _rendered(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], **options: Any) -> str:
+    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options))
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Longer ones first; it matches nothing where there are none."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+
+
+def _renamed(raw: Mapping[str, Any], names: Mapping[str, str]) -> Tokenizer:
+    """The tokenizer with other names for some of its tokens, which keep their ids."""
+    added = [
+        {**token, "content": names.get(token["content"], token["content"])} for token in raw["added_tokens"]
+    ]
+    model = dict(raw["model"])
+    vocab = model["vocab"]
+    if isinstance(vocab, dict):
+        model["vocab"] = {names.get(piece, piece): token_id for piece, token_id in vocab.items()}
+    else:  # Unigram: pieces with their scores, in the order of ids
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    if "merges" in model:  # a name that two pieces of text make up would be a way to the token
+        model["merges"] = [merge for merge in model["merges"] if _merged(merge) not in names]
+    renamed = {**raw, "added_tokens": added, "model": model, "truncation": None, "padding": None}
+    return Tokenizer.from_str(json.dumps(renamed))
+
+
+def _merged(merge: str | list[str]) -> str:
+    return "".join(merge.split(" ") if isinstance(merge, str) else merge)
