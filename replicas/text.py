@@ -11,6 +11,7 @@ from replicas.engine.plan import TokenLogprob
 from replicas.errors import ErrorCode, TriadError
 from replicas.grammar import GrammarCompiler
 from replicas.messages import Prompt, TextLogprob
+from replicas.prompt_length import chars_per_token, fewest_tokens
 
 _BYTES: dict[str, int] = {char: byte for byte, char in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
 """Of byte-level tokenizers: what character stands for which byte."""
@@ -26,6 +27,7 @@ class TextCodec:
         self._special_ids = frozenset(tokenizer.all_special_ids)
         self._is_byte_level = "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
         self._known_bytes: dict[int, bytes] = {}
+        self._chars_per_token = chars_per_token(tokenizer.backend_tokenizer)
 
     @classmethod
     def load(cls, checkpoint: str) -> "TextCodec":
@@ -35,12 +37,14 @@ class TextCodec:
             raise ValueError(f"{checkpoint} has no tokenizer.json; a fast tokenizer is needed")
         return cls(tokenizer)
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt, max_tokens: int | None = None) -> list[int]:
         """Chat messages by the chat template, text with the tokenizer's own special tokens, ids as they are.
 
-        TriadError when the template refuses the messages.
+        TriadError when the template refuses the messages, or a prompt must have more than max_tokens by its
+        length alone, which spares encoding it.
         """
         if isinstance(prompt, str):
+            self._check_length(prompt, max_tokens, "prompt")
             return list(self._tokenizer.encode(prompt))
         ids = [item for item in prompt if isinstance(item, int)]
         messages = [dict(item) for item in prompt if not isinstance(item, int)]
@@ -52,12 +56,21 @@ class TextCodec:
                 "this model has no chat template; use /v1/completions with a prompt",
                 "messages",
             )
+        if max_tokens is not None and len(messages) > max_tokens:
+            raise _too_long(f"{len(messages)} messages", max_tokens, "messages")
         try:
-            text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            text = str(
+                self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            )
         except Exception as error:  # the template is the checkpoint's own program and may raise anything
             message = f"the model's chat template refuses these messages: {error}"
             raise TriadError(ErrorCode.INVALID_REQUEST, message, "messages") from error
+        self._check_length(text, max_tokens, "messages")
         return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _check_length(self, text: str, max_tokens: int | None, param: str) -> None:
+        if max_tokens is not None and fewest_tokens(len(text), self._chars_per_token) > max_tokens:
+            raise _too_long(f"{len(text)} characters", max_tokens, param)
 
     def grammars(self, vocab_size: int, eos_token_ids: Set[int]) -> GrammarCompiler:
         """For structured output in this tokenizer's tokens. vocab_size: of the model's logits."""
@@ -92,6 +105,11 @@ class TextCodec:
         if (byte := _BYTE_PIECE.fullmatch(piece)) is not None:
             return bytes.fromhex(byte[1])
         return piece.replace("▁", " ").encode()
+
+
+def _too_long(what: str, max_tokens: int, param: str) -> TriadError:
+    message = f"the context is {max_tokens} tokens, and a prompt of {what} has more; shorten the prompt"
+    return TriadError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, param)
 
 
 class TextStream:
