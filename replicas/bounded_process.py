@@ -102,10 +102,10 @@ class BoundedProcess:
                 raise CallTimeout
             has_raised, result = connection.recv()
         except CallTimeout:
-            self._end()
+            self._end(wait_s=0.0)
             raise
         except (EOFError, OSError):
-            status = self._end()
+            status = self._end(wait_s=1.0)  # which it has most likely come to by itself
             if self._is_closed:
                 raise ProcessClosed from None
             raise CallExceeded(f"the process ended with status {status}") from None
@@ -113,15 +113,16 @@ class BoundedProcess:
             raise result
         return result
 
-    def _end(self) -> int:
-        """The process's exit status."""
+    def _end(self, wait_s: float) -> int:
+        """The process's exit status; it is killed if it has none by then."""
         assert self._connection is not None
         assert self._process is not None
         self._connection.close()
         self._connection = None
-        with self._lock:
-            self._process.kill()
-            return self._process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            return self._process.wait(wait_s)
+        self._process.kill()
+        return self._process.wait()
 
 
 def _serve(connection: Connection, target: str) -> None:

@@ -34,8 +34,7 @@ WALK_LEN = 32
 _WHITESPACE = r"[ \n\r\t]{1,32}"
 """Between tokens of JSON; without a bound a model may go on with it for ever."""
 _ESCAPES = 'nrbtf\\"'
-"""Without \\u: a declared key could come again, spelled with it. Const, enum and declared keys may need it
-for control characters; there it is part of a literal, or the value is refused."""
+"""Without \\u, unless a string of the schema needs it: a key could come again, spelled with it."""
 _LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 _STATE = re.compile(r"<state>|<backtrace>|<non-verbose/>")
 _SCHEMA = "response_format.json_schema.schema"
@@ -125,8 +124,9 @@ def compile_schema(tokenizer: LLTokenizer, asked: JsonFormat) -> LLMatcher:
     Not bounded in time or memory, so a schema that is new is for a BoundedProcess first.
     """
     try:
+        checked = enforceable(asked.schema, asked.best_effort)
         grammar = LLMatcher.grammar_from_json_schema(
-            enforceable(asked.schema, asked.best_effort),
+            checked.schema,
             overrides={
                 "item_separator": ",",
                 "key_separator": ":",
@@ -134,7 +134,7 @@ def compile_schema(tokenizer: LLTokenizer, asked: JsonFormat) -> LLMatcher:
                 "whitespace_flexible": True,
                 "lenient": asked.best_effort,
                 "coerce_one_of": asked.best_effort,
-                "json_allowed_escapes": _ESCAPES,
+                "json_allowed_escapes": _ESCAPES + "u" * checked.has_controls,
             },
         )
         matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)

@@ -18,7 +18,7 @@ from replicas.text import TextCodec
 
 T = TypeVar("T")
 
-MAX_WAIT_S = 3.0
+MAX_WAIT_S = 5.0
 """For a thread to be free."""
 MAX_INLINE_CHARS = 2_000
 """Prompts up to here, a millisecond of work, are not worth a thread's wake-up."""
