@@ -19,6 +19,10 @@ from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 
+_FROM_OUTSIDE = (signal.SIGTERM, signal.SIGKILL, signal.SIGHUP)
+"""Signals that say nothing of a call."""
+
+
 @dataclass(frozen=True, slots=True)
 class CallLimits:
     """cpu_s: CPU time of one call, memory_bytes: what it may take beyond what the process had before.
@@ -37,7 +41,7 @@ class CallExceeded(Exception):
 
 
 class CallTimeout(Exception):
-    """No answer within wall_s, of which the process may have had too small a share."""
+    """No answer within wall_s, of which the process may have had too small a share, or it was killed."""
 
 
 class ProcessClosed(Exception):
@@ -108,6 +112,8 @@ class BoundedProcess:
             status = self._end(wait_s=1.0)  # which it has most likely come to by itself
             if self._is_closed:
                 raise ProcessClosed from None
+            if -status in _FROM_OUTSIDE:
+                raise CallTimeout from None
             raise CallExceeded(f"the process ended with status {status}") from None
         if has_raised:
             raise result

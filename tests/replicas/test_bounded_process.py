@@ -67,6 +67,14 @@ def test_a_call_that_takes_no_time_of_the_processor_is_given_up_after_wall_s() -
     process.close()
 
 
+def test_a_process_that_is_killed_from_outside_says_nothing_of_the_call(process: BoundedProcess) -> None:
+    pid = pid_of(process.call("a"))
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(CallTimeout):
+        process.call("a")
+    assert pid_of(process.call("a")) != pid
+
+
 def test_limits_are_those_of_one_call_and_not_of_all_together(process: BoundedProcess) -> None:
     pid = pid_of(process.call("a"))
     for _ in range(12):
