@@ -55,17 +55,18 @@ class TextCodec:
             raise CheckpointError(f"{checkpoint} has no tokenizer.json; a fast tokenizer is needed")
         return cls(tokenizer, control_ids)
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt, max_tokens: int | None = None) -> list[int]:
         """Chat messages by the chat template, text with the tokenizer's own special tokens, ids as they are.
 
         What messages and texts spell is text: no control token comes of it. Safe from several threads.
-        TriadError when the template refuses the messages, or the tokenizer a text.
+        TriadError when the template refuses the messages, the tokenizer a text, or a prompt must have more
+        than max_tokens by its length alone, which spares encoding it.
         """
         if isinstance(prompt, str):
-            return self._prompts.of_text(prompt)
+            return self._prompts.of_text(prompt, max_tokens)
         ids = [item for item in prompt if isinstance(item, int)]
         messages = [item for item in prompt if not isinstance(item, int)]
-        return self._prompts.of_chat(messages) if messages else ids
+        return self._prompts.of_chat(messages, max_tokens) if messages else ids
 
     def grammars(self, vocab_size: int, eos_token_ids: Set[int]) -> GrammarCompiler:
         """For structured output in this tokenizer's tokens. vocab_size: of the model's logits."""

@@ -158,11 +158,17 @@ class JsonSchemaFormat(_Strict):
 
     @field_validator("schema_")
     @classmethod
-    def _is_short(cls, schema: dict[str, Any]) -> dict[str, Any]:
+    def _is_json(cls, schema: dict[str, Any]) -> dict[str, Any]:
+        """Short enough, and such that it can be sent on: Python takes more for JSON than JSON is."""
         try:
-            length = len(json.dumps(schema))
-        except (RecursionError, ValueError):
+            length = len(json.dumps(schema, allow_nan=False, ensure_ascii=False).encode())
+        except RecursionError:
             raise PydanticCustomError("schema", "The schema is nested too deeply") from None
+        except UnicodeEncodeError:
+            raise PydanticCustomError("schema", "The schema has a lone surrogate") from None
+        except ValueError as error:  # a number that overflows, or has thousands of digits
+            message = "The schema can't be written as JSON: {error}"
+            raise PydanticCustomError("schema", message, {"error": str(error)}) from None
         if length > MAX_SCHEMA_LEN:
             raise PydanticCustomError("schema", "A schema has at most {most} bytes", {"most": MAX_SCHEMA_LEN})
         return schema
