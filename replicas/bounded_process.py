@@ -48,7 +48,7 @@ class ProcessClosed(Exception):
 
 
 class BoundedProcess:
-    """Started by the first call. One call at a time, from any thread; close() from any, also within a call.
+    """Started by start() or the first call. One call at a time, from any thread; close() also within a call.
 
     target: "module:name" of a function that is called in the process with setup, outside of the limits, and
     returns the function whose calls these are. setup, arguments, results and what it raises are pickled.
@@ -65,9 +65,13 @@ class BoundedProcess:
 
     def call(self, argument: Any) -> Any:
         """Raises what the function raises, CallExceeded, CallTimeout or ProcessClosed."""
+        self.start()
+        return self._answer(argument, self._limits.wall_s)
+
+    def start(self) -> None:
+        """So that the next call need not wait for it; raises as a call does."""
         if self._connection is None:
             self._start()
-        return self._answer(argument, self._limits.wall_s)
 
     def close(self) -> None:
         """Ends the process, and a call under way with ProcessClosed."""

@@ -232,10 +232,22 @@ class GrammarCompiler:
         self._tokenizer: LLTokenizer | None = None
         self._compiled: OrderedDict[JsonFormat, _Compiled] = OrderedDict()
         self._refused: OrderedDict[bytes, str] = OrderedDict()  # by a digest, since a schema may be long
-        self._lock = threading.Lock()  # of all three above
+        self._lock = threading.Lock()  # of the two above
+        self._loading = threading.Lock()
         self._processes = [BoundedProcess(target, self._vocabulary, limits) for _ in range(num_processes)]
         self._idle: LifoQueue[BoundedProcess] = LifoQueue()
         for process in self._processes:
+            self._idle.put(process)
+
+    def warm_up(self) -> None:
+        """Loads what the first compile would have to wait for, seconds of it where a vocabulary is large."""
+        process = self._idle.get()
+        try:
+            process.start()
+            self._load_tokenizer()
+        except (TriadError, CallExceeded, CallTimeout, ProcessClosed):
+            pass  # a request that needs it is told
+        finally:
             self._idle.put(process)
 
     def known(self, asked: JsonFormat) -> JsonGrammar | None:
@@ -303,6 +315,12 @@ class GrammarCompiler:
             return ""
         return '; with "strict": false what can\'t be enforced is left out'
 
+    def _load_tokenizer(self) -> LLTokenizer:
+        with self._loading:
+            if self._tokenizer is None:
+                self._tokenizer = self._vocabulary.load()
+            return self._tokenizer
+
     def _refuse(self, asked: JsonFormat, problem: str) -> TriadError:
         with self._lock:
             self._refused[_digest(asked)] = problem
@@ -311,11 +329,8 @@ class GrammarCompiler:
         return TriadError(ErrorCode.INVALID_REQUEST, problem, _SCHEMA)
 
     def _keep(self, asked: JsonFormat, num_bytes: int) -> JsonGrammar:
-        with self._lock:
-            if self._tokenizer is None:
-                self._tokenizer = self._vocabulary.load()
         try:
-            matcher = compile_schema(self._tokenizer, asked)
+            matcher = compile_schema(self._load_tokenizer(), asked)
         except SchemaRefused as refused:  # though it was not in the other process
             message = f"the schema can't be enforced: {refused}"
             raise TriadError(ErrorCode.INVALID_REQUEST, message, _SCHEMA) from refused

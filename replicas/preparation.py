@@ -62,6 +62,10 @@ class Preparation:
         self._compiling = _Threads("grammar", NUM_COMPILES)
         self._is_closed = False
 
+    def start(self) -> None:
+        """Has compiles made ready, in the background."""
+        self._compiling.begin(self._grammars.warm_up)
+
     async def prepare(self, request: GenerateRequest) -> Prepared:
         """TriadError says what is wrong with the request, or that it was dropped meanwhile."""
         if self._is_closed:
@@ -155,6 +159,10 @@ class _Threads:
         future = asyncio.get_running_loop().run_in_executor(self._pool, job)
         future.add_done_callback(self._ended)
         return await asyncio.shield(future)
+
+    def begin(self, job: Callable[[], None]) -> None:
+        """Before any other, and counted to none."""
+        self._pool.submit(job)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

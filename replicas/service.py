@@ -86,6 +86,7 @@ class ReplicaService:
         """Must be called on the event loop that will serve the channels."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+        self._preparation.start()
 
     async def stop(self) -> None:
         """Ends what is running with UNAVAILABLE, then the thread and the channels."""
