@@ -10,14 +10,15 @@ from replicas.bounded_process import CallLimits
 from replicas.errors import ErrorCode, TriadError
 from replicas.grammar import MAX_REFUSALS, GrammarCompiler
 from replicas.messages import JsonFormat
-from tests.replicas.test_grammar import CODEC, EOS, VOCAB_SIZE, grammar_of
+from tests.replicas.codec import byte_codec, tiny_tokenizer
+from tests.replicas.test_grammar import EOS, VOCAB_SIZE, grammar_of
 
 TRAPS = "tests.replicas.bounded_targets:prover_with_traps"
 SMALL = CallLimits(cpu_s=0.5, memory_bytes=64 * 2**20)
 
 
 def guarded(**limits: float) -> GrammarCompiler:
-    backend = CODEC._tokenizer.backend_tokenizer
+    backend = tiny_tokenizer().backend_tokenizer
     return GrammarCompiler(backend.to_str(), VOCAB_SIZE, {EOS}, limits=replace(SMALL, **limits), target=TRAPS)
 
 
@@ -66,7 +67,7 @@ def test_a_compile_that_has_too_small_a_share_of_the_machine_may_be_tried_again(
 
 
 def test_refusals_are_kept_up_to_a_bound() -> None:
-    mine = CODEC.grammars(VOCAB_SIZE, frozenset({EOS}))
+    mine = byte_codec().grammars(VOCAB_SIZE, frozenset({EOS}))
     for number in range(MAX_REFUSALS + 5):
         with pytest.raises(TriadError):
             mine.compile(JsonFormat(f'{{"enum": [], "$comment": "{number}"}}', best_effort=True))
@@ -76,7 +77,7 @@ def test_refusals_are_kept_up_to_a_bound() -> None:
 
 def test_compiled_grammars_are_kept_up_to_a_bound_of_memory() -> None:
     """Each takes 100 MiB, by the word of its process, and one that says so 200."""
-    backend = CODEC._tokenizer.backend_tokenizer
+    backend = tiny_tokenizer().backend_tokenizer
     target = "tests.replicas.bounded_targets:prover_of_sizes"
     mine = GrammarCompiler(backend.to_str(), VOCAB_SIZE, {EOS}, target=target)
     schemas = [JsonFormat(f'{{"enum": [{number}]}}') for number in range(4)]

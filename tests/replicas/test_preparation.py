@@ -17,7 +17,7 @@ from replicas.messages import Accepted, GenerateRequest, JsonFormat, Prompt, Rej
 from replicas.preparation import MAX_INLINE_CHARS, MAX_SHORT_CHARS, Preparation
 from replicas.service import ReplicaService
 from replicas.text import TextCodec
-from tests.replicas.codec import byte_codec
+from tests.replicas.codec import byte_codec, tiny_tokenizer
 from tests.replicas.engine.scripted import ScriptedRunner
 
 CONTEXT = 2**20
@@ -28,7 +28,7 @@ class GatedCodec(TextCodec):
     """Encoding a long text begins, and goes on when it is let."""
 
     def __init__(self) -> None:
-        super().__init__(byte_codec()._tokenizer)
+        super().__init__(tiny_tokenizer())
         self.began, self.gate = threading.Semaphore(0), threading.Semaphore(0)
         self.threads: list[int] = []
 
@@ -40,7 +40,7 @@ class GatedCodec(TextCodec):
         return super().encode(prompt, max_tokens)
 
     def grammars(self, vocab_size: int, eos_token_ids: Set[int]) -> GrammarCompiler:
-        backend = self._tokenizer.backend_tokenizer
+        backend = tiny_tokenizer().backend_tokenizer
         target = "tests.replicas.bounded_targets:prover_with_traps"
         limits = CallLimits(cpu_s=60.0)
         return GrammarCompiler(backend.to_str(), vocab_size, eos_token_ids, target=target, limits=limits)
