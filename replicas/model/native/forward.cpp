@@ -233,9 +233,10 @@ class Forward {
     }
     Element* queries = (Element*)(queries_ + row * ld_attended_);
     for (int64_t i = 0; i < model_.num_heads * dim; i++) queries[i] = T::round(qkv[i]);
+    const bool is_last = row + 1 == step_.num_rows || row_page_[row + 1] != row_page_[row];
     for (int64_t h = 0; h < model_.num_kv_heads; h++) {
       store_token<T>(cache_, layer.keys, layer.values, row_page_[row], position % model_.page_size, h,
-                     qkv + (model_.num_heads + h) * dim, qkv + (num_rotated_ + h) * dim);
+                     qkv + (model_.num_heads + h) * dim, qkv + (num_rotated_ + h) * dim, is_last);
     }
   }
 
