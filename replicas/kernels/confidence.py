@@ -20,7 +20,11 @@ _MAX_SPLITS = 32
 
 
 class Confidence(NamedTuple):
-    """tokens: [R] int64, of equal logits the lowest id; probs, log_sums: [R] float32."""
+    """tokens: [R] int64, of equal logits the lowest id; probs, log_sums: [R] float32.
+
+    Of a row with a NaN or +inf, or with nothing but -inf, the token is some id of the vocabulary and the
+    probability is not finite.
+    """
 
     tokens: torch.Tensor
     probs: torch.Tensor
@@ -110,7 +114,8 @@ def _scan(
         largest = new_largest
     # The token itself is looked up once at the end: a running argmax would double the work of the loop.
     x = _load(logits, row, best_start, stride, mask_token_id, VOCAB, BLOCK)
-    token = best_start + tl.min(tl.where(x == largest, tl.arange(0, BLOCK), BLOCK), 0)
+    place = tl.min(tl.where(x == largest, tl.arange(0, BLOCK), BLOCK), 0)
+    token = best_start + tl.where(place == BLOCK, 0, place)  # a NaN equals nothing
     if NUM_SPLITS == 1:
         _write(tokens, probs, log_sums, row, largest, total, token)
     else:
@@ -129,6 +134,7 @@ def _merge(largest_parts, total_parts, token_parts, tokens, probs, log_sums, NUM
     largest = tl.max(part, 0)
     total = tl.sum(tl.load(total_parts + at) * tl.exp(part - largest), 0)
     token = tl.min(tl.where(part == largest, tl.load(token_parts + at), 0x7FFFFFFF), 0)
+    token = tl.where(token == 0x7FFFFFFF, 0, token)
     _write(tokens, probs, log_sums, row, largest, total, token)
 
 
