@@ -114,8 +114,8 @@ def _scan(
         largest = new_largest
     # The token itself is looked up once at the end: a running argmax would double the work of the loop.
     x = _load(logits, row, best_start, stride, mask_token_id, VOCAB, BLOCK)
-    place = tl.min(tl.where(x == largest, tl.arange(0, BLOCK), BLOCK), 0)
-    token = best_start + tl.where(place == BLOCK, 0, place)  # a NaN equals nothing
+    token = best_start + tl.min(tl.where(x == largest, tl.arange(0, BLOCK), BLOCK), 0)
+    token = tl.minimum(token, VOCAB - 1)  # a NaN equals nothing, or only what is past the end
     if NUM_SPLITS == 1:
         _write(tokens, probs, log_sums, row, largest, total, token)
     else:
