@@ -92,7 +92,8 @@ Choose = Callable[[torch.Tensor, int | None], tuple[torch.Tensor, torch.Tensor]]
 def choose(logits: torch.Tensor, forbidden: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     """logits [W, vocab] float32 -> argmax [W] int64 and logsumexp [W]; the forbidden token's becomes -inf.
 
-    Of equal logits the lowest id is chosen. A row with a NaN has the logsumexp NaN.
+    Of equal logits the lowest id is chosen. A row with a NaN or +inf, or of nothing but -inf, has a logsumexp
+    that is not finite.
     """
     if forbidden is not None:
         logits[:, forbidden] = float("-inf")

@@ -380,7 +380,7 @@ void triad_forward(void* context, const Model* model, const Step* step) {
 }
 
 // logits: [rows, ld]; the forbidden token's, if not negative, becomes -inf. tokens, normalisers: [rows]
-// A row with a NaN or +inf has the normaliser NaN, one of nothing but -inf has -inf; their tokens are some id.
+// The normaliser of a row with a NaN or +inf, or of nothing but -inf, is not finite, and its token is some id.
 void triad_choose(void* context, float* logits, int64_t rows, int64_t ld, int64_t vocab, int64_t forbidden,
                   int64_t* tokens, float* normalisers) {
   auto& pool = static_cast<Context*>(context)->pool;
