@@ -23,7 +23,8 @@ class Segment:
     pages: the page table; pages[p // page_size] holds position p, up to start + len(token_ids) - 1.
     wanted: indices into token_ids whose logits are sampled, ascending; may be empty.
     prompt_len: tokens of the sequence's prompt.
-    history: the tokens before start, where the sampling has penalties; else empty.
+    history: the tokens before start, where the sampling has penalties and any row is wanted; else empty.
+        An array of int32 is the cheapest.
     num_causal: all, none, or fewer where a commit has the next block behind it.
     adapter: whether the adapter is on for these rows; never with causal ones among them.
     allowed: for each wanted index a mask of what may be sampled (engine.grammar); empty for anything.
@@ -38,7 +39,7 @@ class Segment:
     wanted: tuple[int, ...]
     sampling: SamplingParams
     prompt_len: int = 0
-    history: tuple[int, ...] = ()
+    history: Seq[int] = ()
     allowed: tuple[bytes, ...] = ()
 
     @property
@@ -75,6 +76,7 @@ TokenProb = tuple[int, float]
 class SegmentOutput:
     """What was sampled, aligned with Segment.wanted.
 
+    token_ids, probs: for each wanted index; of a verify, fewer where nothing can be sampled from a later row.
     probs: the chosen tokens' probability by the model itself (softmax of the raw logits, before
     temperature and filters), the confidence of `diffusion`. The mask token is never chosen.
     """
@@ -116,6 +118,8 @@ class ModelSpec:
     vocab_size: int
     denoise_with_adapter: bool = False
     """Whether the adapter is on in denoising forwards as well as in drafts."""
+    num_sampled_ids: int | None = None
+    """Ids from this one on are never sampled, such as a padded vocabulary's; None where all may be."""
 
 
 class RunnerLost(Exception):

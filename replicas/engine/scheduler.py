@@ -140,7 +140,7 @@ class Scheduler:
                     wanted=ask.wanted,
                     sampling=sequence.sampling,
                     prompt_len=sequence.num_prompt_tokens,
-                    history=tuple(sequence.tokens[:start]) if sequence.sampling.has_penalties else (),
+                    history=sequence.history[:start] if ask.wanted else (),
                     allowed=allowed,
                 )
             )

@@ -1,5 +1,6 @@
 """A request inside the engine: the sole owner of its tokens, counters, page table and status."""
 
+from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -60,6 +61,8 @@ class Sequence:
     """How its drafts fared."""
     failure: str | None = None
     """Why it can't go on; the engine then ends it."""
+    history: "array[int] | tuple[()]" = field(init=False, default=())
+    """The tokens again, as an array of int32, where the sampling has penalties; else empty."""
     num_prompt_tokens: int = field(init=False)
     status: Status = Status.WAITING
     num_cached: int = 0
@@ -92,6 +95,8 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.tokens)
+        if self.sampling.has_penalties:
+            self.history = array("i", self.tokens)
 
     @property
     def num_completion_tokens(self) -> int:
@@ -159,6 +164,8 @@ class Sequence:
         """Appends final tokens up to the text's end or max_tokens; what was taken, and why it ends."""
         for count, token in enumerate(tokens, start=1):
             self.tokens.append(token)
+            if isinstance(self.history, array):
+                self.history.append(token)
             self.tokens_by_mode[mode] += 1
             is_stop = self.text is not None and self.text.accept(token)
             if is_stop or (token in eos_token_ids and not self.sampling.ignore_eos):
