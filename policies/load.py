@@ -68,6 +68,9 @@ class ReplicaLoad:
     """What its forwards cost and its rounds bring, as it has measured them itself."""
     num_tasks: int = 0
     """asyncio tasks in its process: what of them outlives the requests is a leak."""
+    num_ended: int = 0
+    """Choices that have ended since its start, in whatever way; from its rate every router foretells the
+    wait for a place."""
     silent_s: float = 0.0
     """For how long its engine has been in the forward under way: so old was all this when published."""
 

@@ -272,3 +272,5 @@ class ModelInfo:
     """Prompt and completion together, in tokens."""
     vocab_size: int
     replica_id: str
+    max_prompt_chars: int | None = None
+    """A text of more characters has more tokens than max_context, whatever it says; None: not known."""

@@ -310,6 +310,7 @@ class Engine:
             max_step_tokens=self._max_step_tokens,
             mean_context=sum(sequence.num_cached for sequence in running) / num_running,
             mean_remaining=self._mean_remaining(),
+            num_ended=self._num_submitted - len(self._sequences),
         )
 
     def check_integrity(self) -> None:
