@@ -100,6 +100,11 @@ class DecodingOptions:
     lossless: bool = False
     max_steps: int | None = None
 
+    @property
+    def sets_parameters(self) -> bool:
+        """The request itself says how its mode decodes, and so what a round of it brings."""
+        return (self.block_length, self.threshold, self.max_steps) != (None, None, None)
+
 
 Prompt = tuple[Mapping[str, str], ...] | str | tuple[int, ...]
 """Chat messages, text or token ids."""

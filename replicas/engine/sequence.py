@@ -125,6 +125,7 @@ class Sequence:
             self.num_completion_tokens - num_tokens,
             self.num_forwards - num_forwards,
             self.num_rows - num_rows,
+            self.decoding.sets_parameters,
         )
 
     def note_mode(self, mode: Mode, rule: str) -> None:
