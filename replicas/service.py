@@ -266,6 +266,7 @@ class ReplicaService:
             request.timeout_s,
             request.priority,
             grammar,
+            cache_salt=request.cache_salt,
         )
         choice = Choice(live, index, sequence, self._codec.stream(request.sampling.stop))
         if self._on_timeline is not None:

@@ -127,9 +127,11 @@ class Engine:
         timeout_s: float | None = None,
         priority: int = 0,
         grammar: Grammar | None = None,
+        cache_salt: str = "",
     ) -> Sequence:
         """Queues a request. TriadError when it can't be served as it stands, or the queue is full.
 
+        cache_salt: its prompt's pages are shared with requests of the same one alone.
         grammar: of sampling.response_format, at its beginning; it is the sequence's own from here on.
         priority: lower goes first. A level is worth PRIORITY_S of waiting, so nobody waits for ever.
         """
@@ -148,6 +150,7 @@ class Engine:
             deadline_s=None if timeout_s is None else now_s + timeout_s,
             rank=(now_s + PRIORITY_S * priority, self._num_submitted),
             grammar=grammar,
+            cache_salt=cache_salt,
         )
         self._num_submitted += 1
         self._sequences[request_id] = sequence

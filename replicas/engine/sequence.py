@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from policies.cost import RoundMade
 from policies.modes import DecodePlan, Mode
-from replicas.engine.blocks import ROOT
+from replicas.engine.blocks import Key
 from replicas.engine.decoders.round import Round
 from replicas.engine.grammar import Grammar
 from replicas.engine.plan import TokenLogprob
@@ -52,7 +52,9 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     num_kept: int = 0
     """Leading pages that are full and findable by content."""
-    key_number: int = ROOT
+    cache_salt: str = ""
+    """It shares pages with sequences of the same salt alone."""
+    key_number: Key = field(init=False)
     """Of what the kept pages hold."""
     num_reused: int = 0
     """Prompt tokens whose K/V another request had left."""
@@ -78,6 +80,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.tokens)
+        self.key_number = self.cache_salt
 
     @property
     def num_completion_tokens(self) -> int:
