@@ -62,6 +62,7 @@ class Replica:
             modes=engine.spec.modes,
             max_context=engine.spec.max_context,
             vocab_size=engine.spec.vocab_size,
+            max_prompt_chars=codec.max_prompt_chars(engine.spec.max_context),
         )
         step_cost = calibrate(
             runner,

@@ -1,5 +1,6 @@
 """The edge between text and token ids: prompts in, streamed text out. The engine knows ids only."""
 
+import json
 import re
 from collections.abc import Set
 
@@ -11,6 +12,7 @@ from replicas.engine.plan import TokenLogprob
 from replicas.errors import ErrorCode, TriadError
 from replicas.grammar import GrammarCompiler
 from replicas.messages import Prompt, TextLogprob
+from replicas.prompt_len import max_chars_per_token
 
 _BYTES: dict[str, int] = {char: byte for byte, char in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
 """Of byte-level tokenizers: what character stands for which byte."""
@@ -63,6 +65,11 @@ class TextCodec:
         """For structured output in this tokenizer's tokens. vocab_size: of the model's logits."""
         backend = self._tokenizer.backend_tokenizer
         return GrammarCompiler(backend.to_str(), max(vocab_size, backend.get_vocab_size()), eos_token_ids)
+
+    def max_prompt_chars(self, max_context: int) -> int | None:
+        """A text of more characters has at least max_context tokens; None where that can't be told."""
+        longest = max_chars_per_token(json.loads(self._tokenizer.backend_tokenizer.to_str()))
+        return None if longest is None else longest * (max_context - 1)
 
     def stream(self, stop: tuple[str, ...] = ()) -> "TextStream":
         return TextStream(self._tokenizer, stop)
