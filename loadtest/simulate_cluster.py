@@ -22,7 +22,7 @@ from policies.cost import Yield
 from policies.load import ClusterLoad, ObservedLoad, ReplicaLoad
 from policies.loop import PERIOD_S
 from policies.modes import DecodePlan
-from policies.placement import OwnTraffic, Sent, Wish, place
+from policies.placement import Sent, Wish, place
 from policies.plan import PLAN_STALE_S
 from policies.policy import Policy, Snapshot
 from policies.prefix import CHUNK_CHARS, PrefixMap
@@ -87,8 +87,8 @@ class _Router:
     """One ingress: its view of the loads, its own traffic, its memory of prompts."""
 
     def __init__(self, limits: QueueLimits, max_running: int, seed: int):
-        self.traffic = OwnTraffic()
         self.admission = AdmissionControl(max_running, limits)
+        self.traffic = self.admission.traffic
         self.prefixes = PrefixMap()
         self.rng = random.Random(seed)
 
@@ -190,7 +190,6 @@ class Cluster:
             router_number, sent = self._placed.pop(request)
             router = self._routers[router_number]
             router.traffic.ended(sent, now_s)
-            router.admission.ended()
         if ended:
             record.end_s = now_s
         self._schedule(number, replica)
@@ -205,10 +204,10 @@ class Cluster:
         tokens = self._requests.prompt[request]
         opened = self._open
 
-        def candidates() -> Sequence[Any]:
-            return router.traffic.candidates(opened, lambda replica_id: self._seen(replica_id, now_s), now_s)
+        def seen(replica_id: str) -> ObservedLoad | None:
+            return self._seen(replica_id, now_s)
 
-        verdict = router.admission.check(opened, candidates, now_s, num_prompt_tokens=tokens)
+        verdict = router.admission.check(opened, seen, now_s, num_prompt_tokens=tokens)
         if not isinstance(verdict, Admit):
             if verdict.contended:
                 self.record.shed += 1
@@ -237,7 +236,6 @@ class Cluster:
             self.record.unavailable += 1
             return
         sent = router.traffic.started(chosen, now_s, tokens)
-        router.admission.started(tokens)
         if keys:
             router.prefixes.sent(keys, chosen, now_s)
         number = self._numbers[chosen]

@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from policies.completions import CompletionRate
-from policies.placement import Candidate
+from policies.load import ObservedLoad
+from policies.placement import Candidate, OwnTraffic
 
 MIN_RETRY_AFTER_S = 1.0
 MAX_RETRY_AFTER_S = 30.0
 LOOK_PERIOD_S = 0.1
-"""Sums over all replicas are made this often at most; a router's own requests count at once."""
+"""Sums over all replicas are made this often; a router's own requests count at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,18 +124,21 @@ class AdmissionControl:
     """One router's own: admits by what it sees of the replicas and what it has sent them since.
 
     Everything is counted in choices, each of which takes a place. max_running: of a replica that has not
-    published its load. `now_s` is any clock that only moves forward. Not for use by several threads at
-    once.
+    published its load. traffic: this router's requests, of which it is to be told; they count at once.
+    `now_s` is any clock that only moves forward. Not for use by several threads at once.
     """
 
     def __init__(self, max_running: int, limits: QueueLimits):
+        self.traffic = OwnTraffic()
         self._max_running = max_running
         self._limits = limits
         self._completions = CompletionRate()
-        self._occupancy: Occupancy | None = None
-        self._looked_s = 0.0
-        self._num_ended = 0
+        self._looked_s = -math.inf
         self._replica_ids: Sequence[str] = ()
+        # As of the last look.
+        self._occupancy = Occupancy(0, 0, 0)
+        self._num_own = 0
+        self._num_tokens_sent = 0
 
     @property
     def most_choices(self) -> int:
@@ -144,64 +148,52 @@ class AdmissionControl:
     def check(
         self,
         replica_ids: Sequence[str],
-        candidates: Callable[[], Sequence[Candidate]],
+        seen: Callable[[str], ObservedLoad | None],
         now_s: float,
         *,
         num: int = 1,
         num_prompt_tokens: int = 0,
         deadline_s: float | None = None,
-        num_ended: int = 0,
     ) -> Admission:
-        """replica_ids: those that can be reached. candidates: what is known of each, asked for only now
-        and then. num: of the request's choices. num_ended: of this router's requests, in whatever way;
-        nobody is shed for one of them."""
+        """replica_ids: those that can be reached. seen: a replica's load, its age as of now_s; asked for now
+        and then. num: of the request's choices."""
+        if now_s - self._looked_s >= LOOK_PERIOD_S or replica_ids != self._replica_ids:
+            self._look(replica_ids, seen, now_s)
+        return admit(
+            self._occupancy_now(),
+            self._limits,
+            num=num,
+            num_prompt_tokens=num_prompt_tokens,
+            completions_per_s=self._completions.per_s,
+            deadline_s=deadline_s,
+        )
 
-        def verdict() -> Admission:
-            assert self._occupancy is not None
-            return admit(
-                self._occupancy,
-                self._limits,
-                num=num,
-                num_prompt_tokens=num_prompt_tokens,
-                completions_per_s=self._completions.per_s,
-                deadline_s=deadline_s,
-            )
-
-        is_due = now_s - self._looked_s >= LOOK_PERIOD_S or replica_ids != self._replica_ids
-        if self._occupancy is not None and not is_due:
-            found = verdict()
-            if isinstance(found, Admit) or num_ended == self._num_ended:
-                return found
-        self._occupancy = self._look(candidates(), now_s)
-        self._looked_s, self._replica_ids, self._num_ended = now_s, replica_ids, num_ended
-        return verdict()
-
-    def started(self, num_prompt_tokens: int = 0, num: int = 1) -> None:
-        """A request of so many choices has been sent to a replica."""
-        self._change(num, num_prompt_tokens)
-
-    def ended(self, num: int = 1) -> None:
-        """A request of so many choices has finished."""
-        self._change(-num)
-
-    def _change(self, num: int, num_prompt_tokens: int = 0) -> None:
-        if self._occupancy is not None:
-            self._occupancy = replace(
-                self._occupancy,
-                num_in_flight=max(0, self._occupancy.num_in_flight + num),
-                waiting_tokens=self._occupancy.waiting_tokens + num_prompt_tokens,
-            )
-
-    def _look(self, candidates: Sequence[Candidate], now_s: float) -> Occupancy:
-        occupancy = Occupancy(
+    def _look(
+        self, replica_ids: Sequence[str], seen: Callable[[str], ObservedLoad | None], now_s: float
+    ) -> None:
+        candidates = self.traffic.candidates(replica_ids, seen, now_s)
+        self._looked_s, self._replica_ids = now_s, replica_ids
+        self._num_own, self._num_tokens_sent = self.traffic.num_in_flight, self.traffic.num_tokens_sent
+        self._occupancy = Occupancy(
             num_replicas=len(candidates),
             capacity=sum(self._places(candidate) for candidate in candidates),
             num_in_flight=sum(candidate.num_in_flight for candidate in candidates),
             waiting_tokens=sum(candidate.waiting_prompt_tokens for candidate in candidates),
         )
-        is_full = occupancy.num_in_flight >= occupancy.capacity
+        is_full = self._occupancy.num_in_flight >= self._occupancy.capacity
         self._completions.note((c.seen for c in candidates if c.seen is not None), now_s, is_full)
-        return occupancy
+
+    def _occupancy_now(self) -> Occupancy:
+        """With what this router has sent since the last look, and without what has ended."""
+        num_more = self.traffic.num_in_flight - self._num_own
+        num_more_tokens = self.traffic.num_tokens_sent - self._num_tokens_sent
+        if not num_more and not num_more_tokens:
+            return self._occupancy
+        return replace(
+            self._occupancy,
+            num_in_flight=max(0, self._occupancy.num_in_flight + num_more),
+            waiting_tokens=max(0, self._occupancy.waiting_tokens + num_more_tokens),
+        )
 
     def _places(self, candidate: Candidate) -> int:
         return self._max_running if candidate.seen is None else candidate.seen.load.max_running

@@ -29,7 +29,7 @@ class CompletionRate:
         self._samples: deque[tuple[float, int]] = deque()
 
     def note(self, loads: Iterable[ObservedLoad], now_s: float, is_full: bool) -> None:
-        """loads: of the replicas that can be reached, with their ages as of now_s. is_full: no place is free."""
+        """loads: of the replicas that can be reached, their ages as of now_s. is_full: no place is free."""
         last, self._last = self._last, {}
         elapsed_s, num_known = 0.0, 0
         for seen in loads:

@@ -4,7 +4,6 @@ Both estimators forget, so that a machine that slows down or a workload that cha
 neither believes a single odd measurement.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 

@@ -158,8 +158,10 @@ class OwnTraffic:
     """
 
     def __init__(self) -> None:
-        self.num_ended = 0
-        """Of all requests so far, in whatever way they ended."""
+        self.num_in_flight = 0
+        """Choices, at all replicas."""
+        self.num_tokens_sent = 0
+        """Prompt tokens of all requests so far."""
         self._in_flight: Counter[str] = Counter()
         self._sent: dict[str, dict[Sent, None]] = {}  # what has not ended, in order of time
         self._ended: dict[str, deque[tuple[float, Sent]]] = {}  # when, in order
@@ -167,26 +169,34 @@ class OwnTraffic:
     def started(self, replica_id: str, now_s: float, num_prompt_tokens: int = 0, num: int = 1) -> Sent:
         """A request has been sent. Returns what `accepted` and `ended` want to be told of it."""
         sent = Sent(replica_id, now_s, num, num_prompt_tokens)
-        self._in_flight[replica_id] += num
+        self._count(sent, num, num_prompt_tokens)
         self._sent.setdefault(replica_id, {})[sent] = None
         return sent
 
     def accepted(self, sent: Sent, num_prompt_tokens: int, num: int) -> None:
         """The replica has said what there is to the request; it may have counted for less until now."""
         if sent in self._sent.get(sent.replica_id, ()):
-            self._in_flight[sent.replica_id] += num - sent.num
+            self._count(sent, num - sent.num, num_prompt_tokens - sent.num_prompt_tokens)
             sent.num, sent.num_prompt_tokens = num, num_prompt_tokens
 
     def ended(self, sent: Sent, now_s: float) -> None:
         """The request has ended, in whatever way; once each."""
         del self._sent[sent.replica_id][sent]
-        self.num_ended += 1
-        self._in_flight[sent.replica_id] -= sent.num
+        self._count(sent, -sent.num)
         ended = self._ended.setdefault(sent.replica_id, deque())
         ended.append((now_s, sent))
         # Past LOST_S a load is not used any more, so nobody asks what ended before it was measured.
         while ended[0][0] < now_s - LOST_S:
             ended.popleft()
+
+    def begun(self, sent: Sent) -> None:
+        """Its prompts wait no more."""
+        sent.num_prompt_tokens = 0
+
+    def _count(self, sent: Sent, num: int, num_prompt_tokens: int = 0) -> None:
+        self._in_flight[sent.replica_id] += num
+        self.num_in_flight += num
+        self.num_tokens_sent += num_prompt_tokens
 
     def forget(self, replica_id: str) -> None:
         """The replica is gone, and every request at it has ended."""

@@ -21,7 +21,8 @@ HALF_LIFE_S = 60.0
 def prefix_keys(prompt: str | Sequence[int], salt: str = "") -> tuple[int, ...]:
     """One key for each full chunk of the prompt, each standing for all the text up to its end.
 
-    salt: prompts of different ones share nothing, as in the replicas' caches. Token ids count as four characters each. Python's own hash: keys mean something in one process only.
+    salt: prompts of different ones share nothing, as in the replicas' caches. Token ids count as four
+    characters each. Python's own hash: keys mean something in one process only.
     """
     length = CHUNK_CHARS if isinstance(prompt, str) else CHUNK_CHARS // 4
     keys = []

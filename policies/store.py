@@ -80,7 +80,7 @@ local replicas, leader = KEYS[1], KEYS[2]
 local prefix, expiry_ms, with_plans = ARGV[1], ARGV[2], ARGV[3] == '1'
 forget_lost(replicas, expiry_ms)
 local entries = {{}}
-for _, id in ipairs(redis.call('ZRANGE', replicas, 0, -1)) do
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', replicas, text(now - expiry_ms * 1000), '+inf')) do
   local load = read(prefix .. 'load:' .. id, 'body', 'at')
   local plan = with_plans and read(prefix .. 'plan:' .. id, 'body', 'at', 'since') or {{}}
   entries[#entries + 1] = {{id, load, plan}}

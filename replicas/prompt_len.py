@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 MAX_COMPOSED = 4
-"""Characters that Unicode composes into one, at most (UAX #15, "Stabilized Strings and expansion factors")."""
+"""Characters that Unicode composes into one, at most (UAX #15: the longest canonical decomposition)."""
 
 _NORMALIZERS = {"Prepend": 1, "Lowercase": 1, "NFD": 1, "NFKD": 1, "NFC": MAX_COMPOSED, "NFKC": MAX_COMPOSED}
 """By how much each shortens a text at most."""

@@ -12,7 +12,7 @@ from typing import Self
 from policies.admission import Admission, AdmissionControl, Shed
 from policies.ejection import FailureWatch
 from policies.loop import Clock
-from policies.placement import OwnTraffic, place
+from policies.placement import place
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import (
     Accepted,
@@ -70,7 +70,7 @@ class Dispatcher:
         self._discovery_period_s = discovery_period_s
         self._rng = rng or random.Random()
         self._clock = clock
-        self._traffic = OwnTraffic()
+        self._traffic = admission.traffic
         self._watch = FailureWatch()
         self._wishes = Wishes()
         self._num_unsure = 0
@@ -137,23 +137,18 @@ class Dispatcher:
         """
         self._check_size(request)
         lens = self._wishes.prompt_lens(request)
-        num, num_tokens = request.num_indices, sum(lens)
+        num_tokens = sum(lens)
         is_sure = self._model is None or max(lens) <= self._model.max_context
         if not is_admitted:
-            raise_if_shed(self._verdict(num, num_tokens, request.timeout_s))
+            raise_if_shed(self._verdict(request.num_indices, num_tokens, request.timeout_s))
             if not is_sure and self._num_unsure >= MAX_UNSURE * len(self._open()):
                 message = "Too many prompts that may not fit the context are being read; try again in 1 s."
                 raise Overloaded(ErrorCode.QUEUE_FULL, message, 1)
-        if is_sure:
-            self._admission.started(num_tokens, num)
-            return await self._send(request, avoid, num_tokens, is_sure)
-        self._num_unsure += 1
+        self._num_unsure += not is_sure
         try:
-            sent = await self._send(request, avoid, num_tokens, is_sure)
-            self._admission.started(num_tokens, num)
-            return sent
+            return await self._send(request, avoid, num_tokens, is_sure)
         finally:
-            self._num_unsure -= 1
+            self._num_unsure -= not is_sure
 
     async def _send(
         self, request: GenerateRequest, avoid: set[str], num_tokens: int, is_sure: bool
@@ -183,8 +178,8 @@ class Dispatcher:
         most = self._admission.most_choices
         if request.num_indices > most:
             message = (
-                f"this request asks for {request.num_indices} completions, but a replica takes {most} at once; "
-                f"lower n, or send fewer prompts a request"
+                f"this request asks for {request.num_indices} completions, but a replica takes {most} "
+                f"at once; lower n, or send fewer prompts a request"
             )
             raise TriadError(ErrorCode.INVALID_REQUEST, message, "n" if request.num_choices > 1 else "prompt")
         if self._model is not None:
@@ -196,7 +191,6 @@ class Dispatcher:
 
     def ended(self, request: GenerateRequest, event: Finished) -> None:
         """A request has finished."""
-        self._admission.ended(request.num_indices)
         self._wishes.finished(request, event)
 
     def now_s(self) -> float:
@@ -208,12 +202,11 @@ class Dispatcher:
         replica_ids, now_s = self._open(), self._clock()
         return self._admission.check(
             replica_ids,
-            lambda: self._traffic.candidates(replica_ids, self._view.seen, now_s),
+            self._view.seen,
             now_s,
             num=num,
             num_prompt_tokens=num_prompt_tokens,
             deadline_s=deadline_s,
-            num_ended=self._traffic.num_ended,
         )
 
     def _open(self, avoid: Collection[str] = ()) -> Sequence[str]:
@@ -383,8 +376,11 @@ class Generation:
 
     def _may_retry(self, error: TriadError) -> bool:
         """After a failure: whether it is the replica's and the request may go to another one."""
-        was_sent = self._link is not None or isinstance(error, ReplicaLost) or error.code is ErrorCode.INTERNAL
-        if not was_sent or error.code not in FAULTS or self._num_losses == MAX_LOSSES:
+        # Where none would take it, there was no failure.
+        was_tried = (
+            isinstance(error, ReplicaLost) or error.code is ErrorCode.INTERNAL or self._link is not None
+        )
+        if not was_tried or error.code not in FAULTS or self._num_losses == MAX_LOSSES:
             return False
         if self._link is not None:
             self._avoid.add(self._link.replica_id)

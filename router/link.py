@@ -193,12 +193,14 @@ class Link:
                 # Its submit was given up in mid-call, and the cancel came before it.
                 self._cancel(event.request_id)
             else:
-                entry[0].put_nowait(event)
+                inbox, sent = entry
+                self._traffic.begun(sent)
+                inbox.put_nowait(event)
             return
-        inbox = self._forget(event.request_id)
-        if inbox is None:
+        ended = self._forget(event.request_id)
+        if ended is None:
             return
-        inbox.put_nowait(event)
+        ended.put_nowait(event)
         if isinstance(event, Finished):
             self._watch.succeeded(self.replica_id)
         elif event.code in FAULTS:

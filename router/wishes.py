@@ -65,8 +65,8 @@ def check_fits(request: GenerateRequest, model: ModelInfo) -> None:
             num, most, unit, param = _least_chars(prompt), model.max_prompt_chars, "characters", "messages"
         if most is not None and num > most:
             message = (
-                f"the context is {model.max_context} tokens, which no prompt of more than {most} {unit} fits, "
-                f"and this one has {num}; shorten it"
+                f"the context is {model.max_context} tokens, which no prompt of more than {most} {unit} "
+                f"fits, and this one has {num}; shorten it"
             )
             raise TriadError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, param)
 

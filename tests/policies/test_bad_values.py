@@ -67,13 +67,10 @@ def test_whatever_forwards_are_said_to_have_taken_the_cost_is_one(batches):
 
 @settings(max_examples=40)
 @given(st.lists(forwards, max_size=20))
-def test_whatever_the_sweep_has_measured_it_gives_a_cost_or_says_it_has_none(measured):
-    try:
-        cost = fit_step_cost(measured, KNOTS)
-    except ValueError as error:
-        assert "no forwards" in str(error)
-    else:
-        assert 0.0 < cost.ms(1) < math.inf
+def test_whatever_the_sweep_has_measured_it_gives_a_cost(measured):
+    sound = Forward(8, 1, 0, 5.0)
+    cost = fit_step_cost([*measured, sound], KNOTS)
+    assert 0.0 < cost.ms(1) <= cost.ms(512) < math.inf
 
 
 def test_costs_that_shrink_without_end_are_never_rounded_away():
@@ -148,7 +145,9 @@ def test_the_plan_that_runs_stays_known_in_a_flood_of_others():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
-@pytest.mark.parametrize("field", ["tokens_per_s", "mean_context", "silent_s", "mean_remaining", "max_running"])
+@pytest.mark.parametrize(
+    "field", ["tokens_per_s", "mean_context", "silent_s", "mean_remaining", "max_running"]
+)
 def test_an_absurd_load_is_none(field, value):
     with pytest.raises(ValueError, match="finite and not negative"):
         a_load(1, **{field: value})
@@ -227,7 +226,9 @@ async def test_an_absurd_load_of_one_replica_stops_no_plan_of_another(store, raw
         await store.publish_and_read(a_load(2, "r3"))
         await controller.step()
         assert set((await store.read_view()).plans) == {"r2", "r3"}
-    await raw.hset(key, "body", LOADS.encode(a_load(2, "r1", decode=DecodePlan(Mode.AR), decode_held_s=1e300)))
+    await raw.hset(
+        key, "body", LOADS.encode(a_load(2, "r1", decode=DecodePlan(Mode.AR), decode_held_s=1e300))
+    )
     await controller.step()
     assert set((await store.read_view()).plans) == {"r1", "r2", "r3"}
     assert all(plan.held_s >= 0.0 for plan in (await store.read_view()).plans.values())
@@ -284,7 +285,8 @@ async def test_a_step_that_fails_is_logged_once_a_kind_and_the_next_one_run(capl
 
 
 @pytest.mark.parametrize(
-    "entry", [('{"policy": 3}', "17"), ("{", "18"), ('{"policy": "ar"}', "²"), ('{"policy": "ar"}', "9" * 5000)]
+    "entry",
+    [('{"policy": 3}', "17"), ("{", "18"), ('{"policy": "ar"}', "²"), ('{"policy": "ar"}', "9" * 5000)],
 )
 async def test_a_setting_that_can_not_be_read_is_warned_of_once(caplog, entry):
     lost = LoadStore("redis://127.0.0.1:1/0")

@@ -229,6 +229,24 @@ def test_a_request_may_count_for_nothing_until_the_replica_has_accepted_it():
     assert own.in_flight("a") == 0, "an end may overtake the reply"
 
 
+def test_a_prompt_that_has_begun_waits_no_more():
+    own = OwnTraffic()
+    sent = own.started("a", 3.0, 100)
+    own.begun(sent)
+    (a,) = own.candidates(["a"], {"a": observed(0, "a", age_s=1.0)}.get, now_s=3.5)
+    assert (a.num_since, a.tokens_since) == (1, 0)
+
+
+def test_the_totals_are_those_of_all_replicas():
+    own = OwnTraffic()
+    sent = [own.started(replica_id, 1.0, 100, num=3) for replica_id in "ab"]
+    unsure = own.started("a", 1.0, 0, num=0)
+    assert (own.num_in_flight, own.num_tokens_sent) == (6, 200)
+    own.accepted(unsure, 50, 2)
+    own.ended(sent[0], 2.0)
+    assert (own.num_in_flight, own.num_tokens_sent) == (5, 250)
+
+
 def test_what_is_remembered_of_ended_requests_is_no_older_than_a_load_may_be():
     own = OwnTraffic()
     for number in range(10_000):

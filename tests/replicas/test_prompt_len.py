@@ -19,7 +19,9 @@ texts = st.one_of(
     st.text(max_size=300),
     st.text(" \n\t", max_size=300),
     st.text("aeioú̀̂̈ͅ", max_size=300),
-    st.lists(st.sampled_from(["SELECT", " the", "<|end|>", "<|mask|>", "   ", "é", "日本", "\u0000"])).map("".join),
+    st.lists(st.sampled_from(["SELECT", " the", "<|end|>", "<|mask|>", "   ", "é", "日本", "\u0000"])).map(
+        "".join
+    ),
 )
 
 
@@ -45,7 +47,9 @@ def byte_fallback() -> Tokenizer:
 
 def composing() -> Tokenizer:
     """As of Qwen."""
-    tokenizer = Tokenizer(models.BPE({char: k for k, char in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
+    tokenizer = Tokenizer(
+        models.BPE({char: k for k, char in enumerate(pre_tokenizers.ByteLevel.alphabet())}, [])
+    )
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return tokenizer

@@ -150,7 +150,9 @@ async def test_choices_take_places_and_not_requests(start):
 @pytest.mark.parametrize(
     ("more", "param"), [({"num_choices": 13}, "n"), ({"prompts": ("x",) * 13}, "prompt")]
 )
-async def test_more_choices_than_a_replica_has_places_are_a_bad_request_and_no_full_cluster(start, more, param):
+async def test_more_choices_than_a_replica_has_places_are_a_bad_request_and_no_full_cluster(
+    start, more, param
+):
     replica = ScriptedReplica("a")
     dispatcher = await start(replica, max_waiting=8)
     with pytest.raises(TriadError, match="13 completions, but a replica takes 12") as caught:
@@ -258,5 +260,3 @@ async def test_with_real_replicas_one_of_which_fails_each_forward_all_requests_e
                 assert generation.finished is not None
                 assert generation.finished.report.replica_id != stack.replicas[0].service.replica_id
         await stack.settled()
-
-
