@@ -55,7 +55,7 @@ plans = st.one_of(
 rounds = st.builds(RoundMade, plans, counts, counts, counts, st.booleans())
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(forwards, max_size=8), max_size=8))
 def test_whatever_forwards_are_said_to_have_taken_the_cost_is_one(batches):
     estimator = CostEstimator(START, 0.0)
@@ -65,7 +65,7 @@ def test_whatever_forwards_are_said_to_have_taken_the_cost_is_one(batches):
             assert 0.0 < cost.ms(1) <= cost.ms(512) < math.inf
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(forwards, max_size=20))
 def test_whatever_the_sweep_has_measured_it_gives_a_cost(measured):
     sound = Forward(8, 1, 0, 5.0)
@@ -95,7 +95,7 @@ def test_forwards_that_cost_by_the_segment_leave_a_base_that_a_cost_can_have():
     assert estimator.cost.knot_ms[0] >= LEAST_MS
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(rounds, max_size=30), max_size=5))
 def test_whatever_rounds_are_said_to_have_brought_the_yields_are_some(batches):
     estimator = YieldEstimator(0.0)

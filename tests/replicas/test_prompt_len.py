@@ -25,7 +25,7 @@ texts = st.one_of(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(texts)
 def test_the_built_in_tokenizer_keeps_to_its_bound(text):
     most = CODEC.max_prompt_chars(2)  # of one token
@@ -55,7 +55,7 @@ def composing() -> Tokenizer:
     return tokenizer
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(texts)
 @pytest.mark.parametrize(("made", "longest"), [(byte_fallback, 6), (composing, MAX_COMPOSED)])
 def test_others_keep_to_theirs(made, longest, text):
