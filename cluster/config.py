@@ -138,6 +138,11 @@ class ClusterConfig(BaseModel):
     max_queue_s: float | None = Field(
         None, gt=0.0, description="Longest expected wait for a place to run; past it 429. None: any."
     )
+    shared_prefix_cache: bool = Field(
+        False,
+        description="Prompts of different API keys share the prefix cache: faster where they begin alike, "
+        "but cached_tokens then tells one key what another has asked.",
+    )
     stream_interval_ms: float = Field(
         0.0,
         ge=0.0,

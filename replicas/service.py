@@ -271,6 +271,7 @@ class ReplicaService:
             request.priority,
             grammar,
             text,
+            cache_salt=request.cache_salt,
         )
         choice = Choice(live, index, sequence, text)
         if self._on_timeline is not None:

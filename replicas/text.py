@@ -13,6 +13,7 @@ from replicas.grammar import GrammarCompiler
 from replicas.messages import Prompt, TextLogprob
 from replicas.model.checkpoint import resolve_folder
 from replicas.model.config import CheckpointError, ModelConfig
+from replicas.prompt_length import chars_per_token
 from replicas.prompts import PromptEncoder
 from replicas.token_bytes import TokenBytes
 
@@ -72,6 +73,11 @@ class TextCodec:
         """For structured output in this tokenizer's tokens. vocab_size: of the model's logits."""
         size = max(vocab_size, self._backend.get_vocab_size())
         return GrammarCompiler(self._backend.to_str(), size, eos_token_ids)
+
+    def max_prompt_chars(self, max_context: int) -> int | None:
+        """A text of more characters has at least max_context tokens; None where that can't be told."""
+        per_token = chars_per_token(self._backend)
+        return None if per_token is None else per_token * (max_context - 1)
 
     def stream(
         self, stop: tuple[str, ...] = (), min_tokens: int = 0, continues_text: bool = False

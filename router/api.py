@@ -39,6 +39,7 @@ class Door:
     model_name: the name clients ask for. created: when it was loaded, in seconds since 1970.
     limiter: None counts nothing. policy: None can't be changed at run time. tracer: None traces nothing.
     stream_interval_s: the least time between two pieces of a stream.
+    shared_prefix_cache: one prefix cache for all API keys, else one for each and one for requests without.
     siblings: whose figures /metrics shows beside this ingress's own.
     """
 
@@ -51,6 +52,7 @@ class Door:
     keys: KeyRing = field(default_factory=KeyRing)
     cors_origins: tuple[str, ...] = ()
     stream_interval_s: float = 0.0
+    shared_prefix_cache: bool = False
     limiter: KeyLimiter | None = None
     policy: PolicyWatch | None = None
     metrics: Metrics | None = None
@@ -136,6 +138,7 @@ async def _generate(
     id_prefix: str,
 ) -> Response:
     _check_model_name(door, body.model)
+    key = key_of(http)
     request = GenerateRequest(
         request_id=f"{id_prefix}-{uuid.uuid4().hex}",
         channel_id="",
@@ -146,6 +149,7 @@ async def _generate(
         num_choices=body.n or 1,
         priority=body.priority or 0,
         traceparent=traceparent_in(http.scope),
+        cache_salt="" if key is None or door.shared_prefix_cache else key.name,
     )
     is_chat = isinstance(body, ChatCompletionRequest)
     check_prompts(request, door.bounds.max_prompt_chars, "messages" if is_chat else "prompt")
@@ -160,7 +164,6 @@ async def _generate(
         num_choices=request.num_indices,
         num_logprobs=request.sampling.logprobs,
     )
-    key = key_of(http)
     charge = None if door.limiter is None else await door.limiter.charge(key, request)
     operation = "chat" if is_chat else "text_completion"
     record = Record(http.scope, operation, door.model_name, key, charge, door.metrics, door.limiter)

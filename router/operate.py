@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ from prometheus_client.metrics_core import Metric
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
+from policies.loop import run_every
 from policies.registry import PolicyError, policy_names
 from policies.setting import PolicyChoice, PolicyWatch
 from policies.store import LoadStore, StoreUnavailable
@@ -79,9 +81,12 @@ async def read_cluster(metrics: Metrics, store: LoadStore) -> None:
 
 async def keep_reading(metrics: Metrics, store: LoadStore) -> None:
     """Until cancelled."""
-    while True:
+
+    async def step() -> None:
         await read_cluster(metrics, store)
-        await asyncio.sleep(READING_PERIOD_S)
+
+    what = "reading the metrics"
+    await run_every(READING_PERIOD_S, step, asyncio.Event(), time.monotonic, asyncio.sleep, what)
 
 
 def policy_state(watch: PolicyWatch) -> dict[str, Any]:

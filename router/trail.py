@@ -160,9 +160,9 @@ class Record:
             self._error = "disconnected"
         num_made = 0 if generation is None else generation.num_tokens
         if self._limiter is not None and self._charge is not None:
-            num_prompt = self._charge.num_prompt if finished is None else finished.num_prompt_tokens
-            used = num_prompt + num_made if num_made or finished is not None else 0
-            self._limiter.settle(self._charge, used)
+            # What no replica has accepted has cost nothing; what one has, its prompt, however it ends.
+            num_prompt = 0 if generation is None else generation.num_prompt_tokens
+            self._limiter.settle(self._charge, num_prompt + num_made)
         duration_s = time.monotonic() - self._began_s
         key_name = None if self._key is None else self._key.name
         if self._metrics is not None:

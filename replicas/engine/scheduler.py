@@ -18,7 +18,7 @@ from dataclasses import replace
 from policies.cost import RoundMade
 from policies.modes import DecodePlan, Mode
 from policies.policy import Probes
-from replicas.engine.blocks import ROOT, PagePool
+from replicas.engine.blocks import PagePool
 from replicas.engine.constrain import constrained
 from replicas.engine.decoders.choose import ActivePlan, begin_round, following_block, plan_for
 from replicas.engine.decoders.round import Ask, Round
@@ -242,7 +242,7 @@ class Scheduler:
     def _reuse(self, sequence: Sequence) -> None:
         """Gives a sequence about to run the cached pages of its prefix; its first token needs a forward."""
         needed = reusable_len(sequence)
-        sequence.pages, sequence.key_number = self._pool.find(sequence.tokens[:needed])
+        sequence.pages, sequence.key_number = self._pool.find(sequence.tokens[:needed], sequence.cache_salt)
         sequence.num_kept = len(sequence.pages)
         sequence.num_cached = sequence.num_kept * self._spec.page_size
         if sequence.num_completion_tokens == 0:
@@ -364,7 +364,7 @@ class Scheduler:
         self._pool.release(sequence.pages)
         sequence.pages = []
         sequence.num_cached = sequence.num_kept = 0
-        sequence.key_number = ROOT
+        sequence.key_number = sequence.cache_salt
 
     def _applied(self, sequence: Sequence, segment: Segment, output: SegmentOutput) -> Progress:
         failure = output.failure

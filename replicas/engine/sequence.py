@@ -8,7 +8,7 @@ from typing import Protocol
 
 from policies.cost import RoundMade
 from policies.modes import DecodePlan, Mode
-from replicas.engine.blocks import ROOT
+from replicas.engine.blocks import Key
 from replicas.engine.decoders.round import Round
 from replicas.engine.grammar import Grammar
 from replicas.engine.plan import TokenLogprob
@@ -69,7 +69,9 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     num_kept: int = 0
     """Leading pages that are full and findable by content."""
-    key_number: int = ROOT
+    cache_salt: str = ""
+    """It shares pages with sequences of the same salt alone."""
+    key_number: Key = field(init=False)
     """Of what the kept pages hold."""
     num_reused: int = 0
     """Prompt tokens whose K/V another request had left."""
@@ -97,6 +99,7 @@ class Sequence:
         self.num_prompt_tokens = len(self.tokens)
         if self.sampling.has_penalties:
             self.history = array("i", self.tokens)
+        self.key_number = self.cache_salt
 
     @property
     def num_completion_tokens(self) -> int:
@@ -149,6 +152,7 @@ class Sequence:
             self.num_completion_tokens - num_tokens,
             self.num_forwards - num_forwards,
             self.num_rows - num_rows,
+            self.decoding.sets_parameters,
         )
 
     def note_mode(self, mode: Mode, rule: str) -> None:
