@@ -3,7 +3,8 @@
 import secrets
 import time
 import uuid
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +19,10 @@ from policies.store import LoadStore
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import GenerateRequest, ModelInfo
 from router.auth import KeyRing
+from router.body import BodyReader, route_with
 from router.dispatch import Dispatcher
 from router.errors import ApiError, add_error_handlers, json_response
-from router.guard import Bounds, Guard, RoomCheck, bounded_route, check_prompts, key_of
+from router.guard import Bounds, Guard, RoomCheck, check_prompts, key_of
 from router.limits import KeyLimiter
 from router.load_view import LoadView
 from router.metrics import Metrics
@@ -62,14 +64,22 @@ class Door:
 
 def create_app(door: Door, lifespan: AbstractAsyncContextManager[None] | None = None) -> FastAPI:
     """lifespan: entered when the app starts and left when it stops."""
+    bodies = BodyReader(door.bounds.max_json_depth)
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        async with lifespan or nullcontext():
+            yield
+        bodies.close()
+
     app = FastAPI(
         title="Triad",
         description="OpenAI's completions from tri-mode language models, decoded as suits the load.",
-        lifespan=None if lifespan is None else lambda _: lifespan,
+        lifespan=life,
         middleware=_middleware(door),
         redirect_slashes=False,
     )
-    app.router.route_class = bounded_route(door.bounds.max_json_depth)
+    app.router.route_class = route_with(bodies)
     add_error_handlers(app)
 
     @app.post("/v1/chat/completions", response_class=Response)

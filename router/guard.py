@@ -1,14 +1,10 @@
-"""What stands before the routes: header and JSON limits, and who is let in. Pure ASGI."""
+"""What stands before the routes: header limits, and who is let in. Pure ASGI."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 from fastapi import Request
-from fastapi.routing import APIRoute
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from replicas.errors import ErrorCode, TriadError
@@ -22,10 +18,6 @@ COMPLETIONS = frozenset({"/v1/chat/completions", "/v1/completions"})
 ADMIN_CALLS = frozenset({("PUT", "/v1/triad/policy"), ("DELETE", "/v1/triad/policy")})
 
 _STATE_KEY = "triad_api_key"
-
-# Possessive, and it takes an unterminated string to the end, so that no input makes it go back.
-_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
-
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
@@ -142,37 +134,7 @@ def check_prompts(request: GenerateRequest, max_chars: int, param: str) -> None:
 
 
 def _num_chars(prompt: Prompt) -> int:
-    """A token id counts as one."""
-    if isinstance(prompt, str):
+    """A token id counts as one; a message as one more than its text."""
+    if isinstance(prompt, str) or isinstance(prompt[0], int):
         return len(prompt)
-    return sum(1 if isinstance(part, int) else 1 + len(part["content"]) for part in prompt)
-
-
-def json_depth(body: bytes) -> int:
-    """How deep arrays and objects are nested in JSON; of anything else, some number."""
-    brackets = np.frombuffer(_STRING.sub(b"", body), np.uint8) | 0x20
-    # With bit 5 set '[' is '{' and ']' is '}'; no other byte of JSON outside strings is either.
-    steps = (brackets == ord("{")).astype(np.int32) - (brackets == ord("}"))
-    return int(np.max(np.cumsum(steps), initial=0))
-
-
-def bounded_route(max_json_depth: int) -> type[APIRoute]:
-    """Routes whose JSON bodies may be nested so deep."""
-
-    class BoundedRequest(Request):
-        async def json(self) -> Any:
-            body = await self.body()
-            if body.count(b"[") + body.count(b"{") > max_json_depth and json_depth(body) > max_json_depth:
-                raise HTTPException(400, f"the JSON is nested deeper than {max_json_depth}")
-            return await super().json()
-
-    class BoundedRoute(APIRoute):
-        def get_route_handler(self) -> Any:
-            handler = super().get_route_handler()
-
-            async def bounded(request: Request) -> Any:
-                return await handler(BoundedRequest(request.scope, request.receive))
-
-            return bounded
-
-    return BoundedRoute
+    return sum(1 + len(message["content"]) for message in prompt if not isinstance(message, int))

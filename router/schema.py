@@ -6,13 +6,14 @@ is otherwise an error that names it. Nothing is ignored.
 
 import json
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    FailFast,
     Field,
     PlainValidator,
     field_validator,
@@ -26,6 +27,10 @@ from replicas.messages import NUM_SEEDS, DecodingOptions, JsonFormat, Prompt, Sa
 MAX_STOPS = 16
 MAX_STOP_LEN = 256
 MAX_BIASES = 300
+MAX_INT32 = 2**31 - 1
+"""Of token ids and counts of tokens, which tensors and records of other processes hold."""
+MAX_MESSAGES = 4096
+MAX_METADATA = 16
 MAX_PRIORITY = 1000
 MAX_TIMEOUT_S = 24 * 3600.0
 MAX_SCHEMA_LEN = 64 * 1024
@@ -71,8 +76,40 @@ def _unicode(text: str) -> str:
 Text = Annotated[str, AfterValidator(_unicode)]
 
 
+def _integral(value: Any) -> Any:
+    """4.0 is an integer in JSON Schema."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+INTEGRAL = BeforeValidator(_integral)
+Count = Annotated[int, Field(ge=0, le=MAX_INT32), INTEGRAL]
+PositiveCount = Annotated[int, Field(ge=1, le=MAX_INT32), INTEGRAL]
+
+
+def _at_most(most: int) -> BeforeValidator:
+    """Counts members or items before any of them is looked at."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict | list) and len(value) > most:
+            raise PydanticCustomError("too_many", "At most {most} are taken", {"most": most})
+        return value
+
+    return BeforeValidator(check)
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _knows_each_field(cls, data: Any) -> Any:
+        """Names the first unknown field, so that a million of them cost no more than one."""
+        if isinstance(data, dict):
+            known = {field.alias or name for name, field in cls.model_fields.items()}
+            for name in data:
+                if name not in known:
+                    raise PydanticCustomError("unknown_field", "Unknown field", {"field": name})
+        return data
 
 
 def _text(value: Any) -> Any:
@@ -112,10 +149,10 @@ class Decoding(_Strict):
     """How to decode; `auto` leaves it to the cluster's policy."""
 
     mode: Literal["auto", "ar", "diffusion", "self_speculation"] = "auto"
-    block_length: Annotated[int, Field(ge=2, le=MAX_BLOCK_LENGTH)] | None = None
+    block_length: Annotated[int, Field(ge=2, le=MAX_BLOCK_LENGTH), INTEGRAL] | None = None
     threshold: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     lossless: bool = False
-    max_steps: Annotated[int, Field(ge=1, le=MAX_BLOCK_LENGTH)] | None = None
+    max_steps: Annotated[int, Field(ge=1, le=MAX_BLOCK_LENGTH), INTEGRAL] | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -191,15 +228,26 @@ class ResponseFormat(_Strict):
 
 
 Stops = Annotated[
-    list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LEN)]], Field(max_length=MAX_STOPS)
+    list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LEN)]],
+    Field(max_length=MAX_STOPS),
+    _at_most(MAX_STOPS),
 ]
+
+
+def _token_id(text: str) -> str:
+    if int(text) > MAX_INT32:
+        raise PydanticCustomError("token_id", "A token id is at most {most}", {"most": MAX_INT32})
+    return text
 
 
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
-TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+TokenId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$"), AfterValidator(_token_id)]
 LogitBias = Annotated[
-    dict[TokenId, Annotated[float, Field(ge=-100.0, le=100.0)]], Field(max_length=MAX_BIASES)
+    dict[TokenId, Annotated[float, Field(ge=-100.0, le=100.0)]],
+    Field(max_length=MAX_BIASES),
+    _at_most(MAX_BIASES),
 ]
+Metadata = Annotated[dict[str, str], Field(max_length=MAX_METADATA), _at_most(MAX_METADATA)]
 
 
 def _stops(value: Any) -> Any:
@@ -209,32 +257,36 @@ def _stops(value: Any) -> Any:
 class _Completion(_Strict):
     """The fields of both kinds of completion."""
 
+    prompt_field: ClassVar[str]
+    """What holds the prompt."""
+
     model: str
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: PositiveCount | None = None
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
-    seed: Annotated[int, Field(ge=-NUM_SEEDS, lt=NUM_SEEDS)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_INT32), INTEGRAL] | None = None
+    """-1 and 0 filter nothing."""
+    seed: Annotated[int, Field(ge=-NUM_SEEDS, lt=NUM_SEEDS), INTEGRAL] | None = None
     stop: Annotated[Stops | None, BeforeValidator(_stops)] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Field(gt=0.0, le=2.0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100.0)] | None = None
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_tokens: Count | None = None
     logit_bias: LogitBias | None = None
     timeout_s: Annotated[float, Field(gt=0.0, le=MAX_TIMEOUT_S)] | None = None
-    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY), INTEGRAL] | None = None
     decoding: Decoding | None = None
     response_format: ResponseFormat | None = None
 
     user: str | None = None
     safety_identifier: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
     store: Off = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), INTEGRAL] | None = None
 
     @model_validator(mode="after")
     def _usage_is_streamed(self) -> Self:
@@ -266,7 +318,7 @@ class _Completion(_Strict):
             max_tokens=self.num_wanted,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=self.top_k or 0,
+            top_k=max(0, self.top_k or 0),
             seed=(draw_seed() if self.seed is None else self.seed) % NUM_SEEDS,
             stop=tuple(self.stop or ()),
             ignore_eos=self.ignore_eos,
@@ -285,11 +337,13 @@ class _Completion(_Strict):
 
 
 class ChatCompletionRequest(_Completion):
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    prompt_field = "messages"
+
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: PositiveCount | None = None
 
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_CHAT_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_CHAT_LOGPROBS), INTEGRAL] | None = None
     tools: NoList = None
     tool_choice: Annotated[Any, _neutral("none")] = None
     parallel_tool_calls: Annotated[Any, _neutral(True)] = None
@@ -339,7 +393,7 @@ TextPrompt = str | tuple[int, ...]
 
 def _prompts(value: Any) -> tuple[TextPrompt, ...]:
     """Text or token ids, alone or several in a list."""
-    several = isinstance(value, list) and bool(value) and all(isinstance(item, str | list) for item in value)
+    several = isinstance(value, list) and bool(value) and isinstance(value[0], str | list)
     prompts = value if several else [value]
     if len(prompts) > MAX_PROMPTS:
         raise PydanticCustomError("prompt", "At most {most} prompts a request", {"most": MAX_PROMPTS})
@@ -347,21 +401,31 @@ def _prompts(value: Any) -> tuple[TextPrompt, ...]:
 
 
 def _prompt(value: Any) -> TextPrompt:
-    if isinstance(value, list) and value and all(type(item) is int and item >= 0 for item in value):
-        return tuple(value)
     if isinstance(value, str):
         return _unicode(value)
+    if isinstance(value, list) and value:
+        # By C's own loops, since there may be a million.
+        kinds = set(map(type, value))
+        if kinds == {int, float} or kinds == {float}:
+            value = list(map(_integral, value))
+            kinds = set(map(type, value))
+        if kinds == {int}:
+            if min(value) >= 0 and max(value) <= MAX_INT32:
+                return tuple(value)
+            raise PydanticCustomError("prompt", "A token id is from 0 to {most}", {"most": MAX_INT32})
     raise PydanticCustomError("prompt", "A prompt is a string or a list of token ids, or a list of these")
 
 
 class CompletionRequest(_Completion):
+    prompt_field = "prompt"
+
     prompt: Annotated[
         tuple[TextPrompt, ...],
         PlainValidator(_prompts, json_schema_input_type=str | list[int] | list[str] | list[list[int]]),
     ]
 
-    logprobs: Annotated[int, Field(ge=0, le=MAX_TEXT_LOGPROBS)] | None = None
-    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TEXT_LOGPROBS), INTEGRAL] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES), INTEGRAL] | None = None
     echo: Off = None
     suffix: Unsupported = None
 

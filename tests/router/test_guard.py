@@ -7,7 +7,8 @@ import time
 import pytest
 
 from router.api import create_app
-from router.guard import Bounds, json_depth
+from router.body import json_depth
+from router.guard import Bounds
 from tests.router.conftest import in_process, running
 from tests.router.fakes import ScriptedReplica
 from tests.router.test_api import CHAT, error_of
