@@ -1,5 +1,6 @@
 """The HTTP door: OpenAI's completions, the list of models, health, and the state of the cluster."""
 
+import re
 import secrets
 import time
 import uuid
@@ -22,13 +23,13 @@ from router.auth import KeyRing
 from router.body import BodyReader, route_with
 from router.dispatch import Dispatcher
 from router.errors import ApiError, add_error_handlers, json_response
-from router.guard import Bounds, Guard, RoomCheck, check_prompts, key_of
+from router.guard import Bounds, Guard, RoomCheck, key_of
 from router.limits import KeyLimiter
 from router.load_view import LoadView
 from router.metrics import Metrics
 from router.operate import Siblings, add_metrics_route, add_policy_routes
 from router.responses import BodyLimit, GenerationResponse
-from router.schema import ChatCompletionRequest, CompletionRequest
+from router.schema import ChatCompletionRequest, Completion, CompletionRequest
 from router.sse import Answer, ChatAnswer, TextAnswer
 from router.state import cluster_state
 from router.trail import REQUEST_ID_HEADER, Record, Trail, traceparent_in
@@ -64,7 +65,7 @@ class Door:
 
 def create_app(door: Door, lifespan: AbstractAsyncContextManager[None] | None = None) -> FastAPI:
     """lifespan: entered when the app starts and left when it stops."""
-    bodies = BodyReader(door.bounds.max_json_depth)
+    bodies = BodyReader(door.bounds)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -162,9 +163,11 @@ async def _generate(
         cache_salt="" if key is None or door.shared_prefix_cache else key.name,
     )
     is_chat = isinstance(body, ChatCompletionRequest)
-    check_prompts(request, door.bounds.max_prompt_chars, "messages" if is_chat else "prompt")
     if door.dispatcher.model is not None:
-        _check_fits(request, door.dispatcher.model)
+        try:
+            _check_fits(request, door.dispatcher.model)
+        except TriadError as error:
+            raise as_sent(error, body) from None
     answer = answer_type(
         completion_id=request.request_id,
         model=door.model_name,
@@ -178,7 +181,23 @@ async def _generate(
     operation = "chat" if is_chat else "text_completion"
     record = Record(http.scope, operation, door.model_name, key, charge, door.metrics, door.limiter)
     generation = door.dispatcher.generate(request)
-    return GenerationResponse(generation, answer, bool(body.stream), record, door.stream_interval_s)
+    return GenerationResponse(
+        generation,
+        answer,
+        bool(body.stream),
+        record,
+        door.stream_interval_s,
+        lambda error: as_sent(error, body),
+    )
+
+
+def as_sent(error: TriadError, body: Completion) -> TriadError:
+    """The same in the body's own names: a replica doesn't know which of two names a field had."""
+    param = None if error.param is None else body.name_sent(error.param)
+    message = re.sub(r"\bmax_tokens\b", body.limit_field, error.message)
+    if (param, message) == (error.param, error.message):
+        return error
+    return TriadError(error.code, message, param)
 
 
 def _check_model_name(door: Door, name: str) -> None:
@@ -194,10 +213,14 @@ def _check_fits(request: GenerateRequest, model: ModelInfo) -> None:
         modes = ", ".join(model.modes)
         message = f"This model does not decode by {mode}; it has: {modes}."
         raise TriadError(ErrorCode.INVALID_REQUEST, message, "decoding.mode")
-    tokens = (token for prompt in request.prompts if isinstance(prompt, tuple) for token in prompt)
-    if any(isinstance(token, int) and token >= model.vocab_size for token in tokens):
+    ids = [prompt for prompt in request.prompts if prompt and isinstance(prompt[0], int)]
+    if any(max(prompt) >= model.vocab_size for prompt in ids):  # type: ignore[type-var, operator]
         message = f"A token id is at most {model.vocab_size - 1} for this model."
         raise TriadError(ErrorCode.INVALID_REQUEST, message, "prompt")
+    longest = max(map(len, ids), default=0)
+    if longest >= model.max_context:
+        message = f"The context is {model.max_context} tokens, but the prompt has {longest}; shorten it."
+        raise TriadError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, "prompt")
     if limit is not None and limit >= model.max_context:
         message = f"max_tokens is {limit}, but prompt and completion together may have {model.max_context}."
         raise TriadError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, "max_tokens")

@@ -20,11 +20,16 @@ from fastapi import Request
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
+from replicas.errors import ErrorCode
 from router.errors import ApiError, bad_request, bad_value
+from router.guard import Bounds
+from router.schema import Completion
 
 INLINE_BYTES = 32 * 2**10
 """A body up to this long is read at once, which takes some milliseconds at worst."""
 MAX_READ_S = 30.0
+MAX_OTHER_ITEMS = 2**16
+"""Commas in a body beyond those that a prompt may have, as text or between token ids."""
 
 # Possessive, and it takes an unterminated string to the end, so that no input makes it go back.
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
@@ -38,25 +43,40 @@ def json_depth(body: bytes) -> int:
     return int(np.max(np.cumsum(steps), initial=0))
 
 
-def read(model: type[BaseModel], body: bytes, max_depth: int) -> BaseModel:
+def read(model: type[BaseModel], body: bytes, bounds: Bounds) -> BaseModel:
     """Raises ApiError, which names the field at fault."""
-    if body.count(b"[") + body.count(b"{") > max_depth and json_depth(body) > max_depth:
-        raise bad_request("invalid_json", f"The JSON is nested deeper than {max_depth}.")
+    max_items = bounds.max_prompt_chars + MAX_OTHER_ITEMS
+    if body.count(b",") > max_items:
+        raise bad_request("invalid_value", f"The body has more than {max_items} items.")
+    most = bounds.max_json_depth
+    if body.count(b"[") + body.count(b"{") > most and json_depth(body) > most:
+        raise bad_request("invalid_json", f"The JSON is nested deeper than {most}.")
     try:
-        return model.model_validate(json.loads(body))
+        request = model.model_validate(json.loads(body))
     except ValidationError as error:
         raise bad_value(error.errors(include_url=False, include_input=False)[0]) from None
     except json.JSONDecodeError as error:
         raise bad_request("invalid_json", f"The body is not valid JSON: {error}.") from None
     except (ValueError, RecursionError) as error:  # bytes that are no text; a number of 4,300 digits
         raise bad_request("invalid_json", f"The body can't be read as JSON: {error}.") from None
+    if isinstance(request, Completion):
+        _check_length(request, bounds.max_prompt_chars)
+    return request
+
+
+def _check_length(request: Completion, max_chars: int) -> None:
+    """Before a tokenizer spends time on it."""
+    num_chars = request.num_prompt_chars
+    if num_chars > max_chars:
+        message = f"The prompt has {num_chars} characters; at most {max_chars} are taken."
+        raise bad_request(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, request.prompt_field)
 
 
 class BodyReader:
     """Starts the process with the first long body, and anew should it be lost. One body at a time."""
 
-    def __init__(self, max_depth: int, inline_bytes: int = INLINE_BYTES, max_read_s: float = MAX_READ_S):
-        self._max_depth = max_depth
+    def __init__(self, bounds: Bounds, inline_bytes: int = INLINE_BYTES, max_read_s: float = MAX_READ_S):
+        self._bounds = bounds
         self._inline_bytes = inline_bytes
         self._max_read_s = max_read_s
         self._thread = ThreadPoolExecutor(1, "bodies")
@@ -66,7 +86,7 @@ class BodyReader:
     async def read(self, model: type[BaseModel], body: bytes) -> BaseModel:
         """Raises ApiError: 400, or 503 should the process be lost."""
         if len(body) <= self._inline_bytes:
-            return read(model, body, self._max_depth)
+            return read(model, body, self._bounds)
         answer = await asyncio.get_running_loop().run_in_executor(self._thread, self._ask, model, body)
         if isinstance(answer, ApiError):
             raise answer
@@ -83,7 +103,7 @@ class BodyReader:
     def _ask(self, model: type[BaseModel], body: bytes) -> BaseModel | ApiError:
         try:
             pipe = self._connected()
-            pipe.send((model, self._max_depth))
+            pipe.send((model, self._bounds))
             pipe.send_bytes(body)
             if pipe.poll(self._max_read_s):
                 answer: BaseModel | ApiError = pipe.recv()

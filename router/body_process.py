@@ -7,21 +7,22 @@ from pydantic import BaseModel
 
 from router.body import read
 from router.errors import ApiError
+from router.guard import Bounds
 
 
 def serve(pipe: Connection) -> None:
     while True:
         try:
-            model, max_depth = pipe.recv()
+            model, bounds = pipe.recv()
             body = pipe.recv_bytes()
         except EOFError:
             return
-        pipe.send(_answer(model, body, max_depth))
+        pipe.send(_answer(model, body, bounds))
 
 
-def _answer(model: type[BaseModel], body: bytes, max_depth: int) -> BaseModel | ApiError:
+def _answer(model: type[BaseModel], body: bytes, bounds: Bounds) -> BaseModel | ApiError:
     try:
-        return read(model, body, max_depth)
+        return read(model, body, bounds)
     except ApiError as error:
         return error
 

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -64,7 +63,6 @@ class ApiError(HTTPException):
         code: str | None,
         message: str,
         param: str | None = None,
-        *,
         type_: str = "invalid_request_error",
         retry_after_s: int | None = None,
     ):
@@ -76,9 +74,15 @@ class ApiError(HTTPException):
         self.type = type_
         self.retry_after_s = retry_after_s
 
-    def __reduce__(self) -> tuple[Any, ...]:  # type: ignore[override]
-        given = {"type_": self.type, "retry_after_s": self.retry_after_s}
-        return partial(type(self), **given), (self.status, self.code, self.message, self.param)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (
+            self.status,
+            self.code,
+            self.message,
+            self.param,
+            self.type,
+            self.retry_after_s,
+        )
 
 
 def rate_limited(what: str, wait_s: float) -> ApiError:

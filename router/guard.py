@@ -7,8 +7,7 @@ from typing import Literal
 from fastapi import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from replicas.errors import ErrorCode, TriadError
-from replicas.messages import GenerateRequest, Prompt
+from replicas.errors import TriadError
 from router.auth import ApiKey, KeyRing
 from router.errors import ApiError, api_error_response, triad_error_response
 
@@ -18,6 +17,7 @@ COMPLETIONS = frozenset({"/v1/chat/completions", "/v1/completions"})
 ADMIN_CALLS = frozenset({("PUT", "/v1/triad/policy"), ("DELETE", "/v1/triad/policy")})
 
 _STATE_KEY = "triad_api_key"
+
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
@@ -122,19 +122,3 @@ def _bearer(headers: list[tuple[bytes, bytes]]) -> str:
     if len(values) > 1 or scheme.lower() != "bearer" or not key.strip():
         raise ApiError(401, "invalid_api_key", "Send the key as one header Authorization: Bearer <key>.")
     return key.strip()
-
-
-def check_prompts(request: GenerateRequest, max_chars: int, param: str) -> None:
-    """Before a tokenizer spends time on them. Raises TriadError."""
-    num_chars = sum(map(_num_chars, request.prompts))
-    if num_chars > max_chars:
-        what = "The prompt has" if len(request.prompts) == 1 else "The prompts together have"
-        message = f"{what} {num_chars} characters; at most {max_chars} are taken."
-        raise TriadError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, param)
-
-
-def _num_chars(prompt: Prompt) -> int:
-    """A token id counts as one; a message as one more than its text."""
-    if isinstance(prompt, str) or isinstance(prompt[0], int):
-        return len(prompt)
-    return sum(1 + len(message["content"]) for message in prompt if not isinstance(message, int))

@@ -25,10 +25,18 @@ class GenerationResponse(Response):
     """Runs a generation while it answers; a TriadError before the first byte leaves as an exception."""
 
     def __init__(
-        self, generation: Generation, answer: Answer, stream: bool, record: Record, interval_s: float = 0.0
+        self,
+        generation: Generation,
+        answer: Answer,
+        stream: bool,
+        record: Record,
+        interval_s: float = 0.0,
+        as_sent: Callable[[TriadError], TriadError] = lambda error: error,
     ):
-        """interval_s: the least time between two pieces of a stream."""
+        """interval_s: the least time between two pieces of a stream. as_sent: an error in the names that
+        the client used."""
         super().__init__()
+        self._as_sent = as_sent
         self._interval_s = interval_s
         self._record = record.of(generation)
         self._generation = generation
@@ -38,7 +46,10 @@ class GenerationResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = self._reply_in_events if self._stream else self._reply_whole
         with self._record:
-            await run_until_disconnect(receive, lambda: reply(send))
+            try:
+                await run_until_disconnect(receive, lambda: reply(send))
+            except TriadError as error:
+                raise self._as_sent(error) from error.__cause__
 
     async def _reply_whole(self, send: Send) -> None:
         async with self._generation as generation:
@@ -76,7 +87,7 @@ class GenerationResponse(Response):
                 last = head + self._answer.tail(last_index, last_reason, generation.finished)
             except TriadError as error:
                 self._record.failed(error)
-                last = head + error_event(error)
+                last = head + error_event(self._as_sent(error))
         await send({"type": "http.response.body", "body": last})
 
 

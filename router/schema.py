@@ -120,9 +120,10 @@ def _text(value: Any) -> Any:
     for part in value:
         if not isinstance(part, dict) or part.get("type") != "text":
             raise PydanticCustomError("unsupported_value", "Only content parts of type 'text' are supported.")
-        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+        text = part.get("text")
+        if len(part) != 2 or not isinstance(text, str):
             raise PydanticCustomError("text_part", "A text part has a 'type' and a string 'text'")
-        texts.append(part["text"])
+        texts.append(text)
     return "".join(texts)
 
 
@@ -254,7 +255,7 @@ def _stops(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class _Completion(_Strict):
+class Completion(_Strict):
     """The fields of both kinds of completion."""
 
     prompt_field: ClassVar[str]
@@ -312,6 +313,26 @@ class _Completion(_Strict):
     def continuous_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
+    @property
+    def num_prompt_chars(self) -> int:
+        """Of all prompts; a token id counts as one."""
+        raise NotImplementedError
+
+    @property
+    def limit_field(self) -> str:
+        """What names num_wanted."""
+        return "max_tokens"
+
+    def name_sent(self, param: str) -> str | None:
+        """How this body names what a replica means by param, as far down as it has it; None if not at all."""
+        head, *rest = param.split(".")
+        name = head.partition("[")[0]
+        if name in ("messages", "prompt"):
+            head = head.replace(name, self.prompt_field)
+        elif name == "max_tokens":
+            head = self.limit_field
+        return ".".join(_sent(self, (head, *rest))) or None
+
     def sampling(self, draw_seed: Callable[[], int]) -> SamplingParams:
         """OpenAI's defaults where a field is absent; draw_seed gives a seed where none was sent."""
         return SamplingParams(
@@ -336,7 +357,7 @@ class _Completion(_Strict):
         return (self.decoding or Decoding()).options()
 
 
-class ChatCompletionRequest(_Completion):
+class ChatCompletionRequest(Completion):
     prompt_field = "messages"
 
     messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -379,6 +400,15 @@ class ChatCompletionRequest(_Completion):
     def num_wanted(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    @property
+    def limit_field(self) -> str:
+        newer_alone = self.max_tokens is None and self.max_completion_tokens is not None
+        return "max_completion_tokens" if newer_alone else "max_tokens"
+
+    @property
+    def num_prompt_chars(self) -> int:
+        return sum(1 + len(message.content) for message in self.messages)
+
     def prompts_for_replica(self) -> tuple[Prompt, ...]:
         # OpenAI renamed `system` to `developer`; templates know the old name.
         messages = tuple(
@@ -386,6 +416,15 @@ class ChatCompletionRequest(_Completion):
             for message in self.messages
         )
         return (messages,)
+
+
+def _sent(value: Any, names: tuple[str, ...]) -> tuple[str, ...]:
+    """As much of a path as a body has; a list's items are taken on trust."""
+    if not names or not isinstance(value, BaseModel):
+        return names
+    fields = {field.alias or name: name for name, field in type(value).model_fields.items()}
+    inner = getattr(value, fields.get(names[0].partition("[")[0], ""), None)
+    return () if inner is None else (names[0], *_sent(inner, names[1:]))
 
 
 TextPrompt = str | tuple[int, ...]
@@ -416,7 +455,7 @@ def _prompt(value: Any) -> TextPrompt:
     raise PydanticCustomError("prompt", "A prompt is a string or a list of token ids, or a list of these")
 
 
-class CompletionRequest(_Completion):
+class CompletionRequest(Completion):
     prompt_field = "prompt"
 
     prompt: Annotated[
@@ -442,6 +481,10 @@ class CompletionRequest(_Completion):
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def num_prompt_chars(self) -> int:
+        return sum(map(len, self.prompt))
 
     def prompts_for_replica(self) -> tuple[Prompt, ...]:
         return self.prompt
