@@ -27,7 +27,7 @@ from replicas.messages import (
 )
 from router.admission import raise_if_shed
 from router.errors import Overloaded
-from router.link import FAULTS, Inbox, Link, LinkTimes, ReplicaLost
+from router.link import FAULTS, Inbox, LastWord, Link, LinkTimes, ReplicaLost
 from router.load_view import LoadView
 from router.transport import Directory
 from router.wishes import Wishes, check_fits
@@ -260,6 +260,13 @@ class Generation:
         """Of all choices, as far as their events have come."""
         self.finish_reasons: dict[int, FinishReason] = {}
         """Of the choices that have ended, by index."""
+        self.last: Finished | Failed | None = None
+        """How it ended at the replica that had it last."""
+        self.given_up: list[tuple[Failed, int]] = []
+        """How it ended at those that had it before, and how many tokens had come by then."""
+        self.on_end: LastWord = lambda last: None
+        """Called once, if a replica took the request, with its last word: after it was left, where it is left
+        before the end."""
         self._dispatcher = dispatcher
         self._request = request
         self._deadline_s = None if request.timeout_s is None else dispatcher.now_s() + request.timeout_s
@@ -306,9 +313,10 @@ class Generation:
                 due_s = clock() + interval_s
                 yield tuple(map(joined, piled.values()))
             if isinstance(event, Failed):
+                self.last = event
                 raise TriadError(event.code, event.message)
             if isinstance(event, Finished):
-                self.finished = event
+                self.last = self.finished = event
                 self._dispatcher.ended(self._request, event)
 
     async def _next_before(self, due_s: float) -> Event | None:
@@ -351,6 +359,7 @@ class Generation:
                 if not isinstance(first, Failed):
                     self._first = first
                     return
+                self.last = first
                 raise TriadError(first.code, first.message)
             except TriadError as error:
                 if not self._may_retry(error):
@@ -387,8 +396,21 @@ class Generation:
         if not self._dispatcher.can_retry(self._avoid):
             return False
         self._num_losses += 1
+        if isinstance(self.last, Failed):
+            self.given_up.append((self.last, self.num_tokens))
+            self.last = None
         return True
 
     def _leave(self) -> None:
-        if self._link is not None:
-            self._link.abandon(self._request_id)
+        if self._link is None:
+            return
+        while self.last is None and (self._first is not None or not self._inbox.empty()):
+            event, self._first = self._first or self._inbox.get_nowait(), None
+            if isinstance(event, Delta):
+                self.num_tokens += event.num_tokens
+            else:
+                self.last = event
+        if self.last is None:
+            self._link.abandon(self._request_id, self.on_end)
+        else:
+            self.on_end(self.last)

@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 Inbox = asyncio.Queue[Event]
 """One request's events, in order, ending with exactly one Finished or Failed."""
 
+LastWord = Callable[[Finished | Failed | None], None]
+"""Told how an abandoned request ended, once; None where its replica was lost before it could say."""
+
 FAULTS = frozenset({ErrorCode.UNAVAILABLE, ErrorCode.INTERNAL})
 """Errors that are the replica's and not the request's, which another replica may not have."""
 
@@ -69,6 +72,7 @@ class Link:
         self._clock = clock
         self._channel_id: str | None = None
         self._inboxes: dict[str, tuple[Inbox, Sent]] = {}
+        self._last_words: dict[str, LastWord] = {}
         self._to_cancel: set[str] = set()
         self._cancel_wanted = asyncio.Event()
         self._leaving = asyncio.Event()
@@ -134,9 +138,11 @@ class Link:
         self._traffic.accepted(sent, reply.num_prompt_tokens, request.num_indices)
         return reply, inbox
 
-    def abandon(self, request_id: str) -> None:
+    def abandon(self, request_id: str, last_word: LastWord | None = None) -> None:
         """Nobody waits for this request any more: it is cancelled at the replica, unless it has ended."""
         if self._forget(request_id) is not None:
+            if last_word is not None:
+                self._last_words[request_id] = last_word
             self._cancel(request_id)
 
     async def run(self) -> None:
@@ -197,6 +203,9 @@ class Link:
                 self._traffic.begun(sent)
                 inbox.put_nowait(event)
             return
+        last_word = self._last_words.pop(event.request_id, None)
+        if last_word is not None:
+            last_word(event)
         ended = self._forget(event.request_id)
         if ended is None:
             return
@@ -213,6 +222,9 @@ class Link:
             inbox = self._forget(request_id)
             if inbox is not None:
                 inbox.put_nowait(Failed(request_id, ErrorCode.UNAVAILABLE, message))
+        last_words, self._last_words = self._last_words, {}
+        for last_word in last_words.values():
+            last_word(None)
 
     def _forget(self, request_id: str) -> Inbox | None:
         entry = self._inboxes.pop(request_id, None)

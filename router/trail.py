@@ -12,6 +12,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from replicas.errors import TriadError
+from replicas.messages import Failed, Finished
 from router.auth import ApiKey
 from router.dispatch import Generation
 from router.errors import ApiError
@@ -133,6 +134,7 @@ class Record:
 
     def of(self, generation: Generation) -> Self:
         self._generation = generation
+        generation.on_end = self._count
         return self
 
     def first_token(self) -> None:
@@ -164,12 +166,26 @@ class Record:
             num_prompt = 0 if generation is None else generation.num_prompt_tokens
             self._limiter.settle(self._charge, num_prompt + num_made)
         duration_s = time.monotonic() - self._began_s
-        key_name = None if self._key is None else self._key.name
         if self._metrics is not None:
-            self._metrics.ended(
-                Outcome(self._operation, duration_s, self._first_token_s, finished, self._error, key_name)
-            )
-        self._note(duration_s, num_made, key_name)
+            outcome = Outcome(self._operation, duration_s, self._first_token_s, finished, self._error)
+            self._metrics.ended(outcome)
+        self._note(duration_s, num_made, self._key_name)
+
+    @property
+    def _key_name(self) -> str | None:
+        return None if self._key is None else self._key.name
+
+    def _count(self, last: Finished | Failed | None) -> None:
+        """The tokens of a request, complete or not, once its replica has said how it ended."""
+        generation = self._generation
+        if self._metrics is None or generation is None:
+            return
+        for failed, num_tokens in generation.given_up:
+            self._metrics.made(failed.report, num_tokens)
+        self._metrics.made(None if last is None else last.report, generation.num_tokens)
+        has_counted = last is not None and last.report is not None
+        num_completion = last.num_completion_tokens if last and has_counted else generation.num_tokens
+        self._metrics.used(self._key_name, generation.num_prompt_tokens, num_completion)
 
     def _note(self, duration_s: float, num_made: int, key_name: str | None) -> None:
         generation = self._generation

@@ -247,7 +247,9 @@ def exposition() -> str:
     """Everything there is to measure, each at least once."""
     metrics = Metrics("m", "i")
     report = DecodingReport({Mode.AR: 3, Mode.DIFFUSION: 4}, 5, 1, "threshold", "a")
-    metrics.ended(Outcome("chat", 1.0, 0.1, Finished("r", 5, 7, report), None, "k"))
+    metrics.ended(Outcome("chat", 1.0, 0.1, Finished("r", 5, 7, report), None))
+    metrics.made(report, 7)
+    metrics.used("k", 5, 7)
     metrics.answered("/v1/models", 200)
     plan = default_plan(Mode.SELF_SPECULATION)
     load = ReplicaLoad("a", 1, 2, 3, 4, 5, 6, tokens_per_forward={Mode.SELF_SPECULATION: 2.0}, decode=plan)

@@ -92,7 +92,9 @@ WORST = {
     "content parts": (
         PATH,
         repeated(
-            b'{"type":"text","text":"abcd"}', MESSAGES + b', "messages": [{"role": "user", "content": [', b"]}]}"
+            b'{"type":"text","text":"abcd"}',
+            MESSAGES + b', "messages": [{"role": "user", "content": [',
+            b"]}]}",
         ),
     ),
     "stops": (PATH, repeated(b"5", MESSAGES + b', "stop": [', b"]}")),
