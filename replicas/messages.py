@@ -128,8 +128,8 @@ class GenerateRequest:
     timeout_s: float | None = None
     num_choices: int = 1
     priority: int = 0
-    traceparent: str | None = None
-    """The ingress's span, by W3C trace context; None without tracing."""
+    trace_carrier: Mapping[str, str] = field(default_factory=dict)
+    """The ingress's span, as headers of the propagators in force; empty without tracing."""
     cache_salt: str = ""
     """Prompts share the prefix cache with those of the same salt alone."""
 

@@ -275,7 +275,7 @@ class ReplicaService:
         )
         choice = Choice(live, index, sequence, text)
         if self._on_timeline is not None:
-            choice.timeline = Timeline(request.request_id, request.traceparent, self._clock(), index)
+            choice.timeline = Timeline(request.request_id, request.trace_carrier, self._clock(), index)
         self._choices[name] = live.choices[index] = choice
         if index % request.num_choices == 0:
             live.num_prompt_tokens += len(prompt_ids)

@@ -32,7 +32,7 @@ from router.responses import BodyLimit, GenerationResponse
 from router.schema import ChatCompletionRequest, Completion, CompletionRequest
 from router.sse import Answer, ChatAnswer, TextAnswer
 from router.state import cluster_state
-from router.trail import REQUEST_ID_HEADER, Record, Trail, traceparent_in
+from router.trail import REQUEST_ID_HEADER, Record, Trail, trace_carrier_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,7 @@ async def _generate(
         timeout_s=body.timeout_s,
         num_choices=body.n or 1,
         priority=body.priority or 0,
-        traceparent=traceparent_in(http.scope),
+        trace_carrier=trace_carrier_in(http.scope),
         cache_salt="" if key is None or door.shared_prefix_cache else key.name,
     )
     is_chat = isinstance(body, ChatCompletionRequest)

@@ -4,6 +4,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,7 +21,7 @@ from router.guard import COMPLETIONS
 from router.limits import Charge, KeyLimiter
 from router.metrics import Metrics, Outcome
 from telemetry.logs import FIELDS, LogContext, log_context
-from telemetry.propagation import HEADER, parent_context, traceparent_of
+from telemetry.propagation import carrier_below, carrier_of, parent_context
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ REQUEST_ID_HEADER = "x-request-id"
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _SPAN = "triad_span"
+_CARRIER = "triad_trace_carrier"
 _FIELDS = "triad_log_fields"
 _QUIET = frozenset({"/health", "/healthz", "/readyz", "/metrics"})
 """Asked every few seconds: neither traced nor logged."""
@@ -56,8 +58,9 @@ class Trail:
         if self._tracer is not None and scope["path"] not in _QUIET:
             name = f"{scope['method']} {scope['path']}"[:200]
             attributes = {"http.request.method": scope["method"], "triad.request.id": request_id}
-            parent = parent_context(_header(scope, HEADER.encode()))
+            parent = parent_context(carrier_of(scope["headers"]))
             span = state[_SPAN] = self._tracer.start_span(name, parent, SpanKind.SERVER, attributes)
+            state[_CARRIER] = carrier_below(span, parent)
         trace_id = None if span is None else format_trace_id(span.get_span_context().trace_id)
         token = log_context.set(LogContext(request_id, trace_id))
         status = 499
@@ -101,10 +104,10 @@ def span_of(scope: Scope) -> Span | None:
     return span
 
 
-def traceparent_in(scope: Scope) -> str | None:
-    """The context that spans below this request's belong to."""
-    span = span_of(scope)
-    return None if span is None else traceparent_of(span)
+def trace_carrier_in(scope: Scope) -> Mapping[str, str]:
+    """The context that spans below this request's belong to, as headers; empty without tracing."""
+    carrier: Mapping[str, str] = scope.get("state", {}).get(_CARRIER, {})
+    return carrier
 
 
 class Record:
