@@ -28,7 +28,7 @@ from router.limits import KeyLimiter
 from router.load_view import LoadView
 from router.metrics import Metrics
 from router.operate import Siblings, add_metrics_route, add_policy_routes
-from router.responses import BodyLimit, GenerationResponse
+from router.responses import BodyLimit, GenerationResponse, HeadAsGet
 from router.schema import ChatCompletionRequest, Completion, CompletionRequest
 from router.sse import Answer, ChatAnswer, TextAnswer
 from router.state import cluster_state
@@ -44,6 +44,7 @@ class Door:
     stream_interval_s: the least time between two pieces of a stream.
     shared_prefix_cache: one prefix cache for all API keys, else one for each and one for requests without.
     siblings: whose figures /metrics shows beside this ingress's own.
+    answers_id: whether answers have the request's id from here, and not from what serves the app.
     """
 
     dispatcher: Dispatcher
@@ -61,6 +62,7 @@ class Door:
     metrics: Metrics | None = None
     siblings: Siblings | None = None
     tracer: Tracer | None = None
+    answers_id: bool = True
 
 
 def create_app(door: Door, lifespan: AbstractAsyncContextManager[None] | None = None) -> FastAPI:
@@ -124,7 +126,7 @@ def create_app(door: Door, lifespan: AbstractAsyncContextManager[None] | None = 
 
 def _middleware(door: Door) -> list[Middleware]:
     """From the outside in. A browser asks beforehand, without a key, so CORS precedes the guard."""
-    layers = [Middleware(Trail, door.metrics, door.tracer)]
+    layers = [Middleware(HeadAsGet), Middleware(Trail, door.metrics, door.tracer, door.answers_id)]
     if door.cors_origins:
         layers.append(
             Middleware(

@@ -204,6 +204,7 @@ class Ingress:
             metrics=self._metrics,
             siblings=self._siblings,
             tracer=self._tracing.tracer,
+            answers_id=False,  # Serve's own server does
         )
         self._tasks: tuple[asyncio.Task[None], ...] = ()
         self._instance = instance

@@ -119,6 +119,23 @@ async def _send_part(send: Send, body: bytes) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
+class HeadAsGet:
+    """ASGI middleware: HEAD is answered wherever GET is, with all but the body."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_bare(message: Message) -> None:
+            await send(message | {"body": b""} if "body" in message else message)
+
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            # A copy, since the server looks at its own to know that no body follows.
+            await self._app(dict(scope, method="GET"), receive, send_bare)
+        else:
+            await self._app(scope, receive, send)
+
+
 class BodyLimit:
     """ASGI middleware: a body longer than max_bytes is a 413, whether or not its length is declared."""
 

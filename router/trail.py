@@ -16,7 +16,7 @@ from replicas.errors import TriadError
 from replicas.messages import Failed, Finished
 from router.auth import ApiKey
 from router.dispatch import Generation
-from router.errors import ApiError
+from router.errors import MAX_PARAM_LEN, ApiError, shortened
 from router.guard import COMPLETIONS
 from router.limits import Charge, KeyLimiter
 from router.metrics import Metrics, Outcome
@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "x-request-id"
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+MAX_REQUEST_ID_LEN = 128
+_NOT_PLAIN = re.compile(r"[^A-Za-z0-9_.:-]")
 _SPAN = "triad_span"
 _CARRIER = "triad_trace_carrier"
 _FIELDS = "triad_log_fields"
@@ -38,13 +39,17 @@ _QUIET = frozenset({"/health", "/healthz", "/readyz", "/metrics"})
 class Trail:
     """ASGI middleware around all others: request id, span, counter and log line of every answer.
 
-    The caller's own X-Request-Id is kept where it is a plain word.
+    The caller's own X-Request-Id is kept as far as it is a plain word. answers_id: whether to answer with
+    it, unless what stands before the app does, with the id as it came.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics | None, tracer: Tracer | None):
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics | None, tracer: Tracer | None, answers_id: bool = True
+    ):
         self._app = app
         self._metrics = metrics
         self._tracer = tracer
+        self._answers_id = answers_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -54,9 +59,9 @@ class Trail:
         state = scope.setdefault("state", {})
         fields: dict[str, Any] = {}
         state[_FIELDS] = fields
+        name = shortened(f"{scope['method']} {scope['path']}", MAX_PARAM_LEN)
         span = None
         if self._tracer is not None and scope["path"] not in _QUIET:
-            name = f"{scope['method']} {scope['path']}"[:200]
             attributes = {"http.request.method": scope["method"], "triad.request.id": request_id}
             parent = parent_context(carrier_of(scope["headers"]))
             span = state[_SPAN] = self._tracer.start_span(name, parent, SpanKind.SERVER, attributes)
@@ -70,7 +75,8 @@ class Trail:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+                if self._answers_id:
+                    MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
             await send(message)
 
         try:
@@ -87,7 +93,7 @@ class Trail:
                 span.end()
             if scope["path"] not in _QUIET and logger.isEnabledFor(logging.INFO):
                 line = {"status": status, "duration_s": round(time.monotonic() - began_s, 6)} | fields
-                logger.info("%s %s", scope["method"], scope["path"], extra={FIELDS: line})
+                logger.info("%s", name, extra={FIELDS: line})
             log_context.reset(token)
 
 
@@ -228,7 +234,7 @@ class Record:
 
 def _request_id(scope: Scope) -> str:
     given = _header(scope, REQUEST_ID_HEADER.encode())
-    return given if given and _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+    return _NOT_PLAIN.sub("_", given)[:MAX_REQUEST_ID_LEN] if given else f"req-{uuid.uuid4().hex}"
 
 
 def _header(scope: Scope, name: bytes) -> str | None:

@@ -1,5 +1,6 @@
 import asyncio
 import json
+from dataclasses import replace
 
 import httpx
 import openai
@@ -10,8 +11,10 @@ from policies.modes import DecodePlan, Mode
 from policies.plan import DecisionRecord, ObservedPlan, ReplicaPlan
 from policies.store import ClusterView
 from replicas.errors import ErrorCode
+from replicas.messages import Rejected
 from router.api import create_app
 from router.guard import Bounds
+from router.metrics import Metrics
 from tests.eventually import eventually
 from tests.router.conftest import in_process, over_http, running
 from tests.router.fakes import MODEL, TEXT, WORDS, FakeStore, ScriptedReplica, a_load
@@ -346,3 +349,120 @@ async def test_the_openapi_document_can_be_made(make_door):
     async with in_process(create_app(await make_door())) as client:
         document = (await client.get("/openapi.json")).json()
     assert "decoding" in document["components"]["schemas"]["ChatCompletionRequest"]["properties"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/health", "/healthz", "/readyz", "/metrics", "/v1/models", f"/v1/models/{MODEL}"]
+)
+async def test_head_is_answered_as_get_is_without_the_body(make_door, path):
+    metrics = Metrics(MODEL, "i")
+    app = create_app(await make_door(ScriptedReplica("a"), metrics=metrics))
+    async with over_http(app) as url, httpx.AsyncClient(base_url=url) as client:
+        head, get = await client.head(path), await client.get(path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-type"] == get.headers["content-type"]
+        assert get.content
+        assert (await client.head("/v1/chat/completions")).status_code == 405
+        assert (await client.head("/v1/nothing")).status_code == 404
+    metrics.close()
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [("mine-7", "mine-7"), ("two words\\\xe9", "two_words__"), ("x" * 500, "x" * 128), (None, None)],
+)
+async def test_an_answer_has_one_request_id(make_door, given, told):
+    headers = {} if given is None else {"x-request-id": given.encode("latin-1")}
+    door = await make_door(ScriptedReplica("a"))
+    async with in_process(create_app(door)) as client:
+        (found,) = (await client.get("/v1/models", headers=headers)).headers.get_list("x-request-id")
+        assert found == told if told else found.startswith("req-")
+    # Serve's server gives every answer one.
+    async with in_process(create_app(replace(door, answers_id=False))) as client:
+        assert "x-request-id" not in (await client.get("/v1/models", headers=headers)).headers
+
+
+async def test_a_client_that_shuts_its_side_counts_as_gone(make_door):
+    """By TCP it looks like one that has closed, and a place held for nobody would cost the others."""
+    replica = ScriptedReplica("a")
+    door = await make_door(replica)
+    async with over_http(create_app(door)) as url:
+        reader, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(url).port)
+        body = json.dumps(CHAT).encode()
+        lines = ["POST /v1/chat/completions HTTP/1.1", "Host: t", "Content-Type: application/json"]
+        head = "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""])
+        writer.write(head.encode() + body)
+        await eventually(lambda: replica.live)
+        (request_id,) = replica.live
+        writer.write_eof()
+        assert await reader.read() == b""
+        await eventually(lambda: replica.cancelled == [request_id])
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "raised", "param", "words"),
+    [
+        (
+            "chat",
+            {"max_completion_tokens": 9},
+            "max_tokens",
+            "max_completion_tokens",
+            "max_completion_tokens",
+        ),
+        ("chat", {"max_tokens": 9}, "max_tokens", "max_tokens", "max_tokens"),
+        ("chat", {}, "max_tokens", None, "max_tokens"),
+        ("chat", {}, "prompt", "messages", ""),
+        ("chat", {}, "messages[0].content", "messages[0].content", ""),
+        ("text", {}, "messages", "prompt", ""),
+        ("text", {"max_tokens": 9}, "max_tokens", "max_tokens", ""),
+        ("text", {"logprobs": 1}, "logprobs", "logprobs", ""),
+        ("chat", {"logprobs": True}, "logprobs", "logprobs", ""),
+        (
+            "chat",
+            {"response_format": {"type": "json_object"}},
+            "response_format.json_schema.schema",
+            "response_format",
+            "",
+        ),
+        (
+            "chat",
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {}}}},
+            "response_format.json_schema.schema.a.b",
+            "response_format.json_schema.schema.a.b",
+            "",
+        ),
+        ("text", {}, "decoding.mode", None, ""),
+        ("text", {"decoding": {"mode": "ar"}}, "decoding.mode", "decoding.mode", ""),
+        ("text", {"n": None}, "n", None, ""),
+        ("text", {"n": 2}, "n", "n", ""),
+        ("text", {}, "something_new", None, ""),
+    ],
+)
+async def test_a_replicas_error_names_the_field_that_was_sent(make_door, path, more, raised, param, words):
+    replica = ScriptedReplica("a")
+
+    async def submit_refusing(request):
+        return Rejected(request.request_id, ErrorCode.INVALID_REQUEST, "max_tokens is too much", raised)
+
+    replica.submit = submit_refusing
+    door = await make_door(replica)
+    body = CHAT if path == "chat" else {"model": MODEL, "prompt": "Hi"}
+    url = "/v1/chat/completions" if path == "chat" else "/v1/completions"
+    async with in_process(create_app(door)) as client:
+        for stream in (False, True):
+            error = error_of(await client.post(url, json=body | more | {"stream": stream}), 400)
+            assert error["param"] == param
+            assert words in error["message"]
+
+
+async def test_what_does_not_fit_is_named_as_it_was_sent(make_door):
+    door = await make_door(ScriptedReplica("a"))
+    async with in_process(create_app(door)) as client:
+        response = await client.post("/v1/chat/completions", json=CHAT | {"max_completion_tokens": 1024})
+        error = error_of(response, 400)
+        assert error["param"] == "max_completion_tokens"
+        assert error["message"].startswith("max_completion_tokens is 1024")
+        response = await client.post("/v1/completions", json={"model": MODEL, "prompt": [1] * 1024})
+        error = error_of(response, 400)
+        assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
