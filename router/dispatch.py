@@ -261,12 +261,10 @@ class Generation:
         self.finish_reasons: dict[int, FinishReason] = {}
         """Of the choices that have ended, by index."""
         self.last: Finished | Failed | None = None
-        """How it ended at the replica that had it last."""
         self.given_up: list[tuple[Failed, int]] = []
-        """How it ended at those that had it before, and how many tokens had come by then."""
+        """How it ended at the replica that had it last, and at those before, with the tokens that had come."""
         self.on_end: LastWord = lambda last: None
-        """Called once, if a replica took the request, with its last word: after it was left, where it is left
-        before the end."""
+        """Called once with `last`, if a replica took the request, and however late it says so."""
         self._dispatcher = dispatcher
         self._request = request
         self._deadline_s = None if request.timeout_s is None else dispatcher.now_s() + request.timeout_s

@@ -12,7 +12,6 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     FailFast,
     Field,
     PlainValidator,
@@ -23,93 +22,34 @@ from pydantic_core import PydanticCustomError
 
 from policies.modes import LOSSLESS_MODES, MAX_BLOCK_LENGTH, Mode
 from replicas.messages import NUM_SEEDS, DecodingOptions, JsonFormat, Prompt, SamplingParams
+from router.fields import (
+    INTEGRAL,
+    MAX_INT32,
+    Count,
+    NoList,
+    Off,
+    PositiveCount,
+    Strict,
+    Text,
+    TextPrompt,
+    Unsupported,
+    at_most,
+    conflict,
+    neutral,
+    prompts,
+)
 
 MAX_STOPS = 16
 MAX_STOP_LEN = 256
 MAX_BIASES = 300
-MAX_INT32 = 2**31 - 1
-"""Of token ids and counts of tokens, which tensors and records of other processes hold."""
 MAX_MESSAGES = 4096
 MAX_METADATA = 16
 MAX_PRIORITY = 1000
 MAX_TIMEOUT_S = 24 * 3600.0
 MAX_SCHEMA_LEN = 64 * 1024
 MAX_CHOICES = 128
-MAX_PROMPTS = 128
 MAX_CHAT_LOGPROBS = 20
 MAX_TEXT_LOGPROBS = 5
-
-
-def _neutral(*values: Any) -> AfterValidator:
-    """Accepts null and the given values; anything else asks for what Triad can't do."""
-
-    def check(value: Any) -> None:
-        if value is not None and not any(_same(value, known) for known in values):
-            only = f" Leave it out or send {values[0]!r}." if values else ""
-            message = "This parameter is not supported.{only}"
-            raise PydanticCustomError("unsupported_parameter", message, {"only": only})
-
-    return AfterValidator(check)
-
-
-def _same(value: Any, known: Any) -> bool:
-    """Equal, where 1.0 is 1 but true isn't."""
-    if isinstance(value, bool) or isinstance(known, bool):
-        return value is known
-    return bool(value == known)
-
-
-Unsupported = Annotated[Any, _neutral()]
-NoList = Annotated[Any, _neutral([])]
-Off = Annotated[Any, _neutral(False)]
-
-
-def _unicode(text: str) -> str:
-    """JSON can carry a lone surrogate; no tokenizer takes it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise PydanticCustomError("unicode", "The text has a lone surrogate") from None
-    return text
-
-
-Text = Annotated[str, AfterValidator(_unicode)]
-
-
-def _integral(value: Any) -> Any:
-    """4.0 is an integer in JSON Schema."""
-    return int(value) if type(value) is float and value.is_integer() else value
-
-
-INTEGRAL = BeforeValidator(_integral)
-Count = Annotated[int, Field(ge=0, le=MAX_INT32), INTEGRAL]
-PositiveCount = Annotated[int, Field(ge=1, le=MAX_INT32), INTEGRAL]
-
-
-def _at_most(most: int) -> BeforeValidator:
-    """Counts members or items before any of them is looked at."""
-
-    def check(value: Any) -> Any:
-        if isinstance(value, dict | list) and len(value) > most:
-            raise PydanticCustomError("too_many", "At most {most} are taken", {"most": most})
-        return value
-
-    return BeforeValidator(check)
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _knows_each_field(cls, data: Any) -> Any:
-        """Names the first unknown field, so that a million of them cost no more than one."""
-        if isinstance(data, dict):
-            known = {field.alias or name for name, field in cls.model_fields.items()}
-            for name in data:
-                if name not in known:
-                    raise PydanticCustomError("unknown_field", "Unknown field", {"field": name})
-        return data
 
 
 def _text(value: Any) -> Any:
@@ -127,7 +67,7 @@ def _text(value: Any) -> Any:
     return "".join(texts)
 
 
-class Message(_Strict):
+class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[Text, BeforeValidator(_text)]
     # What an answer's message carries, so that it can be sent back as it came.
@@ -140,13 +80,13 @@ class Message(_Strict):
     annotations: NoList = None
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: Off = None
     continuous_usage_stats: bool = False
 
 
-class Decoding(_Strict):
+class Decoding(Strict):
     """How to decode; `auto` leaves it to the cluster's policy."""
 
     mode: Literal["auto", "ar", "diffusion", "self_speculation"] = "auto"
@@ -159,12 +99,12 @@ class Decoding(_Strict):
     def _fits_together(self) -> Self:
         mode = self.pinned_mode
         if self.lossless and mode is Mode.DIFFUSION:
-            raise _conflict("lossless", "diffusion is not lossless; choose another mode")
+            raise conflict("lossless", "diffusion is not lossless; choose another mode")
         if self.block_length is not None and mode is Mode.AR:
-            raise _conflict("block_length", "ar decodes one token at a time")
+            raise conflict("block_length", "ar decodes one token at a time")
         for field in ("threshold", "max_steps"):
             if getattr(self, field) is not None and (self.lossless or mode in LOSSLESS_MODES):
-                raise _conflict(field, "only diffusion has one")
+                raise conflict(field, "only diffusion has one")
         return self
 
     @property
@@ -181,12 +121,7 @@ class Decoding(_Strict):
         )
 
 
-def _conflict(field: str, why: str) -> PydanticCustomError:
-    """Of one field with another; an error of the whole object says by `field` which one to change."""
-    return PydanticCustomError("conflict", "{why}", {"field": field, "why": why})
-
-
-class JsonSchemaFormat(_Strict):
+class JsonSchemaFormat(Strict):
     """strict: false leaves out what of the schema can't be enforced; otherwise that is an error."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
@@ -212,14 +147,14 @@ class JsonSchemaFormat(_Strict):
         return schema
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
 
     @model_validator(mode="after")
     def _schema_where_it_belongs(self) -> Self:
         if (self.json_schema is None) == (self.type == "json_schema"):
-            raise _conflict("json_schema", "goes with type 'json_schema', and only with it")
+            raise conflict("json_schema", "goes with type 'json_schema', and only with it")
         return self
 
     def json_format(self) -> JsonFormat | None:
@@ -231,7 +166,7 @@ class ResponseFormat(_Strict):
 Stops = Annotated[
     list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LEN)]],
     Field(max_length=MAX_STOPS),
-    _at_most(MAX_STOPS),
+    at_most(MAX_STOPS),
 ]
 
 
@@ -246,16 +181,16 @@ TokenId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$"), AfterValidator
 LogitBias = Annotated[
     dict[TokenId, Annotated[float, Field(ge=-100.0, le=100.0)]],
     Field(max_length=MAX_BIASES),
-    _at_most(MAX_BIASES),
+    at_most(MAX_BIASES),
 ]
-Metadata = Annotated[dict[str, str], Field(max_length=MAX_METADATA), _at_most(MAX_METADATA)]
+Metadata = Annotated[dict[str, str], Field(max_length=MAX_METADATA), at_most(MAX_METADATA)]
 
 
 def _stops(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class Completion(_Strict):
+class Completion(Strict):
     """The fields of both kinds of completion."""
 
     prompt_field: ClassVar[str]
@@ -292,7 +227,7 @@ class Completion(_Strict):
     @model_validator(mode="after")
     def _usage_is_streamed(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise _conflict("stream_options", "only with stream: true")
+            raise conflict("stream_options", "only with stream: true")
         return self
 
     @property
@@ -366,12 +301,12 @@ class ChatCompletionRequest(Completion):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_CHAT_LOGPROBS), INTEGRAL] | None = None
     tools: NoList = None
-    tool_choice: Annotated[Any, _neutral("none")] = None
-    parallel_tool_calls: Annotated[Any, _neutral(True)] = None
+    tool_choice: Annotated[Any, neutral("none")] = None
+    parallel_tool_calls: Annotated[Any, neutral(True)] = None
     functions: NoList = None
-    function_call: Annotated[Any, _neutral("none")] = None
-    modalities: Annotated[Any, _neutral(["text"])] = None
-    service_tier: Annotated[Any, _neutral("auto", "default")] = None
+    function_call: Annotated[Any, neutral("none")] = None
+    modalities: Annotated[Any, neutral(["text"])] = None
+    service_tier: Annotated[Any, neutral("auto", "default")] = None
     audio: Unsupported = None
     prediction: Unsupported = None
     reasoning_effort: Unsupported = None
@@ -383,13 +318,13 @@ class ChatCompletionRequest(Completion):
     def _one_limit(self) -> Self:
         newer = self.max_completion_tokens
         if newer is not None and self.max_tokens not in (None, newer):
-            raise _conflict("max_tokens", "differs from max_completion_tokens; send one of them")
+            raise conflict("max_tokens", "differs from max_completion_tokens; send one of them")
         return self
 
     @model_validator(mode="after")
     def _alternatives_of_something(self) -> Self:
         if self.top_logprobs and not self.logprobs:
-            raise _conflict("top_logprobs", "only with logprobs: true")
+            raise conflict("top_logprobs", "only with logprobs: true")
         return self
 
     @property
@@ -427,40 +362,12 @@ def _sent(value: Any, names: tuple[str, ...]) -> tuple[str, ...]:
     return () if inner is None else (names[0], *_sent(inner, names[1:]))
 
 
-TextPrompt = str | tuple[int, ...]
-
-
-def _prompts(value: Any) -> tuple[TextPrompt, ...]:
-    """Text or token ids, alone or several in a list."""
-    several = isinstance(value, list) and bool(value) and isinstance(value[0], str | list)
-    prompts = value if several else [value]
-    if len(prompts) > MAX_PROMPTS:
-        raise PydanticCustomError("prompt", "At most {most} prompts a request", {"most": MAX_PROMPTS})
-    return tuple(_prompt(prompt) for prompt in prompts)
-
-
-def _prompt(value: Any) -> TextPrompt:
-    if isinstance(value, str):
-        return _unicode(value)
-    if isinstance(value, list) and value:
-        # By C's own loops, since there may be a million.
-        kinds = set(map(type, value))
-        if kinds == {int, float} or kinds == {float}:
-            value = list(map(_integral, value))
-            kinds = set(map(type, value))
-        if kinds == {int}:
-            if min(value) >= 0 and max(value) <= MAX_INT32:
-                return tuple(value)
-            raise PydanticCustomError("prompt", "A token id is from 0 to {most}", {"most": MAX_INT32})
-    raise PydanticCustomError("prompt", "A prompt is a string or a list of token ids, or a list of these")
-
-
 class CompletionRequest(Completion):
     prompt_field = "prompt"
 
     prompt: Annotated[
         tuple[TextPrompt, ...],
-        PlainValidator(_prompts, json_schema_input_type=str | list[int] | list[str] | list[list[int]]),
+        PlainValidator(prompts, json_schema_input_type=str | list[int] | list[str] | list[list[int]]),
     ]
 
     logprobs: Annotated[int, Field(ge=0, le=MAX_TEXT_LOGPROBS), INTEGRAL] | None = None
@@ -471,7 +378,7 @@ class CompletionRequest(Completion):
     @model_validator(mode="after")
     def _best_of_is_n(self) -> Self:
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise _conflict(
+            raise conflict(
                 "best_of",
                 "choosing the best of more completions than are sent back is not supported; leave it out, "
                 "and choose among n completions by their logprobs",
