@@ -1,4 +1,4 @@
-"""As much of a Kubernetes API as helm asks when it renders: its version, what kinds there are, and secrets."""
+"""As much of a Kubernetes API as helm asks when it renders: its version, its kinds, and secrets."""
 
 import json
 import threading
