@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -297,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     o = parser.parse_args(arguments)
     began_s = time.monotonic()
     found = fuzz(o)
-    row = asdict(found) | {"num_cases": o.cases, "seconds": round(time.monotonic() - began_s, 1)}
+    row = vars(found) | {"num_cases": o.cases, "seconds": round(time.monotonic() - began_s, 1)}
     if o.out is not None:
         o.out.write_text(json.dumps(row, indent=1) + "\n")
     print(json.dumps({name: value for name, value in row.items() if name != "problems"}, indent=1))

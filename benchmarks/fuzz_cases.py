@@ -250,13 +250,13 @@ def kinds(model: str) -> list[Case]:
     add("9 MB", encoded(chat(model, "a" * 9_000_000)))
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
         add(f"content type {kind!r}", whole, headers={"content-type": kind})
-    for name, given in (
+    for name, told in (
         ("authorization", "Bearer " + "x" * 8000),
         ("traceparent", "00-" + "f" * 32 + "-" + "0" * 16 + "-ff"),
         ("tracestate", "a=b," * 2000),
         ("x-request-id", "a" * 5000),
     ):
-        add(f"header {name}", whole, headers=JSON | {name: value})
+        add(f"header {name}", whole, headers=JSON | {name: told})
     for path in ("/v1/models/", "/v1/models/%00", "/v1/nothing", "/v1/triad/state", "/metrics", "/healthz"):
         for method in ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"):
             add(f"{method} {path}", b"{}", path, method=method)
