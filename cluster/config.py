@@ -154,6 +154,7 @@ class ClusterConfig(BaseModel):
         1.5, ge=0.0, le=60.0, description="Seconds a replica measures its forwards before it serves."
     )
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Longest HTTP body taken.")
+    body_timeout_s: float = Field(60.0, gt=0, le=3600, description="From a request's head to its whole body.")
     max_header_bytes: int = Field(32 * 2**10, ge=1024, description="Of all of a request's headers together.")
     max_json_depth: int = Field(32, ge=8, le=200, description="How deep a body's JSON may be nested.")
     max_prompt_chars: int = Field(

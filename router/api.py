@@ -139,7 +139,7 @@ def _middleware(door: Door) -> list[Middleware]:
         )
     layers.append(Middleware(Guard, door.keys, door.bounds))
     layers.append(Middleware(RoomCheck, door.dispatcher.check_room))
-    layers.append(Middleware(BodyLimit, max_bytes=door.bounds.max_body_bytes))
+    layers.append(Middleware(BodyLimit, door.bounds.max_body_bytes, door.bounds.body_timeout_s))
     return layers
 
 

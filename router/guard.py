@@ -24,6 +24,7 @@ class Bounds:
     """What is taken of a client, explained to operators in cluster.config."""
 
     max_body_bytes: int = 8 * 2**20
+    body_timeout_s: float = 60.0
     max_header_bytes: int = 32 * 2**10
     max_headers: int = 100
     max_json_depth: int = 32

@@ -137,18 +137,30 @@ class HeadAsGet:
 
 
 class BodyLimit:
-    """ASGI middleware: a body longer than max_bytes is a 413, whether or not its length is declared."""
+    """ASGI middleware: a body longer than max_bytes is a 413, whether or not its length is declared, and one
+    that is not whole timeout_s after its head a 408, however steadily it trickles."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int):
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float):
         self._app = app
         self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         num_bytes = 0
+        is_whole = False
+        deadline_s = asyncio.get_running_loop().time() + self._timeout_s
 
         async def limited() -> Message:
-            nonlocal num_bytes
-            message = await receive()
+            nonlocal num_bytes, is_whole
+            if is_whole:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline_s):
+                    message = await receive()
+            except TimeoutError:
+                told = f"the body was not whole after {self._timeout_s:g} s"
+                raise HTTPException(408, told, {"Connection": "close"}) from None
+            is_whole = not message.get("more_body", False)
             num_bytes += len(message.get("body", b""))
             # An HTTPException, because FastAPI makes any other error in a body's reading a 400.
             if num_bytes > self._max_bytes:

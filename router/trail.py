@@ -43,9 +43,7 @@ class Trail:
     it, unless what stands before the app does, with the id as it came.
     """
 
-    def __init__(
-        self, app: ASGIApp, metrics: Metrics | None, tracer: Tracer | None, answers_id: bool = True
-    ):
+    def __init__(self, app: ASGIApp, metrics: Metrics | None, tracer: Tracer | None, answers_id: bool = True):
         self._app = app
         self._metrics = metrics
         self._tracer = tracer
