@@ -24,8 +24,8 @@ class Spell:
 class Timeline:
     """Times by the engine's clock, in seconds; None for what has not come.
 
-    trace_carrier: the caller's span, as headers. index: of the choice in its request. began_s: when it left the
-    queue. spells: in order.
+    trace_carrier: the caller's span, as headers. index: of the choice in its request. began_s: when it left
+    the queue. spells: in order.
     """
 
     request_id: str

@@ -262,7 +262,7 @@ class Generation:
         """Of the choices that have ended, by index."""
         self.last: Finished | Failed | None = None
         self.given_up: list[tuple[Failed, int]] = []
-        """How it ended at the replica that had it last, and at those before, with the tokens that had come."""
+        """How it ended at the replica that had it last, and at those before, with the tokens that came."""
         self.on_end: LastWord = lambda last: None
         """Called once with `last`, if a replica took the request, and however late it says so."""
         self._dispatcher = dispatcher

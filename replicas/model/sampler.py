@@ -123,32 +123,38 @@ def sample(
     filters. A row whose logits are not finite, be it by its own parameters, or all impossible, has no token:
     its probability is NaN and its id means nothing; other rows are as without it. Overwrites logits.
     """
-    logits = logits.float()[:, :num_sampled_ids]
+    logits = logits.float()
+    if num_sampled_ids is not None:
+        logits = logits[:, :num_sampled_ids]
     if mask_token_id is not None and mask_token_id >= logits.shape[1]:
         mask_token_id = None
     tokens, normalisers = choose(logits, mask_token_id)
     most_probable = _most_probable(logits, normalisers, rows)
     ruled = [index for index, row in enumerate(rows) if row.has_rules]
     overwritten = apply_rules(logits, rows, ruled, eos_token_ids) if ruled else []
-    is_possible = torch.ones_like(tokens, dtype=torch.bool)
     greedy = [index for index in ruled if not rows[index].sampling.temperature > 0]
     if greedy:
         changed = _lines(logits, greedy)
         found = _argmax(changed)
         tokens[greedy] = found
-        is_possible[greedy] = changed.gather(1, found[:, None]).squeeze(1).isfinite()
+        normalisers[greedy] = _nan_unless_finite(normalisers[greedy], changed.gather(1, found[:, None]))
     sampled = SampledRows.build(rows, logits.device)
     if sampled is not None:
-        drawn = _pick(_lines(logits, sampled.rows.tolist()), sampled)
-        tokens[sampled.rows], is_possible[sampled.rows] = drawn
+        tokens[sampled.rows], largest = _pick(_lines(logits, sampled.rows.tolist()), sampled)
+        normalisers[sampled.rows] = _nan_unless_finite(normalisers[sampled.rows], largest)
     for part in overwritten:
         part.restore()
     chosen = logits.gather(1, tokens[:, None]).squeeze(1)
     # In float64, as improbable tokens have a probability too, and its logarithm is the one listed.
-    probs = (chosen - normalisers).double().exp_().masked_fill_(~is_possible, math.nan)
+    probs = (chosen - normalisers).double().exp_()
     # float64 holds any token id exactly, so ids and probabilities leave the device in one copy.
     ids, values = torch.stack((tokens.double(), probs)).tolist()
     return [int(token) for token in ids], values, most_probable
+
+
+def _nan_unless_finite(normalisers: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """[R] of [R], and of the largest logits that rules left, [R, 1]: without one there is no probability."""
+    return normalisers.masked_fill(~largest.squeeze(1).isfinite(), math.nan)
 
 
 def _lines(logits: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
@@ -189,7 +195,7 @@ def _most_probable(
 
 
 def _pick(logits: torch.Tensor, sampled: SampledRows) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits [R, vocab] -> [R] token ids, and [R] bool, whether there was one to pick."""
+    """logits [R, vocab] -> [R] token ids, and the largest logits [R, 1]; the id of no finite one is void."""
     largest = logits.amax(-1, keepdim=True)
     # Of the differences, not the logits: those can't overflow, however low the temperature.
     weights = (logits - largest).div_(sampled.temperature[:, None]).exp_()
@@ -204,7 +210,7 @@ def _pick(logits: torch.Tensor, sampled: SampledRows) -> tuple[torch.Tensor, tor
     # A target below the total always lands on a token of positive weight.
     target = torch.minimum(sampled.uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     tokens = torch.searchsorted(cumulative, target, right=True).flatten()
-    return tokens.clamp_(max=logits.shape[1] - 1), largest.squeeze(1).isfinite()
+    return tokens.clamp_(max=logits.shape[1] - 1), largest
 
 
 def _filter(
