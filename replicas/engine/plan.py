@@ -118,8 +118,6 @@ class ModelSpec:
     vocab_size: int
     denoise_with_adapter: bool = False
     """Whether the adapter is on in denoising forwards as well as in drafts."""
-    num_sampled_ids: int | None = None
-    """Ids from this one on are never sampled, such as a padded vocabulary's; None where all may be."""
 
 
 class RunnerLost(Exception):

@@ -176,9 +176,7 @@ class TorchRunner:
         if not rows or not self._leads:  # nobody asks the others for their tokens
             return outputs
         spec = self._spec
-        sampled = sample(
-            logits, rows, spec.mask_token_id, spec.eos_token_ids, self._model.choose, spec.num_sampled_ids
-        )
+        sampled = sample(logits, rows, spec.mask_token_id, spec.eos_token_ids, self._model.choose)
         for index, output in zip(order, outputs_of(segments, *sampled), strict=True):
             outputs[index] = output
         return outputs

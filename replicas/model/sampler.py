@@ -114,20 +114,14 @@ def sample(
     mask_token_id: int | None,
     eos_token_ids: Set[int] = frozenset(),
     choose: Choose = choose,
-    num_sampled_ids: int | None = None,
 ) -> tuple[list[int], list[float], dict[int, tuple[TokenProb, ...]]]:
     """logits [W, vocab] -> W token ids, W probabilities, and by row the most probable tokens asked for.
 
-    The mask token is never chosen, nor any id from num_sampled_ids on, if that is given. Probabilities are
-    those of the softmax of the raw logits without these: before penalties, bias, grammar, temperature and
-    filters. A row whose logits are not finite, be it by its own parameters, or all impossible, has no token:
+    The mask token is never chosen. Probabilities are those of the softmax of the raw logits without it:
+    before penalties, bias, grammar, temperature and filters. A row whose logits are not finite, be it by its own parameters, or all impossible, has no token:
     its probability is NaN and its id means nothing; other rows are as without it. Overwrites logits.
     """
     logits = logits.float()
-    if num_sampled_ids is not None:
-        logits = logits[:, :num_sampled_ids]
-    if mask_token_id is not None and mask_token_id >= logits.shape[1]:
-        mask_token_id = None
     tokens, normalisers = choose(logits, mask_token_id)
     most_probable = _most_probable(logits, normalisers, rows)
     ruled = [index for index, row in enumerate(rows) if row.has_rules]

@@ -197,11 +197,11 @@ class CudaRunner:
         num_wanted = host.size.num_wanted
         best = Confidence(*(part[:num_wanted] for part in best))
         spec = self._spec
-        sampled = logits[:num_wanted, : spec.num_sampled_ids]
+        sampled = logits[:num_wanted]
         return choose(segments, sampled, best, spec.mask_token_id, spec.eos_token_ids)
 
     def _confidence(self, logits: torch.Tensor) -> Confidence:
-        return confidence(logits[:, : self._spec.num_sampled_ids], self._spec.mask_token_id)
+        return confidence(logits, self._spec.mask_token_id)
 
     def _guess(self, segments: Sequence[Segment], sampled: Sampled, indices: Sequence[int]) -> Guess | None:
         """The guess of the segments that follow these, whose outputs are at `indices` of the sampled ones."""

@@ -11,7 +11,6 @@ import torch
 from replicas.engine.plan import SegmentOutput, StepPlan
 from replicas.messages import JsonFormat, SamplingParams
 from replicas.model.runner import TorchRunner
-from tests.reference import Reference
 from tests.replicas.model.conftest import Pages, prompt, segment
 from tests.tiny_checkpoint import MASK_TOKEN_ID
 
@@ -73,16 +72,6 @@ def test_a_verify_ends_before_the_row_that_has_no_token(runner: TorchRunner) -> 
     [failed] = runner.run(StepPlan((draft,)))
     assert failed == SegmentOutput((), (), failure=failed.failure)
     assert "logit_bias" in str(failed.failure)
-
-
-def test_ids_that_are_not_sampled_are_in_no_mode(runner: TorchRunner, reference: Reference) -> None:
-    """A padded vocabulary: past the bound of the spec nothing is chosen or counted, whatever its logits."""
-    tokens = prompt(60, seed=8)
-    runner._spec = dataclasses.replace(runner.spec, num_sampled_ids=40)
-    logits = without_mask(reference.causal_logits(tokens))[:, :40]
-    [output] = runner.run(StepPlan((segment(tokens, Pages(120, 5).table(60)),)))
-    assert list(output.token_ids) == logits.argmax(-1).tolist()
-    assert output.probs == pytest.approx(logits.softmax(-1).amax(-1).tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize(

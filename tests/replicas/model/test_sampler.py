@@ -373,25 +373,6 @@ def test_penalties_and_biases_of_equal_logits_choose_the_lowest_id() -> None:
     assert sample(logits, rows, None)[0] == [2, 4, 6]
 
 
-@pytest.mark.parametrize("mask_token_id", [3, VOCAB + 2, None])
-def test_ids_past_those_that_are_sampled_are_as_if_they_were_not_there(mask_token_id: int | None) -> None:
-    """A padded vocabulary's rows of the head may hold anything."""
-    logits = torch.randn(12, VOCAB + 9, generator=torch.Generator().manual_seed(10))
-    logits[:, VOCAB:] = 50.0
-    logits[0, VOCAB + 1] = math.nan
-    params = [
-        SamplingParams(),
-        SamplingParams(temperature=1.0, logprobs=4),
-        SamplingParams(repetition_penalty=2.0),
-    ]
-    rows = [Row(params[k % 3], k, seen=(1, 2, VOCAB + 3) if k % 3 == 2 else ()) for k in range(12)]
-    ends = frozenset({2, VOCAB + 4})
-    found = sample(logits.clone(), rows, mask_token_id, ends, num_sampled_ids=VOCAB)
-    known = None if mask_token_id != 3 else 3
-    assert found == sample(logits[:, :VOCAB].clone(), rows, known, ends)
-    assert all(token < VOCAB for token in found[0])
-
-
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1, -(2**63)])
 def test_seeds_at_the_extremes_follow_the_distribution(seed: int) -> None:
     numbers = uniforms([seed] * 4000, list(range(4000)))

@@ -10,7 +10,7 @@ import torch
 
 from policies.modes import DecodePlan, Mode
 from replicas.engine.engine import Engine
-from replicas.engine.plan import Runner, Segment, StepPlan
+from replicas.engine.plan import Runner, Segment
 from replicas.kernels.confidence import confidence
 from replicas.messages import DecodingOptions, JsonFormat, SamplingParams
 from replicas.model.cuda.lookahead import guess
@@ -187,17 +187,3 @@ def test_a_grammar_is_followed_as_on_the_cpu(folder: Path, plan: DecodePlan) -> 
     assert found == complete(on_cpu, plan, with_grammar=True)
     assert all(a % 2 != b % 2 for a, b in zip([7, *found["json"]], found["json"], strict=False))
     assert found["plain"] == complete(on_gpu, plan, with_grammar=False)["plain"]
-
-
-@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(temperature=1.0, top_k=30)], ids=str)
-def test_ids_that_are_not_sampled_are_not(folder: Path, sampling: SamplingParams) -> None:
-    runner = CudaRunner.load(str(folder), dtype="float32", device=DEVICE, num_pages=64, page_size=8)
-    runner._spec = replace(runner.spec, num_sampled_ids=40)
-    tokens = prompt(12, seed=8)
-    part = segment(tokens, (1, 2), sampling=sampling)
-    logits = runner.forward([part]).cpu()
-    [output] = runner.run(StepPlan((part,)))
-    ids, probs, _ = sample(logits, rows_of(part), MASK_TOKEN_ID, EOS, num_sampled_ids=40)
-    assert list(output.token_ids) == ids
-    assert max(ids) < 40 < max(runner.forward([part]).argmax(-1).tolist())
-    assert output.probs == pytest.approx(probs, rel=1e-4)
