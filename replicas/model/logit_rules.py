@@ -80,7 +80,7 @@ def apply_rules(
     """Penalties, bias, min_tokens and masks, in this order, on logits [W, vocab] float32, in place.
 
     ruled: the rows that have any, ascending. Ids outside the vocabulary have no effect. Gives back what is to
-    be restored for chosen tokens' logits to be the model's again, but where min_tokens or a mask made them -inf.
+    be restored for the logits to be the model's again, but for those that min_tokens or a mask made -inf.
     """
     stride, vocab_size = logits.stride(0), logits.shape[1]
     whole = logits.as_strided((1, stride * (len(logits) - 1) + vocab_size), (stride * len(logits), 1))
@@ -268,13 +268,15 @@ class _Penalties:
     def _build(self, counts: _Counts, shrinks: bool, lines: torch.Tensor | None) -> _Penalty:
         rows, ids, times = counts.rows, counts.ids, counts.times
         device = self._logits.device
-        columns = ids + own * self._logits.stride(0) if rows is None else ids
+        columns = torch.from_numpy(ids if lines is not None else ids + rows * self._logits.stride(0)).to(
+            device
+        )
+        scale = torch.from_numpy(self._scale[rows].astype(np.float32)).to(device)
         taken_off = None
         if self._presence.any() or self._frequency.any():
-            amounts = self._presence[own] * (times > 0) + self._frequency[own] * times
+            amounts = self._presence[rows] * (times > 0) + self._frequency[rows] * times
             taken_off = torch.from_numpy(amounts.astype(np.float32)).to(device)
-        scale = torch.from_numpy(self._scale[own].astype(np.float32)).to(device)
-        return _Penalty(lines, rows, torch.from_numpy(columns).to(device), scale, shrinks, taken_off)
+        return _Penalty(self._whole if lines is None else lines, columns, scale, shrinks, taken_off)
 
 
 class _Biases:

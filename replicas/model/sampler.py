@@ -118,8 +118,9 @@ def sample(
     """logits [W, vocab] -> W token ids, W probabilities, and by row the most probable tokens asked for.
 
     The mask token is never chosen. Probabilities are those of the softmax of the raw logits without it:
-    before penalties, bias, grammar, temperature and filters. A row whose logits are not finite, be it by its own parameters, or all impossible, has no token:
-    its probability is NaN and its id means nothing; other rows are as without it. Overwrites logits.
+    before penalties, bias, grammar, temperature and filters. A row whose logits are not finite, be it by its
+    own parameters, or all impossible, has no token: its probability is NaN and its id means nothing; other
+    rows are as without it. Overwrites logits.
     """
     logits = logits.float()
     tokens, normalisers = choose(logits, mask_token_id)
