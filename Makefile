@@ -25,7 +25,7 @@ OUT       ?= .run/train
 URL       ?=
 REPORT    ?= .run/loadtest
 
-.PHONY: serve test test-gpu lint format bench loadtest bench-floor bench-overhead bench-memory bench-peer bench-gpu bench-policy soak evaluate train model pack-smollm2 train-smollm2 clean help
+.PHONY: serve test test-gpu lint format bench loadtest bench-floor bench-overhead bench-memory bench-peer bench-gpu bench-policy soak fuzz evaluate train model pack-smollm2 train-smollm2 clean help
 
 help:
 	@sed -n '1,2p' Makefile; echo; grep -E '^[a-z0-9-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -92,6 +92,9 @@ loadtest: $(READY) ## load a running server at URL, or one of its own, and write
 
 soak: $(READY) ## 30 minutes of mixed load and random faults, and whether all is as before; ARGS="--minutes 5"
 	@$(BIN)/python -m benchmarks.soak $(ARGS)
+
+fuzz: $(READY) ## 10,000 bad and extreme requests beside bystanders who must not notice; ARGS="--cases 1000"
+	@$(BIN)/python -m benchmarks.fuzz $(ARGS)
 
 evaluate: $(READY) ## quality and tokens per forward of the embedded checkpoint, by task family and mode
 	@$(BIN)/python -m replicas.training.evaluate $(ARGS)

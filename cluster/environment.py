@@ -15,6 +15,8 @@ from replicas.machine import default_num_threads
 
 LONGEST_STREAM_S = 3600
 """When ingresses come and go HAProxy starts anew beside its old self, which ends what it has begun."""
+SILENT_CLIENT_S = 120
+"""For how long a client may neither send what it owes nor take what there is for it."""
 LEAST_DRAIN_S = 1
 """For how long an ingress that is to end still answers: HAProxy has stopped sending by then."""
 
@@ -44,6 +46,7 @@ def serving_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(SILENT_CLIENT_S),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM_S),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(LEAST_DRAIN_S),
     }

@@ -40,7 +40,8 @@ HALF_SENT_HTTP2 = {
 
 
 class Ingress:
-    """In an ingress's place: a stream without end, and an answer that waits until its client has gone."""
+    """In an ingress's place: a stream without end, an answer that waits until its client has gone, and one
+    that does not wait for the body."""
 
     def __init__(self) -> None:
         self.num_waiting = 0
@@ -59,7 +60,8 @@ class Ingress:
                 pass
             self.num_waiting -= 1
         else:
-            await send({"type": "http.response.start", "status": 200, "headers": []})
+            status = 408 if scope["path"] == "/refused" else 200
+            await send({"type": "http.response.start", "status": status, "headers": []})
             while scope["path"] == "/stream":
                 await send({"type": "http.response.body", "body": b"data: x\n\n", "more_body": True})
                 with suppress(TimeoutError):
@@ -110,6 +112,7 @@ def of_ray(ingress_port: int, port: int) -> HAProxyApi:
         stats_port=free_port(),
         metrics_port=free_port(),
         nbthread=1,
+        timeout_client_s=TIMEOUT_S,
         has_received_routes=True,
         has_received_servers=True,
         is_head=True,
@@ -159,6 +162,16 @@ async def test_half_a_request_is_ended_with_a_408_while_streams_go_on_and_after_
             await haproxy.api.reload()
         assert await stream.readuntil(b"data: x")
     assert haproxy.ingress.num_waiting == 0
+
+
+@pytest.mark.parametrize("more", [b"", b" " * 100_000])
+async def test_a_body_that_stops_is_not_waited_for_once_its_ingress_has_answered(
+    haproxy: HAProxy, more: bytes
+) -> None:
+    head = b"POST /refused HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n"
+    seconds, answer = await ended_after_s(haproxy, head + b" " * 20_000 + more)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert seconds < 3 * TIMEOUT_S
 
 
 async def test_a_whole_request_may_wait_for_its_answer_as_long_as_it_takes(haproxy: HAProxy) -> None:
