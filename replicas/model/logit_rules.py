@@ -64,14 +64,24 @@ class Overwritten:
     """Logits that a penalty or a bias has changed, as they were.
 
     lines: [R, n]; ids: [k] int64, columns of them; values: [R, k]
+    rows: where the lines are rows of logits, which, and ids ascend; None for all rows as one line
     """
 
     lines: torch.Tensor
     ids: torch.Tensor
     values: torch.Tensor
+    rows: slice | None
 
-    def restore(self) -> None:
-        self.lines.index_copy_(1, self.ids, self.values)
+    def restore(self, tokens: torch.Tensor) -> None:
+        """At least the logits of these tokens, [W] int64, one a row of logits."""
+        if self.rows is None:
+            self.lines.index_copy_(1, self.ids, self.values)
+            return
+        columns = tokens[self.rows][:, None]
+        at = torch.searchsorted(self.ids, columns).clamp_(max=len(self.ids) - 1)
+        is_changed = self.ids[at] == columns
+        was = self.values.gather(1, at)
+        self.lines.scatter_(1, columns, torch.where(is_changed, was, self.lines.gather(1, columns)))
 
 
 def apply_rules(
@@ -80,7 +90,7 @@ def apply_rules(
     """Penalties, bias, min_tokens and masks, in this order, on logits [W, vocab] float32, in place.
 
     ruled: the rows that have any, ascending. Ids outside the vocabulary have no effect. Gives back what is to
-    be restored for the logits to be the model's again, but for those that min_tokens or a mask made -inf.
+    be restored for a token's logits to be the model's again, but those that min_tokens or a mask made -inf.
     """
     stride, vocab_size = logits.stride(0), logits.shape[1]
     whole = logits.as_strided((1, stride * (len(logits) - 1) + vocab_size), (stride * len(logits), 1))
@@ -96,8 +106,8 @@ def apply_rules(
         ends = [index for index in ruled if rows[index].forbids_end]
         biases.add(ends, [(token, _IMPOSSIBLE) for token in eos_token_ids])
     biased, added = biases.on(logits.device)
-    changed = [(penalty.lines, penalty.ids) for penalty in penalties] + [(whole, biased)]
-    overwritten = [Overwritten(lines, ids, lines.index_select(1, ids)) for lines, ids in changed]
+    changed = [(part.lines, part.ids, part.rows) for part in penalties] + [(whole, biased, None)]
+    overwritten = [Overwritten(lines, ids, lines.index_select(1, ids), at) for lines, ids, at in changed]
     for penalty, was in zip(penalties, overwritten, strict=False):
         penalty.lines.index_copy_(1, penalty.ids, penalty.of(was.values))
     whole.index_add_(1, biased, added)
@@ -205,12 +215,13 @@ class _Counts:
 class _Penalty:
     """What is to be done to some columns of some lines.
 
-    lines: [R, n]; ids: [k] int64, each once; scale: [k] float32
+    lines, rows: as of Overwritten; ids: [k] int64, each once; scale: [k] float32
     shrinks: whether scale is at least 1, in all or in none of k
     taken_off: [k] float32; None for nothing
     """
 
     lines: torch.Tensor
+    rows: slice | None
     ids: torch.Tensor
     scale: torch.Tensor
     shrinks: bool
@@ -248,35 +259,33 @@ class _Penalties:
                 alone.append((first, group[0]))
                 continue
             before = _Counts.of(group[:1], [first], vocab_size)
-            found += self._of(before, self._logits[first : first + len(group)])
+            found += self._of(before, slice(first, first + len(group)))
             later.append(_Counts.of_later(group, first, before, vocab_size))
         if alone:
             indices, rows = zip(*alone, strict=True)
             later.append(_Counts.of(rows, indices, vocab_size))
         return found + self._of(_Counts.join(later), None) if later else found
 
-    def _of(self, counts: _Counts, lines: torch.Tensor | None) -> list[_Penalty]:
-        """On the same columns of all the lines; None: on the places of the counts' own rows."""
+    def _of(self, counts: _Counts, rows: slice | None) -> list[_Penalty]:
+        """On the same ids of all these rows; None: of the counts' own rows."""
         shrinks = self._scale[counts.rows] >= 1
         found = []
         for kind in (True, False):
             part = counts.only(shrinks == kind)
             if len(part.ids):
-                found.append(self._build(part, kind, lines))
+                found.append(self._build(part, kind, rows))
         return found
 
-    def _build(self, counts: _Counts, shrinks: bool, lines: torch.Tensor | None) -> _Penalty:
-        rows, ids, times = counts.rows, counts.ids, counts.times
-        device = self._logits.device
-        columns = torch.from_numpy(ids if lines is not None else ids + rows * self._logits.stride(0)).to(
-            device
-        )
-        scale = torch.from_numpy(self._scale[rows].astype(np.float32)).to(device)
+    def _build(self, counts: _Counts, shrinks: bool, rows: slice | None) -> _Penalty:
+        own, ids, times = counts.rows, counts.ids, counts.times
+        lines, device = self._whole if rows is None else self._logits[rows], self._logits.device
+        columns = ids + own * self._logits.stride(0) if rows is None else ids
         taken_off = None
         if self._presence.any() or self._frequency.any():
-            amounts = self._presence[rows] * (times > 0) + self._frequency[rows] * times
+            amounts = self._presence[own] * (times > 0) + self._frequency[own] * times
             taken_off = torch.from_numpy(amounts.astype(np.float32)).to(device)
-        return _Penalty(self._whole if lines is None else lines, columns, scale, shrinks, taken_off)
+        scale = torch.from_numpy(self._scale[own].astype(np.float32)).to(device)
+        return _Penalty(lines, rows, torch.from_numpy(columns).to(device), scale, shrinks, taken_off)
 
 
 class _Biases:

@@ -138,7 +138,7 @@ def sample(
         tokens[sampled.rows], largest = _pick(_lines(logits, sampled.rows.tolist()), sampled)
         normalisers[sampled.rows] = _nan_unless_finite(normalisers[sampled.rows], largest)
     for part in overwritten:
-        part.restore()
+        part.restore(tokens)
     chosen = logits.gather(1, tokens[:, None]).squeeze(1)
     # In float64, as improbable tokens have a probability too, and its logarithm is the one listed.
     probs = (chosen - normalisers).double().exp_()
