@@ -10,8 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from replicas.errors import TriadError
 from router.dispatch import Generation
-from router.errors import encode
-from router.sse import Answer, Counts, error_event
+from router.sse import Answer, Counts, delta_event, error_event, whole_body
 from router.trail import Record
 
 EVENT_STREAM = {
@@ -56,9 +55,12 @@ class GenerationResponse(Response):
             self._record.first_token()
             choices = await generation.whole()
             assert generation.finished is not None
-            body = encode(self._answer.whole(choices, generation.finished))
-        await _start(send, {"content-type": "application/json", "content-length": str(len(body))})
-        await send({"type": "http.response.body", "body": body})
+            pieces = await whole_body(self._answer, choices, generation.finished)
+        num_bytes = sum(map(len, pieces))
+        await _start(send, {"content-type": "application/json", "content-length": str(num_bytes)})
+        for piece in pieces[:-1]:
+            await _send_part(send, piece)
+        await send({"type": "http.response.body", "body": pieces[-1]})
 
     async def _reply_in_events(self, send: Send) -> None:
         async with self._generation as generation, aclosing(generation.deltas(self._interval_s)) as news:
@@ -73,7 +75,8 @@ class GenerationResponse(Response):
                     head = b""
                     for delta in deltas:
                         so_far = Counts(so_far.num_prompt, so_far.num_completion + delta.num_tokens)
-                        part += self._answer.delta(delta, so_far) if delta.text else b""
+                        if delta.text:
+                            part += await delta_event(self._answer, delta, so_far)
                         if delta.reason is None:
                             continue
                         num_open -= 1

@@ -1,8 +1,9 @@
 """Answers as OpenAI sends them: JSON bodies, and server-sent events for streams."""
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from replicas.errors import TriadError
@@ -10,6 +11,10 @@ from replicas.messages import DecodingReport, Delta, Finished, FinishReason, Tex
 from router.errors import encode, triad_error_body
 
 DONE = b"data: [DONE]\n\n"
+NUM_AT_ONCE = 256
+"""Log-probabilities written in one go; after each the loop sees to its other streams."""
+_NO_LOGPROBS = b'"logprobs":null'
+"""It stands in no text, where JSON escapes the quotes."""
 LEAST_LOGPROB = -9999.0
 """OpenAI's word for impossible."""
 
@@ -89,7 +94,8 @@ class Answer(ABC):
     def _last_choice(self, index: int, reason: FinishReason) -> Mapping[str, Any]: ...
 
     @abstractmethod
-    def _logprobs(self, entries: Sequence[TextLogprob]) -> dict[str, Any]: ...
+    def logprobs(self, entries: Sequence[TextLogprob]) -> dict[str, Any]:
+        """A choice's `logprobs`, whose lists are those of its parts one after another."""
 
     def end(self, index: int, reason: FinishReason, so_far: Counts) -> bytes:
         """The last chunk of a choice that others outlast."""
@@ -110,7 +116,7 @@ class Answer(ABC):
     def _chunk_object(self) -> str: ...
 
     def _asked_logprobs(self, delta: Delta) -> dict[str, Any] | None:
-        return None if self.num_logprobs is None else self._logprobs(delta.logprobs)
+        return None if self.num_logprobs is None else self.logprobs(delta.logprobs)
 
     def _chunk(self, choice: Mapping[str, Any], so_far: Counts, **more: Any) -> bytes:
         body = self._envelope(self._chunk_object, [choice]) | more
@@ -132,6 +138,52 @@ class Answer(ABC):
     def _body(self, object_: str, choices: list[Mapping[str, Any]], finished: Finished) -> dict[str, Any]:
         report = {"usage": usage(finished), "decoding": decoding_report(finished.report)}
         return self._envelope(object_, choices) | report
+
+
+async def delta_event(answer: Answer, delta: Delta, so_far: Counts) -> bytes:
+    """answer.delta(...), however many log-probabilities a slow reader has let pile up.
+
+    A step brings one of each choice, so after one that has some the loop may see to other streams.
+    """
+    if _num_logprobs(answer, (delta,)) <= NUM_AT_ONCE:
+        if delta.logprobs:
+            await asyncio.sleep(0)
+        return answer.delta(delta, so_far)
+    before, after = replace(answer, num_logprobs=None).delta(delta, so_far).split(_NO_LOGPROBS)
+    return b"".join((before, await _logprobs_json(answer, delta.logprobs), after))
+
+
+async def whole_body(answer: Answer, choices: Sequence[Delta], finished: Finished) -> list[bytes]:
+    """answer.whole(...) as JSON, in pieces."""
+    if _num_logprobs(answer, choices) <= NUM_AT_ONCE:
+        return [encode(answer.whole(choices, finished))]
+    bare = encode(replace(answer, num_logprobs=None).whole(choices, finished))
+    before, *after = bare.split(_NO_LOGPROBS)
+    pieces = [before]
+    for choice, rest in zip(choices, after, strict=True):
+        pieces += [await _logprobs_json(answer, choice.logprobs), rest]
+    return pieces
+
+
+def _num_logprobs(answer: Answer, deltas: Sequence[Delta]) -> int:
+    return sum(len(delta.logprobs) for delta in deltas) * (1 + (answer.num_logprobs or 0))
+
+
+async def _logprobs_json(answer: Answer, entries: Sequence[TextLogprob]) -> bytes:
+    """The member `logprobs` of a choice: its lists written a part at a time, side by side."""
+    lists: dict[str, list[bytes]] = {}
+    others: dict[str, Any] = {}
+    step = max(1, NUM_AT_ONCE // (1 + (answer.num_logprobs or 0)))
+    for start in range(0, max(1, len(entries)), step):
+        for name, value in answer.logprobs(entries[start : start + step]).items():
+            if isinstance(value, list):
+                lists.setdefault(name, []).append(encode(value)[1:-1])
+            else:
+                others[name] = value
+        await asyncio.sleep(0)
+    members = [b"%b:[%b]" % (encode(name), b",".join(parts)) for name, parts in lists.items()]
+    members += [b"%b:%b" % (encode(name), encode(value)) for name, value in others.items()]
+    return b'"logprobs":{%b}' % b",".join(members)
 
 
 class ChatAnswer(Answer):
@@ -163,7 +215,7 @@ class ChatAnswer(Answer):
     def _last_choice(self, index: int, reason: FinishReason) -> Mapping[str, Any]:
         return _chat_chunk(index, {}, None, reason)
 
-    def _logprobs(self, entries: Sequence[TextLogprob]) -> dict[str, Any]:
+    def logprobs(self, entries: Sequence[TextLogprob]) -> dict[str, Any]:
         content = [
             _chat_logprob(entry) | {"top_logprobs": [_chat_logprob(other) for other in entry.top]}
             for entry in entries
@@ -198,7 +250,7 @@ class TextAnswer(Answer):
     def _last_choice(self, index: int, reason: FinishReason) -> Mapping[str, Any]:
         return {"index": index, "text": "", "logprobs": None, "finish_reason": reason}
 
-    def _logprobs(self, entries: Sequence[TextLogprob]) -> dict[str, Any]:
+    def logprobs(self, entries: Sequence[TextLogprob]) -> dict[str, Any]:
         """As the older API has them: parallel lists, and the chosen token among the most probable."""
         return {
             "tokens": [_text_token(entry) for entry in entries],

@@ -1,6 +1,5 @@
 """JSON bodies: bounded, read beside the streams, and refused with the field at fault."""
 
-import asyncio
 import json
 import os
 import random
@@ -21,6 +20,7 @@ from router.schema import ChatCompletionRequest, Completion, CompletionRequest
 from tests.router.conftest import in_process, running
 from tests.router.fakes import MODEL, TEXT, ScriptedReplica
 from tests.router.stack import a_stack
+from tests.router.stall import Stall
 from tests.router.test_api import CHAT, error_of
 from tests.router.test_sse import events
 
@@ -115,19 +115,6 @@ WORST = {
     "a field's name": (PATH, MESSAGES + b', "' + b"x" * (SIZE - 200) + b'": 1}'),
     "a model's name": (PATH, b'{"messages": [], "model": "' + b"x" * (SIZE - 200) + b'"}'),
 }
-
-
-class Stall:
-    """The most CPU time that the loop's thread took in one go, whatever else the machine does."""
-
-    def __init__(self) -> None:
-        self.longest_s = 0.0
-
-    async def run(self) -> None:
-        while True:
-            before_s = time.thread_time()
-            await asyncio.sleep(0)
-            self.longest_s = max(self.longest_s, time.thread_time() - before_s)
 
 
 async def test_no_body_stops_the_loop_that_carries_the_streams():

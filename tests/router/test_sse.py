@@ -5,7 +5,17 @@ import pytest
 from policies.modes import Mode
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import DecodingReport, Delta, Finished, FinishReason, TextLogprob
-from router.sse import ChatAnswer, Counts, TextAnswer, decoding_report, error_event
+from router.sse import (
+    ChatAnswer,
+    Counts,
+    TextAnswer,
+    decoding_report,
+    delta_event,
+    error_event,
+    whole_body,
+)
+from tests.router.conftest import running
+from tests.router.stall import Stall
 
 REPORT = DecodingReport({Mode.DIFFUSION: 9, Mode.AR: 1}, 4, 2, "threshold", "r1")
 FINISHED = Finished("x", 7, 10, REPORT, num_reused_tokens=3)
@@ -155,6 +165,36 @@ def test_logprobs_of_completions_are_parallel_lists():
     }
     alone = TextAnswer("id", "m", 5, num_logprobs=0).whole([a_delta("é", WORD, reason=LENGTH)], FINISHED)
     assert alone["choices"][0]["logprobs"]["top_logprobs"] is None
+
+
+def many(num: int, num_top: int) -> tuple[TextLogprob, ...]:
+    top = tuple(TextLogprob(b"%d" % k, -float(k)) for k in range(num_top))
+    return tuple(TextLogprob(b'"logprobs":null', -1.5, k, top) for k in range(num))
+
+
+@pytest.mark.parametrize("cls", [ChatAnswer, TextAnswer])
+@pytest.mark.parametrize("num_top", [0, 3, 20])
+async def test_many_logprobs_are_written_in_parts_as_they_would_be_at_once(cls, num_top):
+    answer = cls("id", "m", 5, num_choices=3, num_logprobs=num_top)
+    choices = [
+        a_delta('"logprobs":null', *many(num, num_top), index=index, reason=LENGTH)
+        for index, num in enumerate((1000, 0, 300))
+    ]
+    pieces = await whole_body(answer, choices, FINISHED)
+    assert json.loads(b"".join(pieces)) == answer.whole(choices, FINISHED)
+    for choice in choices:
+        assert events(await delta_event(answer, choice, SO_FAR)) == events(answer.delta(choice, SO_FAR))
+
+
+@pytest.mark.parametrize("cls", [ChatAnswer, TextAnswer])
+async def test_an_answer_of_very_many_logprobs_leaves_the_loop_to_others(cls):
+    answer = cls("id", "m", 5, num_choices=16, num_logprobs=20)
+    choices = [a_delta("x", *many(500, 20), index=index, reason=LENGTH) for index in range(16)]
+    stall = Stall()
+    async with running(stall.run()):
+        await whole_body(answer, choices, FINISHED)
+        await delta_event(answer, choices[0], SO_FAR)
+    assert stall.longest_s < 0.1  # at once it would be a second and more
 
 
 @pytest.mark.parametrize("cls", [ChatAnswer, TextAnswer])
