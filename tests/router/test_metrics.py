@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections.abc import AsyncIterator
 
 import httpx
 import pytest
@@ -17,6 +18,8 @@ from router.metrics import Metrics
 from tests.eventually import eventually
 from tests.router.conftest import in_process, over_http, running
 from tests.router.fakes import MODEL, WORDS, FakeStore, ScriptedReplica, a_load
+from tests.router.faults import Gated, chat
+from tests.router.stack import a_stack
 from tests.router.test_api import CHAT, streaming
 from tests.router.test_auth import KEY, RING, bearer
 
@@ -48,7 +51,16 @@ def metrics():
     metrics.close()
 
 
-async def begun(client: httpx.AsyncClient, replica: ScriptedReplica, num: int, **more) -> httpx.Response:
+async def first_piece(response: httpx.Response) -> AsyncIterator[bytes]:
+    """To be kept: the response is closed with it."""
+    pieces = response.aiter_raw()
+    await anext(pieces)
+    return pieces
+
+
+async def begun(
+    client: httpx.AsyncClient, replica: ScriptedReplica, num: int, **more
+) -> tuple[httpx.Response, AsyncIterator[bytes]]:
     """A stream of which so many tokens have come."""
     client.headers.update(bearer(KEY))
     opening = streaming(client, CHAT | {"stream": True} | more)
@@ -57,15 +69,14 @@ async def begun(client: httpx.AsyncClient, replica: ScriptedReplica, num: int, *
     for _ in range(num):
         replica.step(request_id)
     response = await opening
-    await anext(response.aiter_raw())
-    return response
+    return response, await first_piece(response)
 
 
 async def test_the_tokens_of_a_stream_whose_client_goes_are_counted_once(make_door, metrics):
     replica = ScriptedReplica("a")
     door = await make_door(replica, keys=RING, metrics=metrics)
     async with over_http(create_app(door)) as url, httpx.AsyncClient(base_url=url) as client:
-        response = await begun(client, replica, 3, n=2)
+        response, _pieces = await begun(client, replica, 3, n=2)
         await response.aclose()
         await eventually(lambda: tokens(metrics))
         assert tokens(metrics) == {"ar": 6}
@@ -98,7 +109,7 @@ async def test_what_a_lost_replica_had_sent_is_counted_without_a_mode(make_door,
     replica = ScriptedReplica("a")
     door = await make_door(replica, keys=RING, metrics=metrics)
     async with over_http(create_app(door)) as url, httpx.AsyncClient(base_url=url) as client:
-        response = await begun(client, replica, 2)
+        response, _pieces = await begun(client, replica, 2)
         replica.break_channels()
         await eventually(lambda: tokens(metrics))
         await response.aclose()
@@ -138,7 +149,7 @@ async def test_a_request_that_ends_while_its_client_goes_is_counted_by_its_last_
     replica = ScriptedReplica("a")
     door = await make_door(replica, keys=RING, metrics=metrics)
     async with over_http(create_app(door)) as url, httpx.AsyncClient(base_url=url) as client:
-        response = await begun(client, replica, 1)
+        response, _pieces = await begun(client, replica, 1)
         (request_id,) = replica.live
         live = replica.live[request_id]
 
@@ -230,3 +241,28 @@ async def test_names_are_as_prometheus_wants_them(make_door, metrics):
         assert family.name.endswith("_total") is False
         for sample in family.samples:
             assert (family.type == "counter") == sample.name.endswith("_total"), sample.name
+
+
+@pytest.mark.parametrize("mode", ["ar", "diffusion", "self_speculation"])
+async def test_a_real_replica_says_by_which_mode_a_cancelled_stream_was_made(metrics, mode):
+    runner = Gated()
+    async with (
+        a_stack([runner], metrics=metrics) as stack,
+        over_http(create_app(stack.door)) as url,
+        httpx.AsyncClient(base_url=url) as client,
+    ):
+        body = chat(max_tokens=60, stream=True, decoding={"mode": mode})
+        opening = streaming(client, body)
+        runner.allow(4)
+        response = await opening
+        _pieces = await first_piece(response)
+        await eventually(lambda: runner.num_begun == 5)  # it waits in a forward
+        await response.aclose()
+        await eventually(lambda: not stack.replicas[0].service._commands.empty())  # the cancel
+        runner.allow()
+        await stack.settled()
+        await eventually(lambda: tokens(metrics))
+        (load,) = [replica.service.load() for replica in stack.replicas]
+    assert set(tokens(metrics)) == {mode}
+    assert 0 < tokens(metrics)[mode] < 60
+    assert used(metrics)["completion"] == tokens(metrics)[mode] == load.tokens_total_by_mode[mode]
