@@ -53,7 +53,6 @@ class Replica:
             max_step_tokens=config.max_step_tokens,
             max_prefill_tokens=config.max_prefill_tokens,
             max_step_ms=config.max_step_ms,
-            adaptive_speculation=config.adaptive_speculation,
             overlap_blocks=config.overlap_blocks,
         )
         replica_id = serve.get_replica_context().replica_id.unique_id

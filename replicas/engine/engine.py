@@ -21,7 +21,6 @@ from replicas.engine.plan import Runner, RunnerLost, SegmentOutput, StepPlan
 from replicas.engine.prefill import Limits
 from replicas.engine.scheduler import Scheduler
 from replicas.engine.sequence import Progress, Sequence, Status, Text
-from replicas.engine.speculation import Speculation
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import DecodingOptions, FinishReason, SamplingParams
 
@@ -55,7 +54,6 @@ class Engine:
         max_step_tokens: int = 512,
         max_prefill_tokens: int = 256,
         max_step_ms: float | None = None,
-        adaptive_speculation: bool = False,
         overlap_blocks: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -93,7 +91,6 @@ class Engine:
             spec,
             Limits(max_running, max_step_tokens, max_prefill_tokens, max_step_ms),
             ActivePlan(DecodePlan(Mode.AR), "start"),
-            Speculation(adaptive_speculation),
             clock,
             overlap_blocks,
         )
@@ -116,8 +113,8 @@ class Engine:
         return self._scheduler
 
     def set_step_cost(self, cost: StepCost) -> None:
-        """What a forward costs here, by which drafts and, for max_step_ms, chunks of prompts are sized."""
-        self._scheduler.speculation.cost = cost
+        """What a forward costs here: for max_step_ms, chunks of prompts are sized by it."""
+        self._scheduler.step_cost = cost
 
     def set_plan(self, decode: DecodePlan, rule: str) -> None:
         """What `auto` sequences do from their next safe point on."""

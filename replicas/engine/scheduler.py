@@ -13,9 +13,8 @@ from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import replace
 
-from policies.cost import RoundMade
+from policies.cost import UNMEASURED, RoundMade
 from policies.modes import DecodePlan, Mode
 from policies.policy import Probes
 from replicas.engine.blocks import ROOT, PagePool
@@ -25,9 +24,7 @@ from replicas.engine.decoders.round import Ask, Round
 from replicas.engine.plan import ModelSpec, Segment, SegmentOutput, StepPlan
 from replicas.engine.prefill import Limits, PrefillBudget, is_coming, reusable_len
 from replicas.engine.sequence import Progress, Sequence, Status
-from replicas.engine.speculation import Speculation, Traffic
 from replicas.errors import ErrorCode
-from replicas.messages import FinishReason
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +41,6 @@ class Scheduler:
         spec: ModelSpec,
         limits: Limits,
         active: ActivePlan,
-        speculation: Speculation,
         clock: Callable[[], float] = time.monotonic,
         overlaps_blocks: bool = True,
     ):
@@ -53,7 +49,7 @@ class Scheduler:
         self._clock = clock
         self._overlaps_blocks = overlaps_blocks and not spec.denoise_with_adapter
         self._spec = spec
-        self.speculation = speculation
+        self.step_cost = UNMEASURED  # of a forward; it bounds prompts beside rounds
         self._limits = limits
         self._pool = PagePool(spec.num_pages, spec.page_size)
         self._running: list[Sequence] = []  # both by rank
@@ -203,13 +199,12 @@ class Scheduler:
         can_admit = bool(self._waiting) and len(self._running) < limits.max_running
         reserved = min(budget // PREFILL_SHARE, limits.max_prefill_tokens) if prefilling or can_admit else 0
         asks: dict[Sequence, Ask] = {}
-        traffic = self._trim(rounds, budget - reserved)
         for sequence in sorted(rounds, key=lambda item: item.last_step):
-            ask = self._ask_round(sequence, budget - reserved, traffic)
+            ask = self._ask_round(sequence, budget - reserved)
             if ask is not None:
                 asks[sequence] = ask
                 budget -= len(ask.token_ids)
-        prefill = PrefillBudget(limits, self.speculation.cost, budget, asks)
+        prefill = PrefillBudget(limits, self.step_cost, budget, asks)
         for sequence in prefilling:
             if (ask := prefill.ask(sequence)) is not None:
                 asks[sequence] = ask
@@ -259,29 +254,7 @@ class Scheduler:
             sequence.key_number = self._pool.keep(page, sequence.key_number, tokens)
             sequence.num_kept += 1
 
-    def _trim(self, rounds: Seq[Sequence], budget: int) -> Traffic:
-        """Leaves out of the drafts to verify what does not pay in this step. What the step has to do."""
-        drafts: dict[Round, tuple[float, ...]] = {}
-        num_speculating = num_other_tokens = 0
-        for sequence in rounds:
-            current = sequence.round
-            mode = sequence.last_mode if current is None else current.mode
-            if mode is Mode.SELF_SPECULATION:
-                num_speculating += 1
-            else:
-                num_other_tokens += 1 if current is None else len(self._ask(sequence, current).token_ids)
-            if current is not None and (survivals := current.survivals()):
-                drafts[current] = survivals
-        num_cached = sum(sequence.num_cached for sequence in rounds)
-        traffic = Traffic(num_speculating, num_other_tokens, len(rounds), num_cached)
-        if drafts:
-            most = max(0, budget - num_speculating - num_other_tokens)
-            kept = self.speculation.num_slots(list(drafts.values()), most, traffic)
-            for current, count in zip(drafts, kept, strict=True):
-                current.keep(count)
-        return traffic
-
-    def _ask_round(self, sequence: Sequence, budget: int, traffic: Traffic) -> Ask | None:
+    def _ask_round(self, sequence: Sequence, budget: int) -> Ask | None:
         """None when the budget is too small for it; it then begins its round another time."""
         current = sequence.round
         if current is not None:
@@ -290,7 +263,7 @@ class Scheduler:
         plan = plan_for(sequence, self.active, self._spec)
         probe = self._probe_for(sequence)
         decode = plan.decode if probe is None else probe
-        begun = begin_round(sequence, decode, self._spec, self.speculation, traffic)
+        begun = begin_round(sequence, decode, self._spec)
         ask = begun.ask()
         if len(ask.token_ids) > budget:
             return None
@@ -326,15 +299,12 @@ class Scheduler:
         if any(sequence.is_probing for sequence in planned):
             self._probe_credit -= 1.0
 
-    def _note_round(self, sequence: Sequence, made_by: Round) -> None:
+    def _note_round(self, sequence: Sequence) -> None:
         made = sequence.round_made()
-        length = made_by.shortened_to
-        if length is not None and length > 1:  # nothing is known of what it left out
-            made = made._replace(plan=replace(made.plan, block_length=length))
         if sequence.is_probing and made.plan.mode is Mode.DIFFUSION and self._overlaps_blocks:
             # In force it would have been begun in the commit before.
             made = made._replace(forwards=max(1, made.forwards - 1))
-        if made.plan.mode is not Mode.AR and length != 1:
+        if made.plan.mode is not Mode.AR:
             self.rounds.append(made)
         if sequence.is_probing and self._is_probing:
             self._is_probing = False
@@ -398,11 +368,10 @@ class Scheduler:
         taken, reason = sequence.append(tokens, mode, self._spec.eos_token_ids)
         if taken:
             self.made_by_mode[mode] += len(taken)
-            self.speculation.note_text(len(taken), reason is FinishReason.STOP)
         if current is not None:
             self.tokens_by_mode[mode] += len(taken)
             if sequence.round is not current or reason is not None:
-                self._note_round(sequence, current)
+                self._note_round(sequence)
                 sequence.note_next_round()
         return Progress(sequence, taken, logprobs[: len(taken)], reason)
 

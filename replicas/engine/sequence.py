@@ -11,7 +11,6 @@ from replicas.engine.blocks import ROOT
 from replicas.engine.decoders.round import Round
 from replicas.engine.grammar import Grammar
 from replicas.engine.plan import TokenLogprob
-from replicas.engine.speculation import Acceptance
 from replicas.errors import ErrorCode
 from replicas.messages import DecodingOptions, DecodingReport, FinishReason, SamplingParams
 
@@ -56,8 +55,6 @@ class Sequence:
     """What the completion may be; it has accepted the completion's tokens."""
     text: Text | None = None
     """What the completion says; it has accepted the completion's tokens."""
-    acceptance: Acceptance = field(default_factory=Acceptance)
-    """How its drafts fared."""
     failure: str | None = None
     """Why it can't go on; the engine then ends it."""
     num_prompt_tokens: int = field(init=False)

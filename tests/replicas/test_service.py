@@ -369,6 +369,6 @@ async def test_what_forwards_come_to_cost_reaches_the_engine() -> None:
     learned = service.load().costs
     await service.state()  # the engine's thread has obeyed by then
     assert learned is not None
-    assert engine.scheduler.speculation.cost == learned.step
+    assert engine.scheduler.step_cost == learned.step
     assert learned.step.ms(1) < 5e3
     await service.stop()

@@ -9,7 +9,6 @@ from replicas.engine.decoders.round import Round
 from replicas.engine.decoders.self_speculation import SelfSpeculationRound
 from replicas.engine.plan import ModelSpec
 from replicas.engine.sequence import Sequence
-from replicas.engine.speculation import Speculation, Traffic
 
 PINNED_RULE = "request"
 
@@ -38,12 +37,9 @@ def plan_for(sequence: Sequence, active: ActivePlan, spec: ModelSpec) -> ActiveP
     return ActivePlan(DecodePlan(base.mode, block_length, threshold), rule)
 
 
-def begin_round(
-    sequence: Sequence, plan: DecodePlan, spec: ModelSpec, speculation: Speculation, traffic: Traffic
-) -> Round:
+def begin_round(sequence: Sequence, plan: DecodePlan, spec: ModelSpec) -> Round:
     """A new round of a sequence at a safe point.
 
-    A draft is as long as the plan's block or, where the request does not set it, as pays.
     A block never passes the model's context. A draft is cut to what the request may still generate;
     a diffusion block is not, since its length bears on its tokens: a completion of 10 tokens is to be
     the beginning of one of 50.
@@ -55,13 +51,8 @@ def begin_round(
         return ArRound(start, seed)
     assert spec.mask_token_id is not None, "a model without a mask token has only the mode ar"
     if plan.mode is Mode.SELF_SPECULATION:
-        length = most = min(block_length, sequence.num_remaining)
-        if sequence.decoding.block_length is None:
-            length = speculation.block_length(sequence.acceptance, most, traffic)
-        temperature = sequence.sampling.temperature
-        return SelfSpeculationRound(
-            start, seed, length, spec.mask_token_id, speculation, sequence.acceptance, temperature, most
-        )
+        block_length = min(block_length, sequence.num_remaining)
+        return SelfSpeculationRound(start, seed, block_length, spec.mask_token_id)
     eos = frozenset() if sequence.sampling.ignore_eos else spec.eos_token_ids
     max_steps = sequence.decoding.max_steps or block_length
     return DiffusionRound(

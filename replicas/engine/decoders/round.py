@@ -46,11 +46,6 @@ class Round(ABC):
     mode: Mode
     start: int
 
-    @property
-    def shortened_to(self) -> int | None:
-        """The block length it came to, where that was made less than could be, since more did not pay."""
-        return None
-
     @abstractmethod
     def ask(self, following: int = 0) -> Ask:
         """following: the length of the block that is to follow this one, where it may be begun in the same
@@ -58,11 +53,3 @@ class Round(ABC):
 
     @abstractmethod
     def advance(self, output: SegmentOutput) -> Advance: ...
-
-    def survivals(self) -> tuple[float, ...]:
-        """Of the last tokens of what it asks: the chance of each to bring a token. They may be left out."""
-        return ()
-
-    def keep(self, count: int) -> None:
-        """Leaves all but the first count of these tokens out of what it asks."""
-        assert count == 0, "nothing to leave out"

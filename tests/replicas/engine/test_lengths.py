@@ -90,7 +90,9 @@ def test_an_engines_load_tells_of_it() -> None:
     engine = Engine(ScriptedRunner(num_pages=400, max_context=900), clock=lambda: now_s)
     for number in range(60):
         sampling = SamplingParams(max_tokens=800)
-        sequence = engine.submit(str(number), [5 + number % 50, 60 + number], sampling, DecodingOptions(Mode.AR))
+        sequence = engine.submit(
+            str(number), [5 + number % 50, 60 + number], sampling, DecodingOptions(Mode.AR)
+        )
         while engine.has_work:
             now_s += 1.0
             engine.step()
