@@ -102,7 +102,7 @@ async def replica_alone(num_threads: int) -> AsyncIterator[ReplicaAlone]:
     follower = PlanFollower(
         NoStore(),
         create_policy("cost_model", {}),
-        service.load,
+        service.snapshot,
         lambda plan: service.set_plan(plan.decode, plan.rule),
         service.set_probes,
     )

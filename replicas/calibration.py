@@ -8,7 +8,7 @@ from itertools import zip_longest
 
 from policies.cost import UNMEASURED, Forward, StepCost
 from policies.estimate import fit_step_cost, knots_up_to
-from replicas.engine.plan import ModelSpec, Runner, Segment, StepPlan
+from replicas.engine.batch import ModelSpec, Runner, ScheduledBatch, Segment
 from replicas.messages import SamplingParams
 
 NUM_CACHED = (0, 256)
@@ -85,12 +85,12 @@ def _shapes(spec: ModelSpec, max_running: int, max_step_tokens: int) -> Iterator
             yield shape
 
 
-def _plan(spec: ModelSpec, shape: Shape) -> StepPlan:
+def _plan(spec: ModelSpec, shape: Shape) -> ScheduledBatch:
     """Causal segments, all of whose logits are wanted, as in a verify."""
     per_sequence = -(-(shape.num_tokens + shape.num_cached) // spec.page_size)
     token_ids = tuple((7 * index + 3) % spec.vocab_size for index in range(shape.num_tokens))
     wanted = tuple(range(shape.num_tokens)) if shape.num_segments > 1 or shape.num_tokens <= 64 else ()
-    return StepPlan(
+    return ScheduledBatch(
         tuple(
             Segment(
                 seq_id=number,

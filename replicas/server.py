@@ -125,7 +125,7 @@ class Replica:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve where it scales. Its own count of calls says nothing: tokens travel on channels."""
-        return demand(self._service.load(), self._follower.plan_at, self._targets).report()
+        return demand(self._service.snapshot(), self._follower.plan_at, self._targets).report()
 
     async def check_health(self) -> None:
         """Called by Serve; raises RuntimeError when the replica should be replaced."""
@@ -147,7 +147,7 @@ class Replica:
         await asyncio.to_thread(self._tracing.close)
 
     def _load(self) -> ReplicaLoad:
-        return replace(self._service.load(), num_tasks=len(asyncio.all_tasks()))
+        return replace(self._service.snapshot(), num_tasks=len(asyncio.all_tasks()))
 
     async def _mind(self, workers: Workers) -> None:
         """Ends this process with the first of the others to end: the part of the model it had is gone.

@@ -126,7 +126,7 @@ class ReplicaService:
         """What rounds try now and then. From any thread; does not wait."""
         self._commands.put(lambda: self._engine.set_probes(probes))
 
-    def load(self) -> ReplicaLoad:
+    def snapshot(self) -> ReplicaLoad:
         """The load after the last step or command, with recent rates. Does not wait for the engine.
 
         Tells the engine what its forwards have come to cost. An engine that has died is silent from then on.
@@ -339,8 +339,8 @@ class ReplicaService:
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),
             "pages_used": scheduler.pages_used,
-            "tokens_by_mode": dict(scheduler.tokens_by_mode),
-            "forwards_by_mode": dict(scheduler.forwards_by_mode),
+            "tokens_by_mode": dict(scheduler.counters.tokens_by_mode),
+            "forwards_by_mode": dict(scheduler.counters.forwards_by_mode),
         }
 
     def _publish(self, progress: list[Progress]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from replicas.engine.plan import TokenProb
+from replicas.engine.batch import TokenProb
 from replicas.messages import SamplingParams
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

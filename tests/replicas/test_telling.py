@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from policies.modes import Mode
+from replicas.engine.batch import ModelSpec, ScheduledBatch, SegmentOutput, TokenLogprob
 from replicas.engine.engine import Engine
-from replicas.engine.plan import ModelSpec, SegmentOutput, StepPlan, TokenLogprob
 from replicas.errors import ErrorCode
 from replicas.messages import (
     DecodingOptions,
@@ -62,9 +62,9 @@ class SickCodec(TextCodec):
 
 
 class WithLogprobs(ScriptedRunner):
-    def run(self, plan: StepPlan) -> list[SegmentOutput]:
-        outputs = super().run(plan)
-        for index, segment in enumerate(plan.segments):
+    def run(self, batch: ScheduledBatch) -> list[SegmentOutput]:
+        outputs = super().run(batch)
+        for index, segment in enumerate(batch.segments):
             if segment.sampling.logprobs:
                 outputs[index] = replace(outputs[index], top=(((5, -0.5),),) * len(outputs[index].token_ids))
         return outputs
@@ -125,9 +125,9 @@ class ByteRunner:
         self._plain = tokenizer.convert_tokens_to_ids("c")
         self.spec = ModelSpec((Mode.AR,), None, frozenset({2}), 96, 64, 4, len(tokenizer))
 
-    def run(self, plan: StepPlan) -> Seq[SegmentOutput]:
+    def run(self, batch: ScheduledBatch) -> Seq[SegmentOutput]:
         outputs = []
-        for segment in plan.segments:
+        for segment in batch.segments:
             at = segment.start + len(segment.token_ids) - segment.prompt_len
             token = self._ids[at % 5] if segment.seq_id == 1 else self._plain
             outputs.append(SegmentOutput((token,) * len(segment.wanted), (1.0,) * len(segment.wanted)))
@@ -193,13 +193,13 @@ async def test_tokens_count_up_to_the_one_that_completes_a_stop(kind: str) -> No
         num_ended_behind += num_tokens < len(tokens) <= num_tokens + 8
         lengths.append(num_tokens)
     await settled(service)
-    assert engine.scheduler.num_tokens == num_expected
+    assert engine.scheduler.counters.num_tokens == num_expected
     assert num_ended_behind, "some end by themselves in the block of the stop string"
     mean = lengths[0]
     for length in lengths:
         mean += (length - mean) / 20
     assert engine._mean_completion == pytest.approx(mean)
-    made = sum(round_.tokens for round_ in engine.scheduler.rounds)
+    made = sum(round_.tokens for round_ in engine.scheduler.counters.rounds)
     assert made <= num_expected
     await service.stop()
 
@@ -215,7 +215,7 @@ def test_what_remains_is_learned_from_texts_that_a_stop_string_ends() -> None:
             engine.step()
     engine.submit("next", prompt, sampling)
     engine.step()
-    assert engine.load("r").mean_remaining == 9
+    assert engine.snapshot("r").mean_remaining == 9
 
 
 @pytest.mark.parametrize("kind", ["ar", "diffusion", "self_speculation"])

@@ -1,13 +1,13 @@
-"""Which round a sequence begins at a safe point."""
+"""Chooses the plan of a sequence, and the round that it begins at a safe point."""
 
 from dataclasses import dataclass
 
 from policies.modes import DecodePlan, Mode, available_plan, default_plan, lossless_plan
+from replicas.engine.batch import ModelSpec
 from replicas.engine.decoders.ar import ArRound
 from replicas.engine.decoders.diffusion import DiffusionRound
 from replicas.engine.decoders.round import Round
 from replicas.engine.decoders.self_speculation import SelfSpeculationRound
-from replicas.engine.plan import ModelSpec
 from replicas.engine.sequence import Sequence
 
 PINNED_RULE = "request"
@@ -15,7 +15,7 @@ PINNED_RULE = "request"
 
 @dataclass(frozen=True, slots=True)
 class ActivePlan:
-    """What `auto` sequences do now, and the rule that said so."""
+    """The plan of `auto` sequences, and the rule that chose it."""
 
     decode: DecodePlan
     rule: str
@@ -68,10 +68,9 @@ def begin_round(sequence: Sequence, plan: DecodePlan, spec: ModelSpec) -> Round:
 
 
 def following_block(sequence: Sequence, active: ActivePlan, spec: ModelSpec) -> int:
-    """Length of the block of diffusion that is to follow the one in progress; 0 for none, as behind one
-    that only tries a plan."""
+    """The length of the block of diffusion that is to follow the one in progress; 0 for none."""
     plan = sequence.round_plan
-    if plan is None or plan.mode is not Mode.DIFFUSION or sequence.is_probing:
+    if plan is None or plan.mode is not Mode.DIFFUSION:
         return 0
     if sequence.num_remaining <= 1 or plan_for(sequence, active, spec).decode != plan:
         return 0

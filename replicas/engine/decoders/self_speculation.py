@@ -7,12 +7,12 @@ x ~ p equals d is speculative sampling (Leviathan et al., arXiv 2211.17192) with
 """
 
 from policies.modes import Mode
-from replicas.engine.decoders.round import Advance, Ask, Round
-from replicas.engine.plan import SegmentOutput
+from replicas.engine.batch import SegmentOutput
+from replicas.engine.decoders.round import Round, RoundProgress, SegmentRequest
 
 
 class SelfSpeculationRound(Round):
-    """block_length 1 has nothing to draft and is an AR step."""
+    """A round of block_length 1 has nothing to draft and is an AR step."""
 
     mode = Mode.SELF_SPECULATION
 
@@ -22,21 +22,21 @@ class SelfSpeculationRound(Round):
         self._masks = (mask_token_id,) * (block_length - 1)
         self._draft: tuple[int, ...] | None = None if self._masks else ()
 
-    def ask(self, following: int = 0) -> Ask:
+    def next_segment(self, following: int = 0) -> SegmentRequest:
         if self._draft is None:
             wanted = tuple(range(1, 1 + len(self._masks)))
-            return Ask((self._seed, *self._masks), num_causal=0, adapter=True, wanted=wanted)
+            return SegmentRequest((self._seed, *self._masks), num_causal=0, adapter=True, wanted=wanted)
         tokens = (self._seed, *self._draft)
-        return Ask(tokens, num_causal=len(tokens), adapter=False, wanted=tuple(range(len(tokens))))
+        return SegmentRequest(tokens, num_causal=len(tokens), adapter=False, wanted=tuple(range(len(tokens))))
 
-    def advance(self, output: SegmentOutput) -> Advance:
+    def apply_output(self, request: SegmentRequest, output: SegmentOutput) -> RoundProgress:
         if self._draft is None:
             self._draft = output.token_ids
-            return Advance()
+            return RoundProgress()
         num_accepted = 0
-        most = len(output.token_ids) - 1  # fewer than were drafted where a grammar refuses the rest
-        while num_accepted < most and self._draft[num_accepted] == output.token_ids[num_accepted]:
+        num_verified = len(output.token_ids) - 1  # fewer than were drafted where a grammar refuses the rest
+        while num_accepted < num_verified and self._draft[num_accepted] == output.token_ids[num_accepted]:
             num_accepted += 1
         # The seed and the accepted drafts are cached; the token after them, AR's own, is the next seed.
         count = num_accepted + 1
-        return Advance(output.token_ids[:count], output.logprobs(count), num_cached=count, done=True)
+        return RoundProgress(output.token_ids[:count], output.logprobs(count), num_cached=count, done=True)
