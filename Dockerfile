@@ -1,5 +1,7 @@
 # syntax=docker/dockerfile:1
 # docker build --target cpu -t triad:0.1.0-cpu .      docker build --target cuda -t triad:0.1.0-cuda .
+# For a cpu image without CUDA's packages: --build-arg TORCH_INDEX_ARGS="--extra-index-url <address>", which
+# PyTorch's page of install commands gives for CPU.
 # Both install by constraints.txt, as the Makefile does. Pin the base images by digest where you build.
 
 FROM python:3.11.14-slim-bookworm AS build

@@ -1,6 +1,10 @@
 # make serve   a tri-mode model on http://127.0.0.1:8000     make test   all tests
 # Both set up .venv by themselves: Python 3.11 or newer, make and a network to the package registry.
 
+# Without a GPU: make serve TORCH_INDEX_ARGS="--extra-index-url <address>", which PyTorch's page of install
+# commands gives for CPU. By default the registry's ordinary torch, on Linux with gigabytes of CUDA: it runs anywhere.
+TORCH_INDEX_ARGS ?=
+
 VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
@@ -26,12 +30,12 @@ REPORT    ?= .run/loadtest
 help:
 	@sed -n '1,2p' Makefile; echo; grep -E '^[a-z0-9-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
-# torch on its own and first: a bare requirement of it would pull gigabytes of CUDA packages.
+# torch on its own and first, so that it alone may come from another index.
 $(READY): pyproject.toml constraints.txt
-	@echo "== setting up $(VENV) (about two minutes the first time) =="
+	@echo "== setting up $(VENV) (minutes the first time) =="
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Triad needs Python 3.11 or newer; set PYTHON=")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch numpy
+	@$(BIN)/pip install -q --disable-pip-version-check $(TORCH_INDEX_ARGS) -c constraints.txt torch numpy
 	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@$(BIN)/python -m replicas.model.native.build
 	@touch $@

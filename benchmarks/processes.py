@@ -20,6 +20,7 @@ from typing import Self
 ROOT = Path(__file__).parent.parent
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 STOP_TIMEOUT_S = 60.0
+KEYS_VARIABLE = "TRIAD_API_KEYS"
 
 
 class ServerProcess:
@@ -43,7 +44,8 @@ class ServerProcess:
         self.log = self.folder / "log"
         self._ready_url = self.url + ready_path
         self._command = command
-        self._env = os.environ | env
+        # Keys that whoever runs it has set for a server of theirs are not asked for here.
+        self._env = {name: value for name, value in os.environ.items() if name != KEYS_VARIABLE} | dict(env)
 
     def __enter__(self) -> Self:
         with self.log.open("wb") as log:

@@ -140,6 +140,7 @@ def _ingress_config(args: ClusterConfig, redis_url: str) -> IngressConfig:
         queue_limits=QueueLimits(args.max_waiting, args.max_waiting_tokens, args.max_queue_s),
         bounds=Bounds(
             max_body_bytes=args.max_body_bytes,
+            body_timeout_s=args.body_timeout_s,
             max_header_bytes=args.max_header_bytes,
             max_json_depth=args.max_json_depth,
             max_prompt_chars=args.max_prompt_chars,
@@ -151,6 +152,7 @@ def _ingress_config(args: ClusterConfig, redis_url: str) -> IngressConfig:
             cors_origins=args.cors_origins,
         ),
         stream_interval_s=args.stream_interval_ms / 1000.0,
+        shared_prefix_cache=args.shared_prefix_cache,
         log_format=args.log_format,
     )
 

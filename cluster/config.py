@@ -134,6 +134,11 @@ class ClusterConfig(BaseModel):
     max_queue_s: float | None = Field(
         None, gt=0.0, description="Longest expected wait for a place to run; past it 429. None: any."
     )
+    shared_prefix_cache: bool = Field(
+        False,
+        description="Prompts of different API keys share the prefix cache: faster where they begin alike, "
+        "but cached_tokens then tells one key what another has asked.",
+    )
     stream_interval_ms: float = Field(
         0.0,
         ge=0.0,
@@ -145,6 +150,7 @@ class ClusterConfig(BaseModel):
         1.5, ge=0.0, le=60.0, description="Seconds a replica measures its forwards before it serves."
     )
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Longest HTTP body taken.")
+    body_timeout_s: float = Field(60.0, gt=0, le=3600, description="From a request's head to its whole body.")
     max_header_bytes: int = Field(32 * 2**10, ge=1024, description="Of all of a request's headers together.")
     max_json_depth: int = Field(32, ge=8, le=200, description="How deep a body's JSON may be nested.")
     max_prompt_chars: int = Field(

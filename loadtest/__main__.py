@@ -10,10 +10,9 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from loadtest.arrivals import read_trace
-from loadtest.client import Client, Stage, Target
+from loadtest.client import KEY_VARIABLE, Client, Stage, Target
 from loadtest.gates import parse_gates
 from loadtest.records import write_records
 from loadtest.report import RunInfo, write_report
@@ -40,7 +39,11 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m loadtest", description=__doc__)
     p.add_argument("--url", help="an OpenAI-compatible server; without it a Triad of its own is started")
     p.add_argument("--model", help="default: the first the server lists")
-    p.add_argument("--api-key")
+    p.add_argument(
+        "--api-key",
+        default=os.environ.get(KEY_VARIABLE),
+        help=f"default: the environment's {KEY_VARIABLE}; of --url's server, an own one wants none",
+    )
     p.add_argument("--out", type=Path, default=Path(".run/loadtest"), help="folder of the report")
     p.add_argument(
         "--workload",
@@ -115,7 +118,7 @@ async def measure(o: argparse.Namespace, url: str, policy: str | None, info: Run
     """policy: of the own server; in the settings' names `auto` becomes `auto (policy)`."""
     workload = workload_of(o)
     async with Client(timeout_s=o.timeout) as client:
-        model = o.model or await served_model(client, url)
+        model = o.model or await served_model(client, url, o.api_key)
         targets = [
             Target(f"auto ({policy})" if name == "auto" and policy else name, url, model, extra, o.api_key)
             for name, extra in decoding_settings(o.settings).items()
@@ -173,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
     o.out.mkdir(parents=True, exist_ok=True)
     whose = "client and server" if o.url is None else "client"
     title, where = f"Load test: {o.workload}", f"{whose} on {machine()}"
-    info = RunInfo(title=title, command=command_line(arguments), machine=where)
+    info = RunInfo(title=title, command=command_line(arguments, o.api_key), machine=where)
     began = time.monotonic()
     try:
         if o.url is not None:
@@ -199,12 +202,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if broken else 0
 
 
-def command_line(arguments: list[str] | None) -> str:
-    """As typed, without a key."""
-    words: list[Any] = list(sys.argv[1:] if arguments is None else arguments)
-    if "--api-key" in words:
-        words[words.index("--api-key") + 1] = "..."
-    return " ".join(["python -m loadtest", *words])
+def command_line(arguments: list[str] | None, api_key: str | None) -> str:
+    """As typed, without the key, however that was given."""
+    words = ["python -m loadtest", *(sys.argv[1:] if arguments is None else arguments)]
+    return " ".join(word.replace(api_key, "...") if api_key else word for word in words)
 
 
 def machine() -> str:

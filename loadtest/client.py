@@ -15,6 +15,14 @@ from loadtest.stream import StreamReader, fail_by_status
 from loadtest.workloads import Ask, Workload
 
 PATH = "/v1/chat/completions"
+KEY_VARIABLE = "TRIAD_API_KEY"
+"""Of the environment: the API key to show where no option gives one. An option is seen by other users of a
+machine."""
+
+
+def bearer(api_key: str | None) -> dict[str, str]:
+    """The header that shows the key, on whatever is asked for; nothing without a key."""
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 
 @dataclass(frozen=True)
@@ -71,10 +79,11 @@ class Client:
     def now_s(self) -> float:
         return self._clock()
 
-    async def get(self, url: str) -> Any:
+    async def get(self, url: str, api_key: str | None = None) -> Any:
         """A JSON answer. Raises aiohttp.ClientError, TimeoutError or ValueError."""
         assert self._session is not None
-        async with self._session.get(url, timeout=aiohttp.ClientTimeout(total=10.0)) as response:
+        timeout = aiohttp.ClientTimeout(total=10.0)
+        async with self._session.get(url, timeout=timeout, headers=bearer(api_key)) as response:
             response.raise_for_status()
             return json.loads(await response.read())
 
@@ -91,11 +100,12 @@ class Client:
             turn=stage.turn,
         )
         reader = StreamReader(record)
-        headers = {"Authorization": f"Bearer {target.api_key}"} if target.api_key else {}
         body = ask.body(target.model, target.extra)
         record.sent_s = self._clock()
         try:
-            async with self._session.post(target.url + PATH, json=body, headers=headers) as response:
+            async with self._session.post(
+                target.url + PATH, json=body, headers=bearer(target.api_key)
+            ) as response:
                 record.status = response.status
                 if response.status != 200:
                     fail_by_status(record, response.status, await response.text(errors="replace"))

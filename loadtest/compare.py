@@ -7,12 +7,13 @@ so that a machine which drifts drifts for both. Servers that share a machine are
 import argparse
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from loadtest.client import Client, Target
+from loadtest.client import KEY_VARIABLE, Client, Target
 from loadtest.metrics import Summary
 from loadtest.records import Record, write_records
 from loadtest.report import Row, rows_of, text_table
@@ -70,6 +71,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--name-b", default="B")
     p.add_argument("--model-a", help="default: the first that A lists")
     p.add_argument("--model-b")
+    for side in ("a", "b"):
+        variable = f"{KEY_VARIABLE}_{side.upper()}"
+        key = os.environ.get(variable)
+        p.add_argument(f"--api-key-{side}", default=key, help=f"default: the environment's {variable}")
     p.add_argument("--extra-a", type=json.loads, default={}, help="JSON: more fields of each body to A")
     p.add_argument("--extra-b", type=json.loads, default={})
     p.add_argument("--workload", default="long_answer", help=f"{', '.join(WORKLOADS)}, tasks:<family>")
@@ -86,12 +91,12 @@ async def _main(o: argparse.Namespace) -> int:
     loads = [*levels(o.rates, o.seconds, 1.0, o.seed), *user_levels(o.users, o.seconds, o.seed)]
     async with Client() as client:
         targets = []
-        for name, url, model, extra in (
-            (o.name_a, o.url_a, o.model_a, o.extra_a),
-            (o.name_b, o.url_b, o.model_b, o.extra_b),
+        for name, url, model, extra, key in (
+            (o.name_a, o.url_a, o.model_a, o.extra_a, o.api_key_a),
+            (o.name_b, o.url_b, o.model_b, o.extra_b, o.api_key_b),
         ):
             url = url.rstrip("/").removesuffix("/v1")
-            targets.append(Target(name, url, model or await served_model(client, url), extra))
+            targets.append(Target(name, url, model or await served_model(client, url, key), extra, key))
         records = await compare(client, targets[0], targets[1], loads, o.workload, o.turns)
     names = (o.name_a, o.name_b)
     head = ["load", "figure", *names, f"{o.name_a} / {o.name_b}"]

@@ -13,6 +13,7 @@ from locust.env import Environment
 from locust.runners import WORKER_REPORT_INTERVAL, MasterRunner, WorkerRunner
 
 from loadtest.records import ErrorKind, Record, to_json
+from loadtest.run import refused
 from loadtest.shapes import Shape
 from loadtest.stream import StreamReader, fail_by_status
 from loadtest.workloads import Ask
@@ -70,10 +71,14 @@ def stream_once(
     return reader.text
 
 
-def served_model(client: HTTPClient) -> str:
+def served_model(client: HTTPClient, headers: dict[str, str]) -> str:
     """The first model's name. Raises RuntimeError."""
     try:
-        return str(json.loads(client.get("/v1/models").read())["data"][0]["id"])
+        response = client.get("/v1/models", headers)
+        body = bytes(response.read())
+        if response.status_code != 200:
+            raise RuntimeError(refused("/v1/models", response.status_code))
+        return str(json.loads(body)["data"][0]["id"])
     except (OSError, HTTPConnectionClosed, HTTPParseError, ValueError, LookupError, TypeError) as error:
         raise RuntimeError(f"/v1/models does not answer as OpenAI's API does: {error!r}") from error
 

@@ -15,6 +15,7 @@ from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 
 from loadtest.arrivals import Arrival
+from loadtest.client import KEY_VARIABLE, bearer
 from loadtest.locust_support import RecordSink, ShapeOfLoad, http_client, served_model, stream_once
 from loadtest.metrics import e2e_s, inter_chunk_s, tpot_s, ttft_s
 from loadtest.records import Clock, Record
@@ -46,7 +47,7 @@ class LoadedServer:
         """Raises ValueError, which names the option's fault."""
         self.workload: Workload = find_workload(options.workload)
         self.extra = decoding_settings([options.decoding])[options.decoding]
-        self.headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
+        self.headers = bearer(options.api_key)
         if options.verify and options.decoding not in LOSSLESS:
             raise ValueError(f"--verify needs a --decoding whose text is fixed: {', '.join(LOSSLESS)}")
 
@@ -57,7 +58,7 @@ class LoadedServer:
         """
         self._read(options)
         client = http_client(host, options.request_timeout)
-        self.model = options.served_model or served_model(client)
+        self.model = options.served_model or served_model(client, self.headers)
         if options.verify:
             texts = []
             asks = pool(self.workload, options.verify, options.seed)
@@ -82,7 +83,7 @@ def _options(parser: LocustArgumentParser) -> None:
     add("--workload", default="tasks", help="what users ask, as loadtest/workloads.py has it")
     add("--decoding", default="auto", help="auto, lossless, a mode, or JSON of `decoding`")
     add("--served-model", default="", help="default: the first that the server lists")
-    add("--api-key", default="", include_in_web_ui=False)
+    add("--api-key", default="", env_var=KEY_VARIABLE, include_in_web_ui=False, help="to show the server")
     add("--pace", type=float, default=0.0, help="requests/s a user; 0: each right after the last")
     add("--request-timeout", type=float, default=120.0, help="seconds")
     add("--verify", type=int, default=0, help="so many prompts, whose texts must not vary")

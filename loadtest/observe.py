@@ -58,13 +58,16 @@ class Observations:
         self.shifts.sort(key=lambda shift: shift.at_s)
 
 
-async def observe(client: Client, url: str, into: Observations, period_s: float = PERIOD_S) -> None:
-    """Until cancelled. A server without this path, or busy, is simply not observed."""
+async def observe(
+    client: Client, url: str, api_key: str | None, into: Observations, period_s: float = PERIOD_S
+) -> None:
+    """Until cancelled. A server without this path or for whose state the key is no good, or one that is
+    busy, is simply not observed."""
     while True:
         try:
-            into.take(await client.get(f"{url}/v1/triad/state"), client.now_s())
+            into.take(await client.get(f"{url}/v1/triad/state", api_key), client.now_s())
         except aiohttp.ClientResponseError as error:
-            if error.status == 404:
+            if error.status in (401, 403, 404):
                 return
         except (aiohttp.ClientError, TimeoutError, ValueError, KeyError):
             pass

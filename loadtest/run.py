@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 
 from loadtest.arrivals import Arrival, gamma
-from loadtest.client import Client, Progress, Stage, Target
+from loadtest.client import KEY_VARIABLE, Client, Progress, Stage, Target
 from loadtest.observe import Observations, observe
 from loadtest.records import Record
 from loadtest.shapes import Shape
@@ -66,13 +66,22 @@ class Outcome:
     observations: Observations = field(default_factory=Observations)
 
 
-async def served_model(client: Client, url: str) -> str:
-    """The first model's name. Raises RuntimeError, which says what was wrong with the URL."""
+async def served_model(client: Client, url: str, api_key: str | None = None) -> str:
+    """The first model's name. Raises RuntimeError, which says what was wrong with the URL or the key."""
     try:
-        models = await client.get(f"{url}/v1/models")
+        models = await client.get(f"{url}/v1/models", api_key)
         return str(models["data"][0]["id"])
+    except aiohttp.ClientResponseError as error:
+        raise RuntimeError(refused(f"{url}/v1/models", error.status)) from error
     except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, IndexError, TypeError) as error:
         raise RuntimeError(f"{url}/v1/models does not answer as OpenAI's API does: {error!r}") from error
+
+
+def refused(what: str, status: int) -> str:
+    """Why a load test can't begin with this answer."""
+    if status in (401, 403):
+        return f"{what} answers {status}: give the server's API key, by {KEY_VARIABLE} or an option (--help)"
+    return f"{what} does not answer as OpenAI's API does: status {status}"
 
 
 async def run(
@@ -91,8 +100,8 @@ async def run(
     outcome = Outcome()
     stages = [(load, target) for load, targets in loads for target in targets]
     watchers = [
-        asyncio.create_task(observe(client, url, outcome.observations))
-        for url in sorted({target.url for _, target in stages})
+        asyncio.create_task(observe(client, url, api_key, outcome.observations))
+        for url, api_key in {target.url: target.api_key for _, target in stages}.items()
     ]
     try:
         for target in {target.setting: target for _, target in stages}.values():

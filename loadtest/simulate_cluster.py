@@ -22,7 +22,7 @@ from policies.cost import Yield
 from policies.load import ClusterLoad, ObservedLoad, ReplicaLoad
 from policies.loop import PERIOD_S
 from policies.modes import DecodePlan
-from policies.placement import OwnTraffic, Wish, place
+from policies.placement import Sent, Wish, place
 from policies.plan import PLAN_STALE_S
 from policies.policy import Policy, Snapshot
 from policies.prefix import CHUNK_CHARS, PrefixMap
@@ -92,8 +92,8 @@ class _Router:
     """One ingress: its view of the loads, its own traffic, its memory of prompts."""
 
     def __init__(self, limits: QueueLimits, max_running: int, seed: int):
-        self.traffic = OwnTraffic()
         self.admission = AdmissionControl(max_running, limits)
+        self.traffic = self.admission.traffic
         self.prefixes = PrefixMap()
         self.rng = random.Random(seed)
 
@@ -142,7 +142,7 @@ class Cluster:
         self._num_ticks = 0
         self._view: dict[str, ReplicaLoad] = {}
         self._view_s = -math.inf
-        self._placed: dict[int, tuple[int, int]] = {}  # request -> router, replica
+        self._placed: dict[int, tuple[int, Sent]] = {}  # request -> router, and its own count of it
         self._retried: set[int] = set()
         self._events: list[tuple[float, int, int]] = []
         nan = math.nan
@@ -195,10 +195,9 @@ class Cluster:
             replica.first_s.clear()
         for request in ended:
             record.finish_s[request] = now_s
-            router_number, _ = self._placed.pop(request)
+            router_number, sent = self._placed.pop(request)
             router = self._routers[router_number]
-            router.traffic.ended(replica.replica_id)
-            router.admission.ended(now_s)
+            router.traffic.ended(sent, now_s)
         if ended:
             record.end_s = now_s
         self._schedule(number, replica)
@@ -213,10 +212,10 @@ class Cluster:
         tokens = self._requests.prompt[request]
         opened = self._open
 
-        def candidates() -> Sequence[Any]:
-            return router.traffic.candidates(opened, lambda replica_id: self._seen(replica_id, now_s), now_s)
+        def seen(replica_id: str) -> ObservedLoad | None:
+            return self._seen(replica_id, now_s)
 
-        verdict = router.admission.check(opened, candidates, now_s, num_prompt_tokens=tokens)
+        verdict = router.admission.check(opened, seen, now_s, num_prompt_tokens=tokens)
         if not isinstance(verdict, Admit):
             if verdict.contended:
                 self.record.shed += 1
@@ -244,12 +243,11 @@ class Cluster:
         if chosen is None:
             self.record.unavailable += 1
             return
-        router.traffic.started(chosen, now_s, tokens)
-        router.admission.started(tokens)
+        sent = router.traffic.started(chosen, now_s, tokens)
         if keys:
             router.prefixes.sent(keys, chosen, now_s)
         number = self._numbers[chosen]
-        self._placed[request] = (router_number, number)
+        self._placed[request] = (router_number, sent)
         replica = self._replicas[number]
         before = replica.version
         replica.submit(request, now_s)
@@ -354,8 +352,8 @@ class Cluster:
         for router in self._routers:
             router.prefixes.forget(replica.replica_id)
         for request in replica.kill():
-            router_number, _ = self._placed.pop(request)
-            self._routers[router_number].traffic.ended(replica.replica_id)
+            router_number, sent = self._placed.pop(request)
+            self._routers[router_number].traffic.ended(sent, now_s)
             if math.isnan(self.record.first_s[request]) and request not in self._retried:
                 self._retried.add(request)
                 self.record.retried += 1

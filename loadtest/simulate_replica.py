@@ -57,6 +57,7 @@ class SimulatedReplica:
         self.tokens_by_mode = dict.fromkeys(Mode, 0.0)
         self._meter = Meter(yields)
         self._num_probes = 0
+        self._num_ended = 0
         self._waiting: deque[int] = deque()
         self._waiting_tokens = 0
         self._prefilling: deque[list[int]] = deque()  # [request, tokens to go]
@@ -203,6 +204,7 @@ class SimulatedReplica:
             mean_remaining=remaining,
             prefill_per_token=self._meter.prefill_per_token,
             costs=ReplicaCosts(hardware.believed, self._meter.yields),
+            num_ended=self._num_ended,
         )
 
     def probe(self, plans: Sequence[DecodePlan]) -> None:
@@ -353,6 +355,7 @@ class SimulatedReplica:
             self._limits -= requests.prompt[request] + requests.max_tokens
             self._pages -= self._pages_of(request)
             self._meter.ended(requests.output[request])
+            self._num_ended += 1
             ended.append(request)
         if not self._decoding:
             self._wanted = self._pace = self._cached = 0.0

@@ -1,20 +1,17 @@
 """Whether to take a request at all, and when to come back if not."""
 
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from policies.placement import Candidate
+from policies.completions import CompletionRate
+from policies.load import ObservedLoad
+from policies.placement import Candidate, OwnTraffic
 
 MIN_RETRY_AFTER_S = 1.0
 MAX_RETRY_AFTER_S = 30.0
-
-RATE_WINDOW_S = 30.0
-MIN_COMPLETIONS = 8
-"""Fewer say nothing of the rate."""
 LOOK_PERIOD_S = 0.1
-"""Sums over all replicas are made this often at most; a router's own requests count at once."""
+"""Sums over all replicas are made this often; a router's own requests count at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +40,7 @@ Admission = Admit | Shed
 class QueueLimits:
     """What may wait beyond what runs, at each replica that can be reached.
 
-    max_waiting: requests. max_waiting_tokens: prompt tokens, None for no limit; one request may always
+    max_waiting: choices. max_waiting_tokens: prompt tokens, None for no limit; one request may always
     wait, however long. max_queue_s: how long the wait for a place may be expected to be, None for any.
     """
 
@@ -56,7 +53,7 @@ class QueueLimits:
 class Occupancy:
     """The replicas that can be reached, taken together.
 
-    capacity: requests that can run at once. num_in_flight: running or waiting. waiting_tokens: prompt
+    capacity: choices that can run at once. num_in_flight: running or waiting. waiting_tokens: prompt
     tokens that have not begun their prefill. num_replicas: how many they are.
     """
 
@@ -70,19 +67,20 @@ def admit(
     occupancy: Occupancy,
     limits: QueueLimits,
     *,
+    num: int = 1,
     num_prompt_tokens: int = 0,
     completions_per_s: float | None = None,
     deadline_s: float | None = None,
 ) -> Admission:
     """Decide on one more request, which is not among those in `occupancy`.
 
-    num_prompt_tokens: of this request. completions_per_s: the recent rate, None or 0 where there was
-    none. deadline_s: the time this request has left; one that would spend it all in the queue is told
-    so now.
+    num, num_prompt_tokens: of this request, its choices and its prompts' tokens. completions_per_s: the
+    cluster's recent rate, in choices, None or 0 where there was none. deadline_s: the time this request
+    has left; one that would spend it all in the queue is told so now.
     """
     if occupancy.capacity <= 0:
         return Shed(math.ceil(MIN_RETRY_AFTER_S), contended=False, reason="no replica can be reached")
-    num_ahead = occupancy.num_in_flight - occupancy.capacity + 1  # who must end before this one runs
+    num_ahead = occupancy.num_in_flight - occupancy.capacity + num  # who must end before all of it runs
     if num_ahead <= 0:
         # A place is free, but prompts may still wait for their prefill.
         return _within_tokens(occupancy, limits, num_prompt_tokens, completions_per_s) or Admit(queued=False)
@@ -125,91 +123,77 @@ def _full(num_too_many: float, completions_per_s: float | None, reason: str) -> 
 class AdmissionControl:
     """One router's own: admits by what it sees of the replicas and what it has sent them since.
 
-    max_running: of a replica that has not published its load. `now_s` is any clock that only moves
-    forward. Not for use by several threads at once.
+    Everything is counted in choices, each of which takes a place. max_running: of a replica that has not
+    published its load. traffic: this router's requests, of which it is to be told; they count at once.
+    `now_s` is any clock that only moves forward. Not for use by several threads at once.
     """
 
     def __init__(self, max_running: int, limits: QueueLimits):
+        self.traffic = OwnTraffic()
         self._max_running = max_running
         self._limits = limits
-        self._ended_s: deque[float] = deque()
-        self._full_since_s: float | None = None
-        self._occupancy: Occupancy | None = None
-        self._looked_s = 0.0
-        self._num_ended = 0
+        self._completions = CompletionRate()
+        self._looked_s = -math.inf
         self._replica_ids: Sequence[str] = ()
+        # As of the last look.
+        self._occupancy = Occupancy(0, 0, 0)
+        self._num_own = 0
+        self._num_tokens_sent = 0
+
+    @property
+    def most_choices(self) -> int:
+        """Of one request: what a replica can have, running and waiting."""
+        return self._max_running + self._limits.max_waiting
 
     def check(
         self,
         replica_ids: Sequence[str],
-        candidates: Callable[[], Sequence[Candidate]],
+        seen: Callable[[str], ObservedLoad | None],
         now_s: float,
         *,
+        num: int = 1,
         num_prompt_tokens: int = 0,
         deadline_s: float | None = None,
-        num_ended: int = 0,
     ) -> Admission:
-        """replica_ids: those that can be reached. candidates: what is known of each, asked for only now
-        and then. num_ended: of this router's requests, in whatever way; nobody is shed for one of them."""
+        """replica_ids: those that can be reached. seen: a replica's load, its age as of now_s; asked for now
+        and then. num: of the request's choices."""
+        if now_s - self._looked_s >= LOOK_PERIOD_S or replica_ids != self._replica_ids:
+            self._look(replica_ids, seen, now_s)
+        return admit(
+            self._occupancy_now(),
+            self._limits,
+            num=num,
+            num_prompt_tokens=num_prompt_tokens,
+            completions_per_s=self._completions.per_s,
+            deadline_s=deadline_s,
+        )
 
-        def verdict() -> Admission:
-            assert self._occupancy is not None
-            self._note_whether_full(now_s)
-            return admit(
-                self._occupancy,
-                self._limits,
-                num_prompt_tokens=num_prompt_tokens,
-                completions_per_s=self._rate(now_s),
-                deadline_s=deadline_s,
-            )
-
-        is_due = now_s - self._looked_s >= LOOK_PERIOD_S or replica_ids != self._replica_ids
-        if self._occupancy is not None and not is_due:
-            found = verdict()
-            if isinstance(found, Admit) or num_ended == self._num_ended:
-                return found
-        self._occupancy = self._look(candidates())
-        self._looked_s, self._replica_ids, self._num_ended = now_s, replica_ids, num_ended
-        return verdict()
-
-    def started(self, num_prompt_tokens: int = 0) -> None:
-        """A request has been sent to a replica."""
-        if self._occupancy is not None:
-            self._occupancy = replace(
-                self._occupancy,
-                num_in_flight=self._occupancy.num_in_flight + 1,
-                waiting_tokens=self._occupancy.waiting_tokens + num_prompt_tokens,
-            )
-
-    def ended(self, now_s: float) -> None:
-        """A request has finished: a place has come free."""
-        self._ended_s.append(now_s)
-        if self._occupancy is not None and self._occupancy.num_in_flight > 0:
-            self._occupancy = replace(self._occupancy, num_in_flight=self._occupancy.num_in_flight - 1)
-
-    def _look(self, candidates: Sequence[Candidate]) -> Occupancy:
-        return Occupancy(
+    def _look(
+        self, replica_ids: Sequence[str], seen: Callable[[str], ObservedLoad | None], now_s: float
+    ) -> None:
+        candidates = self.traffic.candidates(replica_ids, seen, now_s)
+        self._looked_s, self._replica_ids = now_s, replica_ids
+        self._num_own, self._num_tokens_sent = self.traffic.num_in_flight, self.traffic.num_tokens_sent
+        self._occupancy = Occupancy(
             num_replicas=len(candidates),
             capacity=sum(self._places(candidate) for candidate in candidates),
             num_in_flight=sum(candidate.num_in_flight for candidate in candidates),
             waiting_tokens=sum(candidate.waiting_prompt_tokens for candidate in candidates),
         )
+        is_full = self._occupancy.num_in_flight >= self._occupancy.capacity
+        self._completions.note((c.seen for c in candidates if c.seen is not None), now_s, is_full)
+
+    def _occupancy_now(self) -> Occupancy:
+        """With what this router has sent since the last look, and without what has ended."""
+        num_more = self.traffic.num_in_flight - self._num_own
+        num_more_tokens = self.traffic.num_tokens_sent - self._num_tokens_sent
+        if not num_more and not num_more_tokens:
+            return self._occupancy
+        return replace(
+            self._occupancy,
+            num_in_flight=max(0, self._occupancy.num_in_flight + num_more),
+            waiting_tokens=max(0, self._occupancy.waiting_tokens + num_more_tokens),
+        )
 
     def _places(self, candidate: Candidate) -> int:
         return self._max_running if candidate.seen is None else candidate.seen.load.max_running
-
-    def _note_whether_full(self, now_s: float) -> None:
-        """Only while all places are taken is the rate of completions the rate at which places come free."""
-        assert self._occupancy is not None
-        if self._occupancy.num_in_flight < self._occupancy.capacity:
-            self._full_since_s = None
-            self._ended_s.clear()
-        elif self._full_since_s is None:
-            self._full_since_s = now_s
-
-    def _rate(self, now_s: float) -> float | None:
-        while self._ended_s and self._ended_s[0] < now_s - RATE_WINDOW_S:
-            self._ended_s.popleft()
-        if self._full_since_s is None or len(self._ended_s) < MIN_COMPLETIONS:
-            return None
-        return len(self._ended_s) / max(LOOK_PERIOD_S, min(now_s - self._full_since_s, RATE_WINDOW_S))

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from policies.load import ClusterLoad, Freshness, ObservedLoad
-from policies.loop import PERIOD_S, Clock, Sleep, run_every
+from policies.loop import PERIOD_S, Clock, Failures, Sleep, run_every
 from policies.modes import DecodePlan
-from policies.plan import DecisionRecord, ObservedPlan, ReplicaPlan
+from policies.plan import DecisionRecord, ObservedPlan, ReplicaPlan, told
 from policies.policy import Policy, Snapshot
 from policies.store import ClusterView, Lease, LoadStore, PlanWrite, StoreUnavailable
 
@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 5.0
 """Of the decisions that change nothing one is logged this often, the replicas taking turns."""
+MAX_HELD_S = 1e9
+"""No plan is said to have been held for longer, whatever a replica says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,7 @@ class Controller:
         self._heartbeat_due_s = clock()
         self._heartbeat_replica_id = ""
         self._is_cut_off = False
+        self._failures = Failures("deciding for a replica")
 
     @property
     def is_leader(self) -> bool:
@@ -81,7 +84,8 @@ class Controller:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Step every period, store or no store, until `stop` is set; then hand the lease over."""
-        await run_every(self._period_s, self._step_if_possible, stop, self._clock, self._sleep)
+        what = "a round of the controller"
+        await run_every(self._period_s, self._step_if_possible, stop, self._clock, self._sleep, what)
         if self._lease is not None:
             try:
                 await self._store.release_lease(self._lease)
@@ -134,19 +138,26 @@ class Controller:
         self._known = {}
 
     def _decide_all(self, view: ClusterView) -> _Round:
-        """Replicas with a stale load keep their plan; lost ones are forgotten and their plans expire."""
+        """Replicas with a stale load keep their plan, as do those whose load no decision can be made from;
+        lost ones are forgotten and their plans expire."""
         outcome = _Round()
         for seen in view.loads.replicas:
-            replica_id = seen.load.replica_id
-            stored = view.plans.get(replica_id)
+            stored = view.plans.get(seen.load.replica_id)
             if seen.freshness is Freshness.FRESH:
-                self._decide_one(seen, stored, view.loads, outcome)
+                try:
+                    self._decide_one(seen, stored, view.loads, outcome)
+                except Exception as error:
+                    self._failures.note(error)
+                    self._leave_as_it_is(seen.load.replica_id, stored, outcome)
             elif seen.freshness is Freshness.STALE:
-                if replica_id in self._known:
-                    outcome.known[replica_id] = self._known[replica_id]
-                if stored is not None:
-                    outcome.confirmed.append(replica_id)
+                self._leave_as_it_is(seen.load.replica_id, stored, outcome)
         return outcome
+
+    def _leave_as_it_is(self, replica_id: str, stored: ObservedPlan | None, outcome: _Round) -> None:
+        if replica_id in self._known:
+            outcome.known[replica_id] = self._known[replica_id]
+        if stored is not None:
+            outcome.confirmed.append(replica_id)
 
     def _decide_one(
         self, seen: ObservedLoad, stored: ObservedPlan | None, cluster: ClusterLoad, outcome: _Round
@@ -162,7 +173,7 @@ class Controller:
 
         stored_version = stored.plan.version if stored is not None else 0
         version = max(stored_version, load.plan_version, known.version if known is not None else 0)
-        plan = ReplicaPlan(version, decision.decode, self._policy.name, decision.reason, seen.age_s)
+        plan = ReplicaPlan(version, decision.decode, self._policy.name, told(decision.reason), seen.age_s)
         # A replica that left the stored plan comes back only for a newer one.
         is_as_stored = (
             stored is not None
@@ -198,7 +209,7 @@ def _in_force(seen: ObservedLoad, stored: ObservedPlan | None) -> tuple[DecodePl
     """
     load = seen.load
     if load.decode is not None and (stored is None or load.plan_version >= stored.plan.version):
-        return load.decode, load.decode_held_s + seen.age_s - load.silent_s
+        return load.decode, min(load.decode_held_s, MAX_HELD_S) + seen.age_s - load.silent_s
     if stored is not None:
         return stored.plan.decode, stored.held_s
     return None, 0.0

@@ -5,6 +5,7 @@ them and brings y tokens (`Yield`). With C sequences in a plan of block B the re
 C x y / (F x L(C x B)) tokens a second; policies.forecast has the whole of it.
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -37,12 +38,17 @@ class Forward(NamedTuple):
 
 class RoundMade(NamedTuple):
     """One round as it went: plan as asked for, tokens that the request took, forwards, and query tokens in
-    these forwards."""
+    these forwards.
+
+    is_clients: the request itself set the plan's parameters or bounded its forwards, so the plan is one that
+    no policy may choose.
+    """
 
     plan: DecodePlan
     tokens: int
     forwards: int
     rows: int
+    is_clients: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +58,7 @@ class StepCost:
     knots: numbers of query tokens, rising. knot_ms: the latency there of one segment that reads no
     cache, never falling; straight lines between, and past the last at the last's slope.
     segment_ms: for every segment after the first. cached_ms: for 1,000 cached tokens read.
-    Raises ValueError where the knots are no such line.
+    Raises ValueError where the knots are no such line, or a latency is no finite number.
     """
 
     knots: tuple[int, ...]
@@ -65,6 +71,8 @@ class StepCost:
             raise ValueError(f"as many knots as latencies, and at least one: {self.knots}, {self.knot_ms}")
         if list(self.knots) != sorted(set(self.knots)) or list(self.knot_ms) != sorted(self.knot_ms):
             raise ValueError(f"knots must rise and latencies not fall: {self.knots}, {self.knot_ms}")
+        if not all(map(math.isfinite, (*self.knot_ms, self.segment_ms, self.cached_ms))):
+            raise ValueError("latencies must be finite")
         if self.knot_ms[0] <= 0 or self.segment_ms < 0 or self.cached_ms < 0:
             raise ValueError("latencies must be positive")
 
@@ -100,7 +108,7 @@ class Yield:
     tokens: those that the request takes, so none past its end. forwards: a draft and its verify are
     two, a diffusion block's commit is one; one that begins the next block too is counted here alone.
     num_rounds: how many rounds the estimate rests on, an older one counting less; 0 is a prior.
-    rows: query tokens a forward; None: the block's.
+    rows: query tokens a forward; None: the block's. Raises ValueError for what no round can bring.
     """
 
     plan: DecodePlan
@@ -108,6 +116,13 @@ class Yield:
     forwards: float
     num_rounds: float = 0.0
     rows: float | None = None
+
+    def __post_init__(self) -> None:
+        brought = (self.tokens, self.forwards, 1.0 if self.rows is None else self.rows)
+        if not all(0.0 < amount < math.inf for amount in brought):
+            raise ValueError(f"tokens, forwards and rows must be positive and finite, got {brought}")
+        if not 0.0 <= self.num_rounds < math.inf:
+            raise ValueError(f"num_rounds must not be negative, got {self.num_rounds}")
 
     @property
     def rows_per_forward(self) -> float:

@@ -49,6 +49,14 @@ MAX_ROUNDS = 300.0
 """Past so many rounds the older ones count less, however fast they came."""
 PRIOR_ROUNDS = 3.0
 SPECULATION_BLOCKS = (4, 8, 16, 32)
+MAX_PLANS = 32
+"""Plans of diffusion counted at once, and so published; past it those of the fewest rounds go."""
+LEAST_MS = 1e-3
+"""No forward is believed to take less, so that rounding leaves something of each cost."""
+SOUND_MS = (1e-6, 1e7)
+"""A forward said to take less, or longer, hours, was not measured rightly, and tells nothing."""
+MOST_COUNTED = 10**9
+"""Nor does one of more tokens, or a round of more of anything."""
 
 
 def knots_up_to(max_tokens: int) -> tuple[int, ...]:
@@ -62,6 +70,7 @@ def fit_step_cost(forwards: Sequence[Forward], knots: tuple[int, ...]) -> StepCo
     Between knots that were not measured the line is as straight as the others let it be.
     Raises ValueError without any forward.
     """
+    forwards = [forward for forward in forwards if _is_sound(forward)]
     if not forwards:
         raise ValueError("no forwards to fit a cost to")
     costs = np.array([forward.ms for forward in forwards])
@@ -99,11 +108,15 @@ class StepCostEstimator:
         self._drift(max(0.0, now_s - self._now_s))
         self._now_s = now_s
         alike: defaultdict[tuple[int, int], list[Forward]] = defaultdict(list)
-        for forward in forwards:
+        for forward in filter(_is_sound, forwards):
             alike[forward.num_tokens.bit_length(), forward.num_segments.bit_length()].append(forward)
         for group in alike.values():
             group.sort(key=lambda forward: forward.ms)
             self._learn(group[len(group) // 2], len(group))
+        if not (np.isfinite(self._costs).all() and np.isfinite(self._covariance).all()):
+            # Begins again from what it last believed: arithmetic that has overflowed never recovers.
+            self._costs = _parameters(self.cost)
+            self._covariance = self._spread(UNSURE_COMMON, 1.0)
         if alike:
             self.cost = _step_cost(self._costs, self._knots)
 
@@ -134,6 +147,7 @@ class StepCostEstimator:
             return
         error = min(error, MOST_CHANGE * expected)
         self._costs = np.maximum(self._costs + spread * (error / variance), (1.0 - MOST_CHANGE) * self._costs)
+        self._costs[0] = max(self._costs[0], LEAST_MS)
         self._covariance -= np.outer(spread, spread) / variance
 
 
@@ -181,7 +195,8 @@ class YieldEstimator:
 
     Self-speculation is one curve for all blocks: with which chance the request takes one more token
     after j of them (a product-limit estimate, so a round tells of every shorter block too, and a
-    longer one is extrapolated). Diffusion is counted by block and threshold.
+    longer one is extrapolated). Diffusion is counted by block and threshold, of plans that a policy may
+    choose: clients name any number of others, which would only be remembered.
     """
 
     def __init__(self, now_s: float):
@@ -189,6 +204,7 @@ class YieldEstimator:
         self._reached = np.zeros(MAX_BLOCK_LENGTH)  # rounds that had taken j tokens and drafted one more
         self._passed = np.zeros(MAX_BLOCK_LENGTH)  # those of them that took it
         self._by_block = np.zeros(MAX_BLOCK_LENGTH + 1)
+        self._chosen_blocks = np.zeros(MAX_BLOCK_LENGTH + 1)  # of these rounds, those that no client chose
         self._diffusion: dict[DecodePlan, Vector] = {}  # rounds, tokens, forwards, rows
 
     def update(self, rounds: Iterable[RoundMade], now_s: float) -> None:
@@ -196,22 +212,29 @@ class YieldEstimator:
         self._forget(0.5 ** (max(0.0, now_s - self._now_s) / HALF_LIFE_S))
         self._now_s = now_s
         for made in rounds:
+            if not all(0 < count <= MOST_COUNTED for count in (made.tokens, made.forwards, made.rows)):
+                continue
             if made.plan.mode is Mode.SELF_SPECULATION:
                 block = made.plan.block_length
                 self._reached[1 : min(made.tokens, block - 1) + 1] += 1
                 self._passed[1 : made.tokens] += 1
                 self._by_block[block] += 1
-            elif made.plan.mode is Mode.DIFFUSION:
+                self._chosen_blocks[block] += not made.is_clients
+            elif made.plan.mode is Mode.DIFFUSION and not made.is_clients:
                 sums = self._diffusion.setdefault(made.plan, np.zeros(4))
                 sums += (1.0, made.tokens, made.forwards, made.rows)
+        if len(self._diffusion) > MAX_PLANS:
+            most = sorted(self._diffusion, key=lambda plan: -self._diffusion[plan][0])[:MAX_PLANS]
+            self._diffusion = {plan: self._diffusion[plan] for plan in most}
 
     def yields(self) -> tuple[Yield, ...]:
         """Of the plans that ran, and of self-speculation's usual blocks once it ran at all."""
-        return (*self._speculation(), *(self._counted(plan) for plan in self._diffusion))
+        more = self._against_priors()
+        return (*self._speculation(), *(self._counted(plan, *more) for plan in self._diffusion))
 
     def _forget(self, share: float) -> None:
         many = min(1.0, MAX_ROUNDS / max(1.0, float(self._by_block.sum())))
-        for counts in (self._reached, self._passed, self._by_block):
+        for counts in (self._reached, self._passed, self._by_block, self._chosen_blocks):
             counts *= share * many
         for plan, sums in list(self._diffusion.items()):
             sums *= share * min(1.0, MAX_ROUNDS / max(1.0, sums[0]))
@@ -226,7 +249,7 @@ class YieldEstimator:
             chance = (passed + PRIOR_ROUNDS * chance) / (reached + PRIOR_ROUNDS)
             reaches *= chance
             tokens.append(tokens[-1] + reaches)
-        ran = {int(block) for block in np.flatnonzero(self._by_block > 0.5)}
+        ran = {int(block) for block in np.flatnonzero(self._chosen_blocks > 0.5)}
         for block in sorted(ran.union(SPECULATION_BLOCKS)):
             num_rounds = float(self._by_block[block:].sum())
             yield Yield(
@@ -236,10 +259,9 @@ class YieldEstimator:
                 round(num_rounds, 2),
             )
 
-    def _counted(self, plan: DecodePlan) -> Yield:
+    def _counted(self, plan: DecodePlan, more_tokens: float, more_forwards: float) -> Yield:
         """Its own rounds, and as many as PRIOR_ROUNDS of what all diffusion makes of its priors."""
         prior = prior_yield(plan)
-        more_tokens, more_forwards = self._against_priors()
         num_rounds, tokens, forwards, rows = map(float, self._diffusion[plan])
         rows_per_forward = rows / forwards
         tokens += PRIOR_ROUNDS * prior.tokens * more_tokens
@@ -247,10 +269,10 @@ class YieldEstimator:
         total = num_rounds + PRIOR_ROUNDS
         return Yield(
             plan,
-            round(tokens / total, 4),
-            round(forwards / total, 4),
+            max(1e-4, round(tokens / total, 4)),
+            max(1e-4, round(forwards / total, 4)),
             round(num_rounds, 2),
-            round(rows_per_forward, 2),
+            max(0.01, round(rows_per_forward, 2)),
         )
 
     def _against_priors(self) -> tuple[float, float]:
@@ -262,6 +284,12 @@ class YieldEstimator:
             expected += num_rounds
         more_tokens, more_forwards = made / expected
         return float(more_tokens), float(more_forwards)
+
+
+def _is_sound(forward: Forward) -> bool:
+    """Whether it can have happened."""
+    counts = forward.num_tokens, forward.num_segments, forward.num_cached + 1
+    return SOUND_MS[0] <= forward.ms <= SOUND_MS[1] and all(0 < count <= MOST_COUNTED for count in counts)
 
 
 def _features(forward: Forward, knots: tuple[int, ...]) -> Vector:
@@ -301,7 +329,7 @@ def _least_squares(matrix: Vector, vector: Vector, start: Vector) -> Vector:
         for index in range(len(found)):
             if matrix[index, index] > 0:
                 rest = vector[index] - matrix[index] @ found + matrix[index, index] * found[index]
-                found[index] = max(1e-3 if index == 0 else 0.0, rest / matrix[index, index])
+                found[index] = max(LEAST_MS if index == 0 else 0.0, rest / matrix[index, index])
         if np.abs(found - before).max() < 1e-6 * max(1e-9, float(np.abs(found).max())):
             break
     return found

@@ -10,7 +10,7 @@ from typing import Any
 from policies.load import ReplicaLoad
 from policies.loop import PERIOD_S, Clock, Sleep, run_every
 from policies.modes import DecodePlan
-from policies.plan import ObservedPlan, ReplicaPlan
+from policies.plan import ObservedPlan, ReplicaPlan, told
 from policies.policy import Policy, Probes, Snapshot
 from policies.store import LoadStore, PolicyEntry, StoreUnavailable
 
@@ -53,7 +53,9 @@ class PlanFollower:
         self._sleep = sleep
         self._held_since_s = clock()
         self._state = policy.resume(None, 0.0, self._held_since_s)
-        self._plan = self._decided(read_load(), None, 0, "starting")
+        load = read_load()
+        self._replica_id = load.replica_id
+        self._plan = self._decided(load, None, 0, "starting")
 
     @property
     def plan(self) -> ReplicaPlan:
@@ -71,10 +73,14 @@ class PlanFollower:
         self._state = policy.resume(self._plan.decode, now_s - self._held_since_s, now_s)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Step every period until `stop` is set, then take the replica out of the store."""
-        await run_every(self._period_s, self.step, stop, self._clock, self._sleep)
+        """Step every period until `stop` is set, then take the replica out of the store.
+
+        Whatever fails in a step, a load that can't be read or a policy that raises, leaves the plan as it is.
+        """
+        what = "publishing the load and following the plan"
+        await run_every(self._period_s, self.step, stop, self._clock, self._sleep, what)
         try:
-            await self._store.withdraw(self._read_load().replica_id)
+            await self._store.withdraw(self._replica_id)
         except StoreUnavailable as error:
             logger.info("the replica's load expires by itself: %s", error)
 
@@ -120,7 +126,7 @@ class PlanFollower:
     ) -> ReplicaPlan:
         decision, self._state = self._policy.decide(Snapshot(load, current), self._state, self._clock())
         rule = f"{self._policy.name} (local: {why_alone})"
-        return ReplicaPlan(version, decision.decode, rule, decision.reason)
+        return ReplicaPlan(version, decision.decode, rule, told(decision.reason))
 
     def _try_out(self, load: ReplicaLoad, plan: ReplicaPlan) -> None:
         before, self._probes = self._probes, self._policy.probes(load, plan.decode)

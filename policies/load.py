@@ -1,8 +1,10 @@
 """What a replica says of its load, and how old that word is."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from operator import attrgetter
 
 from policies.cost import ReplicaCosts
 from policies.modes import DecodePlan, Mode
@@ -25,12 +27,35 @@ def freshness(age_s: float) -> Freshness:
     return Freshness.STALE if age_s <= LOST_S else Freshness.LOST
 
 
+_AMOUNTS = attrgetter(
+    "num_running",
+    "num_waiting",
+    "num_auto",
+    "max_running",
+    "pages_used",
+    "num_pages",
+    "waiting_prompt_tokens",
+    "tokens_per_s",
+    "plan_version",
+    "decode_held_s",
+    "num_lossless",
+    "page_size",
+    "max_step_tokens",
+    "mean_context",
+    "prefill_per_token",
+    "num_ended",
+    "silent_s",
+)
+
+
 @dataclass(frozen=True, slots=True)
 class ReplicaLoad:
     """One replica's load at one moment, as it publishes it.
 
     num_auto counts the requests, running or waiting, whose mode the policy may choose; the
     others pin theirs. tokens_per_forward is a recent average by mode, of the modes that ran.
+    Raises ValueError for an amount that is negative or no finite number, so that no such load is published
+    or, where another version has, acted on.
     """
 
     replica_id: str
@@ -68,11 +93,19 @@ class ReplicaLoad:
     """What its forwards cost and its rounds bring, as it has measured them itself."""
     num_tasks: int = 0
     """asyncio tasks in its process: what of them outlives the requests is a leak."""
+    num_ended: int = 0
+    """Choices that have ended since its start, in whatever way; from its rate every router foretells the
+    wait for a place."""
     silent_s: float = 0.0
     """For how long its engine has been in the forward under way: so old was all this when published."""
     tokens_total_by_mode: Mapping[Mode, int] = field(default_factory=dict)
     """Every token generated since the replica started, by mode, whatever became of its request; never
     less than it was under the same replica_id, which no other process ever has."""
+
+    def __post_init__(self) -> None:
+        amounts = (*_AMOUNTS(self), self.mean_remaining or 0.0, *self.tokens_per_forward.values())
+        if not all(0 <= amount < math.inf for amount in amounts):
+            raise ValueError(f"amounts must be finite and not negative: {amounts}")
 
     @property
     def num_in_flight(self) -> int:

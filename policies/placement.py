@@ -54,8 +54,9 @@ ANY = Wish()
 class Candidate:
     """A replica that could take the request.
 
-    seen: its load as last read, None if it has published none. num_own: this router's requests at
-    it. num_since, tokens_since: those of them sent after that load was measured, and their prompts.
+    seen: its load as last read, None if it has published none. All that follows is in choices and of this
+    router's own requests. num_own: those at the replica. num_since, tokens_since: those of them sent
+    after that load was measured, and their prompts. num_gone: those that it shows, and that have ended.
     """
 
     replica_id: str
@@ -63,6 +64,7 @@ class Candidate:
     num_own: int = 0
     num_since: int = 0
     tokens_since: int = 0
+    num_gone: int = 0
 
     @property
     def freshness(self) -> Freshness:
@@ -70,10 +72,10 @@ class Candidate:
 
     @property
     def num_in_flight(self) -> int:
-        """At the replica, as far as can be told: a lost load says nothing, own requests always count."""
+        """Choices at the replica, as far as can be told: a lost load says nothing, own ones always count."""
         if self.seen is None or self.seen.freshness is Freshness.LOST:
             return self.num_own
-        return max(self.seen.load.num_in_flight + self.num_since, self.num_own)
+        return max(self.seen.load.num_in_flight - self.num_gone + self.num_since, self.num_own)
 
     @property
     def waiting_prompt_tokens(self) -> int:
@@ -138,49 +140,91 @@ def shortlist(replica_ids: Sequence[str], held: Mapping[str, float], rng: random
     return [*drawn, *(replica_id for replica_id in favoured if replica_id not in drawn)]
 
 
+@dataclass(slots=True, eq=False)
+class Sent:
+    """One request at a replica, as OwnTraffic counts it: its choices, and its prompts' tokens."""
+
+    replica_id: str
+    at_s: float
+    num: int
+    num_prompt_tokens: int
+
+
 class OwnTraffic:
     """One router's own requests by replica: what keeps it from ever being blind.
 
-    `now_s` is any clock that only moves forward. Not for use by several threads at once.
+    A request counts as many choices as it has, since each takes a place. `now_s` is any clock that only
+    moves forward. Not for use by several threads at once.
     """
 
     def __init__(self) -> None:
-        self.num_ended = 0
-        """Of all requests so far, in whatever way they ended."""
+        self.num_in_flight = 0
+        """Choices, at all replicas."""
+        self.num_tokens_sent = 0
+        """Prompt tokens of all requests so far."""
         self._in_flight: Counter[str] = Counter()
-        self._sent: dict[str, deque[tuple[float, int]]] = {}  # when, and the prompt's tokens
+        self._sent: dict[str, dict[Sent, None]] = {}  # what has not ended, in order of time
+        self._ended: dict[str, deque[tuple[float, Sent]]] = {}  # when, in order
 
-    def started(self, replica_id: str, now_s: float, num_prompt_tokens: int = 0) -> None:
-        self._in_flight[replica_id] += 1
-        sent = self._sent.setdefault(replica_id, deque())
-        sent.append((now_s, num_prompt_tokens))
-        # Past LOST_S a load is not used any more, so nobody asks what was sent before it.
-        while sent[0][0] < now_s - LOST_S:
-            sent.popleft()
+    def started(self, replica_id: str, now_s: float, num_prompt_tokens: int = 0, num: int = 1) -> Sent:
+        """A request has been sent. Returns what `accepted` and `ended` want to be told of it."""
+        sent = Sent(replica_id, now_s, num, num_prompt_tokens)
+        self._count(sent, num, num_prompt_tokens)
+        self._sent.setdefault(replica_id, {})[sent] = None
+        return sent
 
-    def ended(self, replica_id: str) -> None:
-        self.num_ended += 1
-        self._in_flight[replica_id] -= 1
+    def accepted(self, sent: Sent, num_prompt_tokens: int, num: int) -> None:
+        """The replica has said what there is to the request; it may have counted for less until now."""
+        if sent in self._sent.get(sent.replica_id, ()):
+            self._count(sent, num - sent.num, num_prompt_tokens - sent.num_prompt_tokens)
+            sent.num, sent.num_prompt_tokens = num, num_prompt_tokens
+
+    def ended(self, sent: Sent, now_s: float) -> None:
+        """The request has ended, in whatever way; once each."""
+        del self._sent[sent.replica_id][sent]
+        self._count(sent, -sent.num)
+        ended = self._ended.setdefault(sent.replica_id, deque())
+        ended.append((now_s, sent))
+        # Past LOST_S a load is not used any more, so nobody asks what ended before it was measured.
+        while ended[0][0] < now_s - LOST_S:
+            ended.popleft()
+
+    def begun(self, sent: Sent) -> None:
+        """Its prompts wait no more."""
+        sent.num_prompt_tokens = 0
+
+    def _count(self, sent: Sent, num: int, num_prompt_tokens: int = 0) -> None:
+        self._in_flight[sent.replica_id] += num
+        self.num_in_flight += num
+        self.num_tokens_sent += num_prompt_tokens
 
     def forget(self, replica_id: str) -> None:
         """The replica is gone, and every request at it has ended."""
-        self._in_flight.pop(replica_id, None)
-        self._sent.pop(replica_id, None)
+        for counts in (self._in_flight, self._sent, self._ended):
+            counts.pop(replica_id, None)
 
     def in_flight(self, replica_id: str) -> int:
+        """Choices."""
         return self._in_flight[replica_id]
 
     def candidate(self, replica_id: str, seen: ObservedLoad | None, now_s: float) -> Candidate:
         """The age of `seen` must be as of `now_s`."""
-        num_since = tokens_since = 0
-        if seen is not None:
-            measured_s = now_s - seen.age_s
-            for sent_s, num_tokens in reversed(self._sent.get(replica_id, ())):
-                if sent_s < measured_s:
-                    break
-                num_since += 1
-                tokens_since += num_tokens
-        return Candidate(replica_id, seen, self._in_flight.get(replica_id, 0), num_since, tokens_since)
+        num_own = self._in_flight.get(replica_id, 0)
+        if seen is None:
+            return Candidate(replica_id, None, num_own)
+        measured_s = now_s - seen.age_s
+        num_since = tokens_since = num_gone = 0
+        for sent in reversed(self._sent.get(replica_id, {})):
+            if sent.at_s < measured_s:
+                break
+            num_since += sent.num
+            tokens_since += sent.num_prompt_tokens
+        for ended_s, sent in reversed(self._ended.get(replica_id, ())):
+            if ended_s < measured_s:
+                break
+            if sent.at_s < measured_s:
+                num_gone += sent.num
+        return Candidate(replica_id, seen, num_own, num_since, tokens_since, num_gone)
 
     def candidates(
         self, replica_ids: Iterable[str], seen: Callable[[str], ObservedLoad | None], now_s: float

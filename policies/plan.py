@@ -12,6 +12,14 @@ Longer than the take-over of a dead leader's lease takes, so that a take-over go
 """
 
 
+MAX_REASON_CHARS = 400
+
+
+def told(reason: str) -> str:
+    """A policy's reason as it is stored, a thousand times over: not too long, and any text at all."""
+    return reason[:MAX_REASON_CHARS].encode(errors="replace").decode()
+
+
 @dataclass(frozen=True, slots=True)
 class ReplicaPlan:
     """The plan one replica follows for its `auto` requests.

@@ -18,14 +18,15 @@ MAX_HOLDERS = 4
 HALF_LIFE_S = 60.0
 
 
-def prefix_keys(prompt: str | Sequence[int]) -> tuple[int, ...]:
+def prefix_keys(prompt: str | Sequence[int], salt: str = "") -> tuple[int, ...]:
     """One key for each full chunk of the prompt, each standing for all the text up to its end.
 
-    Token ids count as four characters each. Python's own hash: keys mean something in one process only.
+    salt: prompts of different ones share nothing, as in the replicas' caches. Token ids count as four
+    characters each. Python's own hash: keys mean something in one process only.
     """
     length = CHUNK_CHARS if isinstance(prompt, str) else CHUNK_CHARS // 4
     keys = []
-    key = 0
+    key = hash(salt)
     for end in range(length, min(len(prompt), length * MAX_CHUNKS) + 1, length):
         chunk = prompt[end - length : end]
         key = hash((key, chunk if isinstance(chunk, str) else tuple(chunk)))

@@ -23,6 +23,9 @@ SPARE = 0.6
 MAX_GROWTH = 2.0
 """At most so many times the replicas that run, at once: a backlog says more of the past than of the load."""
 
+MAX_STEPS = 64
+"""Numbers of requests whose pace is forecast one by one."""
+
 DEMAND = "triad_demand"
 """Under this name a replica reports its Demand.share."""
 
@@ -117,8 +120,24 @@ def _capacity(load: ReplicaLoad, plan_at: PlanAt, tpot_s: float) -> int:
         paces = (pace_s for _, pace_s in expected(num).tpots)
         return any(kept and pace_s > tpot_s for kept, pace_s in zip(in_time_alone, paces, strict=True))
 
-    most = _places(load)
-    return max(1, bisect_left(range(1, most + 1), True, key=is_too_many))
+    return max(1, _last_before(is_too_many, _places(load)))
+
+
+def _last_before(is_too_many: Callable[[int], bool], most: int) -> int:
+    """The number before the first, from 1 to most, that is too many.
+
+    Whether one is need not rise with the number, since the plan changes with it: a policy may take another
+    mode for a few requests more, and be faster. So all up to MAX_STEPS are asked. Beyond it, to ask no
+    more than twice as many, it is taken to rise between two at even ratios, which are asked.
+    """
+    num, ratio = 0, max(1.0, most / MAX_STEPS) ** (1.0 / MAX_STEPS)
+    while num < most:
+        following = min(most, max(num + 1, math.floor(num * ratio) if num >= MAX_STEPS else num + 1))
+        if is_too_many(following):
+            between = range(num + 1, following)
+            return num + bisect_left(between, True, key=is_too_many)
+        num = following
+    return most
 
 
 def _places(load: ReplicaLoad) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from policies.loop import run_every
 from policies.policy import Policy
@@ -23,6 +23,8 @@ from policies.store import POLICY_KEY, LoadStore, PolicyEntry, StoreUnavailable
 logger = logging.getLogger(__name__)
 
 WATCH_PERIOD_S = 0.5
+MAX_SETTING_CHARS = 16_384
+"""Every replica reads it five times a second."""
 
 # The version is the server's time, and grows even when that is set back.
 _WRITE = """
@@ -68,7 +70,10 @@ _BODY: TypeAdapter[PolicyChoice | None] = TypeAdapter(PolicyChoice | None)
 
 async def read_setting(store: LoadStore) -> PolicySetting | None:
     """None where none has been made, or none that this version can read. Raises StoreUnavailable."""
-    return _decoded(await _read(store))
+    try:
+        return _decoded(await _read(store))
+    except ValueError:
+        return None
 
 
 async def _read(store: LoadStore) -> PolicyEntry:
@@ -77,19 +82,24 @@ async def _read(store: LoadStore) -> PolicyEntry:
 
 
 def _decoded(entry: PolicyEntry) -> PolicySetting | None:
+    """Raises ValueError where there is something that this version can't read."""
     body, version = entry
-    if body is None or version is None or not version.isdigit():
+    if body is None or version is None:
         return None
-    try:
-        return PolicySetting(_BODY.validate_json(body), int(version))
-    except ValidationError as error:
-        logger.warning("the policy setting in the store can't be read: %s", error)
-        return None
+    if not (version.isascii() and version.isdigit()):
+        raise ValueError(f"the version is {version[:100]!r}, no number")
+    return PolicySetting(_BODY.validate_json(body), int(version))
 
 
 async def write_setting(store: LoadStore, choice: PolicyChoice | None) -> PolicySetting:
-    """Raises StoreUnavailable. The choice must be one that create_policy takes."""
-    version = await store.run(_WRITE, (POLICY_KEY,), _BODY.dump_json(choice).decode())
+    """Raises StoreUnavailable, and PolicyError for one that is too long. The choice must be one that
+    create_policy takes."""
+    body = _BODY.dump_json(choice).decode()
+    if len(body) > MAX_SETTING_CHARS:
+        raise PolicyError(
+            f"the setting has {len(body)} characters as JSON; at most {MAX_SETTING_CHARS} are kept"
+        )
+    version = await store.run(_WRITE, (POLICY_KEY,), body)
     return PolicySetting(choice, int(version))
 
 
@@ -110,6 +120,7 @@ class PolicyWatch:
         self._configured = configured
         self._on_change = on_change
         self._setting: PolicySetting | None = None
+        self._unread: PolicyEntry | None = None  # what could not be read, and was warned of
 
     @property
     def configured(self) -> PolicyChoice:
@@ -134,7 +145,8 @@ class PolicyWatch:
 
     async def run(self) -> None:
         """Polls, until cancelled."""
-        await run_every(WATCH_PERIOD_S, self.step, asyncio.Event(), time.monotonic, asyncio.sleep)
+        what = "reading the policy setting"
+        await run_every(WATCH_PERIOD_S, self.step, asyncio.Event(), time.monotonic, asyncio.sleep, what)
 
     async def step(self) -> None:
         """Reads the store and heeds it. Never raises StoreUnavailable: without one what is set stays."""
@@ -146,13 +158,23 @@ class PolicyWatch:
 
     async def heed(self, entry: PolicyEntry) -> None:
         """Follows what has been read; writes only to a store that has lost what is known here."""
-        stored, known = _decoded(entry), self._setting
+        stored, known = self._readable(entry), self._setting
         if known is not None and (stored is None or stored.version < known.version):
             body = _BODY.dump_json(known.choice).decode()
             with contextlib.suppress(StoreUnavailable):
                 await self._store.run(_RESTORE, (POLICY_KEY,), body, str(known.version))
         elif stored is not None:
             self._take(stored)
+
+    def _readable(self, entry: PolicyEntry) -> PolicySetting | None:
+        """None where there is none, or none that this version can read: then it says so, once."""
+        try:
+            return _decoded(entry)
+        except ValueError as error:
+            if entry != self._unread:
+                logger.warning("the policy setting in the store can't be read: %s", error)
+                self._unread = entry
+            return None
 
     def _take(self, setting: PolicySetting) -> None:
         if self._setting is not None and setting.version <= self._setting.version:
@@ -164,7 +186,7 @@ class PolicyWatch:
         choice = self.in_force
         try:
             policy = create_policy(choice.policy, choice.policy_params)
-        except PolicyError as error:
+        except Exception as error:  # a dotted name imports what may raise anything
             logger.error("the policy that was set can't be used here, the one before goes on: %s", error)
             return
         logger.info("policy now %s, set at run time", choice.policy)

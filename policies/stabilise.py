@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from policies.load import ReplicaLoad
+from policies.loop import Failures
 from policies.modes import DecodePlan, Mode, available_plan, default_plan
 from policies.policy import Decision, Policy, PolicyParameters, Probes, Snapshot
 
@@ -60,6 +61,7 @@ class Stabilised(Policy[StableState]):
         self.name = inner.name
         self._inner = inner
         self._bounds = parameters
+        self._failures = Failures(f"policy {inner.name}, asked what to try,")
 
     def resume(self, current: DecodePlan | None, held_s: float, now_s: float) -> StableState:
         return StableState(self._inner.resume(current, held_s, now_s), current, now_s - held_s)
@@ -68,6 +70,8 @@ class Stabilised(Policy[StableState]):
         current = state.current
         try:
             wanted, inner = self._inner.decide(replace(snapshot, current=current), state.inner, now_s)
+            if not isinstance(wanted.decode, DecodePlan):
+                raise TypeError(f"a decision's plan is a DecodePlan, not {wanted.decode!r}")
         except Exception as error:
             if not state.has_failed:
                 logger.exception("policy %s failed; the replica keeps its mode", self.name)
@@ -91,14 +95,14 @@ class Stabilised(Policy[StableState]):
     def probes(self, load: ReplicaLoad, running: DecodePlan) -> Probes | None:
         try:
             return self._inner.probes(load, running)
-        except Exception:
-            logger.exception("policy %s failed to say what to try", self.name)
+        except Exception as error:
+            self._failures.note(error)
             return None
 
     def _obstacle(self, wanted: Decision, held_s: float, num_recent: int) -> str | None:
         patience = 0.5 ** (max(0.0, held_s) / self._bounds.margin_half_life_s)
         margin = self._bounds.margin * max(SETTLED, patience)
-        if wanted.gain is not None and wanted.gain < margin:
+        if wanted.gain is not None and not wanted.gain >= margin:  # nor is one that is no number
             return f"gain {wanted.gain:.1%} below the margin of {margin:.1%}"
         if held_s < self._bounds.dwell_s:
             return f"{held_s:.1f} s of {self._bounds.dwell_s:g} s dwell"

@@ -16,12 +16,14 @@ method is one script and so one round trip, atomic at the server.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import Any, TypeAlias, TypeVar
 
-from redis.exceptions import RedisError
+from redis.asyncio import RedisCluster
+from redis.exceptions import ReadOnlyError, RedisError
 
 from policies.connection import connect
 from policies.entries import DECISIONS, LOADS, PLANS, Codec, MalformedEntry
@@ -46,6 +48,14 @@ local now = time[1] * 1000000 + time[2]
 local function text(us) return string.format('%.0f', us) end
 """
 
+# The write proves that the server is no replica: one would show what it was last told, and a client whose
+# server has become one would go on reading it.
+_PRIMARY = """
+local function forget_lost(replicas, expiry_ms)
+  redis.call('ZREMRANGEBYSCORE', replicas, '-inf', text(now - expiry_ms * 1000))
+end
+"""
+
 # pcall where a key may hold anything: an entry of the wrong type is one more malformed entry.
 _READ_HASH = """
 local function read(key, ...)
@@ -54,20 +64,21 @@ local function read(key, ...)
 end
 """
 
-_PUBLISH = f"""{_CLOCK}{_READ_HASH}
+_PUBLISH = f"""{_CLOCK}{_PRIMARY}{_READ_HASH}
 local load, plan, replicas, policy = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local id, body, expiry_ms = ARGV[1], ARGV[2], ARGV[3]
 redis.call('DEL', load)
 redis.call('HSET', load, 'body', body, 'at', text(now))
 redis.call('PEXPIRE', load, expiry_ms)
 redis.call('ZADD', replicas, text(now), id)
-redis.call('ZREMRANGEBYSCORE', replicas, '-inf', text(now - expiry_ms * 1000))
+forget_lost(replicas, expiry_ms)
 return {{now, read(plan, 'body', 'at', 'since'), read(policy, 'body', 'version')}}
 """
 
-_READ = f"""{_CLOCK}{_READ_HASH}
+_READ = f"""{_CLOCK}{_PRIMARY}{_READ_HASH}
 local replicas, leader = KEYS[1], KEYS[2]
 local prefix, expiry_ms, with_plans = ARGV[1], ARGV[2], ARGV[3] == '1'
+forget_lost(replicas, expiry_ms)
 local entries = {{}}
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', replicas, text(now - expiry_ms * 1000), '+inf')) do
   local load = read(prefix .. 'load:' .. id, 'body', 'at')
@@ -343,12 +354,26 @@ class LoadStore:
         except TimeoutError as error:
             raise StoreUnavailable(f"no answer from Redis within {self._deadline_s:g} s") from error
         except (RedisError, OSError) as error:
+            # Old servers wrap what a script's command says in an error of the script's own.
+            if isinstance(error, ReadOnlyError) or "READONLY" in str(error):
+                await self._leave_server()
             raise StoreUnavailable(f"Redis: {error}") from error
+
+    async def _leave_server(self) -> None:
+        """The server is a replica now: its name, or the Sentinels, may have another one by the next call."""
+        with contextlib.suppress(RedisError, OSError, TimeoutError):
+            async with asyncio.timeout(self._deadline_s):
+                if isinstance(self._redis, RedisCluster):
+                    await self._redis.aclose()  # it asks anew who has which slot
+                else:
+                    # Those in use come back here, and find out for themselves.
+                    await self._redis.connection_pool.disconnect(inuse_connections=False)
 
 
 def _age_s(at_us: str, now_us: int) -> float:
-    """Never negative: the server's clock may have been set back."""
-    return max(0.0, (now_us - int(at_us)) / 1e6)
+    """What is from the future, since the server's clock has been set back, is as old as it is ahead: an
+    entry that nobody writes anew does not look fresh until the clock has caught up."""
+    return abs(now_us - int(at_us)) / 1e6
 
 
 def _ms(seconds: float) -> int:

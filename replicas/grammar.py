@@ -1,18 +1,43 @@
 """JSON schemas as grammars over token ids, by llguidance: the replica's implementation of engine.grammar."""
 
+import hashlib
+import re
+import resource
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, replace
+from queue import LifoQueue
+from random import Random
 
-from llguidance import LLMatcher, LLTokenizer
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from replicas.bounded_process import BoundedProcess, CallExceeded, CallLimits, CallTimeout, ProcessClosed
 from replicas.engine.grammar import GrammarFailed
 from replicas.errors import ErrorCode, TriadError
+from replicas.json_schema import SchemaRefused, enforceable
 from replicas.messages import JsonFormat
 
 MAX_CACHED = 64
+MAX_CACHED_BYTES = 256 * 2**20
+"""What the schemas kept may have added to the process's memory when they were compiled."""
+MAX_REFUSALS = 1024
+MAX_MASK_S = 0.1
+"""CPU time of one mask at an answer's beginning, above which a schema is refused; the engine's thread waits
+for masks. Later masks are bounded by llguidance's fuel, to some 30 ms with a vocabulary of 128,000."""
+MAX_DRAFT_MASKS_S = 0.02
+"""CPU time after which a draft's further masks are not asked for."""
+NUM_WALKS = 4
+WALK_LEN = 32
 _WHITESPACE = r"[ \n\r\t]{1,32}"
 """Between tokens of JSON; without a bound a model may go on with it for ever."""
+_ESCAPES = 'nrbtf\\"'
+"""Without \\u, unless a string of the schema needs it: a key could come again, spelled with it."""
+_LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+_STATE = re.compile(r"<state>|<backtrace>|<non-verbose/>")
+_SCHEMA = "response_format.json_schema.schema"
 
 
 class JsonGrammar:
@@ -20,80 +45,304 @@ class JsonGrammar:
 
     def __init__(self, matcher: LLMatcher):
         self._matcher = matcher
+        self._failure: str | None = None
 
     @property
     def is_complete(self) -> bool:
-        return self._matcher.is_stopped() and not self._matcher.is_error()
+        return self._failure is None and self._matcher.is_stopped() and not self._matcher.is_error()
 
     def masks(self, draft: Sequence[int]) -> tuple[bytes, ...]:
+        if self._failure is not None:
+            raise GrammarFailed(self._failure)
         matcher = self._matcher
-        masks = [self._mask()]
-        for token in draft:
-            if matcher.is_stopped() or not matcher.try_consume_tokens([token]):
-                break
-            masks.append(self._mask())
-        if len(masks) > 1:
-            matcher.rollback(len(masks) - 1)
+        try:
+            began_s = time.thread_time()
+            masks = [self._mask()]
+            for token in draft:
+                if time.thread_time() - began_s > MAX_DRAFT_MASKS_S:
+                    break
+                if matcher.is_stopped() or not matcher.try_consume_tokens([token]):
+                    break
+                masks.append(self._mask())
+            if len(masks) > 1:
+                matcher.rollback(len(masks) - 1)
+        except GrammarFailed:
+            raise
+        except BaseException as error:
+            raise GrammarFailed(_text_of(error)) from error
         return tuple(masks)
 
     def accept(self, token_id: int) -> None:
-        self._matcher.consume_token(token_id)
+        try:
+            self._matcher.consume_token(token_id)
+        except BaseException as error:  # the next masks tell of it
+            self._failure = _text_of(error)
 
     def _mask(self) -> bytes:
         mask = self._matcher.compute_bitmask()
         if self._matcher.is_error():
-            raise GrammarFailed(self._matcher.get_error().partition("\n")[0])
+            raise GrammarFailed(_in_short(self._matcher.get_error()))
         return mask
 
 
-class GrammarCompiler:
-    """Compiles schemas; keeps the MAX_CACHED used last. From any thread.
+def _text_of(error: BaseException) -> str:
+    """What a call of llguidance raised, in short. A panic of Rust's is a BaseException of no public class."""
+    if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+        raise error
+    return _in_short(str(error))
 
-    tokenizer_json: the text of a tokenizer.json. vocab_size: of the model's logits.
+
+def _in_short(problem: str) -> str:
+    """llguidance's errors go on with the state it was in."""
+    text = " ".join(_STATE.split(problem)[0].split()).rstrip(".")
+    return "it allows no answer" if not text or text.startswith("NoExtension") else text
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What schemas are compiled for.
+
+    tokenizer_json: the text of a tokenizer.json. size: of the model's logits.
     """
 
-    def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_ids: Set[int]):
-        self._tokenizer_json = tokenizer_json
-        self._vocab_size = vocab_size
-        self._eos_token_ids = sorted(eos_token_ids)
-        self._tokenizer: LLTokenizer | None = None
-        self._compiled: OrderedDict[JsonFormat, LLMatcher] = OrderedDict()
-        self._lock = threading.Lock()
+    tokenizer_json: str
+    size: int
+    eos_token_ids: tuple[int, ...]
 
-    def compile(self, asked: JsonFormat) -> JsonGrammar:
-        """A grammar at its beginning. Takes up to a second. TriadError says what is wrong with a schema."""
-        with self._lock:
-            matcher = self._compiled.get(asked)
-            if matcher is None:
-                matcher = self._compiled[asked] = self._compile(asked)
-                if len(self._compiled) > MAX_CACHED:
-                    self._compiled.popitem(last=False)
-            self._compiled.move_to_end(asked)
-            return JsonGrammar(matcher.deep_copy())
+    def load(self) -> LLTokenizer:
+        """TriadError where llguidance does not take the tokenizer."""
+        try:
+            return LLTokenizer(self.tokenizer_json, n_vocab=self.size, eos_token=list(self.eos_token_ids))
+        except BaseException as error:
+            message = f"this model's tokenizer does not allow structured output: {_text_of(error)}"
+            raise TriadError(ErrorCode.INVALID_REQUEST, message, "response_format") from error
 
-    def _compile(self, asked: JsonFormat) -> LLMatcher:
-        if self._tokenizer is None:
-            self._tokenizer = self._load_tokenizer()
+
+def compile_schema(tokenizer: LLTokenizer, asked: JsonFormat) -> LLMatcher:
+    """A matcher at its beginning, tried on some beginnings of answers. SchemaRefused says what is wrong.
+
+    Not bounded in time or memory, so a schema that is new is for a BoundedProcess first.
+    """
+    try:
+        checked = enforceable(asked.schema, asked.best_effort)
         grammar = LLMatcher.grammar_from_json_schema(
-            asked.schema,
+            checked.schema,
             overrides={
+                "item_separator": ",",
+                "key_separator": ":",
                 "whitespace_pattern": _WHITESPACE,
                 "whitespace_flexible": True,
                 "lenient": asked.best_effort,
                 "coerce_one_of": asked.best_effort,
+                "json_allowed_escapes": _ESCAPES + "u" * checked.has_controls,
             },
         )
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
         if matcher.is_error():
-            problem = matcher.get_error().partition("<state>")[0].strip().rstrip(".")
-            hint = "" if asked.best_effort else '; with "strict": false what can\'t be enforced is left out'
-            message = f"the schema can't be enforced: {problem}{hint}"
-            raise TriadError(ErrorCode.INVALID_REQUEST, message, "response_format.json_schema.schema")
-        return matcher
+            raise SchemaRefused(_in_short(matcher.get_error()))
+        _try_walks(matcher, tokenizer.vocab_size)
+    except SchemaRefused:
+        raise
+    except BaseException as error:
+        raise SchemaRefused(_text_of(error)) from error
+    return matcher
+
+
+def _try_walks(matcher: LLMatcher, vocab_size: int) -> None:
+    """Finds what fails or is slow at an answer's beginning, and leaves the lexer warm, which copies share.
+
+    A schema of which no answer can be, as one that refers to itself only, fails at the first mask.
+    """
+    for seed in range(NUM_WALKS):
+        random, walk = Random(seed), matcher.deep_copy()
+        for _ in range(WALK_LEN):
+            began_s = time.thread_time()
+            mask = walk.compute_bitmask()
+            taken_s = time.thread_time() - began_s
+            if walk.is_error():
+                raise SchemaRefused(_in_short(walk.get_error()))
+            if taken_s > MAX_MASK_S:
+                raise SchemaRefused(f"it is too complex: {taken_s * 1e3:.0f} ms for what one token may be")
+            bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=vocab_size, bitorder="little")
+            allowed = bits.nonzero()[0]
+            if walk.is_stopped() or not len(allowed):
+                break
+            walk.consume_token(int(random.choice(allowed)))
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How a schema compiled in another process. problem: None where it did; a refusal's message otherwise.
+
+    num_bytes: what it added to that process's memory. is_too_complex: a limit was the problem.
+    """
+
+    problem: str | None
+    num_bytes: int = 0
+    is_too_complex: bool = False
+
+
+def prover(vocabulary: Vocabulary) -> Callable[[JsonFormat], Verdict]:
+    """The target of a BoundedProcess."""
+    tokenizer = vocabulary.load()
+
+    def prove(asked: JsonFormat) -> Verdict:
+        before = _resident_bytes()
+        try:
+            matcher = compile_schema(tokenizer, asked)
+        except SchemaRefused as refused:
+            return Verdict(str(refused))
+        num_bytes = max(0, _resident_bytes() - before)
+        del matcher
+        return Verdict(None, num_bytes)
+
+    return prove
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    matcher: LLMatcher
+    num_bytes: int
+
+
+class GrammarCompiler:
+    """Compiles schemas, each in a process of its own first. From any thread, num_processes at a time.
+
+    Those used last are kept, MAX_CACHED of them and MAX_CACHED_BYTES, and why the last MAX_REFUSALS were
+    refused. target: of the processes; it proves what this process then compiles.
+    """
+
+    def __init__(
+        self,
+        tokenizer_json: str,
+        vocab_size: int,
+        eos_token_ids: Set[int],
+        *,
+        limits: CallLimits | None = None,
+        num_processes: int = 2,
+        target: str = "replicas.grammar:prover",
+    ):
+        self._vocabulary = Vocabulary(tokenizer_json, vocab_size, tuple(sorted(eos_token_ids)))
+        self._limits = limits = limits or CallLimits()
+        self._tokenizer: LLTokenizer | None = None
+        self._compiled: OrderedDict[JsonFormat, _Compiled] = OrderedDict()
+        self._refused: OrderedDict[bytes, str] = OrderedDict()  # by a digest, since a schema may be long
+        self._lock = threading.Lock()  # of the two above
+        self._loading = threading.Lock()
+        self._processes = [BoundedProcess(target, self._vocabulary, limits) for _ in range(num_processes)]
+        self._idle: LifoQueue[BoundedProcess] = LifoQueue()
+        for process in self._processes:
+            self._idle.put(process)
+
+    def warm_up(self) -> None:
+        """Loads what the first compile would have to wait for, seconds of it where a vocabulary is large."""
+        process = self._idle.get()
+        try:
+            process.start()
+            self._load_tokenizer()
+        except (TriadError, CallExceeded, CallTimeout, ProcessClosed):
+            pass  # a request that needs it is told
+        finally:
+            self._idle.put(process)
+
+    def known(self, asked: JsonFormat) -> JsonGrammar | None:
+        """What compile() gives or raises, where that is known at once; None where it takes a compile."""
+        with self._lock:
+            problem = self._refused.get(_digest(asked))
+            if problem is not None:
+                raise TriadError(ErrorCode.INVALID_REQUEST, problem, _SCHEMA)
+            kept = self._compiled.get(asked)
+            if kept is None:
+                return None
+            self._compiled.move_to_end(asked)
+            return JsonGrammar(kept.matcher.deep_copy())
+
+    def compile(self, asked: JsonFormat) -> JsonGrammar:
+        """A grammar at its beginning. TriadError says what is wrong with a schema.
+
+        Takes milliseconds as a rule, and at most what the limits allow, twice where a schema is refused.
+        """
+        grammar = self.known(asked)
+        if grammar is not None:
+            return grammar
+        process = self._idle.get()
+        try:
+            verdict = self._prove(process, asked)
+            if verdict.problem is not None:
+                hint = self._hint(process, asked, verdict)
+                raise self._refuse(asked, f"the schema can't be enforced: {verdict.problem}{hint}")
+            return self._keep(asked, verdict.num_bytes)
+        finally:
+            self._idle.put(process)
+
+    def close(self) -> None:
+        """Ends the processes, and compiles under way with UNAVAILABLE."""
+        for process in self._processes:
+            process.close()
+
+    def _prove(self, process: BoundedProcess, asked: JsonFormat) -> Verdict:
+        limits = self._limits
+        try:
+            verdict = process.call(asked)
+        except CallExceeded:
+            return Verdict(
+                f"it is too complex to compile within {limits.cpu_s:g} s of CPU time and "
+                f"{limits.memory_bytes >> 20} MiB; make it smaller",
+                is_too_complex=True,
+            )
+        except CallTimeout:
+            message = "the replica is too busy to compile the schema of response_format; retry later"
+            raise TriadError(ErrorCode.QUEUE_FULL, message) from None
+        except ProcessClosed:
+            raise TriadError(ErrorCode.UNAVAILABLE, "the replica is shutting down") from None
+        assert isinstance(verdict, Verdict)
+        if verdict.num_bytes > MAX_CACHED_BYTES // 2:
+            return Verdict(
+                f"it is too complex: compiled it takes {verdict.num_bytes >> 20} MiB", is_too_complex=True
+            )
+        return verdict
+
+    def _hint(self, process: BoundedProcess, asked: JsonFormat, verdict: Verdict) -> str:
+        """Where it is true."""
+        if asked.best_effort or verdict.is_too_complex:
+            return ""
+        if self._prove(process, replace(asked, best_effort=True)).problem is not None:
+            return ""
+        return '; with "strict": false what can\'t be enforced is left out'
 
     def _load_tokenizer(self) -> LLTokenizer:
+        with self._loading:
+            if self._tokenizer is None:
+                self._tokenizer = self._vocabulary.load()
+            return self._tokenizer
+
+    def _refuse(self, asked: JsonFormat, problem: str) -> TriadError:
+        with self._lock:
+            self._refused[_digest(asked)] = problem
+            if len(self._refused) > MAX_REFUSALS:
+                self._refused.popitem(last=False)
+        return TriadError(ErrorCode.INVALID_REQUEST, problem, _SCHEMA)
+
+    def _keep(self, asked: JsonFormat, num_bytes: int) -> JsonGrammar:
         try:
-            return LLTokenizer(self._tokenizer_json, n_vocab=self._vocab_size, eos_token=self._eos_token_ids)
-        except Exception as error:  # its own Rust errors have no common class
-            message = f"this model's tokenizer does not allow structured output: {error}"
-            raise TriadError(ErrorCode.INVALID_REQUEST, message, "response_format") from error
+            matcher = compile_schema(self._load_tokenizer(), asked)
+        except SchemaRefused as refused:  # though it was not in the other process
+            message = f"the schema can't be enforced: {refused}"
+            raise TriadError(ErrorCode.INVALID_REQUEST, message, _SCHEMA) from refused
+        with self._lock:
+            self._compiled[asked] = _Compiled(matcher, num_bytes)
+            while len(self._compiled) > MAX_CACHED or (
+                len(self._compiled) > 1
+                and sum(kept.num_bytes for kept in self._compiled.values()) > MAX_CACHED_BYTES
+            ):
+                self._compiled.popitem(last=False)
+        return JsonGrammar(matcher.deep_copy())
+
+
+def _digest(asked: JsonFormat) -> bytes:
+    return hashlib.sha256(repr(asked).encode()).digest()

@@ -100,6 +100,11 @@ class DecodingOptions:
     lossless: bool = False
     max_steps: int | None = None
 
+    @property
+    def sets_parameters(self) -> bool:
+        """The request itself says how its mode decodes, and so what a round of it brings."""
+        return (self.block_length, self.threshold, self.max_steps) != (None, None, None)
+
 
 Prompt = tuple[Mapping[str, str], ...] | str | tuple[int, ...]
 """Chat messages, text or token ids."""
@@ -123,8 +128,8 @@ class GenerateRequest:
     timeout_s: float | None = None
     num_choices: int = 1
     priority: int = 0
-    traceparent: str | None = None
-    """The ingress's span, by W3C trace context; None without tracing."""
+    trace_carrier: Mapping[str, str] = field(default_factory=dict)
+    """The ingress's span, as headers of the propagators in force; empty without tracing."""
     cache_salt: str = ""
     """Prompts share the prefix cache with those of the same salt alone."""
 
@@ -281,3 +286,5 @@ class ModelInfo:
     """Prompt and completion together, in tokens."""
     vocab_size: int
     replica_id: str
+    max_prompt_chars: int | None = None
+    """A text of more characters has more tokens than max_context, whatever it says; None: not known."""

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from replicas.errors import ErrorCode, TriadError
 from replicas.model.config import CheckpointError
+from replicas.prompt_length import chars_per_token, fewest_tokens
 
 _CONTROL_NAME = re.compile(r"<[|｜].*[|｜]>")
 """How control tokens are spelled that a tokenizer.json does not call special, as some of DeepSeek's."""
@@ -53,6 +54,7 @@ class PromptEncoder:
         self._names = {alias: name for name, alias in self._aliases.items()}
         self._known = _any_of(self._aliases)
         self._backend = _renamed(raw, self._aliases)
+        self._chars_per_token = chars_per_token(self._backend)
         for name, alias in self._aliases.items():
             if self._backend.token_to_id(alias) != tokenizer.backend_tokenizer.token_to_id(name):
                 raise CheckpointError(f"tokenizer.json: the control token {name!r} can't be told from text")
@@ -66,12 +68,20 @@ class PromptEncoder:
         self._joins_names = False
         self._joins_names = self._template is not None and not self._agrees_with(tokenizer)
 
-    def of_text(self, text: str) -> list[int]:
-        """With the tokens that the tokenizer itself adds to a text. TriadError."""
-        return self._encode(text, "prompt", adds_tokens=True)
+    def of_text(self, text: str, max_tokens: int | None = None) -> list[int]:
+        """The ids of a text, with the tokens that the tokenizer itself adds to one.
 
-    def of_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """By the chat template, ready for the assistant's turn. TriadError when it refuses the messages."""
+        TriadError, as when it must have more than max_tokens by its length alone: it is not encoded then.
+        """
+        return self._encode(text, "prompt", max_tokens, adds_tokens=True)
+
+    def of_chat(self, messages: Sequence[Mapping[str, str]], max_tokens: int | None = None) -> list[int]:
+        """The ids of a chat by its template, ready for the assistant's turn.
+
+        TriadError when the template refuses the messages, or they are too long, as of_text says.
+        """
+        if max_tokens is not None and len(messages) > max_tokens:
+            raise _too_long(f"{len(messages)} messages", max_tokens, "messages")
         if self._template is None:
             message = "this model has no chat template; use /v1/completions with a prompt"
             raise TriadError(ErrorCode.INVALID_REQUEST, message, "messages")
@@ -81,11 +91,15 @@ class PromptEncoder:
             said = _any_of(self._names).sub(lambda found: self._names[found[0]], str(error))
             message = f"the model's chat template refuses these messages: {said or type(error).__name__}"
             raise TriadError(ErrorCode.INVALID_REQUEST, message, "messages") from error
-        return self._encode(text, "messages", adds_tokens=False)
+        return self._encode(text, "messages", max_tokens, adds_tokens=False)
 
-    def _encode(self, text: str, param: str, adds_tokens: bool) -> list[int]:
+    def _encode(self, text: str, param: str, max_tokens: int | None, adds_tokens: bool) -> list[int]:
+        if max_tokens is not None and fewest_tokens(len(text), self._chars_per_token) > max_tokens:
+            raise _too_long(f"{len(text)} characters", max_tokens, param)
         try:
-            return list(self._backend.encode(text, add_special_tokens=adds_tokens).ids)
+            # Unlike encode(), it gives up the GIL.
+            (encoded,) = self._backend.encode_batch_fast([text], add_special_tokens=adds_tokens)
+            return list(encoded.ids)
         except BaseException as error:  # a panic of its Rust code is no Exception
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
@@ -129,6 +143,11 @@ class PromptEncoder:
             except TriadError:
                 return False
         return True
+
+
+def _too_long(what: str, max_tokens: int, param: str) -> TriadError:
+    message = f"the context is {max_tokens} tokens, and a prompt of {what} has more; shorten the prompt"
+    return TriadError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, param)
 
 
 def _own_template(tokenizer: PreTrainedTokenizerFast) -> str | None:

@@ -62,6 +62,7 @@ class Replica:
             modes=engine.spec.modes,
             max_context=engine.spec.max_context,
             vocab_size=engine.spec.vocab_size,
+            max_prompt_chars=codec.max_prompt_chars(engine.spec.max_context),
         )
         step_cost = calibrate(
             runner,
@@ -125,7 +126,9 @@ class Replica:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve where it scales. Its own count of calls says nothing: tokens travel on channels."""
-        return demand(self._service.snapshot(), self._follower.plan_at, self._targets).report()
+        # Beside the loop: it takes tens of ms, and streams wait for none of it.
+        load = self._service.snapshot()
+        return (await asyncio.to_thread(demand, load, self._follower.plan_at, self._targets)).report()
 
     async def check_health(self) -> None:
         """Called by Serve; raises RuntimeError when the replica should be replaced."""

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from collections.abc import Sequence as Seq
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
@@ -31,6 +31,7 @@ from replicas.messages import (
     Rejected,
 )
 from replicas.net import Net
+from replicas.preparation import Preparation
 from replicas.stats import LoadMeter, look
 from replicas.text import TextCodec
 from replicas.timeline import Timeline
@@ -70,8 +71,8 @@ class ReplicaService:
         self._choices: dict[str, Choice] = {}  # by their names in the engine
         self._meter = LoadMeter(engine, clock, step_cost)
         self._seen = look(engine, replica_id)
-        self._grammars = codec.grammars(engine.spec.vocab_size, engine.spec.eos_token_ids)
-        self._compiling = ThreadPoolExecutor(1, "grammar")
+        grammars = codec.grammars(engine.spec.vocab_size, engine.spec.eos_token_ids)
+        self._preparation = Preparation(codec, grammars, engine.spec.max_context, engine.capacity)
         self._hub = ChannelHub(self._cancel_channel)
         self._commands_net = Net("a command to the engine")
         self._timelines_net = Net("a timeline")
@@ -85,15 +86,16 @@ class ReplicaService:
         """Must be called on the event loop that will serve the channels."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+        self._preparation.start()
 
     async def stop(self) -> None:
         """Ends what is running with UNAVAILABLE, then the thread and the channels."""
         self._stopping = True
+        self._preparation.close()
         message = "the replica is shutting down"
         self._commands.put(lambda: self._end(tuple(self._live), ErrorCode.UNAVAILABLE, message))
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
-        self._compiling.shutdown(cancel_futures=True)
         self._hub.close()
 
     async def submit(self, request: GenerateRequest) -> Accepted | Rejected:
@@ -102,16 +104,16 @@ class ReplicaService:
             message = f"no channel {request.channel_id!r} is open to this replica"
             return Rejected(request.request_id, ErrorCode.UNAVAILABLE, message)
         try:
-            prompts = [self._codec.encode(prompt) for prompt in request.prompts]
-            grammars = await self._grammars_for(request)
-            await self._call(lambda: self._submit(request, prompts, grammars))
+            prepared = await self._preparation.prepare(request)
+            await self._call(lambda: self._submit(request, prepared.prompts, prepared.grammars))
         except TriadError as error:
             return Rejected(request.request_id, error.code, error.message, error.param)
-        return Accepted(request.request_id, sum(map(len, prompts)))
+        return Accepted(request.request_id, sum(map(len, prepared.prompts)))
 
     async def cancel(self, request_ids: Iterable[str]) -> None:
         """Ends requests with CANCELLED, pages and all; those that have ended already stay as they are."""
         ids = tuple(request_ids)
+        self._preparation.drop(ids)
         # Shielded: a caller that goes meanwhile wants the requests gone all the same.
         await asyncio.shield(self._call(lambda: self._cancel(ids)))
 
@@ -151,17 +153,6 @@ class ReplicaService:
             raise RuntimeError(f"a forward has been running for more than {WEDGED_S:g} s")
         if not self._thread.is_alive() and not self._stopping:
             raise RuntimeError("the engine's thread has ended")
-
-    async def _grammars_for(self, request: GenerateRequest) -> Seq[Grammar | None]:
-        """One for each choice, compiled beside the engine. TriadError when the schema is at fault."""
-        wanted = request.sampling.response_format
-        if wanted is None:
-            return (None,) * request.num_indices
-
-        def compile_all() -> list[Grammar | None]:
-            return [self._grammars.compile(wanted) for _ in range(request.num_indices)]
-
-        return await asyncio.get_running_loop().run_in_executor(self._compiling, compile_all)
 
     async def _call(self, command: Callable[[], T]) -> T:
         """Runs a command on the engine's thread, between two steps."""
@@ -280,10 +271,11 @@ class ReplicaService:
             request.priority,
             grammar,
             text,
+            cache_salt=request.cache_salt,
         )
         choice = Choice(live, index, sequence, text)
         if self._on_timeline is not None:
-            choice.timeline = Timeline(request.request_id, request.traceparent, self._clock(), index)
+            choice.timeline = Timeline(request.request_id, request.trace_carrier, self._clock(), index)
         self._choices[name] = live.choices[index] = choice
         if index % request.num_choices == 0:
             live.num_prompt_tokens += len(prompt_ids)
@@ -319,6 +311,7 @@ class ReplicaService:
 
     def _cancel_channel(self, channel_id: str) -> None:
         """Called on the event loop."""
+        self._preparation.drop_channel(channel_id)
 
         def cancel() -> None:
             if self._death is None:

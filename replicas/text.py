@@ -13,6 +13,7 @@ from replicas.grammar import GrammarCompiler
 from replicas.messages import Prompt, TextLogprob
 from replicas.model.checkpoint import resolve_folder
 from replicas.model.config import CheckpointError, ModelConfig
+from replicas.prompt_length import chars_per_token
 from replicas.prompts import PromptEncoder
 from replicas.token_bytes import TokenBytes
 
@@ -55,22 +56,28 @@ class TextCodec:
             raise CheckpointError(f"{checkpoint} has no tokenizer.json; a fast tokenizer is needed")
         return cls(tokenizer, control_ids)
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt, max_tokens: int | None = None) -> list[int]:
         """Chat messages by the chat template, text with the tokenizer's own special tokens, ids as they are.
 
         What messages and texts spell is text: no control token comes of it. Safe from several threads.
-        TriadError when the template refuses the messages, or the tokenizer a text.
+        TriadError when the template refuses the messages, the tokenizer a text, or a prompt must have more
+        than max_tokens by its length alone, which spares encoding it.
         """
         if isinstance(prompt, str):
-            return self._prompts.of_text(prompt)
+            return self._prompts.of_text(prompt, max_tokens)
         ids = [item for item in prompt if isinstance(item, int)]
         messages = [item for item in prompt if not isinstance(item, int)]
-        return self._prompts.of_chat(messages) if messages else ids
+        return self._prompts.of_chat(messages, max_tokens) if messages else ids
 
     def grammars(self, vocab_size: int, eos_token_ids: Set[int]) -> GrammarCompiler:
         """For structured output in this tokenizer's tokens. vocab_size: of the model's logits."""
         size = max(vocab_size, self._backend.get_vocab_size())
         return GrammarCompiler(self._backend.to_str(), size, eos_token_ids)
+
+    def max_prompt_chars(self, max_context: int) -> int | None:
+        """A text of more characters has at least max_context tokens; None where that can't be told."""
+        per_token = chars_per_token(self._backend)
+        return None if per_token is None else per_token * (max_context - 1)
 
     def stream(
         self, stop: tuple[str, ...] = (), min_tokens: int = 0, continues_text: bool = False

@@ -1,5 +1,6 @@
 """When what happened to one choice of a request, noted only where its channel is told of it anyway."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from policies.modes import Mode
@@ -23,12 +24,12 @@ class Spell:
 class Timeline:
     """Times by the engine's clock, in seconds; None for what has not come.
 
-    traceparent: the caller's, by W3C. index: of the choice in its request. began_s: when it left the
-    queue. spells: in order.
+    trace_carrier: the caller's span, as headers. index: of the choice in its request. began_s: when it left
+    the queue. spells: in order.
     """
 
     request_id: str
-    traceparent: str | None
+    trace_carrier: Mapping[str, str]
     submitted_s: float
     index: int = 0
     began_s: float | None = None

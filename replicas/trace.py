@@ -38,7 +38,7 @@ class SpanWriter:
         ended_s = timeline.ended_s
         root = self._tracer.start_span(
             "triad.replica",
-            parent_context(timeline.traceparent),
+            parent_context(timeline.trace_carrier),
             SpanKind.SERVER,
             attributes={
                 "triad.request.id": timeline.request_id,

@@ -1,9 +1,11 @@
 """The HTTP door: OpenAI's completions, the list of models, health, and the state of the cluster."""
 
+import re
 import secrets
 import time
 import uuid
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,18 +20,19 @@ from policies.store import LoadStore
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import GenerateRequest, ModelInfo
 from router.auth import KeyRing
+from router.body import BodyReader, route_with
 from router.dispatch import Dispatcher
 from router.errors import ApiError, add_error_handlers, json_response
-from router.guard import Bounds, Guard, RoomCheck, bounded_route, check_prompts, key_of
+from router.guard import Bounds, Guard, RoomCheck, key_of
 from router.limits import KeyLimiter
 from router.load_view import LoadView
 from router.metrics import Metrics
 from router.operate import Siblings, add_metrics_route, add_policy_routes
-from router.responses import BodyLimit, GenerationResponse
-from router.schema import ChatCompletionRequest, CompletionRequest
+from router.responses import BodyLimit, GenerationResponse, HeadAsGet
+from router.schema import ChatCompletionRequest, Completion, CompletionRequest
 from router.sse import Answer, ChatAnswer, TextAnswer
 from router.state import cluster_state
-from router.trail import REQUEST_ID_HEADER, Record, Trail, traceparent_in
+from router.trail import REQUEST_ID_HEADER, Record, Trail, trace_carrier_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,9 @@ class Door:
     model_name: the name clients ask for. created: when it was loaded, in seconds since 1970.
     limiter: None counts nothing. policy: None can't be changed at run time. tracer: None traces nothing.
     stream_interval_s: the least time between two pieces of a stream.
+    shared_prefix_cache: one prefix cache for all API keys, else one for each and one for requests without.
     siblings: whose figures /metrics shows beside this ingress's own.
+    answers_id: whether answers have the request's id from here, and not from what serves the app.
     """
 
     dispatcher: Dispatcher
@@ -51,23 +56,33 @@ class Door:
     keys: KeyRing = field(default_factory=KeyRing)
     cors_origins: tuple[str, ...] = ()
     stream_interval_s: float = 0.0
+    shared_prefix_cache: bool = False
     limiter: KeyLimiter | None = None
     policy: PolicyWatch | None = None
     metrics: Metrics | None = None
     siblings: Siblings | None = None
     tracer: Tracer | None = None
+    answers_id: bool = True
 
 
 def create_app(door: Door, lifespan: AbstractAsyncContextManager[None] | None = None) -> FastAPI:
     """lifespan: entered when the app starts and left when it stops."""
+    bodies = BodyReader(door.bounds)
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        async with lifespan or nullcontext():
+            yield
+        bodies.close()
+
     app = FastAPI(
         title="Triad",
         description="OpenAI's completions from tri-mode language models, decoded as suits the load.",
-        lifespan=None if lifespan is None else lambda _: lifespan,
+        lifespan=life,
         middleware=_middleware(door),
         redirect_slashes=False,
     )
-    app.router.route_class = bounded_route(door.bounds.max_json_depth)
+    app.router.route_class = route_with(bodies)
     add_error_handlers(app)
 
     @app.post("/v1/chat/completions", response_class=Response)
@@ -111,7 +126,7 @@ def create_app(door: Door, lifespan: AbstractAsyncContextManager[None] | None = 
 
 def _middleware(door: Door) -> list[Middleware]:
     """From the outside in. A browser asks beforehand, without a key, so CORS precedes the guard."""
-    layers = [Middleware(Trail, door.metrics, door.tracer)]
+    layers = [Middleware(HeadAsGet), Middleware(Trail, door.metrics, door.tracer, door.answers_id)]
     if door.cors_origins:
         layers.append(
             Middleware(
@@ -124,7 +139,7 @@ def _middleware(door: Door) -> list[Middleware]:
         )
     layers.append(Middleware(Guard, door.keys, door.bounds))
     layers.append(Middleware(RoomCheck, door.dispatcher.check_room))
-    layers.append(Middleware(BodyLimit, max_bytes=door.bounds.max_body_bytes))
+    layers.append(Middleware(BodyLimit, door.bounds.max_body_bytes, door.bounds.body_timeout_s))
     return layers
 
 
@@ -136,6 +151,7 @@ async def _generate(
     id_prefix: str,
 ) -> Response:
     _check_model_name(door, body.model)
+    key = key_of(http)
     request = GenerateRequest(
         request_id=f"{id_prefix}-{uuid.uuid4().hex}",
         channel_id="",
@@ -145,12 +161,15 @@ async def _generate(
         timeout_s=body.timeout_s,
         num_choices=body.n or 1,
         priority=body.priority or 0,
-        traceparent=traceparent_in(http.scope),
+        trace_carrier=trace_carrier_in(http.scope),
+        cache_salt="" if key is None or door.shared_prefix_cache else key.name,
     )
     is_chat = isinstance(body, ChatCompletionRequest)
-    check_prompts(request, door.bounds.max_prompt_chars, "messages" if is_chat else "prompt")
     if door.dispatcher.model is not None:
-        _check_fits(request, door.dispatcher.model)
+        try:
+            _check_fits(request, door.dispatcher.model)
+        except TriadError as error:
+            raise as_sent(error, body) from None
     answer = answer_type(
         completion_id=request.request_id,
         model=door.model_name,
@@ -160,12 +179,27 @@ async def _generate(
         num_choices=request.num_indices,
         num_logprobs=request.sampling.logprobs,
     )
-    key = key_of(http)
     charge = None if door.limiter is None else await door.limiter.charge(key, request)
     operation = "chat" if is_chat else "text_completion"
     record = Record(http.scope, operation, door.model_name, key, charge, door.metrics, door.limiter)
     generation = door.dispatcher.generate(request)
-    return GenerationResponse(generation, answer, bool(body.stream), record, door.stream_interval_s)
+    return GenerationResponse(
+        generation,
+        answer,
+        bool(body.stream),
+        record,
+        door.stream_interval_s,
+        lambda error: as_sent(error, body),
+    )
+
+
+def as_sent(error: TriadError, body: Completion) -> TriadError:
+    """The same in the body's own names: a replica doesn't know which of two names a field had."""
+    param = None if error.param is None else body.name_sent(error.param)
+    message = re.sub(r"\bmax_tokens\b", body.limit_field, error.message)
+    if (param, message) == (error.param, error.message):
+        return error
+    return TriadError(error.code, message, param)
 
 
 def _check_model_name(door: Door, name: str) -> None:
@@ -181,10 +215,14 @@ def _check_fits(request: GenerateRequest, model: ModelInfo) -> None:
         modes = ", ".join(model.modes)
         message = f"This model does not decode by {mode}; it has: {modes}."
         raise TriadError(ErrorCode.INVALID_REQUEST, message, "decoding.mode")
-    tokens = (token for prompt in request.prompts if isinstance(prompt, tuple) for token in prompt)
-    if any(isinstance(token, int) and token >= model.vocab_size for token in tokens):
+    ids = [prompt for prompt in request.prompts if prompt and isinstance(prompt[0], int)]
+    if any(max(prompt) >= model.vocab_size for prompt in ids):  # type: ignore[type-var, operator]
         message = f"A token id is at most {model.vocab_size - 1} for this model."
         raise TriadError(ErrorCode.INVALID_REQUEST, message, "prompt")
+    longest = max(map(len, ids), default=0)
+    if longest >= model.max_context:
+        message = f"The context is {model.max_context} tokens, but the prompt has {longest}; shorten it."
+        raise TriadError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, "prompt")
     if limit is not None and limit >= model.max_context:
         message = f"max_tokens is {limit}, but prompt and completion together may have {model.max_context}."
         raise TriadError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, "max_tokens")

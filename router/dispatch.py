@@ -4,14 +4,15 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 from policies.admission import Admission, AdmissionControl, Shed
+from policies.ejection import FailureWatch
 from policies.loop import Clock
-from policies.placement import OwnTraffic, place
+from policies.placement import place
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import (
     Accepted,
@@ -25,16 +26,21 @@ from replicas.messages import (
     joined,
 )
 from router.admission import raise_if_shed
-from router.link import Inbox, Link, LinkTimes
+from router.errors import Overloaded
+from router.link import FAULTS, Inbox, LastWord, Link, LinkTimes, ReplicaLost
 from router.load_view import LoadView
 from router.transport import Directory
-from router.wishes import Wishes
+from router.wishes import Wishes, check_fits
 
 logger = logging.getLogger(__name__)
 
 DISCOVERY_PERIOD_S = 1.0
 MAX_LOSSES = 1
-"""A request survives this many losses of its replica, as long as nothing of it has been sent."""
+"""A request survives so many failures of its replicas, as long as nothing of it has been sent: so one that
+itself brings a replica down brings down two at most."""
+MAX_UNSURE = 16
+"""Prompts that by the estimate don't fit, sent off by this router and not yet read by a replica, for each
+replica that can be reached: reading them takes time from the others."""
 
 _ELSEWHERE = frozenset({ErrorCode.UNAVAILABLE, ErrorCode.QUEUE_FULL})
 """Refusals for which another replica may have a better answer."""
@@ -64,8 +70,10 @@ class Dispatcher:
         self._discovery_period_s = discovery_period_s
         self._rng = rng or random.Random()
         self._clock = clock
-        self._traffic = OwnTraffic()
+        self._traffic = admission.traffic
+        self._watch = FailureWatch()
         self._wishes = Wishes()
+        self._num_unsure = 0
         self._links: dict[str, Link] = {}
         self._runs: dict[str, asyncio.Task[None]] = {}
         self._look_again = asyncio.Event()
@@ -96,7 +104,7 @@ class Dispatcher:
         return self._model
 
     def in_flight(self) -> dict[str, int]:
-        """This router's own requests, by replica."""
+        """This router's own requests, by replica, however many choices they have."""
         return {replica_id: link.num_in_flight for replica_id, link in sorted(self._links.items())}
 
     def generate(self, request: GenerateRequest) -> "Generation":
@@ -119,59 +127,93 @@ class Dispatcher:
                 run.cancel()
             await asyncio.gather(*runs, return_exceptions=True)
 
-    async def place(self, request: GenerateRequest, avoid: set[str]) -> tuple[Link, Accepted, Inbox]:
-        """Sends a request to the best replica that takes it. Adds those that refuse to `avoid`.
+    async def place(
+        self, request: GenerateRequest, avoid: set[str], is_admitted: bool = False
+    ) -> tuple[Link, Accepted, Inbox]:
+        """Sends a request to the best replica that takes it. Adds those that refuse or fail to `avoid`.
 
-        Raises TriadError when none does.
+        is_admitted: it has been let in before, and its replica was lost. Raises TriadError when none takes
+        it, ReplicaLost or INTERNAL at the first that fails.
         """
-        num_tokens = self._wishes.num_prompt_tokens(request)
-        self._admit(request, num_tokens)
+        self._check_size(request)
+        lens = self._wishes.prompt_lens(request)
+        num_tokens = sum(lens)
+        is_sure = self._model is None or max(lens) <= self._model.max_context
+        if not is_admitted:
+            raise_if_shed(self._verdict(request.num_indices, num_tokens, request.timeout_s))
+            if not is_sure and self._num_unsure >= MAX_UNSURE * len(self._open()):
+                message = "Too many prompts that may not fit the context are being read; try again in 1 s."
+                raise Overloaded(ErrorCode.QUEUE_FULL, message, 1)
+        self._num_unsure += not is_sure
+        try:
+            return await self._send(request, avoid, num_tokens, is_sure)
+        finally:
+            self._num_unsure -= not is_sure
+
+    async def _send(
+        self, request: GenerateRequest, avoid: set[str], num_tokens: int, is_sure: bool
+    ) -> tuple[Link, Accepted, Inbox]:
         keys = self._wishes.keys(request)
         refusal: TriadError | None = None
         while True:
             now_s = self._clock()
-            usable = [replica_id for replica_id in self._open() if replica_id not in avoid]
-            wish = self._wishes.wish(request, keys, now_s)
+            usable = self._open(avoid)
+            wish = self._wishes.wish(request, keys, num_tokens, now_s)
             chosen = place(usable, self._traffic, self._view.seen, now_s, self._rng, wish)
             if chosen is None:
                 raise refusal or TriadError(ErrorCode.UNAVAILABLE, "No other replica can take the request.")
             link = self._links[chosen]
-            self._admission.started(num_tokens)
             try:
-                accepted, inbox = await link.submit(request, now_s, num_tokens)
+                accepted, inbox = await link.submit(request, num_tokens, is_sure)
                 self._wishes.sent(keys, chosen, now_s)
                 return link, accepted, inbox
             except TriadError as error:
-                if error.code not in _ELSEWHERE:
-                    raise
                 avoid.add(chosen)
+                if error.code not in _ELSEWHERE or isinstance(error, ReplicaLost):
+                    raise
                 refusal = error
+
+    def _check_size(self, request: GenerateRequest) -> None:
+        """Raises TriadError where no replica can ever serve so long a prompt, or so many choices."""
+        most = self._admission.most_choices
+        if request.num_indices > most:
+            message = (
+                f"this request asks for {request.num_indices} completions, but a replica takes {most} "
+                f"at once; lower n, or send fewer prompts a request"
+            )
+            raise TriadError(ErrorCode.INVALID_REQUEST, message, "n" if request.num_choices > 1 else "prompt")
+        if self._model is not None:
+            check_fits(request, self._model)
+
+    def can_retry(self, avoid: Collection[str]) -> bool:
+        """Whether another replica than these can be reached."""
+        return bool(self._open(avoid))
 
     def ended(self, request: GenerateRequest, event: Finished) -> None:
         """A request has finished."""
-        self._admission.ended(self._clock())
         self._wishes.finished(request, event)
 
     def now_s(self) -> float:
         return self._clock()
 
-    def _admit(self, request: GenerateRequest, num_prompt_tokens: int) -> None:
-        """Raises Overloaded."""
-        raise_if_shed(self._verdict(num_prompt_tokens, request.timeout_s))
-
-    def _verdict(self, num_prompt_tokens: int = 0, deadline_s: float | None = None) -> Admission:
+    def _verdict(
+        self, num: int = 1, num_prompt_tokens: int = 0, deadline_s: float | None = None
+    ) -> Admission:
         replica_ids, now_s = self._open(), self._clock()
         return self._admission.check(
             replica_ids,
-            lambda: self._traffic.candidates(replica_ids, self._view.seen, now_s),
+            self._view.seen,
             now_s,
+            num=num,
             num_prompt_tokens=num_prompt_tokens,
             deadline_s=deadline_s,
-            num_ended=self._traffic.num_ended,
         )
 
-    def _open(self) -> list[str]:
-        return [replica_id for replica_id, link in self._links.items() if link.is_open]
+    def _open(self, avoid: Collection[str] = ()) -> Sequence[str]:
+        """The replicas that can be reached but these, without those that fail all they are sent."""
+        links = self._links.items()
+        reachable = [replica_id for replica_id, link in links if link.is_open and replica_id not in avoid]
+        return self._watch.trusted(reachable, self._clock())
 
     async def _discover(self) -> None:
         try:
@@ -186,7 +228,9 @@ class Dispatcher:
         for replica_id, client in found.items():
             self._model = client.info
             if replica_id not in self._links:
-                link = Link(client, self._traffic, self._times, self._look_again.set)
+                link = Link(
+                    client, self._traffic, self._watch, self._times, self._look_again.set, self._clock
+                )
                 self._links[replica_id] = link
                 run = self._runs[replica_id] = asyncio.create_task(link.run())
                 run.add_done_callback(lambda _, gone=replica_id: self._drop(gone))  # type: ignore[misc]
@@ -195,6 +239,7 @@ class Dispatcher:
         del self._links[replica_id]
         del self._runs[replica_id]
         self._traffic.forget(replica_id)
+        self._watch.forget(replica_id)
         self._wishes.forget(replica_id)
 
 
@@ -215,6 +260,11 @@ class Generation:
         """Of all choices, as far as their events have come."""
         self.finish_reasons: dict[int, FinishReason] = {}
         """Of the choices that have ended, by index."""
+        self.last: Finished | Failed | None = None
+        self.given_up: list[tuple[Failed, int]] = []
+        """How it ended at the replica that had it last, and at those before, with the tokens that came."""
+        self.on_end: LastWord = lambda last: None
+        """Called once with `last`, if a replica took the request, and however late it says so."""
         self._dispatcher = dispatcher
         self._request = request
         self._deadline_s = None if request.timeout_s is None else dispatcher.now_s() + request.timeout_s
@@ -261,9 +311,10 @@ class Generation:
                 due_s = clock() + interval_s
                 yield tuple(map(joined, piled.values()))
             if isinstance(event, Failed):
+                self.last = event
                 raise TriadError(event.code, event.message)
             if isinstance(event, Finished):
-                self.finished = event
+                self.last = self.finished = event
                 self._dispatcher.ended(self._request, event)
 
     async def _next_before(self, due_s: float) -> Event | None:
@@ -291,7 +342,7 @@ class Generation:
                         parts.setdefault(delta.index, []).append(delta)
                 return tuple(joined(parts[index]) for index in sorted(parts))
             except TriadError as error:
-                if not self._may_retry(error.code):
+                if not self._may_retry(error):
                     raise
                 await self._start()
 
@@ -300,20 +351,26 @@ class Generation:
         self.num_tokens = 0
         self.finish_reasons.clear()
         while True:
-            await self._send()
-            first = await self._inbox.get()
-            if not isinstance(first, Failed):
-                self._first = first
-                return
-            if not self._may_retry(first.code):
+            try:
+                await self._send()
+                first = await self._inbox.get()
+                if not isinstance(first, Failed):
+                    self._first = first
+                    return
+                self.last = first
                 raise TriadError(first.code, first.message)
+            except TriadError as error:
+                if not self._may_retry(error):
+                    raise
 
     async def _send(self) -> None:
         # A new id each time: the replica that was lost may still know the old one.
         self._num_sent += 1
-        self._request_id = f"{self._request.request_id}.{self._num_sent}"
+        self._link, self._request_id = None, f"{self._request.request_id}.{self._num_sent}"
         request = replace(self._request, request_id=self._request_id, timeout_s=self._time_left())
-        self._link, accepted, self._inbox = await self._dispatcher.place(request, self._avoid)
+        self._link, accepted, self._inbox = await self._dispatcher.place(
+            request, self._avoid, is_admitted=self._num_losses > 0
+        )
         self.num_prompt_tokens = accepted.num_prompt_tokens
 
     def _time_left(self) -> float | None:
@@ -324,14 +381,34 @@ class Generation:
             raise TriadError(ErrorCode.DEADLINE_EXCEEDED, "The request's time was up.", "timeout_s")
         return left_s
 
-    def _may_retry(self, code: ErrorCode) -> bool:
-        """After a failure: whether its replica was lost and the request may go to another one."""
-        if code is not ErrorCode.UNAVAILABLE or self._num_losses == MAX_LOSSES or self._link is None:
+    def _may_retry(self, error: TriadError) -> bool:
+        """After a failure: whether it is the replica's and the request may go to another one."""
+        # Where none would take it, there was no failure.
+        was_tried = (
+            isinstance(error, ReplicaLost) or error.code is ErrorCode.INTERNAL or self._link is not None
+        )
+        if not was_tried or error.code not in FAULTS or self._num_losses == MAX_LOSSES:
+            return False
+        if self._link is not None:
+            self._avoid.add(self._link.replica_id)
+        if not self._dispatcher.can_retry(self._avoid):
             return False
         self._num_losses += 1
-        self._avoid.add(self._link.replica_id)
+        if isinstance(self.last, Failed):
+            self.given_up.append((self.last, self.num_tokens))
+            self.last = None
         return True
 
     def _leave(self) -> None:
-        if self._link is not None:
-            self._link.abandon(self._request_id)
+        if self._link is None:
+            return
+        while self.last is None and (self._first is not None or not self._inbox.empty()):
+            event, self._first = self._first or self._inbox.get_nowait(), None
+            if isinstance(event, Delta):
+                self.num_tokens += event.num_tokens
+            else:
+                self.last = event
+        if self.last is None:
+            self._link.abandon(self._request_id, self.on_end)
+        else:
+            self.on_end(self.last)

@@ -16,6 +16,8 @@ from replicas.errors import ErrorCode, TriadError
 
 RETRY_AFTER_S = 1
 """What a contended or starting server asks of a client."""
+MAX_MESSAGE_LEN = 2000
+MAX_PARAM_LEN = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,26 +51,38 @@ class Overloaded(TriadError):
         return type(self), (self.code, self.message, self.retry_after_s)
 
 
-class ApiError(Exception):
-    """An error of the HTTP door itself, which no replica knows of."""
+class ApiError(HTTPException):
+    """An error of the HTTP door itself, which no replica knows of.
+
+    An HTTPException, because FastAPI makes any other error in a body's reading a 400.
+    """
 
     def __init__(
         self,
         status: int,
-        code: str,
+        code: str | None,
         message: str,
         param: str | None = None,
-        *,
         type_: str = "invalid_request_error",
         retry_after_s: int | None = None,
     ):
-        super().__init__(message)
+        super().__init__(status, message)
         self.status = status
         self.code = code
         self.message = message
         self.param = param
         self.type = type_
         self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (
+            self.status,
+            self.code,
+            self.message,
+            self.param,
+            self.type,
+            self.retry_after_s,
+        )
 
 
 def rate_limited(what: str, wait_s: float) -> ApiError:
@@ -80,8 +94,16 @@ def rate_limited(what: str, wait_s: float) -> ApiError:
     )
 
 
+def shortened(text: str, most: int) -> str:
+    """What a client sent may be of any length; what it is told of it is not."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def error_body(type_: str, code: str | None, message: str, param: str | None = None) -> dict[str, Any]:
     """OpenAI's error object."""
+    message = shortened(message, MAX_MESSAGE_LEN)
+    if param is not None:
+        param = shortened(param, MAX_PARAM_LEN)
     return {"error": {"message": message, "type": type_, "param": param, "code": code}}
 
 
@@ -115,38 +137,47 @@ def api_error_response(error: ApiError) -> Response:
     )
 
 
+def bad_request(code: str | None, message: str, param: str | None = None) -> ApiError:
+    return ApiError(400, code, message, param)
+
+
 def param_name(location: Sequence[int | str]) -> str | None:
     """A field's place in the body, in OpenAI's spelling: ("messages", 0, "role") -> "messages[0].role"."""
     name = ""
     for part in location:
-        name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else part
-    return name or None
+        if part != "[key]":  # so pydantic says that a member's name is at fault, not its value
+            name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else part
+    return shortened(name, MAX_PARAM_LEN) or None
 
 
-def validation_error_response(error: RequestValidationError) -> Response:
-    """The first problem found, since OpenAI's form has room for one."""
-    problem = error.errors()[0]
-    source, *location = problem["loc"]
-    if problem["type"] == "conflict":
+def bad_value(problem: Mapping[str, Any]) -> ApiError:
+    """problem: one of pydantic's, whose place begins at the body."""
+    location = [*problem["loc"]]
+    if problem["type"] in ("conflict", "unknown_field"):
         location.append(problem["ctx"]["field"])
-    param = param_name(location) if source == "body" else str(location[-1]) if location else None
+    param = param_name(location)
     match problem["type"]:
-        case "json_invalid":
-            return _bad_request("invalid_json", f"The body is not valid JSON: {problem['ctx']['error']}.")
-        case "extra_forbidden":
-            return _bad_request("unknown_parameter", f"Unknown parameter: '{param}'.", param)
+        case "unknown_field" | "extra_forbidden":
+            return bad_request("unknown_parameter", f"Unknown parameter: '{param}'.", param)
         case "missing" if param is not None:
             message = f"Missing required parameter: '{param}'."
-            return _bad_request("missing_required_parameter", message, param)
+            return bad_request("missing_required_parameter", message, param)
         case "unsupported_parameter" | "unsupported_value" as code:
-            return _bad_request(code, f"Unsupported '{param}': {problem['msg']}", param)
+            return bad_request(code, f"Unsupported '{param}': {problem['msg']}", param)
     if param is None:
-        return _bad_request(None, "The body must be a JSON object, sent with Content-Type: application/json.")
-    return _bad_request("invalid_value", f"Invalid '{param}': {problem['msg']}.", param)
+        message = "The body must be a JSON object, sent with Content-Type: application/json."
+        return bad_request(None, message)
+    return bad_request("invalid_value", f"Invalid '{param}': {problem['msg']}.", param)
 
 
-def _bad_request(code: str | None, message: str, param: str | None = None) -> Response:
-    return json_response(error_body("invalid_request_error", code, message, param), 400)
+def validation_error(error: RequestValidationError) -> ApiError:
+    """The first problem found, since OpenAI's form has room for one."""
+    problem = dict(error.errors()[0])
+    source, *location = problem["loc"]
+    if problem["type"] == "json_invalid":
+        return bad_request("invalid_json", f"The body is not valid JSON: {problem['ctx']['error']}.")
+    problem["loc"] = location if source == "body" else location[-1:]
+    return bad_value(problem)
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -162,7 +193,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def on_validation_error(request: Request, error: RequestValidationError) -> Response:
-        return validation_error_response(error)
+        return api_error_response(validation_error(error))
 
     @app.exception_handler(HTTPException)
     async def on_http_exception(request: Request, error: HTTPException) -> Response:

@@ -1,18 +1,13 @@
-"""What stands before the routes: header and JSON limits, and who is let in. Pure ASGI."""
+"""What stands before the routes: header limits, and who is let in. Pure ASGI."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 from fastapi import Request
-from fastapi.routing import APIRoute
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from replicas.errors import ErrorCode, TriadError
-from replicas.messages import GenerateRequest, Prompt
+from replicas.errors import TriadError
 from router.auth import ApiKey, KeyRing
 from router.errors import ApiError, api_error_response, triad_error_response
 
@@ -23,15 +18,13 @@ ADMIN_CALLS = frozenset({("PUT", "/v1/triad/policy"), ("DELETE", "/v1/triad/poli
 
 _STATE_KEY = "triad_api_key"
 
-# Possessive, and it takes an unterminated string to the end, so that no input makes it go back.
-_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
-
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """What is taken of a client, explained to operators in cluster.config."""
 
     max_body_bytes: int = 8 * 2**20
+    body_timeout_s: float = 60.0
     max_header_bytes: int = 32 * 2**10
     max_headers: int = 100
     max_json_depth: int = 32
@@ -130,49 +123,3 @@ def _bearer(headers: list[tuple[bytes, bytes]]) -> str:
     if len(values) > 1 or scheme.lower() != "bearer" or not key.strip():
         raise ApiError(401, "invalid_api_key", "Send the key as one header Authorization: Bearer <key>.")
     return key.strip()
-
-
-def check_prompts(request: GenerateRequest, max_chars: int, param: str) -> None:
-    """Before a tokenizer spends time on them. Raises TriadError."""
-    num_chars = sum(map(_num_chars, request.prompts))
-    if num_chars > max_chars:
-        what = "The prompt has" if len(request.prompts) == 1 else "The prompts together have"
-        message = f"{what} {num_chars} characters; at most {max_chars} are taken."
-        raise TriadError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, param)
-
-
-def _num_chars(prompt: Prompt) -> int:
-    """A token id counts as one."""
-    if isinstance(prompt, str):
-        return len(prompt)
-    return sum(1 if isinstance(part, int) else 1 + len(part["content"]) for part in prompt)
-
-
-def json_depth(body: bytes) -> int:
-    """How deep arrays and objects are nested in JSON; of anything else, some number."""
-    brackets = np.frombuffer(_STRING.sub(b"", body), np.uint8) | 0x20
-    # With bit 5 set '[' is '{' and ']' is '}'; no other byte of JSON outside strings is either.
-    steps = (brackets == ord("{")).astype(np.int32) - (brackets == ord("}"))
-    return int(np.max(np.cumsum(steps), initial=0))
-
-
-def bounded_route(max_json_depth: int) -> type[APIRoute]:
-    """Routes whose JSON bodies may be nested so deep."""
-
-    class BoundedRequest(Request):
-        async def json(self) -> Any:
-            body = await self.body()
-            if body.count(b"[") + body.count(b"{") > max_json_depth and json_depth(body) > max_json_depth:
-                raise HTTPException(400, f"the JSON is nested deeper than {max_json_depth}")
-            return await super().json()
-
-    class BoundedRoute(APIRoute):
-        def get_route_handler(self) -> Any:
-            handler = super().get_route_handler()
-
-            async def bounded(request: Request) -> Any:
-                return await handler(BoundedRequest(request.scope, request.receive))
-
-            return bounded
-
-    return BoundedRoute

@@ -150,6 +150,7 @@ class IngressConfig:
     bounds: Bounds = field(default_factory=Bounds)
     guard: GuardConfig = field(default_factory=GuardConfig)
     stream_interval_s: float = 0.0
+    shared_prefix_cache: bool = False
     log_format: str = "text"
 
 
@@ -197,11 +198,13 @@ class Ingress:
             keys=keys,
             cors_origins=config.guard.cors_origins,
             stream_interval_s=config.stream_interval_s,
+            shared_prefix_cache=config.shared_prefix_cache,
             limiter=self._limiter,
             policy=self._policy,
             metrics=self._metrics,
             siblings=self._siblings,
             tracer=self._tracing.tracer,
+            answers_id=False,  # Serve's own server does
         )
         self._tasks: tuple[asyncio.Task[None], ...] = ()
         self._instance = instance

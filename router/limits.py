@@ -1,9 +1,10 @@
 """What an API key may use: requests and tokens a minute, counted in Redis for all ingresses together.
 
 GCRA (the leaky bucket as a meter, ITU-T I.371): of each limit Redis keeps one time, when the bucket
-would be full again. A bucket holds one minute's worth. Tokens are charged before a request by an
-estimate and settled by the true number after it, so that a crowd of requests at once can't each see a
-full bucket.
+would be full again, and when that was written: where the server's clock has been set back since, both
+move with it, and nobody is locked out until it has caught up. A bucket holds one minute's worth. Tokens
+are charged before a request by an estimate and settled by the true number after it, so that a crowd of
+requests at once can't each see a full bucket.
 """
 
 import asyncio
@@ -31,36 +32,42 @@ MAX_CALLS = 32
 
 _MINUTE_US = 60_000_000
 
-# Both buckets are charged, or, where one has too little left, neither is. A request of more than a
-# whole bucket's tokens goes when the bucket is full, and leaves it in debt.
-_CHARGE = """
+_BUCKET = """
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
-local window = tonumber(ARGV[1])
-local function due(key, cost)
-  return math.max(tonumber((redis.pcall('GET', key))) or 0, now) + cost
+local function full_at(key)
+  local stored = redis.pcall('GET', key)
+  local at, written = string.match(type(stored) == 'string' and stored or '', '^(%d+):(%d+)$')
+  if not at then return now end
+  local set_back = math.max(0, tonumber(written) - now)
+  return math.max(tonumber(at) - set_back, now)
 end
+local function set(key, at)
+  local text = string.format('%.0f:%.0f', at, now)
+  return redis.call('SET', key, text, 'PX', math.ceil((at - now) / 1000) + 1000)
+end
+"""
+
+# Both buckets are charged, or, where one has too little left, neither is. A request of more than a
+# whole bucket's tokens goes when the bucket is full, and leaves it in debt.
+_CHARGE = f"""{_BUCKET}
+local window = tonumber(ARGV[1])
 local requests, tokens = tonumber(ARGV[2]), tonumber(ARGV[3])
-local after_requests, after_tokens = due(KEYS[1], requests), due(KEYS[2], tokens)
+local after_requests, after_tokens = full_at(KEYS[1]) + requests, full_at(KEYS[2]) + tokens
 local wait_requests = requests > 0 and after_requests - now - window or 0
 local wait_tokens = tokens > 0 and after_tokens - math.max(tokens - window, 0) - now - window or 0
 if wait_requests > 0 or wait_tokens > 0 then
-  return {math.max(wait_requests, wait_tokens), wait_requests > wait_tokens and 'requests' or 'tokens'}
-end
-local function set(key, at)
-  redis.call('SET', key, string.format('%.0f', at), 'PX', math.ceil((at - now) / 1000) + 1000)
+  return {{math.max(wait_requests, wait_tokens), wait_requests > wait_tokens and 'requests' or 'tokens'}}
 end
 if requests > 0 then set(KEYS[1], after_requests) end
 if tokens > 0 then set(KEYS[2], after_tokens) end
-return {0, ''}
+return {{0, ''}}
 """
 
-_SETTLE = """
-local time = redis.call('TIME')
-local now = time[1] * 1000000 + time[2]
-local at = math.max(tonumber((redis.pcall('GET', KEYS[1]))) or 0, now) + tonumber(ARGV[1])
+_SETTLE = f"""{_BUCKET}
+local at = full_at(KEYS[1]) + tonumber(ARGV[1])
 if at <= now then return redis.call('DEL', KEYS[1]) end
-return redis.call('SET', KEYS[1], string.format('%.0f', at), 'PX', math.ceil((at - now) / 1000) + 1000)
+return set(KEYS[1], at)
 """
 
 

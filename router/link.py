@@ -7,15 +7,30 @@ from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from policies.placement import OwnTraffic
+from policies.ejection import FailureWatch
+from policies.loop import Clock
+from policies.placement import OwnTraffic, Sent
 from replicas.errors import ErrorCode, TriadError
-from replicas.messages import Accepted, Delta, Event, Failed, GenerateRequest, ModelInfo, Rejected
+from replicas.messages import Accepted, Delta, Event, Failed, Finished, GenerateRequest, ModelInfo, Rejected
 from router.transport import ReplicaClient
 
 logger = logging.getLogger(__name__)
 
 Inbox = asyncio.Queue[Event]
 """One request's events, in order, ending with exactly one Finished or Failed."""
+
+LastWord = Callable[[Finished | Failed | None], None]
+"""Told how an abandoned request ended, once; None where its replica was lost before it could say."""
+
+FAULTS = frozenset({ErrorCode.UNAVAILABLE, ErrorCode.INTERNAL})
+"""Errors that are the replica's and not the request's, which another replica may not have."""
+
+
+class ReplicaLost(TriadError):
+    """A submit broke off: the replica may be gone, and may have taken the request before it went."""
+
+    def __init__(self, replica_id: str):
+        super().__init__(ErrorCode.UNAVAILABLE, f"Replica {replica_id} could not be reached.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +51,28 @@ class Link:
     """Lives on one event loop; run() keeps it alive.
 
     leaving: the replica takes no more requests (it drains or is gone); the channel closes with the
-    last one on it. on_break: called each time the channel broke.
+    last one on it. watch: told of each request that the replica fails, and of each that ends well.
+    on_break: called each time the channel broke. clock: of traffic and watch.
     """
 
     def __init__(
-        self, client: ReplicaClient, traffic: OwnTraffic, times: LinkTimes, on_break: Callable[[], None]
+        self,
+        client: ReplicaClient,
+        traffic: OwnTraffic,
+        watch: FailureWatch,
+        times: LinkTimes,
+        on_break: Callable[[], None],
+        clock: Clock,
     ):
         self._client = client
         self._traffic = traffic
+        self._watch = watch
         self._times = times
         self._on_break = on_break
+        self._clock = clock
         self._channel_id: str | None = None
-        self._inboxes: dict[str, Inbox] = {}
+        self._inboxes: dict[str, tuple[Inbox, Sent]] = {}
+        self._last_words: dict[str, LastWord] = {}
         self._to_cancel: set[str] = set()
         self._cancel_wanted = asyncio.Event()
         self._leaving = asyncio.Event()
@@ -78,21 +103,22 @@ class Link:
         return len(self._inboxes)
 
     async def submit(
-        self, request: GenerateRequest, now_s: float, num_prompt_tokens: int = 0
+        self, request: GenerateRequest, num_prompt_tokens: int = 0, is_sure: bool = True
     ) -> tuple[Accepted, Inbox]:
         """Sends a request and returns the replica's word, and where its events come in.
 
-        Raises TriadError with the replica's reason when it refuses, or UNAVAILABLE when it can't be
-        reached; then there are no events. now_s: by the clock of OwnTraffic; num_prompt_tokens:
-        an estimate.
+        Raises TriadError with the replica's reason when it refuses, ReplicaLost when that can't be known;
+        then there are no events. num_prompt_tokens: an estimate. is_sure: by it the prompt fits; one that
+        may not takes no place from others before the replica has accepted it.
         """
         if self._channel_id is None:
             raise TriadError(ErrorCode.UNAVAILABLE, f"Replica {self.replica_id} can't be reached.")
         request = replace(request, channel_id=self._channel_id)
         # Events may overtake the reply, so the inbox is there before the request goes out.
         inbox: Inbox = asyncio.Queue()
-        self._inboxes[request.request_id] = inbox
-        self._traffic.started(self.replica_id, now_s, num_prompt_tokens)
+        counted = (num_prompt_tokens, request.num_indices) if is_sure else (0, 0)
+        sent = self._traffic.started(self.replica_id, self._clock(), *counted)
+        self._inboxes[request.request_id] = inbox, sent
         try:
             async with asyncio.timeout(self._times.call_s):
                 reply = await self._client.submit(request)
@@ -102,16 +128,21 @@ class Link:
             if not isinstance(error, Exception):
                 raise
             logger.warning("replica %s: submit failed: %r", self.replica_id, error)
-            message = f"Replica {self.replica_id} could not be reached."
-            raise TriadError(ErrorCode.UNAVAILABLE, message) from error
+            self._watch.failed(self.replica_id, self._clock())
+            raise ReplicaLost(self.replica_id) from error
         if isinstance(reply, Rejected):
             self._forget(request.request_id)
+            if reply.code in FAULTS:
+                self._watch.failed(self.replica_id, self._clock())
             raise TriadError(reply.code, reply.message, reply.param)
+        self._traffic.accepted(sent, reply.num_prompt_tokens, request.num_indices)
         return reply, inbox
 
-    def abandon(self, request_id: str) -> None:
+    def abandon(self, request_id: str, last_word: LastWord | None = None) -> None:
         """Nobody waits for this request any more: it is cancelled at the replica, unless it has ended."""
         if self._forget(request_id) is not None:
+            if last_word is not None:
+                self._last_words[request_id] = last_word
             self._cancel(request_id)
 
     async def run(self) -> None:
@@ -154,6 +185,8 @@ class Link:
         finally:
             opened = self._channel_id is not None
             self._channel_id = None
+            if self._inboxes and not self.leaving:
+                self._watch.failed(self.replica_id, self._clock())
             self._fail_all()
         logger.warning("replica %s: %s", self.replica_id, reason.partition("\n")[0])
         self._on_break()
@@ -161,25 +194,44 @@ class Link:
 
     def _hand_over(self, event: Event) -> None:
         if isinstance(event, Delta):
-            inbox = self._inboxes.get(event.request_id)
-            if inbox is None:
+            entry = self._inboxes.get(event.request_id)
+            if entry is None:
                 # Its submit was given up in mid-call, and the cancel came before it.
                 self._cancel(event.request_id)
-                return
-        else:
-            inbox = self._forget(event.request_id)
-        if inbox is not None:
-            inbox.put_nowait(event)
+            else:
+                inbox, sent = entry
+                self._traffic.begun(sent)
+                inbox.put_nowait(event)
+            return
+        last_word = self._last_words.pop(event.request_id, None)
+        if last_word is not None:
+            last_word(event)
+        ended = self._forget(event.request_id)
+        if ended is None:
+            return
+        ended.put_nowait(event)
+        if isinstance(event, Finished):
+            self._watch.succeeded(self.replica_id)
+        elif event.code in FAULTS:
+            self._watch.failed(self.replica_id, self._clock())
 
     def _fail_all(self) -> None:
+        """The loss of a channel is one failure, however many requests were on it."""
+        message = f"Replica {self.replica_id} was lost."
         for request_id in tuple(self._inboxes):
-            message = f"Replica {self.replica_id} was lost."
-            self._hand_over(Failed(request_id, ErrorCode.UNAVAILABLE, message))
+            inbox = self._forget(request_id)
+            if inbox is not None:
+                inbox.put_nowait(Failed(request_id, ErrorCode.UNAVAILABLE, message))
+        last_words, self._last_words = self._last_words, {}
+        for last_word in last_words.values():
+            last_word(None)
 
     def _forget(self, request_id: str) -> Inbox | None:
-        inbox = self._inboxes.pop(request_id, None)
-        if inbox is not None:
-            self._traffic.ended(self.replica_id)
+        entry = self._inboxes.pop(request_id, None)
+        if entry is None:
+            return None
+        inbox, sent = entry
+        self._traffic.ended(sent, self._clock())
         return inbox
 
     def _cancel(self, request_id: str) -> None:

@@ -58,7 +58,8 @@ class LoadView:
             self.store_error = None
 
     async def run(self) -> None:
-        await run_every(self._period_s, self.refresh, asyncio.Event(), self._clock, self._sleep)
+        what = "reading the loads"
+        await run_every(self._period_s, self.refresh, asyncio.Event(), self._clock, self._sleep, what)
 
     def _as_of_now(self, seen: ObservedLoad) -> ObservedLoad:
         return replace(seen, age_s=seen.age_s + self._clock() - self._read_at_s)

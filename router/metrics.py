@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 from policies.load import LOST_S, ReplicaLoad
 from policies.modes import Mode
 from policies.store import ClusterView
-from replicas.messages import Finished
+from replicas.messages import DecodingReport, Finished
 from telemetry.setup import SCOPE, meter_provider
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -44,6 +44,7 @@ PER_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.
 TOKENS_PER_FORWARD_BUCKETS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0)
 
 INGRESS = "ingress"
+UNKNOWN = "unknown"
 Labels = Mapping[str, str]
 
 
@@ -56,7 +57,6 @@ class Outcome:
     first_token_s: float | None
     finished: Finished | None
     error_type: str | None
-    key_name: str | None = None
 
 
 @dataclass(slots=True)
@@ -100,7 +100,9 @@ class Metrics:
             TOKENS_PER_FORWARD_BUCKETS,
             "Of a request, after its first token",
         )
-        self._tokens = meter.create_counter("triad.tokens", "{token}", "Tokens generated, by mode")
+        self._tokens = meter.create_counter(
+            "triad.tokens", "{token}", "Tokens generated, by mode, whatever became of their requests"
+        )
         self._used = meter.create_counter("triad.key.tokens", "{token}", "Tokens used, by API key and kind")
         self._forwards = meter.create_counter(
             "triad.request.forwards", "{forward}", "Forwards of requests' rounds"
@@ -124,7 +126,7 @@ class Metrics:
         )
         of_load("triad.requests.waiting", "{request}", "Depth of a replica's queue", lambda x: x.num_waiting)
         of_load("triad.pages.used", "{page}", "K/V pages in use", lambda x: x.pages_used)
-        of_load("triad.pages.total", "{page}", "K/V pages there are", lambda x: x.num_pages)
+        of_load("triad.pages.capacity", "{page}", "K/V pages there are", lambda x: x.num_pages)
         of_load(
             "triad.tokens.rate", "{token}/s", "Tokens a replica generates a second", lambda x: x.tokens_per_s
         )
@@ -133,6 +135,12 @@ class Metrics:
             "triad.plan.version", "1", "Grows with each plan a replica is given", lambda x: x.plan_version
         )
         of_load("triad.plan.held", "s", "For how long a replica has run its plan", lambda x: x.decode_held_s)
+        meter.create_observable_counter(
+            "triad.replica.tokens",
+            [lambda options: self._generated()],
+            "{token}",
+            "All tokens that a replica has generated since it started, by mode",
+        )
         gauge("triad.tokens_per_forward", "1", "Recent average, by mode", self._by_mode)
         gauge(
             "triad.acceptance_length",
@@ -193,16 +201,28 @@ class Metrics:
         if outcome.first_token_s is not None and tokens_per_choice > 1:
             rest_s = outcome.duration_s - outcome.first_token_s
             self._per_token.record(rest_s / (tokens_per_choice - 1), common)
-        for mode, num_tokens in report.tokens_by_mode.items():
-            self._tokens.add(num_tokens, self._own | {"mode": mode.value})
         if report.num_forwards:
             self._tokens_per_forward.record(report.tokens_per_forward, self._own | {"rule": report.rule})
+
+    def made(self, report: DecodingReport | None, num_tokens: int) -> None:
+        """What a replica made of a request, complete or not. report: None where it was lost before it could
+        say; then what had come of it, num_tokens, has the mode `unknown`."""
+        if report is None:
+            if num_tokens:
+                self._tokens.add(num_tokens, self._own | {"mode": UNKNOWN})
+            return
+        for mode, num in report.tokens_by_mode.items():
+            self._tokens.add(num, self._own | {"mode": mode.value})
+        if report.num_forwards:
             self._forwards.add(report.num_forwards, self._own)
         if report.num_switches:
             self._switches.add(report.num_switches, self._own)
-        key = self._own | {"key": outcome.key_name or ""}
-        self._used.add(finished.num_prompt_tokens, key | {"kind": "prompt"})
-        self._used.add(finished.num_completion_tokens, key | {"kind": "completion"})
+
+    def used(self, key_name: str | None, num_prompt: int, num_completion: int) -> None:
+        """Tokens of a request, under the name of its API key."""
+        key = self._own | {"key": key_name or ""}
+        self._used.add(num_prompt, key | {"kind": "prompt"})
+        self._used.add(num_completion, key | {"kind": "completion"})
 
     def _loads(self) -> list[ReplicaLoad]:
         view = self.seen.view
@@ -216,6 +236,13 @@ class Metrics:
             Observation(ratio, _labels(load) | {"mode": mode.value})
             for load in self._loads()
             for mode, ratio in load.tokens_per_forward.items()
+        ]
+
+    def _generated(self) -> list[Observation]:
+        return [
+            Observation(num, _labels(load) | {"mode": mode.value})
+            for load in self._loads()
+            for mode, num in load.tokens_total_by_mode.items()
         ]
 
     def _acceptance(self) -> list[Observation]:

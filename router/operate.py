@@ -1,15 +1,19 @@
 """The operators' routes: Prometheus's figures, and the policy at run time."""
 
 import asyncio
+import json
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
 from fastapi import FastAPI
 from prometheus_client.metrics_core import Metric
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 from starlette.responses import Response
 
+from policies.loop import run_every
 from policies.registry import PolicyError, policy_names
 from policies.setting import PolicyChoice, PolicyWatch
 from policies.store import LoadStore, StoreUnavailable
@@ -24,11 +28,35 @@ READING_PERIOD_S = 10.0
 """For metrics that are pushed; a scrape reads afresh."""
 
 
+MAX_PARAMETER = 1e9
+MAX_PARAMS_LEN = 64 * 2**10
+
+
+def _readable(params: dict[str, Any]) -> dict[str, Any]:
+    """All that decide must be able to read them from Redis, and reckon with them."""
+    waiting: list[Any] = [params]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict | list):
+            waiting += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, int | float) and not abs(value) <= MAX_PARAMETER:
+            raise PydanticCustomError(
+                "parameter", "A number is from -{most} to {most}", {"most": f"{MAX_PARAMETER:g}"}
+            )
+    try:
+        length = len(json.dumps(params, ensure_ascii=False).encode())
+    except UnicodeEncodeError:
+        raise PydanticCustomError("unicode", "A text has a lone surrogate") from None
+    if length > MAX_PARAMS_LEN:
+        raise PydanticCustomError("too_long", "They have at most {most} bytes", {"most": MAX_PARAMS_LEN})
+    return params
+
+
 class PolicyBody(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     policy: Annotated[str, Field(min_length=1, max_length=200)]
-    policy_params: dict[str, Any] = Field(default_factory=dict)
+    policy_params: Annotated[dict[str, Any], AfterValidator(_readable)] = Field(default_factory=dict)
 
 
 Siblings = Callable[[], Awaitable[list[Metric]]]
@@ -79,9 +107,12 @@ async def read_cluster(metrics: Metrics, store: LoadStore) -> None:
 
 async def keep_reading(metrics: Metrics, store: LoadStore) -> None:
     """Until cancelled."""
-    while True:
+
+    async def step() -> None:
         await read_cluster(metrics, store)
-        await asyncio.sleep(READING_PERIOD_S)
+
+    what = "reading the metrics"
+    await run_every(READING_PERIOD_S, step, asyncio.Event(), time.monotonic, asyncio.sleep, what)
 
 
 def policy_state(watch: PolicyWatch) -> dict[str, Any]:

@@ -25,10 +25,18 @@ class GenerationResponse(Response):
     """Runs a generation while it answers; a TriadError before the first byte leaves as an exception."""
 
     def __init__(
-        self, generation: Generation, answer: Answer, stream: bool, record: Record, interval_s: float = 0.0
+        self,
+        generation: Generation,
+        answer: Answer,
+        stream: bool,
+        record: Record,
+        interval_s: float = 0.0,
+        as_sent: Callable[[TriadError], TriadError] = lambda error: error,
     ):
-        """interval_s: the least time between two pieces of a stream."""
+        """interval_s: the least time between two pieces of a stream. as_sent: an error in the names that
+        the client used."""
         super().__init__()
+        self._as_sent = as_sent
         self._interval_s = interval_s
         self._record = record.of(generation)
         self._generation = generation
@@ -38,7 +46,10 @@ class GenerationResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = self._reply_in_events if self._stream else self._reply_whole
         with self._record:
-            await run_until_disconnect(receive, lambda: reply(send))
+            try:
+                await run_until_disconnect(receive, lambda: reply(send))
+            except TriadError as error:
+                raise self._as_sent(error) from error.__cause__
 
     async def _reply_whole(self, send: Send) -> None:
         async with self._generation as generation:
@@ -76,7 +87,7 @@ class GenerationResponse(Response):
                 last = head + self._answer.tail(last_index, last_reason, generation.finished)
             except TriadError as error:
                 self._record.failed(error)
-                last = head + error_event(error)
+                last = head + error_event(self._as_sent(error))
         await send({"type": "http.response.body", "body": last})
 
 
@@ -108,19 +119,48 @@ async def _send_part(send: Send, body: bytes) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
-class BodyLimit:
-    """ASGI middleware: a body longer than max_bytes is a 413, whether or not its length is declared."""
+class HeadAsGet:
+    """ASGI middleware: HEAD is answered wherever GET is, with all but the body."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int):
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_bare(message: Message) -> None:
+            await send({**message, "body": b""} if "body" in message else message)
+
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            # A copy, since the server looks at its own to know that no body follows.
+            await self._app(dict(scope, method="GET"), receive, send_bare)
+        else:
+            await self._app(scope, receive, send)
+
+
+class BodyLimit:
+    """ASGI middleware: a body longer than max_bytes is a 413, whether or not its length is declared, and one
+    that is not whole timeout_s after its head a 408, however steadily it trickles."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float):
         self._app = app
         self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         num_bytes = 0
+        is_whole = False
+        deadline_s = asyncio.get_running_loop().time() + self._timeout_s
 
         async def limited() -> Message:
-            nonlocal num_bytes
-            message = await receive()
+            nonlocal num_bytes, is_whole
+            if is_whole:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline_s):
+                    message = await receive()
+            except TimeoutError:
+                told = f"the body was not whole after {self._timeout_s:g} s"
+                raise HTTPException(408, told, {"Connection": "close"}) from None
+            is_whole = not message.get("more_body", False)
             num_bytes += len(message.get("body", b""))
             # An HTTPException, because FastAPI makes any other error in a body's reading a 400.
             if num_bytes > self._max_bytes:

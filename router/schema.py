@@ -6,13 +6,13 @@ is otherwise an error that names it. Nothing is ignored.
 
 import json
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
+    FailFast,
     Field,
     PlainValidator,
     field_validator,
@@ -22,57 +22,34 @@ from pydantic_core import PydanticCustomError
 
 from policies.modes import LOSSLESS_MODES, MAX_BLOCK_LENGTH, Mode
 from replicas.messages import NUM_SEEDS, DecodingOptions, JsonFormat, Prompt, SamplingParams
+from router.fields import (
+    INTEGRAL,
+    MAX_INT32,
+    Count,
+    NoList,
+    Off,
+    PositiveCount,
+    Strict,
+    Text,
+    TextPrompt,
+    Unsupported,
+    at_most,
+    conflict,
+    neutral,
+    prompts,
+)
 
 MAX_STOPS = 16
 MAX_STOP_LEN = 256
 MAX_BIASES = 300
+MAX_MESSAGES = 4096
+MAX_METADATA = 16
 MAX_PRIORITY = 1000
 MAX_TIMEOUT_S = 24 * 3600.0
 MAX_SCHEMA_LEN = 64 * 1024
 MAX_CHOICES = 128
-MAX_PROMPTS = 128
 MAX_CHAT_LOGPROBS = 20
 MAX_TEXT_LOGPROBS = 5
-
-
-def _neutral(*values: Any) -> AfterValidator:
-    """Accepts null and the given values; anything else asks for what Triad can't do."""
-
-    def check(value: Any) -> None:
-        if value is not None and not any(_same(value, known) for known in values):
-            only = f" Leave it out or send {values[0]!r}." if values else ""
-            message = "This parameter is not supported.{only}"
-            raise PydanticCustomError("unsupported_parameter", message, {"only": only})
-
-    return AfterValidator(check)
-
-
-def _same(value: Any, known: Any) -> bool:
-    """Equal, where 1.0 is 1 but true isn't."""
-    if isinstance(value, bool) or isinstance(known, bool):
-        return value is known
-    return bool(value == known)
-
-
-Unsupported = Annotated[Any, _neutral()]
-NoList = Annotated[Any, _neutral([])]
-Off = Annotated[Any, _neutral(False)]
-
-
-def _unicode(text: str) -> str:
-    """JSON can carry a lone surrogate; no tokenizer takes it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise PydanticCustomError("unicode", "The text has a lone surrogate") from None
-    return text
-
-
-Text = Annotated[str, AfterValidator(_unicode)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def _text(value: Any) -> Any:
@@ -83,13 +60,14 @@ def _text(value: Any) -> Any:
     for part in value:
         if not isinstance(part, dict) or part.get("type") != "text":
             raise PydanticCustomError("unsupported_value", "Only content parts of type 'text' are supported.")
-        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+        text = part.get("text")
+        if len(part) != 2 or not isinstance(text, str):
             raise PydanticCustomError("text_part", "A text part has a 'type' and a string 'text'")
-        texts.append(part["text"])
+        texts.append(text)
     return "".join(texts)
 
 
-class Message(_Strict):
+class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[Text, BeforeValidator(_text)]
     # What an answer's message carries, so that it can be sent back as it came.
@@ -102,31 +80,31 @@ class Message(_Strict):
     annotations: NoList = None
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: Off = None
     continuous_usage_stats: bool = False
 
 
-class Decoding(_Strict):
+class Decoding(Strict):
     """How to decode; `auto` leaves it to the cluster's policy."""
 
     mode: Literal["auto", "ar", "diffusion", "self_speculation"] = "auto"
-    block_length: Annotated[int, Field(ge=2, le=MAX_BLOCK_LENGTH)] | None = None
+    block_length: Annotated[int, Field(ge=2, le=MAX_BLOCK_LENGTH), INTEGRAL] | None = None
     threshold: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     lossless: bool = False
-    max_steps: Annotated[int, Field(ge=1, le=MAX_BLOCK_LENGTH)] | None = None
+    max_steps: Annotated[int, Field(ge=1, le=MAX_BLOCK_LENGTH), INTEGRAL] | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         mode = self.pinned_mode
         if self.lossless and mode is Mode.DIFFUSION:
-            raise _conflict("lossless", "diffusion is not lossless; choose another mode")
+            raise conflict("lossless", "diffusion is not lossless; choose another mode")
         if self.block_length is not None and mode is Mode.AR:
-            raise _conflict("block_length", "ar decodes one token at a time")
+            raise conflict("block_length", "ar decodes one token at a time")
         for field in ("threshold", "max_steps"):
             if getattr(self, field) is not None and (self.lossless or mode in LOSSLESS_MODES):
-                raise _conflict(field, "only diffusion has one")
+                raise conflict(field, "only diffusion has one")
         return self
 
     @property
@@ -143,12 +121,7 @@ class Decoding(_Strict):
         )
 
 
-def _conflict(field: str, why: str) -> PydanticCustomError:
-    """Of one field with another; an error of the whole object says by `field` which one to change."""
-    return PydanticCustomError("conflict", "{why}", {"field": field, "why": why})
-
-
-class JsonSchemaFormat(_Strict):
+class JsonSchemaFormat(Strict):
     """strict: false leaves out what of the schema can't be enforced; otherwise that is an error."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
@@ -158,24 +131,30 @@ class JsonSchemaFormat(_Strict):
 
     @field_validator("schema_")
     @classmethod
-    def _is_short(cls, schema: dict[str, Any]) -> dict[str, Any]:
+    def _is_json(cls, schema: dict[str, Any]) -> dict[str, Any]:
+        """Short enough, and such that it can be sent on: Python takes more for JSON than JSON is."""
         try:
-            length = len(json.dumps(schema))
-        except (RecursionError, ValueError):
+            length = len(json.dumps(schema, allow_nan=False, ensure_ascii=False).encode())
+        except RecursionError:
             raise PydanticCustomError("schema", "The schema is nested too deeply") from None
+        except UnicodeEncodeError:
+            raise PydanticCustomError("schema", "The schema has a lone surrogate") from None
+        except ValueError as error:  # a number that overflows, or has thousands of digits
+            message = "The schema can't be written as JSON: {error}"
+            raise PydanticCustomError("schema", message, {"error": str(error)}) from None
         if length > MAX_SCHEMA_LEN:
             raise PydanticCustomError("schema", "A schema has at most {most} bytes", {"most": MAX_SCHEMA_LEN})
         return schema
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
 
     @model_validator(mode="after")
     def _schema_where_it_belongs(self) -> Self:
         if (self.json_schema is None) == (self.type == "json_schema"):
-            raise _conflict("json_schema", "goes with type 'json_schema', and only with it")
+            raise conflict("json_schema", "goes with type 'json_schema', and only with it")
         return self
 
     def json_format(self) -> JsonFormat | None:
@@ -185,55 +164,70 @@ class ResponseFormat(_Strict):
 
 
 Stops = Annotated[
-    list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LEN)]], Field(max_length=MAX_STOPS)
+    list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LEN)]],
+    Field(max_length=MAX_STOPS),
+    at_most(MAX_STOPS),
 ]
+
+
+def _token_id(text: str) -> str:
+    if int(text) > MAX_INT32:
+        raise PydanticCustomError("token_id", "A token id is at most {most}", {"most": MAX_INT32})
+    return text
 
 
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
-TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+TokenId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$"), AfterValidator(_token_id)]
 LogitBias = Annotated[
-    dict[TokenId, Annotated[float, Field(ge=-100.0, le=100.0)]], Field(max_length=MAX_BIASES)
+    dict[TokenId, Annotated[float, Field(ge=-100.0, le=100.0)]],
+    Field(max_length=MAX_BIASES),
+    at_most(MAX_BIASES),
 ]
+Metadata = Annotated[dict[str, str], Field(max_length=MAX_METADATA), at_most(MAX_METADATA)]
 
 
 def _stops(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class _Completion(_Strict):
+class Completion(Strict):
     """The fields of both kinds of completion."""
 
+    prompt_field: ClassVar[str]
+    """What holds the prompt."""
+
     model: str
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: PositiveCount | None = None
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
-    seed: Annotated[int, Field(ge=-NUM_SEEDS, lt=NUM_SEEDS)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_INT32), INTEGRAL] | None = None
+    """-1 and 0 filter nothing."""
+    seed: Annotated[int, Field(ge=-NUM_SEEDS, lt=NUM_SEEDS), INTEGRAL] | None = None
     stop: Annotated[Stops | None, BeforeValidator(_stops)] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Field(gt=0.0, le=2.0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100.0)] | None = None
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_tokens: Count | None = None
     logit_bias: LogitBias | None = None
     timeout_s: Annotated[float, Field(gt=0.0, le=MAX_TIMEOUT_S)] | None = None
-    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY), INTEGRAL] | None = None
     decoding: Decoding | None = None
     response_format: ResponseFormat | None = None
 
     user: str | None = None
     safety_identifier: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
     store: Off = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), INTEGRAL] | None = None
 
     @model_validator(mode="after")
     def _usage_is_streamed(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise _conflict("stream_options", "only with stream: true")
+            raise conflict("stream_options", "only with stream: true")
         return self
 
     @property
@@ -254,13 +248,33 @@ class _Completion(_Strict):
     def continuous_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
+    @property
+    def num_prompt_chars(self) -> int:
+        """Of all prompts; a token id counts as one."""
+        raise NotImplementedError
+
+    @property
+    def limit_field(self) -> str:
+        """What names num_wanted."""
+        return "max_tokens"
+
+    def name_sent(self, param: str) -> str | None:
+        """How this body names what a replica means by param, as far down as it has it; None if not at all."""
+        head, *rest = param.split(".")
+        name = head.partition("[")[0]
+        if name in ("messages", "prompt"):
+            head = head.replace(name, self.prompt_field)
+        elif name == "max_tokens":
+            head = self.limit_field
+        return ".".join(_sent(self, (head, *rest))) or None
+
     def sampling(self, draw_seed: Callable[[], int]) -> SamplingParams:
         """OpenAI's defaults where a field is absent; draw_seed gives a seed where none was sent."""
         return SamplingParams(
             max_tokens=self.num_wanted,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=self.top_k or 0,
+            top_k=max(0, self.top_k or 0),
             seed=(draw_seed() if self.seed is None else self.seed) % NUM_SEEDS,
             stop=tuple(self.stop or ()),
             ignore_eos=self.ignore_eos,
@@ -278,19 +292,21 @@ class _Completion(_Strict):
         return (self.decoding or Decoding()).options()
 
 
-class ChatCompletionRequest(_Completion):
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+class ChatCompletionRequest(Completion):
+    prompt_field = "messages"
+
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: PositiveCount | None = None
 
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_CHAT_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_CHAT_LOGPROBS), INTEGRAL] | None = None
     tools: NoList = None
-    tool_choice: Annotated[Any, _neutral("none")] = None
-    parallel_tool_calls: Annotated[Any, _neutral(True)] = None
+    tool_choice: Annotated[Any, neutral("none")] = None
+    parallel_tool_calls: Annotated[Any, neutral(True)] = None
     functions: NoList = None
-    function_call: Annotated[Any, _neutral("none")] = None
-    modalities: Annotated[Any, _neutral(["text"])] = None
-    service_tier: Annotated[Any, _neutral("auto", "default")] = None
+    function_call: Annotated[Any, neutral("none")] = None
+    modalities: Annotated[Any, neutral(["text"])] = None
+    service_tier: Annotated[Any, neutral("auto", "default")] = None
     audio: Unsupported = None
     prediction: Unsupported = None
     reasoning_effort: Unsupported = None
@@ -302,13 +318,13 @@ class ChatCompletionRequest(_Completion):
     def _one_limit(self) -> Self:
         newer = self.max_completion_tokens
         if newer is not None and self.max_tokens not in (None, newer):
-            raise _conflict("max_tokens", "differs from max_completion_tokens; send one of them")
+            raise conflict("max_tokens", "differs from max_completion_tokens; send one of them")
         return self
 
     @model_validator(mode="after")
     def _alternatives_of_something(self) -> Self:
         if self.top_logprobs and not self.logprobs:
-            raise _conflict("top_logprobs", "only with logprobs: true")
+            raise conflict("top_logprobs", "only with logprobs: true")
         return self
 
     @property
@@ -319,6 +335,15 @@ class ChatCompletionRequest(_Completion):
     def num_wanted(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    @property
+    def limit_field(self) -> str:
+        newer_alone = self.max_tokens is None and self.max_completion_tokens is not None
+        return "max_completion_tokens" if newer_alone else "max_tokens"
+
+    @property
+    def num_prompt_chars(self) -> int:
+        return sum(1 + len(message.content) for message in self.messages)
+
     def prompts_for_replica(self) -> tuple[Prompt, ...]:
         # OpenAI renamed `system` to `developer`; templates know the old name.
         messages = tuple(
@@ -328,41 +353,32 @@ class ChatCompletionRequest(_Completion):
         return (messages,)
 
 
-TextPrompt = str | tuple[int, ...]
+def _sent(value: Any, names: tuple[str, ...]) -> tuple[str, ...]:
+    """As much of a path as a body has; a list's items are taken on trust."""
+    if not names or not isinstance(value, BaseModel):
+        return names
+    fields = {field.alias or name: name for name, field in type(value).model_fields.items()}
+    inner = getattr(value, fields.get(names[0].partition("[")[0], ""), None)
+    return () if inner is None else (names[0], *_sent(inner, names[1:]))
 
 
-def _prompts(value: Any) -> tuple[TextPrompt, ...]:
-    """Text or token ids, alone or several in a list."""
-    several = isinstance(value, list) and bool(value) and all(isinstance(item, str | list) for item in value)
-    prompts = value if several else [value]
-    if len(prompts) > MAX_PROMPTS:
-        raise PydanticCustomError("prompt", "At most {most} prompts a request", {"most": MAX_PROMPTS})
-    return tuple(_prompt(prompt) for prompt in prompts)
+class CompletionRequest(Completion):
+    prompt_field = "prompt"
 
-
-def _prompt(value: Any) -> TextPrompt:
-    if isinstance(value, list) and value and all(type(item) is int and item >= 0 for item in value):
-        return tuple(value)
-    if isinstance(value, str):
-        return _unicode(value)
-    raise PydanticCustomError("prompt", "A prompt is a string or a list of token ids, or a list of these")
-
-
-class CompletionRequest(_Completion):
     prompt: Annotated[
         tuple[TextPrompt, ...],
-        PlainValidator(_prompts, json_schema_input_type=str | list[int] | list[str] | list[list[int]]),
+        PlainValidator(prompts, json_schema_input_type=str | list[int] | list[str] | list[list[int]]),
     ]
 
-    logprobs: Annotated[int, Field(ge=0, le=MAX_TEXT_LOGPROBS)] | None = None
-    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TEXT_LOGPROBS), INTEGRAL] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES), INTEGRAL] | None = None
     echo: Off = None
     suffix: Unsupported = None
 
     @model_validator(mode="after")
     def _best_of_is_n(self) -> Self:
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise _conflict(
+            raise conflict(
                 "best_of",
                 "choosing the best of more completions than are sent back is not supported; leave it out, "
                 "and choose among n completions by their logprobs",
@@ -372,6 +388,10 @@ class CompletionRequest(_Completion):
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def num_prompt_chars(self) -> int:
+        return sum(map(len, self.prompt))
 
     def prompts_for_replica(self) -> tuple[Prompt, ...]:
         return self.prompt

@@ -4,6 +4,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,21 +13,24 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from replicas.errors import TriadError
+from replicas.messages import Failed, Finished
 from router.auth import ApiKey
 from router.dispatch import Generation
-from router.errors import ApiError
+from router.errors import MAX_PARAM_LEN, ApiError, shortened
 from router.guard import COMPLETIONS
 from router.limits import Charge, KeyLimiter
 from router.metrics import Metrics, Outcome
 from telemetry.logs import FIELDS, LogContext, log_context
-from telemetry.propagation import HEADER, parent_context, traceparent_of
+from telemetry.propagation import carrier_below, carrier_of, parent_context
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "x-request-id"
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+MAX_REQUEST_ID_LEN = 128
+_NOT_PLAIN = re.compile(r"[^A-Za-z0-9_.:-]")
 _SPAN = "triad_span"
+_CARRIER = "triad_trace_carrier"
 _FIELDS = "triad_log_fields"
 _QUIET = frozenset({"/health", "/healthz", "/readyz", "/metrics"})
 """Asked every few seconds: neither traced nor logged."""
@@ -35,13 +39,15 @@ _QUIET = frozenset({"/health", "/healthz", "/readyz", "/metrics"})
 class Trail:
     """ASGI middleware around all others: request id, span, counter and log line of every answer.
 
-    The caller's own X-Request-Id is kept where it is a plain word.
+    The caller's own X-Request-Id is kept as far as it is a plain word. answers_id: whether to answer with
+    it, unless what stands before the app does, with the id as it came.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics | None, tracer: Tracer | None):
+    def __init__(self, app: ASGIApp, metrics: Metrics | None, tracer: Tracer | None, answers_id: bool = True):
         self._app = app
         self._metrics = metrics
         self._tracer = tracer
+        self._answers_id = answers_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -51,12 +57,13 @@ class Trail:
         state = scope.setdefault("state", {})
         fields: dict[str, Any] = {}
         state[_FIELDS] = fields
+        name = shortened(f"{scope['method']} {scope['path']}", MAX_PARAM_LEN)
         span = None
         if self._tracer is not None and scope["path"] not in _QUIET:
-            name = f"{scope['method']} {scope['path']}"[:200]
             attributes = {"http.request.method": scope["method"], "triad.request.id": request_id}
-            parent = parent_context(_header(scope, HEADER.encode()))
+            parent = parent_context(carrier_of(scope["headers"]))
             span = state[_SPAN] = self._tracer.start_span(name, parent, SpanKind.SERVER, attributes)
+            state[_CARRIER] = carrier_below(span, parent)
         trace_id = None if span is None else format_trace_id(span.get_span_context().trace_id)
         token = log_context.set(LogContext(request_id, trace_id))
         status = 499
@@ -66,7 +73,8 @@ class Trail:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+                if self._answers_id:
+                    MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
             await send(message)
 
         try:
@@ -83,7 +91,7 @@ class Trail:
                 span.end()
             if scope["path"] not in _QUIET and logger.isEnabledFor(logging.INFO):
                 line = {"status": status, "duration_s": round(time.monotonic() - began_s, 6)} | fields
-                logger.info("%s %s", scope["method"], scope["path"], extra={FIELDS: line})
+                logger.info("%s", name, extra={FIELDS: line})
             log_context.reset(token)
 
 
@@ -100,10 +108,10 @@ def span_of(scope: Scope) -> Span | None:
     return span
 
 
-def traceparent_in(scope: Scope) -> str | None:
-    """The context that spans below this request's belong to."""
-    span = span_of(scope)
-    return None if span is None else traceparent_of(span)
+def trace_carrier_in(scope: Scope) -> Mapping[str, str]:
+    """The context that spans below this request's belong to, as headers; empty without tracing."""
+    carrier: Mapping[str, str] = scope.get("state", {}).get(_CARRIER, {})
+    return carrier
 
 
 class Record:
@@ -133,6 +141,7 @@ class Record:
 
     def of(self, generation: Generation) -> Self:
         self._generation = generation
+        generation.on_end = self._count
         return self
 
     def first_token(self) -> None:
@@ -160,16 +169,30 @@ class Record:
             self._error = "disconnected"
         num_made = 0 if generation is None else generation.num_tokens
         if self._limiter is not None and self._charge is not None:
-            num_prompt = self._charge.num_prompt if finished is None else finished.num_prompt_tokens
-            used = num_prompt + num_made if num_made or finished is not None else 0
-            self._limiter.settle(self._charge, used)
+            # What no replica has accepted has cost nothing; what one has, its prompt, however it ends.
+            num_prompt = 0 if generation is None else generation.num_prompt_tokens
+            self._limiter.settle(self._charge, num_prompt + num_made)
         duration_s = time.monotonic() - self._began_s
-        key_name = None if self._key is None else self._key.name
         if self._metrics is not None:
-            self._metrics.ended(
-                Outcome(self._operation, duration_s, self._first_token_s, finished, self._error, key_name)
-            )
-        self._note(duration_s, num_made, key_name)
+            outcome = Outcome(self._operation, duration_s, self._first_token_s, finished, self._error)
+            self._metrics.ended(outcome)
+        self._note(duration_s, num_made, self._key_name)
+
+    @property
+    def _key_name(self) -> str | None:
+        return None if self._key is None else self._key.name
+
+    def _count(self, last: Finished | Failed | None) -> None:
+        """The tokens of a request, complete or not, once its replica has said how it ended."""
+        generation = self._generation
+        if self._metrics is None or generation is None:
+            return
+        for failed, num_tokens in generation.given_up:
+            self._metrics.made(failed.report, num_tokens)
+        self._metrics.made(None if last is None else last.report, generation.num_tokens)
+        has_counted = last is not None and last.report is not None
+        num_completion = last.num_completion_tokens if last and has_counted else generation.num_tokens
+        self._metrics.used(self._key_name, generation.num_prompt_tokens, num_completion)
 
     def _note(self, duration_s: float, num_made: int, key_name: str | None) -> None:
         generation = self._generation
@@ -209,7 +232,7 @@ class Record:
 
 def _request_id(scope: Scope) -> str:
     given = _header(scope, REQUEST_ID_HEADER.encode())
-    return given if given and _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+    return _NOT_PLAIN.sub("_", given)[:MAX_REQUEST_ID_LEN] if given else f"req-{uuid.uuid4().hex}"
 
 
 def _header(scope: Scope, name: bytes) -> str | None:

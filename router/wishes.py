@@ -2,10 +2,13 @@
 
 from policies.placement import Wish
 from policies.prefix import PrefixMap, prefix_keys
-from replicas.messages import Finished, GenerateRequest, Prompt
+from replicas.errors import ErrorCode, TriadError
+from replicas.messages import Finished, GenerateRequest, ModelInfo, Prompt
 
 CHARS_A_TOKEN = 4.0
 """Until the replicas' answers say better."""
+LEAST_CHARS_A_TOKEN, MOST_CHARS_A_TOKEN = 0.5, 8.0
+"""Whatever clients ask: one's odd texts are not to make nonsense of the others' sizes."""
 _LEARNING_RATE = 0.05
 
 
@@ -18,14 +21,16 @@ class Wishes:
 
     def keys(self, request: GenerateRequest) -> tuple[int, ...]:
         """Of the first prompt, where there are several."""
-        return prefix_keys(_content(request.prompts[0]))
+        return prefix_keys(_content(request.prompts[0]), request.cache_salt)
 
-    def wish(self, request: GenerateRequest, keys: tuple[int, ...], now_s: float) -> Wish:
-        return Wish(request.decoding.mode, self._prefixes.held(keys, now_s), self.num_prompt_tokens(request))
+    def wish(
+        self, request: GenerateRequest, keys: tuple[int, ...], num_prompt_tokens: int, now_s: float
+    ) -> Wish:
+        return Wish(request.decoding.mode, self._prefixes.held(keys, now_s), num_prompt_tokens)
 
-    def num_prompt_tokens(self, request: GenerateRequest) -> int:
-        """Of all prompts, an estimate but for those that are token ids."""
-        return sum(self._num_tokens(_content(prompt)) for prompt in request.prompts)
+    def prompt_lens(self, request: GenerateRequest) -> list[int]:
+        """Of each prompt in tokens, an estimate but for those that are token ids."""
+        return [self._num_tokens(_content(prompt)) for prompt in request.prompts]
 
     def sent(self, keys: tuple[int, ...], replica_id: str, now_s: float) -> None:
         self._prefixes.sent(keys, replica_id, now_s)
@@ -38,13 +43,38 @@ class Wishes:
             len(content) for content in contents if not isinstance(content, str)
         )
         if num_chars and num_tokens > 0:
-            self._chars_a_token += _LEARNING_RATE * (num_chars / num_tokens - self._chars_a_token)
+            ratio = min(max(num_chars / num_tokens, LEAST_CHARS_A_TOKEN), MOST_CHARS_A_TOKEN)
+            self._chars_a_token += _LEARNING_RATE * (ratio - self._chars_a_token)
 
     def forget(self, replica_id: str) -> None:
         self._prefixes.forget(replica_id)
 
     def _num_tokens(self, content: str | tuple[int, ...]) -> int:
         return max(1, round(len(content) / self._chars_a_token)) if isinstance(content, str) else len(content)
+
+
+def check_fits(request: GenerateRequest, model: ModelInfo) -> None:
+    """Raises TriadError for a prompt that is longer than the context whatever its tokens are, so that no
+    replica reads it only to refuse it."""
+    for prompt in request.prompts:
+        if isinstance(prompt, str):
+            num, most, unit, param = len(prompt), model.max_prompt_chars, "characters", "prompt"
+        elif prompt and isinstance(prompt[0], int):
+            num, most, unit, param = len(prompt), model.max_context - 1, "tokens", "prompt"
+        else:
+            num, most, unit, param = _least_chars(prompt), model.max_prompt_chars, "characters", "messages"
+        if most is not None and num > most:
+            message = (
+                f"the context is {model.max_context} tokens, which no prompt of more than {most} {unit} "
+                f"fits, and this one has {num}; shorten it"
+            )
+            raise TriadError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, param)
+
+
+def _least_chars(prompt: Prompt) -> int:
+    """What surely reaches the model of a chat: templates leave out some of earlier answers, and trim."""
+    messages = (item for item in prompt if not isinstance(item, int | str))
+    return sum(len(item["content"].strip()) for item in messages if item["role"] == "user")
 
 
 def _content(prompt: Prompt) -> str | tuple[int, ...]:

@@ -36,8 +36,9 @@ class Segment:
     sampling: SamplingParams
     prompt_len: int = 0
     """Tokens of the sequence's prompt."""
-    history: tuple[int, ...] = ()
-    """The tokens before start, where the sampling has penalties; else empty."""
+    history: Seq[int] = ()
+    """The tokens before start, where the sampling has penalties and any row is wanted; else empty. An array
+    of int32 is the cheapest."""
     allowed: tuple[bytes, ...] = ()
     """For each wanted index a mask of what may be sampled (engine.grammar); empty for anything."""
 
@@ -77,7 +78,10 @@ TokenProb = tuple[int, float]
 
 @dataclass(frozen=True, slots=True)
 class SegmentOutput:
-    """The sampled tokens of a segment, aligned with Segment.wanted."""
+    """The sampled tokens of a segment, one for each index of Segment.wanted.
+
+    They are fewer, of a verify, where nothing can be sampled from a later row.
+    """
 
     token_ids: tuple[int, ...]
     """The chosen tokens; never the mask token."""

@@ -9,8 +9,10 @@ cache. Pages that nobody uses are evicted, the longest unused first, when others
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
-ROOT = 0
-"""The key number of the empty prefix."""
+Key = int | str
+"""What stands for a prefix: the number of its last page, or a salt where it is empty."""
+ROOT: Key = ""
+"""The empty prefix without a salt."""
 
 
 class PagePool:
@@ -24,10 +26,10 @@ class PagePool:
         self._free = list(range(num_pages - 1, -1, -1))  # of unknown content
         self._idle: OrderedDict[int, None] = OrderedDict()  # findable and unused, the longest unused first
         self._num_owners: dict[int, int] = {}
-        self._page_of: dict[tuple[int, tuple[int, ...]], int] = {}
-        self._key_of: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self._page_of: dict[tuple[Key, tuple[int, ...]], int] = {}
+        self._key_of: dict[int, tuple[Key, tuple[int, ...]]] = {}
         self._number_of: dict[int, int] = {}
-        self._last_number = ROOT
+        self._last_number = 0
 
     @property
     def num_free(self) -> int:
@@ -53,13 +55,13 @@ class PagePool:
             pages.append(page)
         return pages
 
-    def find(self, tokens: Sequence[int]) -> tuple[list[int], int]:
+    def find(self, tokens: Sequence[int], salt: Key = ROOT) -> tuple[list[int], Key]:
         """Takes the cached pages of the longest prefix of tokens; whole pages only.
 
-        Returns them, to be released like allocated ones, and the key number of what they hold.
+        Returns them, to be released like allocated ones, and the key of what they hold.
         """
         pages: list[int] = []
-        number = ROOT
+        number = salt
         for start in range(0, len(tokens) - self.page_size + 1, self.page_size):
             page = self._page_of.get((number, tuple(tokens[start : start + self.page_size])))
             if page is None:
@@ -70,10 +72,10 @@ class PagePool:
             number = self._number_of[page]
         return pages, number
 
-    def keep(self, page: int, parent: int, tokens: tuple[int, ...]) -> int:
+    def keep(self, page: int, parent: Key, tokens: tuple[int, ...]) -> int:
         """Makes a full page findable, whose owner has committed its K/V and will not write it again.
 
-        parent: the key number of the prefix before it. Returns its own. Where another page holds the
+        parent: the key of the prefix before it. Returns its own. Where another page holds the
         same already, that one stays the one to be found.
         """
         key = (parent, tokens)

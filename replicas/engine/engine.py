@@ -134,10 +134,12 @@ class Engine:
         priority: int = 0,
         grammar: Grammar | None = None,
         text: Text | None = None,
+        cache_salt: str = "",
     ) -> Sequence:
         """Queues a request. TriadError when it can't be served as it stands, or the queue is full.
 
         text: of its completion, at its beginning; it says where a stop string ends it.
+        cache_salt: its prompt's pages are shared with requests of the same one alone.
         grammar: of sampling.response_format, at its beginning; it is the sequence's own from here on.
         priority: lower goes first. A level is worth PRIORITY_S of waiting, so nobody waits for ever.
         """
@@ -157,6 +159,7 @@ class Engine:
             rank=(now_s + PRIORITY_S * priority, self._num_submitted),
             grammar=grammar,
             text=text,
+            cache_salt=cache_salt,
         )
         self._num_submitted += 1
         self._sequences[request_id] = sequence
@@ -360,6 +363,7 @@ class Engine:
             max_step_tokens=self._max_step_tokens,
             mean_context=sum(sequence.num_cached for sequence in running) / num_running,
             mean_remaining=self._mean_remaining(),
+            num_ended=self._num_submitted - len(self._sequences),
         )
 
     def check_integrity(self) -> None:

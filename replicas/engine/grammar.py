@@ -19,7 +19,8 @@ class Grammar(Protocol):
     def masks(self, draft: Sequence[int]) -> tuple[bytes, ...]:
         """Masks of the tokens that may come next, then of those that may come after each token of the draft.
 
-        Ends before the first token of the draft that may not come, so there are 1 to len(draft) + 1.
+        Ends before the first token of the draft that may not come, or where the rest would take too long, so
+        there are 1 to len(draft) + 1.
         Bit k of a mask, in little-endian order, is token k; what it does not reach may not come. At
         least one token may. The state stays as it was. GrammarFailed when there is no telling.
         """

@@ -80,7 +80,7 @@ def is_coming(sequence: Sequence, running: Iterable[Sequence], page_size: int) -
     """
     cached, needed = sequence.num_cached, reusable_len(sequence)
     for other in running:
-        if not other.is_prefilling:
+        if not other.is_prefilling or other.cache_salt != sequence.cache_salt:
             continue
         end, last_end = cached, min(needed, other.prefill_end)
         while (

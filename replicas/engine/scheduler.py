@@ -120,7 +120,7 @@ class Scheduler:
                     wanted=request.wanted,
                     sampling=sequence.sampling,
                     prompt_len=sequence.num_prompt_tokens,
-                    history=tuple(sequence.tokens[:start]) if sequence.sampling.has_penalties else (),
+                    history=sequence.history[:start] if request.wanted else (),
                     allowed=allowed,
                 )
             )

@@ -1,5 +1,6 @@
 """A request inside the engine: the sole owner of its tokens, counters, page table and status."""
 
+from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -8,7 +9,7 @@ from typing import Protocol
 from policies.cost import RoundMade
 from policies.modes import DecodePlan, Mode
 from replicas.engine.batch import TokenLogprob
-from replicas.engine.blocks import ROOT
+from replicas.engine.blocks import Key
 from replicas.engine.decoders.round import Round
 from replicas.engine.grammar import Grammar
 from replicas.errors import ErrorCode
@@ -56,6 +57,8 @@ class Sequence:
     """What the completion says; it has accepted the completion's tokens."""
     failure: str | None = None
     """The reason why it can't go on; the engine then ends it."""
+    history: "array[int] | tuple[()]" = field(init=False, default=())
+    """The tokens again, as an array of int32, where the sampling has penalties; else empty."""
     num_prompt_tokens: int = field(init=False)
     status: Status = Status.WAITING
     num_cached: int = 0
@@ -64,7 +67,9 @@ class Sequence:
     """Its page table: pages[p // page_size] holds position p."""
     num_kept: int = 0
     """Leading pages that are full and findable by content."""
-    key_number: int = ROOT
+    cache_salt: str = ""
+    """It shares pages with sequences of the same salt alone."""
+    key_number: Key = field(init=False)
     """The pool's number of the prefix that the kept pages hold."""
     num_reused: int = 0
     """Prompt tokens whose K/V another request had left."""
@@ -95,6 +100,9 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.tokens)
+        if self.sampling.has_penalties:
+            self.history = array("i", self.tokens)
+        self.key_number = self.cache_salt
 
     @property
     def num_completion_tokens(self) -> int:
@@ -139,6 +147,7 @@ class Sequence:
             self.num_completion_tokens - num_tokens,
             self.num_forwards - num_forwards,
             self.num_rows - num_rows,
+            self.decoding.sets_parameters,
         )
 
     def note_mode(self, mode: Mode, rule: str) -> None:
@@ -157,6 +166,8 @@ class Sequence:
         """
         for count, token in enumerate(tokens, start=1):
             self.tokens.append(token)
+            if isinstance(self.history, array):
+                self.history.append(token)
             self.tokens_by_mode[mode] += 1
             is_stop = self.text is not None and self.text.accept(token)
             if is_stop or (token in eos_token_ids and not self.sampling.ignore_eos):

@@ -1,6 +1,6 @@
 """The pages of sequences: taken from the pool, found by content, made findable, and given back."""
 
-from replicas.engine.blocks import ROOT, PagePool
+from replicas.engine.blocks import PagePool
 from replicas.engine.prefill import reusable_len
 from replicas.engine.sequence import Sequence
 
@@ -13,7 +13,8 @@ class SequencePages:
 
     def reuse(self, sequence: Sequence) -> None:
         """Gives a sequence about to run the cached pages of its prefix; its first token needs a forward."""
-        sequence.pages, sequence.key_number = self._pool.find(sequence.tokens[: reusable_len(sequence)])
+        prefix = sequence.tokens[: reusable_len(sequence)]
+        sequence.pages, sequence.key_number = self._pool.find(prefix, sequence.cache_salt)
         sequence.num_kept = len(sequence.pages)
         sequence.num_cached = sequence.num_kept * self._pool.page_size
         if sequence.num_completion_tokens == 0:
@@ -45,4 +46,4 @@ class SequencePages:
         self._pool.release(sequence.pages)
         sequence.pages = []
         sequence.num_cached = sequence.num_kept = 0
-        sequence.key_number = ROOT
+        sequence.key_number = sequence.cache_salt

@@ -20,7 +20,11 @@ _MAX_SPLITS = 32
 
 
 class Confidence(NamedTuple):
-    """The most probable token of each row."""
+    """The most probable token of each row.
+
+    Of a row with a NaN or +inf, or with nothing but -inf, the token is some id of the vocabulary and the
+    probability is not finite.
+    """
 
     tokens: torch.Tensor
     """[R] int64; of equal logits the lowest id."""
@@ -114,6 +118,7 @@ def _scan(
     # The token itself is looked up once at the end: a running argmax would double the work of the loop.
     x = _load(logits, row, best_start, stride, mask_token_id, VOCAB, BLOCK)
     token = best_start + tl.min(tl.where(x == largest, tl.arange(0, BLOCK), BLOCK), 0)
+    token = tl.minimum(token, VOCAB - 1)  # a NaN equals nothing, or only what is past the end
     if NUM_SPLITS == 1:
         _write(tokens, probs, log_sums, row, largest, total, token)
     else:
@@ -132,6 +137,7 @@ def _merge(largest_parts, total_parts, token_parts, tokens, probs, log_sums, NUM
     largest = tl.max(part, 0)
     total = tl.sum(tl.load(total_parts + at) * tl.exp(part - largest), 0)
     token = tl.min(tl.where(part == largest, tl.load(token_parts + at), 0x7FFFFFFF), 0)
+    token = tl.where(token == 0x7FFFFFFF, 0, token)
     _write(tokens, probs, log_sums, row, largest, total, token)
 
 

@@ -1,21 +1,23 @@
 """The implementation of replicas.engine.batch.Runner: a model on this machine, native or in torch."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
+from math import isfinite
 
 import torch
 
-from replicas.engine.batch import ModelSpec, ScheduledBatch, Segment, SegmentOutput
+from replicas.engine.batch import ModelSpec, ScheduledBatch, Segment, SegmentOutput, TokenProb
 from replicas.model.adapter import AdapterRows
 from replicas.model.attention import AttentionPlan, CpuAttention
 from replicas.model.checkpoint import DTYPES, CheckpointError, ModelWeights, load_weights, resolve_folder
 from replicas.model.config import ModelConfig
 from replicas.model.kv_cache import KvCache
+from replicas.model.logit_rules import Row
 from replicas.model.native.build import NativeUnavailable
 from replicas.model.native.model import NativeModel, native_page_bytes, require_native
 from replicas.model.parallel import ALONE, Parallel, shard, shard_config
-from replicas.model.sampler import Choose, Row, choose, sample
+from replicas.model.sampler import Choose, choose, sample
 from replicas.model.transformer import Batch, Transformer
 
 DEFAULT_KV_BUDGET_BYTES = 512 << 20
@@ -173,15 +175,10 @@ class TorchRunner:
         outputs = [SegmentOutput((), ())] * len(segments)
         if not rows or not self._leads:  # nobody asks the others for their tokens
             return outputs
-        tokens, probs, tops = sample(
-            logits, rows, self._spec.mask_token_id, self._spec.eos_token_ids, self._model.choose
-        )
-        row = 0
-        for index, segment in zip(order, segments, strict=True):
-            end = row + len(segment.wanted)
-            top = () if segment.sampling.logprobs is None else tuple(tops[r] for r in range(row, end))
-            outputs[index] = SegmentOutput(tuple(tokens[row:end]), tuple(probs[row:end]), top)
-            row = end
+        spec = self._spec
+        sampled = sample(logits, rows, spec.mask_token_id, spec.eos_token_ids, self._model.choose)
+        for index, output in zip(order, outputs_of(segments, *sampled), strict=True):
+            outputs[index] = output
         return outputs
 
 
@@ -222,11 +219,58 @@ def rows_of(segment: Segment) -> list[Row]:
     rows = []
     masks = segment.allowed or (None,) * len(segment.wanted)
     for index, position, allowed in zip(segment.wanted, segment.sampled_positions, masks, strict=True):
-        seen: tuple[int, ...] = ()
+        then: tuple[int, ...] = ()
         if segment.sampling.has_penalties:
-            seen = segment.history + segment.token_ids[: index + 1 if index < segment.num_causal else 1]
-        rows.append(Row(segment.sampling, position, segment.prompt_len, seen, allowed))
+            then = segment.token_ids[: index + 1 if index < segment.num_causal else 1]
+        rows.append(Row(segment.sampling, position, segment.prompt_len, segment.history, allowed, then))
     return rows
+
+
+def outputs_of(
+    segments: Sequence[Segment],
+    tokens: Sequence[int],
+    probs: Sequence[float],
+    most_probable: Mapping[int, tuple[TokenProb, ...]],
+) -> list[SegmentOutput]:
+    """By segment what the sampler gave for its rows, in order.
+
+    A row whose probability is not finite has no token. A verify ends before its first one, since it may never
+    come to that row; any other segment with one fails.
+    """
+    outputs = []
+    end = 0
+    for segment in segments:
+        first, end = end, end + len(segment.wanted)
+        made = tuple(probs[first:end])
+        if not all(map(isfinite, made)):
+            count = next(index for index, prob in enumerate(made) if not isfinite(prob))
+            if not count or not segment.is_causal:
+                outputs.append(SegmentOutput((), (), failure=_failure(segment)))
+                continue
+            made = made[:count]
+        last = first + len(made)
+        is_asked = segment.sampling.logprobs is not None
+        top = tuple(most_probable[row] for row in range(first, last)) if is_asked else ()
+        outputs.append(SegmentOutput(tuple(tokens[first:last]), made, top))
+    return outputs
+
+
+def _failure(segment: Segment) -> str:
+    sampling = segment.sampling
+    acting = {
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "repetition_penalty": sampling.repetition_penalty != 1.0,
+        "logit_bias": sampling.logit_bias,
+        "min_tokens": sampling.min_tokens,
+        "response_format": segment.allowed,
+    }
+    rules = ", ".join(name for name, acts in acting.items() if acts)
+    if not rules:
+        return "the model's logits are not finite (NaN or infinity), so no token can be sampled"
+    return (
+        f"no token can be sampled: the logits are not finite, or all impossible, with the request's {rules}"
+    )
 
 
 def _batch(segments: Sequence[Segment], attention: AttentionPlan) -> Batch:

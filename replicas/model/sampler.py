@@ -5,7 +5,7 @@ position, and on nothing else of the batch: one uniform number a row from a stat
 position) picks from the cumulative distribution in the order of token ids.
 """
 
-from collections import Counter
+import math
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
@@ -13,40 +13,12 @@ import numpy as np
 import torch
 
 from replicas.engine.batch import TokenProb
-from replicas.messages import SamplingParams
+from replicas.model.logit_rules import Row, apply_rules, runs_of
 
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-5, 1e30
+"""What any temperature above 0 is brought to, so that all of float32's arithmetic with it is finite."""
+_MOST_TOP_K = 2**31 - 1
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row of logits to choose from.
-
-    position: of the token chosen. prompt_len: of its sequence.
-    seen: all tokens before it, where the sampling has penalties; else empty.
-    allowed: a mask of what it may be (engine.grammar); None for anything.
-    """
-
-    sampling: SamplingParams
-    position: int
-    prompt_len: int = 0
-    seen: tuple[int, ...] = ()
-    allowed: bytes | None = None
-
-    @property
-    def has_rules(self) -> bool:
-        """Its logits are changed before the choice."""
-        sampling = self.sampling
-        return (
-            sampling.has_penalties
-            or bool(sampling.logit_bias)
-            or self.forbids_end
-            or self.allowed is not None
-        )
-
-    @property
-    def forbids_end(self) -> bool:
-        return self.position < self.prompt_len + self.sampling.min_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,22 +38,35 @@ class SampledRows:
 
     @classmethod
     def build(cls, rows: Sequence[Row], device: torch.device) -> "SampledRows | None":
-        """None if all of the W rows are greedy."""
+        """None if all of the W rows are greedy. Parameters are brought into the ranges they can act in."""
         picked = [index for index, row in enumerate(rows) if row.sampling.temperature > 0]
         if not picked:
             return None
         params = [rows[index].sampling for index in picked]
         positions = [rows[index].position for index in picked]
-        numbers = [(max(p.temperature, 1e-5), p.top_p, p.min_p) for p in params]
+        numbers = [
+            (bounded_temperature(p.temperature), _share(p.top_p, 1.0), _share(p.min_p, 0.0)) for p in params
+        ]
         temperature, top_p, min_p = torch.tensor(numbers, dtype=torch.float32, device=device).unbind(1)
+        top_k = [min(max(p.top_k, 0), _MOST_TOP_K) for p in params]
         return cls(
             rows=torch.tensor(picked, device=device),
             temperature=temperature,
-            top_k=torch.tensor([p.top_k for p in params], device=device),
+            top_k=torch.tensor(top_k, device=device),
             top_p=top_p,
             min_p=min_p,
             uniforms=torch.from_numpy(uniforms([p.seed for p in params], positions)).to(device),
         )
+
+
+def bounded_temperature(temperature: float) -> float:
+    """0 for a greedy choice, else within the bounds."""
+    return min(max(temperature, LEAST_TEMPERATURE), MOST_TEMPERATURE) if temperature > 0 else 0.0
+
+
+def _share(number: float, neutral: float) -> float:
+    """In [0, 1]."""
+    return neutral if math.isnan(number) else min(max(number, 0.0), 1.0)
 
 
 def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:
@@ -105,10 +90,21 @@ Choose = Callable[[torch.Tensor, int | None], tuple[torch.Tensor, torch.Tensor]]
 
 
 def choose(logits: torch.Tensor, forbidden: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits [W, vocab] float32 -> argmax [W] int64 and logsumexp [W]; the forbidden token's becomes -inf."""
+    """logits [W, vocab] float32 -> argmax [W] int64 and logsumexp [W]; the forbidden token's becomes -inf.
+
+    Of equal logits the lowest id is chosen. A row with a NaN or +inf, or of nothing but -inf, has a logsumexp
+    that is not finite.
+    """
     if forbidden is not None:
         logits[:, forbidden] = float("-inf")
-    return logits.argmax(-1), logits.logsumexp(-1)
+    return _argmax(logits), logits.logsumexp(-1)
+
+
+def _argmax(logits: torch.Tensor) -> torch.Tensor:
+    """[W] int64, of equal logits the lowest id; in a row with a NaN that of a NaN."""
+    if logits.device.type == "cpu":
+        return torch.from_numpy(logits.numpy().argmax(-1))  # a tenth of the time of torch's
+    return logits.argmax(-1)
 
 
 @torch.inference_mode()
@@ -121,103 +117,111 @@ def sample(
 ) -> tuple[list[int], list[float], dict[int, tuple[TokenProb, ...]]]:
     """logits [W, vocab] -> W token ids, W probabilities, and by row the most probable tokens asked for.
 
-    The mask token is never chosen. Probabilities are those of the softmax of the raw logits without
-    the mask token: before penalties, bias, grammar, temperature and filters. Overwrites logits.
+    The mask token is never chosen. Probabilities are those of the softmax of the raw logits without it:
+    before penalties, bias, grammar, temperature and filters. A row whose logits are not finite, be it by its
+    own parameters, or all impossible, has no token: its probability is NaN and its id means nothing; other
+    rows are as without it. Overwrites logits.
     """
     logits = logits.float()
     tokens, normalisers = choose(logits, mask_token_id)
+    most_probable = _most_probable(logits, normalisers, rows)
     ruled = [index for index, row in enumerate(rows) if row.has_rules]
-    choices = logits
-    if ruled:
-        choices = _ruled(logits, rows, ruled, eos_token_ids)
-        tokens[ruled] = choices[ruled].argmax(-1)
+    overwritten = apply_rules(logits, rows, ruled, eos_token_ids) if ruled else []
+    greedy = [index for index in ruled if not rows[index].sampling.temperature > 0]
+    if greedy:
+        changed = _lines(logits, greedy)
+        found = _argmax(changed)
+        tokens[greedy] = found
+        normalisers[greedy] = _nan_unless_finite(normalisers[greedy], changed.gather(1, found[:, None]))
     sampled = SampledRows.build(rows, logits.device)
     if sampled is not None:
-        tokens[sampled.rows] = _pick(choices[sampled.rows], sampled)
+        tokens[sampled.rows], largest = _pick(_lines(logits, sampled.rows.tolist()), sampled)
+        normalisers[sampled.rows] = _nan_unless_finite(normalisers[sampled.rows], largest)
+    for part in overwritten:
+        part.restore()
     chosen = logits.gather(1, tokens[:, None]).squeeze(1)
-    probs = (chosen - normalisers).exp_()
+    # In float64, as improbable tokens have a probability too, and its logarithm is the one listed.
+    probs = (chosen - normalisers).double().exp_()
     # float64 holds any token id exactly, so ids and probabilities leave the device in one copy.
-    ids, values = torch.stack((tokens.double(), probs.double())).tolist()
-    return [int(token) for token in ids], values, _most_probable(logits, normalisers, rows)
+    ids, values = torch.stack((tokens.double(), probs)).tolist()
+    return [int(token) for token in ids], values, most_probable
 
 
-def _ruled(
-    logits: torch.Tensor, rows: Sequence[Row], ruled: Sequence[int], eos_token_ids: Set[int]
-) -> torch.Tensor:
-    """A copy of logits with the ruled rows' penalties, bias, min_tokens and masks applied, in this order."""
-    changed = logits.clone()
-    for index in ruled:
-        row, line = rows[index], changed[index]
-        sampling = row.sampling
-        if sampling.repetition_penalty != 1.0 and row.seen:
-            ids = torch.tensor(sorted(set(row.seen)), device=line.device)
-            values = line[ids]
-            line[ids] = torch.where(
-                values > 0, values / sampling.repetition_penalty, values * sampling.repetition_penalty
-            )
-        counts = Counter(row.seen[row.prompt_len :])
-        if counts:
-            amounts = torch.tensor(list(counts.values()), dtype=line.dtype, device=line.device)
-            penalty = sampling.presence_penalty + sampling.frequency_penalty * amounts
-            line[torch.tensor(list(counts), device=line.device)] -= penalty
-        for token, bias in sampling.logit_bias:
-            line[token] += bias
-        if row.forbids_end:
-            line[list(eos_token_ids)] = float("-inf")
-        if row.allowed is not None:
-            line[_forbidden(row.allowed, len(line))] = float("-inf")
-    return changed
+def _nan_unless_finite(normalisers: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """[R] of [R], and of the largest logits that rules left, [R, 1]: without one there is no probability."""
+    return normalisers.masked_fill(~largest.squeeze(1).isfinite(), math.nan)
 
 
-def _forbidden(allowed: bytes, vocab_size: int) -> torch.Tensor:
-    """[vocab] bool, of a mask of what is allowed."""
-    bits = np.unpackbits(np.frombuffer(allowed, np.uint8), count=vocab_size, bitorder="little")
-    return torch.from_numpy(bits == 0)
+def _lines(logits: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
+    """The rows at ascending indices: a view where they are neighbours, else a copy."""
+    runs = runs_of(indices)
+    return logits[runs[0]] if len(runs) == 1 else torch.cat([logits[run] for run in runs])
 
 
 def _most_probable(
     logits: torch.Tensor, normalisers: torch.Tensor, rows: Sequence[Row]
 ) -> dict[int, tuple[TokenProb, ...]]:
-    """By row, for those that ask for log-probabilities: as many as each asks for, most probable first."""
+    """By row, for those that ask for log-probabilities: as many as each asks for.
+
+    The most probable first, and of equal logits the lowest id, so that the first is the argmax.
+    """
     asking = [index for index, row in enumerate(rows) if row.sampling.logprobs is not None]
     if not asking:
         return {}
-    most = max(rows[index].sampling.logprobs or 0 for index in asking)
-    values, ids = (logits[asking] - normalisers[asking, None]).topk(min(most, logits.shape[1]))
+    lines = _lines(logits, asking)
+    most = min(max(rows[index].sampling.logprobs or 0 for index in asking), logits.shape[1])
+    # One more than asked for shows whether others equal the last, of which topk may have taken any.
+    values, ids = lines.topk(min(most + 1, logits.shape[1]))
+    logprobs = (values - normalisers[asking, None]).tolist()
     found = {}
-    for index, row_ids, row_values in zip(asking, ids.tolist(), values.tolist(), strict=True):
+    for line, index, row_ids, row_values, row_logprobs in zip(
+        lines, asking, ids.tolist(), values.tolist(), logprobs, strict=True
+    ):
+        ranked = sorted(
+            zip(row_values, row_ids, row_logprobs, strict=True), key=lambda item: (-item[0], item[1])
+        )
+        if 0 < most < len(ranked) and ranked[most][0] == ranked[most - 1][0]:
+            equal = (line == ranked[most][0]).nonzero().flatten()[:most].tolist()
+            greater = [item for item in ranked if item[0] > ranked[most][0]]
+            ranked = greater + [(ranked[most][0], token, ranked[most][2]) for token in equal]
         count = rows[index].sampling.logprobs or 0
-        found[index] = tuple(zip(row_ids, row_values, strict=True))[:count]
+        found[index] = tuple((token, logprob) for _, token, logprob in ranked[: min(count, most)])
     return found
 
 
-def _pick(logits: torch.Tensor, sampled: SampledRows) -> torch.Tensor:
-    """logits [R, vocab] -> [R] token ids."""
-    scaled = logits / sampled.temperature[:, None]
-    weights = torch.softmax(scaled, -1)
+def _pick(logits: torch.Tensor, sampled: SampledRows) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits [R, vocab] -> [R] token ids, and the largest logits [R, 1]; the id of no finite one is void."""
+    largest = logits.amax(-1, keepdim=True)
+    # Of the differences, not the logits: those can't overflow, however low the temperature.
+    weights = (logits - largest).div_(sampled.temperature[:, None]).exp_()
     if bool((sampled.min_p > 0).any()):
-        weights.masked_fill_(weights < sampled.min_p[:, None] * weights.amax(-1, keepdim=True), 0.0)
+        weights.masked_fill_(weights < sampled.min_p[:, None], 0.0)
     filtered = ((sampled.top_k > 0) | (sampled.top_p < 1)).nonzero().flatten()
     if len(filtered):
-        weights[filtered] = _filter(weights[filtered], sampled.top_k[filtered], sampled.top_p[filtered])
+        keep = _filter(logits[filtered], weights[filtered], sampled.top_k[filtered], sampled.top_p[filtered])
+        weights[filtered] *= keep
     cumulative = weights.double().cumsum(-1)
     total = cumulative[:, -1:]
     # A target below the total always lands on a token of positive weight.
     target = torch.minimum(sampled.uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True).flatten()
+    tokens = torch.searchsorted(cumulative, target, right=True).flatten()
+    return tokens.clamp_(max=logits.shape[1] - 1), largest
 
 
-def _filter(probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """probs [R, vocab] with the tokens outside top_k, then outside top_p of what is left, set to 0.
+def _filter(
+    logits: torch.Tensor, weights: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
+) -> torch.Tensor:
+    """[R, vocab] bool: the tokens within top_k, and within top_p of what that leaves of the weights.
 
-    Of equal probabilities the lower token id ranks first. The token that crosses top_p is kept.
+    Of equal logits the lower token id ranks first. The token that crosses top_p is kept.
     """
-    ordered, token_ids = probs.sort(dim=-1, descending=True, stable=True)
-    ranks = torch.arange(probs.shape[1], device=probs.device)
-    limit = torch.where(top_k > 0, top_k, probs.shape[1])
-    ordered = ordered.double().masked_fill_(ranks >= limit[:, None], 0.0)
+    token_ids = logits.argsort(dim=-1, descending=True, stable=True)
+    ordered = weights.gather(1, token_ids).double()
+    ranks = torch.arange(weights.shape[1], device=weights.device)
+    limit = torch.where(top_k > 0, top_k, weights.shape[1])
+    ordered.masked_fill_(ranks >= limit[:, None], 0.0)
     cumulative = ordered.cumsum(-1)
     before = cumulative - ordered
     keep = (ordered > 0) & (before < top_p[:, None] * cumulative[:, -1:])
     keep[:, 0] = True
-    return probs * torch.zeros_like(keep).scatter_(1, token_ids, keep)
+    return torch.zeros_like(keep).scatter_(1, token_ids, keep)

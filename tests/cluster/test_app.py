@@ -67,6 +67,7 @@ def test_what_is_configured_arrives():
         max_waiting=6,
         max_waiting_tokens=700,
         max_queue_s=8.0,
+        shared_prefix_cache=True,
         max_body_bytes=5000,
         num_gpus=1,
         drain_timeout_s=77,
@@ -88,6 +89,7 @@ def test_what_is_configured_arrives():
     assert (given.page_size, given.kv_cache_mb, given.max_running) == (32, 99, 5)
     assert (given.max_step_tokens, given.max_waiting) == (256, 6)
     ingress = argument(found["Ingress"])
+    assert ingress.shared_prefix_cache
     assert (ingress.max_running, ingress.queue_limits, ingress.bounds.max_body_bytes) == (
         5,
         QueueLimits(6, 700, 8.0),

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,19 @@ def test_two_clusters_on_a_machine_share_no_port_and_no_file(tmp_path: Path) -> 
     files = {name for name, value in first.items() if str(tmp_path) in value}
     assert len(files) == 5
     assert all(first[name] != second[name] for name in files)
+
+
+def test_haproxy_is_the_one_with_our_bounds_and_can_be_started(tmp_path: Path) -> None:
+    environment = serving_environment(tmp_path)
+    assert os.access(environment["RAY_SERVE_HAPROXY_BINARY_PATH"], os.X_OK)
+    done = subprocess.run(
+        [environment["RAY_SERVE_HAPROXY_BINARY_PATH"], "-v"],
+        env={"TRIAD_PYTHON": environment["TRIAD_PYTHON"], "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("HAProxy version")
 
 
 def test_what_is_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:

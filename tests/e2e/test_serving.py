@@ -228,3 +228,32 @@ async def test_a_disconnect_while_the_whole_answer_is_made_frees_too(client: htt
     await eventually(runs, within_s=20, every_s=0.05)
     asking.cancel()
     await eventually(lambda: is_idle(client), within_s=5, every_s=0.05)
+
+
+async def test_an_answer_has_one_request_id(client: httpx.AsyncClient) -> None:
+    for headers in ({}, {"x-request-id": "mine-7"}):
+        for method, path in (
+            ("GET", "/v1/models"),
+            ("HEAD", "/healthz"),
+            ("GET", "/nowhere"),
+            ("POST", PATH),
+        ):
+            response = await client.request(method, path, headers=headers)
+            (found,) = response.headers.get_list("x-request-id")
+            assert found == headers.get("x-request-id", found)
+
+
+async def test_the_worst_bodies_leave_a_stream_as_it_is(client: httpx.AsyncClient) -> None:
+    body = chat("Write a short story about Anna.", max_tokens=400, decoding={"mode": "ar"})
+    alone = await stream(client, body)
+    beside = asyncio.create_task(stream(client, body))
+    start = json.dumps(chat(PROMPT))[:-1].encode()
+    for what in (b"{}", b"5", b'{"role":"user","content":6}'):
+        messages = b",".join([what] * (7 * 2**20 // (len(what) + 1)))
+        content = start + b', "messages": [' + messages + b"]}"
+        response = await client.post(PATH, content=content, headers={"content-type": "application/json"})
+        assert response.status_code == 400
+        assert len(response.content) < 3000
+    assert (await beside).text == alone.text
+    long = await client.post(PATH, json=chat("x " * 40_000))
+    assert (long.status_code, long.json()["error"]["param"]) == (400, "messages")

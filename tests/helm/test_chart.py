@@ -1,5 +1,6 @@
 """The chart as a real helm renders it, checked against what reads it: Kubernetes, KubeRay, Serve, Triad."""
 
+import base64
 import gzip
 import json
 import re
@@ -21,6 +22,7 @@ from policies.plan import ObservedPlan, ReplicaPlan
 from policies.store import ClusterView
 from replicas.messages import DecodingReport, Finished
 from router.metrics import Metrics, Outcome
+from tests.helm.cluster import Cluster
 from tests.helm.helm_binary import find_helm
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +35,8 @@ ALL_ON = (
     "serve.max_replicas=3,serve.target_ttft_s=2,serve.downscale_delay_s=120"
 )
 OTHERS = {"RayService", "ServiceMonitor", "PrometheusRule", "HTTPRoute"}
+PASSWORD = "valkey.password=of-16-characters-or-more"
+"""Without a cluster to ask the chart draws none."""
 DEPRECATED = {
     "deploymentUnhealthySecondThreshold",
     "serviceUnhealthySecondThreshold",
@@ -48,7 +52,7 @@ def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
 @cache
 def rendered(values: str | None = None, *sets: str) -> list[dict[str, Any]]:
     options = [] if values is None else ["-f", str(CHART / "values" / values)]
-    for one in sets:
+    for one in (PASSWORD, *sets):
         options += ["--set", one]
     made = helm("template", "my", str(CHART), "--kube-version", "1.33.0", *options)
     assert made.returncode == 0, made.stderr
@@ -223,12 +227,53 @@ def test_an_external_redis_is_used_and_then_no_valkey_runs() -> None:
         ("serve.num_gpus=1,serve.tensor_parallel=2", "tensor_parallel"),
         ("ingress.enabled=true", "ingress.host"),
         ("telemetry.env.HOME=x", "HOME"),
+        ("valkey.password=a b c d e f g h i j k", "password"),
+        ("valkey.password=short", "password"),
+        ("valkey.password=", "valkey.existingSecret or valkey.password"),
     ],
 )
 def test_a_wrong_value_is_told(setting: str, words: str) -> None:
-    made = helm("template", "my", str(CHART), "--set", setting)
+    made = helm("template", "my", str(CHART), "--set", PASSWORD, "--set", setting)
     assert made.returncode != 0
     assert words in made.stderr
+
+
+def password_of(documents: list[dict[str, Any]]) -> str:
+    return base64.b64decode(kind(documents, "Secret")["data"]["password"]).decode()
+
+
+def test_each_rendering_without_a_cluster_has_the_password_that_was_given() -> None:
+    first, second = (rendered.__wrapped__(None) for _ in range(2))
+    assert first == second
+    assert password_of(first) == PASSWORD.partition("=")[2]
+    without = rendered(None, "valkey.existingSecret=mine", "valkey.password=")
+    assert not [document for document in without if document["kind"] == "Secret"]
+    assert "mine" in json.dumps(kind(without, "StatefulSet"))
+
+
+UNCHECKED = ("--disable-openapi-validation",)
+"""By the cluster, which has no schemas; other tests have Kubernetes' own."""
+
+
+def asked(cluster: Cluster, *sets: str) -> list[dict[str, Any]]:
+    """What an install or an upgrade in this cluster would lay there."""
+    options = [part for one in sets for part in ("--set", one)]
+    with cluster.running_on_loopback() as url:
+        made = helm(
+            "template", "my", str(CHART), "--dry-run=server", "--kube-apiserver", url, *UNCHECKED, *options
+        )
+    assert made.returncode == 0, made.stderr
+    return [document for document in yaml.safe_load_all(made.stdout) if document]
+
+
+def test_an_install_draws_a_password_and_upgrades_keep_it() -> None:
+    drawn = [kind(asked(Cluster()), "Secret") for _ in range(2)]
+    passwords = {password_of([secret]) for secret in drawn}
+    assert len(passwords) == 2
+    assert all(re.fullmatch("[A-Za-z0-9]{40}", password) for password in passwords)
+    kept = asked(Cluster(secrets=[drawn[0]]))
+    assert password_of(kept) == password_of([drawn[0]])
+    assert password_of(asked(Cluster(secrets=[drawn[0]]), PASSWORD)) == PASSWORD.partition("=")[2]
 
 
 def test_alerts_and_dashboard_ask_for_what_triad_measures() -> None:
@@ -247,7 +292,9 @@ def exposition() -> str:
     """Everything there is to measure, each at least once."""
     metrics = Metrics("m", "i")
     report = DecodingReport({Mode.AR: 3, Mode.DIFFUSION: 4}, 5, 1, "threshold", "a")
-    metrics.ended(Outcome("chat", 1.0, 0.1, Finished("r", 5, 7, report), None, "k"))
+    metrics.ended(Outcome("chat", 1.0, 0.1, Finished("r", 5, 7, report), None))
+    metrics.made(report, 7)
+    metrics.used("k", 5, 7)
     metrics.answered("/v1/models", 200)
     plan = default_plan(Mode.SELF_SPECULATION)
     load = ReplicaLoad("a", 1, 2, 3, 4, 5, 6, tokens_per_forward={Mode.SELF_SPECULATION: 2.0}, decode=plan)

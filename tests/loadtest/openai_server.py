@@ -12,6 +12,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 FAULTS = (
     "429",
@@ -68,12 +69,20 @@ async def _events(fault: str | None, gap_s: float) -> AsyncIterator[str]:
 class OpenAiServer:
     """Keeps what it was asked, and the most requests that ran at once.
 
-    gap_s: between chunks. alters_after: so many requests, the texts are others.
+    gap_s: between chunks. alters_after: so many requests, the texts are others. api_key: which every
+    request must show, whatever it asks for. refused: the paths of those that did not.
     """
 
     def __init__(
-        self, gap_s: float = 0.005, fault_of_all: str | None = None, alters_after: int | None = None
+        self,
+        gap_s: float = 0.005,
+        fault_of_all: str | None = None,
+        alters_after: int | None = None,
+        api_key: str | None = None,
     ):
+        self.refused: list[str] = []
+        self.num_states = 0
+        self._api_key = api_key
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.running = 0
@@ -109,13 +118,30 @@ class OpenAiServer:
     async def _models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [{"id": "small", "object": "model"}]})
 
+    async def _state(self, request: Request) -> Response:
+        self.num_states += 1
+        return JSONResponse({"replicas": [], "decisions": []})
+
+    def _guarded(self, app: ASGIApp) -> ASGIApp:
+        async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+            shown = dict(scope["headers"]).get(b"authorization", b"").decode()
+            if self._api_key is None or shown == f"Bearer {self._api_key}":
+                await app(scope, receive, send)
+            else:
+                self.refused.append(scope["path"])
+                await JSONResponse({"error": {"message": "no key"}}, 401)(scope, receive, send)
+
+        return guarded
+
     @contextmanager
     def running_on_loopback(self) -> Iterator[str]:
         routes = [
             Route("/v1/chat/completions", self._completions, methods=["POST"]),
             Route("/v1/models", self._models),
+            Route("/v1/triad/state", self._state),
         ]
-        config = uvicorn.Config(Starlette(routes=routes), port=0, log_level="critical", lifespan="off")
+        app = self._guarded(Starlette(routes=routes))
+        config = uvicorn.Config(app, port=0, log_level="critical", lifespan="off")
         server = uvicorn.Server(config)
         started = threading.Event()
         ports: list[int] = []

@@ -1,12 +1,14 @@
 """locust itself, headless, against a real server on loopback."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from loadtest.client import KEY_VARIABLE
 from loadtest.records import ErrorKind, read_records
 from loadtest.report import main as report
 from tests.loadtest.openai_server import OpenAiServer
@@ -24,9 +26,15 @@ LOCUST = [
 ]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*LOCUST, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        [*LOCUST, *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 
@@ -50,6 +58,32 @@ def test_headless_users_measure_each_latency(openai_server: OpenAiServer, tmp_pa
     assert all(body["decoding"] == {"mode": "ar"} for body in openai_server.bodies)
     assert report([str(out), "--out", str(tmp_path / "report"), "--gate", "errors<=0"]) == 0
     assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("way", ["option", "environment"])
+def test_the_key_is_shown_on_whatever_is_asked_for(way: str, tmp_path: Path) -> None:
+    server = OpenAiServer(api_key="sk-secret")
+    out = tmp_path / "records.jsonl"
+    options = ["--users", "2", "--spawn-rate", "50", "--run-time", "1s", "--workload", "long_answer"]
+    with server.running_on_loopback() as url:
+        options += ["--host", url, "--records", str(out), "--stop-timeout", "10"]
+        if way == "option":
+            done = run(*options, "--api-key", "sk-secret")
+        else:
+            done = run(*options, **{KEY_VARIABLE: "sk-secret"})
+    assert done.returncode == 0, done.stderr
+    assert server.refused == []
+    assert {r.error for r in read_records(out)} == {None}
+    assert "sk-secret" not in done.stdout + done.stderr + out.read_text()
+
+
+def test_without_its_key_a_server_refuses_before_any_user_is_there() -> None:
+    server = OpenAiServer(api_key="sk-secret")
+    with server.running_on_loopback() as url:
+        done = run("--host", url, "--users", "2", "--run-time", "1s", **{KEY_VARIABLE: ""})
+    assert done.returncode != 0
+    assert "give the server's API key, by TRIAD_API_KEY or an option" in done.stderr + done.stdout
+    assert server.refused == ["/v1/models"]
 
 
 def test_a_shape_drives_the_users_and_workers_send_their_records(

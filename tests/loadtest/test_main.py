@@ -9,6 +9,7 @@ import pytest
 from loadtest import compare
 from loadtest.__main__ import main
 from loadtest.arrivals import Arrival, write_trace
+from loadtest.client import KEY_VARIABLE
 from loadtest.records import read_records
 from tests.loadtest.openai_server import OpenAiServer
 
@@ -93,6 +94,33 @@ def test_a_wrong_option_says_what_to_change(
     assert problem in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("way", ["option", "option=", "environment"])
+def test_the_key_is_shown_on_whatever_is_asked_for(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = OpenAiServer(api_key="sk-secret")
+    given = {"option": ["--api-key", "sk-secret"], "option=": ["--api-key=sk-secret"], "environment": []}[way]
+    if way == "environment":
+        monkeypatch.setenv(KEY_VARIABLE, "sk-secret")
+    options = ["--out", str(tmp_path), *QUICK, "--timeline", "none", "--gate", "errors<=0", *given]
+    with server.running_on_loopback() as url:
+        assert main(["--url", url, *options]) == 0
+    assert server.refused == []
+    assert server.num_states > 0
+    assert not any("sk-secret" in path.read_text(errors="replace") for path in tmp_path.iterdir())
+
+
+def test_a_server_that_wants_a_key_is_told_apart_from_one_that_is_no_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    with OpenAiServer(api_key="sk-secret").running_on_loopback() as url:
+        assert main(["--url", url, "--out", str(tmp_path), *QUICK]) == 2
+    assert (
+        f"answers 401: give the server's API key, by {KEY_VARIABLE} or an option" in capsys.readouterr().err
+    )
+
+
 def test_texts_are_verified_against_those_of_a_request_alone(tmp_path: Path) -> None:
     server = OpenAiServer(alters_after=4)
     options = ["--settings", "ar", "--timeline", "none", "--verify", "2", "--gate", "errors<=0", *QUICK]
@@ -127,6 +155,20 @@ def test_two_servers_side_by_side(
     begun = {(r.turn, r.setting): r.intended_s for r in reversed(records)}
     assert begun[0, "A"] < begun[0, "slow"] < begun[1, "slow"] < begun[1, "A"]
     assert (tmp_path / "comparison.md").read_text().count("\n") == 2 + 9
+
+
+def test_each_of_two_servers_gets_its_own_key_and_not_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = OpenAiServer(api_key="sk-a"), OpenAiServer(api_key="sk-b")
+    monkeypatch.setenv(f"{KEY_VARIABLE}_B", "sk-b")
+    options = ["--users", "1", "--seconds", "0.2", "--turns", "1", "--api-key-a", "sk-a"]
+    with a.running_on_loopback() as url_a, b.running_on_loopback() as url_b:
+        assert compare.main([url_a, url_b, *options, "--out", str(tmp_path)]) == 0
+    assert a.bodies
+    assert b.bodies
+    assert (a.refused, b.refused) == ([], [])
+    assert {r.error for r in read_records(tmp_path / "records.jsonl")} == {None}
 
 
 def test_comparing_needs_two_servers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -186,13 +186,70 @@ def test_at_scale_a_fresh_replica_is_found_among_lost_ones():
 
 def test_own_traffic_counts_what_runs_and_what_was_sent_since_the_load():
     own = OwnTraffic()
-    for now_s in (1.0, 2.0, 3.0):
-        own.started("a", now_s, 100)
-    own.ended("a")
+    (first, _, _) = [own.started("a", now_s, 100) for now_s in (1.0, 2.0, 3.0)]
+    own.ended(first, 1.5)
     seen = {"a": observed(1, "a", age_s=1.5)}
     (a, b) = own.candidates(["a", "b"], seen.get, now_s=3.5)
-    assert (a.num_own, a.num_since, a.tokens_since) == (2, 2, 200)
+    assert (a.num_own, a.num_since, a.tokens_since, a.num_gone) == (2, 2, 200, 0)
     assert pressure(a) == (1 + 2 + 200 / TOKENS_A_REQUEST) / 8
     assert (b.seen, b.num_own, b.num_since) == (None, 0, 0)
     own.forget("a")
     assert own.in_flight("a") == 0
+
+
+def test_what_has_ended_is_neither_sent_since_the_load_nor_still_at_the_replica():
+    own = OwnTraffic()
+    shown, _ = own.started("a", 1.0), own.started("a", 1.0)
+    gone = own.started("a", 3.0, 100)
+    own.ended(gone, 3.1)
+    own.ended(shown, 3.2)
+    (a,) = own.candidates(["a"], {"a": observed(5, "a", age_s=1.5)}.get, now_s=3.5)
+    assert (a.num_own, a.num_since, a.tokens_since, a.num_gone) == (1, 0, 0, 1)
+    assert a.num_in_flight == 4, "of the five that it shows one has ended since"
+
+
+def test_a_request_counts_as_many_choices_as_it_has():
+    own = OwnTraffic()
+    sent = own.started("a", 3.0, 100, num=8)
+    (a,) = own.candidates(["a"], {"a": observed(2, "a", age_s=1.0)}.get, now_s=3.5)
+    assert (a.num_own, a.num_since, a.num_in_flight) == (8, 8, 10)
+    own.ended(sent, 3.6)
+    assert own.in_flight("a") == 0
+
+
+def test_a_request_may_count_for_nothing_until_the_replica_has_accepted_it():
+    own = OwnTraffic()
+    sent = own.started("a", 3.0, 0, num=0)
+    assert own.in_flight("a") == 0
+    own.accepted(sent, 50, 2)
+    (a,) = own.candidates(["a"], {"a": observed(0, "a", age_s=1.0)}.get, now_s=3.5)
+    assert (a.num_own, a.num_since, a.tokens_since) == (2, 2, 50)
+    own.ended(sent, 4.0)
+    own.accepted(sent, 50, 2)
+    assert own.in_flight("a") == 0, "an end may overtake the reply"
+
+
+def test_a_prompt_that_has_begun_waits_no_more():
+    own = OwnTraffic()
+    sent = own.started("a", 3.0, 100)
+    own.begun(sent)
+    (a,) = own.candidates(["a"], {"a": observed(0, "a", age_s=1.0)}.get, now_s=3.5)
+    assert (a.num_since, a.tokens_since) == (1, 0)
+
+
+def test_the_totals_are_those_of_all_replicas():
+    own = OwnTraffic()
+    sent = [own.started(replica_id, 1.0, 100, num=3) for replica_id in "ab"]
+    unsure = own.started("a", 1.0, 0, num=0)
+    assert (own.num_in_flight, own.num_tokens_sent) == (6, 200)
+    own.accepted(unsure, 50, 2)
+    own.ended(sent[0], 2.0)
+    assert (own.num_in_flight, own.num_tokens_sent) == (5, 250)
+
+
+def test_what_is_remembered_of_ended_requests_is_no_older_than_a_load_may_be():
+    own = OwnTraffic()
+    for number in range(10_000):
+        own.ended(own.started("a", number * 0.01), number * 0.01)
+    assert len(own._ended["a"]) <= 501
+    assert not own._sent["a"]

@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.cost import ReplicaCosts, StepCost, Yield
+from policies.cost import UNMEASURED, ReplicaCosts, StepCost, Yield
+from policies.forecast import forecast
 from policies.modes import DecodePlan, Mode, default_plan
 from policies.policy import Snapshot
 from policies.registry import create_policy
@@ -126,3 +129,41 @@ def test_every_policy_can_be_asked_what_so_many_would_run():
         asked = demand(a_replica(5, pinned_by_mode={Mode.AR: 1}, num_auto=4), plan_at, Targets())
         assert asked.capacity >= 1
         assert default_plan(plan_at(a_replica(1)).mode)
+
+
+@pytest.mark.parametrize("policy_name", ["threshold", "cost_model", "slo"])
+def test_the_room_ends_before_the_first_number_that_misses_whatever_more_would_do(policy_name):
+    """A policy may take a faster mode for a few requests more; 2 that are slow are no 3 that are not."""
+    policy = create_policy(policy_name)
+
+    def plan_at(load):
+        return policy.decide(Snapshot(load), policy.resume(None, 0, 0), 0.0)[0].decode
+
+    load = a_load(8, max_running=40, num_pages=10_000, costs=ReplicaCosts(UNMEASURED), mean_remaining=64.0)
+    paces_s = []
+    for num in range(1, 41):
+        there = replace(load, num_running=num, num_auto=num, num_waiting=0)
+        paces_s.append(forecast(there, plan_at(there)).tpot_s)
+    for target_s in [*paces_s, *(number / 4000 for number in range(4, 80))]:
+        if paces_s[0] <= target_s:
+            first_miss = next((n for n, pace_s in enumerate(paces_s) if pace_s > target_s), 40)
+            assert demand(load, plan_at, Targets(tpot_s=target_s)).capacity == first_miss
+    if policy_name == "threshold":
+        assert paces_s != sorted(paces_s), "else a search by halves would do"
+
+
+@pytest.mark.parametrize("most", [100, 1000, 100_000])
+def test_the_forecasts_asked_for_are_few_however_many_places_there_are(most):
+    num_asked = 0
+
+    def counted(load):
+        nonlocal num_asked
+        num_asked += 1
+        return AR
+
+    load = a_replica(3, max_running=most, num_pages=10**9)
+    assert demand(load, counted, Targets(tpot_s=9e9)).capacity == most
+    assert num_asked < 160
+    # 0.5 ms a request more, from 10 ms: the room is exact where the plan does not change with it.
+    found = demand(replace(load, max_step_tokens=10**6), counted, Targets(tpot_s=0.0500001)).capacity
+    assert found == min(most, 81)

@@ -81,6 +81,16 @@ async def test_a_load_is_as_old_as_the_forward_it_was_measured_before(store):
     assert (await store.read_loads()).by_id()["hung"].freshness is Freshness.LOST
 
 
+async def test_what_was_written_before_the_clock_was_set_back_does_not_look_fresh(store, raw, app):
+    """As what a replica has left that died just then: it is as old as its stamp is ahead."""
+    await store.publish_and_read(a_load(1, "dead"))
+    await store.publish_and_read(a_load(1, "alive"))
+    await raw.hincrby(f"triad:{{{app}}}:load:dead", "at", 3600 * 1_000_000)
+    await raw.zincrby(f"triad:{{{app}}}:replicas", 3600 * 1_000_000, "dead")
+    alive, dead = (await store.read_loads()).replicas
+    assert (alive.freshness, dead.freshness) == (Freshness.FRESH, Freshness.LOST)
+
+
 async def test_a_load_expires_after_it_was_lost_for_a_while(store, raw, app):
     await store.publish_and_read(a_load())
     assert 5000 < await raw.pttl(f"triad:{{{app}}}:load:r1") <= 6000

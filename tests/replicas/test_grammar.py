@@ -283,3 +283,42 @@ def test_a_grammar_that_fails_ends_its_sequence_only(num_left: int) -> None:
     assert "too complex" in made["bad"][-1].message
     assert sum(len(progress.token_ids) for progress in made["bad"]) == num_left
     assert [token for progress in made["good"] for token in progress.token_ids] == naive_ar([5, 6], 12)
+
+
+class Panic(BaseException):
+    """As a panic of llguidance's comes out."""
+
+
+class Panicking:
+    """An LLMatcher none of whose calls returns."""
+
+    def compute_bitmask(self) -> bytes:
+        raise Panic("index out of bounds\nbacktrace")
+
+    def consume_token(self, token_id: int) -> bool:
+        raise Panic("unreachable")
+
+
+def test_a_panic_of_the_library_is_a_failure_of_its_grammar_alone() -> None:
+    grammar = JsonGrammar(Panicking())  # type: ignore[arg-type]
+    with pytest.raises(GrammarFailed, match="index out of bounds"):
+        grammar.masks(())
+    grammar.accept(5)
+    assert not grammar.is_complete
+    with pytest.raises(GrammarFailed, match="unreachable"):
+        grammar.masks(())
+
+
+def test_a_draft_whose_masks_take_long_is_cut_and_the_state_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    grammar = grammar_of(PERSON)
+    draft: list[int] = []
+    single = grammar_of(PERSON)
+    for _ in range(6):
+        draft.append(tokens_in(single.masks(())[0])[0])
+        single.accept(draft[-1])
+    whole = grammar.masks(draft)
+    assert len(whole) == 7
+    monkeypatch.setattr("replicas.grammar.MAX_DRAFT_MASKS_S", 0.0)
+    assert grammar.masks(draft) == whole[:1]
+    monkeypatch.undo()
+    assert grammar.masks(draft) == whole

@@ -143,7 +143,11 @@ class ScriptedReplica(ReplicaClient):
         return Delta(live.request.request_id, word, 1, logprobs, index)
 
     def fail(self, request_id: str, code: ErrorCode, message: str) -> None:
-        self._end(request_id, Failed(request_id, code, message))
+        """Says what it had made: all by `ar`, a token a forward."""
+        live = self.live[request_id]
+        num = live.num_sent * live.request.num_indices
+        report = DecodingReport({Mode.AR: num}, num, 0, "request", self.info.replica_id)
+        self._end(request_id, Failed(request_id, code, message, report if num else None, num))
 
     def idle(self) -> None:
         """A keep-alive on every channel."""

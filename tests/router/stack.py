@@ -30,7 +30,10 @@ class LocalReplica(ReplicaClient):
         self.service = service
         self.engine = engine
         spec = engine.spec
-        self._info = ModelInfo(MODEL, spec.modes, spec.max_context, spec.vocab_size, service.replica_id)
+        max_chars = byte_codec().max_prompt_chars(spec.max_context)
+        self._info = ModelInfo(
+            MODEL, spec.modes, spec.max_context, spec.vocab_size, service.replica_id, max_chars
+        )
         self._gone = asyncio.Event()
 
     @property

@@ -1,5 +1,6 @@
 import asyncio
 import json
+from dataclasses import replace
 
 import httpx
 import openai
@@ -12,6 +13,7 @@ from policies.store import ClusterView
 from replicas.errors import ErrorCode
 from router.api import create_app
 from router.guard import Bounds
+from router.metrics import Metrics
 from tests.eventually import eventually
 from tests.router.conftest import in_process, over_http, running
 from tests.router.fakes import MODEL, TEXT, WORDS, FakeStore, ScriptedReplica, a_load
@@ -346,3 +348,52 @@ async def test_the_openapi_document_can_be_made(make_door):
     async with in_process(create_app(await make_door())) as client:
         document = (await client.get("/openapi.json")).json()
     assert "decoding" in document["components"]["schemas"]["ChatCompletionRequest"]["properties"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/health", "/healthz", "/readyz", "/metrics", "/v1/models", f"/v1/models/{MODEL}"]
+)
+async def test_head_is_answered_as_get_is_without_the_body(make_door, path):
+    metrics = Metrics(MODEL, "i")
+    app = create_app(await make_door(ScriptedReplica("a"), metrics=metrics))
+    async with over_http(app) as url, httpx.AsyncClient(base_url=url) as client:
+        head, get = await client.head(path), await client.get(path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-type"] == get.headers["content-type"]
+        assert get.content
+        assert (await client.head("/v1/chat/completions")).status_code == 405
+        assert (await client.head("/v1/nothing")).status_code == 404
+    metrics.close()
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [("mine-7", "mine-7"), ("two words\\\xe9", "two_words__"), ("x" * 500, "x" * 128), (None, None)],
+)
+async def test_an_answer_has_one_request_id(make_door, given, told):
+    headers = {} if given is None else {"x-request-id": given.encode("latin-1")}
+    door = await make_door(ScriptedReplica("a"))
+    async with in_process(create_app(door)) as client:
+        (found,) = (await client.get("/v1/models", headers=headers)).headers.get_list("x-request-id")
+        assert found == told if told else found.startswith("req-")
+    # Serve's server gives every answer one.
+    async with in_process(create_app(replace(door, answers_id=False))) as client:
+        assert "x-request-id" not in (await client.get("/v1/models", headers=headers)).headers
+
+
+async def test_a_client_that_shuts_its_side_counts_as_gone(make_door):
+    """By TCP it looks like one that has closed, and a place held for nobody would cost the others."""
+    replica = ScriptedReplica("a")
+    door = await make_door(replica)
+    async with over_http(create_app(door)) as url:
+        reader, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(url).port)
+        body = json.dumps(CHAT).encode()
+        lines = ["POST /v1/chat/completions HTTP/1.1", "Host: t", "Content-Type: application/json"]
+        head = "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""])
+        writer.write(head.encode() + body)
+        await eventually(lambda: replica.live)
+        (request_id,) = replica.live
+        writer.write_eof()
+        assert await reader.read() == b""
+        await eventually(lambda: replica.cancelled == [request_id])
+        writer.close()

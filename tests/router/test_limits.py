@@ -7,9 +7,11 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 
 import pytest
+import redis.asyncio
 
 from cluster.embedded_redis import EmbeddedRedis
 from policies.store import LoadStore
+from replicas.errors import ErrorCode
 from replicas.messages import GenerateRequest, SamplingParams
 from router.api import create_app
 from router.auth import ApiKey, KeyRing, digest_of, new_key
@@ -119,6 +121,57 @@ async def test_one_refused_is_charged_nothing(limiters):
     assert await outcome(limiters[0], fresh, a_request()) is None
 
 
+async def set_clock_back(server: EmbeddedRedis, app: str, seconds: int) -> None:
+    """As the keys are after that: what they say was written so long from now."""
+    client = redis.asyncio.Redis.from_url(server.url, decode_responses=True)
+    keys = [key async for key in client.scan_iter(f"triad:{{{app}}}:limit:*")]
+    assert keys
+    for key in keys:
+        at, written = map(int, (await client.get(key)).split(":"))
+        ahead = seconds * 1_000_000
+        await client.set(key, f"{at + ahead}:{written + ahead}", px=(seconds + 60) * 1000)
+    await client.aclose()
+
+
+async def test_a_clock_that_is_set_back_locks_nobody_out(server):
+    app = f"test-{uuid.uuid4().hex[:8]}"
+    limiter = KeyLimiter(LoadStore(server.url, app, connect_timeout_s=20.0, command_timeout_s=20.0))
+    key = a_key(requests_per_minute=20, tokens_per_minute=2000)
+    for _ in range(20):
+        assert await outcome(limiter, key, a_request()) is None
+    await set_clock_back(server, app, 3600)
+    error = await outcome(limiter, key, a_request())
+    assert error is not None, "what was used up still is"
+    assert error.retry_after_s <= 4
+    await limiter.close()
+
+
+async def test_a_charge_is_settled_on_a_clock_that_was_set_back_meanwhile(server):
+    app = f"test-{uuid.uuid4().hex[:8]}"
+    limiter = KeyLimiter(LoadStore(server.url, app, connect_timeout_s=20.0, command_timeout_s=20.0))
+    key = a_key(tokens_per_minute=1000)
+    charge = await limiter.charge(key, a_request(10, 990))
+    await set_clock_back(server, app, 3600)
+    limiter.settle(charge, 0)
+    await limiter.close()
+    after = KeyLimiter(LoadStore(server.url, app, connect_timeout_s=20.0, command_timeout_s=20.0))
+    assert await outcome(after, key, a_request(10, 980)) is None, "all of it has come back"
+    await after.close()
+
+
+async def test_a_key_that_holds_something_else_is_a_full_bucket(server):
+    app = f"test-{uuid.uuid4().hex[:8]}"
+    client = redis.asyncio.Redis.from_url(server.url)
+    limiter = KeyLimiter(LoadStore(server.url, app, connect_timeout_s=20.0, command_timeout_s=20.0), "closed")
+    name = f"triad:{{{app}}}:limit:team:requests"
+    for write in (client.set, client.lpush, client.sadd):
+        await client.delete(name)
+        await write(name, "1783")
+        assert await outcome(limiter, a_key(requests_per_minute=20), a_request()) is None
+    await limiter.close()
+    await client.aclose()
+
+
 @pytest.mark.parametrize("when_lost", ["open", "closed"])
 async def test_without_redis_it_is_open_or_closed_and_waits_once(when_lost):
     limiter = KeyLimiter(LoadStore(NOWHERE), when_lost)
@@ -153,6 +206,35 @@ async def test_over_http_a_429_says_when_and_only_what_was_made_is_charged(make_
         response = await client.post("/v1/chat/completions", json=CHAT | {"max_tokens": 900}, headers=headers)
         assert error_of(response, 429)["type"] == "rate_limit_error"
         assert int(response.headers["retry-after"]) >= 1
+
+
+async def test_over_http_a_prompt_that_was_accepted_is_charged_however_it_ends(make_door, limiters):
+    """One of 5 tokens by the replica's count; what it refuses is charged nothing."""
+    secret = new_key()
+    ring = KeyRing((ApiKey("team", digest_of(secret), tokens_per_minute=100_000),))
+    replica = ScriptedReplica("a")
+    settled: list[int] = []
+    limiters[0].settle = lambda charge, num_tokens: settled.append(num_tokens)  # type: ignore[method-assign]
+    door = await make_door(replica, keys=ring, limiter=limiters[0])
+    headers = {"Authorization": f"Bearer {secret}"}
+    async with in_process(create_app(door)) as client:
+        async with asyncio.TaskGroup() as group:
+            waiting = group.create_task(client.post("/v1/chat/completions", json=CHAT, headers=headers))
+            await eventually(lambda: replica.live)
+            replica.fail(*replica.live, ErrorCode.DEADLINE_EXCEEDED, "too late")
+        assert waiting.result().status_code == 504
+        assert settled == [5], "its prompt was computed, or was to be"
+        waiting = asyncio.create_task(client.post("/v1/chat/completions", json=CHAT, headers=headers))
+        await eventually(lambda: replica.live)
+        replica.step(*replica.live)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        await eventually(lambda: len(settled) == 2)
+        assert settled[1] in (5, 6), "with the word that it had begun, where that had come"
+        replica.refusal = (ErrorCode.INVALID_REQUEST, "no")
+        response = await client.post("/v1/chat/completions", json=CHAT, headers=headers)
+        assert error_of(response, 400)
+        assert settled[2] == 0
 
 
 def test_the_estimate_is_exact_for_ids_and_near_for_text():

@@ -98,3 +98,21 @@ def test_response_formats(cls, base, given, schema, best_effort):
 )
 async def test_a_bad_response_format_is_named(given, param):
     assert error_of(await post("/chat", CHAT | {"response_format": given}))["param"] == param
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity"])
+async def test_a_schema_with_a_number_that_overflows_is_named(number):
+    body = CHAT | {
+        "response_format": {"type": "json_schema", "json_schema": NAMED | {"schema": {"enum": [0]}}}
+    }
+    text = json.dumps(body).replace("[0]", f"[{number}]")
+    error = error_of(await post("/chat", text.encode()))
+    assert error["param"] == "response_format.json_schema.schema"
+
+
+@pytest.mark.parametrize("schema", [{"enum": ["\ud800"]}, {"properties": {"a\udfff": {}}}])
+async def test_a_schema_with_a_lone_surrogate_is_named(schema):
+    given = {"type": "json_schema", "json_schema": NAMED | {"schema": schema}}
+    error = error_of(await post("/chat", CHAT | {"response_format": given}))
+    assert error["param"] == "response_format.json_schema.schema"
+    assert "surrogate" in error["message"]

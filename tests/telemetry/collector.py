@@ -37,6 +37,7 @@ class Span:
     events: list[tuple[str, dict[str, Any]]]
     status: int
     component: str
+    trace_state: str
 
 
 @dataclass
@@ -130,6 +131,7 @@ def _span(span: Any, component: str) -> Span:
         [(event.name, _plain(event.attributes)) for event in span.events],
         span.status.code,
         component,
+        span.trace_state,
     )
 
 

@@ -89,9 +89,9 @@ class CudaRunner:
         self._ahead: _Ahead | None = None
         self.num_steps_ahead = 0
         self._graphs: GraphCache | None = None
+        self._spec = spec_of(config, num_pages=num_pages, page_size=page_size, max_context=max_context)
         if options.graphs and self.device.type == "cuda":
             self._prepare_graphs(weights.embedding.dtype, options.max_graphs)
-        self._spec = spec_of(config, num_pages=num_pages, page_size=page_size, max_context=max_context)
 
     @classmethod
     def load(
@@ -190,14 +190,18 @@ class CudaRunner:
             fill_in(guessed, after.tokens, sections_of(buffer, size), self._staging, self._page_size)
         if graphs is None:
             logits = self.model.forward(StepInputs.view(buffer, size, self.config))
-            best = confidence(logits, self.config.mask_token_id)
+            best = self._confidence(logits)
         else:
             graphs.run(size)
             logits, best = self._logits, self._best
         num_wanted = host.size.num_wanted
         best = Confidence(*(part[:num_wanted] for part in best))
         spec = self._spec
-        return choose(segments, logits[:num_wanted], best, spec.mask_token_id, spec.eos_token_ids)
+        sampled = logits[:num_wanted]
+        return choose(segments, sampled, best, spec.mask_token_id, spec.eos_token_ids)
+
+    def _confidence(self, logits: torch.Tensor) -> Confidence:
+        return confidence(logits, self._spec.mask_token_id)
 
     def _guess(self, segments: Sequence[Segment], sampled: Sampled, indices: Sequence[int]) -> Guess | None:
         """The guess of the segments that follow these, whose outputs are at `indices` of the sampled ones."""
@@ -233,7 +237,7 @@ class CudaRunner:
             def compute() -> None:
                 inputs = StepInputs.view(self._buffer, size, self.config)
                 logits = self.model.forward(inputs, self._logits[: size.num_wanted])
-                best = confidence(logits, self.config.mask_token_id)
+                best = self._confidence(logits)
                 for static, part in zip(self._best, best, strict=True):
                     static[: size.num_wanted].copy_(part)
 

@@ -12,13 +12,16 @@ from replicas.kernels.confidence import Confidence
 from replicas.kernels.verify import sample_rows
 from replicas.messages import SamplingParams
 from replicas.model.cuda.staging import Fetch
-from replicas.model.runner import rows_of
-from replicas.model.sampler import Row, sample, uniforms
+from replicas.model.logit_rules import Row
+from replicas.model.runner import outputs_of, rows_of
+from replicas.model.sampler import bounded_temperature, sample, uniforms
 
 
 def is_plain(segment: Segment) -> bool:
     """Its tokens are argmaxes, or draws from the softmax at a temperature: nothing filtered or changed."""
     sampling = segment.sampling
+    if segment.allowed:
+        return False
     if sampling.temperature > 0 and (sampling.top_k or sampling.top_p < 1 or sampling.min_p):
         return False
     forbids_end = bool(sampling.min_tokens) and segment.start < segment.prompt_len + sampling.min_tokens
@@ -45,14 +48,7 @@ class Sampled:
         """Waits. All the tokens, and the outputs by segment."""
         ids, probs = self.fetched.wait().tolist()
         tokens = [int(token) for token in ids]
-        outputs = []
-        row = 0
-        for segment in self.segments:
-            end = row + len(segment.wanted)
-            top = tuple(self.top[r] for r in range(row, end)) if self.top and row in self.top else ()
-            outputs.append(SegmentOutput(tuple(tokens[row:end]), tuple(probs[row:end]), top))
-            row = end
-        return tokens, outputs
+        return tokens, outputs_of(self.segments, tokens, probs, self.top)
 
 
 def choose(
@@ -62,7 +58,10 @@ def choose(
     mask_token_id: int | None,
     eos_token_ids: frozenset[int],
 ) -> Sampled:
-    """logits [W, vocab] and best, of the segments' wanted rows in order; logits may be overwritten."""
+    """logits [W, vocab] and best, of the segments' wanted rows in order; logits may be overwritten.
+
+    The vocabulary ends with the last id that may be sampled.
+    """
     tokens, probs = best.tokens, best.probs
     if any(segment.sampling.temperature > 0 and is_plain(segment) for segment in segments):
         tokens = _draw(segments, logits, best, mask_token_id)
@@ -97,10 +96,10 @@ def _draw(
     temperatures: list[float] = []
     for segment in segments:
         count = len(segment.wanted)
-        temperature = segment.sampling.temperature if is_plain(segment) else 0.0
+        temperature = bounded_temperature(segment.sampling.temperature) if is_plain(segment) else 0.0
         params.extend([segment.sampling] * count)
         positions.extend(segment.sampled_positions)
-        temperatures.extend([max(temperature, 1e-5) if temperature > 0 else 0.0] * count)
+        temperatures.extend([temperature] * count)
     numbers = np.stack([temperatures, uniforms([p.seed for p in params], positions)]).astype(np.float32)
     on_device = torch.from_numpy(numbers).to(logits.device)
     return sample_rows(logits, best, on_device[0], on_device[1], mask_token_id)

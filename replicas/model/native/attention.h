@@ -31,10 +31,12 @@ struct CacheShape {
   }
 };
 
-// One token's key and value of one head into the cache. key, value: [head_dim]
+// One token's key and value of one head into the cache. key, value: [head_dim]. is_last: of what is stored in
+// this page; the token that would follow it in a unit of values is then made 0, since attention multiplies
+// whole units, and what another sequence left there need not be finite.
 template <class T>
 void store_token(const CacheShape& shape, uint32_t* keys, uint32_t* values, int64_t page, int64_t offset,
-                 int64_t head, const float* key, const float* value) {
+                 int64_t head, const float* key, const float* value, bool is_last) {
   using Element = typename T::Element;
   const int64_t tile = shape.tile(page, head, offset / LANES), lane = offset % LANES;
   auto* k = reinterpret_cast<Element*>(keys + tile);
@@ -42,6 +44,11 @@ void store_token(const CacheShape& shape, uint32_t* keys, uint32_t* values, int6
   for (int64_t d = 0; d < shape.head_dim; d++) {
     k[(d / T::PER_UNIT * LANES + lane) * T::PER_UNIT + d % T::PER_UNIT] = T::round(key[d]);
     v[(lane / T::PER_UNIT * shape.padded_dim + d) * T::PER_UNIT + lane % T::PER_UNIT] = T::round(value[d]);
+  }
+  for (int64_t next = lane + 1; is_last && next % T::PER_UNIT != 0; next++) {
+    for (int64_t d = 0; d < shape.head_dim; d++) {
+      v[(next / T::PER_UNIT * shape.padded_dim + d) * T::PER_UNIT + next % T::PER_UNIT] = Element{};
+    }
   }
 }
 

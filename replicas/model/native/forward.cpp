@@ -3,6 +3,7 @@
 // The counterpart of replicas/model/transformer.py and attention.py, which are its reference. Residuals,
 // norms, scores and sums are float32; weights, activations and K/V are float32 or bfloat16.
 #include <algorithm>
+#include <cfloat>
 #include <memory>
 #include <new>
 #include <type_traits>
@@ -233,9 +234,10 @@ class Forward {
     }
     Element* queries = (Element*)(queries_ + row * ld_attended_);
     for (int64_t i = 0; i < model_.num_heads * dim; i++) queries[i] = T::round(qkv[i]);
+    const bool is_last = row + 1 == step_.num_rows || row_page_[row + 1] != row_page_[row];
     for (int64_t h = 0; h < model_.num_kv_heads; h++) {
       store_token<T>(cache_, layer.keys, layer.values, row_page_[row], position % model_.page_size, h,
-                     qkv + (model_.num_heads + h) * dim, qkv + (num_rotated_ + h) * dim);
+                     qkv + (model_.num_heads + h) * dim, qkv + (num_rotated_ + h) * dim, is_last);
     }
   }
 
@@ -333,11 +335,12 @@ void choose_row(float* logits, int64_t vocab, int64_t forbidden, int64_t* token,
   if (forbidden >= 0) logits[forbidden] = -INFINITY;
   const Ints lane = lane_numbers();
   Floats best = splat(-INFINITY);
-  Ints at{};
+  Ints at{}, is_nan{};  // in no comparison true, and nothing to our exp
   int64_t i = 0;
   for (; i + LANES <= vocab; i += LANES) {
     const Floats v = load<Floats>(logits + i);
     const Ints better = v > best;
+    is_nan = is_nan | ~((v > splat(-INFINITY)) | (v < splat(-FLT_MAX)));
     best = select(better, v, best);
     at = (better & (lane + (int32_t)i)) | (~better & at);
   }
@@ -353,6 +356,9 @@ void choose_row(float* logits, int64_t vocab, int64_t forbidden, int64_t* token,
   for (i = 0; i + LANES <= vocab; i += LANES) sums += exp(load<Floats>(logits + i) - top);
   float sum = sum_lanes(sums);
   for (; i < vocab; i++) sum += std::exp(logits[i] - top);
+  for (int l = 0; l < LANES; l++) {
+    if (is_nan[l]) sum = NAN;
+  }
   *token = found;
   *normaliser = top + std::log(sum);
 }
@@ -375,6 +381,7 @@ void triad_forward(void* context, const Model* model, const Step* step) {
 }
 
 // logits: [rows, ld]; the forbidden token's, if not negative, becomes -inf. tokens, normalisers: [rows]
+// The normaliser of a row with a NaN or +inf, or of nothing but -inf, is not finite, and its token is some id.
 void triad_choose(void* context, float* logits, int64_t rows, int64_t ld, int64_t vocab, int64_t forbidden,
                   int64_t* tokens, float* normalisers) {
   auto& pool = static_cast<Context*>(context)->pool;

@@ -1,5 +1,7 @@
 """The most probable token and the log-sum-exp against their definition in float64."""
 
+import math
+
 import pytest
 import torch
 
@@ -64,3 +66,33 @@ def test_no_rows() -> None:
 @pytest.mark.parametrize("num_rows", [1, 33, 2048])
 def test_full_shapes(num_rows: int, dtype: torch.dtype) -> None:
     check(normal(num_rows, 131072, dtype=dtype, scale=5.0), 100, None)
+
+
+@pytest.mark.parametrize("num_splits", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_are_not_finite_have_no_probability_and_change_no_other(
+    dtype: torch.dtype, num_splits: int
+) -> None:
+    """Their tokens are in the vocabulary all the same: what follows on the device looks them up."""
+    logits = normal(9, 9001, dtype=dtype)
+    healthy = logits[::2].clone()
+    logits[1, 17] = torch.nan
+    logits[3] = torch.nan
+    logits[5, 9000] = torch.inf
+    logits[7] = -torch.inf
+    found = confidence(logits, 3, num_splits)
+    alone = confidence(healthy, 3, num_splits)
+    assert [math.isfinite(prob) for prob in found.probs.tolist()] == [True, False] * 4 + [True]
+    assert not found.log_sums[1::2].isfinite().any()
+    assert all(0 <= token < 9001 for token in found.tokens.tolist())
+    for part, expected in zip(found, alone, strict=True):
+        assert torch.equal(part[::2], expected)
+
+
+def test_fewer_ids_than_the_rows_hold() -> None:
+    """A padded vocabulary: what lies past it is not looked at."""
+    logits = normal(4, 5000)
+    logits[:, 4500:] = 90.0
+    logits[2, 4600] = torch.nan
+    check(logits[:, :4500], 7, 1)
+    check(logits[:, :4500], 7, 2)

@@ -8,7 +8,8 @@ import torch
 from replicas.kernels.confidence import confidence
 from replicas.kernels.verify import accept, accept_reference, sample_rows, sample_rows_reference
 from replicas.messages import SamplingParams
-from replicas.model.sampler import Row, sample, uniforms
+from replicas.model.logit_rules import Row
+from replicas.model.sampler import sample, uniforms
 from tests.replicas.kernels.cases import DEVICE, DTYPES, ON_GPU, generator, normal
 
 
@@ -95,3 +96,30 @@ def test_accepts_the_longest_prefix_that_agrees() -> None:
 def test_no_drafts() -> None:
     none = torch.empty(0, dtype=torch.int32, device=DEVICE)
     assert [len(part) for part in accept(none, none, none, none.long(), none)] == [0, 0]
+
+
+def test_rows_that_are_not_finite_draw_a_token_of_the_vocabulary_and_change_no_other() -> None:
+    logits, random = normal(7, 5000), draw(7)
+    logits[1, 4000] = torch.nan
+    logits[3] = torch.inf
+    logits[5] = -torch.inf
+    temperatures = torch.tensor([1.0, 1.0, 0.0, 0.5, 1e30, 1.0, 1e-5], device=DEVICE)
+    together = sample_rows(logits, confidence(logits, None), temperatures, random, None).tolist()
+    assert all(0 <= token < 5000 for token in together)
+    for row in (0, 2, 4, 6):
+        part = slice(row, row + 1)
+        alone = sample_rows(
+            logits[part], confidence(logits[part], None), temperatures[part], random[part], None
+        )
+        assert alone.tolist() == together[part]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_greedy_rows_of_many_equal_logits_take_the_lowest_id(dtype: torch.dtype) -> None:
+    """As the sampler and its log-probabilities do."""
+    logits = (normal(6, 9001, dtype=dtype, scale=4.0).float() * 2).round().clamp(max=4).to(dtype)
+    greedy = torch.zeros(6, device=DEVICE)
+    found = sample_rows(logits, confidence(logits, 5), greedy, draw(6), 5)
+    rows = [Row(SamplingParams(logprobs=1), position=k) for k in range(6)]
+    tokens, _, tops = sample(logits.cpu().clone(), rows, 5)
+    assert found.tolist() == tokens == [tops[row][0][0] for row in range(6)]

@@ -170,6 +170,26 @@ def test_choose_equals_torch(tiny_folder: Path) -> None:
             torch.testing.assert_close(normalisers, expected)
 
 
+@pytest.mark.parametrize("width", [5, 16, 97, 1000])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_choose_tells_of_a_row_that_is_not_finite(tiny_folder: Path, width: int, value: float) -> None:
+    """Wherever in it that is; its token is some id, and the other rows are as they were."""
+    model = poisoned_runner(tiny_folder, "native")._model
+    logits = torch.randn(3, width, generator=torch.Generator().manual_seed(2))
+    logits[2] = -torch.inf
+    expected_tokens, expected = choose(logits.clone(), None)
+    for at in range(width):
+        sick = logits.clone()
+        sick[1, at] = value
+        tokens, normalisers = model.choose(sick, None)
+        assert not normalisers[1].isfinite()
+        assert 0 <= int(tokens[1]) < width
+        assert int(tokens[0]) == int(expected_tokens[0])
+        torch.testing.assert_close(normalisers[0], expected[0])
+        assert not normalisers[2].isfinite()
+        assert not choose(sick, None)[1][1].isfinite()
+
+
 def test_without_a_compiler_the_forward_is_torchs(
     tiny_folder: Path, fresh_build: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from policies.modes import Mode
 from replicas.engine.batch import ScheduledBatch
 from replicas.messages import SamplingParams
+from replicas.model.checkpoint import DTYPES
 from replicas.model.native.model import quantize
 from replicas.model.runner import TorchRunner
 from tests.reference import Reference
@@ -328,3 +329,30 @@ def test_bfloat16_runs_and_is_close(tiny_folder: Path, reference: Reference, for
     for found, rows in zip(LogitsProbe(runner)(*segments), expected, strict=True):
         assert found.isfinite().all()
         assert torch.nn.functional.cosine_similarity(found.float(), rows, dim=-1).mean() > 0.98
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("page_size", [5, 16])
+def test_what_others_left_in_a_page_changes_no_bit(
+    tiny_folder: Path, forward: str, page_size: int, dtype: str
+) -> None:
+    """Not even where a model has overflowed for them."""
+    seen = []
+    for left in (0.0, float("nan"), float("inf")):
+        runner = TorchRunner.load(
+            str(tiny_folder), dtype=dtype, num_pages=120, page_size=page_size, forward=forward
+        )
+        for pages in runner._model.pages:
+            pages.view(DTYPES[dtype]).fill_(left)
+        probe, table = LogitsProbe(runner), Pages(120, page_size).table(90)
+        rows = []
+        for start in (1, 4, 7, 16, 31, 40):
+            tokens = prompt(start + 6, seed=start)
+            rows += probe(segment(tokens[:start], table))
+            rows += probe(segment([tokens[start], *[MASK_TOKEN_ID] * 5], table, start=start, num_causal=0))
+            rows += probe(segment(tokens[start : start + 3], table, start=start))
+            rows += probe(segment(tokens[start + 3 : start + 4], table, start=start + 3))
+        seen.append(torch.cat(rows))
+    assert seen[0].isfinite().all()
+    for rows in seen[1:]:
+        assert torch.equal(rows, seen[0])

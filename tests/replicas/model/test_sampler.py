@@ -5,9 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from replicas.messages import SamplingParams
-from replicas.model.sampler import Row, sample, uniforms
+from replicas.messages import JsonFormat, SamplingParams
+from replicas.model.logit_rules import Row
+from replicas.model.sampler import sample, uniforms
 
 VOCAB = 23
 
@@ -202,3 +205,175 @@ def test_log_probabilities_of_the_most_probable() -> None:
     values, ids = logits[1].log_softmax(-1).topk(4)
     assert [token for token, _ in tops[1]] == ids.tolist()
     assert [value for _, value in tops[1]] == pytest.approx(values.tolist(), rel=1e-5)
+
+
+BYSTANDERS = (
+    SamplingParams(),
+    SamplingParams(temperature=0.9, top_p=0.8, seed=5),
+    SamplingParams(logprobs=3),
+)
+SICK = {
+    "NaN": [math.nan],
+    "NaN among others": [0.5] * 11 + [math.nan] + [1.5] * 11,
+    "+inf": [0.5, math.inf] + [1.5] * 21,
+    "all -inf": [-math.inf],
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-5, 1.0])
+@pytest.mark.parametrize("sick", SICK)
+@pytest.mark.parametrize("given", [{}, {"top_k": 3}, {"logprobs": 2}, {"repetition_penalty": 1.2}], ids=str)
+def test_a_row_that_is_not_finite_has_no_token_and_changes_no_other(
+    sick: str, temperature: float, given: dict[str, float]
+) -> None:
+    logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(8)) * 2
+    logits[1] = torch.tensor(SICK[sick] * (VOCAB // len(SICK[sick])))
+    rows = [Row(sampling, 7) for sampling in BYSTANDERS]
+    rows.insert(1, Row(SamplingParams(temperature=temperature, **given), 7, seen=(1, 2)))
+    tokens, probs, tops = sample(logits.clone(), rows, None)
+    assert not math.isfinite(probs[1])
+    assert 0 <= tokens[1] < VOCAB
+    for index in (0, 2, 3):
+        [token], [prob], top = sample(logits[index : index + 1].clone(), [rows[index]], None)
+        assert (tokens[index], probs[index], tops.get(index)) == (token, prob, top.get(0))
+
+
+def test_a_row_of_whose_tokens_the_rules_leave_none_has_no_token() -> None:
+    """A grammar that allows an end of text alone, which min_tokens forbids; and a penalty that overflows."""
+    logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(9)) * 20
+    for temperature in (0.0, 1.0):
+        ends = SamplingParams(temperature=temperature, min_tokens=4)
+        overflows = SamplingParams(temperature=temperature, repetition_penalty=3e-38)
+        plain = SamplingParams(temperature=temperature)
+        rows = [
+            Row(plain, 9),
+            Row(ends, 9, prompt_len=8, allowed=b"\x04"),
+            Row(overflows, 9, seen=tuple(range(VOCAB))),
+            Row(plain, 9),
+        ]
+        tokens, probs, _ = sample(logits.clone(), rows, None, frozenset({2}))
+        assert [math.isfinite(prob) for prob in probs] == [True, False, False, True]
+        for index in (0, 3):
+            assert ([tokens[index]], [probs[index]]) == run(logits[index : index + 1], [(plain, 9)])
+
+
+def numbers(least: float, most: float, *far: float) -> st.SearchStrategy[float]:
+    return st.floats(least, most) | st.sampled_from(
+        [*far, math.nan, math.inf, -math.inf, 1e300, -1e300, 1e-300, 0.0]
+    )
+
+
+SAMPLING_PARAMS = st.builds(
+    SamplingParams,
+    temperature=numbers(0, 2, 1e-30, 1e30),
+    top_p=numbers(0, 1, -1.0, 7.0),
+    top_k=st.integers(-1, VOCAB + 1) | st.sampled_from([2**31 - 1, 2**63 - 1, 2**63, 2**70, -(2**70)]),
+    seed=st.integers(-(2**63), 2**63 - 1) | st.sampled_from([2**64, -(2**70)]),
+    min_p=numbers(0, 1, -1.0, 7.0),
+    presence_penalty=st.just(0.0) | numbers(-2, 2),
+    frequency_penalty=st.just(0.0) | numbers(-2, 2),
+    repetition_penalty=st.just(1.0) | numbers(0.01, 100, 3e-38, -1.0),
+    logit_bias=st.lists(st.tuples(st.integers(-2, VOCAB + 2), numbers(-100, 100)), max_size=4).map(tuple),
+    min_tokens=st.integers(0, 12),
+    logprobs=st.none() | st.integers(0, VOCAB + 3),
+)
+ROWS = st.builds(
+    Row,
+    sampling=SAMPLING_PARAMS,
+    position=st.integers(10, 20),
+    prompt_len=st.integers(0, 10),
+    seen=st.lists(st.integers(0, VOCAB - 1), max_size=6).map(tuple),
+    allowed=st.none() | st.binary(min_size=0, max_size=4),
+    then=st.lists(st.integers(0, VOCAB - 1), max_size=3).map(tuple),
+)
+LOGITS = st.sampled_from([0.0, -3.0, 1.5, 2.0, 30.0, -1e30, 1e30]) | st.floats(-20, 20, width=32)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.tuples(ROWS, st.lists(LOGITS, min_size=VOCAB, max_size=VOCAB)), min_size=1, max_size=5))
+def test_whatever_the_parameters_a_row_is_what_it_is_alone(items: list[tuple[Row, list[float]]]) -> None:
+    """In range and far out of it: a token that may be, or none; no exception, and no other row's matter."""
+    rows = [row for row, _ in items]
+    logits = torch.tensor([line for _, line in items])
+    tokens, probs, tops = sample(logits.clone(), rows, 5, frozenset({2, 3}))
+    for index, row in enumerate(rows):
+        [token], [prob], top = sample(logits[index : index + 1].clone(), [row], 5, frozenset({2, 3}))
+        assert math.isfinite(prob) == math.isfinite(probs[index])
+        assert top.get(0) == tops.get(index)
+        assert 0 <= tokens[index] < VOCAB
+        if math.isfinite(prob):
+            assert (tokens[index], probs[index]) == (token, prob)
+            assert token != 5
+            assert not (row.forbids_end and token in (2, 3))
+            assert row.allowed is None or int.from_bytes(row.allowed, "little") >> token & 1
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    temperature=st.floats(0, 2) | st.sampled_from([1e-300, 1e-8, 1e300, math.inf]),
+    top_p=st.floats(0, 1),
+    top_k=st.integers(-1, 2**31 - 1),
+    min_p=st.floats(0, 1),
+    seed=st.integers(-(2**63), 2**63 - 1),
+    line=st.lists(LOGITS, min_size=VOCAB, max_size=VOCAB),
+)
+def test_filters_always_leave_a_token(
+    temperature: float, top_p: float, top_k: int, min_p: float, seed: int, line: list[float]
+) -> None:
+    sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
+    [token], [prob] = run(torch.tensor([line]), [(sampling, 3)])
+    assert math.isfinite(prob)
+    if top_k == 1 or top_p == 0.0 or (min_p == 1.0 and line.count(max(line)) == 1 and temperature <= 2):
+        assert token == line.index(max(line))
+
+
+def quantised(num_rows: int, vocab: int, seed: int) -> torch.Tensor:
+    """Logits of bfloat16 and few levels, most of them equal to others."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(num_rows, vocab, generator=generator).bfloat16() * 4).round().bfloat16() / 4
+
+
+@pytest.mark.parametrize("vocab", [VOCAB, 400])
+def test_of_equal_log_probabilities_the_lower_id_comes_first(vocab: int) -> None:
+    """So the first of them is the token that greedy sampling chose, and as many are listed as asked for."""
+    for seed in range(20):
+        logits = quantised(5, vocab, seed)
+        logits[4] = 0.0
+        counts = [1, 2, 5, 20, 5]
+        tokens, probs, tops = sample(
+            logits.clone(), [Row(SamplingParams(logprobs=n), 3) for n in counts], None
+        )
+        for row, count in enumerate(counts):
+            line = logits[row].tolist()
+            ranked = sorted(range(vocab), key=lambda token: (-line[token], token))
+            assert [token for token, _ in tops[row]] == ranked[:count]
+            assert tops[row][0][0] == tokens[row]
+            assert math.log(probs[row]) == pytest.approx(tops[row][0][1], rel=1e-12)
+    assert [token for token, _ in tops[4]] == [0, 1, 2, 3, 4]
+
+
+def test_top_k_ranks_as_the_log_probabilities_do() -> None:
+    """At a high temperature too, where probabilities of unlike logits are the same number."""
+    for seed in range(20):
+        logits = quantised(1, 400, seed)
+        _, _, tops = sample(logits.clone(), [Row(SamplingParams(logprobs=6), 3)], None)
+        likely = {token for token, _ in tops[0]}
+        rows = [(SamplingParams(temperature=t, top_k=6, seed=t), k) for t in (1, 10**7) for k in range(60)]
+        tokens, _ = run(logits.expand(len(rows), -1), rows)
+        assert set(tokens) == likely
+
+
+def test_penalties_and_biases_of_equal_logits_choose_the_lowest_id() -> None:
+    logits = torch.zeros(3, VOCAB)
+    rows = [
+        Row(SamplingParams(presence_penalty=1.0), 9, 0, seen=(0, 1, 3)),
+        Row(SamplingParams(logit_bias=((7, 1.0), (4, 1.0))), 9),
+        Row(SamplingParams(response_format=JsonFormat("{}")), 9, allowed=b"\xc0"),
+    ]
+    assert sample(logits, rows, None)[0] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**63 - 1, -(2**63)])
+def test_seeds_at_the_extremes_follow_the_distribution(seed: int) -> None:
+    numbers = uniforms([seed] * 4000, list(range(4000)))
+    assert abs(numbers.mean() - 0.5) < 5 / math.sqrt(12 * 4000)

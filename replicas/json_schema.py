@@ -1,0 +1,227 @@
+"""What llguidance would get wrong of a JSON schema: put right before it sees it, or refused.
+
+llguidance (1.9.1) keeps every number as a double, forms the least common multiple of two `multipleOf` in
+32 bits, and takes options of its own from a schema. Its grammars are context-free, so they can't tell that
+a key has come before; and the keys beside the declared ones may be spelled with escapes.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+from urllib.parse import unquote
+
+MAX_EXACT = 2**53
+"""Up to here every integer is a double."""
+MAX_BOUND = 2**63 - 1024
+"""The largest double within 64 bits."""
+_BOUNDS = {"minimum": 1, "exclusiveMinimum": 1, "maximum": -1, "exclusiveMaximum": -1}
+_COMBINERS = ("allOf", "anyOf", "oneOf")
+_OF_NAMES = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+"""Keywords whose value has names for keys, and schemas for values."""
+_DATA = frozenset({"const", "enum", "default", "examples", "title", "description", "$comment"})
+"""Keywords whose value has no schemas in it."""
+_OPTIONS = "x-guidance"
+_CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
+"""Characters that JSON has no shorter escape for than \\u and their code."""
+_CONTROL_IN_PATTERN = re.compile(
+    _CONTROL.pattern + r"|\\[acev0]|\\[xu]\{?0*(0[0-7b]|0?[ef]|1[0-9a-f]|7f|[0-7b])(?![0-9a-f])",
+    re.IGNORECASE,
+)
+
+
+class SchemaRefused(Exception):
+    """A schema can't be enforced. Its text says what of it, and follows "the schema can't be enforced: "."""
+
+
+@dataclass(frozen=True, slots=True)
+class Enforceable:
+    """schema: JSON text. has_controls: its strings may have characters that are written with \\u."""
+
+    schema: str
+    has_controls: bool
+
+
+def enforceable(text: str, best_effort: bool) -> Enforceable:
+    """The schema, such that each answer which llguidance then allows is one that `text` allows.
+
+    Bounds beyond 2**53 move inward to the next double, by some thousands at most. What can't be enforced is
+    left out with best_effort, and is otherwise SchemaRefused.
+    """
+    try:
+        schema = json.loads(text)
+        if isinstance(schema, dict):
+            schema.pop(_OPTIONS, None)  # no keyword of JSON Schema, so it has no meaning
+        _check_references(schema)
+        for place, found in _schemas(schema, ""):
+            for keyword in tuple(found):
+                problem = _problem(found, keyword)
+                if problem is None:
+                    continue
+                if not best_effort:
+                    raise SchemaRefused(f"{place}{keyword}: {problem}")
+                if keyword != "minProperties":  # which is kept as far as it goes
+                    del found[keyword]
+        _check_multiples(schema, best_effort)
+        has_controls = any(map(_has_controls, (found for _, found in _schemas(schema, ""))))
+        if has_controls and not best_effort:
+            _check_keys(schema)
+        return Enforceable(json.dumps(schema, allow_nan=False), has_controls)
+    except RecursionError:
+        raise SchemaRefused("it is nested too deeply") from None
+    except ValueError as error:  # such as an integer of more digits than Python takes
+        raise SchemaRefused(str(error)) from None
+
+
+def _schemas(value: Any, place: str, has_names: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every object that may be a schema, wherever a reference may find it, and where it is ("a.b.")."""
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _schemas(item, f"{place}{index}.")
+    elif isinstance(value, dict):
+        if not has_names:
+            yield place, value
+        for key, item in tuple(value.items()):
+            if has_names or key not in _DATA:
+                yield from _schemas(item, f"{place}{key}.", not has_names and key in _OF_NAMES)
+
+
+def _problem(schema: dict[str, Any], keyword: str) -> str | None:
+    """Why a keyword can't be enforced, None where it can. Rounds bounds."""
+    value = schema[keyword]
+    if keyword in ("const", "enum"):
+        for number in filter(_is_number, _leaves(value)):
+            if not _comes_out_exact(number):
+                return f"{number} would come out rounded; numbers are kept as doubles"
+    elif keyword in _BOUNDS and _is_number(value):
+        if not math.isfinite(value) or not -(2**63) <= value < 2**63:
+            return f"{value} is beyond 64 bits"
+        if abs(value) > MAX_EXACT:
+            schema[keyword] = _rounded(int(value), _BOUNDS[keyword])
+    elif keyword == "minProperties" and isinstance(value, int):
+        required = schema.get("required")
+        num_required = len(set(map(str, required))) if isinstance(required, list) else 0
+        if value > num_required + 1:
+            return (
+                f"of {value} properties only {num_required} are required, and the others might be "
+                "one that comes several times; require more, or lower it"
+            )
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _comes_out_exact(number: int | float) -> bool:
+    """llguidance writes integers of 64 bits as such, other doubles as their shortest digits."""
+    try:
+        double = float(number)
+    except OverflowError:
+        return False
+    if isinstance(number, int) and abs(number) <= MAX_BOUND:
+        return int(double) == number
+    return math.isfinite(double) and bool(json.loads(format(Decimal(repr(double)), "f")) == number)
+
+
+def _rounded(bound: int, direction: int) -> int:
+    """The nearest double that lies in the direction from the bound, or on it, as do its shortest digits.
+
+    llguidance goes by the double where it generates integers, by the digits where it generates numbers.
+    """
+    double = float(max(-MAX_BOUND, min(MAX_BOUND, bound)))
+    while (int(double) - bound) * direction < 0 or (int(Decimal(repr(double))) - bound) * direction < 0:
+        double = math.nextafter(double, math.inf * direction)
+    return int(double)
+
+
+def _check_multiples(schema: Any, best_effort: bool) -> None:
+    """Multiples that may be combined, in 32 bits."""
+    found = [s for _, s in _schemas(schema, "") if _is_number(s.get("multipleOf"))]
+    multiples = {abs(Decimal(repr(s["multipleOf"]))) for s in found}
+    is_combined = any("allOf" in s or "$ref" in s for _, s in _schemas(schema, ""))
+    if len(multiples) < 2 or not is_combined:
+        return
+    exponent = min(0, *(int(multiple.as_tuple().exponent) for multiple in multiples))
+    if math.prod(int(multiple.scaleb(-exponent)) for multiple in multiples) < 2**32:
+        return
+    if not best_effort:
+        raise SchemaRefused("multipleOf: the values together are too large to be combined")
+    for part in found:
+        del part["multipleOf"]
+
+
+def _check_references(schema: Any) -> None:
+    """A schema that is itself, by references and combiners alone, says nothing of an answer."""
+    under_way: set[int] = set()
+    done: set[int] = set()
+
+    def visit(part: Any) -> None:
+        if not isinstance(part, dict) or id(part) in done:
+            return
+        if id(part) in under_way:
+            raise SchemaRefused("$ref: a schema refers to itself, with nothing of an answer in between")
+        under_way.add(id(part))
+        if isinstance(part.get("$ref"), str):
+            visit(_referred(schema, part["$ref"]))
+        for combiner in _COMBINERS:
+            if isinstance(part.get(combiner), list):
+                for option in part[combiner]:
+                    visit(option)
+        under_way.remove(id(part))
+        done.add(id(part))
+
+    for _, found in _schemas(schema, ""):
+        visit(found)
+
+
+def _referred(schema: Any, reference: str) -> Any:
+    """What a JSON pointer within the schema points to; None where nothing is, or it points elsewhere."""
+    if not reference.startswith("#"):
+        return None
+    found = schema
+    for step in unquote(reference[1:]).split("/")[1:]:
+        key = step.replace("~1", "/").replace("~0", "~")
+        if isinstance(found, dict):
+            found = found.get(key)
+        elif isinstance(found, list) and key.isdecimal() and int(key) < len(found):
+            found = found[int(key)]
+        else:
+            return None
+    return found
+
+
+def _has_controls(schema: dict[str, Any]) -> bool:
+    values = [*_leaves(schema.get("const")), *_leaves(schema.get("enum"))]
+    if any(isinstance(value, str) and _CONTROL.search(value) for value in values):
+        return True
+    pattern = schema.get("pattern")
+    patterns = [pattern] if isinstance(pattern, str) else []
+    if isinstance(schema.get("patternProperties"), dict):
+        patterns += schema["patternProperties"]
+    return any(map(_CONTROL_IN_PATTERN.search, patterns))
+
+
+def _check_keys(schema: Any) -> None:
+    """Where \\u may be written, a declared key can come again, spelled with it, as one not declared."""
+    for place, found in _schemas(schema, ""):
+        has_declared = bool(found.get("properties") or found.get("required"))
+        if has_declared and found.get("additionalProperties") is not False:
+            raise SchemaRefused(
+                f"{place}additionalProperties: beside strings with control characters it must be false, "
+                "since a key could come again, spelled with \\u"
+            )

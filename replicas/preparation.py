@@ -1,0 +1,180 @@
+"""What is done with a request between its arrival and the engine, off the event loop that carries streams.
+
+Tokenizing, templates and schemas grow with what a client sends. tokenizers and llguidance give up the GIL;
+a template does not, but shares it.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from replicas.engine.grammar import Grammar
+from replicas.errors import ErrorCode, TriadError
+from replicas.grammar import GrammarCompiler
+from replicas.messages import GenerateRequest, JsonFormat, Prompt
+from replicas.text import TextCodec
+
+T = TypeVar("T")
+
+MAX_WAIT_S = 5.0
+"""For a thread to be free."""
+MAX_INLINE_CHARS = 2_000
+"""Prompts up to here, a millisecond of work, are not worth a thread's wake-up."""
+MAX_SHORT_CHARS = 20_000
+"""Prompts up to here, some milliseconds of work, do not wait behind longer ones."""
+NUM_COMPILES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """prompts: token ids. grammars: one for each choice of each prompt, by index."""
+
+    prompts: Sequence[list[int]]
+    grammars: Sequence[Grammar | None]
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    task: asyncio.Task[Prepared]
+    channel_id: str
+    dropped: TriadError | None = None
+
+    def drop(self, code: ErrorCode, message: str) -> None:
+        self.dropped = TriadError(code, message)
+        self.task.cancel()
+
+
+class Preparation:
+    """Lives on one event loop.
+
+    max_context: tokens; a text that must have more is refused by its length. max_requests: under way at once.
+    """
+
+    def __init__(self, codec: TextCodec, grammars: GrammarCompiler, max_context: int, max_requests: int):
+        self._codec = codec
+        self._grammars = grammars
+        self._max_context = max_context
+        self._max_requests = max_requests
+        self._under_way: dict[str, _UnderWay] = {}
+        self._short, self._long = _Threads("prompt", 1), _Threads("long-prompt", 1)
+        self._compiling = _Threads("grammar", NUM_COMPILES)
+        self._is_closed = False
+
+    def start(self) -> None:
+        """Has compiles made ready, in the background."""
+        self._compiling.begin(self._grammars.warm_up)
+
+    async def prepare(self, request: GenerateRequest) -> Prepared:
+        """TriadError says what is wrong with the request, or that it was dropped meanwhile."""
+        if self._is_closed:
+            raise TriadError(ErrorCode.UNAVAILABLE, "the replica is shutting down")
+        num_chars = sum(map(_num_chars, request.prompts))
+        if num_chars <= MAX_INLINE_CHARS and request.sampling.response_format is None:
+            return Prepared(self._encode(request), (None,) * request.num_indices)
+        request_id = request.request_id
+        if request_id in self._under_way:
+            message = f"a request {request_id!r} is running already"
+            raise TriadError(ErrorCode.INVALID_REQUEST, message)
+        if len(self._under_way) >= self._max_requests:
+            message = f"the replica has {self._max_requests} requests to prepare; retry later"
+            raise TriadError(ErrorCode.QUEUE_FULL, message)
+        under_way = _UnderWay(asyncio.create_task(self._prepare(request, num_chars)), request.channel_id)
+        self._under_way[request_id] = under_way
+        try:
+            await asyncio.wait((under_way.task,))
+        finally:
+            del self._under_way[request_id]
+            under_way.task.cancel()
+        if under_way.dropped is not None:
+            raise under_way.dropped
+        return under_way.task.result()
+
+    def drop(self, request_ids: Iterable[str]) -> None:
+        """Those of them that are under way end with CANCELLED."""
+        for request_id in request_ids:
+            if request_id in self._under_way:
+                self._under_way[request_id].drop(ErrorCode.CANCELLED, "the request was cancelled")
+
+    def drop_channel(self, channel_id: str) -> None:
+        """Those of a channel that has closed end with UNAVAILABLE."""
+        for under_way in self._under_way.values():
+            if under_way.channel_id == channel_id:
+                under_way.drop(ErrorCode.UNAVAILABLE, f"the channel {channel_id!r} has closed")
+
+    def close(self) -> None:
+        """Ends what is under way with UNAVAILABLE, without waiting for a thread."""
+        self._is_closed = True
+        for under_way in self._under_way.values():
+            under_way.drop(ErrorCode.UNAVAILABLE, "the replica is shutting down")
+        self._grammars.close()
+        for threads in (self._short, self._long, self._compiling):
+            threads.close()
+
+    async def _prepare(self, request: GenerateRequest, num_chars: int) -> Prepared:
+        wanted = request.sampling.response_format
+
+        def work() -> tuple[list[list[int]], Sequence[Grammar | None] | None]:
+            # A schema that is known to be refused spares the prompts' encoding.
+            grammars = self._known(wanted, request.num_indices)
+            return self._encode(request), grammars
+
+        threads = self._short if num_chars <= MAX_SHORT_CHARS else self._long
+        prompts, grammars = await threads.run(work)
+        if grammars is None:
+            assert wanted is not None
+            grammars = await self._compiling.run(lambda: self._compile(wanted, request.num_indices))
+        return Prepared(prompts, grammars)
+
+    def _encode(self, request: GenerateRequest) -> list[list[int]]:
+        return [self._codec.encode(prompt, self._max_context) for prompt in request.prompts]
+
+    def _known(self, wanted: JsonFormat | None, count: int) -> Sequence[Grammar | None] | None:
+        """None where it takes a compile."""
+        if wanted is None:
+            return (None,) * count
+        grammars = [grammar for _ in range(count) if (grammar := self._grammars.known(wanted)) is not None]
+        return grammars if len(grammars) == count else None
+
+    def _compile(self, wanted: JsonFormat, count: int) -> Sequence[Grammar]:
+        return [self._grammars.compile(wanted) for _ in range(count)]
+
+
+class _Threads:
+    """A few threads, for which a job waits MAX_WAIT_S at most."""
+
+    def __init__(self, name: str, count: int):
+        self._pool = ThreadPoolExecutor(count, name)
+        self._free = asyncio.Semaphore(count)
+
+    async def run(self, job: Callable[[], T]) -> T:
+        """TriadError when no thread was free in time. A job goes on when its caller is cancelled."""
+        try:
+            async with asyncio.timeout(MAX_WAIT_S):
+                await self._free.acquire()
+        except TimeoutError:
+            message = "the replica has too many long prompts or new schemas to prepare; retry later"
+            raise TriadError(ErrorCode.QUEUE_FULL, message) from None
+        future = asyncio.get_running_loop().run_in_executor(self._pool, job)
+        future.add_done_callback(self._ended)
+        return await asyncio.shield(future)
+
+    def begin(self, job: Callable[[], None]) -> None:
+        """Before any other, and counted to none."""
+        self._pool.submit(job)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _ended(self, future: "asyncio.Future[T]") -> None:
+        self._free.release()
+        if not future.cancelled():
+            future.exception()  # its caller may be gone
+
+
+def _num_chars(prompt: Prompt) -> int:
+    """What a prompt weighs: a token id one character, and a message 50 more than it has, for the template."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    return sum(1 if isinstance(part, int) else 50 + sum(map(len, part.values())) for part in prompt)

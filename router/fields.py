@@ -1,0 +1,115 @@
+"""What fields are made of: their kinds, their ranges, and how a fault in one is told."""
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+MAX_PROMPTS = 128
+MAX_INT32 = 2**31 - 1
+"""Of token ids and counts of tokens, which tensors and records of other processes hold."""
+
+
+def neutral(*values: Any) -> AfterValidator:
+    """Accepts null and the given values; anything else asks for what Triad can't do."""
+
+    def check(value: Any) -> None:
+        if value is not None and not any(_same(value, known) for known in values):
+            only = f" Leave it out or send {values[0]!r}." if values else ""
+            message = "This parameter is not supported.{only}"
+            raise PydanticCustomError("unsupported_parameter", message, {"only": only})
+
+    return AfterValidator(check)
+
+
+def _same(value: Any, known: Any) -> bool:
+    """Equal, where 1.0 is 1 but true isn't."""
+    if isinstance(value, bool) or isinstance(known, bool):
+        return value is known
+    return bool(value == known)
+
+
+Unsupported = Annotated[Any, neutral()]
+NoList = Annotated[Any, neutral([])]
+Off = Annotated[Any, neutral(False)]
+
+
+def unicode(text: str) -> str:
+    """JSON can carry a lone surrogate; no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("unicode", "The text has a lone surrogate") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(unicode)]
+
+
+def integral(value: Any) -> Any:
+    """4.0 is an integer in JSON Schema."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+INTEGRAL = BeforeValidator(integral)
+Count = Annotated[int, Field(ge=0, le=MAX_INT32), INTEGRAL]
+PositiveCount = Annotated[int, Field(ge=1, le=MAX_INT32), INTEGRAL]
+
+
+def at_most(most: int) -> BeforeValidator:
+    """Counts members or items before any of them is looked at."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict | list) and len(value) > most:
+            raise PydanticCustomError("too_many", "At most {most} are taken", {"most": most})
+        return value
+
+    return BeforeValidator(check)
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _knows_each_field(cls, data: Any) -> Any:
+        """Names the first unknown field, so that a million of them cost no more than one."""
+        if isinstance(data, dict):
+            known = {field.alias or name for name, field in cls.model_fields.items()}
+            for name in data:
+                if name not in known:
+                    raise PydanticCustomError("unknown_field", "Unknown field", {"field": name})
+        return data
+
+
+def conflict(field: str, why: str) -> PydanticCustomError:
+    """Of one field with another; an error of the whole object says by `field` which one to change."""
+    return PydanticCustomError("conflict", "{why}", {"field": field, "why": why})
+
+
+TextPrompt = str | tuple[int, ...]
+
+
+def prompts(value: Any) -> tuple[TextPrompt, ...]:
+    """Text or token ids, alone or several in a list."""
+    several = isinstance(value, list) and bool(value) and isinstance(value[0], str | list)
+    found = value if several else [value]
+    if len(found) > MAX_PROMPTS:
+        raise PydanticCustomError("prompt", "At most {most} prompts a request", {"most": MAX_PROMPTS})
+    return tuple(_prompt(prompt) for prompt in found)
+
+
+def _prompt(value: Any) -> TextPrompt:
+    if isinstance(value, str):
+        return unicode(value)
+    if isinstance(value, list) and value:
+        # By C's own loops, since there may be a million.
+        kinds = set(map(type, value))
+        if kinds == {int, float} or kinds == {float}:
+            value = list(map(integral, value))
+            kinds = set(map(type, value))
+        if kinds == {int}:
+            if min(value) >= 0 and max(value) <= MAX_INT32:
+                return tuple(value)
+            raise PydanticCustomError("prompt", "A token id is from 0 to {most}", {"most": MAX_INT32})
+    raise PydanticCustomError("prompt", "A prompt is a string or a list of token ids, or a list of these")

@@ -1,0 +1,189 @@
+"""The GPU's choice of tokens is the CPU's for every field of a request; what is begun ahead is right."""
+
+import math
+from collections.abc import Sequence as Seq
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from policies.modes import DecodePlan, Mode
+from replicas.engine.batch import Runner, Segment
+from replicas.engine.engine import Engine
+from replicas.kernels.confidence import confidence
+from replicas.messages import DecodingOptions, JsonFormat, SamplingParams
+from replicas.model.cuda.lookahead import guess
+from replicas.model.cuda.runner import CudaRunner, Options
+from replicas.model.cuda.sampling import choose, is_plain
+from replicas.model.runner import TorchRunner, rows_of
+from replicas.model.sampler import sample
+from tests.replicas.model.conftest import prompt, segment
+from tests.tiny_checkpoint import MASK_TOKEN_ID, make_tiny_checkpoint
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+VOCAB = 97
+EOS = frozenset({2})
+JSON = JsonFormat("{}")
+ACTING = {
+    "temperature": {"temperature": 0.8},
+    "top_p": {"temperature": 0.8, "top_p": 0.5},
+    "top_k": {"temperature": 0.8, "top_k": 2},
+    "min_p": {"temperature": 0.8, "min_p": 0.3},
+    "seed": {"temperature": 0.8, "seed": 2**63 - 1},
+    "presence_penalty": {"presence_penalty": 2.0},
+    "frequency_penalty": {"frequency_penalty": 2.0},
+    "repetition_penalty": {"repetition_penalty": 5.0},
+    "logit_bias": {"logit_bias": ((11, 100.0),)},
+    "min_tokens": {"min_tokens": 50},
+    "logprobs": {"logprobs": 3},
+    "response_format": {"response_format": JSON},
+}
+"""For every field that acts on the choice of a token, values with which it does."""
+NOT_SAMPLINGS = {"max_tokens", "stop", "ignore_eos"}
+
+
+def some_segments(sampling: SamplingParams) -> list[Segment]:
+    """A step and a verify, with what the engine gives them of the request, and a draft."""
+    history = tuple(prompt(8, seed=1)) if sampling.has_penalties else ()
+    made = []
+    for seq_id, length in enumerate((1, 4)):
+        part = segment(prompt(length, seed=2 + seq_id), (1, 2), start=8, sampling=sampling, seq_id=seq_id)
+        mask = (1 << 30 | 1 << 41).to_bytes(13, "little")
+        allowed = (mask,) * length if sampling.response_format else ()
+        made.append(replace(part, prompt_len=5, history=history, allowed=allowed))
+    tokens = [9, MASK_TOKEN_ID, MASK_TOKEN_ID]
+    draft = segment(
+        tokens, (3,), start=8, num_causal=0, adapter=True, wanted=(1, 2), sampling=sampling, seq_id=5
+    )
+    return [*made, replace(draft, history=history, prompt_len=5)]
+
+
+def some_logits(num_rows: int) -> torch.Tensor:
+    logits = torch.randn(num_rows, VOCAB, generator=torch.Generator().manual_seed(4))
+    logits[:, 2] += 4.0  # the end of text, if it may come
+    logits[:, prompt(8, seed=1)[6]] += 4.0  # a token of the completion
+    return logits
+
+
+def choose_both(segments: Seq[Segment], logits: torch.Tensor) -> tuple[list[int], list[int]]:
+    """By the GPU's way and by the CPU's."""
+    on_device = logits.to(DEVICE)
+    tokens, _ = choose(
+        segments, on_device, confidence(on_device, MASK_TOKEN_ID), MASK_TOKEN_ID, EOS
+    ).outputs()
+    rows = [row for part in segments for row in rows_of(part)]
+    return tokens, sample(logits.clone(), rows, MASK_TOKEN_ID, EOS)[0]
+
+
+def test_every_field_is_listed() -> None:
+    assert set(ACTING) == {field.name for field in fields(SamplingParams)} - NOT_SAMPLINGS
+
+
+@pytest.mark.parametrize("field", ACTING)
+def test_a_field_acts_as_on_the_cpu(field: str) -> None:
+    segments = some_segments(SamplingParams(**ACTING[field]))
+    plain = some_segments(SamplingParams())
+    logits = some_logits(7)
+    found, expected = choose_both([*segments, *plain], torch.cat((logits, logits)))
+    assert found == expected
+    if field not in ("seed", "logprobs"):
+        assert found[:5] != found[7:12], "it does not act in this test"
+
+
+def test_a_mask_makes_a_segment_the_samplers() -> None:
+    step, _, draft = some_segments(SamplingParams(response_format=JSON))
+    assert not is_plain(step)
+    assert is_plain(draft)
+    tokens, _ = choose_both([step], some_logits(1))
+    assert tokens[0] in (30, 41)
+
+
+@pytest.mark.parametrize("given", [{"response_format": JSON}, {"presence_penalty": 1.0}], ids=str)
+def test_nothing_is_guessed_of_what_the_host_must_say(given: dict[str, object]) -> None:
+    for part in some_segments(SamplingParams(**given)):
+        assert guess([part], [0], len(part.wanted), 8, MASK_TOKEN_ID) is None
+    for part in some_segments(SamplingParams()):
+        assert guess([part], [0], len(part.wanted), 8, MASK_TOKEN_ID) is not None
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(temperature=1.0, seed=3)], ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_segment_whose_logits_are_not_finite_fails_alone(sampling: SamplingParams, value: float) -> None:
+    segments = [replace(segment([5], (k,), start=3, seq_id=k), sampling=sampling) for k in range(3)]
+    segments.append(replace(segments[2], sampling=replace(sampling, logprobs=1)))
+    logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    logits[3] = logits[2]
+
+    def outputs() -> list:
+        best = confidence(logits, MASK_TOKEN_ID)
+        return choose(segments, logits.clone(), best, MASK_TOKEN_ID, EOS).outputs()[1]
+
+    healthy = outputs()
+    assert [output.failure for output in healthy] == [None] * 4
+    for row in (1, 3):
+        kept = logits[row].clone()
+        logits[row, 50] = value
+        found = outputs()
+        logits[row] = kept
+        assert "not finite" in str(found[row].failure)
+        assert found[row].token_ids == ()
+        assert [o for k, o in enumerate(found) if k != row] == [o for k, o in enumerate(healthy) if k != row]
+
+
+class OddsAndEvens:
+    """A grammar: odd tokens after even ones and even ones after odd ones, so a mask goes stale at once."""
+
+    is_complete = False
+
+    def __init__(self, last: int):
+        self._last = last
+
+    def masks(self, draft: Seq[int]) -> tuple[bytes, ...]:
+        masks, last = [], self._last
+        for token in (*draft, -1):
+            masks.append((b"\x55" if last % 2 else b"\xaa") * 13)
+            if token % 2 == last % 2:
+                break
+            last = token
+        return tuple(masks)
+
+    def accept(self, token_id: int) -> None:
+        assert token_id % 2 != self._last % 2, "the grammar does not allow it"
+        self._last = token_id
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), seed=3, num_hidden_layers=1)
+
+
+def complete(runner: Runner, plan: DecodePlan, with_grammar: bool) -> dict[str, list[int]]:
+    """A completion that a grammar follows and one beside it."""
+    engine = Engine(runner)
+    length = None if plan.mode is Mode.AR else plan.block_length
+    options = DecodingOptions(plan.mode, length)
+    plain = SamplingParams(max_tokens=5, ignore_eos=True)
+    sequences = [engine.submit("plain", [11, 40, 7], plain, options)]
+    if with_grammar:
+        sampling = SamplingParams(max_tokens=5, response_format=JSON)
+        sequences.append(engine.submit("json", [11, 40, 7], sampling, options, grammar=OddsAndEvens(7)))
+    while engine.has_work:
+        assert all(made.error is None for made in engine.step())
+    return {sequence.request_id: sequence.tokens[3:] for sequence in sequences}
+
+
+@pytest.mark.parametrize(
+    "plan", [DecodePlan(Mode.AR), DecodePlan(Mode.SELF_SPECULATION, 3)], ids=lambda plan: plan.mode
+)
+def test_a_grammar_is_followed_as_on_the_cpu(folder: Path, plan: DecodePlan) -> None:
+    """Beside others and with steps begun ahead, which its own must not be."""
+    on_cpu = TorchRunner.load(str(folder), num_pages=64, page_size=8)
+    on_gpu = CudaRunner.load(
+        str(folder), dtype="float32", device=DEVICE, num_pages=64, page_size=8, options=Options(pads=False)
+    )
+    found = complete(on_gpu, plan, with_grammar=True)
+    assert on_gpu.num_steps_ahead == 0
+    assert found == complete(on_cpu, plan, with_grammar=True)
+    assert all(a % 2 != b % 2 for a, b in zip([7, *found["json"]], found["json"], strict=False))
+    assert found["plain"] == complete(on_gpu, plan, with_grammar=False)["plain"]
