@@ -10,7 +10,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
 Key = int | str
-"""What stands for a prefix: the number of its last page, or a salt where it is empty."""
+"""A prefix by what stands for it: the number of its last page, or a salt where it is empty."""
 ROOT: Key = ""
 """The empty prefix without a salt."""
 

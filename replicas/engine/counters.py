@@ -1,4 +1,4 @@
-"""What a scheduler's steps have come to, for replicas.stats to learn from."""
+"""Counts of what a scheduler's steps have made, for replicas.stats to learn from."""
 
 from collections import Counter, deque
 

@@ -34,7 +34,7 @@ REMEMBERED_S = 0.1
 MAX_FAILED = 3
 """Steps in a row in which a runner could not even run nobody's segment, after which it is lost."""
 MAX_FRUITLESS = 32
-"""Steps in a row in which it could run that, but no segment of a request."""
+"""Steps in a row in which it could run nobody's segment, but none of a request, after which it is lost."""
 
 logger = logging.getLogger(__name__)
 
@@ -138,9 +138,9 @@ class Engine:
     ) -> Sequence:
         """Queues a request. TriadError when it can't be served as it stands, or the queue is full.
 
-        text: of its completion, at its beginning; it says where a stop string ends it.
+        text: follows its completion from the beginning on, and says where a stop string ends it.
         cache_salt: its prompt's pages are shared with requests of the same one alone.
-        grammar: of sampling.response_format, at its beginning; it is the sequence's own from here on.
+        grammar: follows sampling.response_format from its beginning on; the sequence owns it from here on.
         priority: lower goes first. A level is worth PRIORITY_S of waiting, so nobody waits for ever.
         """
         self._check(request_id, prompt_ids, sampling, decoding)

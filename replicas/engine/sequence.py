@@ -52,9 +52,9 @@ class Sequence:
     """Lower ranks come first. Unique and never changed, so that a sequence that waits comes first in the
     end."""
     grammar: Grammar | None = None
-    """What the completion may be; it has accepted the completion's tokens."""
+    """Its grammar, which has accepted the completion's tokens; None where anything may come."""
     text: Text | None = None
-    """What the completion says; it has accepted the completion's tokens."""
+    """Its text, which has accepted the completion's tokens; None where nobody reads it."""
     failure: str | None = None
     """The reason why it can't go on; the engine then ends it."""
     history: "array[int] | tuple[()]" = field(init=False, default=())
