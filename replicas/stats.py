@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from policies.cost import Forward, ReplicaCosts, RoundMade, StepCost
+from policies.cost import ForwardStats, ReplicaCosts, RoundStats, StepCost
 from policies.estimate import CostEstimator, YieldEstimator
 from policies.load import ReplicaLoad
 from policies.modes import Mode
@@ -71,8 +71,8 @@ class CostMeter:
     def __init__(
         self,
         start: StepCost,
-        forwards: deque[Forward],
-        rounds: deque[RoundMade],
+        forwards: deque[ForwardStats],
+        rounds: deque[RoundStats],
         clock: Callable[[], float],
     ):
         self._clock = clock

@@ -2,7 +2,7 @@
 
 from collections import Counter, deque
 
-from policies.cost import RoundMade
+from policies.cost import RoundStats
 from policies.modes import Mode
 
 MAX_ROUNDS_KEPT = 1024
@@ -20,7 +20,7 @@ class Counters:
         """Forwards of rounds, one for each sequence in them."""
         self.num_prefilled = 0
         """Prompt tokens computed, those computed again after a preemption included."""
-        self.rounds: deque[RoundMade] = deque(maxlen=MAX_ROUNDS_KEPT)
+        self.rounds: deque[RoundStats] = deque(maxlen=MAX_ROUNDS_KEPT)
         """The last rounds' outcomes, for whoever learns from them to take; safe from another thread."""
 
     @property
@@ -28,7 +28,7 @@ class Counters:
         """All tokens made so far."""
         return self.made_by_mode.total()
 
-    def note_round(self, made: RoundMade) -> None:
+    def note_round(self, made: RoundStats) -> None:
         """A round has ended. One of `ar` is not kept: what it brings is never in doubt."""
         if made.plan.mode is not Mode.AR:
             self.rounds.append(made)

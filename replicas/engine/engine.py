@@ -9,10 +9,10 @@ from collections import Counter, deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
-from policies.cost import Forward, StepCost
+from policies.cost import ForwardStats, StepCost
 from policies.load import ReplicaLoad
 from policies.modes import MAX_BLOCK_LENGTH, DecodePlan, Mode
-from policies.policy import Probes
+from policies.policy import ExploredPlans
 from replicas.engine.batch import Runner, RunnerLost, ScheduledBatch, SegmentOutput
 from replicas.engine.decoders.choose import ActivePlan
 from replicas.engine.grammar import Grammar
@@ -85,7 +85,7 @@ class Engine:
         self._lengths = CompletionLengths()
         self._remaining: float | None = None
         self._remaining_s = 0.0
-        self.forwards: deque[Forward] = deque(maxlen=MAX_FORWARDS_KEPT)
+        self.forwards: deque[ForwardStats] = deque(maxlen=MAX_FORWARDS_KEPT)
         """The last steps' forwards, for whoever learns from them to take; safe from another thread."""
         self._scheduler = Scheduler(
             spec,
@@ -120,9 +120,9 @@ class Engine:
         """Sets the plan that `auto` sequences follow from their next safe point on."""
         self._scheduler.active = ActivePlan(decode, rule)
 
-    def set_probes(self, probes: Probes | None) -> None:
+    def set_explored_plans(self, explored_plans: ExploredPlans | None) -> None:
         """Sets the plans that rounds of `auto` sequences explore."""
-        self._scheduler.exploration.probes = probes
+        self._scheduler.exploration.explored_plans = explored_plans
 
     def submit(
         self,
@@ -324,7 +324,7 @@ class Engine:
     def _note_forward(self, batch: ScheduledBatch, elapsed_s: float) -> None:
         num_cached = sum(segment.start for segment in batch.segments)
         ms, shape = 1000.0 * elapsed_s, (batch.num_tokens, len(batch.segments), num_cached)
-        self.forwards.append(Forward(*shape, ms, batch.mode, batch.explores))
+        self.forwards.append(ForwardStats(*shape, ms, batch.mode, batch.explores))
 
     def _mean_remaining(self) -> float | None:
         """The mean of what running sequences are still expected to generate, REMEMBERED_S old at most.

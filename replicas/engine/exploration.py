@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
-from policies.cost import RoundMade
+from policies.cost import RoundStats
 from policies.modes import DecodePlan, Mode
-from policies.policy import Probes
+from policies.policy import ExploredPlans
 from replicas.engine.batch import ModelSpec
 from replicas.engine.decoders.choose import ActivePlan, plan_for
 from replicas.engine.sequence import Sequence
@@ -21,7 +21,7 @@ class Exploration:
     """
 
     def __init__(self, spec: ModelSpec, overlaps_blocks: bool):
-        self.probes: Probes | None = None
+        self.explored_plans: ExploredPlans | None = None
         """The plans of `auto` rounds to explore, whatever the active one; None for none."""
         self._spec = spec
         self._overlaps_blocks = overlaps_blocks
@@ -39,9 +39,10 @@ class Exploration:
 
         It is None for a request that pins its mode, or may not run the plan as it is.
         """
-        if self.probes is None or (self._credit < 1.0 and not self._has_turn):
+        explored = self.explored_plans
+        if explored is None or (self._credit < 1.0 and not self._has_turn):
             return None
-        plan = self.probes.plans[self._num_turns % len(self.probes.plans)]
+        plan = explored.plans[self._num_turns % len(explored.plans)]
         if sequence.decoding.mode is not None:
             return None
         return plan if plan_for(sequence, ActivePlan(plan, ""), self._spec).decode == plan else None
@@ -60,13 +61,13 @@ class Exploration:
 
         Credit may fall below 0: a plan that takes more forwards delays the next.
         """
-        if self.probes is None:
+        if self.explored_plans is None:
             return
-        self._credit = min(self._credit + self.probes.share, MAX_CREDIT)
+        self._credit = min(self._credit + self.explored_plans.share, MAX_CREDIT)
         if any(sequence in self._sequences for sequence in sequences):
             self._credit -= 1.0
 
-    def ended(self, sequence: Sequence, made: RoundMade) -> RoundMade:
+    def ended(self, sequence: Sequence, made: RoundStats) -> RoundStats:
         """The stats of a round that has ended, as they would be in force; it may have explored or not."""
         if sequence not in self._sequences:
             return made

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
-from policies.cost import RoundMade
+from policies.cost import RoundStats
 from policies.modes import DecodePlan, Mode
 from replicas.engine.batch import TokenLogprob
 from replicas.engine.blocks import Key
@@ -137,12 +137,12 @@ class Sequence:
         self.round, self.round_plan = begun, plan
         self._round_began = (self.num_completion_tokens, self.num_forwards, self.num_rows)
 
-    def end_round(self) -> RoundMade:
+    def end_round(self) -> RoundStats:
         """The stats of the round that has just ended; its successor, where it has one, begins now."""
         assert self.round_plan is not None
         num_tokens, num_forwards, num_rows = self._round_began
         self._round_began = (self.num_completion_tokens, self.num_forwards, self.num_rows)
-        return RoundMade(
+        return RoundStats(
             self.round_plan,
             self.num_completion_tokens - num_tokens,
             self.num_forwards - num_forwards,

@@ -12,7 +12,7 @@ import pytest
 from policies.cost import StepCost
 from policies.load import Freshness, ObservedLoad, ReplicaLoad
 from policies.modes import DecodePlan, Mode
-from policies.policy import Probes
+from policies.policy import ExploredPlans
 from replicas.engine.batch import RunnerLost, ScheduledBatch, SegmentOutput
 from replicas.engine.engine import MAX_FAILED, Engine
 from replicas.errors import ErrorCode, TriadError
@@ -304,8 +304,8 @@ class BuggyEngine(Engine):
 
     is_buggy = False
 
-    def set_probes(self, probes: Probes | None) -> None:
-        raise KeyError("probes")
+    def set_explored_plans(self, explored_plans: ExploredPlans | None) -> None:
+        raise KeyError("explored plans")
 
     def snapshot(self, replica_id: str) -> ReplicaLoad:
         if self.is_buggy:
@@ -313,7 +313,7 @@ class BuggyEngine(Engine):
         return super().snapshot(replica_id)
 
 
-async def test_a_bug_in_what_is_measured_or_tried_ends_nothing() -> None:
+async def test_a_bug_in_what_is_measured_or_explored_ends_nothing() -> None:
     runner = StepwiseRunner()
     engine = BuggyEngine(runner)
     service = ReplicaService(engine, CODEC, "replica", step_cost=StepCost((1, 512), (5.0, 9.0)))
@@ -321,7 +321,7 @@ async def test_a_bug_in_what_is_measured_or_tried_ends_nothing() -> None:
     stream = service.channel("c")
     await anext(stream)
     engine.is_buggy = True
-    service.set_probes(None)
+    service.set_explored_plans(None)
     service.set_plan(DecodePlan(Mode.AR), "rule")
     engine.forwards.append("no forward")  # type: ignore[arg-type]
     engine.scheduler.counters.rounds.append("no round")  # type: ignore[arg-type]

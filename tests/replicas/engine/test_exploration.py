@@ -3,7 +3,7 @@
 import pytest
 
 from policies.modes import DecodePlan, Mode
-from policies.policy import Probes
+from policies.policy import ExploredPlans
 from replicas.engine.engine import Engine
 from replicas.engine.sequence import Progress
 from replicas.messages import DecodingOptions, SamplingParams
@@ -16,12 +16,15 @@ LOSSLESS = DecodingOptions(lossless=True)
 
 
 def serve(
-    probes: Probes | None, plan: DecodePlan, decodings: list[DecodingOptions], num_each: int = 6
+    explored_plans: ExploredPlans | None,
+    plan: DecodePlan,
+    decodings: list[DecodingOptions],
+    num_each: int = 6,
 ) -> tuple[Engine, list[Progress]]:
     """Waves of one request of each kind of decoding, all answered."""
     engine = Engine(ScriptedRunner(num_pages=400), max_running=16)
     engine.set_plan(plan, "rule")
-    engine.set_probes(probes)
+    engine.set_explored_plans(explored_plans)
     ended = []
     for wave in range(num_each):
         for number, decoding in enumerate(decodings):
@@ -40,28 +43,30 @@ def exploring_forwards(engine: Engine, plan: DecodePlan) -> int:
 
 @pytest.mark.parametrize("share", [0.02, 0.1])
 def test_a_share_of_the_forwards_goes_into_them(share: float) -> None:
-    engine, _ = serve(Probes((SPECULATION,), share), AR, [DecodingOptions()], num_each=40)
+    engine, _ = serve(ExploredPlans((SPECULATION,), share), AR, [DecodingOptions()], num_each=40)
     num_forwards = sum(engine.scheduler.counters.forwards_by_mode.values())
     explored = engine.scheduler.counters.forwards_by_mode[Mode.SELF_SPECULATION]
     assert 0.5 * share <= explored / num_forwards <= share + 4 / num_forwards
 
 
 def test_all_sequences_explore_together_so_that_the_cost_is_seen_as_it_would_be() -> None:
-    engine, _ = serve(Probes((SPECULATION,), 0.02), AR, [DecodingOptions()] * 8, num_each=2)
+    engine, _ = serve(ExploredPlans((SPECULATION,), 0.02), AR, [DecodingOptions()] * 8, num_each=2)
     full = [forward for forward in engine.forwards if forward.num_tokens == 8 * SPECULATION.block_length]
     assert len(full) >= 2
 
 
 def test_they_take_turns() -> None:
     other = DecodePlan(Mode.SELF_SPECULATION, 4)
-    engine, _ = serve(Probes((SPECULATION, DIFFUSION, other), 0.1), AR, [DecodingOptions()], num_each=30)
+    engine, _ = serve(
+        ExploredPlans((SPECULATION, DIFFUSION, other), 0.1), AR, [DecodingOptions()], num_each=30
+    )
     order = [made.plan for made in engine.scheduler.counters.rounds]
     assert len(order) >= 6
     assert order == [(SPECULATION, DIFFUSION, other)[index % 3] for index in range(len(order))]
 
 
 def test_the_answer_is_the_same_and_no_switch_is_told_of() -> None:
-    _, ended = serve(Probes((SPECULATION,), 0.1), AR, [LOSSLESS, DecodingOptions()])
+    _, ended = serve(ExploredPlans((SPECULATION,), 0.1), AR, [LOSSLESS, DecodingOptions()])
     for made in ended:
         sequence = made.sequence
         prompt, tokens = sequence.tokens[:2], sequence.tokens[2:]
@@ -74,7 +79,7 @@ def test_the_answer_is_the_same_and_no_switch_is_told_of() -> None:
 def test_a_request_that_may_not_run_a_plan_does_not_explore_it() -> None:
     pinned = DecodingOptions(Mode.AR)
     penalised = DecodingOptions(block_length=4)
-    engine, ended = serve(Probes((DIFFUSION,), 0.1), AR, [LOSSLESS, pinned, penalised])
+    engine, ended = serve(ExploredPlans((DIFFUSION,), 0.1), AR, [LOSSLESS, pinned, penalised])
     assert {mode for made in ended for mode in made.sequence.tokens_by_mode} == {Mode.AR}
     assert exploring_forwards(engine, DIFFUSION) == 0
 
@@ -83,7 +88,7 @@ def test_an_exploration_that_is_cancelled_is_over() -> None:
     """Else whoever came next would explore the plan too, without credit."""
     engine = Engine(ScriptedRunner(num_pages=400))
     engine.set_plan(AR, "rule")
-    engine.set_probes(Probes((DecodePlan(Mode.DIFFUSION, 32),), 0.02))
+    engine.set_explored_plans(ExploredPlans((DecodePlan(Mode.DIFFUSION, 32),), 0.02))
     sampling = SamplingParams(max_tokens=60, ignore_eos=True)
     first = engine.submit("first", [5, 6, 7], sampling)
     num_steps = 0
@@ -110,7 +115,7 @@ def test_an_exploration_that_is_cancelled_is_over() -> None:
 def test_an_exploration_goes_on_while_another_request_is_in_it() -> None:
     engine = Engine(ScriptedRunner(num_pages=400))
     engine.set_plan(AR, "rule")
-    engine.set_probes(Probes((DecodePlan(Mode.DIFFUSION, 32),), 0.02))
+    engine.set_explored_plans(ExploredPlans((DecodePlan(Mode.DIFFUSION, 32),), 0.02))
     sampling = SamplingParams(max_tokens=60, ignore_eos=True)
     two = [engine.submit(str(number), [5 + number, 6], sampling) for number in range(2)]
     while not all(engine.scheduler.exploration.explores(sequence) for sequence in two):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from policies.modes import DecodePlan, Mode
-from policies.policy import Probes
+from policies.policy import ExploredPlans
 from replicas.engine.batch import ScheduledBatch, SegmentOutput
 from replicas.engine.engine import Engine
 from replicas.engine.sequence import Sequence
@@ -50,7 +50,7 @@ def with_exploration(plan: DecodePlan, explored: DecodePlan) -> tuple[Engine, Se
     runner = Seen()
     engine = Engine(runner)
     engine.set_plan(plan, "rule")
-    engine.set_probes(Probes((explored,), 0.1))
+    engine.set_explored_plans(ExploredPlans((explored,), 0.1))
     for _ in range(20):
         run(engine, decoding=DecodingOptions())
     return engine, runner

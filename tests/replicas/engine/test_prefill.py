@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policies.cost import Forward, StepCost
+from policies.cost import ForwardStats, StepCost
 from replicas.engine.batch import ScheduledBatch
 from replicas.engine.decoders.round import SegmentRequest
 from replicas.engine.engine import Engine
@@ -63,12 +63,12 @@ class Costed(ScriptedRunner):
 
     def __init__(self) -> None:
         super().__init__(num_pages=600, max_context=900)
-        self.forwards: list[Forward] = []
+        self.forwards: list[ForwardStats] = []
 
     def run(self, batch: ScheduledBatch):
         num_cached = sum(segment.start for segment in batch.segments)
         shape = batch.num_tokens, len(batch.segments), num_cached
-        self.forwards.append(Forward(*shape, COST.ms(*shape)))
+        self.forwards.append(ForwardStats(*shape, COST.ms(*shape)))
         return super().run(batch)
 
 
