@@ -16,8 +16,8 @@ from operator import mul
 from pathlib import Path
 
 from benchmarks.modes import CHECKPOINT
-from replicas.engine.decoders.round import Ask
-from replicas.engine.plan import Segment, SegmentOutput, StepPlan
+from replicas.engine.batch import ScheduledBatch, Segment, SegmentOutput
+from replicas.engine.decoders.round import SegmentRequest
 from replicas.messages import SamplingParams
 from replicas.model.runner import TorchRunner
 from replicas.text import TextCodec
@@ -93,47 +93,47 @@ class Decoding:
         self._block: list[int | None] = []
         self._num_final = 1
 
-    def asks(self) -> list[Ask]:
+    def next_segments(self) -> list[SegmentRequest]:
         """The segments of the next forward, one after the other from num_cached on."""
         if not self.num_cached:
-            return [Ask(tuple(self.tokens), len(self.tokens), False, (len(self.tokens) - 1,))]
+            return [SegmentRequest(tuple(self.tokens), len(self.tokens), False, (len(self.tokens) - 1,))]
         if not self._is_committing:
             return [self._denoising(self._block)]
         final = tuple(token for token in self._block[: self._num_final] if token is not None)
-        asks = [Ask(final, len(final), False, (len(final) - 1,))]
+        requests = [SegmentRequest(final, len(final), False, (len(final) - 1,))]
         if self._way.joins_commit:
             self._block = [None] * min(
                 self._way.block_length, self._max_context - self.num_cached - len(final)
             )
-            asks.append(self._denoising(self._block))
-        return asks
+            requests.append(self._denoising(self._block))
+        return requests
 
-    def advance(self, asks: Sequence[Ask], outputs: Sequence[SegmentOutput]) -> None:
+    def apply_outputs(self, requests: Sequence[SegmentRequest], outputs: Sequence[SegmentOutput]) -> None:
         if not self.num_cached:
             self.num_cached = len(self.tokens)
             self._begin(outputs[0].token_ids[0], [])
             return
         self.num_forwards += 1
-        self.num_rows += sum(len(ask.token_ids) for ask in asks)
-        if asks[0].num_causal:
+        self.num_rows += sum(len(request.token_ids) for request in requests)
+        if requests[0].num_causal:
             self.num_cached += self._num_final
             seed = outputs[0].token_ids[0]
-            if len(asks) == 2:
-                self._fix(asks[1], outputs[1])
+            if len(requests) == 2:
+                self._fix(requests[1], outputs[1])
                 self._begin(seed, self._block[1:])
             else:  # the position after the final ones was still masked; what is past it may go over
                 self._begin(seed, self._block[self._num_final + 1 :] if self._way.carries else [])
             return
-        self._fix(asks[0], outputs[0])
+        self._fix(requests[0], outputs[0])
         self._take_final()
 
-    def _denoising(self, block: Sequence[int | None]) -> Ask:
+    def _denoising(self, block: Sequence[int | None]) -> SegmentRequest:
         tokens = tuple(self._mask if token is None else token for token in block)
         masked = tuple(index for index, token in enumerate(block) if token is None)
-        return Ask(tokens, 0, False, masked)
+        return SegmentRequest(tokens, 0, False, masked)
 
-    def _fix(self, ask: Ask, output: SegmentOutput) -> None:
-        ranked = sorted(zip(output.probs, ask.wanted, output.token_ids, strict=True), reverse=True)
+    def _fix(self, request: SegmentRequest, output: SegmentOutput) -> None:
+        ranked = sorted(zip(output.probs, request.wanted, output.token_ids, strict=True), reverse=True)
         count = max(1, self._way.rule([prob for prob, _, _ in ranked]))
         for _, index, token in ranked[:count]:
             self._block[index] = token
@@ -175,30 +175,32 @@ def decode(runner: TorchRunner, prompts: Sequence[Sequence[int]], way: Way) -> l
             for prompt in prompts[first : first + AT_ONCE]
         ]
         found += crowd
-        while running := [(number, one, one.asks()) for number, one in enumerate(crowd) if not one.is_over]:
+        while running := [
+            (number, one, one.next_segments()) for number, one in enumerate(crowd) if not one.is_over
+        ]:
             segments = []
-            for number, one, asks in running:
+            for number, one, requests in running:
                 start = one.num_cached
-                for ask in asks:
-                    num_pages = ceil((start + len(ask.token_ids)) / spec.page_size)
+                for request in requests:
+                    num_pages = ceil((start + len(request.token_ids)) / spec.page_size)
                     assert num_pages <= per_sequence
                     pages = tuple(range(number * per_sequence, number * per_sequence + num_pages))
                     segments.append(
                         Segment(
                             seq_id=number,
                             start=start,
-                            token_ids=ask.token_ids,
+                            token_ids=request.token_ids,
                             pages=pages,
-                            num_causal=ask.num_causal,
-                            adapter=ask.adapter,
-                            wanted=ask.wanted,
+                            num_causal=request.num_causal,
+                            adapter=request.adapter,
+                            wanted=request.wanted,
                             sampling=GREEDY,
                         )
                     )
-                    start += len(ask.token_ids)
-            outputs = iter(runner.run(StepPlan(tuple(segments))))
-            for _, one, asks in running:
-                one.advance(asks, [next(outputs) for _ in asks])
+                    start += len(request.token_ids)
+            outputs = iter(runner.run(ScheduledBatch(tuple(segments))))
+            for _, one, requests in running:
+                one.apply_outputs(requests, [next(outputs) for _ in requests])
     return found
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.load import complete
 from benchmarks.modes import CHECKPOINT
 from benchmarks.processes import Triad
-from replicas.engine.plan import Segment, StepPlan
+from replicas.engine.batch import ScheduledBatch, Segment
 from replicas.messages import SamplingParams
 from replicas.model.checkpoint import DTYPES
 from replicas.model.runner import TorchRunner
@@ -48,7 +48,7 @@ def forward_ms(runner: TorchRunner, token_ids: list[int]) -> float:
         sampling=SamplingParams(),
     )
     began_s = time.perf_counter()
-    runner.run(StepPlan((segment,)))
+    runner.run(ScheduledBatch((segment,)))
     return 1e3 * (time.perf_counter() - began_s)
 
 

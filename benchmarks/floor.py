@@ -20,8 +20,8 @@ import torch.nn.functional as F
 
 from benchmarks.modes import CHECKPOINT
 from policies.modes import Mode
+from replicas.engine.batch import ScheduledBatch, Segment
 from replicas.engine.engine import Engine
-from replicas.engine.plan import Segment, StepPlan
 from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.checkpoint import DTYPES
 from replicas.model.config import ModelConfig
@@ -96,11 +96,11 @@ class Matrices:
             linear(self._inputs[rows, matrix.k])
 
 
-def steps(num_sequences: int, num_tokens: int, page_size: int, causal: bool) -> StepPlan:
+def steps(num_sequences: int, num_tokens: int, page_size: int, causal: bool) -> ScheduledBatch:
     """A step of sequences with NUM_CACHED tokens cached; a causal one wants its last row, a draft all."""
     pages = -(-(NUM_CACHED + num_tokens) // page_size)
     wanted = (num_tokens - 1,) if causal else tuple(range(num_tokens))
-    return StepPlan(
+    return ScheduledBatch(
         tuple(
             Segment(
                 seq_id=i,

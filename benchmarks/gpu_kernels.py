@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu_timing import Ceilings, Clock
-from replicas.engine.plan import Segment
+from replicas.engine.batch import Segment
 from replicas.kernels.adapter import add_adapter
 from replicas.kernels.attention import TILE_SHAPES, TileShape, num_splits, ragged_paged_attention
 from replicas.kernels.confidence import confidence

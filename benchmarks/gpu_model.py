@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from replicas.engine.plan import Segment
+from replicas.engine.batch import Segment
 from replicas.kernels.confidence import confidence
 from replicas.messages import SamplingParams
 from replicas.model.adapter import LowRank

@@ -52,7 +52,7 @@ def measure(
         and FAMILIES[task.family].check(task.params, _text(codec, sequence))
         for task, sequence in zip(tasks, sequences, strict=True)
     )
-    num_tokens = engine.scheduler.num_tokens
+    num_tokens = engine.scheduler.counters.num_tokens
     num_forwards = sum(sequence.num_forwards for sequence in sequences)
     return num_tokens / took_s, num_tokens / num_forwards, num_right / len(tasks)
 

@@ -25,8 +25,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks.adaptive import texts
+from benchmarks.load import PROMPTS as QUESTIONS
 from benchmarks.load import Answered, LoadError, complete
+from benchmarks.modes import held_out_prompts
 from benchmarks.processes import Triad
 from benchmarks.replica_alone import ReplicaAlone, replica_alone
 from policies.modes import Mode
@@ -34,7 +35,7 @@ from replicas.messages import DecodingOptions
 
 RESULTS = Path(__file__).parent / "results"
 RAW = RESULTS / "policy-cpu.jsonl"
-AUTO = ("cost_model", "threshold", "cost_model adaptive")
+AUTO = ("cost_model", "threshold")
 FIXED: dict[str, dict[str, Any]] = {
     "ar": {"mode": "ar"},
     **{
@@ -104,10 +105,26 @@ class InProcess:
 
     async def prepare(self, contender: str) -> None:
         if contender not in FIXED:
-            policy, _, adaptive = contender.partition(" ")
-            self._replica.set_policy(policy, is_adaptive=bool(adaptive))
+            self._replica.set_policy(contender)
         else:
-            self._replica.set_policy("ar", is_adaptive=False)
+            self._replica.set_policy("ar")
+
+
+def texts() -> dict[str, list[str]]:
+    """The prompts by workload.
+
+    held-out: held-out ones of the embedded model's task families, which alternate
+    mixed: the same with every second one a question that the model has not learned to answer, so that its
+    drafts survive less often
+    """
+    known = held_out_prompts()
+    foreign = [
+        f"{opening}{question}"
+        for opening in ("", "Please: ", "Tell me. ", "I ask you: ", "Now, ")
+        for question in QUESTIONS
+    ]
+    mixed = [prompt for pair in zip(known, foreign, strict=False) for prompt in pair]
+    return {"held-out": known, "mixed": mixed}
 
 
 class Clients:
@@ -283,10 +300,8 @@ def main() -> None:
     elif options.where == "replica":
         asyncio.run(measure_in_process((*(options.policy or AUTO), *options.fixed), options))
     else:
-        for number, policy in enumerate(options.policy or AUTO[:2]):
-            adaptive = ("adaptive_speculation=true",) if policy.endswith("adaptive") else ()
-            name = f"policy={policy.partition(' ')[0]}"
-            with Triad("num_replicas=1", name, *adaptive, *options.triad) as server:
+        for number, policy in enumerate(options.policy or AUTO):
+            with Triad("num_replicas=1", f"policy={policy}", *options.triad) as server:
                 contenders = (policy, *(options.fixed if number == 0 else ()))
                 asyncio.run(measure(OverHttp(server.port), contenders, options))
 

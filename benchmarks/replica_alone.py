@@ -54,16 +54,14 @@ class NoStore(LoadStore):
 class ReplicaAlone:
     """A replica without Serve. Requests go in by complete(); each waits for its own last event."""
 
-    def __init__(self, service: ReplicaService, engine: Engine, follower: PlanFollower):
+    def __init__(self, service: ReplicaService, follower: PlanFollower):
         self._service = service
-        self._engine = engine
         self._follower = follower
         self._numbers = count()
         self._inboxes: dict[str, asyncio.Queue[Event]] = {}
 
-    def set_policy(self, name: str, is_adaptive: bool) -> None:
+    def set_policy(self, name: str) -> None:
         """Sets the policy between two windows, with nothing running. It goes on from the plan in force."""
-        self._engine.scheduler.speculation.is_adaptive = is_adaptive
         self._follower.set_policy(create_policy(name, {}))
 
     async def hand_out(self, stream: AsyncIterator[tuple[Event, ...]]) -> None:
@@ -104,13 +102,13 @@ async def replica_alone(num_threads: int) -> AsyncIterator[ReplicaAlone]:
     follower = PlanFollower(
         NoStore(),
         create_policy("cost_model", {}),
-        service.load,
+        service.snapshot,
         lambda plan: service.set_plan(plan.decode, plan.rule),
-        service.set_probes,
+        service.set_explored_plans,
     )
     service.set_plan(follower.plan.decode, follower.plan.rule)
     service.start()
-    alone = ReplicaAlone(service, engine, follower)
+    alone = ReplicaAlone(service, follower)
     stop = asyncio.Event()
     stream = service.channel(CHANNEL)
     await anext(stream)  # it is open

@@ -25,8 +25,8 @@ import torch
 
 from benchmarks.modes import CHECKPOINT, PLANS, prompts
 from policies.modes import DecodePlan, Mode
+from replicas.engine.batch import ModelSpec, ScheduledBatch, Segment, SegmentOutput
 from replicas.engine.engine import Engine
-from replicas.engine.plan import ModelSpec, Segment, SegmentOutput, StepPlan
 from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.runner import TorchRunner
 from replicas.text import TextCodec
@@ -54,7 +54,7 @@ class Shape:
     num_query: int
     num_cached: int
 
-    def plans(self, spec: ModelSpec, num_wanted: int = 1) -> list[StepPlan]:
+    def plans(self, spec: ModelSpec, num_wanted: int = 1) -> list[ScheduledBatch]:
         """A causal step where a sequence has one token or nothing cached, else one as of a draft and one as
         of a verify.
 
@@ -65,10 +65,10 @@ class Shape:
             return [self._plan(spec, True, wanted)]
         return [self._plan(spec, False, wanted), self._plan(spec, True, wanted)]
 
-    def _plan(self, spec: ModelSpec, causal: bool, wanted: tuple[int, ...]) -> StepPlan:
+    def _plan(self, spec: ModelSpec, causal: bool, wanted: tuple[int, ...]) -> ScheduledBatch:
         num_pages = -(-(self.num_cached + self.num_query) // spec.page_size)
         token_ids = tuple(7 + index % 500 for index in range(self.num_query))
-        return StepPlan(
+        return ScheduledBatch(
             tuple(
                 Segment(
                     seq_id=number,
@@ -108,13 +108,13 @@ class Watched:
     def spec(self) -> ModelSpec:
         return self.inner.spec
 
-    def run(self, plan: StepPlan) -> Sequence[SegmentOutput]:
+    def run(self, batch: ScheduledBatch) -> Sequence[SegmentOutput]:
         began_s = self.clock()
-        outputs = self.inner.run(plan)
+        outputs = self.inner.run(batch)
         self.forwards_s += self.clock() - began_s
         self.num_steps += 1
-        self.num_segments += len(plan.segments)
-        self.num_tokens += sum(len(segment.token_ids) for segment in plan.segments)
+        self.num_segments += len(batch.segments)
+        self.num_tokens += sum(len(segment.token_ids) for segment in batch.segments)
         return outputs
 
 
@@ -146,7 +146,7 @@ class Cell:
         while engine.has_work:
             engine.step()
         took_s = clock() - began_s
-        self.rates.append(engine.scheduler.num_tokens / took_s)
+        self.rates.append(engine.scheduler.counters.num_tokens / took_s)
         ms = 1000.0 * (took_s - watched.forwards_s) / watched.num_steps
         steps = watched.num_steps
         self.forwards_ms.append(1000.0 * watched.forwards_s / steps)
@@ -230,7 +230,7 @@ def _found(
     }
 
 
-def _time(runner: TorchRunner, plans: Sequence[StepPlan], clock: Clock, visits: list[float]) -> None:
+def _time(runner: TorchRunner, plans: Sequence[ScheduledBatch], clock: Clock, visits: list[float]) -> None:
     """Adds to visits the median ms of a forward of these plans, which count alike."""
     taken: list[float] = []
     while len(taken) < MIN_CALLS or sum(taken) * len(plans) < 1000.0 * TIMED_S:

@@ -122,10 +122,6 @@ class ClusterConfig(BaseModel):
         description="Longest forward, by its measured cost, that prompts may join when it decodes too: "
         "bounds the delay between its streams' tokens. None: max_prefill_tokens alone.",
     )
-    adaptive_speculation: bool = Field(
-        False,
-        description="Draft and verify as much as pays, up to the block length; false: always all of it.",
-    )
     overlap_blocks: bool = Field(
         True,
         description="Begin a block of diffusion in the forward that commits the one before: fewer forwards, "

@@ -18,7 +18,7 @@ from loadtest.simulate_parts import Hardware
 from loadtest.simulate_replica import SimulatedReplica
 from loadtest.simulate_yields import Acceptance, Rounds
 from policies.admission import AdmissionControl, Admit, QueueLimits
-from policies.cost import Yield
+from policies.cost import RoundYield
 from policies.load import ClusterLoad, ObservedLoad, ReplicaLoad
 from policies.loop import PERIOD_S
 from policies.modes import DecodePlan
@@ -28,7 +28,7 @@ from policies.policy import Policy, Snapshot
 from policies.prefix import CHUNK_CHARS, PrefixMap
 
 REPLICAS_A_ROUTER = 64
-TICKS_A_PROBE = 5
+TICKS_AN_EXPLORATION = 5
 """Periods between a replica's questions to its policy what else to try; the real one asks every period."""
 
 
@@ -61,7 +61,7 @@ class Setting:
     hardware: Hardware
     limits: QueueLimits
     start: DecodePlan
-    believed_yields: Mapping[DecodePlan, Yield]
+    believed_yields: Mapping[DecodePlan, RoundYield]
     """The replicas' belief of what a round of each plan brings before they have seen any."""
     failures: tuple[Failure, ...] = ()
     outages: tuple[Outage, ...] = ()
@@ -284,19 +284,19 @@ class Cluster:
             }
             self._published_s = now_s
             self._num_ticks += 1
-            if self._policy is not None and self._num_ticks % TICKS_A_PROBE == 0:
-                self._probe(self._policy)
+            if self._policy is not None and self._num_ticks % TICKS_AN_EXPLORATION == 0:
+                self._explore(self._policy)
         elif self._policy is not None:
             for number in self._up:
                 load = self._replicas[number].load(now_s)
                 self._apply(number, self._chosen(self._policy, number, load, None, now_s), now_s)
 
-    def _probe(self, policy: Policy[Any]) -> None:
+    def _explore(self, policy: Policy[Any]) -> None:
         for replica_id, load in self._published.items():
             replica = self._replicas[self._numbers[replica_id]]
-            probes = policy.probes(load, replica.plan)
-            if probes is not None and probes.plans:
-                replica.probe(probes.plans)
+            explored_plans = policy.explored_plans(load, replica.plan)
+            if explored_plans is not None and explored_plans.plans:
+                replica.explore(explored_plans.plans)
 
     def _read_view(self, now_s: float) -> None:
         """Half a period on: routers read the loads, and the controller decides from them."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy
 
-from policies.cost import Forward, StepCost
+from policies.cost import ForwardStats, StepCost
 from policies.estimate import fit_step_cost, knots_up_to
 
 
@@ -122,7 +122,7 @@ class StepTable:
     def fitted(self) -> StepCost:
         """The step cost that a replica would have learned from these latencies at its start."""
         forwards = [
-            Forward(
+            ForwardStats(
                 num_tokens=round(row["query_tokens"]),
                 num_segments=round(row["sequences"]),
                 num_cached=round(row["cached_tokens"]),

@@ -3,15 +3,15 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from policies.cost import Yield
+from policies.cost import RoundYield
 from policies.modes import DecodePlan
 
 YIELD_MEMORY_S = 3.0
 """Time constant with which the estimate of a yield follows what is seen."""
 RATE_MEMORY_S = 2.0
 MAX_ROUNDS = 1000.0
-TRIED_WEIGHT = 0.2
-"""The weight of one trial's outcome, against what was believed before."""
+EXPLORED_WEIGHT = 0.2
+"""The weight of one exploration's outcome, against what was believed before."""
 OUTPUT_MEMORY = 50.0
 """Requests over which the mean length of completions is taken."""
 
@@ -19,10 +19,10 @@ OUTPUT_MEMORY = 50.0
 class Meter:
     """Running estimates of a replica's rates and yields.
 
-    A plan that neither runs nor is tried keeps its last estimate. yields: believed before anything was seen.
+    A plan that neither runs nor is explored keeps its last estimate. yields: believed before any was seen.
     """
 
-    def __init__(self, yields: Mapping[DecodePlan, Yield]):
+    def __init__(self, yields: Mapping[DecodePlan, RoundYield]):
         self.tokens_per_s = 0.0
         self.prefill_per_token = 0.0
         self.mean_output = math.inf
@@ -33,7 +33,7 @@ class Meter:
         self._prefilled = 0.0
 
     @property
-    def yields(self) -> tuple[Yield, ...]:
+    def yields(self) -> tuple[RoundYield, ...]:
         return tuple(self._yields.values())
 
     def ended(self, output: int) -> None:
@@ -60,15 +60,15 @@ class Meter:
             return
         self._learn(plan, paces, 1.0 - math.exp(-self._elapsed_s / YIELD_MEMORY_S))
 
-    def tried(self, plan: DecodePlan, paces: Sequence[float]) -> None:
-        """Learns from a few requests that tried a plan which does not run; paces: their tokens a forward."""
+    def explored(self, plan: DecodePlan, paces: Sequence[float]) -> None:
+        """Learns from a few requests that explored a plan not in force; paces: their tokens a forward."""
         if paces and plan.block_length > 1:
-            self._learn(plan, paces, TRIED_WEIGHT)
+            self._learn(plan, paces, EXPLORED_WEIGHT)
 
     def _learn(self, plan: DecodePlan, paces: Sequence[float], weight: float) -> None:
         known = self._yields[plan]
         tokens = sum(paces) / len(paces) * known.forwards
-        self._yields[plan] = Yield(
+        self._yields[plan] = RoundYield(
             plan,
             known.tokens + weight * (tokens - known.tokens),
             known.forwards,

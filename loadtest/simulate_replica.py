@@ -18,7 +18,7 @@ from loadtest.simulate_load import Requests
 from loadtest.simulate_meter import Meter
 from loadtest.simulate_parts import Decoding, Hardware, RecentPrefixes
 from loadtest.simulate_yields import Rounds
-from policies.cost import ReplicaCosts, Yield
+from policies.cost import ReplicaCosts, RoundYield
 from policies.load import ReplicaLoad
 from policies.modes import DecodePlan, Mode
 
@@ -26,7 +26,7 @@ PREFILL_SHARE = 4
 """Prompts that wait get one in so many of a step's tokens, as in the engine."""
 MAX_STRETCH = 512
 """Steps taken as one before the growth of the cache is looked at again."""
-PROBED = 4
+NUM_EXPLORING = 4
 """Requests that try a plan at a time."""
 
 
@@ -40,7 +40,7 @@ class SimulatedReplica:
         requests: Requests,
         rounds: Mapping[DecodePlan, Rounds],
         plan: DecodePlan,
-        yields: Mapping[DecodePlan, Yield],
+        yields: Mapping[DecodePlan, RoundYield],
     ):
         self.replica_id = replica_id
         self.hardware = hardware
@@ -56,7 +56,7 @@ class SimulatedReplica:
         """Requests that have had their first token since this was last emptied, and when."""
         self.tokens_by_mode = dict.fromkeys(Mode, 0.0)
         self._meter = Meter(yields)
-        self._num_probes = 0
+        self._num_explorations = 0
         self._num_ended = 0
         self._waiting: deque[int] = deque()
         self._waiting_tokens = 0
@@ -207,14 +207,14 @@ class SimulatedReplica:
             num_ended=self._num_ended,
         )
 
-    def probe(self, plans: Sequence[DecodePlan]) -> None:
-        """Lets some requests try the next of these plans; what that costs, 2 % at most, is not modelled."""
-        plan = plans[self._num_probes % len(plans)]
-        self._num_probes += 1
+    def explore(self, plans: Sequence[DecodePlan]) -> None:
+        """Lets some requests explore the next of these plans; the cost, 2 % at most, is not modelled."""
+        plan = plans[self._num_explorations % len(plans)]
+        self._num_explorations += 1
         if plan in self.rounds:
             pace = self.rounds[plan].pace
-            tried = list(self._decoding.values())[:PROBED]
-            self._meter.tried(plan, [pace(self.requests.chance[item.request]) for item in tried])
+            explored = list(self._decoding.values())[:NUM_EXPLORING]
+            self._meter.explored(plan, [pace(self.requests.chance[item.request]) for item in explored])
 
     def progress(self) -> Iterator[tuple[int, float, float]]:
         """Each running request, its tokens still to come as of the last event, and its first token's time.

@@ -16,7 +16,7 @@ from loadtest.simulate_oracle import RELIEFS, clairvoyant
 from loadtest.simulate_parts import Hardware
 from loadtest.simulate_yields import DATA, Acceptance, load_acceptance
 from policies.admission import QueueLimits
-from policies.cost import StepCost, Yield
+from policies.cost import RoundYield, StepCost
 from policies.modes import DecodePlan, Mode
 from policies.registry import POLICIES, create_policy
 
@@ -351,11 +351,11 @@ def _mean_pace(pace: Any, counts: Any) -> float:
     return float(counts[present].sum() / (counts[present] / paces).sum())
 
 
-def _believed_yield(plan: DecodePlan, pace: float, error: float) -> Yield:
+def _believed_yield(plan: DecodePlan, pace: float, error: float) -> RoundYield:
     if plan.mode is Mode.AR:
-        return Yield(plan, 1.0, 1.0)
+        return RoundYield(plan, 1.0, 1.0)
     forwards = 2.0 if plan.mode is Mode.SELF_SPECULATION else plan.block_length / pace
-    return Yield(plan, min(float(plan.block_length), max(1.0, pace * forwards * error)), forwards, 50.0)
+    return RoundYield(plan, min(float(plan.block_length), max(1.0, pace * forwards * error)), forwards, 50.0)
 
 
 def _distorted(cost: StepCost, error: float) -> StepCost:

@@ -1,7 +1,7 @@
 """What decoding costs and brings at one replica: the figures that a decision by cost is made from.
 
 A forward of q query tokens takes L(q, ...) milliseconds (`StepCost`); a round of a plan takes F of
-them and brings y tokens (`Yield`). With C sequences in a plan of block B the replica makes
+them and brings y tokens (`RoundYield`). With C sequences in a plan of block B the replica makes
 C x y / (F x L(C x B)) tokens a second; policies.forecast has the whole of it.
 """
 
@@ -21,11 +21,11 @@ PRIOR_FIXED = 2.7
 2607.05722) at block 32, its commit left out."""
 
 
-class Forward(NamedTuple):
+class ForwardStats(NamedTuple):
     """One forward as measured.
 
     num_cached: cached tokens that it read, over all segments. ms: its latency. mode: of most of its
-    decoding tokens, None for prompts alone. is_trial: it ran a plan that is not in force.
+    decoding tokens, None for prompts alone. is_exploration: it ran a plan that is not in force.
     """
 
     num_tokens: int
@@ -33,10 +33,10 @@ class Forward(NamedTuple):
     num_cached: int
     ms: float
     mode: Mode | None = None
-    is_trial: bool = False
+    is_exploration: bool = False
 
 
-class RoundMade(NamedTuple):
+class RoundStats(NamedTuple):
     """One round as it went: plan as asked for, tokens that the request took, forwards, and query tokens in
     these forwards.
 
@@ -102,7 +102,7 @@ the shape bears on a choice of mode."""
 
 
 @dataclass(frozen=True, slots=True)
-class Yield:
+class RoundYield:
     """What one round of a plan brings, on average.
 
     tokens: those that the request takes, so none past its end. forwards: a draft and its verify are
@@ -133,15 +133,15 @@ class Yield:
         return self.tokens / self.forwards
 
 
-def prior_yield(plan: DecodePlan) -> Yield:
+def prior_yield(plan: DecodePlan) -> RoundYield:
     """What is expected of a plan that has never run."""
     block = plan.block_length
     if plan.mode is Mode.AR:
-        return Yield(plan, 1.0, 1.0)
+        return RoundYield(plan, 1.0, 1.0)
     if plan.mode is Mode.SELF_SPECULATION:
-        return Yield(plan, (1.0 - PRIOR_ACCEPTANCE**block) / (1.0 - PRIOR_ACCEPTANCE), 2.0)
+        return RoundYield(plan, (1.0 - PRIOR_ACCEPTANCE**block) / (1.0 - PRIOR_ACCEPTANCE), 2.0)
     fixed = min(1.0 + (PRIOR_FIXED - 1.0) * (1.0 - plan.threshold) / 0.1, 2.0 * PRIOR_FIXED)
-    return Yield(plan, float(block), max(1.0, (block - 1) / fixed) + 1.0)
+    return RoundYield(plan, float(block), max(1.0, (block - 1) / fixed) + 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,14 +154,14 @@ class ReplicaCosts:
     """
 
     step: StepCost
-    yields: tuple[Yield, ...] = ()
+    yields: tuple[RoundYield, ...] = ()
     own: Mapping[Mode, StepCost] = field(default_factory=dict)
 
     def step_of(self, mode: Mode) -> StepCost:
         """The mode's own, else what forwards of any mode take."""
         return self.own.get(mode, self.step)
 
-    def yield_of(self, plan: DecodePlan) -> Yield:
+    def yield_of(self, plan: DecodePlan) -> RoundYield:
         """Measured, else from the measured plan of that mode nearest to it, else a prior.
 
         From a near plan: its ratio to its own prior carries over, as does none of its certainty.
@@ -176,11 +176,11 @@ class ReplicaCosts:
         tokens = min(prior.tokens * near.tokens / expected.tokens, float(plan.block_length))
         forwards = max(1.0, prior.forwards * near.forwards / expected.forwards)
         rows = plan.block_length * near.rows_per_forward / near.plan.block_length
-        return Yield(plan, max(1.0, tokens), forwards, rows=rows)
+        return RoundYield(plan, max(1.0, tokens), forwards, rows=rows)
 
 
-def _nearest(plan: DecodePlan, yields: Iterable[Yield]) -> Yield | None:
-    def distance(entry: Yield) -> tuple[float, float]:
+def _nearest(plan: DecodePlan, yields: Iterable[RoundYield]) -> RoundYield | None:
+    def distance(entry: RoundYield) -> tuple[float, float]:
         low, high = sorted((entry.plan.block_length, plan.block_length))
         return abs(entry.plan.threshold - plan.threshold), high / low
 

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from policies.forecast import Forecast, forecast
 from policies.load import ReplicaLoad
 from policies.modes import LOSSLESS_MODES, MAX_BLOCK_LENGTH, DecodePlan, Mode
-from policies.policy import Decision, Policy, PolicyParameters, Probes, Snapshot
+from policies.policy import Decision, ExploredPlans, Policy, PolicyParameters, Snapshot
 
 NOISE = 0.35
 """A load this much below another, relatively, may still be the same load."""
@@ -17,13 +17,13 @@ SMOOTHED_S = 0.5
 LASTING_S = 0.15
 """A change larger than noise counts once it has lasted for so long: requests that end together and come
 again at once are no change."""
-WORTH_TRYING = 0.7
-"""A plan that may bring at least so much of what the best one is expected to is tried now and then."""
+WORTH_EXPLORING = 0.7
+"""A plan that may bring at least so much of what the best one is expected to is explored now and then."""
 HOPE = 4.0
 """What a plan that never ran may bring above what is expected of it, relatively: priors are that wrong."""
 FEW_ROUNDS = 3.0
 EAGER = 5.0
-"""While a plan worth trying has had fewer rounds than that, so many times as many forwards go into trying."""
+"""While a plan worth exploring has had fewer rounds than that, so many times as many forwards explore."""
 
 
 class CostModelParameters(PolicyParameters):
@@ -36,8 +36,8 @@ class CostModelParameters(PolicyParameters):
     diffusion_gain: how much more diffusion must bring than the best lossless plan to be chosen
     (0.05 is 5 %).
     speculation_blocks, diffusion_blocks: the block lengths considered.
-    explore: the share of a replica's forwards that go into trying plans which do not run but are not
-    far behind, or not well known; up to EAGER times that where one is not known at all; 0 tries nothing.
+    explore: the share of a replica's forwards that explore plans which do not run but are not far
+    behind, or not well known; up to EAGER times that where one is not known at all; 0 explores nothing.
     """
 
     quality: Literal["any", "lossless"] = "any"
@@ -101,7 +101,7 @@ class CostModelPolicy(Policy[Smoothed | None]):
             gain = _gain(scores[best.plan], scores[current])
         return Decision(best.plan, _reason(load, forecasts), gain), state
 
-    def probes(self, load: ReplicaLoad, running: DecodePlan) -> Probes | None:
+    def explored_plans(self, load: ReplicaLoad, running: DecodePlan) -> ExploredPlans | None:
         """Each plan that may be near the best: so no estimate is stale for ever, and little is lost.
 
         What a plan may bring is up to 1 + HOPE times what is expected of it, the less the more of its
@@ -114,7 +114,7 @@ class CostModelPolicy(Policy[Smoothed | None]):
             modes = tuple(mode for mode in modes if mode in LOSSLESS_MODES)
         candidates = self._bounds.candidates(modes)
         worths = {plan: self._worth(forecast(load, plan)) for plan in candidates}
-        least = WORTH_TRYING * max(worths.values())
+        least = WORTH_EXPLORING * max(worths.values())
         num_rounds = {plan: load.costs.yield_of(plan).num_rounds for plan in candidates}
         num_rounds[candidates[0]] = math.inf  # ar's yield is never in doubt
         plans = tuple(
@@ -125,7 +125,7 @@ class CostModelPolicy(Policy[Smoothed | None]):
         if not plans:
             return None
         is_eager = min(num_rounds[plan] for plan in plans) < FEW_ROUNDS
-        return Probes(plans, self._bounds.explore * (EAGER if is_eager else 1.0))
+        return ExploredPlans(plans, self._bounds.explore * (EAGER if is_eager else 1.0))
 
     def _score(self, load: ReplicaLoad, expected: Forecast, is_running: bool) -> tuple[float, float]:
         """Plans are compared by the first number, and where it is the same by the second."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from policies.cost import PRIOR_ACCEPTANCE, Forward, RoundMade, StepCost, Yield, prior_yield
+from policies.cost import PRIOR_ACCEPTANCE, ForwardStats, RoundStats, RoundYield, StepCost, prior_yield
 from policies.modes import MAX_BLOCK_LENGTH, DecodePlan, Mode
 
 Vector = NDArray[np.float64]
@@ -64,7 +64,7 @@ def knots_up_to(max_tokens: int) -> tuple[int, ...]:
     return tuple(2**power for power in range((max_tokens - 1).bit_length() + 1))
 
 
-def fit_step_cost(forwards: Sequence[Forward], knots: tuple[int, ...]) -> StepCost:
+def fit_step_cost(forwards: Sequence[ForwardStats], knots: tuple[int, ...]) -> StepCost:
     """Least relative squares, robust (Huber's weights) and with no negative cost.
 
     Between knots that were not measured the line is as straight as the others let it be.
@@ -103,11 +103,11 @@ class StepCostEstimator:
         self._num_odd = 0.0
         self.cost = start
 
-    def update(self, forwards: Iterable[Forward], now_s: float) -> None:
+    def update(self, forwards: Iterable[ForwardStats], now_s: float) -> None:
         """Those since the last call. Like ones are represented by their median."""
         self._drift(max(0.0, now_s - self._now_s))
         self._now_s = now_s
-        alike: defaultdict[tuple[int, int], list[Forward]] = defaultdict(list)
+        alike: defaultdict[tuple[int, int], list[ForwardStats]] = defaultdict(list)
         for forward in filter(_is_sound, forwards):
             alike[forward.num_tokens.bit_length(), forward.num_segments.bit_length()].append(forward)
         for group in alike.values():
@@ -132,7 +132,7 @@ class StepCostEstimator:
         shrink = np.sqrt(np.minimum(1.0, most / self._covariance.diagonal()))
         self._covariance *= np.outer(shrink, shrink)
 
-    def _learn(self, forward: Forward, num_alike: int) -> None:
+    def _learn(self, forward: ForwardStats, num_alike: int) -> None:
         features = _features(forward, self._knots)
         expected = float(features @ self._costs)
         noise = (MEASUREMENT_NOISE * expected) ** 2 / min(num_alike, 10)
@@ -155,7 +155,7 @@ class CostEstimator:
     """StepCostEstimator of all forwards, and one of each mode that has run in force.
 
     A mode's own is left as it is while another runs, since what the machine does beside its forwards is not
-    seen then: not in a trial's few forwards either, which bear on it only where it is older than
+    seen then: not in an exploration's few forwards either, which bear on it only where it is older than
     REMEMBERED_S. start, now_s: as of StepCostEstimator.
     """
 
@@ -172,22 +172,22 @@ class CostEstimator:
     def own(self) -> dict[Mode, StepCost]:
         return {mode: estimator.cost for mode, estimator in self._own.items()}
 
-    def update(self, forwards: Sequence[Forward], now_s: float) -> None:
+    def update(self, forwards: Sequence[ForwardStats], now_s: float) -> None:
         """Those since the last call, in any order."""
         self._all.update(forwards, now_s)
-        by_mode: defaultdict[Mode, list[Forward]] = defaultdict(list)
+        by_mode: defaultdict[Mode, list[ForwardStats]] = defaultdict(list)
         for forward in forwards:
-            if forward.mode is not None and self._counts(forward.mode, forward.is_trial, now_s):
+            if forward.mode is not None and self._counts(forward.mode, forward.is_exploration, now_s):
                 by_mode[forward.mode].append(forward)
         for mode, own in by_mode.items():
             if mode not in self._own:
                 self._own[mode] = StepCostEstimator(self.cost, now_s, OWN_DRIFT)
             self._own[mode].update(own, now_s)
-            if not all(forward.is_trial for forward in own):
+            if not all(forward.is_exploration for forward in own):
                 self._seen_s[mode] = now_s
 
-    def _counts(self, mode: Mode, is_trial: bool, now_s: float) -> bool:
-        return not is_trial or (mode in self._own and now_s - self._seen_s[mode] > REMEMBERED_S)
+    def _counts(self, mode: Mode, is_exploration: bool, now_s: float) -> bool:
+        return not is_exploration or (mode in self._own and now_s - self._seen_s[mode] > REMEMBERED_S)
 
 
 class YieldEstimator:
@@ -207,7 +207,7 @@ class YieldEstimator:
         self._chosen_blocks = np.zeros(MAX_BLOCK_LENGTH + 1)  # of these rounds, those that no client chose
         self._diffusion: dict[DecodePlan, Vector] = {}  # rounds, tokens, forwards, rows
 
-    def update(self, rounds: Iterable[RoundMade], now_s: float) -> None:
+    def update(self, rounds: Iterable[RoundStats], now_s: float) -> None:
         """Those since the last call."""
         self._forget(0.5 ** (max(0.0, now_s - self._now_s) / HALF_LIFE_S))
         self._now_s = now_s
@@ -227,7 +227,7 @@ class YieldEstimator:
             most = sorted(self._diffusion, key=lambda plan: -self._diffusion[plan][0])[:MAX_PLANS]
             self._diffusion = {plan: self._diffusion[plan] for plan in most}
 
-    def yields(self) -> tuple[Yield, ...]:
+    def yields(self) -> tuple[RoundYield, ...]:
         """Of the plans that ran, and of self-speculation's usual blocks once it ran at all."""
         more = self._against_priors()
         return (*self._speculation(), *(self._counted(plan, *more) for plan in self._diffusion))
@@ -241,7 +241,7 @@ class YieldEstimator:
             if sums[0] < 0.01:
                 del self._diffusion[plan]
 
-    def _speculation(self) -> Iterable[Yield]:
+    def _speculation(self) -> Iterable[RoundYield]:
         if self._by_block.sum() < 0.01:
             return
         chance, reaches, tokens = PRIOR_ACCEPTANCE, 1.0, [0.0, 1.0]
@@ -252,14 +252,14 @@ class YieldEstimator:
         ran = {int(block) for block in np.flatnonzero(self._chosen_blocks > 0.5)}
         for block in sorted(ran.union(SPECULATION_BLOCKS)):
             num_rounds = float(self._by_block[block:].sum())
-            yield Yield(
+            yield RoundYield(
                 DecodePlan(Mode.SELF_SPECULATION, block),
                 round(float(tokens[block]), 4),
                 2.0,
                 round(num_rounds, 2),
             )
 
-    def _counted(self, plan: DecodePlan, more_tokens: float, more_forwards: float) -> Yield:
+    def _counted(self, plan: DecodePlan, more_tokens: float, more_forwards: float) -> RoundYield:
         """Its own rounds, and as many as PRIOR_ROUNDS of what all diffusion makes of its priors."""
         prior = prior_yield(plan)
         num_rounds, tokens, forwards, rows = map(float, self._diffusion[plan])
@@ -267,7 +267,7 @@ class YieldEstimator:
         tokens += PRIOR_ROUNDS * prior.tokens * more_tokens
         forwards += PRIOR_ROUNDS * prior.forwards * more_forwards
         total = num_rounds + PRIOR_ROUNDS
-        return Yield(
+        return RoundYield(
             plan,
             max(1e-4, round(tokens / total, 4)),
             max(1e-4, round(forwards / total, 4)),
@@ -286,13 +286,13 @@ class YieldEstimator:
         return float(more_tokens), float(more_forwards)
 
 
-def _is_sound(forward: Forward) -> bool:
+def _is_sound(forward: ForwardStats) -> bool:
     """Whether it can have happened."""
     counts = forward.num_tokens, forward.num_segments, forward.num_cached + 1
     return SOUND_MS[0] <= forward.ms <= SOUND_MS[1] and all(0 < count <= MOST_COUNTED for count in counts)
 
 
-def _features(forward: Forward, knots: tuple[int, ...]) -> Vector:
+def _features(forward: ForwardStats, knots: tuple[int, ...]) -> Vector:
     """What each parameter counts for: base, the rise from knot to knot, segments, cached tokens."""
     left, right = np.array(knots[:-1], float), np.array(knots[1:], float)
     steps = np.maximum((forward.num_tokens - left) / (right - left), 0.0)

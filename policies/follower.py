@@ -11,7 +11,7 @@ from policies.load import ReplicaLoad
 from policies.loop import PERIOD_S, Clock, Sleep, run_every
 from policies.modes import DecodePlan
 from policies.plan import ObservedPlan, ReplicaPlan, told
-from policies.policy import Policy, Probes, Snapshot
+from policies.policy import ExploredPlans, Policy, Snapshot
 from policies.store import LoadStore, PolicyEntry, StoreUnavailable
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ class PlanFollower:
 
     read_load: the replica's load now; `plan_version`, `decode` and `decode_held_s` are filled in here.
     on_plan: called with each plan that differs from the one before in what to run or by which rule.
-    on_probes: called with what the policy has the replica try beside its plan, when that changes.
+    on_explored_plans: called with the plans that the policy has the replica explore, when they change.
     on_policy_entry: awaited with the policy setting that came with each plan (PolicyWatch.heed).
     While the store is unavailable, or its plan stale, missing or outdated, the replica decides by
     the same policy from its own load, going on from the plan in force; `rule` then says so.
@@ -34,7 +34,7 @@ class PlanFollower:
         policy: Policy[Any],
         read_load: Callable[[], ReplicaLoad],
         on_plan: Callable[[ReplicaPlan], None] | None = None,
-        on_probes: Callable[[Probes | None], None] | None = None,
+        on_explored_plans: Callable[[ExploredPlans | None], None] | None = None,
         on_policy_entry: Callable[[PolicyEntry], Awaitable[None]] | None = None,
         *,
         period_s: float = PERIOD_S,
@@ -45,9 +45,9 @@ class PlanFollower:
         self._policy = policy
         self._read_load = read_load
         self._on_plan = on_plan
-        self._on_probes = on_probes
+        self._on_explored_plans = on_explored_plans
         self._on_policy_entry = on_policy_entry
-        self._probes: Probes | None = None
+        self._explored_plans: ExploredPlans | None = None
         self._period_s = period_s
         self._clock = clock
         self._sleep = sleep
@@ -101,7 +101,7 @@ class PlanFollower:
                 await self._on_policy_entry(self._store.policy_entry)
             plan = self._follow(load, seen)
         self._put_in_force(plan)
-        self._try_out(load, plan)
+        self._explore(load, plan)
         return plan
 
     def _follow(self, load: ReplicaLoad, seen: ObservedPlan | None) -> ReplicaPlan:
@@ -128,10 +128,10 @@ class PlanFollower:
         rule = f"{self._policy.name} (local: {why_alone})"
         return ReplicaPlan(version, decision.decode, rule, told(decision.reason))
 
-    def _try_out(self, load: ReplicaLoad, plan: ReplicaPlan) -> None:
-        before, self._probes = self._probes, self._policy.probes(load, plan.decode)
-        if self._on_probes is not None and self._probes != before:
-            self._on_probes(self._probes)
+    def _explore(self, load: ReplicaLoad, plan: ReplicaPlan) -> None:
+        before, self._explored_plans = self._explored_plans, self._policy.explored_plans(load, plan.decode)
+        if self._on_explored_plans is not None and self._explored_plans != before:
+            self._on_explored_plans(self._explored_plans)
 
     def _put_in_force(self, plan: ReplicaPlan) -> None:
         before, self._plan = self._plan, plan

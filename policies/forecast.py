@@ -8,7 +8,7 @@ tokens (policies.cost has L, y, F and B: the block, or more where forwards begin
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from policies.cost import UNMEASURED, ReplicaCosts, Yield
+from policies.cost import UNMEASURED, ReplicaCosts, RoundYield
 from policies.load import ReplicaLoad
 from policies.modes import DecodePlan, default_plan, lossless_plan
 
@@ -80,7 +80,7 @@ def _groups(load: ReplicaLoad, plan: DecodePlan, num_auto: float) -> Iterator[tu
         yield count, default_plan(mode)
 
 
-def _pace(load: ReplicaLoad, expected: Yield) -> float:
+def _pace(load: ReplicaLoad, expected: RoundYield) -> float:
     """Tokens a forward, of no more than the requests still want."""
     if load.mean_remaining is None:
         return expected.tokens_per_forward

@@ -38,10 +38,10 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
-class Probes:
-    """Plans to try now and then, in turn, beside the one in force, so that what they bring stays known.
+class ExploredPlans:
+    """Plans to explore now and then, in turn, beside the one in force, so that what they bring stays known.
 
-    share: of a replica's forwards, at most so many go into trying.
+    share: of a replica's forwards, at most so many explore.
     """
 
     plans: tuple[DecodePlan, ...]
@@ -77,8 +77,8 @@ class Policy(ABC, Generic[State]):
     def decide(self, snapshot: Snapshot, state: State, now_s: float) -> tuple[Decision, State]:
         """What the replica should run, and the state to pass next time. No side effects."""
 
-    def probes(self, load: ReplicaLoad, running: DecodePlan) -> Probes | None:
-        """What a replica that runs this plan should also try; None for nothing. It shifts no plan.
+    def explored_plans(self, load: ReplicaLoad, running: DecodePlan) -> ExploredPlans | None:
+        """The plans that a replica which runs this one should explore; None for none. It shifts no plan.
 
         The replica asks with its own load, every period. No side effects.
         """

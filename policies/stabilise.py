@@ -9,7 +9,7 @@ from pydantic import Field
 from policies.load import ReplicaLoad
 from policies.loop import Failures
 from policies.modes import DecodePlan, Mode, available_plan, default_plan
-from policies.policy import Decision, Policy, PolicyParameters, Probes, Snapshot
+from policies.policy import Decision, ExploredPlans, Policy, PolicyParameters, Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -92,9 +92,9 @@ class Stabilised(Policy[StableState]):
             return wanted, replace(state, current=wanted.decode, shifts_s=recent)
         return wanted, replace(state, current=wanted.decode, since_s=now_s, shifts_s=(*recent, now_s))
 
-    def probes(self, load: ReplicaLoad, running: DecodePlan) -> Probes | None:
+    def explored_plans(self, load: ReplicaLoad, running: DecodePlan) -> ExploredPlans | None:
         try:
-            return self._inner.probes(load, running)
+            return self._inner.explored_plans(load, running)
         except Exception as error:
             self._failures.note(error)
             return None

@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from policies.cost import UNMEASURED, Forward, StepCost
+from policies.cost import UNMEASURED, ForwardStats, StepCost
 from policies.estimate import fit_step_cost, knots_up_to
-from replicas.engine.plan import ModelSpec, Runner, Segment, StepPlan
+from replicas.engine.batch import ModelSpec, Runner, ScheduledBatch, Segment
 from replicas.messages import SamplingParams
 
 NUM_CACHED = (0, 256)
 NUM_SEQUENCES = (4, 16, 64)
 BLOCKS = (1, 8, 16)
 MANY_CACHED = 64
-SLOWEST = Forward(1, 1, 0, math.inf)
+SLOWEST = ForwardStats(1, 1, 0, math.inf)
 LEAST_SHAPES = 4
 """Of fewer no line can be told: then the usual one is scaled to them."""
 
@@ -48,9 +48,9 @@ def calibrate(
     """
     deadline_s = clock() + budget_s
     shapes = sorted(_shapes(runner.spec, max_running, max_step_tokens), key=lambda shape: shape.total)
-    turns: list[list[Forward]] = []
+    turns: list[list[ForwardStats]] = []
     while not turns or (clock() < deadline_s and len(turns) < 4):
-        measured: list[Forward] = []
+        measured: list[ForwardStats] = []
         turns.append(measured)
         for shape in shapes:
             pace_ms = measured[-1].ms / measured[-1].num_tokens if measured else 0.0
@@ -61,7 +61,7 @@ def calibrate(
             runner.run(plan)
             ms = max(1000.0 * (clock() - began_s), 1e-3)
             num_cached = shape.num_segments * shape.num_cached
-            measured.append(Forward(shape.total, shape.num_segments, num_cached, ms))
+            measured.append(ForwardStats(shape.total, shape.num_segments, num_cached, ms))
     # The least of each shape: whatever else the machine does, and compiling at first, only adds.
     forwards = [min(same, key=lambda forward: forward.ms) for same in zip_longest(*turns, fillvalue=SLOWEST)]
     if len({forward.num_tokens for forward in forwards}) < LEAST_SHAPES:
@@ -85,12 +85,12 @@ def _shapes(spec: ModelSpec, max_running: int, max_step_tokens: int) -> Iterator
             yield shape
 
 
-def _plan(spec: ModelSpec, shape: Shape) -> StepPlan:
+def _plan(spec: ModelSpec, shape: Shape) -> ScheduledBatch:
     """Causal segments, all of whose logits are wanted, as in a verify."""
     per_sequence = -(-(shape.num_tokens + shape.num_cached) // spec.page_size)
     token_ids = tuple((7 * index + 3) % spec.vocab_size for index in range(shape.num_tokens))
     wanted = tuple(range(shape.num_tokens)) if shape.num_segments > 1 or shape.num_tokens <= 64 else ()
-    return StepPlan(
+    return ScheduledBatch(
         tuple(
             Segment(
                 seq_id=number,

@@ -17,10 +17,10 @@ class ReplicaConfig:
     kv_cache_mb: memory for K/V pages of each process, in MiB. kv_dtype: 'auto', 'bfloat16' or 'fp8'.
     tensor_parallel: processes that share the model. max_running: sequences in one forward.
     max_step_tokens: query tokens in one forward; max_prefill_tokens: of them prompt tokens beside
-    decoding ones; max_step_ms: what a forward of both may take; None: no bound. adaptive_speculation: drafts
-    as long as pays. overlap_blocks: of diffusion, each begun in the commit before. max_waiting: queued beyond
-    those running. calibration_s: seconds spent at the start on measuring what forwards take. targets: what it
-    reports its demand by, where Serve scales.
+    decoding ones; max_step_ms: what a forward of both may take; None: no bound. overlap_blocks: of
+    diffusion, each begun in the commit before. max_waiting: queued beyond those running. calibration_s:
+    seconds spent at the start on measuring what forwards take. targets: what it reports its demand by, where
+    Serve scales.
     """
 
     checkpoint: str
@@ -43,7 +43,6 @@ class ReplicaConfig:
     max_step_tokens: int = 512
     max_prefill_tokens: int = 256
     max_step_ms: float | None = None
-    adaptive_speculation: bool = False
     overlap_blocks: bool = True
     max_waiting: int = 256
     calibration_s: float = 1.5

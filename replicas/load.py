@@ -1,7 +1,7 @@
 """The runner that a replica's configuration asks for."""
 
 from replicas.config import ReplicaConfig
-from replicas.engine.plan import Runner
+from replicas.engine.batch import Runner
 from replicas.machine import default_num_threads
 from replicas.model.checkpoint import CheckpointError
 from replicas.model.runner import TorchRunner

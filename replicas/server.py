@@ -53,7 +53,6 @@ class Replica:
             max_step_tokens=config.max_step_tokens,
             max_prefill_tokens=config.max_prefill_tokens,
             max_step_ms=config.max_step_ms,
-            adaptive_speculation=config.adaptive_speculation,
             overlap_blocks=config.overlap_blocks,
         )
         replica_id = serve.get_replica_context().replica_id.unique_id
@@ -88,7 +87,7 @@ class Replica:
             create_policy(config.policy, config.policy_params),
             self._load,
             self._apply,
-            self._service.set_probes,
+            self._service.set_explored_plans,
             watch.heed,
         )
         self._apply(self._follower.plan)
@@ -128,8 +127,8 @@ class Replica:
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve where it scales. Its own count of calls says nothing: tokens travel on channels."""
         # Beside the loop: it takes tens of ms, and streams wait for none of it.
-        asked = await asyncio.to_thread(demand, self._service.load(), self._follower.plan_at, self._targets)
-        return asked.report()
+        load = self._service.snapshot()
+        return (await asyncio.to_thread(demand, load, self._follower.plan_at, self._targets)).report()
 
     async def check_health(self) -> None:
         """Called by Serve; raises RuntimeError when the replica should be replaced."""
@@ -151,7 +150,7 @@ class Replica:
         await asyncio.to_thread(self._tracing.close)
 
     def _load(self) -> ReplicaLoad:
-        return replace(self._service.load(), num_tasks=len(asyncio.all_tasks()))
+        return replace(self._service.snapshot(), num_tasks=len(asyncio.all_tasks()))
 
     async def _mind(self, workers: Workers) -> None:
         """Ends this process with the first of the others to end: the part of the model it had is gone.

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from policies.cost import StepCost
 from policies.load import ReplicaLoad
 from policies.modes import DecodePlan
-from policies.policy import Probes
+from policies.policy import ExploredPlans
 from replicas.channels import ChannelHub
 from replicas.engine.engine import Engine
 from replicas.engine.grammar import Grammar
@@ -124,11 +124,11 @@ class ReplicaService:
         """What `auto` requests do from their next safe point on. From any thread; does not wait."""
         self._commands.put(lambda: self._engine.set_plan(decode, rule))
 
-    def set_probes(self, probes: Probes | None) -> None:
-        """What rounds try now and then. From any thread; does not wait."""
-        self._commands.put(lambda: self._engine.set_probes(probes))
+    def set_explored_plans(self, explored_plans: ExploredPlans | None) -> None:
+        """Sets the plans that rounds explore now and then. From any thread; does not wait."""
+        self._commands.put(lambda: self._engine.set_explored_plans(explored_plans))
 
-    def load(self) -> ReplicaLoad:
+    def snapshot(self) -> ReplicaLoad:
         """The load after the last step or command, with recent rates. Does not wait for the engine.
 
         Tells the engine what its forwards have come to cost. An engine that has died is silent from then on.
@@ -332,8 +332,8 @@ class ReplicaService:
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),
             "pages_used": scheduler.pages_used,
-            "tokens_by_mode": dict(scheduler.tokens_by_mode),
-            "forwards_by_mode": dict(scheduler.forwards_by_mode),
+            "tokens_by_mode": dict(scheduler.counters.tokens_by_mode),
+            "forwards_by_mode": dict(scheduler.counters.forwards_by_mode),
         }
 
     def _publish(self, progress: list[Progress]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from policies.cost import Forward, ReplicaCosts, RoundMade, StepCost
+from policies.cost import ForwardStats, ReplicaCosts, RoundStats, StepCost
 from policies.estimate import CostEstimator, YieldEstimator
 from policies.load import ReplicaLoad
 from policies.modes import Mode
@@ -71,8 +71,8 @@ class CostMeter:
     def __init__(
         self,
         start: StepCost,
-        forwards: deque[Forward],
-        rounds: deque[RoundMade],
+        forwards: deque[ForwardStats],
+        rounds: deque[RoundStats],
         clock: Callable[[], float],
     ):
         self._clock = clock
@@ -125,13 +125,13 @@ class Seen:
 
 def look(engine: Engine, replica_id: str) -> Seen:
     """On the engine's thread."""
-    scheduler = engine.scheduler
+    counters = engine.scheduler.counters
     return Seen(
-        engine.load(replica_id),
-        dict(scheduler.made_by_mode),
-        scheduler.num_prefilled,
-        dict(scheduler.tokens_by_mode),
-        dict(scheduler.forwards_by_mode),
+        engine.snapshot(replica_id),
+        dict(counters.made_by_mode),
+        counters.num_prefilled,
+        dict(counters.tokens_by_mode),
+        dict(counters.forwards_by_mode),
     )
 
 
@@ -146,7 +146,7 @@ class LoadMeter:
         self._stats_net = Net("averaging rates")
         self._costs = None
         if step_cost is not None:
-            self._costs = CostMeter(step_cost, engine.forwards, engine.scheduler.rounds, clock)
+            self._costs = CostMeter(step_cost, engine.forwards, engine.scheduler.counters.rounds, clock)
 
     def load(self, seen: Seen, silent_s: float) -> ReplicaLoad:
         """Never raises: what can't be learned is left as it was."""

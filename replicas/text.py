@@ -8,7 +8,7 @@ from collections.abc import Collection, Set
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from replicas.engine.plan import TokenLogprob
+from replicas.engine.batch import TokenLogprob
 from replicas.grammar import GrammarCompiler
 from replicas.messages import Prompt, TextLogprob
 from replicas.model.checkpoint import resolve_folder

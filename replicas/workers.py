@@ -14,7 +14,7 @@ from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from replicas.config import ReplicaConfig
-from replicas.engine.plan import Runner
+from replicas.engine.batch import Runner
 from replicas.load import load_runner
 from replicas.model.lockstep import Leader, Meeting, follow, join
 

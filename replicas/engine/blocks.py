@@ -1,4 +1,4 @@
-"""The pool of K/V pages. Pure bookkeeping: which page is whose; the tensors live with the runner.
+"""The pool of K/V pages. It only keeps the books of who owns which page; the tensors live with the runner.
 
 Full pages of committed K/V are kept findable after their sequences end, by content: a page's key is
 its tokens and the key of the page before it, so equal keys mean equal whole prefixes, compared token
@@ -10,7 +10,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
 Key = int | str
-"""What stands for a prefix: the number of its last page, or a salt where it is empty."""
+"""A prefix by what stands for it: the number of its last page, or a salt where it is empty."""
 ROOT: Key = ""
 """The empty prefix without a salt."""
 
@@ -41,7 +41,7 @@ class PagePool:
         return len(self._num_owners)
 
     def pages_for(self, num_tokens: int) -> int:
-        """How many pages hold num_tokens tokens."""
+        """The number of pages that hold num_tokens tokens."""
         return -(-num_tokens // self.page_size)
 
     def allocate(self, count: int) -> list[int] | None:
@@ -100,7 +100,7 @@ class PagePool:
                     self._free.append(page)
 
     def forget(self, pages: Iterable[int]) -> None:
-        """Makes pages in use unfindable, whose content is not to be trusted, and so all that follows them."""
+        """Makes pages in use unfindable whose content is not to be trusted, and so all that follows them."""
         for page in pages:
             key = self._key_of.pop(page, None)
             if key is not None:

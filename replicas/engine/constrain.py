@@ -1,31 +1,34 @@
-"""What a grammar leaves of a segment that a sequence asks for."""
+"""Applies a sequence's grammar to the segment that it wants next."""
 
 import logging
+from dataclasses import replace
 
-from replicas.engine.decoders.round import Ask
+from replicas.engine.decoders.round import SegmentRequest
 from replicas.engine.grammar import GrammarFailed
 from replicas.engine.sequence import Sequence
 
 logger = logging.getLogger(__name__)
 
 
-def constrained(sequence: Sequence, ask: Ask) -> tuple[Ask, tuple[bytes, ...]]:
-    """With a grammar: the ask without drafts that may not come, and what each sampled token may be.
+def constrained(sequence: Sequence, request: SegmentRequest) -> tuple[SegmentRequest, tuple[bytes, ...]]:
+    """The request without the drafts that the grammar refuses, and a mask for each sampled token.
 
-    A grammar that fails leaves its word in `sequence.failure`.
+    Without a grammar it is the request as it is, and no masks. A grammar that fails leaves its word in
+    `sequence.failure`.
     """
-    if sequence.grammar is None or not ask.num_causal or not ask.wanted:
-        return ask, ()
-    first = ask.wanted[0]
+    if sequence.grammar is None or not request.num_causal or not request.wanted:
+        return request, ()
+    first = request.wanted[0]
     try:
-        allowed = sequence.grammar.masks(ask.token_ids[first + 1 :])
+        allowed = sequence.grammar.masks(request.token_ids[first + 1 :])
     except GrammarFailed as error:
         sequence.failure = f"the grammar of response_format can't go on: {error}"
-        return ask, ()
+        return request, ()
     except Exception as error:
         logger.exception("the grammar of request %s raised", sequence.request_id)
         sequence.failure = f"the grammar of response_format can't go on ({type(error).__name__})"
-        return ask, ()
-    kept = len(allowed)
-    token_ids = ask.token_ids[: first + kept]
-    return Ask(token_ids, len(token_ids), ask.adapter, ask.wanted[:kept]), allowed
+        return request, ()
+    num_wanted = len(allowed)
+    token_ids = request.token_ids[: first + num_wanted]
+    wanted = request.wanted[:num_wanted]
+    return replace(request, token_ids=token_ids, num_causal=len(token_ids), wanted=wanted), allowed

@@ -9,33 +9,32 @@ from collections import Counter, deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
-from policies.cost import Forward, StepCost
+from policies.cost import ForwardStats, StepCost
 from policies.load import ReplicaLoad
 from policies.modes import MAX_BLOCK_LENGTH, DecodePlan, Mode
-from policies.policy import Probes
+from policies.policy import ExploredPlans
+from replicas.engine.batch import Runner, RunnerLost, ScheduledBatch, SegmentOutput
 from replicas.engine.decoders.choose import ActivePlan
 from replicas.engine.grammar import Grammar
 from replicas.engine.isolate import is_sticky, nobodys_segment, run_apart
 from replicas.engine.lengths import CompletionLengths
-from replicas.engine.plan import Runner, RunnerLost, SegmentOutput, StepPlan
 from replicas.engine.prefill import Limits
 from replicas.engine.scheduler import Scheduler
 from replicas.engine.sequence import Progress, Sequence, Status, Text
-from replicas.engine.speculation import Speculation
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import DecodingOptions, FinishReason, SamplingParams
 
 AUTO = DecodingOptions()
 PRIORITY_S = 10.0
 """A request ranks as if it had come this much earlier for each level of priority below 0."""
-LEAST_STEP_TOKENS = 3 * MAX_BLOCK_LENGTH
+MIN_STEP_TOKENS = 3 * MAX_BLOCK_LENGTH
 """A block, the next one behind it, and the share that is kept for prompts."""
 MAX_FORWARDS_KEPT = 256
 REMEMBERED_S = 0.1
 MAX_FAILED = 3
 """Steps in a row in which a runner could not even run nobody's segment, after which it is lost."""
 MAX_FRUITLESS = 32
-"""Steps in a row in which it could run that, but no segment of a request."""
+"""Steps in a row in which it could run nobody's segment, but none of a request, after which it is lost."""
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +54,6 @@ class Engine:
         max_step_tokens: int = 512,
         max_prefill_tokens: int = 256,
         max_step_ms: float | None = None,
-        adaptive_speculation: bool = False,
         overlap_blocks: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -64,8 +62,8 @@ class Engine:
             raise ValueError(
                 f"max_running must be at least 1 and max_waiting at least 0, got {max_running}, {max_waiting}"
             )
-        if max_step_tokens < LEAST_STEP_TOKENS:
-            raise ValueError(f"max_step_tokens must be at least {LEAST_STEP_TOKENS}, got {max_step_tokens}")
+        if max_step_tokens < MIN_STEP_TOKENS:
+            raise ValueError(f"max_step_tokens must be at least {MIN_STEP_TOKENS}, got {max_step_tokens}")
         if max_prefill_tokens < 1:
             raise ValueError(f"max_prefill_tokens must be at least 1, got {max_prefill_tokens}")
         if max_step_ms is not None and not max_step_ms > 0:
@@ -87,13 +85,12 @@ class Engine:
         self._lengths = CompletionLengths()
         self._remaining: float | None = None
         self._remaining_s = 0.0
-        self.forwards: deque[Forward] = deque(maxlen=MAX_FORWARDS_KEPT)
-        """What the last steps took, for whoever learns from it to take; safe from another thread."""
+        self.forwards: deque[ForwardStats] = deque(maxlen=MAX_FORWARDS_KEPT)
+        """The last steps' forwards, for whoever learns from them to take; safe from another thread."""
         self._scheduler = Scheduler(
             spec,
             Limits(max_running, max_step_tokens, max_prefill_tokens, max_step_ms),
             ActivePlan(DecodePlan(Mode.AR), "start"),
-            Speculation(adaptive_speculation),
             clock,
             overlap_blocks,
         )
@@ -116,16 +113,16 @@ class Engine:
         return self._scheduler
 
     def set_step_cost(self, cost: StepCost) -> None:
-        """What a forward costs here, by which drafts and, for max_step_ms, chunks of prompts are sized."""
-        self._scheduler.speculation.cost = cost
+        """Sets the cost of a forward here, by which chunks of prompts are sized for max_step_ms."""
+        self._scheduler.step_cost = cost
 
     def set_plan(self, decode: DecodePlan, rule: str) -> None:
-        """What `auto` sequences do from their next safe point on."""
+        """Sets the plan that `auto` sequences follow from their next safe point on."""
         self._scheduler.active = ActivePlan(decode, rule)
 
-    def set_probes(self, probes: Probes | None) -> None:
-        """What rounds of `auto` sequences try now and then, so that it is known."""
-        self._scheduler.probes = probes
+    def set_explored_plans(self, explored_plans: ExploredPlans | None) -> None:
+        """Sets the plans that rounds of `auto` sequences explore."""
+        self._scheduler.exploration.explored_plans = explored_plans
 
     def submit(
         self,
@@ -141,9 +138,9 @@ class Engine:
     ) -> Sequence:
         """Queues a request. TriadError when it can't be served as it stands, or the queue is full.
 
-        text: of its completion, at its beginning; it says where a stop string ends it.
+        text: follows its completion from the beginning on, and says where a stop string ends it.
         cache_salt: its prompt's pages are shared with requests of the same one alone.
-        grammar: of sampling.response_format, at its beginning; it is the sequence's own from here on.
+        grammar: follows sampling.response_format from its beginning on; the sequence owns it from here on.
         priority: lower goes first. A level is worth PRIORITY_S of waiting, so nobody waits for ever.
         """
         self._check(request_id, prompt_ids, sampling, decoding)
@@ -177,22 +174,21 @@ class Engine:
         return sequence
 
     def step(self) -> list[Progress]:
-        """One forward: schedule, run, commit. What is new, by sequence; each ends exactly once.
+        """One forward: schedule, run, commit. Returns what is new, by sequence; each ends exactly once.
 
         Raises RunnerLost.
         """
         expired = self._expire()
         began_s = self._clock()
-        plan = self._scheduler.schedule()
+        batch = self._scheduler.schedule()
         ended = expired + self._end_failed()
-        if not plan.segments:
+        if not batch.segments:
             return ended
-        mode, is_trial = self._scheduler.decoding()
-        outputs, is_one_forward = self._run(plan)
+        outputs, is_one_forward = self._run(batch)
         elapsed_s = self._clock() - began_s
-        progress = self._scheduler.commit(plan, outputs)
+        progress = self._scheduler.commit(batch, outputs)
         if is_one_forward:
-            self._note_forward(plan, elapsed_s, mode, is_trial)
+            self._note_forward(batch, elapsed_s)
         for made in progress:
             if made.ended:
                 del self._sequences[made.sequence.request_id]
@@ -200,21 +196,21 @@ class Engine:
                 self._lengths.note(made.sequence.num_completion_tokens, made.reason is FinishReason.STOP)
         return ended + progress
 
-    def _run(self, plan: StepPlan) -> tuple[Seq[SegmentOutput | None], bool]:
+    def _run(self, batch: ScheduledBatch) -> tuple[Seq[SegmentOutput | None], bool]:
         """The outputs, and whether one forward gave them all. Raises RunnerLost.
 
         Where a forward fails, its segments are run again in parts, so that those at fault end alone. Where
-        the runner can run nothing, no segment is at fault: all are to be planned again.
+        the runner can run nothing, no segment is at fault: all are to be scheduled again.
         """
         try:
-            outputs = self._runner.run(plan)
+            outputs = self._runner.run(batch)
         except RunnerLost:
             raise
         except Exception as error:
-            logger.exception("a forward of %d sequences failed", len(plan.segments))
+            logger.exception("a forward of %d sequences failed", len(batch.segments))
             if not self._runs_at_all():
-                return (None,) * len(plan.segments), False
-            apart = run_apart(self._runner.run, plan, error)
+                return (None,) * len(batch.segments), False
+            apart = run_apart(self._runner.run, batch, error)
             if any(output is not None and output.failure is None for output in apart):
                 self._num_fruitless = 0
             else:
@@ -226,7 +222,7 @@ class Engine:
         return outputs, True
 
     def _runs_at_all(self) -> bool:
-        """Asked after a failed forward, by one of a segment that is nobody's.
+        """Whether the runner runs a segment that is nobody's, which is tried after a failed forward.
 
         Raises RunnerLost after MAX_FAILED steps in a row in which that failed too, and at once where the
         device says that it will go on to.
@@ -235,7 +231,7 @@ class Engine:
         if page is None:
             return True  # as far as can be told
         try:
-            self._runner.run(StepPlan((nobodys_segment(page),)))
+            self._runner.run(ScheduledBatch((nobodys_segment(page),)))
         except RunnerLost:
             raise
         except Exception as error:
@@ -318,20 +314,23 @@ class Engine:
         return [Progress(sequence, error=ErrorCode.DEADLINE_EXCEEDED, message=message) for sequence in late]
 
     def _end_failed(self) -> list[Progress]:
-        """Sequences that could not go on when the step was planned."""
+        """Ends the sequences that could not go on when the step was scheduled."""
         failed = [sequence for sequence in self._scheduler.running if sequence.failure is not None]
         for sequence in failed:
             self.cancel(sequence.request_id)
         code = ErrorCode.INTERNAL
         return [Progress(sequence, error=code, message=sequence.failure or "") for sequence in failed]
 
-    def _note_forward(self, plan: StepPlan, elapsed_s: float, mode: Mode | None, is_trial: bool) -> None:
-        num_cached = sum(segment.start for segment in plan.segments)
-        ms = 1000.0 * elapsed_s
-        self.forwards.append(Forward(plan.num_tokens, len(plan.segments), num_cached, ms, mode, is_trial))
+    def _note_forward(self, batch: ScheduledBatch, elapsed_s: float) -> None:
+        num_cached = sum(segment.start for segment in batch.segments)
+        ms, shape = 1000.0 * elapsed_s, (batch.num_tokens, len(batch.segments), num_cached)
+        self.forwards.append(ForwardStats(*shape, ms, batch.mode, batch.explores))
 
     def _mean_remaining(self) -> float | None:
-        """As of REMEMBERED_S ago at most: a load is looked at after each step, and published less often."""
+        """The mean of what running sequences are still expected to generate, REMEMBERED_S old at most.
+
+        The load is read after each step, and published less often.
+        """
         running, now_s = self._scheduler.running, self._clock()
         if not running:
             self._remaining = None
@@ -341,7 +340,7 @@ class Engine:
             self._remaining, self._remaining_s = total / len(running), now_s
         return self._remaining
 
-    def load(self, replica_id: str) -> ReplicaLoad:
+    def snapshot(self, replica_id: str) -> ReplicaLoad:
         """The load now, rates and costs left out: they are replicas.stats' to measure."""
         running, waiting = self._scheduler.running, self._scheduler.waiting
         auto = [sequence for sequence in self._sequences.values() if sequence.decoding.mode is None]

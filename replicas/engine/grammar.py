@@ -1,4 +1,4 @@
-"""What a completion may be, as the engine sees it: masks of token ids, and whether it is complete."""
+"""Grammars as the engine sees them: masks of token ids, and whether a completion is complete."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -13,11 +13,11 @@ class Grammar(Protocol):
 
     @property
     def is_complete(self) -> bool:
-        """Nothing but an end of text may follow what was accepted."""
+        """Whether nothing but an end of text may follow what was accepted."""
         ...
 
     def masks(self, draft: Sequence[int]) -> tuple[bytes, ...]:
-        """Which tokens may come next, then which may come after each token of the draft.
+        """Masks of the tokens that may come next, then of those that may come after each token of the draft.
 
         Ends before the first token of the draft that may not come, or where the rest would take too long, so
         there are 1 to len(draft) + 1.

@@ -1,4 +1,4 @@
-"""Whom a failed forward is to be blamed on: its segments are run again in parts. No state, no torch.
+"""Finds the segments at fault for a failed forward by running it again in parts. No state, no torch.
 
 That they can be run again is part of what a Runner is: K/V goes to the same slots, and what is sampled
 depends on the segment alone. A segment that fails by itself is at fault, unless the runner can't even run
@@ -8,10 +8,10 @@ a segment of nobody's.
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
-from replicas.engine.plan import RunnerLost, Segment, SegmentOutput, StepPlan
+from replicas.engine.batch import RunnerLost, ScheduledBatch, Segment, SegmentOutput
 from replicas.messages import SamplingParams
 
-Run = Callable[[StepPlan], Seq[SegmentOutput]]
+Run = Callable[[ScheduledBatch], Seq[SegmentOutput]]
 
 FORWARDS_A_HALVING = 4
 """Finding one segment at fault takes two forwards a halving, and so two are found at once."""
@@ -22,20 +22,20 @@ def failed(error: Exception) -> SegmentOutput:
     return SegmentOutput((), (), failure=f"the model's forward failed ({type(error).__name__})")
 
 
-def most_forwards(num_segments: int) -> int:
-    """How many more forwards a failed one of so many segments may cost."""
+def max_forwards(num_segments: int) -> int:
+    """The number of further forwards that a failed one of so many segments may cost."""
     return FORWARDS_A_HALVING * (num_segments - 1).bit_length()
 
 
-def run_apart(run: Run, plan: StepPlan, error: Exception) -> list[SegmentOutput | None]:
-    """What each segment of a plan gave that raised `error` as a whole, found by halving.
+def run_apart(run: Run, batch: ScheduledBatch, error: Exception) -> list[SegmentOutput | None]:
+    """The output of each segment of a batch that raised `error` as a whole, found by halving.
 
-    `failed` for those that raise alone; None for those that were not run before most_forwards() were
-    spent, which is so where many are at fault: they are to be planned again. Raises RunnerLost.
+    `failed` for those that raise alone; None for those that were not run before max_forwards() were
+    spent, which is so where many are at fault: they are to be scheduled again. Raises RunnerLost.
     """
-    segments = plan.segments
+    segments = batch.segments
     outputs: list[SegmentOutput | None] = [None] * len(segments)
-    forwards_left = most_forwards(len(segments))
+    forwards_left = max_forwards(len(segments))
     suspects: list[range] = []
 
     def suspect(indices: range, raised: Exception) -> None:
@@ -53,7 +53,7 @@ def run_apart(run: Run, plan: StepPlan, error: Exception) -> list[SegmentOutput 
                 return outputs
             forwards_left -= 1
             try:
-                made = run(StepPlan(tuple(segments[index] for index in half)))
+                made = run(ScheduledBatch(tuple(segments[index] for index in half)))
             except RunnerLost:
                 raise
             except Exception as again:

@@ -1,15 +1,15 @@
-"""How long completions come to be, and what a running one is so still expected to generate."""
+"""Learns the lengths of completions, and tells from them what a running one is still to generate."""
 
 from itertools import pairwise
 from math import exp, sqrt
 
 NUM_BUCKETS = 48
-"""Of lengths, half an octave each; the last has no end."""
+"""The number of buckets of lengths, half an octave each; the last has no end."""
 HALF_LIFE = 32.0
-"""Completions after which an older one counts half."""
+"""The number of completions after which an older one counts half."""
 MAX_WEIGHT = 2.0**20
-LEAST_WEIGHT = 1e-9
-"""What has been forgotten to this says nothing any more."""
+MIN_WEIGHT = 1e-9
+"""A completion that has been forgotten down to this says nothing any more."""
 
 _STARTS = [0.0, *(sqrt(2.0) ** (bucket - 1) for bucket in range(1, NUM_BUCKETS + 1))]
 
@@ -17,7 +17,7 @@ _STARTS = [0.0, *(sqrt(2.0) ** (bucket - 1) for bucket in range(1, NUM_BUCKETS +
 class CompletionLengths:
     """A product-limit estimate (Kaplan and Meier 1958; by buckets, as in a life table).
 
-    What max_tokens cuts says only that the text would have gone on, and so does not make texts look short.
+    A completion that max_tokens cuts says only that its text would have gone on, so it makes none look short.
     A completion that has come this far is weighed against those that did too: of texts that are all alike
     half is left on average, and where most are short, those that run are mostly the long ones.
     """
@@ -49,18 +49,18 @@ class CompletionLengths:
             self._weight = 1.0
         self._is_reckoned = False
 
-    def remaining(self, num_tokens: int, most: int) -> float:
-        """Tokens still expected of a completion of num_tokens that goes on and may have so many more."""
+    def remaining(self, num_tokens: int, max_more: int) -> float:
+        """Tokens still expected of a completion of num_tokens that goes on, and may have max_more."""
         if not self._is_reckoned:
             self._reckon()
         here, passed = self._at(num_tokens)
-        if here >= LEAST_WEIGHT:
-            expected = (self._at(num_tokens + most)[1] - passed) / here
+        if here >= MIN_WEIGHT:
+            expected = (self._at(num_tokens + max_more)[1] - passed) / here
         else:  # longer than any known one
             bucket = _bucket(num_tokens)
             ends = self._ends[bucket]
-            expected = self._stays[bucket] / ends if ends else float(most)
-        return min(float(most), max(1.0, expected))
+            expected = self._stays[bucket] / ends if ends else float(max_more)
+        return min(float(max_more), max(1.0, expected))
 
     def _at(self, num_tokens: int) -> tuple[float, float]:
         """The chance that a text becomes this long, and the tokens expected up to there."""
@@ -74,7 +74,7 @@ class CompletionLengths:
         chance, passed, hazard = 1.0, 0.0, 0.0
         for bucket, (start, after) in enumerate(pairwise(_STARTS)):
             width = after - start
-            if self._reached[bucket] > LEAST_WEIGHT * self._weight:
+            if self._reached[bucket] > MIN_WEIGHT * self._weight:
                 reached, ended = self._reached[bucket], self._ended[bucket]
                 went_on = self._reached[bucket + 1] if bucket + 1 < NUM_BUCKETS else 0.0
                 cut = max(0.0, reached - ended - went_on)  # taken to have been there half the way

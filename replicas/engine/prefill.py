@@ -1,48 +1,50 @@
-"""Which prompt tokens a step takes. Rounds come first; this is what they leave."""
+"""Chooses the prompt tokens of a step, out of what its rounds leave of the budget."""
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from policies.cost import StepCost
-from replicas.engine.decoders.round import Ask
+from replicas.engine.decoders.round import SegmentRequest
 from replicas.engine.sequence import Sequence
 
-LEAST_TOKENS = 16
+MIN_TOKENS = 16
 """Prompt tokens that a step takes, whatever its bound in ms, so that prompts always go on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """max_running: sequences in a step. max_step_tokens: query tokens in a step.
-
-    Of a step that runs rounds too, both bound how long a prompt makes the streams beside it wait.
-    max_prefill_tokens: prompt tokens in it. max_step_ms: what it may take by the measured cost of a
-    forward, prompts making up what rounds leave of it; None for no bound. Where the rounds alone take
-    longer, prompts go on by LEAST_TOKENS a step.
-    """
+    """The bounds of a step. The last two are of a step that runs rounds too: they bound how long a prompt
+    makes the streams beside it wait."""
 
     max_running: int
+    """Sequences in a step."""
     max_step_tokens: int
+    """Query tokens in a step."""
     max_prefill_tokens: int
+    """Prompt tokens in a step that runs rounds too."""
     max_step_ms: float | None = None
+    """Milliseconds of such a step by the measured cost of a forward, prompts making up what rounds leave of
+    them; None for no bound. Where the rounds alone take longer, prompts go on by MIN_TOKENS a step."""
 
 
 class PrefillBudget:
-    """Of one step, after its rounds have been chosen."""
+    """The room for prompts in one step, after its rounds have been chosen."""
 
-    def __init__(self, limits: Limits, cost: StepCost, num_tokens: int, rounds: Mapping[Sequence, Ask]):
+    def __init__(
+        self, limits: Limits, cost: StepCost, num_tokens: int, rounds: Mapping[Sequence, SegmentRequest]
+    ):
         """num_tokens: query tokens that the step may still take."""
         self._num_left = min(num_tokens, limits.max_prefill_tokens) if rounds else num_tokens
         self._max_ms = limits.max_step_ms if rounds else None
         self._cost = cost
-        self._num_tokens = sum(len(ask.token_ids) for ask in rounds.values())
+        self._num_tokens = sum(len(request.token_ids) for request in rounds.values())
         self._num_segments = len(rounds)
         self._num_cached = sum(sequence.num_cached for sequence in rounds)
         self._has_none = True
 
     def room(self, num_cached: int = 0) -> int:
-        """Tokens that a prompt may add, num_cached of which are cached."""
+        """The number of tokens that a prompt may add, of which num_cached tokens are cached."""
         if self._num_left <= 0 or self._max_ms is None:
             return self._num_left
 
@@ -51,10 +53,10 @@ class PrefillBudget:
             return self._cost.ms(num_tokens, num_segments, self._num_cached + num_cached)
 
         within = bisect_right(range(1, self._num_left + 1), self._max_ms, key=ms)
-        return max(within, min(LEAST_TOKENS, self._num_left)) if self._has_none else within
+        return max(within, min(MIN_TOKENS, self._num_left)) if self._has_none else within
 
-    def ask(self, sequence: Sequence) -> Ask | None:
-        """The next chunk of its prompt; None when there is no room."""
+    def take(self, sequence: Sequence) -> SegmentRequest | None:
+        """Takes room for the next chunk of the sequence's prompt; None when there is none."""
         room = self.room(sequence.num_cached)
         if room <= 0:
             return None
@@ -67,7 +69,7 @@ class PrefillBudget:
         self._has_none = False
         gives_first_token = sequence.num_completion_tokens == 0 and end == len(sequence.tokens)
         wanted = (len(tokens) - 1,) if gives_first_token else ()
-        return Ask(tokens, num_causal=len(tokens), adapter=False, wanted=wanted)
+        return SegmentRequest(tokens, num_causal=len(tokens), adapter=False, wanted=wanted)
 
 
 def is_coming(sequence: Sequence, running: Iterable[Sequence], page_size: int) -> bool:
@@ -80,9 +82,9 @@ def is_coming(sequence: Sequence, running: Iterable[Sequence], page_size: int) -
     for other in running:
         if not other.is_prefilling or other.cache_salt != sequence.cache_salt:
             continue
-        end, most = cached, min(needed, other.prefill_end)
+        end, last_end = cached, min(needed, other.prefill_end)
         while (
-            end + page_size <= most
+            end + page_size <= last_end
             and other.tokens[end : end + page_size] == sequence.tokens[end : end + page_size]
         ):
             end += page_size

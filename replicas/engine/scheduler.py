@@ -1,4 +1,4 @@
-"""Which segments the next forward runs, and what its outputs change. Knows nothing of modes.
+"""Schedules: which segments the next forward runs, and what its outputs change. Knows nothing of modes.
 
 A step has a budget of tokens. Rounds in progress come first, the longest unserved before others;
 prompts are prefilled in chunks with what is left, at least a reserved share and, while rounds run,
@@ -10,29 +10,24 @@ up its own and is recomputed later; the first always goes on, so something alway
 import logging
 import time
 from bisect import insort
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import replace
 
-from policies.cost import RoundMade
-from policies.modes import DecodePlan, Mode
-from policies.policy import Probes
+from policies.cost import UNMEASURED
+from replicas.engine.batch import ModelSpec, ScheduledBatch, Segment, SegmentOutput
 from replicas.engine.blocks import PagePool
 from replicas.engine.constrain import constrained
+from replicas.engine.counters import Counters
 from replicas.engine.decoders.choose import ActivePlan, begin_round, following_block, plan_for
-from replicas.engine.decoders.round import Ask, Round
-from replicas.engine.plan import ModelSpec, Segment, SegmentOutput, StepPlan
-from replicas.engine.prefill import Limits, PrefillBudget, is_coming, reusable_len
+from replicas.engine.decoders.round import SegmentRequest
+from replicas.engine.exploration import Exploration
+from replicas.engine.prefill import Limits, PrefillBudget, is_coming
 from replicas.engine.sequence import Progress, Sequence, Status
-from replicas.engine.speculation import Speculation, Traffic
+from replicas.engine.sequence_pages import SequencePages
 from replicas.errors import ErrorCode
-from replicas.messages import FinishReason
 
 logger = logging.getLogger(__name__)
-
-MAX_ROUNDS_KEPT = 1024
-MAX_PROBE_CREDIT = 4.0
 
 PREFILL_SHARE = 4
 """While prompts wait, rounds leave them one in this many tokens of a step."""
@@ -44,7 +39,6 @@ class Scheduler:
         spec: ModelSpec,
         limits: Limits,
         active: ActivePlan,
-        speculation: Speculation,
         clock: Callable[[], float] = time.monotonic,
         overlaps_blocks: bool = True,
     ):
@@ -53,25 +47,18 @@ class Scheduler:
         self._clock = clock
         self._overlaps_blocks = overlaps_blocks and not spec.denoise_with_adapter
         self._spec = spec
-        self.speculation = speculation
         self._limits = limits
         self._pool = PagePool(spec.num_pages, spec.page_size)
+        self._pages = SequencePages(self._pool)
         self._running: list[Sequence] = []  # both by rank
         self._waiting: list[Sequence] = []
-        self._planned: tuple[Sequence, ...] = ()  # the sequences of the plan under way, aligned with it
+        self._scheduled: tuple[tuple[Sequence, SegmentRequest], ...] = ()  # of the batch under way
         self._num_steps = 0
-        self._probe_credit = 0.0  # forwards that may go into trying
-        self._num_probes = 0
-        self._is_probing = False  # some sequence's round tries a plan
         self.active = active
-        self.probes: Probes | None = None
-        """Plans that rounds of `auto` sequences try now and then, whatever the active one."""
-        self.made_by_mode: Counter[Mode] = Counter()  # all tokens, by the mode that a prefill's goes on in
-        self.tokens_by_mode: Counter[Mode] = Counter()  # by rounds; a prefill's token is nobody's yield
-        self.forwards_by_mode: Counter[Mode] = Counter()
-        self.num_prefilled = 0
-        self.rounds: deque[RoundMade] = deque(maxlen=MAX_ROUNDS_KEPT)
-        """The last blocks' outcomes, for whoever learns from them to take; safe from another thread."""
+        self.step_cost = UNMEASURED
+        """The latency of a forward, by which prompts beside rounds are bounded."""
+        self.exploration = Exploration(spec, self._overlaps_blocks)
+        self.counters = Counters()
 
     @property
     def running(self) -> Seq[Sequence]:
@@ -80,11 +67,6 @@ class Scheduler:
     @property
     def waiting(self) -> Seq[Sequence]:
         return self._waiting
-
-    @property
-    def num_tokens(self) -> int:
-        """All tokens made so far."""
-        return self.made_by_mode.total()
 
     @property
     def pages_used(self) -> int:
@@ -100,84 +82,81 @@ class Scheduler:
         elif sequence.status is Status.WAITING:
             self._waiting.remove(sequence)
         sequence.status = Status.ENDED
-        self._release(sequence)
-        if self._is_probing and sequence.tries_plan:
-            # With the last of them the trial is over, though it has brought nothing.
-            self._is_probing = any(other.tries_plan for other in (*self._running, *self._waiting))
+        self._pages.release(sequence)
+        self.exploration.removed(sequence)
 
     def spare_page(self) -> int | None:
-        """A page of nobody's, to be written before anything else is planned; None where all are taken."""
+        """A page of nobody's, to be written before anything else is scheduled; None where all are taken."""
         pages = self._pool.allocate(1)
         if pages is None:
             return None
         self._pool.release(pages)
         return pages[0]
 
-    def schedule(self) -> StepPlan:
+    def schedule(self) -> ScheduledBatch:
         """The next forward; without segments when there is nothing to do."""
-        asks = self._pick()
+        requests = self._pick()
         segments = []
-        planned = []
-        for sequence in [running for running in self._running if running in asks]:
+        scheduled = []
+        for sequence in [running for running in self._running if running in requests]:
             if sequence.status is not Status.RUNNING:
                 continue  # preempted for one before it, earlier in this loop
-            ask, allowed = constrained(sequence, asks[sequence])
+            request, allowed = constrained(sequence, requests[sequence])
             if sequence.failure is not None:
                 continue
             start = sequence.num_cached
-            if not self._grow(sequence, start + len(ask.token_ids)):
+            if not self._grow(sequence, start + len(request.token_ids)):
                 continue
             sequence.last_step = self._num_steps
-            planned.append(sequence)
+            scheduled.append((sequence, request))
             segments.append(
                 Segment(
                     seq_id=sequence.seq_id,
                     start=start,
-                    token_ids=ask.token_ids,
+                    token_ids=request.token_ids,
                     pages=tuple(sequence.pages),
-                    num_causal=ask.num_causal,
-                    adapter=ask.adapter,
-                    wanted=ask.wanted,
+                    num_causal=request.num_causal,
+                    adapter=request.adapter,
+                    wanted=request.wanted,
                     sampling=sequence.sampling,
                     prompt_len=sequence.num_prompt_tokens,
-                    history=sequence.history[:start] if ask.wanted else (),
+                    history=sequence.history[:start] if request.wanted else (),
                     allowed=allowed,
                 )
             )
-        if self.probes is not None and planned:
-            self._account_for_probes(self.probes.share, planned)
         self._num_steps += 1
-        self._planned = tuple(planned)
-        return StepPlan(tuple(segments))
+        self._scheduled = tuple(scheduled)
+        if scheduled:
+            self.exploration.count_forward(sequence for sequence, _ in scheduled)
+        decoding = [s for s, _ in scheduled if s.round is not None and not s.is_prefilling]
+        modes = Counter(sequence.round.mode for sequence in decoding if sequence.round is not None)
+        return ScheduledBatch(
+            tuple(segments),
+            mode=modes.most_common(1)[0][0] if modes else None,
+            explores=any(map(self.exploration.explores, decoding)),
+        )
 
-    def commit(self, plan: StepPlan, outputs: Seq[SegmentOutput | None]) -> list[Progress]:
-        """Applies the outputs of the plan that schedule() gave last; what is new, by sequence.
+    def commit(self, batch: ScheduledBatch, outputs: Seq[SegmentOutput | None]) -> list[Progress]:
+        """Applies the outputs of the batch that schedule() gave last; what is new, by sequence.
 
         A segment that failed, or whose output can't be applied, ends its sequence alone. None: it was not
         run; its sequence is where it was.
         """
         progress = []
-        for sequence, segment, output in zip(self._planned, plan.segments, outputs, strict=True):
+        for (sequence, request), output in zip(self._scheduled, outputs, strict=True):
             if output is None:
                 continue
-            made = self._applied(sequence, segment, output)
+            made = self._applied(sequence, request, output)
             if made.error is not None:
                 self._pool.forget(sequence.pages)  # it may be their content that is at fault
             else:
-                self._keep(sequence)
+                self._pages.keep(sequence)
             if made.ended:
                 self.remove(sequence)
             if made.token_ids or made.ended:
                 progress.append(made)
-        self._planned = ()
+        self._scheduled = ()
         return progress
-
-    def decoding(self) -> tuple[Mode | None, bool]:
-        """Of the plan under way: the mode of most sequences that decode, and whether any tries a plan."""
-        rounds = [s for s in self._planned if s.round is not None and not s.is_prefilling]
-        modes = Counter(sequence.round.mode for sequence in rounds if sequence.round is not None)
-        is_trial = any(sequence.is_probing for sequence in rounds)
-        return (modes.most_common(1)[0][0] if modes else None), is_trial
 
     def check_integrity(self) -> None:
         """Between steps. Raises AssertionError where the bookkeeping disagrees with itself."""
@@ -194,41 +173,40 @@ class Scheduler:
             assert sequence.status is Status.WAITING
             assert not sequence.pages
 
-    def _pick(self) -> dict[Sequence, Ask]:
-        """What to run within the token budget, pages aside."""
+    def _pick(self) -> dict[Sequence, SegmentRequest]:
+        """The segments to run within the token budget, pages aside."""
         limits = self._limits
         budget = limits.max_step_tokens
         prefilling = [sequence for sequence in self._running if sequence.is_prefilling]
         rounds = [sequence for sequence in self._running if not sequence.is_prefilling]
         can_admit = bool(self._waiting) and len(self._running) < limits.max_running
         reserved = min(budget // PREFILL_SHARE, limits.max_prefill_tokens) if prefilling or can_admit else 0
-        asks: dict[Sequence, Ask] = {}
-        traffic = self._trim(rounds, budget - reserved)
+        requests: dict[Sequence, SegmentRequest] = {}
         for sequence in sorted(rounds, key=lambda item: item.last_step):
-            ask = self._ask_round(sequence, budget - reserved, traffic)
-            if ask is not None:
-                asks[sequence] = ask
-                budget -= len(ask.token_ids)
-        prefill = PrefillBudget(limits, self.speculation.cost, budget, asks)
+            request = self._next_segment(sequence, budget - reserved)
+            if request is not None:
+                requests[sequence] = request
+                budget -= len(request.token_ids)
+        prefill = PrefillBudget(limits, self.step_cost, budget, requests)
         for sequence in prefilling:
-            if (ask := prefill.ask(sequence)) is not None:
-                asks[sequence] = ask
-        self._admit(asks, prefill)
-        return asks
+            if (request := prefill.take(sequence)) is not None:
+                requests[sequence] = request
+        self._admit(requests, prefill)
+        return requests
 
-    def _admit(self, asks: dict[Sequence, Ask], prefill: PrefillBudget) -> None:
-        """Lets waiting sequences run, and adds what they ask, while the budget and the pages last."""
+    def _admit(self, requests: dict[Sequence, SegmentRequest], prefill: PrefillBudget) -> None:
+        """Lets waiting sequences run, and adds their first chunks, while the budget and the pages last."""
         num_promised = 0
         for sequence in tuple(self._waiting):
             if prefill.room() <= 0 or len(self._running) == self._limits.max_running:
                 return
-            self._reuse(sequence)
+            self._pages.reuse(sequence)
             num_pages = self._pool.pages_for(sequence.prefill_end + 1) - len(sequence.pages)
             if num_promised + num_pages > self._pool.num_free:
-                self._release(sequence)
+                self._pages.release(sequence)
                 return
             if is_coming(sequence, self._running, self._spec.page_size):
-                self._release(sequence)
+                self._pages.release(sequence)
                 continue
             num_promised += num_pages
             self._waiting.remove(sequence)
@@ -236,174 +214,83 @@ class Scheduler:
             if sequence.began_s is None:
                 sequence.began_s = self._clock()
             insort(self._running, sequence, key=_rank)
-            if sequence.is_prefilling and (ask := prefill.ask(sequence)) is not None:
-                asks[sequence] = ask
+            if sequence.is_prefilling and (request := prefill.take(sequence)) is not None:
+                requests[sequence] = request
 
-    def _reuse(self, sequence: Sequence) -> None:
-        """Gives a sequence about to run the cached pages of its prefix; its first token needs a forward."""
-        needed = reusable_len(sequence)
-        sequence.pages, sequence.key_number = self._pool.find(sequence.tokens[:needed], sequence.cache_salt)
-        sequence.num_kept = len(sequence.pages)
-        sequence.num_cached = sequence.num_kept * self._spec.page_size
-        if sequence.num_completion_tokens == 0:
-            sequence.num_reused = sequence.num_cached
-
-    def _keep(self, sequence: Sequence) -> None:
-        """Makes pages findable that have become full of committed K/V."""
-        size = self._spec.page_size
-        # A sequence that ends inside an accepted draft has K/V cached for tokens it did not take.
-        num_tokens = min(sequence.num_cached, len(sequence.tokens))
-        while (end := (sequence.num_kept + 1) * size) <= num_tokens:
-            tokens = tuple(sequence.tokens[end - size : end])
-            page = sequence.pages[sequence.num_kept]
-            sequence.key_number = self._pool.keep(page, sequence.key_number, tokens)
-            sequence.num_kept += 1
-
-    def _trim(self, rounds: Seq[Sequence], budget: int) -> Traffic:
-        """Leaves out of the drafts to verify what does not pay in this step. What the step has to do."""
-        drafts: dict[Round, tuple[float, ...]] = {}
-        num_speculating = num_other_tokens = 0
-        for sequence in rounds:
-            current = sequence.round
-            mode = sequence.last_mode if current is None else current.mode
-            if mode is Mode.SELF_SPECULATION:
-                num_speculating += 1
-            else:
-                num_other_tokens += 1 if current is None else len(self._ask(sequence, current).token_ids)
-            if current is not None and (survivals := current.survivals()):
-                drafts[current] = survivals
-        num_cached = sum(sequence.num_cached for sequence in rounds)
-        traffic = Traffic(num_speculating, num_other_tokens, len(rounds), num_cached)
-        if drafts:
-            most = max(0, budget - num_speculating - num_other_tokens)
-            kept = self.speculation.num_slots(list(drafts.values()), most, traffic)
-            for current, count in zip(drafts, kept, strict=True):
-                current.keep(count)
-        return traffic
-
-    def _ask_round(self, sequence: Sequence, budget: int, traffic: Traffic) -> Ask | None:
+    def _next_segment(self, sequence: Sequence, budget: int) -> SegmentRequest | None:
         """None when the budget is too small for it; it then begins its round another time."""
-        current = sequence.round
-        if current is not None:
-            ask = self._ask(sequence, current)
-            return ask if len(ask.token_ids) <= budget else None
-        plan = plan_for(sequence, self.active, self._spec)
-        probe = self._probe_for(sequence)
-        decode = plan.decode if probe is None else probe
-        begun = begin_round(sequence, decode, self._spec, self.speculation, traffic)
-        ask = begun.ask()
-        if len(ask.token_ids) > budget:
+        if sequence.round is not None:
+            following = 0
+            if self._overlaps_blocks and not self.exploration.needs_safe_point(sequence):
+                following = following_block(sequence, self.active, self._spec)
+            request = sequence.round.next_segment(following)
+            return request if len(request.token_ids) <= budget else None
+        in_force = plan_for(sequence, self.active, self._spec)
+        explored = self.exploration.plan_for(sequence)
+        decode = in_force.decode if explored is None else explored
+        begun = begin_round(sequence, decode, self._spec)
+        request = begun.next_segment()
+        if len(request.token_ids) > budget:
             return None
-        sequence.begin_round(begun, decode, probe is not None)
-        self._is_probing |= probe is not None
-        if probe is None:
-            sequence.note_mode(begun.mode, plan.rule)
-        return ask
-
-    def _ask(self, sequence: Sequence, current: Round) -> Ask:
-        if not self._overlaps_blocks or self._probe_for(sequence) is not None:
-            return current.ask()
-        return current.ask(following_block(sequence, self.active, self._spec))
-
-    def _probe_for(self, sequence: Sequence) -> DecodePlan | None:
-        """The plan to try, where it is time to and the request may run it.
-
-        All sequences that begin a round before the first such one has ended try it, so that it is seen
-        as it would be in force: with all of them in it.
-        """
-        if self.probes is None or (self._probe_credit < 1.0 and not self._is_probing):
-            return None
-        decode = self.probes.plans[self._num_probes % len(self.probes.plans)]
-        if sequence.decoding.mode is not None:
-            return None
-        if plan_for(sequence, ActivePlan(decode, ""), self._spec).decode != decode:
-            return None
-        return decode
-
-    def _account_for_probes(self, share: float, planned: Seq[Sequence]) -> None:
-        """A share of the forwards may go into trying; a plan that takes more delays the next."""
-        self._probe_credit = min(self._probe_credit + share, MAX_PROBE_CREDIT)
-        if any(sequence.is_probing for sequence in planned):
-            self._probe_credit -= 1.0
-
-    def _note_round(self, sequence: Sequence, made_by: Round) -> None:
-        made = sequence.round_made()
-        length = made_by.shortened_to
-        if length is not None and length > 1:  # nothing is known of what it left out
-            made = made._replace(plan=replace(made.plan, block_length=length))
-        if sequence.is_probing and made.plan.mode is Mode.DIFFUSION and self._overlaps_blocks:
-            # In force it would have been begun in the commit before.
-            made = made._replace(forwards=max(1, made.forwards - 1))
-        if made.plan.mode is not Mode.AR and length != 1:
-            self.rounds.append(made)
-        if sequence.is_probing and self._is_probing:
-            self._is_probing = False
-            self._num_probes += 1
+        sequence.begin_round(begun, decode)
+        if explored is None:
+            sequence.note_mode(begun.mode, in_force.rule)
+        else:
+            self.exploration.began(sequence)
+        return request
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Gives the sequence pages for num_tokens, taken from the last in rank if need be."""
-        missing = self._pool.pages_for(num_tokens) - len(sequence.pages)
-        if missing <= 0:
-            return True
-        while (pages := self._pool.allocate(missing)) is None:
+        while not self._pages.extend(sequence, num_tokens):
             victim = self._running[-1]
             self._preempt(victim)
             if victim is sequence:
                 return False
-        sequence.pages.extend(pages)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        self._release(sequence)
+        self._pages.release(sequence)
         sequence.num_preemptions += 1
         sequence.status = Status.WAITING
         self.add(sequence)
 
-    def _release(self, sequence: Sequence) -> None:
-        self._pool.release(sequence.pages)
-        sequence.pages = []
-        sequence.num_cached = sequence.num_kept = 0
-        sequence.key_number = sequence.cache_salt
-
-    def _applied(self, sequence: Sequence, segment: Segment, output: SegmentOutput) -> Progress:
+    def _applied(self, sequence: Sequence, request: SegmentRequest, output: SegmentOutput) -> Progress:
         failure = output.failure
         if failure is None:
             try:
-                return self._apply(sequence, segment, output)
+                return self._apply(sequence, request, output)
             except Exception as error:
                 logger.exception("what a step made of request %s can't be applied", sequence.request_id)
                 failure = f"the request's tokens can't be taken ({type(error).__name__})"
         return Progress(sequence, error=ErrorCode.INTERNAL, message=failure)
 
-    def _apply(self, sequence: Sequence, segment: Segment, output: SegmentOutput) -> Progress:
-        current = sequence.round
+    def _apply(self, sequence: Sequence, request: SegmentRequest, output: SegmentOutput) -> Progress:
+        counters, current = self.counters, sequence.round
         if current is None or sequence.is_prefilling:
-            sequence.num_cached += len(segment.token_ids)
-            self.num_prefilled += len(segment.token_ids)
-            if not segment.wanted:
+            sequence.num_cached += len(request.token_ids)
+            counters.num_prefilled += len(request.token_ids)
+            if not request.wanted:
                 return Progress(sequence)
             plan = plan_for(sequence, self.active, self._spec)
             sequence.note_mode(plan.decode.mode, plan.rule)
             mode, tokens, logprobs = plan.decode.mode, output.token_ids, output.logprobs(1)
         else:
-            advance = current.advance(output)
+            progress = current.apply_output(request, output)
             sequence.num_forwards += 1
-            sequence.num_rows += len(segment.token_ids)
-            self.forwards_by_mode[current.mode] += 1
-            mode, tokens, logprobs = current.mode, advance.tokens, advance.logprobs
-            if advance.done:
-                sequence.num_cached = current.start + advance.num_cached
-                sequence.round = advance.successor
+            sequence.num_rows += len(request.token_ids)
+            counters.forwards_by_mode[current.mode] += 1
+            mode, tokens, logprobs = current.mode, progress.tokens, progress.logprobs
+            if progress.done:
+                sequence.num_cached = current.start + progress.num_cached
+                sequence.round = request.successor
         taken, reason = sequence.append(tokens, mode, self._spec.eos_token_ids)
         if taken:
-            self.made_by_mode[mode] += len(taken)
-            self.speculation.note_text(len(taken), reason is FinishReason.STOP)
+            counters.made_by_mode[mode] += len(taken)
         if current is not None:
-            self.tokens_by_mode[mode] += len(taken)
+            counters.tokens_by_mode[mode] += len(taken)
             if sequence.round is not current or reason is not None:
-                self._note_round(sequence, current)
-                sequence.note_next_round()
+                counters.note_round(self.exploration.ended(sequence, sequence.end_round()))
         return Progress(sequence, taken, logprobs[: len(taken)], reason)
 
 

@@ -6,13 +6,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
-from policies.cost import RoundMade
+from policies.cost import RoundStats
 from policies.modes import DecodePlan, Mode
+from replicas.engine.batch import TokenLogprob
 from replicas.engine.blocks import Key
 from replicas.engine.decoders.round import Round
 from replicas.engine.grammar import Grammar
-from replicas.engine.plan import TokenLogprob
-from replicas.engine.speculation import Acceptance
 from replicas.errors import ErrorCode
 from replicas.messages import DecodingOptions, DecodingReport, FinishReason, SamplingParams
 
@@ -36,62 +35,66 @@ class Text(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """tokens: the prompt, then everything final. num_cached: leading tokens whose K/V is valid.
-
-    round: the round in progress; None at a safe point and while prefilling. A preempted sequence
-    keeps its round, since part of a block may have been streamed already.
-    deadline_s: on the engine's clock.
-    rank: who comes first, the least before others; unique and never changed, so that whoever waits
-    comes first in the end.
-    """
+    """A request in the engine, from the queue to its end."""
 
     seq_id: int
+    """The engine's number of it, never used again."""
     request_id: str
     tokens: list[int]
+    """The prompt, then everything final."""
     max_tokens: int
+    """Tokens that it may generate in all."""
     sampling: SamplingParams
     decoding: DecodingOptions
     deadline_s: float | None = None
+    """Its end at the latest, on the engine's clock."""
     rank: tuple[float, int] = (0.0, 0)
+    """Lower ranks come first. Unique and never changed, so that a sequence that waits comes first in the
+    end."""
     grammar: Grammar | None = None
-    """What the completion may be; it has accepted the completion's tokens."""
+    """Its grammar, which has accepted the completion's tokens; None where anything may come."""
     text: Text | None = None
-    """What the completion says; it has accepted the completion's tokens."""
-    acceptance: Acceptance = field(default_factory=Acceptance)
-    """How its drafts fared."""
+    """Its text, which has accepted the completion's tokens; None where nobody reads it."""
     failure: str | None = None
-    """Why it can't go on; the engine then ends it."""
+    """The reason why it can't go on; the engine then ends it."""
     history: "array[int] | tuple[()]" = field(init=False, default=())
     """The tokens again, as an array of int32, where the sampling has penalties; else empty."""
     num_prompt_tokens: int = field(init=False)
     status: Status = Status.WAITING
     num_cached: int = 0
+    """Leading tokens whose K/V is valid."""
     pages: list[int] = field(default_factory=list)
+    """Its page table: pages[p // page_size] holds position p."""
     num_kept: int = 0
     """Leading pages that are full and findable by content."""
     cache_salt: str = ""
     """It shares pages with sequences of the same salt alone."""
     key_number: Key = field(init=False)
-    """Of what the kept pages hold."""
+    """The pool's number of the prefix that the kept pages hold."""
     num_reused: int = 0
     """Prompt tokens whose K/V another request had left."""
     round: Round | None = None
+    """The round in progress; None at a safe point and while prefilling. A preempted sequence keeps its
+    round, since part of a block may have been streamed already."""
     round_plan: DecodePlan | None = None
-    """What the round in progress, or the last one, was begun as."""
-    round_began: tuple[int, int, int] = (0, 0, 0)
-    """Completion tokens, forwards and rows at its beginning."""
-    is_probing: bool = False
-    """The round in progress is there to learn what its plan brings; see Scheduler.probe."""
+    """The plan by which the round in progress, or the last one, was begun."""
+    _round_began: tuple[int, int, int] = (0, 0, 0)
+    """Completion tokens, forwards and rows at the beginning of the round in progress."""
     last_mode: Mode | None = None
+    """The mode last chosen for it; rounds that explore a plan leave it as it was."""
     rule: str = ""
+    """The rule that chose it."""
     tokens_by_mode: Counter[Mode] = field(default_factory=Counter)
+    """Completion tokens, by the mode that made them."""
     num_forwards: int = 0
+    """Forwards of its rounds, those of its prefill left out."""
     num_rows: int = 0
     """Query tokens of these forwards."""
     num_switches: int = 0
+    """Changes of last_mode."""
     num_preemptions: int = 0
     began_s: float | None = None
-    """When it first left the queue, on the engine's clock."""
+    """The time when it first left the queue, on the engine's clock."""
     last_step: int = -1
     """The last step that ran a segment of it; the scheduler serves the longest unserved first."""
 
@@ -112,7 +115,7 @@ class Sequence:
 
     @property
     def is_kept_lossless(self) -> bool:
-        """Where its mode is chosen for it: by modes whose output is AR's alone."""
+        """Whether a mode chosen for it must be one whose output is AR's."""
         return self.decoding.lossless or self.sampling.needs_causal_order is not None
 
     @property
@@ -130,24 +133,16 @@ class Sequence:
     def is_prefilling(self) -> bool:
         return self.num_cached < self.prefill_end
 
-    @property
-    def tries_plan(self) -> bool:
-        """Whether the round in progress is there to learn what its plan brings."""
-        return self.is_probing and self.round is not None
+    def begin_round(self, begun: Round, plan: DecodePlan) -> None:
+        self.round, self.round_plan = begun, plan
+        self._round_began = (self.num_completion_tokens, self.num_forwards, self.num_rows)
 
-    def begin_round(self, begun: Round, plan: DecodePlan, is_probing: bool) -> None:
-        self.round, self.round_plan, self.is_probing = begun, plan, is_probing
-        self.note_next_round()
-
-    def note_next_round(self) -> None:
-        """What comes from now on counts for the round in progress."""
-        self.round_began = (self.num_completion_tokens, self.num_forwards, self.num_rows)
-
-    def round_made(self) -> RoundMade:
-        """What the round that has just ended brought, or the one in progress so far."""
+    def end_round(self) -> RoundStats:
+        """The stats of the round that has just ended; its successor, where it has one, begins now."""
         assert self.round_plan is not None
-        num_tokens, num_forwards, num_rows = self.round_began
-        return RoundMade(
+        num_tokens, num_forwards, num_rows = self._round_began
+        self._round_began = (self.num_completion_tokens, self.num_forwards, self.num_rows)
+        return RoundStats(
             self.round_plan,
             self.num_completion_tokens - num_tokens,
             self.num_forwards - num_forwards,
@@ -165,7 +160,10 @@ class Sequence:
     def append(
         self, tokens: tuple[int, ...], mode: Mode, eos_token_ids: frozenset[int]
     ) -> tuple[tuple[int, ...], FinishReason | None]:
-        """Appends final tokens up to the text's end or max_tokens; what was taken, and why it ends."""
+        """Appends final tokens up to the text's end or max_tokens.
+
+        Returns those that were taken, and why the sequence ends; None where it goes on.
+        """
         for count, token in enumerate(tokens, start=1):
             self.tokens.append(token)
             if isinstance(self.history, array):
@@ -194,7 +192,7 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a step did for one sequence. It has ended when reason or error is set."""
+    """A step's effect on one sequence, which has ended when reason or error is set."""
 
     sequence: Sequence
     token_ids: tuple[int, ...] = ()

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from replicas.engine.plan import Segment
+from replicas.engine.batch import Segment
 from replicas.model.kv_cache import KvCache
 
 _FREE_PADDING_ROWS = 512

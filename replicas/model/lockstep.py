@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from replicas.engine.plan import ModelSpec, Runner, RunnerLost, SegmentOutput, StepPlan
+from replicas.engine.batch import ModelSpec, Runner, RunnerLost, ScheduledBatch, SegmentOutput
 
 JOIN_TIMEOUT = timedelta(seconds=120)
 """The first of the processes waits this long for the last one."""
@@ -76,10 +76,10 @@ class Leader:
     def spec(self) -> ModelSpec:
         return self._runner.spec
 
-    def run(self, plan: StepPlan) -> Sequence[SegmentOutput]:
+    def run(self, batch: ScheduledBatch) -> Sequence[SegmentOutput]:
         try:
-            dist.broadcast_object_list([plan], src=0, group=self._plans)
-            return self._runner.run(plan)
+            dist.broadcast_object_list([batch], src=0, group=self._plans)
+            return self._runner.run(batch)
         except Exception as error:
             self._is_lost = True
             raise RunnerLost(f"a step failed on a part of the model: {error}") from error
@@ -94,9 +94,9 @@ def follow(runner: Runner) -> None:
     """Runs on every other rank what the leader runs, until it closes. Raises what a step raises."""
     plans = plans_group()
     while True:
-        received: list[StepPlan | None] = [None]
+        received: list[ScheduledBatch | None] = [None]
         dist.broadcast_object_list(received, src=0, group=plans)
-        plan = received[0]
-        if plan is None:
+        batch = received[0]
+        if batch is None:
             return
-        runner.run(plan)
+        runner.run(batch)

@@ -1,4 +1,4 @@
-"""The implementation of replicas.engine.plan.Runner: a model on this machine, native or in torch."""
+"""The implementation of replicas.engine.batch.Runner: a model on this machine, native or in torch."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from math import isfinite
 
 import torch
 
-from replicas.engine.plan import ModelSpec, Segment, SegmentOutput, StepPlan, TokenProb
+from replicas.engine.batch import ModelSpec, ScheduledBatch, Segment, SegmentOutput, TokenProb
 from replicas.model.adapter import AdapterRows
 from replicas.model.attention import AttentionPlan, CpuAttention
 from replicas.model.checkpoint import DTYPES, CheckpointError, ModelWeights, load_weights, resolve_folder
@@ -55,7 +55,7 @@ class TorchModel:
 
 
 class TorchRunner:
-    """Runs StepPlans on the CPU. Not thread-safe: one thread calls `run`."""
+    """Runs batches on the CPU. Not thread-safe: one thread calls `run`."""
 
     def __init__(
         self,
@@ -166,11 +166,11 @@ class TorchRunner:
     def spec(self) -> ModelSpec:
         return self._spec
 
-    def run(self, plan: StepPlan) -> Sequence[SegmentOutput]:
-        if not plan.segments:
+    def run(self, batch: ScheduledBatch) -> Sequence[SegmentOutput]:
+        if not batch.segments:
             return ()
-        order, logits = self._model.forward(plan.segments)
-        segments = [plan.segments[index] for index in order]
+        order, logits = self._model.forward(batch.segments)
+        segments = [batch.segments[index] for index in order]
         rows = list(chain.from_iterable(rows_of(segment) for segment in segments))
         outputs = [SegmentOutput((), ())] * len(segments)
         if not rows or not self._leads:  # nobody asks the others for their tokens

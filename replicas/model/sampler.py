@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from replicas.engine.plan import TokenProb
+from replicas.engine.batch import TokenProb
 from replicas.model.logit_rules import Row, apply_rules, runs_of
 
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-5, 1e30

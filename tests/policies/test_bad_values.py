@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policies.controller import Controller
-from policies.cost import Forward, ReplicaCosts, RoundMade, StepCost, Yield
+from policies.cost import ForwardStats, ReplicaCosts, RoundStats, RoundYield, StepCost
 from policies.entries import LOADS, MalformedEntry
 from policies.estimate import (
     LEAST_MS,
@@ -45,14 +45,20 @@ numbers = st.one_of(
 )
 counts = st.one_of(st.integers(-5, 2000), st.sampled_from([0, 2**63, -(2**63)]))
 forwards = st.builds(
-    Forward, counts, counts, counts, numbers, st.sampled_from([None, *Mode]), st.sampled_from([False, True])
+    ForwardStats,
+    counts,
+    counts,
+    counts,
+    numbers,
+    st.sampled_from([None, *Mode]),
+    st.sampled_from([False, True]),
 )
 plans = st.one_of(
     st.builds(DecodePlan, st.just(Mode.DIFFUSION), st.integers(2, 64), st.floats(0.01, 1.0)),
     st.builds(DecodePlan, st.just(Mode.SELF_SPECULATION), st.integers(2, 64)),
     st.just(DecodePlan(Mode.AR)),
 )
-rounds = st.builds(RoundMade, plans, counts, counts, counts, st.booleans())
+rounds = st.builds(RoundStats, plans, counts, counts, counts, st.booleans())
 
 
 @settings(max_examples=60, deadline=None)
@@ -68,7 +74,7 @@ def test_whatever_forwards_are_said_to_have_taken_the_cost_is_one(batches):
 @settings(max_examples=40, deadline=None)
 @given(st.lists(forwards, max_size=20))
 def test_whatever_the_sweep_has_measured_it_gives_a_cost(measured):
-    sound = Forward(8, 1, 0, 5.0)
+    sound = ForwardStats(8, 1, 0, 5.0)
     cost = fit_step_cost([*measured, sound], KNOTS)
     assert 0.0 < cost.ms(1) <= cost.ms(512) < math.inf
 
@@ -76,7 +82,7 @@ def test_whatever_the_sweep_has_measured_it_gives_a_cost(measured):
 def test_costs_that_shrink_without_end_are_never_rounded_away():
     estimator = CostEstimator(START, 0.0)
     for number in range(1, 2000):
-        estimator.update([Forward(1, 1, 0, 1e-5), Forward(512, 8, 4000, 1e-5)], number * 0.2)
+        estimator.update([ForwardStats(1, 1, 0, 1e-5), ForwardStats(512, 8, 4000, 1e-5)], number * 0.2)
     assert estimator.cost.knot_ms[0] >= LEAST_MS
 
 
@@ -90,7 +96,7 @@ def test_forwards_that_cost_by_the_segment_leave_a_base_that_a_cost_can_have():
         batch = []
         for _ in range(rng.randint(1, 8)):
             num = rng.choice([4, 8, 16, 32, 64])
-            batch.append(Forward(num, num, 300 * num, 0.3 * num * math.exp(rng.gauss(0, 0.3))))
+            batch.append(ForwardStats(num, num, 300 * num, 0.3 * num * math.exp(rng.gauss(0, 0.3))))
         estimator.update(batch, now_s)
     assert estimator.cost.knot_ms[0] >= LEAST_MS
 
@@ -110,7 +116,7 @@ def flood(is_clients: bool) -> YieldEstimator:
     for number in range(1000):
         plan = DecodePlan(Mode.DIFFUSION, 2 + number % 63, 0.5 + number / 100_003)
         block = DecodePlan(Mode.SELF_SPECULATION, 2 + number % 63)
-        made = [RoundMade(plan, 16, 3, 48, is_clients), RoundMade(block, 2, 2, 32, is_clients)]
+        made = [RoundStats(plan, 16, 3, 48, is_clients), RoundStats(block, 2, 2, 32, is_clients)]
         estimator.update(made, number * 0.01)
     return estimator
 
@@ -138,7 +144,11 @@ def test_the_plan_that_runs_stays_known_in_a_flood_of_others():
     running = DecodePlan(Mode.DIFFUSION, 32, 0.93)
     for number in range(1000):
         other = DecodePlan(Mode.DIFFUSION, 16, 0.5 + number / 100_003)
-        made = [RoundMade(other, 16, 3, 48), RoundMade(running, 32, 8, 256), RoundMade(running, 32, 8, 256)]
+        made = [
+            RoundStats(other, 16, 3, 48),
+            RoundStats(running, 32, 8, 256),
+            RoundStats(running, 32, 8, 256),
+        ]
         estimator.update(made, number * 0.01)
     (known,) = [entry for entry in estimator.yields() if entry.plan == running]
     assert known.num_rounds > 100
@@ -162,9 +172,9 @@ def test_absurd_costs_and_yields_are_none(value):
     with pytest.raises(ValueError, match=r"positive|finite"):
         StepCost((1, 2), (value, value))
     with pytest.raises(ValueError, match="positive"):
-        Yield(DecodePlan(Mode.AR), value, 1.0)
+        RoundYield(DecodePlan(Mode.AR), value, 1.0)
     with pytest.raises(ValueError, match="positive"):
-        Yield(DecodePlan(Mode.AR), 1.0, value)
+        RoundYield(DecodePlan(Mode.AR), 1.0, value)
 
 
 class Fails(Policy[None]):
@@ -184,7 +194,7 @@ class Fails(Policy[None]):
             raise self.how
         return self.how, None
 
-    def probes(self, load: ReplicaLoad, running: DecodePlan) -> None:
+    def explored_plans(self, load: ReplicaLoad, running: DecodePlan) -> None:
         raise ZeroDivisionError
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.cost import ReplicaCosts, StepCost, Yield, prior_yield
+from policies.cost import ReplicaCosts, RoundYield, StepCost, prior_yield
 from policies.entries import LOADS
 from policies.modes import MAX_BLOCK_LENGTH, DecodePlan, Mode
 from tests.policies.helpers import a_load
@@ -76,8 +76,8 @@ def test_a_longer_block_brings_more_a_round_and_a_lower_threshold_costs_fewer_fo
 
 
 def test_a_measured_yield_counts_and_carries_over_to_the_nearest_block():
-    measured = Yield(SPECULATION, tokens=6.9, forwards=2.0, num_rounds=40)
-    far = Yield(DecodePlan(Mode.SELF_SPECULATION, 64), tokens=9.0, forwards=2.0, num_rounds=5)
+    measured = RoundYield(SPECULATION, tokens=6.9, forwards=2.0, num_rounds=40)
+    far = RoundYield(DecodePlan(Mode.SELF_SPECULATION, 64), tokens=9.0, forwards=2.0, num_rounds=5)
     costs = ReplicaCosts(STEP, (far, measured))
     assert costs.yield_of(SPECULATION) is measured
     longer = costs.yield_of(DecodePlan(Mode.SELF_SPECULATION, 16))
@@ -90,13 +90,13 @@ def test_a_measured_yield_counts_and_carries_over_to_the_nearest_block():
 
 @given(plans, st.floats(1.0, 16.0), st.floats(1.0, 20.0))
 def test_what_carries_over_stays_possible(plan, tokens, forwards):
-    measured = Yield(DecodePlan(Mode.DIFFUSION, 16, 0.9), tokens, forwards, 3)
+    measured = RoundYield(DecodePlan(Mode.DIFFUSION, 16, 0.9), tokens, forwards, 3)
     carried = ReplicaCosts(STEP, (measured,)).yield_of(plan)
     assert 1.0 <= carried.tokens <= MAX_BLOCK_LENGTH
     assert carried.forwards >= 1.0
 
 
 def test_costs_survive_pickle_and_the_store():
-    load = a_load(2, costs=ReplicaCosts(STEP, (Yield(SPECULATION, 6.9, 2.0, 40.5),)))
+    load = a_load(2, costs=ReplicaCosts(STEP, (RoundYield(SPECULATION, 6.9, 2.0, 40.5),)))
     assert pickle.loads(pickle.dumps(load)) == load
     assert LOADS.decode(LOADS.encode(load)) == load

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from policies.cost import ReplicaCosts, StepCost, Yield
+from policies.cost import ReplicaCosts, RoundYield, StepCost
 from policies.cost_model import CostModelParameters, CostModelPolicy
 from policies.forecast import forecast
 from policies.modes import LOSSLESS_MODES, DecodePlan, Mode
@@ -32,11 +32,11 @@ def diffusion(block):
 
 def measured(diffusion_forwards=4.0, step=GPU, num_rounds=100.0):
     yields = [
-        Yield(speculation(4), 3.4, 2.0, num_rounds),
-        Yield(speculation(8), 5.5, 2.0, num_rounds),
-        Yield(speculation(16), 7.5, 2.0, num_rounds),
-        Yield(speculation(32), 8.5, 2.0, num_rounds),
-        *(Yield(diffusion(b), float(b), diffusion_forwards * b / 16, num_rounds) for b in (8, 16, 32)),
+        RoundYield(speculation(4), 3.4, 2.0, num_rounds),
+        RoundYield(speculation(8), 5.5, 2.0, num_rounds),
+        RoundYield(speculation(16), 7.5, 2.0, num_rounds),
+        RoundYield(speculation(32), 8.5, 2.0, num_rounds),
+        *(RoundYield(diffusion(b), float(b), diffusion_forwards * b / 16, num_rounds) for b in (8, 16, 32)),
     ]
     return ReplicaCosts(step, tuple(yields))
 
@@ -78,7 +78,7 @@ def test_quality_lossless_never_runs_diffusion_however_fast():
     assert decided(fast).decode.mode is Mode.DIFFUSION
     assert decided(fast, quality="lossless").decode.mode is Mode.SELF_SPECULATION
     policy = create_policy("cost_model", {"quality": "lossless"})
-    assert {plan.mode for plan in policy.probes(fast, AR).plans} <= LOSSLESS_MODES
+    assert {plan.mode for plan in policy.explored_plans(fast, AR).plans} <= LOSSLESS_MODES
 
 
 def test_diffusion_must_be_worth_its_price():
@@ -148,18 +148,18 @@ def test_a_plan_of_another_policys_is_left_at_once():
     assert decided(a_replica(1), current=DecodePlan(Mode.DIFFUSION, 7, 0.3)).gain is None
 
 
-def test_what_is_tried_may_be_near_the_best_and_ar_is_never_in_doubt():
+def test_what_is_explored_may_be_near_the_best_and_ar_is_never_in_doubt():
     policy = CostModelPolicy(CostModelParameters())
     running = decided(a_replica(1)).decode
-    tried = policy.probes(a_replica(1), running).plans
-    assert running not in tried
-    assert AR not in tried  # far behind at this load
-    assert speculation(16) in tried
-    unsure = policy.probes(a_replica(1, measured(num_rounds=0.0)), running).plans
-    assert set(tried) < set(unsure)
-    assert policy.probes(a_replica(0), running) is None
-    assert policy.probes(a_load(1), running) is None
-    assert CostModelPolicy(CostModelParameters(explore=0.0)).probes(a_replica(1), running) is None
+    explored = policy.explored_plans(a_replica(1), running).plans
+    assert running not in explored
+    assert AR not in explored  # far behind at this load
+    assert speculation(16) in explored
+    unsure = policy.explored_plans(a_replica(1, measured(num_rounds=0.0)), running).plans
+    assert set(explored) < set(unsure)
+    assert policy.explored_plans(a_replica(0), running) is None
+    assert policy.explored_plans(a_load(1), running) is None
+    assert CostModelPolicy(CostModelParameters(explore=0.0)).explored_plans(a_replica(1), running) is None
 
 
 def crossovers(costs):
@@ -253,21 +253,21 @@ def slo(load, current=None, **parameters):
     return policy.decide(Snapshot(load, current), None, 0.0)[0]
 
 
-def test_a_plan_that_hardly_ran_is_tried_sooner_and_however_poor_its_prior():
+def test_a_plan_that_hardly_ran_is_explored_sooner_and_however_poor_its_prior():
     policy = CostModelPolicy(CostModelParameters(explore=0.02))
     running = diffusion(16)
-    known = policy.probes(a_replica(1), running)
-    unknown = policy.probes(a_replica(1, measured(num_rounds=0.0)), running)
+    known = policy.explored_plans(a_replica(1), running)
+    unknown = policy.explored_plans(a_replica(1, measured(num_rounds=0.0)), running)
     assert (known.share, unknown.share) == (0.02, 0.1)
-    poor = ReplicaCosts(GPU, tuple(Yield(speculation(b), 0.3 * b, 2.0, 0.0) for b in (4, 8, 16, 32)))
-    assert speculation(32) in policy.probes(a_replica(1, poor), running).plans
+    poor = ReplicaCosts(GPU, tuple(RoundYield(speculation(b), 0.3 * b, 2.0, 0.0) for b in (4, 8, 16, 32)))
+    assert speculation(32) in policy.explored_plans(a_replica(1, poor), running).plans
 
 
-def test_where_all_requests_are_lossless_no_diffusion_is_tried():
+def test_where_all_requests_are_lossless_no_diffusion_is_explored():
     policy = CostModelPolicy(CostModelParameters())
     unknown = measured(num_rounds=0.0)
-    some = policy.probes(a_replica(4, unknown, num_lossless=3), speculation(16))
-    every = policy.probes(a_replica(4, unknown, num_lossless=4), speculation(16))
+    some = policy.explored_plans(a_replica(4, unknown, num_lossless=3), speculation(16))
+    every = policy.explored_plans(a_replica(4, unknown, num_lossless=4), speculation(16))
     assert Mode.DIFFUSION in {plan.mode for plan in some.plans}
     assert {plan.mode for plan in every.plans} == {Mode.SELF_SPECULATION}
 

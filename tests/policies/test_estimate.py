@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policies.cost import UNMEASURED, Forward, ReplicaCosts, RoundMade, StepCost, prior_yield
+from policies.cost import UNMEASURED, ForwardStats, ReplicaCosts, RoundStats, StepCost, prior_yield
 from policies.estimate import (
     REMEMBERED_S,
     CostEstimator,
@@ -29,7 +29,7 @@ def measured(shape, cost=TRUE, rng=None, noise=0.05, outliers=0.0):
     if rng is not None:
         ms *= max(0.5, 1.0 + rng.gauss(0.0, noise))
         ms *= 5.0 if rng.random() < outliers else 1.0
-    return Forward(*shape, ms)
+    return ForwardStats(*shape, ms)
 
 
 def worst_error(found, expected=TRUE, shapes=TYPICAL):
@@ -57,7 +57,7 @@ def test_a_noisy_sweep_with_outliers_is_fitted(seed):
 @given(
     st.lists(
         st.builds(
-            Forward, st.integers(1, 512), st.integers(1, 64), st.integers(0, 9999), st.floats(0.01, 1e4)
+            ForwardStats, st.integers(1, 512), st.integers(1, 64), st.integers(0, 9999), st.floats(0.01, 1e4)
         ),
         min_size=1,
         max_size=12,
@@ -99,7 +99,7 @@ def test_outliers_move_nothing():
 
 def test_one_hang_of_many_forwards_passes():
     estimator = StepCostEstimator(TRUE, 0.0)
-    estimator.update([Forward(8, 8, 800, 5000.0)] * 3, 0.2)
+    estimator.update([ForwardStats(8, 8, 800, 5000.0)] * 3, 0.2)
     learn(estimator, [(8, 8, 800)], 3.0, began_s=0.2)
     assert worst_error(estimator.cost, shapes=[(8, 8, 800)]) < 0.05
 
@@ -122,13 +122,13 @@ def test_slow_first_forwards_after_silences_leave_the_estimate_sane(seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_bad_start_is_unlearned_from_what_runs_and_is_tried(seed):
+def test_a_bad_start_is_unlearned_from_what_runs_and_is_explored(seed):
     """A start-up sweep spoilt by a neighbour: everything costs the same."""
     wrong = StepCost(KNOTS, (12.0, 15.0, *[80.0] * (len(KNOTS) - 2)), cached_ms=50.0)
     estimator = StepCostEstimator(wrong, 0.0)
-    tried = [(8, 8, 800), (64, 8, 800), (128, 8, 800)]
-    learn(estimator, tried, 15.0, seed=seed)
-    assert worst_error(estimator.cost, shapes=tried) < 0.15
+    explored = [(8, 8, 800), (64, 8, 800), (128, 8, 800)]
+    learn(estimator, explored, 15.0, seed=seed)
+    assert worst_error(estimator.cost, shapes=explored) < 0.15
 
 
 def test_long_silence_leaves_the_estimate():
@@ -147,7 +147,7 @@ def speculate(estimator, block, chance, num, now_s, seed=0):
         tokens = 1
         while tokens < block and rng.random() < chance:
             tokens += 1
-        rounds.append(RoundMade(SPECULATION[block], tokens, 2, 2 * block))
+        rounds.append(RoundStats(SPECULATION[block], tokens, 2, 2 * block))
     estimator.update(rounds, now_s)
 
 
@@ -182,9 +182,9 @@ def test_blocks_of_several_lengths_make_one_curve():
 def test_diffusion_is_counted_by_block_and_near_its_prior_at_first():
     estimator = YieldEstimator(0.0)
     prior = prior_yield(DIFFUSION)
-    estimator.update([RoundMade(DIFFUSION, 16, 3, 48)], 1.0)
+    estimator.update([RoundStats(DIFFUSION, 16, 3, 48)], 1.0)
     assert 3.0 < tokens_of(estimator, DIFFUSION).forwards < prior.forwards
-    estimator.update([RoundMade(DIFFUSION, 12, 3, 48)] * 200, 2.0)
+    estimator.update([RoundStats(DIFFUSION, 12, 3, 48)] * 200, 2.0)
     found = tokens_of(estimator, DIFFUSION)
     assert (found.tokens, found.forwards) == (pytest.approx(12, rel=0.03), pytest.approx(3, rel=0.03))
     assert found.num_rounds == pytest.approx(200, rel=0.05)
@@ -192,7 +192,7 @@ def test_diffusion_is_counted_by_block_and_near_its_prior_at_first():
 
 def test_rows_a_forward_are_counted_where_forwards_begin_the_next_block_too():
     estimator = YieldEstimator(0.0)
-    estimator.update([RoundMade(DIFFUSION, 16, 3, 64)] * 50, 1.0)
+    estimator.update([RoundStats(DIFFUSION, 16, 3, 64)] * 50, 1.0)
     assert tokens_of(estimator, DIFFUSION).rows_per_forward == pytest.approx(64 / 3, abs=0.01)
     costs = ReplicaCosts(UNMEASURED, estimator.yields())
     assert costs.yield_of(DecodePlan(Mode.DIFFUSION, 32, 0.9)).rows_per_forward == pytest.approx(
@@ -204,14 +204,16 @@ def test_one_diffusion_block_lends_its_neighbours_what_it_learned():
     estimator = YieldEstimator(0.0)
     longer = DecodePlan(Mode.DIFFUSION, 32, 0.9)
     half = prior_yield(DIFFUSION).forwards / 2
-    estimator.update([RoundMade(DIFFUSION, 16, half, 16 * half)] * 100 + [RoundMade(longer, 32, 6, 192)], 1.0)
+    estimator.update(
+        [RoundStats(DIFFUSION, 16, half, 16 * half)] * 100 + [RoundStats(longer, 32, 6, 192)], 1.0
+    )
     assert tokens_of(estimator, longer).forwards < 0.6 * prior_yield(longer).forwards
 
 
 def test_what_is_old_counts_less_and_is_forgotten():
     estimator = YieldEstimator(0.0)
     speculate(estimator, 8, 0.95, 100, 1.0)
-    estimator.update([RoundMade(DIFFUSION, 16, 3, 48)] * 100, 1.0)
+    estimator.update([RoundStats(DIFFUSION, 16, 3, 48)] * 100, 1.0)
     estimator.update([], 61.0)
     assert tokens_of(estimator, SPECULATION[8]).num_rounds == pytest.approx(50, rel=0.02)
     assert tokens_of(estimator, DIFFUSION).num_rounds == pytest.approx(50, rel=0.02)
@@ -231,8 +233,8 @@ def test_a_change_of_the_workload_is_followed_under_load():
 SLOWED = 3.0
 
 
-def forwards_of(mode, num_tokens, ms, num=20, is_trial=False):
-    return [Forward(num_tokens, 8, 400, ms, mode, is_trial)] * num
+def forwards_of(mode, num_tokens, ms, num=20, is_exploration=False):
+    return [ForwardStats(num_tokens, 8, 400, ms, mode, is_exploration)] * num
 
 
 def run_for(estimator, mode, num_tokens, ms, began_s, seconds):
@@ -248,26 +250,26 @@ def test_what_a_mode_costs_is_remembered_while_another_runs():
     learned = estimator.own[Mode.AR].ms(8, 8, 400)
     assert learned == pytest.approx(SLOWED * start.ms(8, 8, 400), rel=0.05)
     run_for(estimator, Mode.SELF_SPECULATION, 128, start.ms(128, 8, 400), 6.0, 30)
-    estimator.update(forwards_of(Mode.AR, 8, start.ms(8, 8, 400), is_trial=True), 36.0)
+    estimator.update(forwards_of(Mode.AR, 8, start.ms(8, 8, 400), is_exploration=True), 36.0)
     assert estimator.own[Mode.AR].ms(8, 8, 400) == learned
     assert estimator.own[Mode.SELF_SPECULATION].ms(128, 8, 400) == pytest.approx(
         start.ms(128, 8, 400), rel=0.05
     )
 
 
-def test_a_mode_that_has_not_run_for_long_is_known_by_its_trials():
+def test_a_mode_that_has_not_run_for_long_is_known_by_its_exploration():
     start = StepCost((1, 8, 64, 512), (1.0, 2.0, 6.0, 40.0))
     estimator = CostEstimator(start, 0.0)
     run_for(estimator, Mode.AR, 8, SLOWED * start.ms(8, 8, 400), 0.2, 5)
     for period in range(20):
         now_s = 5.0 + REMEMBERED_S + 1.0 + 0.2 * period
-        estimator.update(forwards_of(Mode.AR, 8, start.ms(8, 8, 400), 1, is_trial=True), now_s)
+        estimator.update(forwards_of(Mode.AR, 8, start.ms(8, 8, 400), 1, is_exploration=True), now_s)
     assert estimator.own[Mode.AR].ms(8, 8, 400) == pytest.approx(start.ms(8, 8, 400), rel=0.1)
 
 
-def test_a_mode_that_only_was_tried_has_no_costs_of_its_own():
+def test_a_mode_that_only_was_explored_has_no_costs_of_its_own():
     estimator = CostEstimator(UNMEASURED, 0.0)
-    estimator.update(forwards_of(Mode.AR, 8, 5.0, is_trial=True), 1.0)
+    estimator.update(forwards_of(Mode.AR, 8, 5.0, is_exploration=True), 1.0)
     estimator.update(forwards_of(None, 64, 5.0), 1.2)
     assert estimator.own == {}
     assert ReplicaCosts(estimator.cost, (), estimator.own).step_of(Mode.AR) == estimator.cost

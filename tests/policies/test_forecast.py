@@ -1,6 +1,6 @@
 import pytest
 
-from policies.cost import ReplicaCosts, StepCost, Yield
+from policies.cost import ReplicaCosts, RoundYield, StepCost
 from policies.forecast import forecast
 from policies.modes import DecodePlan, Mode
 from tests.policies.helpers import a_load
@@ -9,7 +9,7 @@ AR = DecodePlan(Mode.AR)
 SPECULATION = DecodePlan(Mode.SELF_SPECULATION, 8)
 DIFFUSION = DecodePlan(Mode.DIFFUSION, 16)
 STEP = StepCost((1, 101), (10.0, 60.0))  # 10 ms, and half a ms for every token after the first
-COSTS = ReplicaCosts(STEP, (Yield(SPECULATION, 6.0, 2.0, 50), Yield(DIFFUSION, 16.0, 4.0, 50)))
+COSTS = ReplicaCosts(STEP, (RoundYield(SPECULATION, 6.0, 2.0, 50), RoundYield(DIFFUSION, 16.0, 4.0, 50)))
 
 
 def a_replica(num_auto, **changes):
@@ -35,7 +35,7 @@ def test_the_formula(plan, num, tokens_per_s, step_ms):
 
 
 def test_forwards_that_begin_the_next_block_too_have_more_rows():
-    costs = ReplicaCosts(STEP, (Yield(DIFFUSION, 16.0, 3.0, 50, rows=64 / 3),))
+    costs = ReplicaCosts(STEP, (RoundYield(DIFFUSION, 16.0, 3.0, 50, rows=64 / 3),))
     expected = forecast(a_replica(2, costs=costs), DIFFUSION)
     assert expected.step_ms == pytest.approx(10.0 + 0.5 * (2 * 64 / 3 - 1))
     assert expected.tokens_per_s == pytest.approx(1000 * 2 * 16 / 3 / expected.step_ms)

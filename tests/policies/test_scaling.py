@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.cost import UNMEASURED, ReplicaCosts, StepCost, Yield
+from policies.cost import UNMEASURED, ReplicaCosts, RoundYield, StepCost
 from policies.forecast import forecast
 from policies.modes import DecodePlan, Mode, default_plan
 from policies.policy import Snapshot
@@ -15,7 +15,7 @@ from tests.policies.helpers import a_load
 AR = DecodePlan(Mode.AR)
 SPECULATION = DecodePlan(Mode.SELF_SPECULATION, 8)
 STEP = StepCost((1, 101), (10.0, 60.0))  # 10 ms, and half a ms for every token after the first
-COSTS = ReplicaCosts(STEP, (Yield(SPECULATION, 6.0, 2.0, 50),))
+COSTS = ReplicaCosts(STEP, (RoundYield(SPECULATION, 6.0, 2.0, 50),))
 
 
 def a_replica(num_in_flight, **changes):

@@ -4,7 +4,7 @@ import pytest
 
 from policies.cost import UNMEASURED, StepCost
 from replicas.calibration import calibrate
-from replicas.engine.plan import StepPlan
+from replicas.engine.batch import ScheduledBatch
 from tests.replicas.engine.scripted import ScriptedRunner
 
 TRUE = StepCost((1, 16, 128, 512), (3.0, 6.0, 20.0, 70.0), segment_ms=0.3, cached_ms=0.9)
@@ -22,17 +22,17 @@ class TimedRunner(ScriptedRunner):
     def clock(self) -> float:
         return self.now_s
 
-    def run(self, plan: StepPlan):
-        for segment in plan.segments:
+    def run(self, batch: ScheduledBatch):
+        for segment in batch.segments:
             assert len(segment.pages) * self.spec.page_size >= segment.start + len(segment.token_ids)
             assert max(segment.pages) < self.spec.num_pages
             assert segment.start + len(segment.token_ids) <= self.spec.max_context
-        shape = plan.num_tokens, len(plan.segments)
+        shape = batch.num_tokens, len(batch.segments)
         first = 10.0 if shape not in self.shapes else 1.0
         self.shapes.append(shape)
-        num_cached = sum(segment.start for segment in plan.segments)
+        num_cached = sum(segment.start for segment in batch.segments)
         self.now_s += first * self._cost.ms(*shape, num_cached) / 1000.0
-        return super().run(plan)
+        return super().run(batch)
 
 
 def sweep(

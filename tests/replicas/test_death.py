@@ -12,9 +12,9 @@ import pytest
 from policies.cost import StepCost
 from policies.load import Freshness, ObservedLoad, ReplicaLoad
 from policies.modes import DecodePlan, Mode
-from policies.policy import Probes
+from policies.policy import ExploredPlans
+from replicas.engine.batch import RunnerLost, ScheduledBatch, SegmentOutput
 from replicas.engine.engine import MAX_FAILED, Engine
-from replicas.engine.plan import RunnerLost, SegmentOutput, StepPlan
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import (
     Accepted,
@@ -66,13 +66,13 @@ class StepwiseRunner(ScriptedRunner):
         for _ in range(num_forwards):
             assert await asyncio.to_thread(self.begun.acquire, timeout=20)
 
-    def run(self, plan: StepPlan) -> list[SegmentOutput]:
+    def run(self, batch: ScheduledBatch) -> list[SegmentOutput]:
         self.begun.release()
         assert self._permits.acquire(timeout=30)
         self.num_asked += 1
         if self.error is not None:
             raise self.error
-        return super().run(plan)
+        return super().run(batch)
 
 
 @asynccontextmanager
@@ -145,8 +145,8 @@ async def test_a_runner_that_fails_for_good_is_known_to_be_lost(error: Exception
 class BrokenRunner(ScriptedRunner):
     """Gives fewer outputs than segments, which is a bug that the engine can't go on from."""
 
-    def run(self, plan: StepPlan) -> list[SegmentOutput]:
-        super().run(plan)
+    def run(self, batch: ScheduledBatch) -> list[SegmentOutput]:
+        super().run(batch)
         return []
 
 
@@ -159,7 +159,7 @@ async def test_the_load_of_a_dead_engine_grows_old() -> None:
         await asyncio.wait_for(read_all(stream), 20)
         for later_s, freshness in ((0.5, Freshness.FRESH), (1.0, Freshness.STALE), (4.0, Freshness.LOST)):
             clock.now_s += later_s
-            load = service.load()
+            load = service.snapshot()
             assert ObservedLoad(load, load.silent_s).freshness is freshness
 
 
@@ -172,10 +172,10 @@ async def test_a_forward_that_hangs_is_told_of_by_load_and_check_alike() -> None
         await service.submit(request("a"))
         await runner.begins()
         clock.now_s += WEDGED_S
-        assert service.load().silent_s == WEDGED_S
+        assert service.snapshot().silent_s == WEDGED_S
         service.check()
         clock.now_s += 1.0
-        assert service.load().silent_s == WEDGED_S + 1.0
+        assert service.snapshot().silent_s == WEDGED_S + 1.0
         with pytest.raises(RuntimeError, match="a forward has been running"):
             service.check()
         runner.allow()
@@ -202,7 +202,7 @@ async def test_a_channel_that_closes_while_a_request_is_made_ready_leaves_no_orp
 async def settled(service: ReplicaService) -> ReplicaLoad:
     await service.state()
     await service.state()
-    return service.load()
+    return service.snapshot()
 
 
 async def test_every_token_is_counted_once_by_mode_whatever_became_of_its_request() -> None:
@@ -304,16 +304,16 @@ class BuggyEngine(Engine):
 
     is_buggy = False
 
-    def set_probes(self, probes: Probes | None) -> None:
-        raise KeyError("probes")
+    def set_explored_plans(self, explored_plans: ExploredPlans | None) -> None:
+        raise KeyError("explored plans")
 
-    def load(self, replica_id: str) -> ReplicaLoad:
+    def snapshot(self, replica_id: str) -> ReplicaLoad:
         if self.is_buggy:
             raise ZeroDivisionError
-        return super().load(replica_id)
+        return super().snapshot(replica_id)
 
 
-async def test_a_bug_in_what_is_measured_or_tried_ends_nothing() -> None:
+async def test_a_bug_in_what_is_measured_or_explored_ends_nothing() -> None:
     runner = StepwiseRunner()
     engine = BuggyEngine(runner)
     service = ReplicaService(engine, CODEC, "replica", step_cost=StepCost((1, 512), (5.0, 9.0)))
@@ -321,11 +321,11 @@ async def test_a_bug_in_what_is_measured_or_tried_ends_nothing() -> None:
     stream = service.channel("c")
     await anext(stream)
     engine.is_buggy = True
-    service.set_probes(None)
+    service.set_explored_plans(None)
     service.set_plan(DecodePlan(Mode.AR), "rule")
     engine.forwards.append("no forward")  # type: ignore[arg-type]
-    engine.scheduler.rounds.append("no round")  # type: ignore[arg-type]
-    before = service.load()
+    engine.scheduler.counters.rounds.append("no round")  # type: ignore[arg-type]
+    before = service.snapshot()
     runner.allow()
     await service.submit(request("a"))
     await ends(stream, {"a"})
@@ -334,7 +334,7 @@ async def test_a_bug_in_what_is_measured_or_tried_ends_nothing() -> None:
     assert before.costs.step.ms(1) == 5.0
     engine.is_buggy = False
     assert (await settled(service)).tokens_total_by_mode == {Mode.AR: 60}
-    learned = service.load().costs
+    learned = service.snapshot().costs
     assert learned is not None
     assert learned.step.ms(1) < 5.0  # it goes on learning
     await service.stop()

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from policies.modes import Mode
+from replicas.engine.batch import Runner, ScheduledBatch, SegmentOutput
 from replicas.engine.engine import Engine
-from replicas.engine.plan import Runner, SegmentOutput, StepPlan
 from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.runner import TorchRunner
 from tests.reference import Reference
@@ -71,13 +71,13 @@ class AcceptsAll:
         self._honest = honest
         self.spec = honest.spec
 
-    def run(self, plan: StepPlan) -> Sequence[SegmentOutput]:
-        outputs = self._honest.run(plan)
+    def run(self, batch: ScheduledBatch) -> Sequence[SegmentOutput]:
+        outputs = self._honest.run(batch)
         return [
             replace(output, token_ids=(*segment.token_ids[1:], output.token_ids[-1]))
             if segment.is_causal and len(output.token_ids) == len(segment.token_ids) > 1
             else output
-            for segment, output in zip(plan.segments, outputs, strict=True)
+            for segment, output in zip(batch.segments, outputs, strict=True)
         ]
 
 

@@ -9,8 +9,8 @@ import pytest
 
 import replicas
 from policies.modes import DecodePlan, Mode
+from replicas.engine.batch import TokenLogprob
 from replicas.engine.engine import Engine
-from replicas.engine.plan import TokenLogprob
 from replicas.engine.sequence import Sequence
 from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.runner import TorchRunner

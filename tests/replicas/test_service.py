@@ -12,8 +12,8 @@ import pytest
 from policies.cost import StepCost
 from policies.load import ReplicaLoad
 from policies.modes import DecodePlan, Mode
+from replicas.engine.batch import ScheduledBatch
 from replicas.engine.engine import Engine
-from replicas.engine.plan import StepPlan
 from replicas.errors import ErrorCode
 from replicas.messages import (
     Accepted,
@@ -45,9 +45,9 @@ class GatedRunner(ScriptedRunner):
     def allow(self, num_forwards: int = 1000) -> None:
         self._permits.release(num_forwards)
 
-    def run(self, plan: StepPlan):
+    def run(self, batch: ScheduledBatch):
         assert self._permits.acquire(timeout=30)
-        return super().run(plan)
+        return super().run(batch)
 
 
 @asynccontextmanager
@@ -90,7 +90,7 @@ async def settled(service: ReplicaService) -> ReplicaLoad:
     """The load once the engine has done what was asked of it so far."""
     await service.state()
     await service.state()
-    return service.load()
+    return service.snapshot()
 
 
 def text_of(events: list[Event]) -> str:
@@ -218,8 +218,8 @@ async def test_a_failing_forward_is_an_error_and_the_service_lives() -> None:
 class BrokenRunner(ScriptedRunner):
     """Gives fewer outputs than segments, which is a bug that the engine can't go on from."""
 
-    def run(self, plan: StepPlan):
-        super().run(plan)
+    def run(self, batch: ScheduledBatch):
+        super().run(batch)
         return []
 
 
@@ -339,8 +339,8 @@ async def test_logprobs_belong_to_the_text_they_come_with() -> None:
     """The stop string's tokens and the end of text have none; offsets point into the text."""
 
     class Sure(ScriptedRunner):
-        def run(self, plan: StepPlan):
-            outputs = super().run(plan)
+        def run(self, batch: ScheduledBatch):
+            outputs = super().run(batch)
             return [replace(output, top=(((5, -0.5),),) * len(output.token_ids)) for output in outputs]
 
     async with serving(Sure()) as service:
@@ -366,9 +366,9 @@ async def test_what_forwards_come_to_cost_reaches_the_engine() -> None:
     stream = await opened(service)
     assert isinstance(await service.submit(request("a")), Accepted)
     await collect(stream, {"a"})
-    learned = service.load().costs
+    learned = service.snapshot().costs
     await service.state()  # the engine's thread has obeyed by then
     assert learned is not None
-    assert engine.scheduler.speculation.cost == learned.step
+    assert engine.scheduler.step_cost == learned.step
     assert learned.step.ms(1) < 5e3
     await service.stop()

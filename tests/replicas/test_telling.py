@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from policies.modes import Mode
+from replicas.engine.batch import ModelSpec, ScheduledBatch, SegmentOutput, TokenLogprob
 from replicas.engine.engine import Engine
 from replicas.engine.lengths import CompletionLengths
-from replicas.engine.plan import ModelSpec, SegmentOutput, StepPlan, TokenLogprob
 from replicas.errors import ErrorCode
 from replicas.messages import (
     DecodingOptions,
@@ -62,9 +62,9 @@ class SickCodec(TextCodec):
 
 
 class WithLogprobs(ScriptedRunner):
-    def run(self, plan: StepPlan) -> list[SegmentOutput]:
-        outputs = super().run(plan)
-        for index, segment in enumerate(plan.segments):
+    def run(self, batch: ScheduledBatch) -> list[SegmentOutput]:
+        outputs = super().run(batch)
+        for index, segment in enumerate(batch.segments):
             if segment.sampling.logprobs:
                 outputs[index] = replace(outputs[index], top=(((5, -0.5),),) * len(outputs[index].token_ids))
         return outputs
@@ -123,9 +123,9 @@ class ByteRunner:
         self._plain = tokenizer.convert_tokens_to_ids("c")
         self.spec = ModelSpec((Mode.AR,), None, frozenset({2}), 96, 64, 4, len(tokenizer))
 
-    def run(self, plan: StepPlan) -> Seq[SegmentOutput]:
+    def run(self, batch: ScheduledBatch) -> Seq[SegmentOutput]:
         outputs = []
-        for segment in plan.segments:
+        for segment in batch.segments:
             at = segment.start + len(segment.token_ids) - segment.prompt_len
             token = self._ids[at % 5] if segment.seq_id == 1 else self._plain
             outputs.append(SegmentOutput((token,) * len(segment.wanted), (1.0,) * len(segment.wanted)))
@@ -191,13 +191,13 @@ async def test_tokens_count_up_to_the_one_that_completes_a_stop(kind: str) -> No
         num_ended_behind += num_tokens < len(tokens) <= num_tokens + 8
         lengths.append(num_tokens)
     await settled(service)
-    assert engine.scheduler.num_tokens == num_expected
+    assert engine.scheduler.counters.num_tokens == num_expected
     assert num_ended_behind, "some end by themselves in the block of the stop string"
     learned = CompletionLengths()
     for length in lengths:
         learned.note(length, is_whole=True)
     assert engine._lengths.remaining(0, 40) == learned.remaining(0, 40)
-    made = sum(round_.tokens for round_ in engine.scheduler.rounds)
+    made = sum(round_.tokens for round_ in engine.scheduler.counters.rounds)
     assert made <= num_expected
     await service.stop()
 
@@ -213,7 +213,7 @@ def test_what_remains_is_learned_from_texts_that_a_stop_string_ends() -> None:
             engine.step()
     engine.submit("next", prompt, sampling)
     engine.step()
-    assert engine.load("r").mean_remaining == 8  # of 9, one is there
+    assert engine.snapshot("r").mean_remaining == 8  # of 9, one is there
 
 
 @pytest.mark.parametrize("kind", ["ar", "diffusion", "self_speculation"])

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from replicas.engine.plan import StepPlan
+from replicas.engine.batch import ScheduledBatch
 from router.api import create_app
 from tests.replicas.engine.scripted import ScriptedRunner
 from tests.router.conftest import over_http
@@ -34,10 +34,10 @@ class Gated(ScriptedRunner):
     def allow(self, num_forwards: int = 100_000) -> None:
         self._permits.release(num_forwards)
 
-    def run(self, plan: StepPlan):
+    def run(self, batch: ScheduledBatch):
         self.num_begun += 1
         assert self._permits.acquire(timeout=60)
-        return super().run(plan)
+        return super().run(batch)
 
 
 @asynccontextmanager
@@ -55,7 +55,7 @@ async def served(
             await stack.settled()
             for replica in stack.replicas:
                 replica.engine.check_integrity()
-                assert replica.service.load().pages_used == 0
+                assert replica.service.snapshot().pages_used == 0
 
 
 async def streamed(

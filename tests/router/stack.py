@@ -95,7 +95,7 @@ class Stack:
     async def settled(self) -> None:
         """Nothing runs any more, and every page is free."""
         for replica in self.replicas:
-            await eventually(lambda r=replica: r.service.load().num_in_flight == 0)  # type: ignore[misc]
+            await eventually(lambda r=replica: r.service.snapshot().num_in_flight == 0)  # type: ignore[misc]
         await eventually(lambda: sum(self.dispatcher.in_flight().values()) == 0)
 
 

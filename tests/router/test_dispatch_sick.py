@@ -247,7 +247,7 @@ async def test_what_a_template_may_leave_out_of_a_chat_does_not_count_against_it
 
 
 class Poisoned(ScriptedRunner):
-    def run(self, plan):  # type: ignore[no-untyped-def]
+    def run(self, batch):  # type: ignore[no-untyped-def]
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 

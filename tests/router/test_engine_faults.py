@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 
-from replicas.engine.plan import SegmentOutput, StepPlan
+from replicas.engine.batch import ScheduledBatch, SegmentOutput
 from router.api import create_app
 from tests.eventually import eventually
 from tests.replicas.engine.scripted import ScriptedRunner
@@ -27,12 +27,12 @@ class Sick(ScriptedRunner):
         self.error: Exception | None = None
         self._guilty_prompt_len = guilty_prompt_len
 
-    def run(self, plan: StepPlan) -> list[SegmentOutput]:
+    def run(self, batch: ScheduledBatch) -> list[SegmentOutput]:
         if self.error is not None:
             raise self.error
-        if any(segment.prompt_len == self._guilty_prompt_len for segment in plan.segments):
+        if any(segment.prompt_len == self._guilty_prompt_len for segment in batch.segments):
             raise ValueError("this prompt can't be run")
-        return super().run(plan)
+        return super().run(batch)
 
 
 @asynccontextmanager

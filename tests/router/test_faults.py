@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 import replicas.service
-from replicas.engine.plan import SegmentOutput, StepPlan
+from replicas.engine.batch import ScheduledBatch, SegmentOutput
 from router.api import create_app
 from tests.eventually import eventually
 from tests.replicas.engine.scripted import ScriptedRunner
@@ -66,11 +66,11 @@ async def test_a_wedged_engine_is_found_by_the_health_check(monkeypatch: pytest.
 
         await eventually(found, every_s=0.02)
         # Routers see it long before: what it says is as old as the forward that hangs.
-        assert stack.replicas[0].service.load().silent_s > 0.3
+        assert stack.replicas[0].service.snapshot().silent_s > 0.3
         runner.allow()
         assert (await asking).status_code == 200
         stack.replicas[0].service.check()
-        assert stack.replicas[0].service.load().silent_s < 0.3
+        assert stack.replicas[0].service.snapshot().silent_s < 0.3
 
 
 # Replicas.
@@ -145,7 +145,7 @@ async def test_a_client_that_goes_frees_all_it_had(stage: str) -> None:
         gone = first
         if stage == "queued":
             gone = asyncio.create_task(streamed(client, chat("second")))
-            await eventually(lambda: stack.replicas[0].service.load().num_waiting == 1)
+            await eventually(lambda: stack.replicas[0].service.snapshot().num_waiting == 1)
         if stage == "streaming":
             runner.allow(4)
             await eventually(lambda: runner.num_begun == 5)
@@ -189,9 +189,9 @@ async def test_overload_makes_no_forward_less_full() -> None:
     """Goodput in tokens a forward, by 4 clients and by 40; a forward takes its time, as a model's does."""
 
     class Slow(ScriptedRunner):
-        def run(self, plan: StepPlan) -> list[SegmentOutput]:
+        def run(self, batch: ScheduledBatch) -> list[SegmentOutput]:
             time.sleep(0.01)
-            return super().run(plan)
+            return super().run(batch)
 
     limits = {"max_running": 4, "max_waiting": 4}
 
@@ -246,7 +246,7 @@ async def test_a_deadline_passes_in_the_queue_and_in_mid_stream() -> None:
 
         def one_runs_and_one_waits() -> bool:
             runner.allow(1)
-            load = stack.replicas[0].service.load()
+            load = stack.replicas[0].service.snapshot()
             return (load.num_running, load.num_waiting) == (1, 1)
 
         await eventually(one_runs_and_one_waits, every_s=0.01)

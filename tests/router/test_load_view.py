@@ -44,7 +44,7 @@ async def test_a_request_costs_redis_nothing():
     valkey = EmbeddedRedis.start()
     store = LoadStore(valkey.url)
     async with served(store=store) as (stack, client):
-        await store.publish_and_read(stack.replicas[0].service.load())
+        await store.publish_and_read(stack.replicas[0].service.snapshot())
         await eventually(lambda: stack.door.view.loads())
 
         async def ask() -> None:

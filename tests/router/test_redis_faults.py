@@ -90,7 +90,10 @@ async def controlled(stack: Stack, url: str) -> AsyncIterator[LoadStore]:
     store = LoadStore(url)
     service = stack.replicas[0].service
     follower = PlanFollower(
-        store, create_policy("threshold"), service.load, lambda plan: service.set_plan(plan.decode, plan.rule)
+        store,
+        create_policy("threshold"),
+        service.snapshot,
+        lambda plan: service.set_plan(plan.decode, plan.rule),
     )
     controller = Controller(store, create_policy("threshold"))
     stop = asyncio.Event()

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from replicas.engine.plan import SegmentOutput, StepPlan
+from replicas.engine.batch import ScheduledBatch, SegmentOutput
 from router.api import create_app
 from tests.replicas.engine.scripted import ScriptedRunner
 from tests.router.conftest import in_process
@@ -19,8 +19,8 @@ from tests.router.test_sse import events
 class Sure(ScriptedRunner):
     """Tells what else might have come."""
 
-    def run(self, plan: StepPlan) -> list[SegmentOutput]:
-        outputs = super().run(plan)
+    def run(self, batch: ScheduledBatch) -> list[SegmentOutput]:
+        outputs = super().run(batch)
         return [replace(output, top=(((5, -0.5), (6, -0.7)),) * len(output.token_ids)) for output in outputs]
 
 

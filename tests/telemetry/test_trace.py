@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from policies.modes import DecodePlan, Mode
-from replicas.engine.plan import StepPlan
+from replicas.engine.batch import ScheduledBatch
 from replicas.trace import SpanWriter
 from router.api import create_app
 from router.metrics import Metrics
@@ -40,11 +40,11 @@ class PausedRunner(ScriptedRunner):
         self._pause_at = pause_at
         self.reached, self.go = threading.Event(), threading.Event()
 
-    def run(self, plan: StepPlan):
+    def run(self, batch: ScheduledBatch):
         if self.num_forwards == self._pause_at:
             self.reached.set()
             assert self.go.wait(30)
-        return super().run(plan)
+        return super().run(batch)
 
 
 @pytest.fixture(params=["http/protobuf", "grpc"])

@@ -1,8 +1,8 @@
 """Autoregressive decoding: one causal forward of the seed gives the next seed."""
 
 from policies.modes import Mode
-from replicas.engine.decoders.round import Advance, Ask, Round
-from replicas.engine.plan import SegmentOutput
+from replicas.engine.batch import SegmentOutput
+from replicas.engine.decoders.round import Round, RoundProgress, SegmentRequest
 
 
 class ArRound(Round):
@@ -12,8 +12,8 @@ class ArRound(Round):
         self.start = start
         self._seed = seed
 
-    def ask(self, following: int = 0) -> Ask:
-        return Ask((self._seed,), num_causal=1, adapter=False, wanted=(0,))
+    def next_segment(self, following: int = 0) -> SegmentRequest:
+        return SegmentRequest((self._seed,), num_causal=1, adapter=False, wanted=(0,))
 
-    def advance(self, output: SegmentOutput) -> Advance:
-        return Advance(output.token_ids, output.logprobs(1), num_cached=1, done=True)
+    def apply_output(self, request: SegmentRequest, output: SegmentOutput) -> RoundProgress:
+        return RoundProgress(output.token_ids, output.logprobs(1), num_cached=1, done=True)

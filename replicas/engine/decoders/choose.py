@@ -1,22 +1,21 @@
-"""Which round a sequence begins at a safe point."""
+"""Chooses the plan of a sequence, and the round that it begins at a safe point."""
 
 from dataclasses import dataclass
 
 from policies.modes import DecodePlan, Mode, available_plan, default_plan, lossless_plan
+from replicas.engine.batch import ModelSpec
 from replicas.engine.decoders.ar import ArRound
 from replicas.engine.decoders.diffusion import DiffusionRound
 from replicas.engine.decoders.round import Round
 from replicas.engine.decoders.self_speculation import SelfSpeculationRound
-from replicas.engine.plan import ModelSpec
 from replicas.engine.sequence import Sequence
-from replicas.engine.speculation import Speculation, Traffic
 
 PINNED_RULE = "request"
 
 
 @dataclass(frozen=True, slots=True)
 class ActivePlan:
-    """What `auto` sequences do now, and the rule that said so."""
+    """The plan of `auto` sequences, and the rule that chose it."""
 
     decode: DecodePlan
     rule: str
@@ -38,12 +37,9 @@ def plan_for(sequence: Sequence, active: ActivePlan, spec: ModelSpec) -> ActiveP
     return ActivePlan(DecodePlan(base.mode, block_length, threshold), rule)
 
 
-def begin_round(
-    sequence: Sequence, plan: DecodePlan, spec: ModelSpec, speculation: Speculation, traffic: Traffic
-) -> Round:
+def begin_round(sequence: Sequence, plan: DecodePlan, spec: ModelSpec) -> Round:
     """A new round of a sequence at a safe point.
 
-    A draft is as long as the plan's block or, where the request does not set it, as pays.
     A block never passes the model's context. A draft is cut to what the request may still generate;
     a diffusion block is not, since its length bears on its tokens: a completion of 10 tokens is to be
     the beginning of one of 50.
@@ -55,13 +51,8 @@ def begin_round(
         return ArRound(start, seed)
     assert spec.mask_token_id is not None, "a model without a mask token has only the mode ar"
     if plan.mode is Mode.SELF_SPECULATION:
-        length = most = min(block_length, sequence.num_remaining)
-        if sequence.decoding.block_length is None:
-            length = speculation.block_length(sequence.acceptance, most, traffic)
-        temperature = sequence.sampling.temperature
-        return SelfSpeculationRound(
-            start, seed, length, spec.mask_token_id, speculation, sequence.acceptance, temperature, most
-        )
+        block_length = min(block_length, sequence.num_remaining)
+        return SelfSpeculationRound(start, seed, block_length, spec.mask_token_id)
     eos = frozenset() if sequence.sampling.ignore_eos else spec.eos_token_ids
     max_steps = sequence.decoding.max_steps or block_length
     return DiffusionRound(
@@ -77,10 +68,9 @@ def begin_round(
 
 
 def following_block(sequence: Sequence, active: ActivePlan, spec: ModelSpec) -> int:
-    """Length of the block of diffusion that is to follow the one in progress; 0 for none, as behind one
-    that only tries a plan."""
+    """The length of the block of diffusion that is to follow the one in progress; 0 for none."""
     plan = sequence.round_plan
-    if plan is None or plan.mode is not Mode.DIFFUSION or sequence.is_probing:
+    if plan is None or plan.mode is not Mode.DIFFUSION:
         return 0
     if sequence.num_remaining <= 1 or plan_for(sequence, active, spec).decode != plan:
         return 0

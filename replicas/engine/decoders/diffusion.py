@@ -13,15 +13,15 @@ from collections.abc import Sequence as Seq
 from collections.abc import Set
 
 from policies.modes import Mode
-from replicas.engine.decoders.round import Advance, Ask, Round
-from replicas.engine.plan import SegmentOutput
+from replicas.engine.batch import SegmentOutput
+from replicas.engine.decoders.round import Round, RoundProgress, SegmentRequest
 
 
 class DiffusionRound(Round):
-    """seed: None until the block before is committed.
+    """A round over one block.
 
-    eos_token_ids: what ends a text; empty when the request ignores it.
-
+    seed: None while the block before, which gives it, is not committed.
+    eos_token_ids: the tokens that end a text; empty when the request ignores them.
     max_steps: denoising forwards at most; the last one fixes every position still masked.
     adapter: whether it is on while denoising; the commit never has it.
     """
@@ -47,7 +47,45 @@ class DiffusionRound(Round):
         self._adapter = adapter
         self._block: list[int | None] = [seed] + [None] * (block_length - 1)
         self._num_final = 1  # the seed and the fixed tokens right after it
-        self._successor: DiffusionRound | None = None
+
+    def next_segment(self, following: int = 0) -> SegmentRequest:
+        tokens = self._tokens
+        if masked := self._masked:
+            return SegmentRequest(tokens, num_causal=0, adapter=self._adapter, wanted=masked)
+        length = len(tokens)
+        if not following:
+            return SegmentRequest(tokens, num_causal=length, adapter=False, wanted=(length - 1,))
+        successor = DiffusionRound(
+            self.start + length,
+            None,
+            following,
+            self._threshold,
+            self._mask_token_id,
+            self._eos_token_ids,
+            self._max_steps,
+            self._adapter,
+        )
+        behind = successor.next_segment().token_ids
+        wanted = (length - 1, *range(length + 1, length + following))
+        return SegmentRequest(tokens + behind, length, adapter=False, wanted=wanted, successor=successor)
+
+    def apply_output(self, request: SegmentRequest, output: SegmentOutput) -> RoundProgress:
+        if self._masked:
+            return RoundProgress(self._denoised(output.token_ids, output.probs))
+        seed, *guesses = output.token_ids
+        tokens: tuple[int, ...] = (seed,)
+        if request.successor is not None:
+            assert isinstance(request.successor, DiffusionRound)
+            tokens += request.successor.begin(seed, guesses, output.probs[1:])
+        return RoundProgress(tokens, num_cached=len(self._block), done=True)
+
+    def begin(self, seed: int, guesses: Seq[int], probs: Seq[float]) -> tuple[int, ...]:
+        """Takes the seed, and the first denoising, which was done while it was masked; the final tokens.
+
+        guesses, probs: of every position after the seed.
+        """
+        self._block[0] = seed
+        return self._denoised(guesses, probs)
 
     @property
     def _masked(self) -> tuple[int, ...]:
@@ -57,49 +95,15 @@ class DiffusionRound(Round):
     def _tokens(self) -> tuple[int, ...]:
         return tuple(self._mask_token_id if token is None else token for token in self._block)
 
-    def ask(self, following: int = 0) -> Ask:
-        masked, tokens = self._masked, self._tokens
-        if masked:
-            return Ask(tokens, num_causal=0, adapter=self._adapter, wanted=masked)
-        length = len(tokens)
-        self._successor = self._next(following) if following else None
-        wanted = (length - 1, *range(length + 1, length + following))
-        behind = self._successor._tokens if self._successor is not None else ()
-        return Ask(tokens + behind, num_causal=length, adapter=False, wanted=wanted)
-
-    def _next(self, block_length: int) -> "DiffusionRound":
-        return DiffusionRound(
-            self.start + len(self._block),
-            None,
-            block_length,
-            self._threshold,
-            self._mask_token_id,
-            self._eos_token_ids,
-            self._max_steps,
-            self._adapter,
-        )
-
-    def advance(self, output: SegmentOutput) -> Advance:
+    def _denoised(self, token_ids: Seq[int], probs: Seq[float]) -> tuple[int, ...]:
+        """Fixes some of the masked positions by what a denoising forward said of them; the final tokens."""
         masked = self._masked
-        if masked:
-            self._fix(masked, output.token_ids, output.probs)
-            return Advance(tuple(self._take_final()))
-        seed, *guesses = output.token_ids
-        tokens = [seed]
-        successor = self._successor
-        if successor is not None:
-            successor._block[0] = seed
-            successor._fix(successor._masked, guesses, output.probs[1:])
-            tokens += successor._take_final()
-        return Advance(tuple(tokens), num_cached=len(self._block), done=True, successor=successor)
-
-    def _fix(self, masked: Seq[int], token_ids: Seq[int], probs: Seq[float]) -> None:
-        """What a denoising forward said of the masked positions."""
         self._steps_left -= 1
         best = max(range(len(masked)), key=lambda k: probs[k])
         for k, index in enumerate(masked):
             if k == best or probs[k] >= self._threshold or self._steps_left <= 0:
                 self._block[index] = token_ids[k]
+        return tuple(self._take_final())
 
     def _take_final(self) -> list[int]:
         """The tokens that have become final: up to the first mask, or through an end of text.

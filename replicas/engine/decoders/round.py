@@ -1,4 +1,4 @@
-"""What every decoder is: a round, from one safe point to the next.
+"""The interface of every decoder: a round, which takes a sequence from one safe point to the next.
 
 At a safe point all tokens of a sequence but the last, the seed, have their K/V cached. A round says
 which segment it wants next, is given that segment's output, and in the end leaves the sequence at
@@ -9,60 +9,52 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from policies.modes import Mode
-from replicas.engine.plan import SegmentOutput, TokenLogprob
+from replicas.engine.batch import SegmentOutput, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """The segment a round wants, from the seed's position on; fields as in engine.plan.Segment."""
+class SegmentRequest:
+    """The segment that a sequence wants next, from its first token that is not cached on."""
 
     token_ids: tuple[int, ...]
     num_causal: int
     adapter: bool
     wanted: tuple[int, ...]
+    """These four are as in engine.batch.Segment."""
+    successor: "Round | None" = None
+    """The round that this segment begins behind the block that it commits; it goes on once that is done."""
 
 
 @dataclass(frozen=True, slots=True)
-class Advance:
-    """What a segment's output did.
-
-    tokens: newly final tokens, to be appended to the sequence and streamed.
-    logprobs: of these tokens, where the request asks for them; else empty.
-    num_cached: how many tokens from the seed on now have valid K/V; 0 until the round's end.
-    done: whether the round is over: the sequence is at its next safe point, or in the successor.
-    successor: the round that this one has begun already.
-    """
+class RoundProgress:
+    """The effect of a segment's output on its round."""
 
     tokens: tuple[int, ...] = ()
+    """Newly final tokens, to be appended to the sequence and streamed."""
     logprobs: tuple[TokenLogprob, ...] = ()
+    """Those of these tokens, where the request asks for them; else empty."""
     num_cached: int = 0
+    """The number of tokens from the seed on that now have valid K/V; 0 until the round's end."""
     done: bool = False
-    successor: "Round | None" = None
+    """Whether the round is over: the sequence is at its next safe point, or in the request's successor."""
 
 
 class Round(ABC):
-    """start: the seed's position."""
-
     mode: Mode
     start: int
-
-    @property
-    def shortened_to(self) -> int | None:
-        """The block length it came to, where that was made less than could be, since more did not pay."""
-        return None
+    """The seed's position."""
 
     @abstractmethod
-    def ask(self, following: int = 0) -> Ask:
-        """following: the length of the block that is to follow this one, where it may be begun in the same
-        forward; the last ask before advance() counts."""
+    def next_segment(self, following: int = 0) -> SegmentRequest:
+        """The segment that the round wants next. A pure question, which may be asked any number of times.
+
+        following: the length of the block that is to follow this one, where a decoder can begin it in the
+        same forward; 0 for none.
+        """
 
     @abstractmethod
-    def advance(self, output: SegmentOutput) -> Advance: ...
+    def apply_output(self, request: SegmentRequest, output: SegmentOutput) -> RoundProgress:
+        """Takes the output of a segment that next_segment() asked for since the last output.
 
-    def survivals(self) -> tuple[float, ...]:
-        """Of the last tokens of what it asks: the chance of each to bring a token. They may be left out."""
-        return ()
-
-    def keep(self, count: int) -> None:
-        """Leaves all but the first count of these tokens out of what it asks."""
-        assert count == 0, "nothing to leave out"
+        request: its answer as it was run; a grammar may have cut its last tokens off.
+        """

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from replicas.engine.plan import Segment
+from replicas.engine.batch import Segment
 from replicas.kernels.attention import ragged_paged_attention
 from replicas.kernels.store_kv import HeadNorms, Rotation, store_kv
 from replicas.model.config import ModelConfig

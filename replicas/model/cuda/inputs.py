@@ -13,7 +13,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from replicas.engine.plan import Segment
+from replicas.engine.batch import Segment
 from replicas.kernels.attention import SEGMENT_FIELDS, TILE_SHAPES, Scratch, Tiles, num_splits
 from replicas.kernels.tiling import tiles_of
 from replicas.model.config import ModelConfig

@@ -11,7 +11,7 @@ and is overwritten before it could.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from replicas.engine.plan import Segment
+from replicas.engine.batch import Segment
 
 _UNKNOWN = 0
 

@@ -1,11 +1,11 @@
-"""The GPU's implementation of replicas.engine.plan.Runner."""
+"""The GPU's implementation of replicas.engine.batch.Runner."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from replicas.engine.plan import ModelSpec, Segment, SegmentOutput, StepPlan
+from replicas.engine.batch import ModelSpec, ScheduledBatch, Segment, SegmentOutput
 from replicas.kernels.confidence import Confidence, confidence
 from replicas.model.checkpoint import (
     DTYPES,
@@ -59,7 +59,7 @@ class _Ahead:
 
 
 class CudaRunner:
-    """Runs StepPlans on one device. Not thread-safe: one thread calls `run`.
+    """Runs batches on one device. Not thread-safe: one thread calls `run`.
 
     weights: on the device already
     parallel: this process's place among those that share the model; weights and config are then its own part
@@ -154,18 +154,18 @@ class CudaRunner:
         return self._spec
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> Sequence[SegmentOutput]:
-        if not plan.segments:
+    def run(self, batch: ScheduledBatch) -> Sequence[SegmentOutput]:
+        if not batch.segments:
             return ()
         ahead, self._ahead = self._ahead, None
-        indices = None if ahead is None else match(ahead.known, plan.segments)
+        indices = None if ahead is None else match(ahead.known, batch.segments)
         if ahead is not None and indices is not None:
             self.num_steps_ahead += 1
             sampled = ahead.sampled
         else:
-            sampled = self._start(plan.segments)
-            indices = list(range(len(plan.segments)))
-        guessed = self._guess(plan.segments, sampled, indices)
+            sampled = self._start(batch.segments)
+            indices = list(range(len(batch.segments)))
+        guessed = self._guess(batch.segments, sampled, indices)
         following = None if guessed is None else self._start(guessed.segments, guessed, sampled)
         tokens, outputs = sampled.outputs()
         if guessed is not None and following is not None:

@@ -7,7 +7,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from replicas.engine.plan import Segment, SegmentOutput, TokenProb
+from replicas.engine.batch import Segment, SegmentOutput, TokenProb
 from replicas.kernels.confidence import Confidence
 from replicas.kernels.verify import sample_rows
 from replicas.messages import SamplingParams

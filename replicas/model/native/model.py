@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from replicas.engine.plan import Segment
+from replicas.engine.batch import Segment
 from replicas.model.adapter import LowRank
 from replicas.model.checkpoint import LayerWeights, ModelWeights
 from replicas.model.config import ModelConfig

@@ -8,8 +8,8 @@ from collections.abc import Sequence as Seq
 from zlib import crc32
 
 from policies.modes import Mode
+from replicas.engine.batch import ModelSpec, ScheduledBatch, SegmentOutput
 from replicas.engine.grammar import Grammar
-from replicas.engine.plan import ModelSpec, SegmentOutput, StepPlan
 from replicas.engine.sequence import Progress
 from replicas.messages import DecodingOptions
 
@@ -61,15 +61,15 @@ class ScriptedRunner:
     def spec(self) -> ModelSpec:
         return self._spec
 
-    def run(self, plan: StepPlan) -> list[SegmentOutput]:
+    def run(self, batch: ScheduledBatch) -> list[SegmentOutput]:
         if self.fail_next is not None:
             error, self.fail_next = self.fail_next, None
             raise error
         self.num_forwards += 1
-        self.most_tokens = max(self.most_tokens, plan.num_tokens)
-        assert len({segment.seq_id for segment in plan.segments}) == len(plan.segments)
+        self.most_tokens = max(self.most_tokens, batch.num_tokens)
+        assert len({segment.seq_id for segment in batch.segments}) == len(batch.segments)
         outputs = []
-        for segment in plan.segments:
+        for segment in batch.segments:
             size = self._spec.page_size
             prefix = tuple(self._slots[segment.pages[p // size]][p % size] for p in range(segment.start))
             for offset, token in enumerate(segment.token_ids):

@@ -1,8 +1,8 @@
 """The tokens that penalties count, as segments have them."""
 
 from policies.modes import Mode
+from replicas.engine.batch import ScheduledBatch, SegmentOutput
 from replicas.engine.engine import Engine
-from replicas.engine.plan import SegmentOutput, StepPlan
 from replicas.messages import DecodingOptions, SamplingParams
 from tests.replicas.engine.scripted import ScriptedRunner
 
@@ -12,16 +12,16 @@ class HistoryCheck(ScriptedRunner):
 
     num_checked = 0
 
-    def run(self, plan: StepPlan) -> list[SegmentOutput]:
+    def run(self, batch: ScheduledBatch) -> list[SegmentOutput]:
         size = self.spec.page_size
-        for segment in plan.segments:
+        for segment in batch.segments:
             if segment.sampling.has_penalties and segment.wanted:
                 cached = [self._slots[segment.pages[p // size]][p % size] for p in range(segment.start)]
                 assert list(segment.history) == cached
                 self.num_checked += 1
             else:
                 assert not segment.history
-        return super().run(plan)
+        return super().run(batch)
 
 
 def test_a_segments_history_is_what_is_cached_before_it() -> None:

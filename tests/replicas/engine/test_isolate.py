@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from policies.modes import DecodePlan, Mode
-from policies.policy import Probes
+from policies.policy import ExploredPlans
+from replicas.engine.batch import RunnerLost, ScheduledBatch, Segment, SegmentOutput
 from replicas.engine.engine import MAX_FAILED, MAX_FRUITLESS, Engine
-from replicas.engine.isolate import failed, is_sticky, most_forwards, nobodys_segment, run_apart
-from replicas.engine.plan import RunnerLost, Segment, SegmentOutput, StepPlan
+from replicas.engine.isolate import failed, is_sticky, max_forwards, nobodys_segment, run_apart
 from replicas.engine.sequence import Progress
 from replicas.errors import ErrorCode
 from replicas.messages import DecodingOptions, SamplingParams
@@ -50,18 +50,18 @@ class GuiltyRunner(ScriptedRunner):
         self.sick: Exception | None = None
         self.num_asked = 0
 
-    def run(self, plan: StepPlan) -> list[SegmentOutput]:
+    def run(self, batch: ScheduledBatch) -> list[SegmentOutput]:
         self.num_asked += 1
         if self.sick is not None:
             raise self.sick
         outputs: list[SegmentOutput] = []
-        for segment in plan.segments:
+        for segment in batch.segments:
             if self.guilty.get(segment.seq_id, lambda _: False)(segment):
                 if self.raises:
                     raise RuntimeError("this one can't be run")
                 outputs.append(SegmentOutput((), (), failure="its logits are not finite"))
             else:
-                outputs += super().run(StepPlan((segment,)))
+                outputs += super().run(ScheduledBatch((segment,)))
         return outputs
 
 
@@ -76,9 +76,9 @@ def drain(engine: Engine, max_steps: int = 5000) -> dict[str, list[Progress]]:
     raise AssertionError(f"work left after {max_steps} steps")
 
 
-def alike(count: int) -> StepPlan:
+def alike(count: int) -> ScheduledBatch:
     segment = replace(nobodys_segment(0), seq_id=0)
-    return StepPlan(tuple(replace(segment, seq_id=k, pages=(k,)) for k in range(count)))
+    return ScheduledBatch(tuple(replace(segment, seq_id=k, pages=(k,)) for k in range(count)))
 
 
 @pytest.mark.parametrize("raises", [True, False])
@@ -143,8 +143,8 @@ def test_many_at_fault_are_found_in_a_few_steps_and_nobody_else() -> None:
         while guilty & {segment.seq_id for segment in left}:
             runner = GuiltyRunner(num_pages=count)
             runner.guilty = {number: lambda _: True for number in guilty}
-            outputs = run_apart(runner.run, StepPlan(tuple(left)), RuntimeError("whole"))
-            assert runner.num_asked <= most_forwards(len(left))
+            outputs = run_apart(runner.run, ScheduledBatch(tuple(left)), RuntimeError("whole"))
+            assert runner.num_asked <= max_forwards(len(left))
             found = {s.seq_id for s, o in zip(left, outputs, strict=True) if o is not None and o.failure}
             assert found
             blamed |= found
@@ -156,10 +156,10 @@ def test_segments_that_fail_only_together_are_nobodys_fault() -> None:
     """As where memory is short: halves fit."""
 
     class Short(ScriptedRunner):
-        def run(self, plan: StepPlan) -> list[SegmentOutput]:
-            if plan.num_tokens > 20:
+        def run(self, batch: ScheduledBatch) -> list[SegmentOutput]:
+            if batch.num_tokens > 20:
                 raise MemoryError
-            return super().run(plan)
+            return super().run(batch)
 
     engine = Engine(Short(num_pages=400))
     prompts = {str(k): [5 + k] * 18 for k in range(9)}
@@ -347,11 +347,11 @@ def test_a_failed_forward_is_nothing_to_learn_a_cost_from() -> None:
     assert len(engine.forwards) == num_steps - 1
 
 
-def test_a_trial_fails_alone_too() -> None:
+def test_an_exploring_round_fails_alone_too() -> None:
     runner = GuiltyRunner(num_pages=400)
     engine = Engine(runner)
     engine.set_plan(DecodePlan(Mode.AR), "rule")
-    engine.set_probes(Probes((DecodePlan(Mode.DIFFUSION, 8, 0.7),), 0.05))
+    engine.set_explored_plans(ExploredPlans((DecodePlan(Mode.DIFFUSION, 8, 0.7),), 0.05))
     sampling = SamplingParams(max_tokens=60, ignore_eos=True)
     engine.submit("good", [5, 6], sampling, DecodingOptions(lossless=True))
     bad = engine.submit("bad", [7, 6], sampling, DecodingOptions())

@@ -96,11 +96,11 @@ def test_an_engines_load_tells_of_it() -> None:
         while engine.has_work:
             now_s += 1.0
             engine.step()
-    load = engine.load("r")
+    load = engine.snapshot("r")
     assert load.mean_remaining is None
     engine.submit("r", [5, 6], SamplingParams(max_tokens=800, ignore_eos=True), DecodingOptions(Mode.AR))
     engine.step()
-    remaining = engine.load("r").mean_remaining
+    remaining = engine.snapshot("r").mean_remaining
     assert remaining is not None
     assert 20 < remaining < 80  # an end of text comes once in forty
     assert sequence.num_completion_tokens < 800

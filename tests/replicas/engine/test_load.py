@@ -11,7 +11,7 @@ from tests.replicas.engine.test_engine import Clock, drain
 
 
 def num_ended(engine: Engine) -> int:
-    return engine.load("r").num_ended
+    return engine.snapshot("r").num_ended
 
 
 def test_every_end_is_counted_once_in_whatever_way_it_comes() -> None:
@@ -39,7 +39,7 @@ def test_every_end_is_counted_once_in_whatever_way_it_comes() -> None:
     engine.submit("one more", [5], SamplingParams(max_tokens=3))
     drain(engine)
     assert num_ended(engine) == 5
-    assert engine.load("r").num_in_flight == 0
+    assert engine.snapshot("r").num_in_flight == 0
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,6 @@ def test_rounds_whose_parameters_a_client_has_set_say_so(options, is_clients) ->
     engine = Engine(ScriptedRunner())
     engine.submit("r", [5, 6, 7], SamplingParams(max_tokens=20, ignore_eos=True), options)
     drain(engine)
-    rounds = engine.scheduler.rounds
+    rounds = engine.scheduler.counters.rounds
     assert rounds
     assert {made.is_clients for made in rounds} == {is_clients}

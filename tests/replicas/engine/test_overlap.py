@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from policies.modes import DecodePlan, Mode
-from policies.policy import Probes
+from policies.policy import ExploredPlans
+from replicas.engine.batch import ScheduledBatch, SegmentOutput
 from replicas.engine.engine import Engine
-from replicas.engine.plan import SegmentOutput, StepPlan
 from replicas.engine.sequence import Sequence
 from replicas.messages import DecodingOptions, SamplingParams
 from tests.replicas.engine.scripted import ScriptedRunner
@@ -23,11 +23,11 @@ class Seen(ScriptedRunner):
     def __init__(self, denoises_with_adapter: bool = False) -> None:
         super().__init__(num_pages=400)
         self._spec = replace(self._spec, denoise_with_adapter=denoises_with_adapter)
-        self.plans: list[StepPlan] = []
+        self.plans: list[ScheduledBatch] = []
 
-    def run(self, plan: StepPlan) -> list[SegmentOutput]:
-        self.plans.append(plan)
-        return super().run(plan)
+    def run(self, batch: ScheduledBatch) -> list[SegmentOutput]:
+        self.plans.append(batch)
+        return super().run(batch)
 
     @property
     def num_overlapping(self) -> int:
@@ -45,12 +45,12 @@ def run(engine: Engine, max_tokens: int = 80, decoding: DecodingOptions | None =
     return sequence
 
 
-def with_trials(plan: DecodePlan, tried: DecodePlan) -> tuple[Engine, Seen]:
-    """After twenty requests in a plan, a tenth of the forwards trying another."""
+def with_exploration(plan: DecodePlan, explored: DecodePlan) -> tuple[Engine, Seen]:
+    """After twenty requests in a plan, a tenth of the forwards exploring another."""
     runner = Seen()
     engine = Engine(runner)
     engine.set_plan(plan, "rule")
-    engine.set_probes(Probes((tried,), 0.1))
+    engine.set_explored_plans(ExploredPlans((explored,), 0.1))
     for _ in range(20):
         run(engine, decoding=DecodingOptions())
     return engine, runner
@@ -64,7 +64,7 @@ def test_each_block_but_the_first_takes_a_forward_less() -> None:
         runs[overlaps] = run(engine), runner
         assert runner.num_overlapping == (9 if overlaps else 0)  # 80 tokens: ten blocks of 8
         (sequence, _) = runs[overlaps]
-        made = list(engine.scheduler.rounds)
+        made = list(engine.scheduler.counters.rounds)
         assert sum(round_made.tokens for round_made in made) == sequence.num_completion_tokens - 1
         assert sum(round_made.forwards for round_made in made) == sequence.num_forwards
         assert sum(round_made.rows for round_made in made) == sequence.num_rows
@@ -115,19 +115,19 @@ def test_a_model_that_denoises_with_its_adapter_never_does() -> None:
     assert any(segment.adapter for plan in runner.plans for segment in plan.segments)
 
 
-def test_plans_are_tried_all_the_same() -> None:
-    """Blocks that begin one another leave no safe point between them, unless it is time to try a plan."""
-    engine, runner = with_trials(PLAN, OTHER)
-    forwards = engine.scheduler.forwards_by_mode
+def test_plans_are_explored_all_the_same() -> None:
+    """Blocks that begin one another leave no safe point between them, unless it is time to explore a plan."""
+    engine, runner = with_exploration(PLAN, OTHER)
+    forwards = engine.scheduler.counters.forwards_by_mode
     assert 0.05 < forwards[OTHER.mode] / sum(forwards.values()) < 0.15
     assert runner.num_overlapping > 0
 
 
-def test_a_block_that_is_tried_counts_as_if_the_one_before_had_begun_it() -> None:
-    engine, runner = with_trials(OTHER, PLAN)
-    made = [round_made for round_made in engine.scheduler.rounds if round_made.plan == PLAN]
+def test_a_block_that_explores_counts_as_if_the_one_before_had_begun_it() -> None:
+    engine, runner = with_exploration(OTHER, PLAN)
+    made = [round_made for round_made in engine.scheduler.counters.rounds if round_made.plan == PLAN]
     assert made
     assert sum(round_made.forwards for round_made in made) == (
-        engine.scheduler.forwards_by_mode[PLAN.mode] - len(made)
+        engine.scheduler.counters.forwards_by_mode[PLAN.mode] - len(made)
     )
     assert runner.num_overlapping == 0

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policies.cost import Forward, StepCost
-from replicas.engine.decoders.round import Ask
+from policies.cost import ForwardStats, StepCost
+from replicas.engine.batch import ScheduledBatch
+from replicas.engine.decoders.round import SegmentRequest
 from replicas.engine.engine import Engine
-from replicas.engine.plan import StepPlan
-from replicas.engine.prefill import LEAST_TOKENS, Limits, PrefillBudget
+from replicas.engine.prefill import MIN_TOKENS, Limits, PrefillBudget
 from replicas.engine.sequence import Sequence
 from replicas.messages import DecodingOptions, SamplingParams
 from tests.replicas.engine.scripted import ScriptedRunner, naive_ar
@@ -31,15 +31,15 @@ def test_the_bound_in_ms_takes_as_many_tokens_as_brute_force_finds(seed: int) ->
     knot_ms = sorted(rng.uniform(1, 60) for _ in range(4))
     cost = StepCost((1, 8, 64, 512), tuple(knot_ms), rng.uniform(0, 1), rng.uniform(0, 3))
     rounds = {
-        sequence_of(200, rng.randint(0, 199)): Ask((3,) * rng.randint(1, 16), True, False, ())
+        sequence_of(200, rng.randint(0, 199)): SegmentRequest((3,) * rng.randint(1, 16), True, False, ())
         for _ in range(rng.randint(1, 8))
     }
     most, max_ms = rng.randint(1, 120), rng.uniform(1, 90)
     budget = PrefillBudget(Limits(64, 512, most, max_ms), cost, rng.randint(most, 512), rounds)
-    num_tokens = sum(len(ask.token_ids) for ask in rounds.values())
+    num_tokens = sum(len(request.token_ids) for request in rounds.values())
     num_cached = sum(sequence.num_cached for sequence in rounds)
     num_segments = len(rounds)
-    least = LEAST_TOKENS
+    least = MIN_TOKENS
     for _ in range(4):
         sequence = sequence_of(rng.randint(1, 200), 0)
         sequence.num_cached = rng.randrange(sequence.num_prompt_tokens)
@@ -51,9 +51,9 @@ def test_the_bound_in_ms_takes_as_many_tokens_as_brute_force_finds(seed: int) ->
             wanted += 1
         wanted = max(wanted, min(least, most))
         wanted = min(wanted, sequence.num_prompt_tokens - sequence.num_cached)
-        ask = budget.ask(sequence)
-        assert (0 if ask is None else len(ask.token_ids)) == wanted
-        if ask is not None:
+        request = budget.take(sequence)
+        assert (0 if request is None else len(request.token_ids)) == wanted
+        if request is not None:
             num_tokens, num_segments = num_tokens + wanted, num_segments + 1
             num_cached, most, least = num_cached + sequence.num_cached, most - wanted, 0
 
@@ -63,13 +63,13 @@ class Costed(ScriptedRunner):
 
     def __init__(self) -> None:
         super().__init__(num_pages=600, max_context=900)
-        self.forwards: list[Forward] = []
+        self.forwards: list[ForwardStats] = []
 
-    def run(self, plan: StepPlan):
-        num_cached = sum(segment.start for segment in plan.segments)
-        shape = plan.num_tokens, len(plan.segments), num_cached
-        self.forwards.append(Forward(*shape, COST.ms(*shape)))
-        return super().run(plan)
+    def run(self, batch: ScheduledBatch):
+        num_cached = sum(segment.start for segment in batch.segments)
+        shape = batch.num_tokens, len(batch.segments), num_cached
+        self.forwards.append(ForwardStats(*shape, COST.ms(*shape)))
+        return super().run(batch)
 
 
 def crowd_and_a_long_prompt(max_step_ms: float | None) -> tuple[Costed, int]:
@@ -107,8 +107,8 @@ def test_a_long_prompt_keeps_the_steps_of_running_streams_within_the_bound(max_s
 
 def test_where_the_streams_alone_take_longer_prompts_go_on_by_little() -> None:
     runner, num_steps = crowd_and_a_long_prompt(1.0)
-    assert num_steps == -(-700 // LEAST_TOKENS)
-    assert {forward.num_tokens for forward in runner.forwards[: num_steps - 1]} == {8 + LEAST_TOKENS}
+    assert num_steps == -(-700 // MIN_TOKENS)
+    assert {forward.num_tokens for forward in runner.forwards[: num_steps - 1]} == {8 + MIN_TOKENS}
 
 
 def test_a_prompt_alone_delays_nobody() -> None:

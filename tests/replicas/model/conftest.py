@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from replicas.engine.plan import Segment, SegmentOutput, StepPlan
+from replicas.engine.batch import ScheduledBatch, Segment, SegmentOutput
 from replicas.messages import SamplingParams
 from replicas.model.checkpoint import DTYPES
 from replicas.model.runner import TorchRunner
@@ -87,7 +87,7 @@ class LogitsProbe:
         runner._model.forward = recording
 
     def __call__(self, *segments: Segment) -> list[torch.Tensor]:
-        self.runner.run(StepPlan(segments))
+        self.runner.run(ScheduledBatch(segments))
         counts = [len(segments[index].wanted) for index in self.order]
         parts = dict(zip(self.order, self.rows.split(counts), strict=True))
         return [parts[index] for index in range(len(segments))]

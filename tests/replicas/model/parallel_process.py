@@ -9,8 +9,8 @@ import sys
 import torch.distributed as dist
 
 from policies.modes import Mode
+from replicas.engine.batch import Runner
 from replicas.engine.engine import Engine
-from replicas.engine.plan import Runner
 from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.cuda.runner import CudaRunner, Options
 from replicas.model.lockstep import Leader, Meeting, follow, join

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from replicas.engine.plan import StepPlan
+from replicas.engine.batch import ScheduledBatch
 from replicas.model.checkpoint import CheckpointError, load_weights
 from replicas.model.config import ModelConfig
 from replicas.model.runner import TorchRunner
@@ -264,6 +264,6 @@ def test_padded_rows_are_never_sampled(tmp_path: Path, forward: str, tied: bool)
     assert (len(weights.head), weights.head is weights.embedding) == (SIZE, tied)
     runner = TorchRunner.load(str(folder), num_pages=70, page_size=16, forward=forward)
     part = segment(prompt(30, seed=1), Pages(70, 16).table(30), wanted=tuple(range(30)))
-    (output,) = runner.run(StepPlan((part,)))
+    (output,) = runner.run(ScheduledBatch((part,)))
     assert all(token < SIZE for token in output.token_ids)
     assert sum(output.probs) > 0.1

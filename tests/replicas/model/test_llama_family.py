@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from policies.modes import Mode
-from replicas.engine.plan import StepPlan
+from replicas.engine.batch import ScheduledBatch
 from replicas.model.runner import TorchRunner
 from tests.replicas.model.conftest import prompt, segment
 
@@ -74,7 +74,7 @@ def test_greedy_equals_transformers(tmp_path: Path, forward: str, name: str) -> 
     chosen = []
     for end in range(21, 61):
         part = segment(context[start:end], pages, start=start, wanted=(end - start - 1,))
-        [output] = runner.run(StepPlan((part,)))
+        [output] = runner.run(ScheduledBatch((part,)))
         chosen.append(output.token_ids[0])
         start = end
     with torch.no_grad():

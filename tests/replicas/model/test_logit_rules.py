@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from replicas.engine.plan import Segment
+from replicas.engine.batch import Segment
 from replicas.messages import JsonFormat, SamplingParams
 from replicas.model.logit_rules import Row, apply_rules, runs_of
 from replicas.model.runner import rows_of

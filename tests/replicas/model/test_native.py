@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from replicas.config import ReplicaConfig
-from replicas.engine.plan import Segment
+from replicas.engine.batch import Segment
 from replicas.load import load_runner
 from replicas.model.checkpoint import CheckpointError
 from replicas.model.config import ModelConfig

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from policies.modes import Mode
-from replicas.engine.plan import StepPlan
+from replicas.engine.batch import ScheduledBatch
 from replicas.messages import SamplingParams
 from replicas.model.checkpoint import DTYPES
 from replicas.model.native.model import quantize
@@ -123,7 +123,7 @@ def _mixed_step(runner: TorchRunner, reference: Reference, seed: int) -> tuple[l
         tokens = prompt(start + length, seed=seed * 100 + seq_id)
         table = pages.table(start + length)
         if start:
-            runner.run(StepPlan((segment(tokens[:start], table, wanted=()),)))
+            runner.run(ScheduledBatch((segment(tokens[:start], table, wanted=()),)))
         block, adapter = tokens[start:], kind == "draft"
         num_causal, wanted = length, range(length) if kind != "prefill" else range(length - 1, length)
         rows = reference.causal_logits(tokens)[start:]
@@ -164,7 +164,7 @@ def test_mixed_batch_of_all_kinds(
 def test_outputs_are_in_the_plans_order(runner: TorchRunner, reference: Reference) -> None:
     segments, expected = _mixed_step(runner, reference, seed=2)
     segments.append(segment(prompt(6, seed=9), (118, 119), wanted=()))
-    outputs = runner.run(StepPlan(tuple(segments)))
+    outputs = runner.run(ScheduledBatch(tuple(segments)))
     assert outputs[-1].token_ids == outputs[-1].probs == ()
     for output, rows in zip(outputs, expected, strict=False):
         probs = without_mask(rows).softmax(-1)
@@ -200,15 +200,15 @@ def test_a_commit_with_the_next_block_behind_it_is_two_forwards(
             mixed.append(dataclasses.replace(part, seq_id=index))
             if start:
                 for runner in (together, apart):
-                    runner.run(StepPlan((segment(tokens[:start], table, wanted=()),)))
+                    runner.run(ScheduledBatch((segment(tokens[:start], table, wanted=()),)))
         others = [
             segment([9], pages.table(1), seq_id=8),
             segment([9, 5, 5], pages.table(3), num_causal=0, adapter=True, wanted=(1, 2), seq_id=9),
         ]
-        outputs = together.run(StepPlan((*mixed, *others)))
+        outputs = together.run(ScheduledBatch((*mixed, *others)))
         commits, blocks = zip(*map(in_two, mixed), strict=True)
-        first = apart.run(StepPlan((*commits, *others)))
-        second = apart.run(StepPlan(blocks))
+        first = apart.run(ScheduledBatch((*commits, *others)))
+        second = apart.run(ScheduledBatch(blocks))
         for output, commit, block in zip(outputs[: len(mixed)], first, second, strict=False):
             assert output.token_ids == commit.token_ids + block.token_ids
             assert output.probs == pytest.approx(commit.probs + block.probs, abs=1e-4)
@@ -246,11 +246,11 @@ def test_a_request_gets_the_same_tokens_in_any_batch(
     for index, part in enumerate(segments):
         sampling = SamplingParams(max_tokens=1, temperature=temperature, top_p=0.9, top_k=20, seed=index)
         segments[index] = dataclasses.replace(part, sampling=sampling)
-    together = runner.run(StepPlan(tuple(segments)))
+    together = runner.run(ScheduledBatch(tuple(segments)))
     for index, part in enumerate(segments):
-        [alone] = runner.run(StepPlan((part,)))
+        [alone] = runner.run(ScheduledBatch((part,)))
         assert alone.token_ids == together[index].token_ids
-    backwards = runner.run(StepPlan(tuple(segments[::-1])))[::-1]
+    backwards = runner.run(ScheduledBatch(tuple(segments[::-1])))[::-1]
     assert [output.token_ids for output in backwards] == [output.token_ids for output in together]
 
 
@@ -260,7 +260,7 @@ def test_mask_token_is_never_chosen(runner: TorchRunner, reference: Reference) -
     pages = Pages(120, 5).table(200)
     for temperature in (0.0, 2.0):
         sampling = SamplingParams(max_tokens=1, temperature=temperature)
-        [output] = runner.run(StepPlan((segment(tokens, pages, sampling=sampling),)))
+        [output] = runner.run(ScheduledBatch((segment(tokens, pages, sampling=sampling),)))
         assert MASK_TOKEN_ID not in output.token_ids
 
 
@@ -278,7 +278,7 @@ def test_random_ragged_batches(tiny_folder: Path, reference: Reference, forward:
             tokens = prompt(start + length, seed=seed * 50 + index)
             table = pages.table(start + length)
             if start:
-                runner.run(StepPlan((segment(tokens[:start], table, wanted=()),)))
+                runner.run(ScheduledBatch((segment(tokens[:start], table, wanted=()),)))
             segments.append(segment(tokens[start:], table, start=start))
             expected.append(reference.causal_logits(tokens)[start:])
         for found, rows in zip(probe(*segments), expected, strict=True):
@@ -286,7 +286,7 @@ def test_random_ragged_batches(tiny_folder: Path, reference: Reference, forward:
 
 
 def test_empty_plan(runner: TorchRunner) -> None:
-    assert list(runner.run(StepPlan(()))) == []
+    assert list(runner.run(ScheduledBatch(()))) == []
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from replicas.engine.plan import SegmentOutput, StepPlan
+from replicas.engine.batch import ScheduledBatch, SegmentOutput
 from replicas.messages import JsonFormat, SamplingParams
 from replicas.model.runner import TorchRunner
 from tests.replicas.model.conftest import Pages, prompt, segment
@@ -38,15 +38,15 @@ def test_a_sequence_whose_logits_are_not_finite_fails_alone(
     tokens = prompt(30, seed=3)
     tables = [pages.table(34) for _ in range(3)]
     for table in tables:
-        runner.run(StepPlan((segment(tokens, table, wanted=()),)))
+        runner.run(ScheduledBatch((segment(tokens, table, wanted=()),)))
     verifies = [
         dataclasses.replace(segment(tokens[:4], table, start=30, sampling=sampling), seq_id=index)
         for index, table in enumerate(tables)
     ]
     prefill = segment(tokens[:9], pages.table(9), wanted=(), seq_id=7)
-    healthy = runner.run(StepPlan((verifies[0], prefill, verifies[2])))
+    healthy = runner.run(ScheduledBatch((verifies[0], prefill, verifies[2])))
     poison(runner, tables[1][:2], math.nan)
-    first, sick, unasked, last = runner.run(StepPlan((verifies[0], verifies[1], prefill, verifies[2])))
+    first, sick, unasked, last = runner.run(ScheduledBatch((verifies[0], verifies[1], prefill, verifies[2])))
     assert sick.failure is not None
     assert "the model's logits are not finite" in sick.failure
     assert sick.token_ids == sick.probs == sick.top == ()
@@ -60,16 +60,16 @@ def test_a_verify_ends_before_the_row_that_has_no_token(runner: TorchRunner) -> 
     sampling = SamplingParams(response_format=JsonFormat("{}"), logprobs=1)
     anything, nothing = b"\xff" * 20, b"\x00" * 20
     whole = segment(tokens, Pages(120, 5).table(6), sampling=sampling)
-    [expected] = runner.run(StepPlan((dataclasses.replace(whole, allowed=(anything,) * 6),)))
+    [expected] = runner.run(ScheduledBatch((dataclasses.replace(whole, allowed=(anything,) * 6),)))
     for count in range(6):
         masks = (anything,) * count + (nothing,) * (6 - count)
-        [found] = runner.run(StepPlan((dataclasses.replace(whole, allowed=masks),)))
+        [found] = runner.run(ScheduledBatch((dataclasses.replace(whole, allowed=masks),)))
         assert found.token_ids == expected.token_ids[:count]
         assert found.top == expected.top[:count]
         assert found.failure is None if count else "response_format" in str(found.failure)
     forbidden = SamplingParams(logit_bias=tuple((token, -math.inf) for token in range(97)))
     draft = segment(tokens, (0, 1), num_causal=0, wanted=(1, 2), sampling=forbidden)
-    [failed] = runner.run(StepPlan((draft,)))
+    [failed] = runner.run(ScheduledBatch((draft,)))
     assert failed == SegmentOutput((), (), failure=failed.failure)
     assert "logit_bias" in str(failed.failure)
 
@@ -86,14 +86,14 @@ def test_penalties_of_a_verify_are_those_of_steps(runner: TorchRunner, penalties
     """By the history as the engine hands it out, and as a plain tuple."""
     tokens, table = prompt(24, seed=4), Pages(120, 5).table(24)
     sampling = SamplingParams(temperature=0.8, seed=3, **penalties)
-    runner.run(StepPlan((segment(tokens[:16], table, wanted=()),)))
+    runner.run(ScheduledBatch((segment(tokens[:16], table, wanted=()),)))
     stepped: list[int] = []
     for at in range(16, 24):
         step = segment(tokens[at : at + 1], table, start=at, sampling=sampling)
         step = dataclasses.replace(step, prompt_len=10, history=tuple(tokens[:at]))
-        [output] = runner.run(StepPlan((step,)))
+        [output] = runner.run(ScheduledBatch((step,)))
         stepped += output.token_ids
     verify = segment(tokens[16:], table, start=16, sampling=sampling)
     verify = dataclasses.replace(verify, prompt_len=10, history=array("i", tokens[:16]))
-    [output] = runner.run(StepPlan((verify,)))
+    [output] = runner.run(ScheduledBatch((verify,)))
     assert list(output.token_ids) == stepped

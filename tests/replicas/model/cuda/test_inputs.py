@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from replicas.engine.plan import Segment
+from replicas.engine.batch import Segment
 from replicas.messages import SamplingParams
 from replicas.model.config import ModelConfig
 from replicas.model.cuda.fill import fill_in

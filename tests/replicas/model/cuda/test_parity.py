@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from policies.modes import DecodePlan, Mode
+from replicas.engine.batch import ScheduledBatch, Segment
 from replicas.engine.engine import Engine
-from replicas.engine.plan import Segment, StepPlan
 from replicas.engine.sequence import Sequence
 from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.checkpoint import CheckpointError, load_weights
@@ -199,13 +199,15 @@ def test_a_commit_with_the_next_block_behind_it_is_two_steps(folder: Path) -> No
     both = commit_and_masks(tokens[4:], 6, table, start=4, sampling=sampling)
     commit, block = in_two(both)
     for runner in (together, apart):
-        runner.run(StepPlan((segment(tokens[:4], table, wanted=()),)))
+        runner.run(ScheduledBatch((segment(tokens[:4], table, wanted=()),)))
         step = segment(other[:1], other_table, seq_id=1)
-        runner.run(StepPlan((replace(both, token_ids=both.token_ids[:1], num_causal=1, wanted=(0,)), step)))
+        runner.run(
+            ScheduledBatch((replace(both, token_ids=both.token_ids[:1], num_causal=1, wanted=(0,)), step))
+        )
     verify = segment(other[1:], other_table, start=1, seq_id=1)
-    found, checked = together.run(StepPlan((both, verify)))
-    first, expected = apart.run(StepPlan((commit, verify)))
-    [second] = apart.run(StepPlan((block,)))
+    found, checked = together.run(ScheduledBatch((both, verify)))
+    first, expected = apart.run(ScheduledBatch((commit, verify)))
+    [second] = apart.run(ScheduledBatch((block,)))
     assert checked.token_ids == expected.token_ids
     assert found.token_ids == first.token_ids + second.token_ids
     assert found.probs == pytest.approx(first.probs + second.probs, abs=1e-4)

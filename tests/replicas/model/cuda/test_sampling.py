@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from policies.modes import DecodePlan, Mode
+from replicas.engine.batch import Runner, Segment
 from replicas.engine.engine import Engine
-from replicas.engine.plan import Runner, Segment
 from replicas.kernels.confidence import confidence
 from replicas.messages import DecodingOptions, JsonFormat, SamplingParams
 from replicas.model.cuda.lookahead import guess

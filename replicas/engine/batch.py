@@ -1,4 +1,4 @@
-"""What one forward runs. The scheduler makes a StepPlan; whatever implements Runner executes it."""
+"""The data of one forward: the scheduler makes a ScheduledBatch; whatever implements Runner executes it."""
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -18,33 +18,33 @@ class Segment:
     queries see the cached tokens and the whole segment; its K/V lands in the same page slots but is
     garbage afterwards: the caller overwrites it by causal tokens before it counts as cached.
 
-    seq_id: the engine's number of the sequence.
-    start: position of token_ids[0]; the K/V of positions 0..start-1 is cached.
-    pages: the page table; pages[p // page_size] holds position p, up to start + len(token_ids) - 1.
-    wanted: indices into token_ids whose logits are sampled, ascending; may be empty.
-    prompt_len: tokens of the sequence's prompt.
-    history: the tokens before start, where the sampling has penalties and any row is wanted; else empty.
-        An array of int32 is the cheapest.
-    num_causal: all, none, or fewer where a commit has the next block behind it.
-    adapter: whether the adapter is on for these rows; never with causal ones among them.
-    allowed: for each wanted index a mask of what may be sampled (engine.grammar); empty for anything.
     """
 
     seq_id: int
+    """The engine's number of the sequence."""
     start: int
+    """The position of token_ids[0]; the K/V of positions 0..start-1 is cached."""
     token_ids: tuple[int, ...]
     pages: tuple[int, ...]
+    """The page table; pages[p // page_size] holds position p, up to start + len(token_ids) - 1."""
     num_causal: int
+    """All, none, or fewer where a commit has the next block behind it."""
     adapter: bool
+    """Whether the adapter is on for these rows; never with causal ones among them."""
     wanted: tuple[int, ...]
+    """Indices into token_ids whose logits are sampled, ascending; may be empty."""
     sampling: SamplingParams
     prompt_len: int = 0
+    """Tokens of the sequence's prompt."""
     history: Seq[int] = ()
+    """The tokens before start, where the sampling has penalties and any row is wanted; else empty. An array
+    of int32 is the cheapest."""
     allowed: tuple[bytes, ...] = ()
+    """For each wanted index a mask of what may be sampled (engine.grammar); empty for anything."""
 
     @property
     def is_causal(self) -> bool:
-        """All of it."""
+        """Whether all of its tokens are causal."""
         return self.num_causal == len(self.token_ids)
 
     @property
@@ -58,10 +58,14 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class StepPlan:
+class ScheduledBatch:
     """One forward: segments of any kinds and sequences, at most one segment a sequence."""
 
     segments: tuple[Segment, ...]
+    mode: Mode | None = None
+    """The mode of most of the sequences that decode in it; None for prompts alone. No runner looks at it."""
+    explores: bool = False
+    """Whether any of them explores a plan that is not in force."""
 
     @property
     def num_tokens(self) -> int:
@@ -74,22 +78,23 @@ TokenProb = tuple[int, float]
 
 @dataclass(frozen=True, slots=True)
 class SegmentOutput:
-    """What was sampled, aligned with Segment.wanted.
+    """The sampled tokens of a segment, one for each index of Segment.wanted.
 
-    token_ids, probs: for each wanted index; of a verify, fewer where nothing can be sampled from a later row.
-    probs: the chosen tokens' probability by the model itself (softmax of the raw logits, before
-    temperature and filters), the confidence of `diffusion`. The mask token is never chosen.
+    They are fewer, of a verify, where nothing can be sampled from a later row.
     """
 
     token_ids: tuple[int, ...]
+    """The chosen tokens; never the mask token."""
     probs: tuple[float, ...]
+    """Their probability by the model itself (softmax of the raw logits, before temperature and filters),
+    the confidence of `diffusion`."""
     top: tuple[tuple[TokenProb, ...], ...] = ()
     """Where asked for: for each chosen token the most probable ones, in order."""
     failure: str | None = None
-    """Why nothing could be sampled from this segment's rows; token_ids and probs are then empty."""
+    """The reason why nothing could be sampled from the segment's rows; token_ids and probs are then empty."""
 
     def logprobs(self, count: int) -> tuple["TokenLogprob", ...]:
-        """Of the first count tokens; empty where none were asked for."""
+        """The log-probabilities of the first count tokens; empty where none were asked for."""
         if not self.top:
             return ()
         chosen = zip(self.token_ids[:count], self.probs, self.top, strict=False)
@@ -107,7 +112,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """What the engine must know of the model behind a Runner."""
+    """The facts about the model behind a Runner that the engine needs."""
 
     modes: tuple[Mode, ...]
     mask_token_id: int | None
@@ -130,6 +135,6 @@ class Runner(Protocol):
     @property
     def spec(self) -> ModelSpec: ...
 
-    def run(self, plan: StepPlan) -> Seq[SegmentOutput]:
-        """One output a segment, in the plan's order. RunnerLost: it is of no use from now on."""
+    def run(self, batch: ScheduledBatch, /) -> Seq[SegmentOutput]:
+        """One output a segment, in the batch's order. RunnerLost: it is of no use from now on."""
         ...
