@@ -262,5 +262,5 @@ async def test_with_real_replicas_one_of_which_fails_each_forward_all_requests_e
         dead, sound = (replica.service for replica in stack.replicas)
         with pytest.raises(RuntimeError, match="died"):
             dead.check()
-        await eventually(lambda: sound.load().num_in_flight == 0)
+        await eventually(lambda: sound.snapshot().num_in_flight == 0)
         assert sum(stack.dispatcher.in_flight().values()) == 0

@@ -262,7 +262,7 @@ async def test_a_real_replica_says_by_which_mode_a_cancelled_stream_was_made(met
         runner.allow()
         await stack.settled()
         await eventually(lambda: tokens(metrics))
-        (load,) = [replica.service.load() for replica in stack.replicas]
+        (load,) = [replica.service.snapshot() for replica in stack.replicas]
     assert set(tokens(metrics)) == {mode}
     assert 0 < tokens(metrics)[mode] < 60
     assert used(metrics)["completion"] == tokens(metrics)[mode] == load.tokens_total_by_mode[mode]
