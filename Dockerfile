@@ -22,6 +22,7 @@ COPY replicas replicas
 COPY router router
 COPY cluster cluster
 COPY loadtest loadtest
+COPY training training
 RUN pip install -c constraints.txt .
 
 FROM build AS build-cuda
@@ -34,6 +35,7 @@ COPY replicas replicas
 COPY router router
 COPY cluster cluster
 COPY loadtest loadtest
+COPY training training
 RUN pip install -c constraints.txt .
 
 # wget is what KubeRay's probes call. CUDA's libraries come with torch's wheel; the driver is the node's.

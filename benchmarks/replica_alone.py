@@ -12,11 +12,11 @@ from itertools import count
 
 from benchmarks.load import Answered
 from benchmarks.modes import CHECKPOINT
-from policies.follower import PlanFollower
-from policies.load import ReplicaLoad
-from policies.plan import ObservedPlan
+from policies.control.plan import ObservedPlan
+from policies.control.plan_sync import PlanFollower
+from policies.control.store import LoadStore, StoreUnavailable
 from policies.registry import create_policy
-from policies.store import LoadStore, StoreUnavailable
+from policies.replica_load import ReplicaLoad
 from replicas.calibration import calibrate
 from replicas.engine.engine import Engine
 from replicas.messages import (

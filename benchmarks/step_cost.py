@@ -6,7 +6,7 @@ runner; and the engine answering the held-out prompts of benchmarks.modes at eac
 gives tokens a second, what the engine spends outside the forwards, and of every request the tokens and
 forwards it took. Blocks of diffusion come one after the other, which is what the simulator models. With one
 thread `--clock cpu` leaves out what other processes took.
-`python -m loadtest.simulate validate` predicts the rates from the rest.
+`python -m loadtest.simulator validate` predicts the rates from the rest.
 """
 
 import argparse

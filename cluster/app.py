@@ -14,9 +14,9 @@ from ray.serve.schema import LoggingConfig
 from cluster.autoscaling import autoscaling_config
 from cluster.config import ClusterConfig
 from cluster.embedded_redis import EmbeddedRedis, Endpoint
-from policies.admission import QueueLimits
 from policies.scaling import Targets
 from replicas.config import ReplicaConfig
+from router.admission_control import QueueLimits
 from router.guard import Bounds, GuardConfig
 from router.ingress import AddressedRouter, Ingress, IngressConfig
 

@@ -11,7 +11,7 @@ from urllib.parse import quote
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 import replicas
-from policies.connection import check_url
+from policies.control.connection import check_url
 from policies.modes import MAX_BLOCK_LENGTH
 from policies.registry import DEFAULT_POLICY, PolicyError, create_policy
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from loadtest.arrivals import Arrival, TraceError
 from loadtest.slo import Slo
-from replicas.training.tasks.family import draw
-from replicas.training.tasks.registry import FAMILIES
-from replicas.training.tasks.words import ITEMS, NAMES
+from training.tasks.family import draw
+from training.tasks.registry import FAMILIES
+from training.tasks.words import ITEMS, NAMES
 
 ANSWER_LIMIT = 320
 """The most tokens of the embedded checkpoint in any task's answer."""

@@ -7,9 +7,9 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from policies.forecast import Forecast, forecast
-from policies.load import ReplicaLoad
 from policies.modes import LOSSLESS_MODES, MAX_BLOCK_LENGTH, DecodePlan, Mode
 from policies.policy import Decision, ExploredPlans, Policy, PolicyParameters, Snapshot
+from policies.replica_load import ReplicaLoad
 
 NOISE = 0.35
 """A load this much below another, relatively, may still be the same load."""

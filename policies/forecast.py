@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from policies.cost import UNMEASURED, ReplicaCosts, RoundYield
-from policies.load import ReplicaLoad
 from policies.modes import DecodePlan, default_plan, lossless_plan
+from policies.replica_load import ReplicaLoad
 
 PREFILL_SHARE = 0.25
 """Of a step's tokens, kept free of rounds while prompts wait (replicas.engine.scheduler)."""

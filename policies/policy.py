@@ -6,8 +6,8 @@ from typing import ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from policies.load import ClusterLoad, ReplicaLoad
 from policies.modes import DecodePlan
+from policies.replica_load import ClusterLoad, ReplicaLoad
 
 State = TypeVar("State")
 

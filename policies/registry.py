@@ -8,10 +8,10 @@ from pydantic import ValidationError
 
 from policies.cost_model import CostModelPolicy
 from policies.fixed import FixedPolicy
+from policies.hysteresis import StabiliseParameters, WithHysteresis
 from policies.modes import Mode
 from policies.policy import Policy, PolicyParameters
 from policies.slo import SloPolicy
-from policies.stabilise import Stabilised, StabiliseParameters
 from policies.threshold import ThresholdPolicy
 
 POLICIES: Mapping[str, type[Policy[Any]]] = {
@@ -49,7 +49,7 @@ def create_policy(name: str, parameters: Mapping[str, Any] | None = None) -> Pol
         return cls(_validated(cls.Parameters, given, name))
     bounds = _validated(StabiliseParameters, given.pop(_STABILISE, {}), f"{name}: {_STABILISE}")
     inner = cls(_validated(cls.Parameters, given, name, extra_key=_STABILISE))
-    return Stabilised(inner, bounds)
+    return WithHysteresis(inner, bounds)
 
 
 def _import(name: str) -> type[Policy[Any]]:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from policies.forecast import Forecast, forecast
-from policies.load import ReplicaLoad
 from policies.modes import DecodePlan
+from policies.replica_load import ReplicaLoad
 from policies.slo import ttft_s
 
 FULL = 0.8

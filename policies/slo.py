@@ -4,7 +4,7 @@ from pydantic import Field
 
 from policies.cost_model import CostModelParameters, CostModelPolicy
 from policies.forecast import Forecast
-from policies.load import ReplicaLoad
+from policies.replica_load import ReplicaLoad
 
 
 class SloParameters(CostModelParameters):

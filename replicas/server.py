@@ -9,19 +9,19 @@ from typing import Any
 
 from ray import serve
 
-from policies.follower import PlanFollower
-from policies.load import ReplicaLoad
-from policies.plan import ReplicaPlan
+from policies.control.plan import ReplicaPlan
+from policies.control.plan_sync import PlanFollower
+from policies.control.policy_setting import PolicyChoice, PolicyWatch
+from policies.control.store import LoadStore
 from policies.registry import create_policy
+from policies.replica_load import ReplicaLoad
 from policies.scaling import demand
-from policies.setting import PolicyChoice, PolicyWatch
-from policies.store import LoadStore
 from replicas.calibration import calibrate
 from replicas.config import ReplicaConfig
 from replicas.engine.engine import Engine
-from replicas.load import load_runner
 from replicas.messages import Accepted, Event, GenerateRequest, ModelInfo, Rejected
 from replicas.net import check_running
+from replicas.runner_loader import load_runner
 from replicas.service import ReplicaService
 from replicas.text import TextCodec
 from replicas.trace import SpanWriter

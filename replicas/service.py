@@ -12,15 +12,14 @@ from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 from policies.cost import StepCost
-from policies.load import ReplicaLoad
 from policies.modes import DecodePlan
 from policies.policy import ExploredPlans
+from policies.replica_load import ReplicaLoad
 from replicas.channels import ChannelHub
 from replicas.engine.engine import Engine
 from replicas.engine.grammar import Grammar
 from replicas.engine.sequence import Progress
 from replicas.errors import ErrorCode, TriadError
-from replicas.live import Choice, Live, Outbox, choice_name, is_chat
 from replicas.messages import (
     NUM_SEEDS,
     Accepted,
@@ -32,6 +31,7 @@ from replicas.messages import (
 )
 from replicas.net import Net
 from replicas.preparation import Preparation
+from replicas.request_state import ChoiceState, Outbox, RequestState, choice_name, is_chat
 from replicas.stats import LoadMeter, look
 from replicas.text import TextCodec
 from replicas.timeline import Timeline
@@ -67,8 +67,8 @@ class ReplicaService:
         self._codec = codec
         self._clock = clock
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._live: dict[str, Live] = {}
-        self._choices: dict[str, Choice] = {}  # by their names in the engine
+        self._live: dict[str, RequestState] = {}
+        self._choices: dict[str, ChoiceState] = {}  # by their names in the engine
         self._meter = LoadMeter(engine, clock, step_cost)
         self._seen = look(engine, replica_id)
         grammars = codec.grammars(engine.spec.vocab_size, engine.spec.eos_token_ids)
@@ -247,7 +247,7 @@ class ReplicaService:
                 f"{self._engine.capacity} at once; lower n, or send fewer prompts a request"
             )
             raise TriadError(ErrorCode.INVALID_REQUEST, message, "n" if request.num_choices > 1 else "prompt")
-        live = Live(request)
+        live = RequestState(request)
         try:
             for index in range(request.num_indices):
                 self._submit_choice(live, index, prompts[index // request.num_choices], grammars[index])
@@ -256,7 +256,9 @@ class ReplicaService:
             raise
         self._live[request.request_id] = live
 
-    def _submit_choice(self, live: Live, index: int, prompt_ids: list[int], grammar: Grammar | None) -> None:
+    def _submit_choice(
+        self, live: RequestState, index: int, prompt_ids: list[int], grammar: Grammar | None
+    ) -> None:
         request = live.request
         seed = (request.sampling.seed + index % request.num_choices) % NUM_SEEDS
         name = choice_name(live, index)
@@ -273,14 +275,14 @@ class ReplicaService:
             text,
             cache_salt=request.cache_salt,
         )
-        choice = Choice(live, index, sequence, text)
+        choice = ChoiceState(live, index, sequence, text)
         if self._on_timeline is not None:
             choice.timeline = Timeline(request.request_id, request.trace_carrier, self._clock(), index)
         self._choices[name] = live.choices[index] = choice
         if index % request.num_choices == 0:
             live.num_prompt_tokens += len(prompt_ids)
 
-    def _drop(self, live: Live, code: ErrorCode | None = None) -> None:
+    def _drop(self, live: RequestState, code: ErrorCode | None = None) -> None:
         """Ends what still runs of a request, without an event. code: why; None where it has not begun."""
         self._live.pop(live.request.request_id, None)
         for index, choice in live.choices.items():
@@ -291,7 +293,7 @@ class ReplicaService:
                 self._give_up(choice, code)
         live.choices.clear()
 
-    def _give_up(self, choice: Choice, code: ErrorCode) -> None:
+    def _give_up(self, choice: ChoiceState, code: ErrorCode) -> None:
         """Counts what a choice has come to that is not to be complete."""
         if choice.sequence.num_completion_tokens:
             choice.live.count(choice, self.replica_id)
@@ -352,7 +354,7 @@ class ReplicaService:
                 outbox.add(live.request.channel_id, live.failed(ErrorCode.INTERNAL, message))
         self._send(outbox)
 
-    def _tell(self, outbox: Outbox, choice: Choice, made: Progress) -> None:
+    def _tell(self, outbox: Outbox, choice: ChoiceState, made: Progress) -> None:
         """Turns what a step did for one choice into its request's events. One that fails fails them all."""
         live = choice.live
         request_id, channel_id = live.request.request_id, live.request.channel_id
@@ -376,14 +378,14 @@ class ReplicaService:
                 outbox.add(channel_id, live.finished())
                 del self._live[request_id]
 
-    def _end_choice(self, choice: Choice) -> None:
+    def _end_choice(self, choice: ChoiceState) -> None:
         live, sequence = choice.live, choice.sequence
         live.count(choice, self.replica_id)
         self._close(choice, None)
         del live.choices[choice.index]
         del self._choices[sequence.request_id]
 
-    def _close(self, choice: Choice, error: ErrorCode | None) -> None:
+    def _close(self, choice: ChoiceState, error: ErrorCode | None) -> None:
         if choice.timeline is not None:
             with self._timelines_net:
                 choice.timeline.end(choice.sequence, error, self._clock())

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from policies.cost import ForwardStats, ReplicaCosts, RoundStats, StepCost
-from policies.estimate import CostEstimator, YieldEstimator
-from policies.load import ReplicaLoad
+from policies.cost_estimator import CostEstimator, YieldEstimator
 from policies.modes import Mode
+from policies.replica_load import ReplicaLoad
 from replicas.engine.engine import Engine
 from replicas.net import Net
 

@@ -9,7 +9,7 @@ from replicas.errors import ErrorCode
 
 
 @dataclass(slots=True)
-class Spell:
+class ModeSpan:
     """A time in one mode, from one safe point to another. num_forwards: a draft and its verify are two."""
 
     mode: Mode
@@ -35,7 +35,7 @@ class Timeline:
     began_s: float | None = None
     first_token_s: float | None = None
     ended_s: float | None = None
-    spells: list[Spell] = field(default_factory=list)
+    spells: list[ModeSpan] = field(default_factory=list)
     num_prompt_tokens: int = 0
     num_reused_tokens: int = 0
     num_preemptions: int = 0
@@ -51,7 +51,7 @@ class Timeline:
             return
         if not self.spells or self.spells[-1].mode is not mode:
             since_s = self.spells[-1].until_s if self.spells else now_s
-            self.spells.append(Spell(mode, sequence.rule, since_s, now_s))
+            self.spells.append(ModeSpan(mode, sequence.rule, since_s, now_s))
         spell = self.spells[-1]
         spell.until_s = now_s
         spell.rule = sequence.rule

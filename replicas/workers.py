@@ -15,8 +15,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from replicas.config import ReplicaConfig
 from replicas.engine.batch import Runner
-from replicas.load import load_runner
 from replicas.model.lockstep import Leader, Meeting, follow, join
+from replicas.runner_loader import load_runner
 
 
 class TensorParallelWorker:

@@ -1,7 +1,7 @@
-"""What a refusal by policies.admission is over HTTP."""
+"""What a refusal by router.admission_control is over HTTP."""
 
-from policies.admission import Admission, Shed
 from replicas.errors import ErrorCode
+from router.admission_control import Admission, Shed
 from router.errors import Overloaded
 
 

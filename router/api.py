@@ -15,15 +15,15 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from policies.setting import PolicyWatch
-from policies.store import LoadStore
+from policies.control.policy_setting import PolicyWatch
+from policies.control.store import LoadStore
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import GenerateRequest, ModelInfo
 from router.auth import KeyRing
 from router.body import BodyReader, route_with
 from router.dispatch import Dispatcher
 from router.errors import ApiError, add_error_handlers, json_response
-from router.guard import Bounds, Guard, RoomCheck, key_of
+from router.guard import AuthMiddleware, Bounds, LoadShedding, key_of
 from router.limits import KeyLimiter
 from router.load_view import LoadView
 from router.metrics import Metrics
@@ -32,11 +32,11 @@ from router.responses import BodyLimit, GenerationResponse, HeadAsGet
 from router.schema import ChatCompletionRequest, Completion, CompletionRequest
 from router.sse import Answer, ChatAnswer, TextAnswer
 from router.state import cluster_state
-from router.trail import REQUEST_ID_HEADER, Record, Trail, trace_carrier_in
+from router.trail import REQUEST_ID_HEADER, AccessLog, RequestLog, trace_carrier_in
 
 
 @dataclass(frozen=True, slots=True)
-class Door:
+class AppState:
     """What the routes work with.
 
     model_name: the name clients ask for. created: when it was loaded, in seconds since 1970.
@@ -65,7 +65,7 @@ class Door:
     answers_id: bool = True
 
 
-def create_app(door: Door, lifespan: AbstractAsyncContextManager[None] | None = None) -> FastAPI:
+def create_app(door: AppState, lifespan: AbstractAsyncContextManager[None] | None = None) -> FastAPI:
     """lifespan: entered when the app starts and left when it stops."""
     bodies = BodyReader(door.bounds)
 
@@ -124,9 +124,9 @@ def create_app(door: Door, lifespan: AbstractAsyncContextManager[None] | None = 
     return app
 
 
-def _middleware(door: Door) -> list[Middleware]:
+def _middleware(door: AppState) -> list[Middleware]:
     """From the outside in. A browser asks beforehand, without a key, so CORS precedes the guard."""
-    layers = [Middleware(HeadAsGet), Middleware(Trail, door.metrics, door.tracer, door.answers_id)]
+    layers = [Middleware(HeadAsGet), Middleware(AccessLog, door.metrics, door.tracer, door.answers_id)]
     if door.cors_origins:
         layers.append(
             Middleware(
@@ -137,14 +137,14 @@ def _middleware(door: Door) -> list[Middleware]:
                 expose_headers=[REQUEST_ID_HEADER, "Retry-After"],
             )
         )
-    layers.append(Middleware(Guard, door.keys, door.bounds))
-    layers.append(Middleware(RoomCheck, door.dispatcher.check_room))
+    layers.append(Middleware(AuthMiddleware, door.keys, door.bounds))
+    layers.append(Middleware(LoadShedding, door.dispatcher.check_room))
     layers.append(Middleware(BodyLimit, door.bounds.max_body_bytes, door.bounds.body_timeout_s))
     return layers
 
 
 async def _generate(
-    door: Door,
+    door: AppState,
     http: Request,
     body: ChatCompletionRequest | CompletionRequest,
     answer_type: type[Answer],
@@ -181,7 +181,7 @@ async def _generate(
     )
     charge = None if door.limiter is None else await door.limiter.charge(key, request)
     operation = "chat" if is_chat else "text_completion"
-    record = Record(http.scope, operation, door.model_name, key, charge, door.metrics, door.limiter)
+    record = RequestLog(http.scope, operation, door.model_name, key, charge, door.metrics, door.limiter)
     generation = door.dispatcher.generate(request)
     return GenerationResponse(
         generation,
@@ -202,7 +202,7 @@ def as_sent(error: TriadError, body: Completion) -> TriadError:
     return TriadError(error.code, message, param)
 
 
-def _check_model_name(door: Door, name: str) -> None:
+def _check_model_name(door: AppState, name: str) -> None:
     if name != door.model_name:
         message = f"The model '{name}' does not exist; this server has '{door.model_name}'."
         raise ApiError(404, "model_not_found", message, "model")
@@ -228,7 +228,7 @@ def _check_fits(request: GenerateRequest, model: ModelInfo) -> None:
         raise TriadError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, "max_tokens")
 
 
-def _model_entry(door: Door) -> dict[str, Any]:
+def _model_entry(door: AppState) -> dict[str, Any]:
     """OpenAI's entry, and what a client of Triad wants to know; null until a replica has been seen."""
     model = door.dispatcher.model
     return {

@@ -9,10 +9,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
-from policies.admission import Admission, AdmissionControl, Shed
-from policies.ejection import FailureWatch
-from policies.loop import Clock
-from policies.placement import place
+from policies.control.loop import Clock
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import (
     Accepted,
@@ -26,11 +23,14 @@ from replicas.messages import (
     joined,
 )
 from router.admission import raise_if_shed
+from router.admission_control import Admission, AdmissionControl, Shed
+from router.ejection import FailureWatch
 from router.errors import Overloaded
-from router.link import FAULTS, Inbox, LastWord, Link, LinkTimes, ReplicaLost
 from router.load_view import LoadView
+from router.placement import place
+from router.prompt_estimator import PromptEstimator, check_fits
+from router.replica_connection import FAULTS, Inbox, LastWord, LinkTimes, ReplicaConnection, ReplicaLost
 from router.transport import Directory
-from router.wishes import Wishes, check_fits
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +72,9 @@ class Dispatcher:
         self._clock = clock
         self._traffic = admission.traffic
         self._watch = FailureWatch()
-        self._wishes = Wishes()
+        self._wishes = PromptEstimator()
         self._num_unsure = 0
-        self._links: dict[str, Link] = {}
+        self._links: dict[str, ReplicaConnection] = {}
         self._runs: dict[str, asyncio.Task[None]] = {}
         self._look_again = asyncio.Event()
         self._model: ModelInfo | None = None
@@ -129,7 +129,7 @@ class Dispatcher:
 
     async def place(
         self, request: GenerateRequest, avoid: set[str], is_admitted: bool = False
-    ) -> tuple[Link, Accepted, Inbox]:
+    ) -> tuple[ReplicaConnection, Accepted, Inbox]:
         """Sends a request to the best replica that takes it. Adds those that refuse or fail to `avoid`.
 
         is_admitted: it has been let in before, and its replica was lost. Raises TriadError when none takes
@@ -152,7 +152,7 @@ class Dispatcher:
 
     async def _send(
         self, request: GenerateRequest, avoid: set[str], num_tokens: int, is_sure: bool
-    ) -> tuple[Link, Accepted, Inbox]:
+    ) -> tuple[ReplicaConnection, Accepted, Inbox]:
         keys = self._wishes.keys(request)
         refusal: TriadError | None = None
         while True:
@@ -228,7 +228,7 @@ class Dispatcher:
         for replica_id, client in found.items():
             self._model = client.info
             if replica_id not in self._links:
-                link = Link(
+                link = ReplicaConnection(
                     client, self._traffic, self._watch, self._times, self._look_again.set, self._clock
                 )
                 self._links[replica_id] = link
@@ -271,7 +271,7 @@ class Generation:
         self._avoid: set[str] = set()
         self._num_losses = 0
         self._num_sent = 0
-        self._link: Link | None = None
+        self._link: ReplicaConnection | None = None
         self._request_id = ""
         self._inbox: Inbox = asyncio.Queue()
         self._first: Event | None = None

@@ -42,7 +42,7 @@ class GuardConfig:
     cors_origins: tuple[str, ...] = ()
 
 
-class Guard:
+class AuthMiddleware:
     """ASGI middleware: an answer of 431, 401 or 403, or the app with the key in the request's state."""
 
     def __init__(self, app: ASGIApp, keys: KeyRing, bounds: Bounds):
@@ -88,7 +88,7 @@ class Guard:
         return key
 
 
-class RoomCheck:
+class LoadShedding:
     """ASGI middleware: while all places are taken a completion is refused before its body is read.
 
     So that under overload refusals take little from what is served. check: raises TriadError.

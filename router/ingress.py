@@ -29,13 +29,13 @@ from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableE
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from policies.admission import AdmissionControl, QueueLimits
-from policies.controller import Controller
+from policies.control.controller import Controller
+from policies.control.policy_setting import PolicyChoice, PolicyWatch
+from policies.control.store import LoadStore
 from policies.registry import create_policy
-from policies.setting import PolicyChoice, PolicyWatch
-from policies.store import LoadStore
 from replicas.messages import Accepted, Event, GenerateRequest, ModelInfo, Rejected
-from router.api import Door, create_app
+from router.admission_control import AdmissionControl, QueueLimits
+from router.api import AppState, create_app
 from router.auth import KeyRing
 from router.dispatch import Dispatcher
 from router.guard import Bounds, GuardConfig
@@ -188,7 +188,7 @@ class Ingress:
             ServeDirectory(replicas), self._view, AdmissionControl(config.max_running, config.queue_limits)
         )
         self._metrics.seen.num_in_flight = lambda: sum(self._dispatcher.in_flight().values())
-        self._door = Door(
+        self._door = AppState(
             self._dispatcher,
             self._view,
             self._store,

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from policies.store import LoadStore, StoreUnavailable
+from policies.control.store import LoadStore, StoreUnavailable
 from replicas.messages import GenerateRequest, Prompt
 from router.auth import ApiKey
 from router.errors import ApiError, rate_limited

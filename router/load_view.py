@@ -5,9 +5,9 @@ import logging
 import time
 from dataclasses import replace
 
-from policies.load import ObservedLoad
-from policies.loop import PERIOD_S, Clock, Sleep, run_every
-from policies.store import LoadStore, StoreUnavailable
+from policies.control.loop import PERIOD_S, Clock, Sleep, run_every
+from policies.control.store import LoadStore, StoreUnavailable
+from policies.replica_load import ObservedLoad
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from policies.load import LOST_S, ReplicaLoad
+from policies.control.store import ClusterView
 from policies.modes import Mode
-from policies.store import ClusterView
+from policies.replica_load import LOST_S, ReplicaLoad
 from replicas.messages import DecodingReport, Finished
 from telemetry.setup import SCOPE, meter_provider
 

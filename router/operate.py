@@ -13,10 +13,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 from starlette.responses import Response
 
-from policies.loop import run_every
+from policies.control.loop import run_every
+from policies.control.policy_setting import PolicyChoice, PolicyWatch
+from policies.control.store import LoadStore, StoreUnavailable
 from policies.registry import PolicyError, policy_names
-from policies.setting import PolicyChoice, PolicyWatch
-from policies.store import LoadStore, StoreUnavailable
 from replicas.errors import ErrorCode, TriadError
 from router.errors import json_response
 from router.metrics import CONTENT_TYPE, Metrics

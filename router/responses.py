@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from replicas.errors import TriadError
 from router.dispatch import Generation
 from router.sse import Answer, Counts, delta_event, error_event, whole_body
-from router.trail import Record
+from router.trail import RequestLog
 
 EVENT_STREAM = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -28,7 +28,7 @@ class GenerationResponse(Response):
         generation: Generation,
         answer: Answer,
         stream: bool,
-        record: Record,
+        record: RequestLog,
         interval_s: float = 0.0,
         as_sent: Callable[[TriadError], TriadError] = lambda error: error,
     ):

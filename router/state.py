@@ -7,9 +7,9 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any
 
-from policies.load import ObservedLoad
-from policies.plan import ObservedPlan
-from policies.store import LoadStore, StoreUnavailable
+from policies.control.plan import ObservedPlan
+from policies.control.store import LoadStore, StoreUnavailable
+from policies.replica_load import ObservedLoad
 from router.dispatch import Dispatcher
 from router.load_view import LoadView
 

@@ -36,7 +36,7 @@ _QUIET = frozenset({"/health", "/healthz", "/readyz", "/metrics"})
 """Asked every few seconds: neither traced nor logged."""
 
 
-class Trail:
+class AccessLog:
     """ASGI middleware around all others: request id, span, counter and log line of every answer.
 
     The caller's own X-Request-Id is kept as far as it is a plain word. answers_id: whether to answer with
@@ -114,7 +114,7 @@ def trace_carrier_in(scope: Scope) -> Mapping[str, str]:
     return carrier
 
 
-class Record:
+class RequestLog:
     """Around one generation's answer: entered before it is sent off, left with however it ends."""
 
     def __init__(

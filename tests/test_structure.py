@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("telemetry", "policies", "replicas", "router", "cluster", "loadtest", "tests")
+PACKAGES = ("telemetry", "policies", "replicas", "router", "cluster", "loadtest", "training", "tests")
 MAX_README_LINES = 150
 
 DOCS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from policies.cost import ForwardStats, StepCost
-from policies.load import ReplicaLoad
 from policies.modes import MAX_BLOCK_LENGTH, DecodePlan, Mode
 from policies.policy import ExploredPlans
+from policies.replica_load import ReplicaLoad
 from replicas.engine.batch import Runner, RunnerLost, ScheduledBatch, SegmentOutput
 from replicas.engine.decoders.choose import ActivePlan
 from replicas.engine.grammar import Grammar

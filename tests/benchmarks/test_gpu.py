@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.crossover import accepted, chance_of, crossovers, rates
-from benchmarks.gpu_costs import step_cost_table
-from benchmarks.gpu_targets import targets
-from benchmarks.gpu_timing import Report
-from loadtest.simulate_cost import StepTable
+from benchmarks.gpu.costs import step_cost_table
+from benchmarks.gpu.targets import targets
+from benchmarks.gpu.timing import Report
+from loadtest.simulator.cost import StepTable
 
 ROOT = Path(__file__).parents[2]
 FIGURES = json.loads((ROOT / "benchmarks" / "data" / "acceptance.json").read_text())

@@ -12,9 +12,9 @@ import cluster.app
 from cluster.app import deploy
 from cluster.config import ClusterConfig
 from cluster.embedded_redis import EmbeddedRedis, Endpoint
-from policies.admission import QueueLimits
 from policies.scaling import Targets
 from replicas.config import ReplicaConfig
+from router.admission_control import QueueLimits
 from router.ingress import IngressConfig
 
 

@@ -16,10 +16,10 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from cluster.config import ClusterConfig
-from policies.load import ClusterLoad, ObservedLoad, ReplicaLoad
+from policies.control.plan import ObservedPlan, ReplicaPlan
+from policies.control.store import ClusterView
 from policies.modes import Mode, default_plan
-from policies.plan import ObservedPlan, ReplicaPlan
-from policies.store import ClusterView
+from policies.replica_load import ClusterLoad, ObservedLoad, ReplicaLoad
 from replicas.messages import DecodingReport, Finished
 from router.metrics import Metrics, Outcome
 from tests.helm.cluster import Cluster

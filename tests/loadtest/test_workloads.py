@@ -12,8 +12,8 @@ from loadtest.workloads import (
     pool,
     verified,
 )
-from replicas.training.tasks.family import draw, is_held_out
-from replicas.training.tasks.registry import FAMILIES, held_out_tasks
+from training.tasks.family import draw, is_held_out
+from training.tasks.registry import FAMILIES, held_out_tasks
 
 NOW = Arrival(0.0)
 

@@ -5,7 +5,7 @@ import pytest
 import redis.asyncio
 
 from cluster.embedded_redis import EmbeddedRedis
-from policies.store import LoadStore
+from policies.control.store import LoadStore
 
 
 @pytest.fixture(scope="session")

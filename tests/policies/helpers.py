@@ -5,8 +5,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from policies.load import ObservedLoad, ReplicaLoad
 from policies.policy import Decision, Policy, Snapshot
+from policies.replica_load import ObservedLoad, ReplicaLoad
 
 Seen = TypeVar("Seen")
 

@@ -11,10 +11,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policies.controller import Controller
+from policies.control.codec import LOADS, MalformedEntry
+from policies.control.controller import Controller
+from policies.control.loop import run_every
+from policies.control.plan import MAX_REASON_CHARS
+from policies.control.plan_sync import PlanFollower
+from policies.control.policy_setting import (
+    MAX_SETTING_CHARS,
+    PolicyChoice,
+    PolicyWatch,
+    read_setting,
+    write_setting,
+)
+from policies.control.store import LoadStore
 from policies.cost import ForwardStats, ReplicaCosts, RoundStats, RoundYield, StepCost
-from policies.entries import LOADS, MalformedEntry
-from policies.estimate import (
+from policies.cost_estimator import (
     LEAST_MS,
     MAX_PLANS,
     SPECULATION_BLOCKS,
@@ -23,16 +34,11 @@ from policies.estimate import (
     fit_step_cost,
     knots_up_to,
 )
-from policies.follower import PlanFollower
-from policies.load import ReplicaLoad
-from policies.loop import run_every
+from policies.hysteresis import StabiliseParameters, WithHysteresis
 from policies.modes import MAX_BLOCK_LENGTH, DecodePlan, Mode
-from policies.plan import MAX_REASON_CHARS
 from policies.policy import Decision, Policy, PolicyParameters, Snapshot
 from policies.registry import PolicyError, create_policy
-from policies.setting import MAX_SETTING_CHARS, PolicyChoice, PolicyWatch, read_setting, write_setting
-from policies.stabilise import Stabilised, StabiliseParameters
-from policies.store import LoadStore
+from policies.replica_load import ReplicaLoad
 from tests.policies.helpers import FakeClock, a_load
 
 KNOTS = knots_up_to(512)
@@ -210,7 +216,7 @@ class Fails(Policy[None]):
 async def test_a_policy_that_fails_for_one_replica_plans_for_the_others_all_the_same(store, how):
     policy = Fails(PolicyParameters())
     policy.how = how
-    stabilised = Stabilised(policy, StabiliseParameters(dwell_s=0.0))
+    stabilised = WithHysteresis(policy, StabiliseParameters(dwell_s=0.0))
     controllers = {"bare": Controller(store, policy), "stabilised": Controller(store, stabilised)}
     for controller in controllers.values():
         for replica_id in ("r1", "r2", "r3"):
@@ -260,7 +266,7 @@ async def test_the_follower_goes_on_with_its_last_plan_through_whatever_fails(st
     policy = Fails(PolicyParameters())
     policy.ids = ()
     follower = PlanFollower(
-        store, Stabilised(policy, StabiliseParameters()), read_load, clock=clock, sleep=clock.sleep
+        store, WithHysteresis(policy, StabiliseParameters()), read_load, clock=clock, sleep=clock.sleep
     )
     plan = follower.plan.decode
     with caplog.at_level(logging.ERROR):

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from policies.control.codec import LOADS
 from policies.cost import ReplicaCosts, RoundYield, StepCost, prior_yield
-from policies.entries import LOADS
 from policies.modes import MAX_BLOCK_LENGTH, DecodePlan, Mode
 from tests.policies.helpers import a_load
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from policies.cost_model import CostModelParameters
+from policies.hysteresis import StabiliseParameters
 from policies.modes import DecodePlan, Mode
 from policies.registry import POLICIES, create_policy
 from policies.slo import SloParameters
-from policies.stabilise import StabiliseParameters
 from tests.policies.helpers import a_load, drive
 
 TEXT = (Path(__file__).parents[2] / "docs" / "policies.md").read_text()

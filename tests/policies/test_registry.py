@@ -68,7 +68,7 @@ def test_any_importable_policy():
     [
         ("treshold", {}, r"unknown policy 'treshold': choose one of cost_model, slo, threshold, fixed, ar"),
         ("no.such.Policy", {}, r"can't be imported .*choose one of"),
-        ("policies.load.ReplicaLoad", {}, r"not a subclass"),
+        ("policies.replica_load.ReplicaLoad", {}, r"not a subclass"),
         ("threshold", {"bands": 1}, r"bands: Extra inputs.*keys: levels, above, band, stabilise"),
         ("threshold", {"stabilise": {"dwell": 1}}, r"dwell: .*keys: dwell_s, max_shifts_per_minute, margin"),
         ("threshold", {"stabilise": 3}, r"threshold: stabilise: parameters: .*dictionary"),

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import pytest
 
 from policies.cost import StepCost
-from policies.load import Freshness, ObservedLoad, ReplicaLoad
 from policies.modes import DecodePlan, Mode
 from policies.policy import ExploredPlans
+from policies.replica_load import Freshness, ObservedLoad, ReplicaLoad
 from replicas.engine.batch import RunnerLost, ScheduledBatch, SegmentOutput
 from replicas.engine.engine import MAX_FAILED, Engine
 from replicas.errors import ErrorCode, TriadError

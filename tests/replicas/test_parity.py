@@ -15,9 +15,9 @@ from replicas.engine.sequence import Sequence
 from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.runner import TorchRunner
 from replicas.text import TextCodec
-from replicas.training.tasks.registry import held_out_tasks
 from tests.reference import Reference
 from tests.tiny_checkpoint import EOS_TOKEN_ID, MASK_TOKEN_ID, VOCAB_SIZE, make_tiny_checkpoint
+from training.tasks.registry import held_out_tasks
 
 PLANS = [
     DecodePlan(Mode.AR),

@@ -11,9 +11,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from replicas.errors import ErrorCode, TriadError
 from replicas.model.config import CheckpointError
 from replicas.text import TextCodec
-from replicas.training.tasks.registry import FAMILIES, held_out_tasks
 from tests.replicas.codec import tiny_tokenizer
 from tests.tiny_checkpoint import byte_fallback_tokenizer
+from training.tasks.registry import FAMILIES, held_out_tasks
 
 TRIAD_5M = Path(__file__).parents[2] / "replicas" / "checkpoints" / "triad-5m"
 CHAT_ML = (

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import pytest
 
 from policies.cost import StepCost
-from policies.load import ReplicaLoad
 from policies.modes import DecodePlan, Mode
+from policies.replica_load import ReplicaLoad
 from replicas.engine.batch import ScheduledBatch
 from replicas.engine.engine import Engine
 from replicas.errors import ErrorCode

@@ -9,11 +9,11 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from policies.admission import AdmissionControl, QueueLimits
-from router.api import Door
+from router.admission_control import AdmissionControl, QueueLimits
+from router.api import AppState
 from router.dispatch import Dispatcher
-from router.link import LinkTimes
 from router.load_view import LoadView
+from router.replica_connection import LinkTimes
 from tests.eventually import eventually
 from tests.router.fakes import MODEL, FakeDirectory, FakeStore, ScriptedReplica
 
@@ -59,11 +59,11 @@ async def start() -> AsyncIterator[StartDispatcher]:
 
 
 @pytest.fixture
-def make_door(start: StartDispatcher) -> Callable[..., Awaitable[Door]]:
-    async def make_door(*replicas: ScriptedReplica, store: FakeStore | None = None, **more: Any) -> Door:
+def make_door(start: StartDispatcher) -> Callable[..., Awaitable[AppState]]:
+    async def make_door(*replicas: ScriptedReplica, store: FakeStore | None = None, **more: Any) -> AppState:
         store = store or FakeStore()
         dispatcher = await start(*replicas, store=store)
-        return Door(dispatcher, dispatcher._view, store, MODEL, 1_700_000_000, **more)
+        return AppState(dispatcher, dispatcher._view, store, MODEL, 1_700_000_000, **more)
 
     return make_door
 

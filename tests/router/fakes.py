@@ -4,10 +4,10 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
-from policies.load import ClusterLoad, ReplicaLoad
+from policies.control.plan import DecisionRecord
+from policies.control.store import ClusterView, LoadStore, StoreUnavailable
 from policies.modes import Mode
-from policies.plan import DecisionRecord
-from policies.store import ClusterView, LoadStore, StoreUnavailable
+from policies.replica_load import ClusterLoad, ReplicaLoad
 from replicas.errors import ErrorCode
 from replicas.messages import (
     Accepted,
@@ -46,7 +46,7 @@ def a_load(replica_id: str, **more: object) -> ReplicaLoad:
 
 
 @dataclass
-class Live:
+class RequestState:
     """A request at the replica, and how much of its answer is out."""
 
     request: GenerateRequest
@@ -64,7 +64,7 @@ class ScriptedReplica(ReplicaClient):
     def __init__(self, replica_id: str, modes: Sequence[Mode] = tuple(Mode), words: Sequence[str] = WORDS):
         self._info = ModelInfo(MODEL, tuple(modes), 1024, 500, replica_id)
         self.words = words
-        self.live: dict[str, Live] = {}
+        self.live: dict[str, RequestState] = {}
         self.submitted: list[GenerateRequest] = []
         self.cancelled: list[str] = []
         self.terminals: list[str] = []
@@ -91,7 +91,7 @@ class ScriptedReplica(ReplicaClient):
         if request.channel_id not in self._channels:
             return Rejected(request.request_id, ErrorCode.UNAVAILABLE, "no such channel")
         self.submitted.append(request)
-        self.live[request.request_id] = Live(request)
+        self.live[request.request_id] = RequestState(request)
         return Accepted(request.request_id, 5)
 
     async def cancel(self, request_ids: tuple[str, ...]) -> None:
@@ -132,7 +132,7 @@ class ScriptedReplica(ReplicaClient):
         report = DecodingReport({Mode.DIFFUSION: 4, Mode.AR: 3}, 5, 1, "threshold", self.info.replica_id)
         self._end(request_id, Finished(request_id, 5, len(indices) * len(self.words), report))
 
-    def _word(self, live: Live, index: int) -> Delta:
+    def _word(self, live: RequestState, index: int) -> Delta:
         word = self.words[live.num_sent]
         count = live.request.sampling.logprobs
         logprobs: tuple[TextLogprob, ...] = ()
@@ -170,7 +170,7 @@ class ScriptedReplica(ReplicaClient):
         self.terminals.append(request_id)
         self._publish(live, event)
 
-    def _publish(self, live: Live, event: Event) -> None:
+    def _publish(self, live: RequestState, event: Event) -> None:
         queue = self._channels.get(live.request.channel_id)
         if queue is not None:
             queue.put_nowait((event,))

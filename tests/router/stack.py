@@ -6,15 +6,15 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from policies.admission import AdmissionControl, QueueLimits
-from policies.store import LoadStore
+from policies.control.store import LoadStore
 from replicas.engine.engine import Engine
 from replicas.messages import Accepted, Event, GenerateRequest, ModelInfo, Rejected
 from replicas.service import ReplicaService
-from router.api import Door
+from router.admission_control import AdmissionControl, QueueLimits
+from router.api import AppState
 from router.dispatch import Dispatcher
-from router.link import LinkTimes
 from router.load_view import LoadView
+from router.replica_connection import LinkTimes
 from router.transport import ReplicaClient, Roster
 from tests.eventually import eventually
 from tests.replicas.codec import byte_codec
@@ -88,7 +88,7 @@ class LocalDirectory:
 
 @dataclass
 class Stack:
-    door: Door
+    door: AppState
     replicas: list[LocalReplica]
     dispatcher: Dispatcher
 
@@ -134,4 +134,4 @@ async def a_stack(
         await stack.enter_async_context(running(dispatcher.run()))
         await stack.enter_async_context(running(view.run()))
         await eventually(lambda: dispatcher.ready, within_s=20.0)
-        yield Stack(Door(dispatcher, view, store, MODEL, 1_700_000_000, **door), replicas, dispatcher)
+        yield Stack(AppState(dispatcher, view, store, MODEL, 1_700_000_000, **door), replicas, dispatcher)

@@ -6,10 +6,10 @@ import httpx
 import openai
 import pytest
 
-from policies.load import ClusterLoad, ObservedLoad
+from policies.control.plan import DecisionRecord, ObservedPlan, ReplicaPlan
+from policies.control.store import ClusterView
 from policies.modes import DecodePlan, Mode
-from policies.plan import DecisionRecord, ObservedPlan, ReplicaPlan
-from policies.store import ClusterView
+from policies.replica_load import ClusterLoad, ObservedLoad
 from replicas.errors import ErrorCode
 from router.api import create_app
 from router.guard import Bounds

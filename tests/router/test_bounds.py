@@ -4,11 +4,11 @@ import asyncio
 import random
 from dataclasses import replace
 
-from policies.prefix import CHUNK_CHARS, MAX_ENTRIES, MAX_HOLDERS, PrefixMap, prefix_keys
 from replicas.engine.blocks import PagePool
 from replicas.errors import TriadError
 from replicas.messages import DecodingOptions, DecodingReport, Finished, GenerateRequest, SamplingParams
-from router.wishes import LEAST_CHARS_A_TOKEN, MOST_CHARS_A_TOKEN, Wishes
+from router.prefix_map import CHUNK_CHARS, MAX_ENTRIES, MAX_HOLDERS, PrefixMap, prefix_keys
+from router.prompt_estimator import LEAST_CHARS_A_TOKEN, MOST_CHARS_A_TOKEN, PromptEstimator
 from tests.eventually import eventually
 from tests.router.conftest import running
 from tests.router.fakes import ScriptedReplica
@@ -88,7 +88,7 @@ def test_a_cache_knows_no_more_salts_than_it_has_pages():
 
 
 def test_odd_texts_make_no_nonsense_of_the_sizes_of_others():
-    wishes = Wishes()
+    wishes = PromptEstimator()
     ordinary = replace(a_request(), prompts=("x" * 4000,))
     for _ in range(1000):
         wishes.finished(replace(a_request(), prompts=(" " * 10**6,)), Finished("r", 1, 1, DecodingReport()))

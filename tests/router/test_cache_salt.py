@@ -2,9 +2,9 @@
 
 import pytest
 
-from policies.prefix import CHUNK_CHARS, PrefixMap, prefix_keys
 from router.api import create_app
 from router.auth import ApiKey, KeyRing, digest_of, new_key
+from router.prefix_map import CHUNK_CHARS, PrefixMap, prefix_keys
 from tests.replicas.engine.scripted import ScriptedRunner
 from tests.router.conftest import in_process
 from tests.router.fakes import MODEL

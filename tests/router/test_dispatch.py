@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from policies.load import ClusterLoad, ObservedLoad
-from policies.store import ClusterView
+from policies.control.store import ClusterView
+from policies.replica_load import ClusterLoad, ObservedLoad
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import Delta, GenerateRequest, SamplingParams
 from router.dispatch import Dispatcher, Generation

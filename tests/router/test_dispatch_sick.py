@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from policies.ejection import MAX_FAILURES
-from policies.load import ClusterLoad, ObservedLoad
-from policies.store import ClusterView
+from policies.control.store import ClusterView
+from policies.replica_load import ClusterLoad, ObservedLoad
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import Accepted, GenerateRequest, ModelInfo, Rejected, SamplingParams
 from router.dispatch import MAX_LOSSES, MAX_UNSURE
+from router.ejection import MAX_FAILURES
 from router.errors import Overloaded
 from tests.eventually import eventually
 from tests.replicas.engine.scripted import ScriptedRunner

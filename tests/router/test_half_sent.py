@@ -7,12 +7,12 @@ from collections.abc import Awaitable, Callable
 import httpx
 import pytest
 
-from router.api import Door, create_app
+from router.api import AppState, create_app
 from router.guard import Bounds
 from tests.router.conftest import over_http
 from tests.router.fakes import MODEL, ScriptedReplica
 
-MakeDoor = Callable[..., Awaitable[Door]]
+MakeDoor = Callable[..., Awaitable[AppState]]
 TIMEOUT_S = 0.3
 BODY = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "x"}]}).encode()
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"

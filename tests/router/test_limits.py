@@ -10,7 +10,7 @@ import pytest
 import redis.asyncio
 
 from cluster.embedded_redis import EmbeddedRedis
-from policies.store import LoadStore
+from policies.control.store import LoadStore
 from replicas.errors import ErrorCode
 from replicas.messages import GenerateRequest, SamplingParams
 from router.api import create_app

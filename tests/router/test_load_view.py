@@ -5,10 +5,10 @@ import random
 import pytest
 
 from cluster.embedded_redis import EmbeddedRedis
-from policies.load import Freshness
-from policies.placement import OwnTraffic, place
-from policies.store import LoadStore
+from policies.control.store import LoadStore
+from policies.replica_load import Freshness
 from router.load_view import LoadView
+from router.placement import OwnTraffic, place
 from tests.eventually import eventually
 from tests.policies.helpers import FakeClock, a_load
 from tests.redis_commands import commands_while

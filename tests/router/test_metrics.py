@@ -8,12 +8,12 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from policies.load import ClusterLoad, ObservedLoad
+from policies.control.store import ClusterView
 from policies.modes import Mode
-from policies.store import ClusterView
+from policies.replica_load import ClusterLoad, ObservedLoad
 from replicas.errors import ErrorCode
 from replicas.messages import DecodingReport, Delta, Finished, FinishReason
-from router.api import Door, create_app
+from router.api import AppState, create_app
 from router.metrics import Metrics
 from tests.eventually import eventually
 from tests.router.conftest import in_process, over_http, running
@@ -201,7 +201,7 @@ async def test_a_sibling_that_misses_a_scrape_leaves_it_and_comes_back_no_lower(
     other.close()
 
 
-async def flood(door: Door, replica: ScriptedReplica, rng: random.Random, num: int) -> None:
+async def flood(door: AppState, replica: ScriptedReplica, rng: random.Random, num: int) -> None:
     async with running(replica.run()), in_process(create_app(door)) as client:
 
         def word() -> str:

@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from cluster.embedded_redis import EmbeddedRedis
-from policies.load import ClusterLoad, ObservedLoad
+from policies.control.policy_setting import PolicyChoice, PolicyWatch
+from policies.control.store import ClusterView, LoadStore
 from policies.modes import Mode
-from policies.setting import PolicyChoice, PolicyWatch
-from policies.store import ClusterView, LoadStore
+from policies.replica_load import ClusterLoad, ObservedLoad
 from router.api import create_app
 from router.metrics import Metrics
 from tests.router.conftest import in_process, running

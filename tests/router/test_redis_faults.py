@@ -15,10 +15,10 @@ import pytest
 import redis.asyncio
 
 from cluster.embedded_redis import EmbeddedRedis
-from policies.controller import Controller
-from policies.follower import PlanFollower
+from policies.control.controller import Controller
+from policies.control.plan_sync import PlanFollower
+from policies.control.store import LoadStore
 from policies.registry import create_policy
-from policies.store import LoadStore
 from tests.eventually import eventually
 from tests.router.conftest import running
 from tests.router.faults import PATH, chat, served
@@ -173,7 +173,14 @@ async def test_another_controller_leads_when_the_leader_is_killed_or_paused(
     valkey: EmbeddedRedis, how: signal.Signals
 ) -> None:
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "tests.policies.controller_process", valkey.url, "triad", "leader"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.policies.control.controller_process",
+        valkey.url,
+        "triad",
+        "leader",
+    ]
     leader = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)  # noqa: ASYNC220
     try:
         assert leader.stdout is not None

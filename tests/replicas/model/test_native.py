@@ -12,7 +12,6 @@ import torch
 
 from replicas.config import ReplicaConfig
 from replicas.engine.batch import Segment
-from replicas.load import load_runner
 from replicas.model.checkpoint import CheckpointError
 from replicas.model.config import ModelConfig
 from replicas.model.native import build
@@ -20,6 +19,7 @@ from replicas.model.native.build import NativeUnavailable
 from replicas.model.native.model import quantize, require_native
 from replicas.model.runner import TorchModel, TorchRunner
 from replicas.model.sampler import choose
+from replicas.runner_loader import load_runner
 from tests.replicas.model.conftest import (
     LogitsProbe,
     Pages,

@@ -1,0 +1,204 @@
+"""The figures of docs/capacity.md: which mode wins where, what a replica carries, how far from the oracle."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from loadtest.simulator.cluster import needed_rounds
+from loadtest.simulator.cost import StepTable
+from loadtest.simulator.load import Mix
+from loadtest.simulator.scenarios import (
+    PLANS,
+    Contender,
+    Machine,
+    Outcome,
+    Scenario,
+    Slo,
+    contenders,
+    fixed,
+    run,
+)
+from loadtest.simulator.yields import load_acceptance, mean_chance, tokens_a_round
+from policies.modes import DecodePlan, Mode
+
+CONTEXT = 800
+"""Cached tokens a request, about the mean of the sweep."""
+CONCURRENCIES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+ACCEPTANCES = (2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0)
+SATURATION = 0.99
+"""A replica carries a rate while this share of the requests is within the SLO."""
+
+
+def title(plan: DecodePlan) -> str:
+    return fixed(plan).title
+
+
+def rate(table: StepTable, plan: DecodePlan, pace: float, concurrency: int) -> float:
+    """Tokens a second of `concurrency` requests that all decode; pace: tokens a forward."""
+    ms = table.ms(concurrency, concurrency * plan.block_length, concurrency * CONTEXT)
+    return 1000.0 * concurrency * pace / ms
+
+
+def paces(machine: Machine, category: str | None = None) -> dict[DecodePlan, float]:
+    """Tokens a forward by plan, of one category or over all of them alike."""
+    acceptance = machine.acceptance
+    means = [acceptance.means[category]] if category is not None else list(acceptance.means.values())
+    found = {}
+    for plan in PLANS:
+        if plan.mode is Mode.SELF_SPECULATION:
+            rounds = [tokens_a_round(mean, acceptance.spread, plan.block_length) for mean in means]
+            found[plan] = len(rounds) / sum(1.0 / tokens for tokens in rounds) / 2.0
+        else:
+            found[plan] = needed_rounds((plan,), acceptance)[plan].pace(0)
+    return found
+
+
+def modes_lines(machine: Machine) -> Iterator[str]:
+    """Tokens/s of each plan by concurrency, the best in bold."""
+    mean = paces(machine)
+    yield "| tokens/s at concurrency | " + " | ".join(map(str, CONCURRENCIES)) + " |"
+    yield "|" + "---|" * (1 + len(CONCURRENCIES))
+    rates = {plan: [rate(machine.table, plan, mean[plan], c) for c in CONCURRENCIES] for plan in PLANS}
+    best = [max(column) for column in zip(*rates.values(), strict=True)]
+    for plan in PLANS:
+        row = [f"**{r:,.0f}**" if r == top else f"{r:,.0f}" for r, top in zip(rates[plan], best, strict=True)]
+        yield f"| `{title(plan)}` | " + " | ".join(row) + " |"
+
+
+def winner(machine: Machine, tokens: float, concurrency: int) -> tuple[DecodePlan, float]:
+    """The best plan and how many times ar's rate it makes.
+
+    tokens: brought by a round of self-speculation at block 32; diffusion's published pace stands as it is
+    """
+    acceptance = machine.acceptance
+    mean = mean_chance(tokens, 32, acceptance.spread)
+    rates = {}
+    for plan in PLANS:
+        pace = 1.0
+        if plan.mode is Mode.SELF_SPECULATION:
+            pace = tokens_a_round(mean, acceptance.spread, plan.block_length) / 2.0
+        elif plan.mode is Mode.DIFFUSION:
+            pace = acceptance.diffusion
+        rates[plan] = rate(machine.table, plan, pace, concurrency)
+    best = max(rates, key=lambda plan: rates[plan])
+    return best, rates[best] / rates[PLANS[0]]
+
+
+def crossover_lines(machine: Machine) -> Iterator[str]:
+    yield "| tokens a round at block 32 | " + " | ".join(f"C = {c}" for c in CONCURRENCIES) + " |"
+    yield "|" + "---|" * (1 + len(CONCURRENCIES))
+    for tokens in ACCEPTANCES:
+        cells = []
+        for concurrency in CONCURRENCIES:
+            plan, gain = winner(machine, tokens, concurrency)
+            cells.append(f"`{title(plan)}`" + ("" if plan.mode is Mode.AR else f" {gain:.1f}x"))
+        yield f"| {tokens:g} | " + " | ".join(cells) + " |"
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """The highest rate that a replica carries within the SLO."""
+
+    policy: str
+    rate: float
+    """Requests a second."""
+    outcome: Outcome
+    """The run at that rate."""
+
+
+def carried(
+    machine: Machine,
+    contender: Contender,
+    slo: Slo,
+    mix: Mix,
+    num_requests: int,
+    highest: float,
+    seed: int = 0,
+) -> Carried:
+    """Finds the rate by bisection, to 3 %, over Poisson arrivals at one replica."""
+    low, high, outcome = 0.0, highest, None
+    while high - low > 0.03 * high:
+        middle = (low + high) / 2
+        found = run(Scenario("one", 1, middle, mix=mix), machine, contender, num_requests, seed, slo)
+        if found.good_share >= SATURATION:
+            low, outcome = middle, found
+        else:
+            high = middle
+    if outcome is None:
+        outcome = run(Scenario("one", 1, high, mix=mix), machine, contender, num_requests, seed, slo)
+    return Carried(contender.title, low, outcome)
+
+
+def carried_lines(machine: Machine, slos: Sequence[Slo], num_requests: int, seed: int = 0) -> Iterator[str]:
+    heads = [f"TTFT {slo.ttft_s:g} s, TPOT {1000 * slo.tpot_s:g} ms" for slo in slos]
+    yield "| requests/s a replica carries within | " + " | ".join(heads) + " |"
+    yield "|" + "---|" * (1 + len(heads))
+    columns = [
+        [carried(machine, contender, slo, Mix(), num_requests, 60.0, seed) for contender in contenders(slo)]
+        for slo in slos
+    ]
+    for row in zip(*columns, strict=True):
+        cells = [f"{found.rate:.1f}" if found.rate else "none" for found in row]
+        yield f"| `{row[0].policy}` | " + " | ".join(cells) + " |"
+
+
+def plot_modes(machines: Sequence[Machine], path: str) -> None:
+    """Tokens/s by concurrency, one panel a machine."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(machines), figsize=(5.5 * len(machines), 4), squeeze=False)
+    for panel, machine in zip(panels[0], machines, strict=True):
+        mean = paces(machine)
+        for plan in PLANS:
+            rates = [rate(machine.table, plan, mean[plan], c) for c in range(1, 129)]
+            style = "--" if plan.mode is Mode.AR else "-"
+            panel.plot(range(1, 129), rates, style, label=title(plan))
+        panel.set(
+            title=f"{machine.name}, from public figures",
+            xlabel="requests decoding at once",
+            ylabel="tokens/s (simulated)",
+            xscale="log",
+            yscale="log",
+        )
+        panel.set_xticks([1, 2, 4, 8, 16, 32, 64, 128], labels=["1", "2", "4", "8", "16", "32", "64", "128"])
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def plot_crossover(machines: Sequence[Machine], path: str) -> None:
+    """The winning plan over acceptance and concurrency, one panel a machine."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import colors, patches, pyplot
+
+    palette = ["#bbbbbb", "#9ecae1", "#4292c6", "#08519c", "#fdae6b"]
+    tokens = [1.5 + 0.25 * step for step in range(43)]
+    figure, panels = pyplot.subplots(1, len(machines), figsize=(5.5 * len(machines), 4), squeeze=False)
+    for panel, machine in zip(panels[0], machines, strict=True):
+        panel.set_xlim(1, 128)
+        won = [[PLANS.index(winner(machine, t, c)[0]) for c in range(1, 129)] for t in tokens]
+        colouring = colors.ListedColormap(palette)
+        panel.pcolormesh(range(1, 129), tokens, won, cmap=colouring, vmin=-0.5, vmax=len(PLANS) - 0.5)
+        published = load_acceptance()
+        for name in ("writing", "coding", "multilingual"):
+            level = tokens_a_round(published.means[name], published.spread, 32)
+            panel.axhline(level, color="k", lw=0.6, ls=":")
+            panel.text(1.05, level + 0.05, name, fontsize=7)
+        panel.set(
+            title=f"{machine.name}: fastest plan",
+            xlabel="requests decoding at once",
+            ylabel="tokens a round at block 32",
+            xscale="log",
+        )
+        panel.set_xticks([1, 2, 4, 8, 16, 32, 64, 128], labels=["1", "2", "4", "8", "16", "32", "64", "128"])
+        keys = [patches.Patch(color=palette[index], label=title(plan)) for index, plan in enumerate(PLANS)]
+        panel.legend(handles=keys, fontsize=7, loc="upper right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

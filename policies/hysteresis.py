@@ -1,0 +1,111 @@
+"""Keeps any policy from thrashing: dwell, margin and a bound on shifts a minute, written once."""
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import Field
+
+from policies.failures import Failures
+from policies.modes import DecodePlan, Mode, available_plan, default_plan
+from policies.policy import Decision, ExploredPlans, Policy, PolicyParameters, Snapshot
+from policies.replica_load import ReplicaLoad
+
+logger = logging.getLogger(__name__)
+
+WINDOW_S = 60.0
+SETTLED = 0.4
+"""What is left of the margin once a plan has been held for long."""
+
+
+class StabiliseParameters(PolicyParameters):
+    """dwell_s: least time between two shifts, in seconds.
+
+    max_shifts_per_minute: over any 60 s, of those that requests see. margin: the least gain worth a shift,
+    for policies that know the gain (0.1 is 10 %). margin_half_life_s: in so many seconds without a shift the
+    margin halves, down to SETTLED of it, so that noise shifts nothing and a small gain that lasts is taken
+    in the end.
+
+    The dwell is a control period short of a second, so that a change of load is answered within one
+    whatever went before.
+    """
+
+    dwell_s: float = Field(default=0.8, ge=0.0)
+    max_shifts_per_minute: int = Field(default=20, ge=1)
+    margin: float = Field(default=0.1, ge=0.0)
+    margin_half_life_s: float = Field(default=5.0, gt=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class StableState:
+    """since_s: when the current plan began. shifts_s: when those of the last minute happened.
+
+    Both by the clock the policy is called with. has_failed: the policy's last call raised.
+    """
+
+    inner: Any
+    current: DecodePlan | None
+    since_s: float
+    shifts_s: tuple[float, ...] = ()
+    has_failed: bool = False
+
+
+class WithHysteresis(Policy[StableState]):
+    """The policy within decides; a shift it wants too soon, too often or for too little waits.
+
+    A policy that raises leaves the replica on what it runs: a policy's bug never stops a server.
+    """
+
+    def __init__(self, inner: Policy[Any], parameters: StabiliseParameters):
+        super().__init__(parameters)
+        self.name = inner.name
+        self._inner = inner
+        self._bounds = parameters
+        self._failures = Failures(f"policy {inner.name}, asked what to try,")
+
+    def resume(self, current: DecodePlan | None, held_s: float, now_s: float) -> StableState:
+        return StableState(self._inner.resume(current, held_s, now_s), current, now_s - held_s)
+
+    def decide(self, snapshot: Snapshot, state: StableState, now_s: float) -> tuple[Decision, StableState]:
+        current = state.current
+        try:
+            wanted, inner = self._inner.decide(replace(snapshot, current=current), state.inner, now_s)
+            if not isinstance(wanted.decode, DecodePlan):
+                raise TypeError(f"a decision's plan is a DecodePlan, not {wanted.decode!r}")
+        except Exception as error:
+            if not state.has_failed:
+                logger.exception("policy %s failed; the replica keeps its mode", self.name)
+            plan = available_plan(current or default_plan(Mode.AR), snapshot.load.modes)
+            return Decision(plan, f"policy failed: {error!r}"), replace(state, has_failed=True)
+
+        state = replace(state, inner=inner, has_failed=False)
+        if current is None:
+            return wanted, replace(state, current=wanted.decode, since_s=now_s)
+        if wanted.decode == current:
+            return wanted, state
+        recent = tuple(at_s for at_s in state.shifts_s if now_s - at_s < WINDOW_S)
+        obstacle = self._obstacle(wanted, now_s - state.since_s, len(recent))
+        if obstacle is not None and current.mode in snapshot.load.modes:
+            held = Decision(current, f"{wanted.reason}; {wanted.decode.mode} held back: {obstacle}", 0.0)
+            return held, replace(state, shifts_s=recent)
+        if not snapshot.load.num_auto:  # nobody sees it
+            return wanted, replace(state, current=wanted.decode, shifts_s=recent)
+        return wanted, replace(state, current=wanted.decode, since_s=now_s, shifts_s=(*recent, now_s))
+
+    def explored_plans(self, load: ReplicaLoad, running: DecodePlan) -> ExploredPlans | None:
+        try:
+            return self._inner.explored_plans(load, running)
+        except Exception as error:
+            self._failures.note(error)
+            return None
+
+    def _obstacle(self, wanted: Decision, held_s: float, num_recent: int) -> str | None:
+        patience = 0.5 ** (max(0.0, held_s) / self._bounds.margin_half_life_s)
+        margin = self._bounds.margin * max(SETTLED, patience)
+        if wanted.gain is not None and not wanted.gain >= margin:  # nor is one that is no number
+            return f"gain {wanted.gain:.1%} below the margin of {margin:.1%}"
+        if held_s < self._bounds.dwell_s:
+            return f"{held_s:.1f} s of {self._bounds.dwell_s:g} s dwell"
+        if num_recent >= self._bounds.max_shifts_per_minute:
+            return f"{num_recent} shifts in the last minute"
+        return None

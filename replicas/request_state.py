@@ -1,0 +1,100 @@
+"""What the service keeps of the requests it has accepted, and of a step's events."""
+
+from dataclasses import dataclass, field
+
+from replicas.engine.sequence import Progress, Sequence
+from replicas.errors import ErrorCode
+from replicas.messages import (
+    DecodingReport,
+    Event,
+    Failed,
+    Finished,
+    GenerateRequest,
+    Prompt,
+    TextLogprob,
+)
+from replicas.text import TextCodec, TextStream
+from replicas.timeline import Timeline
+
+
+@dataclass(slots=True)
+class RequestState:
+    """An accepted request that has not ended: its open choices by index, and sums over those that ended."""
+
+    request: GenerateRequest
+    choices: dict[int, "ChoiceState"] = field(default_factory=dict)
+    num_prompt_tokens: int = 0
+    num_reused_tokens: int = 0
+    num_completion_tokens: int = 0
+    report: DecodingReport | None = None
+
+    def count(self, choice: "ChoiceState", replica_id: str) -> None:
+        """Adds up what a choice has come to, which has ended or is given up."""
+        sequence = choice.sequence
+        report = sequence.report(replica_id)
+        self.report = report if self.report is None else self.report + report
+        self.num_completion_tokens += sequence.num_completion_tokens
+        if choice.index % self.request.num_choices == 0:
+            self.num_reused_tokens += sequence.num_reused
+
+    def failed(self, code: ErrorCode, message: str) -> Failed:
+        """Once its choices are given up."""
+        return Failed(self.request.request_id, code, message, self.report, self.num_completion_tokens)
+
+    def finished(self) -> Finished:
+        """Once its last choice has ended."""
+        assert self.report is not None
+        return Finished(
+            self.request.request_id,
+            self.num_prompt_tokens,
+            self.num_completion_tokens,
+            self.report,
+            self.num_reused_tokens,
+        )
+
+
+@dataclass(slots=True)
+class ChoiceState:
+    """A text of a request, that has not ended. num_unsent: tokens whose text is still held back."""
+
+    live: RequestState
+    index: int
+    sequence: Sequence
+    text: TextStream
+    num_unsent: int = 0
+    unsent_logprobs: list[TextLogprob] = field(default_factory=list)
+    timeline: Timeline | None = None
+
+    def take(self, made: Progress, codec: TextCodec, now_s: float) -> str:
+        """The text that a step's tokens set free; the engine has had the stream accept them."""
+        if self.text.failure is not None:
+            raise self.text.failure
+        count = len(made.token_ids)
+        self.num_unsent += count
+        if self.timeline is not None and count:
+            self.timeline.note(self.sequence, count, now_s)
+        begin = self.text.num_tokens - count
+        for index, entry in enumerate(made.logprobs, begin):
+            self.unsent_logprobs.append(
+                codec.logprob(entry, self.text.starts[index], is_first=index == self.text.first)
+            )
+        text = self.text.take()
+        return text if made.reason is None else text + self.text.finish()
+
+
+@dataclass(slots=True)
+class Outbox:
+    """A step's events, by channel."""
+
+    events: dict[str, list[Event]] = field(default_factory=dict)
+
+    def add(self, channel_id: str, event: Event) -> None:
+        self.events.setdefault(channel_id, []).append(event)
+
+
+def is_chat(prompt: Prompt) -> bool:
+    return not isinstance(prompt, str) and not all(isinstance(item, int) for item in prompt)
+
+
+def choice_name(live: RequestState, index: int) -> str:
+    return f"{live.request.request_id}#{index}"

@@ -1,0 +1,91 @@
+"""What placement and admission are told of a request, which here is text and not yet tokens."""
+
+from replicas.errors import ErrorCode, TriadError
+from replicas.messages import Finished, GenerateRequest, ModelInfo, Prompt
+from router.placement import PlacementRequest
+from router.prefix_map import PrefixMap, prefix_keys
+
+CHARS_A_TOKEN = 4.0
+"""Until the replicas' answers say better."""
+LEAST_CHARS_A_TOKEN, MOST_CHARS_A_TOKEN = 0.5, 8.0
+"""Whatever clients ask: one's odd texts are not to make nonsense of the others' sizes."""
+_LEARNING_RATE = 0.05
+
+
+class PromptEstimator:
+    """Remembers where prompts went, and how long this model's tokens are. One event loop."""
+
+    def __init__(self) -> None:
+        self._prefixes = PrefixMap()
+        self._chars_a_token = CHARS_A_TOKEN
+
+    def keys(self, request: GenerateRequest) -> tuple[int, ...]:
+        """Of the first prompt, where there are several."""
+        return prefix_keys(_content(request.prompts[0]), request.cache_salt)
+
+    def wish(
+        self, request: GenerateRequest, keys: tuple[int, ...], num_prompt_tokens: int, now_s: float
+    ) -> PlacementRequest:
+        return PlacementRequest(request.decoding.mode, self._prefixes.held(keys, now_s), num_prompt_tokens)
+
+    def prompt_lens(self, request: GenerateRequest) -> list[int]:
+        """Of each prompt in tokens, an estimate but for those that are token ids."""
+        return [self._num_tokens(_content(prompt)) for prompt in request.prompts]
+
+    def sent(self, keys: tuple[int, ...], replica_id: str, now_s: float) -> None:
+        self._prefixes.sent(keys, replica_id, now_s)
+
+    def finished(self, request: GenerateRequest, event: Finished) -> None:
+        """The replica has counted the prompt."""
+        contents = [_content(prompt) for prompt in request.prompts]
+        num_chars = sum(len(content) for content in contents if isinstance(content, str))
+        num_tokens = event.num_prompt_tokens - sum(
+            len(content) for content in contents if not isinstance(content, str)
+        )
+        if num_chars and num_tokens > 0:
+            ratio = min(max(num_chars / num_tokens, LEAST_CHARS_A_TOKEN), MOST_CHARS_A_TOKEN)
+            self._chars_a_token += _LEARNING_RATE * (ratio - self._chars_a_token)
+
+    def forget(self, replica_id: str) -> None:
+        self._prefixes.forget(replica_id)
+
+    def _num_tokens(self, content: str | tuple[int, ...]) -> int:
+        return max(1, round(len(content) / self._chars_a_token)) if isinstance(content, str) else len(content)
+
+
+def check_fits(request: GenerateRequest, model: ModelInfo) -> None:
+    """Raises TriadError for a prompt that is longer than the context whatever its tokens are, so that no
+    replica reads it only to refuse it."""
+    for prompt in request.prompts:
+        if isinstance(prompt, str):
+            num, most, unit, param = len(prompt), model.max_prompt_chars, "characters", "prompt"
+        elif prompt and isinstance(prompt[0], int):
+            num, most, unit, param = len(prompt), model.max_context - 1, "tokens", "prompt"
+        else:
+            num, most, unit, param = _least_chars(prompt), model.max_prompt_chars, "characters", "messages"
+        if most is not None and num > most:
+            message = (
+                f"the context is {model.max_context} tokens, which no prompt of more than {most} {unit} "
+                f"fits, and this one has {num}; shorten it"
+            )
+            raise TriadError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, param)
+
+
+def _least_chars(prompt: Prompt) -> int:
+    """What surely reaches the model of a chat: templates leave out some of earlier answers, and trim."""
+    messages = (item for item in prompt if not isinstance(item, int | str))
+    return sum(len(item["content"].strip()) for item in messages if item["role"] == "user")
+
+
+def _content(prompt: Prompt) -> str | tuple[int, ...]:
+    """Its text, messages in a row; what the chat template adds is the same for all."""
+    if isinstance(prompt, str):
+        return prompt
+    parts: list[str] = []
+    ids: list[int] = []
+    for item in prompt:
+        if isinstance(item, int):
+            ids.append(item)
+        else:
+            parts += (item["role"], "\n", item["content"], "\n")
+    return tuple(ids) if ids else "".join(parts)

@@ -1,0 +1,39 @@
+"""The shipped checkpoint does what its card says, on a small sample, through the real engine."""
+
+import pytest
+
+from policies.modes import DecodePlan, Mode
+from training.evaluate import DEFAULT_CHECKPOINT, evaluate, table
+from training.tasks.registry import FAMILIES
+
+PLANS = (
+    DecodePlan(Mode.AR),
+    DecodePlan(Mode.DIFFUSION, 16, 0.9),
+    DecodePlan(Mode.SELF_SPECULATION, 16),
+)
+
+
+@pytest.fixture(scope="module")
+def scores():
+    return evaluate(DEFAULT_CHECKPOINT, per_family=8, plans=PLANS)
+
+
+def test_one_row_a_family_and_one_over_all(scores):
+    assert len(scores) == len(PLANS) * (len(FAMILIES) + 1)
+    assert [s.family for s in scores[: len(FAMILIES) + 1]] == [*FAMILIES, "all"]
+    assert len(table(scores).splitlines()) == 2 + len(scores)
+
+
+def test_quality(scores):
+    overall = {s.setting.split()[0]: s for s in scores if s.family == "all"}
+    assert overall["ar"].exact >= 0.95
+    assert overall["diffusion"].exact >= overall["ar"].exact - 0.03
+    assert overall["ar"].tokens_per_forward == pytest.approx(1.0)
+    assert overall["diffusion"].tokens_per_forward >= 2.5
+    assert overall["self_speculation"].tokens_per_forward >= 2
+
+
+def test_self_speculation_is_lossless(scores):
+    for ar, speculated in zip(scores[: len(FAMILIES) + 1], scores[-len(FAMILIES) - 1 :], strict=True):
+        assert speculated.same_as_ar == 1.0
+        assert speculated.exact == ar.exact

@@ -1,0 +1,189 @@
+"""Measures a checkpoint on held-out prompts with the real engine: `python -m training.evaluate`.
+
+For each decoding setting and family: exact match (the family's own checker, and a proper end of text), tokens
+per forward after the first token (drafts, verifications and commits all count as forwards), mean accepted
+length (tokens a draft-and-verify round), and the share of answers equal to `ar`'s, token for token.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from policies.modes import DecodePlan, Mode
+from replicas.engine.engine import Engine
+from replicas.engine.sequence import Sequence
+from replicas.messages import DecodingOptions, SamplingParams
+from replicas.model.runner import TorchRunner
+from replicas.text import TextCodec
+from training.tasks.family import Task
+from training.tasks.registry import FAMILIES, held_out_tasks
+
+DEFAULT_CHECKPOINT = Path(__file__).parents[1] / "replicas" / "checkpoints" / "triad-5m"
+MAX_TOKENS = 320
+SETTINGS = (
+    DecodePlan(Mode.AR),
+    *(DecodePlan(Mode.DIFFUSION, block, t) for t in (0.7, 0.9, 0.95) for block in (8, 16, 32)),
+    *(DecodePlan(Mode.SELF_SPECULATION, block) for block in (4, 8, 16, 32)),
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The result of decoding one task."""
+
+    tokens: tuple[int, ...]
+    """The completion, its end of text included."""
+    text: str
+    ended: bool
+    """True if it ended with an end of text, not for want of room."""
+    num_forwards: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """The figures of one family, or of all of them ("all"), under one setting."""
+
+    setting: str
+    family: str
+    num_tasks: int
+    exact: float
+    tokens_per_forward: float
+    accepted: float
+    """Tokens a draft-and-verify round; 1 for `ar`, 0 for `diffusion`, which accepts nothing."""
+    same_as_ar: float
+
+
+def name_of(plan: DecodePlan) -> str:
+    if plan.mode is Mode.AR:
+        return "ar"
+    if plan.mode is Mode.SELF_SPECULATION:
+        return f"self_speculation B={plan.block_length}"
+    return f"diffusion t={plan.threshold} B={plan.block_length}"
+
+
+def decode(
+    engine: Engine,
+    codec: TextCodec,
+    prompts: Iterable[str],
+    plan: DecodePlan,
+    on_answer: Callable[[], object] = lambda: None,
+) -> list[Answer]:
+    """Greedy answers to the prompts, all submitted at once, in the prompts' order."""
+    block_length = None if plan.mode is Mode.AR else plan.block_length
+    options = DecodingOptions(plan.mode, block_length, plan.threshold)
+    sequences: list[Sequence] = []
+    for number, prompt in enumerate(prompts):
+        ids = codec.encode(({"role": "user", "content": prompt},))
+        sequences.append(engine.submit(str(number), ids, SamplingParams(max_tokens=MAX_TOKENS), options))
+    while engine.has_work:
+        for made in engine.step():
+            if made.error is not None:
+                raise RuntimeError(f"request {made.sequence.request_id}: {made.error} {made.message}")
+            if made.ended:
+                on_answer()
+    return [_answer(engine, codec, sequence) for sequence in sequences]
+
+
+def _answer(engine: Engine, codec: TextCodec, sequence: Sequence) -> Answer:
+    tokens = tuple(sequence.tokens[sequence.num_prompt_tokens :])
+    stream = codec.stream()
+    text = stream.push(tokens) + stream.finish()
+    return Answer(tokens, text, tokens[-1] in engine.spec.eos_token_ids, sequence.num_forwards)
+
+
+def score(
+    plan: DecodePlan, family: str, tasks: list[Task], answers: list[Answer], by_ar: list[Answer]
+) -> Score:
+    exact = sum(
+        answer.ended and FAMILIES[task.family].check(task.params, answer.text)
+        for task, answer in zip(tasks, answers, strict=True)
+    )
+    generated = sum(len(answer.tokens) - 1 for answer in answers)
+    forwards = sum(answer.num_forwards for answer in answers)
+    per_forward = generated / forwards
+    return Score(
+        setting=name_of(plan),
+        family=family,
+        num_tasks=len(tasks),
+        exact=exact / len(tasks),
+        tokens_per_forward=per_forward,
+        accepted={Mode.AR: 1.0, Mode.SELF_SPECULATION: 2 * per_forward}.get(plan.mode, 0.0),
+        same_as_ar=sum(a.tokens == b.tokens for a, b in zip(answers, by_ar, strict=True)) / len(tasks),
+    )
+
+
+def evaluate(
+    checkpoint: Path,
+    per_family: int,
+    plans: tuple[DecodePlan, ...] = SETTINGS,
+    num_threads: int | None = None,
+    quantization: str | None = None,
+) -> list[Score]:
+    """Scores by setting and family, `ar` first; each setting's last row is "all"."""
+    runner = TorchRunner.load(
+        str(checkpoint), dtype="float32", num_threads=num_threads, quantization=quantization
+    )
+    tasks = {family: list(held_out_tasks(family, per_family)) for family in FAMILIES}
+    everything = [task for family in FAMILIES for task in tasks[family]]
+    engine = Engine(runner, max_waiting=len(everything))
+    codec = TextCodec.load(str(checkpoint))
+    scores: list[Score] = []
+    by_ar: list[Answer] = []
+    with tqdm(total=len(plans) * len(everything), unit="answer") as bar:
+        for plan in plans:
+            bar.set_description(name_of(plan))
+            answers = decode(engine, codec, (task.prompt for task in everything), plan, bar.update)
+            by_ar = by_ar or answers
+            for number, (family, its_tasks) in enumerate(tasks.items()):
+                span = slice(number * per_family, (number + 1) * per_family)
+                scores.append(score(plan, family, its_tasks, answers[span], by_ar[span]))
+            scores.append(score(plan, "all", everything, answers, by_ar))
+    return scores
+
+
+def table(scores: list[Score]) -> str:
+    """A Markdown table by setting and family."""
+    lines = [
+        "| setting | family | tasks | exact % | tokens/forward | accepted | same as ar % |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for s in scores:
+        accepted = f"{s.accepted:.2f}" if s.accepted else ""
+        lines.append(
+            f"| {s.setting} | {s.family} | {s.num_tasks} | {100 * s.exact:.1f} | {s.tokens_per_forward:.2f} "
+            f"| {accepted} | {100 * s.same_as_ar:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
+    parser.add_argument("--per-family", type=int, default=20, help="held-out tasks of each family")
+    parser.add_argument("--json", type=Path, help="write the scores there too")
+    parser.add_argument("--threads", type=int, default=None, help="torch threads")
+    parser.add_argument("--quantization", choices=["int8"], help="of the weights")
+    parser.add_argument("--overall", action="store_true", help="print only the rows over all families")
+    arguments = parser.parse_args()
+    started = time.time()
+    scores = evaluate(
+        arguments.checkpoint,
+        arguments.per_family,
+        num_threads=arguments.threads,
+        quantization=arguments.quantization,
+    )
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(s) for s in scores], indent=1) + "\n")
+    print(table([s for s in scores if s.family == "all" or not arguments.overall]))
+    lossless = all(s.same_as_ar == 1.0 for s in scores if s.setting.startswith("self_speculation"))
+    print(f"\nself_speculation equals ar token for token: {'yes' if lossless else 'NO'}")
+    print(f"{time.time() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
