@@ -3,6 +3,9 @@
 Nothing ends a thread. The kernel keeps the limits, so a call ends whatever code it is in, and the process
 with it; the next call starts another. It takes no share in the parent's threads, locks or signals, and ends
 when the parent does: between calls as its end of the pipe closes, within one by its own limits.
+
+Its calls have half the stack of a thread of the parent, so that what recurses too deeply for the parent has
+ended a call first.
 """
 
 import os
@@ -20,6 +23,8 @@ from typing import Any
 
 _FROM_OUTSIDE = (signal.SIGTERM, signal.SIGKILL, signal.SIGHUP)
 """Signals that say nothing of a call."""
+LEAST_STACK_BYTES = 2 * 2**20
+"""What glibc gives a thread where the stack's limit is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,13 +139,26 @@ class BoundedProcess:
         return self._process.wait()
 
 
-def _serve(connection: Connection, target: str) -> None:
-    setup, limits = connection.recv()
+def _main(connection: Connection, target: str) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the parent decides
     for timer in (signal.SIGPROF, signal.SIGALRM):  # which end the process, in whatever code it is
         signal.signal(timer, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF, signal.SIGALRM})
+    soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
+    threading.stack_size((LEAST_STACK_BYTES if soft == resource.RLIM_INFINITY else soft) // 2)
+    serving = threading.Thread(target=_serve, args=(connection, target))
+    serving.start()
+    serving.join()
+
+
+def _serve(connection: Connection, target: str) -> None:
+    with suppress(EOFError, BrokenPipeError):  # the parent has closed its end, or is gone
+        _answer_calls(connection, target)
+
+
+def _answer_calls(connection: Connection, target: str) -> None:
+    setup, limits = connection.recv()
     call = _attempt(pkgutil.resolve_name(target), setup)
     connection.send((call[0], call[1] if call[0] else None))
     if call[0]:
@@ -173,5 +191,4 @@ def _address_space_bytes() -> int:
 
 
 if __name__ == "__main__":
-    with suppress(EOFError, BrokenPipeError):  # the parent has closed its end, or is gone
-        _serve(Connection(int(sys.argv[1])), sys.argv[2])
+    _main(Connection(int(sys.argv[1])), sys.argv[2])

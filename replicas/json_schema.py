@@ -1,8 +1,10 @@
 """What llguidance would get wrong of a JSON schema: put right before it sees it, or refused.
 
 llguidance (1.9.1) keeps every number as a double, forms the least common multiple of two `multipleOf` in
-32 bits, and takes options of its own from a schema. Its grammars are context-free, so they can't tell that
-a key has come before; and the keys beside the declared ones may be spelled with escapes.
+32 bits, and takes options of its own from a schema. It forgets that a whole number is excluded where both
+bounds have the same whole part, and takes quotes and backslashes for a class that has all control characters.
+Its grammars are context-free, so they can't tell that a key has come before; and the keys beside the declared
+ones may be spelled with escapes.
 """
 
 import json
@@ -27,6 +29,10 @@ _DATA = frozenset({"const", "enum", "default", "examples", "title", "description
 _OPTIONS = "x-guidance"
 _CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 """Characters that JSON has no shorter escape for than \\u and their code."""
+_IN_PATTERN = re.compile(
+    r"(?P<nul>\x00|\\0|\\x00|\\u0000)-(?!\])|\\[pP](?:\{[^}]*\}|[A-Za-z])|\\.|\[\^-?|\[|\]", re.DOTALL
+)
+"""What tells where a class of characters begins and ends, and what it has."""
 _CONTROL_IN_PATTERN = re.compile(
     _CONTROL.pattern + r"|\\[acev0]|\\[xu]\{?0*(0[0-7b]|0?[ef]|1[0-9a-f]|7f|[0-7b])(?![0-9a-f])",
     re.IGNORECASE,
@@ -48,8 +54,9 @@ class Enforceable:
 def enforceable(text: str, best_effort: bool) -> Enforceable:
     """The schema, such that each answer which llguidance then allows is one that `text` allows.
 
-    Bounds beyond 2**53 move inward to the next double, by some thousands at most. What can't be enforced is
-    left out with best_effort, and is otherwise SchemaRefused.
+    Bounds beyond 2**53 move inward to the next double, by some thousands at most, and some that are excluded
+    by less than one part in 2**52. What can't be enforced is left out with best_effort, and is otherwise
+    SchemaRefused.
     """
     try:
         schema = json.loads(text)
@@ -66,9 +73,11 @@ def enforceable(text: str, best_effort: bool) -> Enforceable:
                 if keyword != "minProperties":  # which is kept as far as it goes
                     del found[keyword]
         _check_multiples(schema, best_effort)
+        _exclude_whole_numbers(schema)
         has_controls = any(map(_has_controls, (found for _, found in _schemas(schema, ""))))
         if has_controls and not best_effort:
             _check_keys(schema)
+        _narrow_patterns(schema)
         return Enforceable(json.dumps(schema, allow_nan=False), has_controls)
     except RecursionError:
         raise SchemaRefused("it is nested too deeply") from None
@@ -99,8 +108,8 @@ def _problem(schema: dict[str, Any], keyword: str) -> str | None:
     elif keyword in _BOUNDS and _is_number(value):
         if not math.isfinite(value) or not -(2**63) <= value < 2**63:
             return f"{value} is beyond 64 bits"
-        if abs(value) > MAX_EXACT:
-            schema[keyword] = _rounded(int(value), _BOUNDS[keyword])
+        if abs(value) >= MAX_EXACT:
+            schema[keyword] = _rounded(int(value), _BOUNDS[keyword], keyword.startswith("exclusive"))
     elif keyword == "minProperties" and isinstance(value, int):
         required = schema.get("required")
         num_required = len(set(map(str, required))) if isinstance(required, list) else 0
@@ -138,15 +147,46 @@ def _comes_out_exact(number: int | float) -> bool:
     return math.isfinite(double) and bool(json.loads(format(Decimal(repr(double)), "f")) == number)
 
 
-def _rounded(bound: int, direction: int) -> int:
+def _rounded(bound: int, direction: int, is_excluded: bool) -> int:
     """The nearest double that lies in the direction from the bound, or on it, as do its shortest digits.
 
-    llguidance goes by the double where it generates integers, by the digits where it generates numbers.
+    llguidance goes by the double where it generates integers, and from one that is excluded to the double of
+    the next integer; by the digits where it generates numbers.
     """
+
+    def is_inside(double: float) -> bool:
+        if is_excluded and (int(double + direction) - bound) * direction <= 0:
+            return False
+        return all((value - bound) * direction >= 0 for value in (int(double), int(Decimal(repr(double)))))
+
     double = float(max(-MAX_BOUND, min(MAX_BOUND, bound)))
-    while (int(double) - bound) * direction < 0 or (int(Decimal(repr(double))) - bound) * direction < 0:
+    while not is_inside(double):
         double = math.nextafter(double, math.inf * direction)
     return int(double)
+
+
+def _exclude_whole_numbers(schema: Any) -> None:
+    """Moves a whole number that is excluded inward where some opposite bound has the same whole part."""
+    found = [
+        (part, keyword, part[keyword])
+        for _, part in _schemas(schema, "")
+        for keyword in _BOUNDS
+        if _is_number(part.get(keyword))
+    ]
+    nearest: dict[tuple[int, int], float] = {}  # by direction and whole part: the size of the smallest
+    for _, keyword, value in found:
+        if value != int(value):
+            key = _BOUNDS[keyword], int(value)
+            nearest[key] = min(abs(value), nearest.get(key, math.inf))
+    for part, keyword, value in found:
+        direction = _BOUNDS[keyword]
+        other = nearest.get((-direction, int(value)))
+        if other is None or not keyword.startswith("exclusive") or value != int(value):
+            continue
+        if value * direction > 0:
+            part[keyword] = math.nextafter(value, math.inf * direction)
+        elif value == 0:  # next to which lie doubles of hundreds of digits
+            part[keyword] = direction * max(10.0 ** (math.floor(math.log10(other)) - 17), 5e-324)
 
 
 def _check_multiples(schema: Any, best_effort: bool) -> None:
@@ -214,6 +254,36 @@ def _has_controls(schema: dict[str, Any]) -> bool:
     if isinstance(schema.get("patternProperties"), dict):
         patterns += schema["patternProperties"]
     return any(map(_CONTROL_IN_PATTERN.search, patterns))
+
+
+def _narrow_patterns(schema: Any) -> None:
+    """Takes one control character, \\x01, out of the classes in patterns that may have all of them."""
+    for _, found in _schemas(schema, ""):
+        if isinstance(found.get("pattern"), str):
+            found["pattern"] = _narrowed(found["pattern"])
+        if isinstance(found.get("patternProperties"), dict):
+            keyed = found["patternProperties"].items()
+            found["patternProperties"] = {_narrowed(pattern): part for pattern, part in keyed}
+
+
+def _narrowed(pattern: str) -> str:
+    depth = 0  # of classes
+
+    def narrow(found: re.Match[str]) -> str:
+        nonlocal depth
+        text = found[0]
+        if text.startswith("["):
+            depth += 1
+            return text.replace("-", r"\-").replace("^", r"^\x01")
+        if text == "]":
+            depth = max(0, depth - 1)
+        elif text.startswith(r"\P"):
+            return rf"[^\x01\p{text[2:]}]"
+        elif depth and found["nul"]:
+            return rf"{found['nul']}\x02-"
+        return text
+
+    return _IN_PATTERN.sub(narrow, pattern)
 
 
 def _check_keys(schema: Any) -> None:

@@ -26,7 +26,7 @@ from fastapi import FastAPI
 from prometheus_client.metrics_core import Metric
 from ray import serve
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentBroadcastResponse, DeploymentHandle
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from policies.control.controller import Controller
@@ -118,6 +118,15 @@ class ServeDirectory:
         infos = [answer for answer in answers if isinstance(answer, ModelInfo)]
         clients = [ServeReplicaClient(self._handle, info) for info in infos]
         return Roster(clients, complete=len(infos) == len(answers))
+
+
+async def answers_in_time(broadcast: DeploymentBroadcastResponse) -> list[Any]:
+    """What all have answered, errors too; nothing where one has not in time, or none runs."""
+    try:
+        return list(await broadcast.results_async(timeout_s=SIBLINGS_TIMEOUT_S, return_exceptions=True))
+    except (TimeoutError, DeploymentUnavailableError) as error:
+        logger.warning("the other ingresses' figures are left out: %r", error)
+        return []
 
 
 def over_grpc(handle: DeploymentHandle[Any]) -> DeploymentHandle[Any]:
@@ -220,8 +229,7 @@ class Ingress:
         context = serve.get_replica_context()
         handle = serve.get_deployment_handle(context.deployment, context.app_name)
         broadcast = contextvars.Context().run(handle.broadcast, "figures")
-        answers = await broadcast.results_async(timeout_s=SIBLINGS_TIMEOUT_S, return_exceptions=True)
-        found = [answer for answer in answers if isinstance(answer, tuple)]
+        found = [answer for answer in await answers_in_time(broadcast) if isinstance(answer, tuple)]
         return [family for instance, families in found if instance != self._instance for family in families]
 
     async def drain(self) -> int:

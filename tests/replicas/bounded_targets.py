@@ -1,11 +1,22 @@
 """What BoundedProcess runs in the tests: harmless stand-ins for a compile that goes wrong."""
 
+import ctypes
 import os
 import time
 from collections.abc import Callable
 
 from replicas.grammar import Verdict, Vocabulary, prover
 from replicas.messages import JsonFormat
+
+
+def stack_bytes() -> int:
+    """Of the thread that asks, by glibc."""
+    libc, attributes, size = ctypes.CDLL(None), ctypes.create_string_buffer(256), ctypes.c_size_t()
+    libc.pthread_self.restype = ctypes.c_void_p
+    assert libc.pthread_getattr_np(ctypes.c_void_p(libc.pthread_self()), attributes) == 0
+    assert libc.pthread_attr_getstacksize(attributes, ctypes.byref(size)) == 0
+    libc.pthread_attr_destroy(attributes)
+    return size.value
 
 
 def misbehaving(setup: str) -> Callable[[str], str]:
@@ -25,6 +36,8 @@ def misbehaving(setup: str) -> Callable[[str], str]:
                 kept.append(bytearray(2**22))
         if told == "dies":
             os.abort()
+        if told == "stack":
+            return str(stack_bytes())
         if told == "raises":
             raise KeyError(told)
         return f"{setup} {told} {os.getpid()}"

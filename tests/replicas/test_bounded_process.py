@@ -8,10 +8,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from replicas.bounded_process import BoundedProcess, CallExceeded, CallLimits, CallTimeout, ProcessClosed
+from tests.replicas.bounded_targets import stack_bytes
 
 TARGET = "tests.replicas.bounded_targets:misbehaving"
 LIMITS = CallLimits(cpu_s=0.3, memory_bytes=64 * 2**20, wall_s=20.0)
@@ -55,6 +57,13 @@ def test_a_call_past_its_limits_ends_with_its_process_and_the_next_has_another(
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
     assert pid_of(process.call("a")) != pid
+
+
+def test_a_call_has_half_the_stack_of_a_thread_here(process: BoundedProcess) -> None:
+    """So what goes too deep for this process has ended the other one before."""
+    with ThreadPoolExecutor(1) as threads:
+        here = threads.submit(stack_bytes).result()
+    assert 0 < int(process.call("stack")) <= here // 2
 
 
 def test_a_call_that_takes_no_time_of_the_processor_is_given_up_after_wall_s() -> None:

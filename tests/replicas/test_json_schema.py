@@ -82,6 +82,61 @@ def test_integer_bounds_of_64_bits_are_kept_to(
         assert not allows(grammar_of(schema), str(number)), number
 
 
+@pytest.mark.parametrize("bound", [2**53, 2**53 + 4, -(2**53) - 4, 10**17, -(10**17), 2**59])
+def test_an_excluded_integer_is_excluded_where_the_next_is_no_double(bound: int) -> None:
+    for keyword, inside in (("exclusiveMinimum", bound + 8192), ("exclusiveMaximum", bound - 8192)):
+        schema = {"type": "integer", keyword: bound}
+        assert not allows(grammar_of(schema), str(bound))
+        assert allows(grammar_of(schema), str(inside))
+
+
+@pytest.mark.parametrize(
+    ("bounds", "outside", "inside"),
+    [
+        ({"exclusiveMinimum": 0, "maximum": 0.5}, ("0", "0.0", "-0", "0.51"), ("0.00001", "0.5")),
+        ({"exclusiveMinimum": 0, "exclusiveMaximum": 1e-30}, ("0", "0.1"), (f"0.{'0' * 30}5",)),
+        ({"exclusiveMinimum": 1, "exclusiveMaximum": 1.5}, ("1", "1.0", "1.5"), ("1.000001", "1.49")),
+        ({"minimum": -0.5, "exclusiveMaximum": 0}, ("0", "-0", "-0.0"), ("-0.00001", "-0.5")),
+        ({"minimum": -1.5, "exclusiveMaximum": -1.0}, ("-1", "-1.0", "-0.9"), ("-1.01", "-1.5")),
+    ],
+)
+def test_an_excluded_number_is_excluded_where_both_bounds_have_its_whole_part(
+    bounds: dict[str, float], outside: tuple[str, ...], inside: tuple[str, ...]
+) -> None:
+    apart = {"allOf": [{keyword: bound} for keyword, bound in bounds.items()]}
+    for schema in ({"type": "number"} | bounds, {"type": "number"} | apart):
+        assert not [text for text in outside if allows(grammar_of(schema), text)]
+        assert all(allows(grammar_of(schema), text) for text in inside)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "outside", "inside"),
+    [
+        ('^[^"]$', '"', "\\x-\n"),
+        (r"^[^\\]$", "\\", '"x-'),
+        (r'^[^-\\"\n]$', '-"\\\n', "x\t"),
+        (r"^[^a-z\]\"]$", 'a]"', "A\\"),
+        (r"^\P{Po}$", '"\\', "x-"),
+        (r"^[\x00-\x1f]$", '"\\x', "\n\x02"),
+        (r"^[\x00-!x]$", '"\\', "!x\n"),
+        (r"^x-y$", "xy", ""),
+    ],
+)
+def test_a_class_has_no_quote_or_backslash_unless_it_says_so(pattern: str, outside: str, inside: str) -> None:
+    grammar = {"type": "string", "pattern": pattern}
+    for char in outside:
+        assert not allows(grammar_of(grammar), json.dumps(char)), char
+    for char in inside:
+        assert allows(grammar_of(grammar), json.dumps(char)), char
+
+
+def test_what_is_no_class_of_a_pattern_stays_as_it_is() -> None:
+    for pattern in (r"^\[^a-z]$", r"\x00-\x1f", r"[a-z]-[0-9]", r"\\[^]", "^a$"):
+        schema = json.dumps({"type": "string", "pattern": pattern})
+        narrowed = json.loads(enforceable(schema, best_effort=False).schema)["pattern"]
+        assert narrowed == (pattern if pattern != r"\\[^]" else r"\\[^\x01]")
+
+
 def test_bounds_of_numbers_are_kept_to_by_their_digits() -> None:
     schema = {"type": "number", "minimum": 2**60 + 1, "maximum": 2**60 + 10**6 + 1}
     assert allows(grammar_of(schema), f"{2**60 + 10**5}.5")

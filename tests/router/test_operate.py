@@ -5,6 +5,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from cluster.embedded_redis import EmbeddedRedis
 from policies.control.policy_setting import PolicyChoice, PolicyWatch
@@ -12,6 +13,7 @@ from policies.control.store import ClusterView, LoadStore
 from policies.modes import Mode
 from policies.replica_load import ClusterLoad, ObservedLoad
 from router.api import create_app
+from router.ingress import answers_in_time
 from router.metrics import Metrics
 from tests.router.conftest import in_process, running
 from tests.router.fakes import MODEL, FakeStore, ScriptedReplica, a_load
@@ -145,3 +147,12 @@ async def test_one_scrape_shows_every_ingress(make_door):
     assert len([line for line in lines if line.startswith("# TYPE triad_http_requests_total ")]) == 1
     metrics.close()
     other.close()
+
+
+@pytest.mark.parametrize("error", [TimeoutError("too late"), DeploymentUnavailableError("gone")])
+async def test_ingresses_that_do_not_answer_are_left_out_of_a_scrape(error):
+    class Broadcast:
+        async def results_async(self, *, timeout_s, return_exceptions):
+            raise error
+
+    assert await answers_in_time(Broadcast()) == []
