@@ -98,7 +98,15 @@ class SegmentOutput:
         if not self.top:
             return ()
         chosen = zip(self.token_ids[:count], self.probs, self.top, strict=False)
-        return tuple(TokenLogprob(token, log(prob) if prob > 0 else -inf, top) for token, prob, top in chosen)
+        return tuple(TokenLogprob(token, _logprob(token, prob, top), top) for token, prob, top in chosen)
+
+
+def _logprob(token_id: int, prob: float, top: Seq[TokenProb]) -> float:
+    """The number that stands beside the token among the most probable ones too, where it is one of them."""
+    for other_id, logprob in top:
+        if other_id == token_id:
+            return logprob
+    return log(prob) if prob > 0 else -inf
 
 
 @dataclass(frozen=True, slots=True)
