@@ -17,7 +17,7 @@ from cluster.embedded_redis import EmbeddedRedis, Endpoint
 from policies.scaling import Targets
 from replicas.config import ReplicaConfig
 from router.admission_control import QueueLimits
-from router.guard import Bounds, GuardConfig
+from router.config import AccessConfig, Bounds
 from router.ingress import AddressedRouter, Ingress, IngressConfig
 
 UNLIMITED = 100_000
@@ -145,7 +145,7 @@ def _ingress_config(args: ClusterConfig, redis_url: str) -> IngressConfig:
             max_json_depth=args.max_json_depth,
             max_prompt_chars=args.max_prompt_chars,
         ),
-        guard=GuardConfig(
+        access=AccessConfig(
             api_keys_file=args.api_keys_file,
             limits_without_redis=args.limits_without_redis,
             limits_timeout_s=args.limits_timeout_s,

@@ -11,28 +11,27 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from opentelemetry.trace import Tracer
-from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from policies.control.policy_setting import PolicyWatch
 from policies.control.store import LoadStore
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import GenerateRequest, ModelInfo
-from router.auth import KeyRing
+from router.auth import KeyRing, key_of
 from router.body import BodyReader, route_with
+from router.config import Bounds
 from router.dispatch import Dispatcher
 from router.errors import ApiError, add_error_handlers, json_response
-from router.guard import AuthMiddleware, Bounds, LoadShedding, key_of
 from router.limits import KeyLimiter
 from router.load_view import LoadView
 from router.metrics import Metrics
+from router.middleware import layers
 from router.operate import Siblings, add_metrics_route, add_policy_routes
-from router.responses import BodyLimit, GenerationResponse, HeadAsGet
+from router.request_log import RequestLog, trace_carrier_in
+from router.responses import GenerationResponse
 from router.schema import ChatCompletionRequest, Completion, CompletionRequest
 from router.sse import Answer, ChatAnswer, TextAnswer
 from router.state import cluster_state
-from router.trail import REQUEST_ID_HEADER, AccessLog, RequestLog, trace_carrier_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +78,15 @@ def create_app(door: AppState, lifespan: AbstractAsyncContextManager[None] | Non
         title="Triad",
         description="OpenAI's completions from tri-mode language models, decoded as suits the load.",
         lifespan=life,
-        middleware=_middleware(door),
+        middleware=layers(
+            keys=door.keys,
+            bounds=door.bounds,
+            check_room=door.dispatcher.check_room,
+            metrics=door.metrics,
+            tracer=door.tracer,
+            answers_id=door.answers_id,
+            cors_origins=door.cors_origins,
+        ),
         redirect_slashes=False,
     )
     app.router.route_class = route_with(bodies)
@@ -122,25 +129,6 @@ def create_app(door: AppState, lifespan: AbstractAsyncContextManager[None] | Non
     if door.policy is not None:
         add_policy_routes(app, door.policy)
     return app
-
-
-def _middleware(door: AppState) -> list[Middleware]:
-    """From the outside in. A browser asks beforehand, without a key, so CORS precedes the guard."""
-    layers = [Middleware(HeadAsGet), Middleware(AccessLog, door.metrics, door.tracer, door.answers_id)]
-    if door.cors_origins:
-        layers.append(
-            Middleware(
-                CORSMiddleware,
-                allow_origins=door.cors_origins,
-                allow_methods=["GET", "POST"],
-                allow_headers=["Authorization", "Content-Type", REQUEST_ID_HEADER],
-                expose_headers=[REQUEST_ID_HEADER, "Retry-After"],
-            )
-        )
-    layers.append(Middleware(AuthMiddleware, door.keys, door.bounds))
-    layers.append(Middleware(LoadShedding, door.dispatcher.check_room))
-    layers.append(Middleware(BodyLimit, door.bounds.max_body_bytes, door.bounds.body_timeout_s))
-    return layers
 
 
 async def _generate(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Self
 
+from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 ENVIRONMENT = "TRIAD_API_KEYS"
 KEY_PREFIX = "triad-"
 RELOAD_PERIOD_S = 5.0
+STATE_KEY = "triad_api_key"
+"""Where a request's state has the caller's key."""
 
 Rate = Annotated[int, Field(ge=1)]
 
@@ -161,3 +164,9 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
         return None
     # A Kubernetes secret changes by a new link to another file, so the inode counts.
     return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+def key_of(request: Request) -> ApiKey | None:
+    """The caller's key, as the middleware has found it."""
+    key: ApiKey | None = getattr(request.state, STATE_KEY, None)
+    return key

@@ -21,8 +21,8 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
 from replicas.errors import ErrorCode
+from router.config import Bounds
 from router.errors import ApiError, bad_request, bad_value
-from router.guard import Bounds
 from router.schema import Completion
 
 INLINE_BYTES = 32 * 2**10

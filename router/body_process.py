@@ -6,8 +6,8 @@ from multiprocessing.connection import Connection
 from pydantic import BaseModel
 
 from router.body import read
+from router.config import Bounds
 from router.errors import ApiError
-from router.guard import Bounds
 
 
 def serve(pipe: Connection) -> None:

@@ -22,15 +22,21 @@ from replicas.messages import (
     ModelInfo,
     joined,
 )
-from router.admission import raise_if_shed
 from router.admission_control import Admission, AdmissionControl, Shed
 from router.ejection import FailureWatch
-from router.errors import Overloaded
+from router.errors import Overloaded, raise_if_shed
 from router.load_view import LoadView
 from router.placement import place
 from router.prompt_estimator import PromptEstimator, check_fits
-from router.replica_connection import FAULTS, Inbox, LastWord, LinkTimes, ReplicaConnection, ReplicaLost
-from router.transport import Directory
+from router.replica_connection import (
+    FAULTS,
+    Directory,
+    Inbox,
+    LastWord,
+    LinkTimes,
+    ReplicaConnection,
+    ReplicaLost,
+)
 
 logger = logging.getLogger(__name__)
 

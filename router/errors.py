@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from replicas.errors import ErrorCode, TriadError
+from router.admission_control import Admission, Shed
 
 RETRY_AFTER_S = 1
 """What a contended or starting server asks of a client."""
@@ -49,6 +50,16 @@ class Overloaded(TriadError):
 
     def __reduce__(self) -> tuple[type, tuple[ErrorCode, str, int]]:  # type: ignore[override]
         return type(self), (self.code, self.message, self.retry_after_s)
+
+
+def raise_if_shed(verdict: Admission) -> None:
+    """Raises Overloaded: UNAVAILABLE (503) where there is no capacity, QUEUE_FULL (429) where it is taken."""
+    if not isinstance(verdict, Shed):
+        return
+    if verdict.contended:
+        message = f"The server is full ({verdict.reason}); try again in {verdict.retry_after_s} s."
+        raise Overloaded(ErrorCode.QUEUE_FULL, message, verdict.retry_after_s)
+    raise Overloaded(ErrorCode.UNAVAILABLE, "No replica can take the request.", verdict.retry_after_s)
 
 
 class ApiError(HTTPException):

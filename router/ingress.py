@@ -37,13 +37,13 @@ from replicas.messages import Accepted, Event, GenerateRequest, ModelInfo, Rejec
 from router.admission_control import AdmissionControl, QueueLimits
 from router.api import AppState, create_app
 from router.auth import KeyRing
+from router.config import AccessConfig, Bounds
 from router.dispatch import Dispatcher
-from router.guard import Bounds, GuardConfig
 from router.limits import KeyLimiter
 from router.load_view import LoadView
 from router.metrics import Metrics
 from router.operate import keep_reading
-from router.transport import Roster
+from router.replica_connection import Roster
 from telemetry.logs import configure_logs
 from telemetry.setup import Tracing
 
@@ -77,7 +77,7 @@ class AddressedRouter(RequestRouter):
 
 
 class ServeReplicaClient:
-    """router.transport.ReplicaClient over a handle whose deployment routes by AddressedRouter."""
+    """router.replica_connection.ReplicaClient over a handle whose deployment routes by AddressedRouter."""
 
     def __init__(self, handle: DeploymentHandle[Any], info: ModelInfo):
         self.info = info
@@ -103,7 +103,7 @@ class ServeReplicaClient:
 
 
 class ServeDirectory:
-    """router.transport.Directory over a deployment's running replicas."""
+    """router.replica_connection.Directory over a deployment's running replicas."""
 
     def __init__(self, handle: DeploymentHandle[Any]):
         self._handle = over_grpc(handle)
@@ -157,7 +157,7 @@ class IngressConfig:
     max_running: int
     queue_limits: QueueLimits
     bounds: Bounds = field(default_factory=Bounds)
-    guard: GuardConfig = field(default_factory=GuardConfig)
+    access: AccessConfig = field(default_factory=AccessConfig)
     stream_interval_s: float = 0.0
     shared_prefix_cache: bool = False
     log_format: str = "text"
@@ -178,15 +178,15 @@ class Ingress:
         deployed_with: tuple[DeploymentHandle[Any], ...] = (),
     ):
         configure_logs(config.log_format)
-        keys = KeyRing.load(config.guard.api_keys_file)
+        keys = KeyRing.load(config.access.api_keys_file)
         instance = secrets.token_hex(4)
         self._tracing = Tracing("ingress", instance)
         self._metrics = Metrics(config.model_name, instance)
         self._store = LoadStore(config.redis_url, config.app)
-        timeout_s = config.guard.limits_timeout_s
+        timeout_s = config.access.limits_timeout_s
         self._limiter = KeyLimiter(
             LoadStore(config.redis_url, config.app, connect_timeout_s=timeout_s, command_timeout_s=timeout_s),
-            config.guard.limits_without_redis,
+            config.access.limits_without_redis,
         )
         self._controller = Controller(self._store, create_policy(config.policy, config.policy_params))
         self._policy = PolicyWatch(
@@ -205,7 +205,7 @@ class Ingress:
             int(time.time()),
             bounds=config.bounds,
             keys=keys,
-            cors_origins=config.guard.cors_origins,
+            cors_origins=config.access.cors_origins,
             stream_interval_s=config.stream_interval_s,
             shared_prefix_cache=config.shared_prefix_cache,
             limiter=self._limiter,

@@ -74,7 +74,7 @@ def add_metrics_route(app: FastAPI, metrics: Metrics, store: LoadStore, siblings
 
 
 def add_policy_routes(app: FastAPI, watch: PolicyWatch) -> None:
-    """Changing needs an admin key, which router.guard sees to."""
+    """Changing needs an admin key, which router.middleware sees to."""
 
     @app.get("/v1/triad/policy", response_class=Response)
     async def policy() -> Response:

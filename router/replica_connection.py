@@ -3,16 +3,16 @@
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from policies.control.loop import Clock
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import Accepted, Delta, Event, Failed, Finished, GenerateRequest, ModelInfo, Rejected
 from router.ejection import FailureWatch
 from router.placement import OwnTraffic, Sent
-from router.transport import ReplicaClient
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +24,39 @@ LastWord = Callable[[Finished | Failed | None], None]
 
 FAULTS = frozenset({ErrorCode.UNAVAILABLE, ErrorCode.INTERNAL})
 """Errors that are the replica's and not the request's, which another replica may not have."""
+
+
+class ReplicaClient(Protocol):
+    """One replica. Any call may raise whatever the transport raises when the replica is gone."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    async def submit(self, request: GenerateRequest) -> Accepted | Rejected: ...
+
+    async def cancel(self, request_ids: tuple[str, ...]) -> None: ...
+
+    def channel(self, channel_id: str) -> AsyncGenerator[tuple[Event, ...], None]:
+        """The events of all requests submitted with this channel id; an empty item when it opens and
+        about every second. Closing it ends those requests at the replica."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Roster:
+    """The replicas running now.
+
+    complete: False if some did not answer, so that one missing here may be alive.
+    """
+
+    clients: Sequence[ReplicaClient]
+    complete: bool = True
+
+
+class Directory(Protocol):
+    async def roster(self) -> Roster:
+        """May raise whatever the transport raises; then nothing is known."""
+        ...
 
 
 class ReplicaLost(TriadError):

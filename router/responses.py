@@ -4,14 +4,13 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
 
-from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from replicas.errors import TriadError
 from router.dispatch import Generation
+from router.request_log import RequestLog
 from router.sse import Answer, Counts, delta_event, error_event, whole_body
-from router.trail import RequestLog
 
 EVENT_STREAM = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -120,54 +119,3 @@ async def _start(send: Send, headers: Mapping[str, str]) -> None:
 
 async def _send_part(send: Send, body: bytes) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": True})
-
-
-class HeadAsGet:
-    """ASGI middleware: HEAD is answered wherever GET is, with all but the body."""
-
-    def __init__(self, app: ASGIApp):
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_bare(message: Message) -> None:
-            await send({**message, "body": b""} if "body" in message else message)
-
-        if scope["type"] == "http" and scope["method"] == "HEAD":
-            # A copy, since the server looks at its own to know that no body follows.
-            await self._app(dict(scope, method="GET"), receive, send_bare)
-        else:
-            await self._app(scope, receive, send)
-
-
-class BodyLimit:
-    """ASGI middleware: a body longer than max_bytes is a 413, whether or not its length is declared, and one
-    that is not whole timeout_s after its head a 408, however steadily it trickles."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float):
-        self._app = app
-        self._max_bytes = max_bytes
-        self._timeout_s = timeout_s
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        num_bytes = 0
-        is_whole = False
-        deadline_s = asyncio.get_running_loop().time() + self._timeout_s
-
-        async def limited() -> Message:
-            nonlocal num_bytes, is_whole
-            if is_whole:
-                return await receive()
-            try:
-                async with asyncio.timeout_at(deadline_s):
-                    message = await receive()
-            except TimeoutError:
-                told = f"the body was not whole after {self._timeout_s:g} s"
-                raise HTTPException(408, told, {"Connection": "close"}) from None
-            is_whole = not message.get("more_body", False)
-            num_bytes += len(message.get("body", b""))
-            # An HTTPException, because FastAPI makes any other error in a body's reading a 400.
-            if num_bytes > self._max_bytes:
-                raise HTTPException(413, f"the body is over {self._max_bytes} bytes")
-            return message
-
-        await self._app(scope, limited if scope["type"] == "http" else receive, send)

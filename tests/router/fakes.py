@@ -22,7 +22,7 @@ from replicas.messages import (
     Rejected,
     TextLogprob,
 )
-from router.transport import ReplicaClient, Roster
+from router.replica_connection import ReplicaClient, Roster
 
 MODEL = "triad-test"
 WORDS = ("Once", " upon", " a", " time", "…", " «née»", ".")

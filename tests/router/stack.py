@@ -14,8 +14,7 @@ from router.admission_control import AdmissionControl, QueueLimits
 from router.api import AppState
 from router.dispatch import Dispatcher
 from router.load_view import LoadView
-from router.replica_connection import LinkTimes
-from router.transport import ReplicaClient, Roster
+from router.replica_connection import LinkTimes, ReplicaClient, Roster
 from tests.eventually import eventually
 from tests.replicas.codec import byte_codec
 from tests.replicas.engine.scripted import ScriptedRunner

@@ -12,7 +12,7 @@ from policies.modes import DecodePlan, Mode
 from policies.replica_load import ClusterLoad, ObservedLoad
 from replicas.errors import ErrorCode
 from router.api import create_app
-from router.guard import Bounds
+from router.config import Bounds
 from router.metrics import Metrics
 from tests.eventually import eventually
 from tests.router.conftest import in_process, over_http, running

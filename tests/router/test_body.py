@@ -13,8 +13,8 @@ import pytest
 
 from router.api import create_app
 from router.body import INLINE_BYTES, BodyReader, json_depth, read
+from router.config import Bounds
 from router.errors import ApiError
-from router.guard import Bounds
 from router.operate import PolicyBody
 from router.schema import ChatCompletionRequest, Completion, CompletionRequest
 from tests.router.conftest import in_process, running

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from router.api import AppState, create_app
-from router.guard import Bounds
+from router.config import Bounds
 from tests.router.conftest import over_http
 from tests.router.fakes import MODEL, ScriptedReplica
 

@@ -11,8 +11,8 @@ from pydantic import BaseModel
 
 from replicas.messages import NUM_SEEDS, DecodingOptions, SamplingParams
 from router.body import read
+from router.config import Bounds
 from router.errors import ApiError
-from router.guard import Bounds
 from router.operate import PolicyBody
 from router.schema import ChatCompletionRequest, Completion, CompletionRequest
 

@@ -231,9 +231,9 @@ async def test_a_json_line_has_the_requests_and_the_traces_id(monkeypatch, caplo
                 lines.append(json.loads(JsonFormatter().format(record)))
 
         handler = Keep()
-        logger = logging.getLogger("router.trail")
+        logger = logging.getLogger("router.middleware")
         logger.addHandler(handler)
-        caplog.set_level(logging.INFO, "router.trail")
+        caplog.set_level(logging.INFO, "router.middleware")
         async with a_stack(tracer=tracing.tracer) as stack, in_process(create_app(stack.door)) as client:
             headers = {"traceparent": PARENT, "x-request-id": "mine"}
             await client.post("/v1/chat/completions", json=CHAT, headers=headers)

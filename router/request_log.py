@@ -1,116 +1,36 @@
-"""What is kept of a request: its id, its span, its figures, its log line, and its account of tokens."""
+"""What is kept of one generation: its span's attributes, its figures, its log line's fields, its account."""
 
-import logging
-import re
 import time
-import uuid
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, format_trace_id
-from starlette.datastructures import MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from opentelemetry.trace import Span, Status, StatusCode
+from starlette.types import Scope
 
 from replicas.errors import TriadError
 from replicas.messages import Failed, Finished
 from router.auth import ApiKey
 from router.dispatch import Generation
-from router.errors import MAX_PARAM_LEN, ApiError, shortened
-from router.guard import COMPLETIONS
+from router.errors import ApiError
 from router.limits import Charge, KeyLimiter
 from router.metrics import Metrics, Outcome
-from telemetry.logs import FIELDS, LogContext, log_context
-from telemetry.propagation import carrier_below, carrier_of, parent_context
 
-logger = logging.getLogger(__name__)
-
-REQUEST_ID_HEADER = "x-request-id"
-
-MAX_REQUEST_ID_LEN = 128
-_NOT_PLAIN = re.compile(r"[^A-Za-z0-9_.:-]")
-_SPAN = "triad_span"
-_CARRIER = "triad_trace_carrier"
-_FIELDS = "triad_log_fields"
-_QUIET = frozenset({"/health", "/healthz", "/readyz", "/metrics"})
-"""Asked every few seconds: neither traced nor logged."""
-
-
-class AccessLog:
-    """ASGI middleware around all others: request id, span, counter and log line of every answer.
-
-    The caller's own X-Request-Id is kept as far as it is a plain word. answers_id: whether to answer with
-    it, unless what stands before the app does, with the id as it came.
-    """
-
-    def __init__(self, app: ASGIApp, metrics: Metrics | None, tracer: Tracer | None, answers_id: bool = True):
-        self._app = app
-        self._metrics = metrics
-        self._tracer = tracer
-        self._answers_id = answers_id
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        request_id = _request_id(scope)
-        state = scope.setdefault("state", {})
-        fields: dict[str, Any] = {}
-        state[_FIELDS] = fields
-        name = shortened(f"{scope['method']} {scope['path']}", MAX_PARAM_LEN)
-        span = None
-        if self._tracer is not None and scope["path"] not in _QUIET:
-            attributes = {"http.request.method": scope["method"], "triad.request.id": request_id}
-            parent = parent_context(carrier_of(scope["headers"]))
-            span = state[_SPAN] = self._tracer.start_span(name, parent, SpanKind.SERVER, attributes)
-            state[_CARRIER] = carrier_below(span, parent)
-        trace_id = None if span is None else format_trace_id(span.get_span_context().trace_id)
-        token = log_context.set(LogContext(request_id, trace_id))
-        status = 499
-        began_s = time.monotonic()
-
-        async def note(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                if self._answers_id:
-                    MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
-            await send(message)
-
-        try:
-            await self._app(scope, receive, note)
-        finally:
-            route = _route(scope)
-            if self._metrics is not None:
-                self._metrics.answered(route, status)
-            if span is not None:
-                span.set_attribute("http.response.status_code", status)
-                span.set_attribute("http.route", route)
-                if status >= 500:
-                    span.set_status(Status(StatusCode.ERROR))
-                span.end()
-            if scope["path"] not in _QUIET and logger.isEnabledFor(logging.INFO):
-                line = {"status": status, "duration_s": round(time.monotonic() - began_s, 6)} | fields
-                logger.info("%s", name, extra={FIELDS: line})
-            log_context.reset(token)
-
-
-def _route(scope: Scope) -> str:
-    """For metrics, so that any path a client may think of is one."""
-    found: str | None = getattr(scope.get("route"), "path", None)
-    if found is None and scope["path"] in COMPLETIONS:
-        return str(scope["path"])  # refused before it was routed
-    return found or "unknown"
+SPAN = "triad_span"
+CARRIER = "triad_trace_carrier"
+LOG_FIELDS = "triad_log_fields"
+"""Where a request's state has its span, the headers for spans below it, and the fields of its log line."""
 
 
 def span_of(scope: Scope) -> Span | None:
-    span: Span | None = scope.get("state", {}).get(_SPAN)
+    """The request's span; None without tracing."""
+    span: Span | None = scope.get("state", {}).get(SPAN)
     return span
 
 
 def trace_carrier_in(scope: Scope) -> Mapping[str, str]:
     """The context that spans below this request's belong to, as headers; empty without tracing."""
-    carrier: Mapping[str, str] = scope.get("state", {}).get(_CARRIER, {})
+    carrier: Mapping[str, str] = scope.get("state", {}).get(CARRIER, {})
     return carrier
 
 
@@ -222,18 +142,9 @@ class RequestLog:
             facts["triad.key"] = key_name
         if self._error is not None:
             facts["error.type"] = self._error
-        self._scope.get("state", {}).get(_FIELDS, {}).update(facts)
+        self._scope.get("state", {}).get(LOG_FIELDS, {}).update(facts)
         span = span_of(self._scope)
         if span is not None:
             span.set_attributes(facts)
             if self._error not in (None, "disconnected"):
                 span.set_status(Status(StatusCode.ERROR, self._error))
-
-
-def _request_id(scope: Scope) -> str:
-    given = _header(scope, REQUEST_ID_HEADER.encode())
-    return _NOT_PLAIN.sub("_", given)[:MAX_REQUEST_ID_LEN] if given else f"req-{uuid.uuid4().hex}"
-
-
-def _header(scope: Scope, name: bytes) -> str | None:
-    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)

@@ -1,7 +1,7 @@
 """Header and prompt bounds, and CORS."""
 
 from router.api import create_app
-from router.guard import Bounds
+from router.config import Bounds
 from tests.router.conftest import in_process, running
 from tests.router.fakes import ScriptedReplica
 from tests.router.test_api import CHAT, error_of

@@ -1,0 +1,271 @@
+"""What stands before the routes, as pure ASGI, and in which order."""
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer, format_trace_id
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from replicas.errors import TriadError
+from router.auth import STATE_KEY, ApiKey, KeyRing
+from router.config import Bounds
+from router.errors import MAX_PARAM_LEN, ApiError, api_error_response, shortened, triad_error_response
+from router.metrics import Metrics
+from router.request_log import CARRIER, LOG_FIELDS, SPAN
+from telemetry.logs import FIELDS, LogContext, log_context
+from telemetry.propagation import carrier_below, carrier_of, parent_context
+
+logger = logging.getLogger(__name__)
+
+REQUEST_ID_HEADER = "x-request-id"
+MAX_REQUEST_ID_LEN = 128
+_NOT_PLAIN = re.compile(r"[^A-Za-z0-9_.:-]")
+
+OPEN_PATHS = frozenset({"/health", "/healthz", "/readyz", "/metrics"})
+"""For probes and scrapers, which have no key and ask every few seconds: neither traced nor logged."""
+COMPLETIONS = frozenset({"/v1/chat/completions", "/v1/completions"})
+ADMIN_CALLS = frozenset({("PUT", "/v1/triad/policy"), ("DELETE", "/v1/triad/policy")})
+
+
+def layers(
+    *,
+    keys: KeyRing,
+    bounds: Bounds,
+    check_room: Callable[[], None],
+    metrics: Metrics | None,
+    tracer: Tracer | None,
+    answers_id: bool,
+    cors_origins: Sequence[str],
+) -> list[Middleware]:
+    """All of them, from the outside in.
+
+    A browser asks beforehand, without a key, so CORS precedes the check of keys. check_room: LoadShedding's.
+    """
+    found = [Middleware(HeadAsGet), Middleware(AccessLog, metrics, tracer, answers_id)]
+    if cors_origins:
+        found.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=cors_origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["Authorization", "Content-Type", REQUEST_ID_HEADER],
+                expose_headers=[REQUEST_ID_HEADER, "Retry-After"],
+            )
+        )
+    found.append(Middleware(AuthMiddleware, keys, bounds))
+    found.append(Middleware(LoadShedding, check_room))
+    found.append(Middleware(BodyLimit, bounds.max_body_bytes, bounds.body_timeout_s))
+    return found
+
+
+class HeadAsGet:
+    """ASGI middleware: HEAD is answered wherever GET is, with all but the body."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_bare(message: Message) -> None:
+            await send({**message, "body": b""} if "body" in message else message)
+
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            # A copy, since the server looks at its own to know that no body follows.
+            await self._app(dict(scope, method="GET"), receive, send_bare)
+        else:
+            await self._app(scope, receive, send)
+
+
+class AccessLog:
+    """ASGI middleware around all others: request id, span, counter and log line of every answer.
+
+    The caller's own X-Request-Id is kept as far as it is a plain word. answers_id: whether to answer with
+    it, unless what stands before the app does, with the id as it came.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics | None, tracer: Tracer | None, answers_id: bool = True):
+        self._app = app
+        self._metrics = metrics
+        self._tracer = tracer
+        self._answers_id = answers_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        state = scope.setdefault("state", {})
+        fields: dict[str, Any] = {}
+        state[LOG_FIELDS] = fields
+        name = shortened(f"{scope['method']} {scope['path']}", MAX_PARAM_LEN)
+        span = None
+        if self._tracer is not None and scope["path"] not in OPEN_PATHS:
+            attributes = {"http.request.method": scope["method"], "triad.request.id": request_id}
+            parent = parent_context(carrier_of(scope["headers"]))
+            span = state[SPAN] = self._tracer.start_span(name, parent, SpanKind.SERVER, attributes)
+            state[CARRIER] = carrier_below(span, parent)
+        trace_id = None if span is None else format_trace_id(span.get_span_context().trace_id)
+        token = log_context.set(LogContext(request_id, trace_id))
+        status = 499
+        began_s = time.monotonic()
+
+        async def note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if self._answers_id:
+                    MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, note)
+        finally:
+            route = _route(scope)
+            if self._metrics is not None:
+                self._metrics.answered(route, status)
+            if span is not None:
+                span.set_attribute("http.response.status_code", status)
+                span.set_attribute("http.route", route)
+                if status >= 500:
+                    span.set_status(Status(StatusCode.ERROR))
+                span.end()
+            if scope["path"] not in OPEN_PATHS and logger.isEnabledFor(logging.INFO):
+                line = {"status": status, "duration_s": round(time.monotonic() - began_s, 6)} | fields
+                logger.info("%s", name, extra={FIELDS: line})
+            log_context.reset(token)
+
+
+def _route(scope: Scope) -> str:
+    """For metrics, so that any path a client may think of is one."""
+    found: str | None = getattr(scope.get("route"), "path", None)
+    if found is None and scope["path"] in COMPLETIONS:
+        return str(scope["path"])  # refused before it was routed
+    return found or "unknown"
+
+
+class AuthMiddleware:
+    """ASGI middleware: an answer of 431, 401 or 403, or the app with the key in the request's state."""
+
+    def __init__(self, app: ASGIApp, keys: KeyRing, bounds: Bounds):
+        self._app = app
+        self._keys = keys
+        self._bounds = bounds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                self._check_headers(scope["headers"])
+                key = self._let_in(scope)
+            except ApiError as error:
+                await api_error_response(error)(scope, receive, send)
+                return
+            scope.setdefault("state", {})[STATE_KEY] = key
+        await self._app(scope, receive, send)
+
+    def _check_headers(self, headers: list[tuple[bytes, bytes]]) -> None:
+        num_bytes = sum(len(name) + len(value) for name, value in headers)
+        if len(headers) > self._bounds.max_headers or num_bytes > self._bounds.max_header_bytes:
+            message = (
+                f"At most {self._bounds.max_headers} headers of {self._bounds.max_header_bytes} bytes "
+                f"in all are taken; there are {len(headers)} of {num_bytes}."
+            )
+            raise ApiError(431, "headers_too_large", message)
+
+    def _let_in(self, scope: Scope) -> ApiKey | None:
+        is_admin_call = (scope["method"], scope["path"]) in ADMIN_CALLS
+        if self._keys.is_open:
+            if is_admin_call:
+                message = "No admin key is configured; see api_keys_file and python -m cluster.new_key."
+                raise ApiError(403, "admin_key_required", message, type_="permission_error")
+            return None
+        if scope["path"] in OPEN_PATHS:
+            return None
+        key = self._keys.find(_bearer(scope["headers"]))
+        if key is None:
+            raise ApiError(401, "invalid_api_key", "Incorrect API key provided.")
+        if is_admin_call and not key.admin:
+            message = "This needs an admin key."
+            raise ApiError(403, "admin_key_required", message, type_="permission_error")
+        return key
+
+
+class LoadShedding:
+    """ASGI middleware: while all places are taken a completion is refused before its body is read.
+
+    So that under overload refusals take little from what is served. check: raises TriadError.
+    """
+
+    def __init__(self, app: ASGIApp, check: Callable[[], None]):
+        self._app = app
+        self._check = check
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in COMPLETIONS:
+            try:
+                self._check()
+            except TriadError as error:
+                await triad_error_response(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+class BodyLimit:
+    """ASGI middleware: a body longer than max_bytes is a 413, whether or not its length is declared, and one
+    that is not whole timeout_s after its head a 408, however steadily it trickles."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float):
+        self._app = app
+        self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        num_bytes = 0
+        is_whole = False
+        deadline_s = asyncio.get_running_loop().time() + self._timeout_s
+
+        async def limited() -> Message:
+            nonlocal num_bytes, is_whole
+            if is_whole:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline_s):
+                    message = await receive()
+            except TimeoutError:
+                told = f"the body was not whole after {self._timeout_s:g} s"
+                raise HTTPException(408, told, {"Connection": "close"}) from None
+            is_whole = not message.get("more_body", False)
+            num_bytes += len(message.get("body", b""))
+            # An HTTPException, because FastAPI makes any other error in a body's reading a 400.
+            if num_bytes > self._max_bytes:
+                raise HTTPException(413, f"the body is over {self._max_bytes} bytes")
+            return message
+
+        await self._app(scope, limited if scope["type"] == "http" else receive, send)
+
+
+def _request_id(scope: Scope) -> str:
+    given = _header(scope, REQUEST_ID_HEADER.encode())
+    return _NOT_PLAIN.sub("_", given)[:MAX_REQUEST_ID_LEN] if given else f"req-{uuid.uuid4().hex}"
+
+
+def _header(scope: Scope, name: bytes) -> str | None:
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
+
+
+def _bearer(headers: list[tuple[bytes, bytes]]) -> str:
+    values = [value for name, value in headers if name == b"authorization"]
+    if not values:
+        message = "You didn't provide an API key. Send it as the header Authorization: Bearer <key>."
+        raise ApiError(401, "missing_api_key", message)
+    scheme, _, key = values[0].decode("latin-1").strip().partition(" ")
+    if len(values) > 1 or scheme.lower() != "bearer" or not key.strip():
+        raise ApiError(401, "invalid_api_key", "Send the key as one header Authorization: Bearer <key>.")
+    return key.strip()
