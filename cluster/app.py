@@ -21,7 +21,7 @@ from router.config import AccessConfig, Bounds
 from router.ingress import AddressedRouter, Ingress, IngressConfig
 
 UNLIMITED = 100_000
-"""Ongoing requests of an actor. Admission and the replica's queue are the bounds; Serve's own would
+"""The ongoing requests an actor may have. Admission and the replica's queue are the bounds; Serve's own would
 hold back cancels and channels along with requests."""
 
 ADDRESSED_ROUTER = f"{AddressedRouter.__module__}:{AddressedRouter.__name__}"
@@ -42,7 +42,7 @@ class RedisServer:
 
 
 def deploy(args: ClusterConfig) -> Application:
-    """Replicas, ingresses and, without a redis_url, a Redis."""
+    """Builds the replicas, the ingresses and, without a redis_url, a Redis."""
     deployed_with: tuple[Any, ...] = ()
     redis_url = args.redis_url
     if redis_url is None:

@@ -17,7 +17,7 @@ LOOK_BACK_S = 4.0
 
 
 def scale(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-    """Called by Serve's controller, which then applies its delays and bounds."""
+    """The number of replicas wanted, for Serve's controller, which then applies its delays and bounds."""
     said = (context.aggregated_metrics or {}).get(DEMAND, {})
     shares = [said[replica] for replica in context.running_replicas if replica in said]
     return wanted_replicas(shares, context.current_num_replicas, context.target_num_replicas), {}

@@ -1,4 +1,4 @@
-"""What an operator may set, checked once at the start."""
+"""The settings of an operator, checked once at the start."""
 
 import difflib
 import json
@@ -26,7 +26,7 @@ _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 def _mapping(value: Any) -> Any:
-    """On the command line a mapping is written as a JSON object."""
+    """The mapping that a JSON object on the command line stands for."""
     if not isinstance(value, str):
         return value
     try:
@@ -36,7 +36,7 @@ def _mapping(value: Any) -> Any:
 
 
 def _from_environment(variable: re.Match[str]) -> str:
-    """So that a Serve file may name a password without having it."""
+    """The value of `${NAME}` in a URL, so that a Serve file may name a password without having it."""
     name = variable[1]
     if name not in os.environ:
         raise ValueError(f"the environment variable {name} is not set")
@@ -44,7 +44,7 @@ def _from_environment(variable: re.Match[str]) -> str:
 
 
 def _listed(value: Any) -> Any:
-    """On the command line a list is separated by commas."""
+    """The list that comma-separated text on the command line stands for."""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
@@ -266,7 +266,7 @@ class ClusterConfig(BaseModel):
 
     @property
     def first_replicas(self) -> int:
-        """How many start: num_replicas where it is given, else min_replicas."""
+        """The number of replicas at the start: num_replicas where it is given, else min_replicas."""
         return self.num_replicas if "num_replicas" in self.model_fields_set else self.least_replicas
 
     @property
@@ -275,19 +275,19 @@ class ClusterConfig(BaseModel):
 
     @property
     def checkpoint(self) -> str:
-        """A folder or a hub name."""
+        """The folder or the hub name of the weights."""
         if self.model not in CHECKPOINTS:
             return self.model
         return str(Path(replicas.__path__[0]) / "checkpoints" / CHECKPOINTS[self.model])
 
     @property
     def weights_dtype(self) -> str:
-        """On a CPU exactness comes first: in float32 greedy decoding is the same in any batch."""
+        """The dtype of weights; on a CPU float32, in which greedy decoding is the same in any batch."""
         if self.dtype != "auto":
             return self.dtype
         return "bfloat16" if self.num_gpus else "float32"
 
     @property
     def model_name(self) -> str:
-        """What clients ask for."""
+        """The name by which clients ask for the model."""
         return self.served_model_name or Path(self.model).name

@@ -1,7 +1,7 @@
-"""What Ray has to find in the environment when it starts: `eval "$(python -m cluster.environment FOLDER)"`.
+"""The environment that Ray has to find when it starts: `eval "$(python -m cluster.environment FOLDER)"`.
 
-Serve's own proxy is a Python process that every chunk of every stream goes through. With these, HAProxy
-stands in its place, which Ray brings along, and clients reach the ingresses through it.
+Serve's own proxy is a Python process that every chunk of every stream goes through. With these variables
+HAProxy stands in its place, which Ray brings along, and clients reach the ingresses through it.
 """
 
 import os
@@ -14,11 +14,11 @@ from pathlib import Path
 from replicas.machine import default_num_threads
 
 LONGEST_STREAM_S = 3600
-"""When ingresses come and go HAProxy starts anew beside its old self, which ends what it has begun."""
+"""The time an HAProxy has to end what it has begun, once a new one runs because ingresses came or went."""
 SILENT_CLIENT_S = 120
-"""For how long a client may neither send what it owes nor take what there is for it."""
+"""The time for which a client may neither send what it owes nor take what there is for it."""
 LEAST_DRAIN_S = 1
-"""For how long an ingress that is to end still answers: HAProxy has stopped sending by then."""
+"""The time for which an ingress that is to end still answers: HAProxy has stopped sending by then."""
 
 OWN_PORTS = (
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
@@ -29,9 +29,9 @@ OWN_PORTS = (
 
 
 def serving_environment(folder: Path) -> dict[str, str]:
-    """folder: the cluster's own on this machine, absent or not; its path short, for sockets lie in it.
+    """The variables to set; what the environment has already stays as it is.
 
-    What the environment has already stays as it is.
+    folder: the cluster's own on this machine, absent or not; its path short, for sockets lie in it
     """
     haproxy = folder / "h"
     wanted = {
@@ -56,7 +56,7 @@ def serving_environment(folder: Path) -> dict[str, str]:
 
 
 def _free_ports(count: int) -> list[int]:
-    """All different: each stays taken until the last is found."""
+    """Finds ports that are all different: each stays taken until the last is found."""
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 TIMEOUT_VARIABLE = "TRIAD_DOOR_REQUEST_TIMEOUT_S"
-"""Of the environment where Ray starts; whole seconds."""
+"""The variable, in the environment where Ray starts, that sets the timeout in whole seconds."""
 REQUEST_TIMEOUT_S = 10
-"""From a connection's first byte, or from being open, to a whole head and, of the body, as much as HAProxy
-holds at a time (16 KiB). The rest of a longer body is the ingress's to wait for (body_timeout_s)."""
+"""The time from a connection's first byte, or from being open, to a whole head and, of the body, as much as
+HAProxy holds at a time (16 KiB). The rest of a longer body is the ingress's to wait for (body_timeout_s)."""
 BINARY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 
 
@@ -53,7 +53,7 @@ def amended(text: str, timeout_s: int = REQUEST_TIMEOUT_S) -> str:
 
 
 def request_timeout_s() -> int:
-    """Raises ValueError, which names the variable."""
+    """The timeout that the environment sets, or the default. Raises ValueError, which names the variable."""
     given = os.environ.get(TIMEOUT_VARIABLE) or str(REQUEST_TIMEOUT_S)
     if not given.isdecimal() or not 1 <= int(given) <= 3600:
         raise ValueError(f"{TIMEOUT_VARIABLE} is {given!r}; give whole seconds from 1 to 3600")

@@ -1,4 +1,4 @@
-"""Whether to take a request at all, and when to come back if not."""
+"""Admission: the decision to take a request at all, and, if not, when the client is to come back."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,26 +11,27 @@ from router.placement import Candidate, OwnTraffic
 MIN_RETRY_AFTER_S = 1.0
 MAX_RETRY_AFTER_S = 30.0
 LOOK_PERIOD_S = 0.1
-"""Sums over all replicas are made this often; a router's own requests count at once."""
+"""The period of sums over all replicas; a router's own requests count at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Admit:
-    """queued: it will wait for a place to run."""
+    """The request is taken."""
 
     queued: bool
+    """True if it will wait for a place to run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shed:
-    """contended: the cluster is full and the client should come back (429); else it has no capacity (503).
-
-    retry_after_s: whole seconds. reason: for people.
-    """
+    """The request is refused."""
 
     retry_after_s: int
+    """Whole seconds."""
     contended: bool
+    """True if the cluster is full and the client should come back (429); else it has no capacity (503)."""
     reason: str = ""
+    """An explanation for people."""
 
 
 Admission = Admit | Shed
@@ -38,29 +39,27 @@ Admission = Admit | Shed
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """What may wait beyond what runs, at each replica that can be reached.
-
-    max_waiting: choices. max_waiting_tokens: prompt tokens, None for no limit; one request may always
-    wait, however long. max_queue_s: how long the wait for a place may be expected to be, None for any.
-    """
+    """Limits on the queue, beyond what runs, of each replica that can be reached."""
 
     max_waiting: int
+    """Choices."""
     max_waiting_tokens: int | None = None
+    """Prompt tokens, None for no limit; one request may always wait, however long."""
     max_queue_s: float | None = None
+    """The longest expected wait for a place, None for any."""
 
 
 @dataclass(frozen=True, slots=True)
 class Occupancy:
-    """The replicas that can be reached, taken together.
-
-    capacity: choices that can run at once. num_in_flight: running or waiting. waiting_tokens: prompt
-    tokens that have not begun their prefill. num_replicas: how many they are.
-    """
+    """The replicas that can be reached, taken together."""
 
     num_replicas: int
     capacity: int
+    """Choices that can run at once."""
     num_in_flight: int
+    """Choices that run or wait."""
     waiting_tokens: int = 0
+    """Prompt tokens that have not begun their prefill."""
 
 
 def admit(
@@ -74,9 +73,9 @@ def admit(
 ) -> Admission:
     """Decide on one more request, which is not among those in `occupancy`.
 
-    num, num_prompt_tokens: of this request, its choices and its prompts' tokens. completions_per_s: the
-    cluster's recent rate, in choices, None or 0 where there was none. deadline_s: the time this request
-    has left; one that would spend it all in the queue is told so now.
+    num, num_prompt_tokens: this request's choices, and its prompts' tokens
+    completions_per_s: the cluster's recent rate, in choices, None or 0 where there was none
+    deadline_s: the time this request has left; one that would spend it all in the queue is told so now
     """
     if occupancy.capacity <= 0:
         return Shed(math.ceil(MIN_RETRY_AFTER_S), contended=False, reason="no replica can be reached")
@@ -121,11 +120,13 @@ def _full(num_too_many: float, completions_per_s: float | None, reason: str) -> 
 
 
 class AdmissionControl:
-    """One router's own: admits by what it sees of the replicas and what it has sent them since.
+    """One router's admission, by what it sees of the replicas and what it has sent them since.
 
-    Everything is counted in choices, each of which takes a place. max_running: of a replica that has not
-    published its load. traffic: this router's requests, of which it is to be told; they count at once.
-    `now_s` is any clock that only moves forward. Not for use by several threads at once.
+    max_running: the places of a replica that has not published its load
+
+    Everything is counted in choices, each of which takes a place. `traffic`, which is to be told of this
+    router's requests, counts at once. `now_s` is any clock that only moves forward. Not for use by several
+    threads at once.
     """
 
     def __init__(self, max_running: int, limits: QueueLimits):
@@ -142,7 +143,7 @@ class AdmissionControl:
 
     @property
     def most_choices(self) -> int:
-        """Of one request: what a replica can have, running and waiting."""
+        """The most choices one request may have: those that a replica can have, running and waiting."""
         return self._max_running + self._limits.max_waiting
 
     def check(
@@ -155,8 +156,12 @@ class AdmissionControl:
         num_prompt_tokens: int = 0,
         deadline_s: float | None = None,
     ) -> Admission:
-        """replica_ids: those that can be reached. seen: a replica's load, its age as of now_s; asked for now
-        and then. num: of the request's choices."""
+        """Decides on one more request.
+
+        replica_ids: those that can be reached
+        seen: a replica's load, its age as of now_s; asked for now and then
+        num: the request's choices
+        """
         if now_s - self._looked_s >= LOOK_PERIOD_S or replica_ids != self._replica_ids:
             self._look(replica_ids, seen, now_s)
         return admit(
@@ -184,7 +189,7 @@ class AdmissionControl:
         self._completions.note((c.seen for c in candidates if c.seen is not None), now_s, is_full)
 
     def _occupancy_now(self) -> Occupancy:
-        """With what this router has sent since the last look, and without what has ended."""
+        """The occupancy of the last look, with what this router has sent since and without what has ended."""
         num_more = self.traffic.num_in_flight - self._num_own
         num_more_tokens = self.traffic.num_tokens_sent - self._num_tokens_sent
         if not num_more and not num_more_tokens:

@@ -36,36 +36,40 @@ from router.state import cluster_state
 
 @dataclass(frozen=True, slots=True)
 class AppState:
-    """What the routes work with.
-
-    model_name: the name clients ask for. created: when it was loaded, in seconds since 1970.
-    limiter: None counts nothing. policy: None can't be changed at run time. tracer: None traces nothing.
-    stream_interval_s: the least time between two pieces of a stream.
-    shared_prefix_cache: one prefix cache for all API keys, else one for each and one for requests without.
-    siblings: whose figures /metrics shows beside this ingress's own.
-    answers_id: whether answers have the request's id from here, and not from what serves the app.
-    """
+    """All that the routes work with."""
 
     dispatcher: Dispatcher
     view: LoadView
     store: LoadStore
     model_name: str
+    """The name clients ask for."""
     created: int
+    """The time when the model was loaded, in seconds since 1970."""
     bounds: Bounds = field(default_factory=Bounds)
     keys: KeyRing = field(default_factory=KeyRing)
     cors_origins: tuple[str, ...] = ()
     stream_interval_s: float = 0.0
+    """The least time between two pieces of a stream."""
     shared_prefix_cache: bool = False
+    """One prefix cache for all API keys, else one for each and one for requests without."""
     limiter: KeyLimiter | None = None
+    """None counts nothing."""
     policy: PolicyWatch | None = None
+    """None: the policy can't be changed at run time."""
     metrics: Metrics | None = None
     siblings: Siblings | None = None
+    """The figures that /metrics shows beside this ingress's own."""
     tracer: Tracer | None = None
+    """None traces nothing."""
     answers_id: bool = True
+    """True if answers have the request's id from here, and not from what serves the app."""
 
 
 def create_app(door: AppState, lifespan: AbstractAsyncContextManager[None] | None = None) -> FastAPI:
-    """lifespan: entered when the app starts and left when it stops."""
+    """The app with all its routes and middleware.
+
+    lifespan: entered when the app starts and left when it stops
+    """
     bodies = BodyReader(door.bounds)
 
     @asynccontextmanager
@@ -182,7 +186,7 @@ async def _generate(
 
 
 def as_sent(error: TriadError, body: Completion) -> TriadError:
-    """The same in the body's own names: a replica doesn't know which of two names a field had."""
+    """The error in the body's own names: a replica doesn't know which of two names a field had."""
     param = None if error.param is None else body.name_sent(error.param)
     message = re.sub(r"\bmax_tokens\b", body.limit_field, error.message)
     if (param, message) == (error.param, error.message):
@@ -197,7 +201,7 @@ def _check_model_name(door: AppState, name: str) -> None:
 
 
 def _check_fits(request: GenerateRequest, model: ModelInfo) -> None:
-    """What can be told without the tokenizer; the replica checks the rest. Raises TriadError."""
+    """Checks all that needs no tokenizer; the replica checks the rest. Raises TriadError."""
     mode, limit = request.decoding.mode, request.sampling.max_tokens
     if mode is not None and mode not in model.modes:
         modes = ", ".join(model.modes)
@@ -217,7 +221,7 @@ def _check_fits(request: GenerateRequest, model: ModelInfo) -> None:
 
 
 def _model_entry(door: AppState) -> dict[str, Any]:
-    """OpenAI's entry, and what a client of Triad wants to know; null until a replica has been seen."""
+    """OpenAI's entry of the model, and Triad's `modes` and `max_context`, null until a replica is seen."""
     model = door.dispatcher.model
     return {
         "id": door.model_name,

@@ -1,4 +1,4 @@
-"""API keys: who may ask, and how much. Only their SHA-256 is kept anywhere.
+"""API keys, which say who may ask, and how much. Only their SHA-256 is kept anywhere.
 
 A key has 256 random bits (`python -m cluster.new_key`), so one round of a fast hash is as good as a
 slow one: there is no dictionary to try.
@@ -24,7 +24,7 @@ ENVIRONMENT = "TRIAD_API_KEYS"
 KEY_PREFIX = "triad-"
 RELOAD_PERIOD_S = 5.0
 STATE_KEY = "triad_api_key"
-"""Where a request's state has the caller's key."""
+"""The place of the caller's key in a request's state."""
 
 Rate = Annotated[int, Field(ge=1)]
 
@@ -35,11 +35,13 @@ class KeysError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """name: for logs and metrics. admin: may change the policy. A rate of None is unlimited."""
+    """A caller's key and its rights. A rate of None is unlimited."""
 
     name: str
+    """The name for logs and metrics."""
     digest: bytes = field(repr=False)
     admin: bool = False
+    """True if it may change the policy."""
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
 
@@ -76,9 +78,9 @@ def digest_of(key: str) -> bytes:
 
 
 def parse_keys(text: str) -> tuple[ApiKey, ...]:
-    """text: {"keys": [{"name", "sha256", "admin", "requests_per_minute", "tokens_per_minute"}, ...]}.
+    """The keys in a key file's text. Raises KeysError.
 
-    Raises KeysError.
+    text: {"keys": [{"name", "sha256", "admin", "requests_per_minute", "tokens_per_minute"}, ...]}
     """
     try:
         file = _File.model_validate_json(text)
@@ -94,7 +96,7 @@ def parse_keys(text: str) -> tuple[ApiKey, ...]:
 class KeyRing:
     """The keys that are let in; without any, everybody is, and nobody as an admin.
 
-    From a file, read again when it changes, or else from the environment.
+    They are from a file, read again when it changes, or else from the environment.
     """
 
     def __init__(self, keys: Sequence[ApiKey] = (), path: Path | None = None):
@@ -104,7 +106,7 @@ class KeyRing:
 
     @classmethod
     def load(cls, path: str | None) -> "KeyRing":
-        """path: the file, or None for the environment's. Raises KeysError."""
+        """Reads the keys of the file, or with None the environment's. Raises KeysError."""
         if path is not None:
             return cls(_read(Path(path)), Path(path))
         text = os.environ.get(ENVIRONMENT, "")
@@ -117,11 +119,11 @@ class KeyRing:
 
     @property
     def is_open(self) -> bool:
-        """No key is asked for."""
+        """True if no key is asked for."""
         return not self._keys
 
     def find(self, presented: str) -> ApiKey | None:
-        """Compares with every key, in a time that says nothing of which it is or how near it came."""
+        """The key presented, found by comparing with all, in a time that tells not which or how near."""
         digest = digest_of(presented)
         found = None
         for key in self._keys:
@@ -136,7 +138,7 @@ class KeyRing:
             self.reload_if_changed()
 
     def reload_if_changed(self) -> None:
-        """A file that has become unreadable changes nothing: the keys of before still hold."""
+        """Reads a changed file again; one that has become unreadable leaves the keys as they were."""
         if self._path is None or (stamp := _stamp(self._path)) == self._stamp:
             return
         self._stamp = stamp

@@ -29,14 +29,14 @@ INLINE_BYTES = 32 * 2**10
 """A body up to this long is read at once, which takes some milliseconds at worst."""
 MAX_READ_S = 30.0
 MAX_OTHER_ITEMS = 2**16
-"""Commas in a body beyond those that a prompt may have, as text or between token ids."""
+"""The most commas in a body beyond those that a prompt may have, as text or between token ids."""
 
 # Possessive, and it takes an unterminated string to the end, so that no input makes it go back.
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 
 
 def json_depth(body: bytes) -> int:
-    """How deep arrays and objects are nested in JSON; of anything else, some number."""
+    """The depth to which arrays and objects are nested in JSON; for anything else, some number."""
     brackets = np.frombuffer(_STRING.sub(b"", body), np.uint8) | 0x20
     # With bit 5 set '[' is '{' and ']' is '}'; no other byte of JSON outside strings is either.
     steps = (brackets == ord("{")).astype(np.int32) - (brackets == ord("}"))
@@ -44,7 +44,7 @@ def json_depth(body: bytes) -> int:
 
 
 def read(model: type[BaseModel], body: bytes, bounds: Bounds) -> BaseModel:
-    """Raises ApiError, which names the field at fault."""
+    """The body as a model. Raises ApiError, which names the field at fault."""
     max_items = bounds.max_prompt_chars + MAX_OTHER_ITEMS
     if body.count(b",") > max_items:
         raise bad_request("invalid_value", f"The body has more than {max_items} items.")
@@ -65,7 +65,7 @@ def read(model: type[BaseModel], body: bytes, bounds: Bounds) -> BaseModel:
 
 
 def _check_length(request: Completion, max_chars: int) -> None:
-    """Before a tokenizer spends time on it."""
+    """Refuses too long a prompt before a tokenizer spends time on it."""
     num_chars = request.num_prompt_chars
     if num_chars > max_chars:
         message = f"The prompt has {num_chars} characters; at most {max_chars} are taken."
@@ -73,7 +73,7 @@ def _check_length(request: Completion, max_chars: int) -> None:
 
 
 class BodyReader:
-    """Starts the process with the first long body, and anew should it be lost. One body at a time."""
+    """Reads bodies, a long one at a time in a process started with the first, and anew should it be lost."""
 
     def __init__(self, bounds: Bounds, inline_bytes: int = INLINE_BYTES, max_read_s: float = MAX_READ_S):
         self._bounds = bounds
@@ -84,7 +84,7 @@ class BodyReader:
         self._pipe: Connection | None = None
 
     async def read(self, model: type[BaseModel], body: bytes) -> BaseModel:
-        """Raises ApiError: 400, or 503 should the process be lost."""
+        """The body as a model. Raises ApiError: 400, or 503 should the process be lost."""
         if len(body) <= self._inline_bytes:
             return read(model, body, self._bounds)
         answer = await asyncio.get_running_loop().run_in_executor(self._thread, self._ask, model, body)
@@ -93,7 +93,7 @@ class BodyReader:
         return answer
 
     def close(self) -> None:
-        """What is being read ends with a 503."""
+        """Ends the process; a body that is being read ends with a 503."""
         self._thread.shutdown(wait=False, cancel_futures=True)
         if self._process is not None:
             self._process.kill()
@@ -136,7 +136,7 @@ class BodyReader:
 
 
 def route_with(reader: BodyReader) -> type[APIRoute]:
-    """Routes whose JSON bodies the reader reads."""
+    """The class of routes whose JSON bodies this reader reads."""
 
     class ReadingRoute(APIRoute):
         def get_route_handler(self) -> Any:

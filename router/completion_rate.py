@@ -1,4 +1,4 @@
-"""How fast places come free in the whole cluster, from the loads that every router reads."""
+"""The rate at which places come free in the whole cluster, from the loads that every router reads."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -7,9 +7,9 @@ from policies.replica_load import Freshness, ObservedLoad
 
 WINDOW_S = 30.0
 SAMPLE_S = 0.5
-"""Of the samples within the window one is kept this often."""
+"""The period at which a sample is kept within the window."""
 MIN_COMPLETIONS = 8
-"""Fewer say nothing of the rate."""
+"""The completions below which nothing is said of the rate."""
 
 
 class CompletionRate:
@@ -22,14 +22,18 @@ class CompletionRate:
 
     def __init__(self) -> None:
         self.per_s: float | None = None
-        """As of the last note; None while places are free, and until enough has ended."""
+        """The rate as of the last note; None while places are free, and until enough has ended."""
         self._last: dict[str, tuple[float, int]] = {}  # when measured, and the count
         self._num_ended = 0
         self._elapsed_s = 0.0
         self._samples: deque[tuple[float, int]] = deque()
 
     def note(self, loads: Iterable[ObservedLoad], now_s: float, is_full: bool) -> None:
-        """loads: of the replicas that can be reached, their ages as of now_s. is_full: no place is free."""
+        """Counts what has ended since the last note.
+
+        loads: those of the replicas that can be reached, their ages as of now_s
+        is_full: no place is free
+        """
         last, self._last = self._last, {}
         elapsed_s, num_known = 0.0, 0
         for seen in loads:

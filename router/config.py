@@ -1,4 +1,4 @@
-"""What an ingress takes of a client, explained to operators in cluster.config."""
+"""The bounds on what an ingress takes of a client, explained to operators in cluster.config."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -18,10 +18,11 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class AccessConfig:
-    """Who may ask: the file of API keys, what happens to limited keys without Redis, and the sites whose
-    pages may call ("*" is any)."""
+    """The rules on who may ask."""
 
     api_keys_file: str | None = None
     limits_without_redis: Literal["open", "closed"] = "open"
+    """The fate of requests of limited keys without Redis: let in or turned away."""
     limits_timeout_s: float = 0.1
     cors_origins: tuple[str, ...] = ()
+    """The sites whose pages may call; "*" is any."""

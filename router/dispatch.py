@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 DISCOVERY_PERIOD_S = 1.0
 MAX_LOSSES = 1
-"""A request survives so many failures of its replicas, as long as nothing of it has been sent: so one that
+"""The failures of its replicas that a request survives, as long as nothing of it has been sent: so one that
 itself brings a replica down brings down two at most."""
 MAX_UNSURE = 16
 """Prompts that by the estimate don't fit, sent off by this router and not yet read by a replica, for each
@@ -53,9 +53,9 @@ _ELSEWHERE = frozenset({ErrorCode.UNAVAILABLE, ErrorCode.QUEUE_FULL})
 
 
 class Dispatcher:
-    """Lives on one event loop; run() finds replicas and keeps a link to each.
+    """Sends requests to replicas, on one event loop; run() finds the replicas and keeps a link to each.
 
-    directory: which replicas run. view: their load. Requests go out by `generate`.
+    directory: the replicas that run. view: their load. Requests go out by `generate`.
     """
 
     def __init__(
@@ -88,11 +88,11 @@ class Dispatcher:
 
     @property
     def ready(self) -> bool:
-        """A replica can take a request, and new ones are wanted."""
+        """True while a replica can take a request and new ones are wanted."""
         return not self._draining and any(link.is_open for link in self._links.values())
 
     def drain(self) -> None:
-        """From now on new requests are refused; those that are here go on."""
+        """Refuses new requests from now on; those that are here go on."""
         self._draining = True
 
     def check_room(self) -> None:
@@ -106,7 +106,7 @@ class Dispatcher:
 
     @property
     def model(self) -> ModelInfo | None:
-        """What the replicas serve; None until one has been seen."""
+        """The model that the replicas serve; None until a replica has been seen."""
         return self._model
 
     def in_flight(self) -> dict[str, int]:
@@ -117,7 +117,7 @@ class Dispatcher:
         return Generation(self, request)
 
     async def run(self) -> None:
-        """Until cancelled; then every request still here fails."""
+        """Keeps a link to each replica that runs, until cancelled; then every request still here fails."""
         try:
             while True:
                 self._look_again.clear()
@@ -192,11 +192,11 @@ class Dispatcher:
             check_fits(request, self._model)
 
     def can_retry(self, avoid: Collection[str]) -> bool:
-        """Whether another replica than these can be reached."""
+        """True if another replica than these can be reached."""
         return bool(self._open(avoid))
 
     def ended(self, request: GenerateRequest, event: Finished) -> None:
-        """A request has finished."""
+        """Learns the length of tokens from a request that has finished."""
         self._wishes.finished(request, event)
 
     def now_s(self) -> float:
@@ -216,7 +216,7 @@ class Dispatcher:
         )
 
     def _open(self, avoid: Collection[str] = ()) -> Sequence[str]:
-        """The replicas that can be reached but these, without those that fail all they are sent."""
+        """The reachable replicas but those to avoid, and without those that fail all they are sent."""
         links = self._links.items()
         reachable = [replica_id for replica_id, link in links if link.is_open and replica_id not in avoid]
         return self._watch.trusted(reachable, self._clock())
@@ -259,16 +259,17 @@ class Generation:
 
     def __init__(self, dispatcher: Dispatcher, request: GenerateRequest):
         self.finished: Finished | None = None
-        """Set once the text is complete."""
+        """The end of the request, set once the text is complete."""
         self.num_prompt_tokens = 0
-        """As the replica counts them when it accepts the request."""
+        """Prompt tokens as the replica counts them when it accepts the request."""
         self.num_tokens = 0
-        """Of all choices, as far as their events have come."""
+        """Tokens of all choices, as far as their events have come."""
         self.finish_reasons: dict[int, FinishReason] = {}
-        """Of the choices that have ended, by index."""
+        """The reasons of the choices that have ended, by index."""
         self.last: Finished | Failed | None = None
+        """The end at the replica that had the request last."""
         self.given_up: list[tuple[Failed, int]] = []
-        """How it ended at the replica that had it last, and at those before, with the tokens that came."""
+        """The ends at replicas before the last, each with the tokens that had come."""
         self.on_end: LastWord = lambda last: None
         """Called once with `last`, if a replica took the request, and however late it says so."""
         self._dispatcher = dispatcher
@@ -296,7 +297,7 @@ class Generation:
         self._leave()
 
     async def deltas(self, interval_s: float = 0.0) -> AsyncGenerator[tuple[Delta, ...], None]:
-        """Text as it comes; what has piled up of a choice meanwhile comes as one.
+        """Yields text as it comes; what has piled up of a choice meanwhile comes as one.
 
         interval_s: the least time between two pieces; the first and the last come at once.
         Raises TriadError if it breaks off.
@@ -324,7 +325,7 @@ class Generation:
                 self._dispatcher.ended(self._request, event)
 
     async def _next_before(self, due_s: float) -> Event | None:
-        """The next event, by the loop's clock; None when none has come by then."""
+        """The next event; None when none has come by due_s, a time of the loop's clock."""
         if not self._inbox.empty():
             return self._inbox.get_nowait()
         if asyncio.get_running_loop().time() >= due_s:
@@ -336,10 +337,7 @@ class Generation:
             return None
 
     async def whole(self) -> tuple[Delta, ...]:
-        """Every choice as one, in order.
-
-        Nothing is sent before the end, so the loss of the replica is survived here too.
-        """
+        """Returns every choice as one, in order; a lost replica is survived, for nothing is sent before."""
         while True:
             try:
                 parts: dict[int, list[Delta]] = {}
@@ -388,7 +386,7 @@ class Generation:
         return left_s
 
     def _may_retry(self, error: TriadError) -> bool:
-        """After a failure: whether it is the replica's and the request may go to another one."""
+        """True, and the loss counted, if the failure is the replica's and the request may go to another."""
         # Where none would take it, there was no failure.
         was_tried = (
             isinstance(error, ReplicaLost) or error.code is ErrorCode.INTERNAL or self._link is not None

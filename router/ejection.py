@@ -1,4 +1,4 @@
-"""Which replicas fail what they are sent, so that requests go elsewhere for a while.
+"""Ejection of replicas that fail what they are sent, so that requests go elsewhere for a while.
 
 A replica that fails each request at once is the emptiest there is, and would draw all of them. One that
 fails MAX_FAILURES requests in a row, with no answer between, is left out for EJECTED_S, and after that by
@@ -21,16 +21,16 @@ class _Record:
 
 
 class FailureWatch:
-    """One router's own. `now_s` is any clock that only moves forward. Not for use by several threads at once.
+    """One router's count of replicas' failures: internal errors, lost channels, but no rightful refusals.
 
-    A failure is the replica's own (an internal error, a lost channel), never a request it rightly refuses.
+    `now_s` is any clock that only moves forward. Not for use by several threads at once.
     """
 
     def __init__(self) -> None:
         self._failing: dict[str, _Record] = {}
 
     def failed(self, replica_id: str, now_s: float) -> None:
-        """A request has. What was sent before it was left out says nothing new and counts no more."""
+        """Counts a failed request, unless the replica is left out: one sent before says nothing new."""
         record = self._failing.setdefault(replica_id, _Record())
         if now_s < record.ejected_until_s:
             return
@@ -40,7 +40,7 @@ class FailureWatch:
             record.ejected_until_s = now_s + min(EJECTED_S * 2.0 ** min(num_more, 10), MAX_EJECTED_S)
 
     def succeeded(self, replica_id: str) -> None:
-        """A request has been answered to its end."""
+        """Clears the replica's failures, since it has answered a request to its end."""
         self._failing.pop(replica_id, None)
 
     def forget(self, replica_id: str) -> None:
@@ -51,7 +51,7 @@ class FailureWatch:
         return record is not None and now_s < record.ejected_until_s
 
     def trusted(self, replica_ids: Sequence[str], now_s: float) -> Sequence[str]:
-        """Those that are not left out; all of them where that would leave none, for a bad one may recover."""
+        """The replicas that are not left out; all where that would leave none, for a bad one may recover."""
         if not self._failing:
             return replica_ids
         trusted = [replica_id for replica_id in replica_ids if not self.is_ejected(replica_id, now_s)]

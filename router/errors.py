@@ -16,14 +16,14 @@ from replicas.errors import ErrorCode, TriadError
 from router.admission_control import Admission, Shed
 
 RETRY_AFTER_S = 1
-"""What a contended or starting server asks of a client."""
+"""The wait that a contended or starting server asks of a client."""
 MAX_MESSAGE_LEN = 2000
 MAX_PARAM_LEN = 200
 
 
 @dataclass(frozen=True, slots=True)
 class HttpError:
-    """How one kind of error looks over HTTP."""
+    """One kind of error as it looks over HTTP."""
 
     status: int
     type: str
@@ -42,7 +42,10 @@ HTTP_ERRORS: Mapping[ErrorCode, HttpError] = {
 
 
 class Overloaded(TriadError):
-    """A refusal at the door, before any work. retry_after_s: whole seconds."""
+    """A refusal at the door, before any work.
+
+    retry_after_s: whole seconds
+    """
 
     def __init__(self, code: ErrorCode, message: str, retry_after_s: int):
         super().__init__(code, message)
@@ -97,7 +100,7 @@ class ApiError(HTTPException):
 
 
 def rate_limited(what: str, wait_s: float) -> ApiError:
-    """Of one API key; the server itself may be idle."""
+    """The error for an API key whose limit is used up; the server itself may be idle."""
     retry_after_s = max(1, math.ceil(wait_s))
     message = f"{what}; try again in {retry_after_s} s."
     return ApiError(
@@ -106,7 +109,7 @@ def rate_limited(what: str, wait_s: float) -> ApiError:
 
 
 def shortened(text: str, most: int) -> str:
-    """What a client sent may be of any length; what it is told of it is not."""
+    """The text cut to a bounded length, for quoting what a client sent, which may be of any."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
@@ -162,7 +165,7 @@ def param_name(location: Sequence[int | str]) -> str | None:
 
 
 def bad_value(problem: Mapping[str, Any]) -> ApiError:
-    """problem: one of pydantic's, whose place begins at the body."""
+    """The answer to one of pydantic's problems, whose place begins at the body."""
     location = [*problem["loc"]]
     if problem["type"] in ("conflict", "unknown_field"):
         location.append(problem["ctx"]["field"])
@@ -182,7 +185,7 @@ def bad_value(problem: Mapping[str, Any]) -> ApiError:
 
 
 def validation_error(error: RequestValidationError) -> ApiError:
-    """The first problem found, since OpenAI's form has room for one."""
+    """The answer to the first problem found, since OpenAI's form has room for one."""
     problem = dict(error.errors()[0])
     source, *location = problem["loc"]
     if problem["type"] == "json_invalid":
@@ -192,7 +195,7 @@ def validation_error(error: RequestValidationError) -> ApiError:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Every error leaves in OpenAI's form: domain errors, bad bodies, unknown paths, and bugs."""
+    """Makes every error leave in OpenAI's form: domain errors, bad bodies, unknown paths, and bugs."""
 
     @app.exception_handler(TriadError)
     async def on_triad_error(request: Request, error: TriadError) -> Response:

@@ -1,4 +1,4 @@
-"""What fields are made of: their kinds, their ranges, and how a fault in one is told."""
+"""Parts of fields: their kinds, their ranges, and how a fault in one is told."""
 
 from typing import Annotated, Any
 
@@ -7,7 +7,7 @@ from pydantic_core import PydanticCustomError
 
 MAX_PROMPTS = 128
 MAX_INT32 = 2**31 - 1
-"""Of token ids and counts of tokens, which tensors and records of other processes hold."""
+"""The most for token ids and counts of tokens, which tensors and records of other processes hold."""
 
 
 def neutral(*values: Any) -> AfterValidator:
@@ -23,7 +23,7 @@ def neutral(*values: Any) -> AfterValidator:
 
 
 def _same(value: Any, known: Any) -> bool:
-    """Equal, where 1.0 is 1 but true isn't."""
+    """True for equal values, where 1.0 is 1 but true isn't."""
     if isinstance(value, bool) or isinstance(known, bool):
         return value is known
     return bool(value == known)
@@ -35,7 +35,7 @@ Off = Annotated[Any, neutral(False)]
 
 
 def unicode(text: str) -> str:
-    """JSON can carry a lone surrogate; no tokenizer takes it."""
+    """The text unless it has a lone surrogate, which JSON can carry but no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -47,7 +47,7 @@ Text = Annotated[str, AfterValidator(unicode)]
 
 
 def integral(value: Any) -> Any:
-    """4.0 is an integer in JSON Schema."""
+    """The value, with 4.0 as 4: it is an integer in JSON Schema."""
     return int(value) if type(value) is float and value.is_integer() else value
 
 
@@ -83,7 +83,7 @@ class Strict(BaseModel):
 
 
 def conflict(field: str, why: str) -> PydanticCustomError:
-    """Of one field with another; an error of the whole object says by `field` which one to change."""
+    """The error for two fields that don't go together; `field` is the one to change."""
     return PydanticCustomError("conflict", "{why}", {"field": field, "why": why})
 
 
@@ -91,7 +91,7 @@ TextPrompt = str | tuple[int, ...]
 
 
 def prompts(value: Any) -> tuple[TextPrompt, ...]:
-    """Text or token ids, alone or several in a list."""
+    """The prompts of a request: text or token ids, alone or several in a list."""
     several = isinstance(value, list) and bool(value) and isinstance(value[0], str | list)
     found = value if several else [value]
     if len(found) > MAX_PROMPTS:

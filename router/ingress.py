@@ -121,7 +121,7 @@ class ServeDirectory:
 
 
 async def answers_in_time(broadcast: DeploymentBroadcastResponse) -> list[Any]:
-    """What all have answered, errors too; nothing where one has not in time, or none runs."""
+    """The answers of all, errors too; none where one has not answered in time, or none runs."""
     try:
         return list(await broadcast.results_async(timeout_s=SIBLINGS_TIMEOUT_S, return_exceptions=True))
     except (TimeoutError, DeploymentUnavailableError) as error:
@@ -137,17 +137,14 @@ def over_grpc(handle: DeploymentHandle[Any]) -> DeploymentHandle[Any]:
 
 
 def _call(method: DeploymentHandle[Any], *args: Any) -> Any:
-    """In a context of its own: Serve gives calls made while serving one HTTP request one id, and its
+    """Calls in a context of its own: Serve gives calls made while serving one HTTP request one id, and its
     routers, which find a waiting call by that id, then may mix up calls to different replicas."""
     return contextvars.Context().run(method.remote, *args)
 
 
 @dataclass(frozen=True, slots=True)
 class IngressConfig:
-    """Checked by cluster.config, where each field is explained to operators.
-
-    max_running, queue_limits: of one replica, for admission.
-    """
+    """An ingress's settings, checked by cluster.config, where each field is explained to operators."""
 
     app: str
     model_name: str
@@ -155,7 +152,9 @@ class IngressConfig:
     policy: str
     policy_params: Mapping[str, Any]
     max_running: int
+    """The requests that one replica runs at once, for admission."""
     queue_limits: QueueLimits
+    """The limits of one replica, for admission."""
     bounds: Bounds = field(default_factory=Bounds)
     access: AccessConfig = field(default_factory=AccessConfig)
     stream_interval_s: float = 0.0
@@ -222,7 +221,7 @@ class Ingress:
         return create_app(self._door, self._background())
 
     async def figures(self) -> tuple[str, list[Metric]]:
-        """Which ingress this is, and what it counts: for the one that is scraped."""
+        """This ingress's name and the figures that it counts, for the ingress that is scraped."""
         return self._instance, self._metrics.own_families()
 
     async def _siblings(self) -> list[Metric]:

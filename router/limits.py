@@ -1,4 +1,4 @@
-"""What an API key may use: requests and tokens a minute, counted in Redis for all ingresses together.
+"""The limits of an API key: requests and tokens a minute, counted in Redis for all ingresses together.
 
 GCRA (the leaky bucket as a meter, ITU-T I.371): of each limit Redis keeps one time, when the bucket
 would be full again, and when that was written: where the server's clock has been set back since, both
@@ -25,10 +25,10 @@ CHARS_PER_TOKEN = 4
 DEFAULT_COMPLETION = 256
 """Tokens charged beforehand for a choice whose request names no max_tokens."""
 BLIND_S = 1.0
-"""For this long after Redis failed it is not asked, so that requests don't each wait for it."""
+"""The time for which Redis is not asked after it failed, so that requests don't each wait for it."""
 
 MAX_CALLS = 32
-"""To Redis at once; the rest queue here, since the client refuses more connections than its pool has."""
+"""The most calls to Redis at once; more queue here, since the client refuses what its pool can't hold."""
 
 _MINUTE_US = 60_000_000
 
@@ -73,17 +73,19 @@ return set(KEYS[1], at)
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """num_tokens: what was charged beforehand, of which num_prompt for the prompt."""
+    """Tokens charged to a key before its request."""
 
     key: ApiKey
     num_tokens: int
+    """All tokens, the prompt's included."""
     num_prompt: int
 
 
 class KeyLimiter:
-    """store: one with a short timeout, since requests of a limited key wait for it, and nothing else does.
+    """Charges API keys for their requests, and turns away those over their limits.
 
-    when_lost: whether a limited key is let in ("open") or turned away ("closed") without Redis.
+    store: one with a short timeout, since requests of a limited key wait for it, and nothing else does
+    when_lost: the fate of a limited key without Redis: let in ("open") or turned away ("closed")
     """
 
     def __init__(
@@ -104,7 +106,10 @@ class KeyLimiter:
         await self._store.close()
 
     async def charge(self, key: ApiKey | None, request: GenerateRequest) -> Charge | None:
-        """None where nothing is counted. Raises ApiError: 429 over a limit, 503 closed without Redis."""
+        """Charges for a request; None where nothing is counted.
+
+        Raises ApiError: 429 over a limit, 503 closed without Redis.
+        """
         if key is None or (key.requests_per_minute is None and key.tokens_per_minute is None):
             return None
         num_prompt = estimated_prompt_tokens(request)
@@ -154,17 +159,17 @@ class KeyLimiter:
 
 
 def estimated_prompt_tokens(request: GenerateRequest) -> int:
-    """Of each prompt once, as usage counts them; see _estimated."""
+    """The tokens of all prompts, each counted once as in usage; see _estimated."""
     return sum(map(_estimated, request.prompts))
 
 
 def _estimated(prompt: Prompt) -> int:
-    """Exact for token ids; for text what is common of a tokenizer, since only replicas have one."""
+    """A prompt's tokens: exact for ids, for text as is common of tokenizers, which only replicas have."""
     if isinstance(prompt, str):
         return 1 + len(prompt) // CHARS_PER_TOKEN
     return sum(1 if isinstance(part, int) else 4 + len(part["content"]) // CHARS_PER_TOKEN for part in prompt)
 
 
 def _per_minute_us(per_minute: int | None, amount: int) -> int:
-    """How far an amount moves a bucket of this rate; 0 without a limit."""
+    """The microseconds by which an amount moves a bucket of this rate; 0 without a limit."""
     return 0 if per_minute is None else round(amount * _MINUTE_US / per_minute)

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class LoadView:
-    """run() refreshes it; loads() answers at once, with ages as of now.
+    """The loads last read: run() refreshes them; loads() answers at once, with ages as of now.
 
     When the store is lost the last reading ages, past LOST_S says nothing any more, and the
     router's own counts decide.
@@ -33,7 +33,7 @@ class LoadView:
         self._read: dict[str, ObservedLoad] = {}
         self._read_at_s = clock()
         self.store_error: str | None = None
-        """Why the last reading failed; None if it didn't."""
+        """The error of the last reading; None if it didn't fail."""
 
     def loads(self) -> tuple[ObservedLoad, ...]:
         return tuple(self._as_of_now(seen) for seen in self._read.values())

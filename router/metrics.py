@@ -1,4 +1,4 @@
-"""What Triad measures of itself: OpenTelemetry's GenAI names, and its own under `triad.`.
+"""Triad's metrics, under OpenTelemetry's GenAI names, and its own under `triad.`.
 
 https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics/ has the names and the buckets.
 Counted once a request, at its end; what replicas publish is looked at when somebody reads.
@@ -50,27 +50,32 @@ Labels = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One request that has come to its end. finished: None where it broke off; error_type says why."""
+    """One request that has come to its end."""
 
     operation: str
     duration_s: float
     first_token_s: float | None
     finished: Finished | None
+    """None where the request broke off; error_type says why."""
     error_type: str | None
 
 
 @dataclass(slots=True)
 class Seen:
-    """The cluster as last read, for the gauges. num_in_flight: this router's own requests."""
+    """The cluster as last read, for the gauges."""
 
     view: ClusterView | None = None
     store_available: bool = True
     num_in_flight: Callable[[], int] = field(default=lambda: 0)
+    """This router's own requests."""
 
 
 class Metrics:
-    """model: what clients ask for. instance: tells the ingresses of one cluster apart, as the label
-    `ingress` on what each counts by itself; what replicas publish every ingress reads alike.
+    """All metrics of one ingress.
+
+    model: the name clients ask for
+    instance: tells the ingresses of one cluster apart, as the label `ingress` on what each counts by itself;
+    what replicas publish every ingress reads alike
     """
 
     def __init__(self, model: str, instance: str):
@@ -168,15 +173,15 @@ class Metrics:
         self._provider.shutdown()
 
     def families(self) -> list[Metric]:
-        """Everything as of now."""
+        """All metrics as of now."""
         return list(self._registry.collect())
 
     def own_families(self) -> list[Metric]:
-        """What this ingress counts by itself."""
+        """The metrics that this ingress counts by itself."""
         return [family for family in self.families() if any(INGRESS in s.labels for s in family.samples)]
 
     def exposition(self, others: Iterable[Metric] = ()) -> bytes:
-        """Prometheus's text format. others: of the cluster's other ingresses, which one scrape shows too."""
+        """The metrics in Prometheus's text format, with those of the cluster's other ingresses."""
         merged = {family.name: family for family in self.families()}
         for other in others:
             family = merged.setdefault(other.name, other)
@@ -205,8 +210,11 @@ class Metrics:
             self._tokens_per_forward.record(report.tokens_per_forward, self._own | {"rule": report.rule})
 
     def made(self, report: DecodingReport | None, num_tokens: int) -> None:
-        """What a replica made of a request, complete or not. report: None where it was lost before it could
-        say; then what had come of it, num_tokens, has the mode `unknown`."""
+        """Counts the tokens that a replica made for a request, complete or not.
+
+        report: None where the replica was lost before it could say; then the num_tokens that had come have
+        the mode `unknown`
+        """
         if report is None:
             if num_tokens:
                 self._tokens.add(num_tokens, self._own | {"mode": UNKNOWN})
@@ -219,7 +227,7 @@ class Metrics:
             self._switches.add(report.num_switches, self._own)
 
     def used(self, key_name: str | None, num_prompt: int, num_completion: int) -> None:
-        """Tokens of a request, under the name of its API key."""
+        """Counts a request's tokens under the name of its API key."""
         key = self._own | {"key": key_name or ""}
         self._used.add(num_prompt, key | {"kind": "prompt"})
         self._used.add(num_completion, key | {"kind": "completion"})

@@ -1,4 +1,4 @@
-"""What stands before the routes, as pure ASGI, and in which order."""
+"""The middleware before the routes, as pure ASGI, and its order."""
 
 import asyncio
 import logging
@@ -31,7 +31,7 @@ MAX_REQUEST_ID_LEN = 128
 _NOT_PLAIN = re.compile(r"[^A-Za-z0-9_.:-]")
 
 OPEN_PATHS = frozenset({"/health", "/healthz", "/readyz", "/metrics"})
-"""For probes and scrapers, which have no key and ask every few seconds: neither traced nor logged."""
+"""Paths for probes and scrapers, which have no key and ask every few seconds: neither traced nor logged."""
 COMPLETIONS = frozenset({"/v1/chat/completions", "/v1/completions"})
 ADMIN_CALLS = frozenset({("PUT", "/v1/triad/policy"), ("DELETE", "/v1/triad/policy")})
 
@@ -46,9 +46,11 @@ def layers(
     answers_id: bool,
     cors_origins: Sequence[str],
 ) -> list[Middleware]:
-    """All of them, from the outside in.
+    """All middleware, from the outside in.
 
-    A browser asks beforehand, without a key, so CORS precedes the check of keys. check_room: LoadShedding's.
+    check_room: LoadShedding's check
+
+    A browser asks beforehand, without a key, so CORS precedes the check of keys.
     """
     found = [Middleware(HeadAsGet), Middleware(AccessLog, metrics, tracer, answers_id)]
     if cors_origins:
@@ -87,8 +89,9 @@ class HeadAsGet:
 class AccessLog:
     """ASGI middleware around all others: request id, span, counter and log line of every answer.
 
-    The caller's own X-Request-Id is kept as far as it is a plain word. answers_id: whether to answer with
-    it, unless what stands before the app does, with the id as it came.
+    answers_id: True to answer with the id; False where what serves the app does, with the id as it came
+
+    The caller's own X-Request-Id is kept as far as it is a plain word.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics | None, tracer: Tracer | None, answers_id: bool = True):
@@ -144,7 +147,7 @@ class AccessLog:
 
 
 def _route(scope: Scope) -> str:
-    """For metrics, so that any path a client may think of is one."""
+    """The route for metrics, in which all paths that a client may think up are one."""
     found: str | None = getattr(scope.get("route"), "path", None)
     if found is None and scope["path"] in COMPLETIONS:
         return str(scope["path"])  # refused before it was routed
@@ -200,7 +203,9 @@ class AuthMiddleware:
 class LoadShedding:
     """ASGI middleware: while all places are taken a completion is refused before its body is read.
 
-    So that under overload refusals take little from what is served. check: raises TriadError.
+    check: raises TriadError
+
+    Under overload refusals thus take little from what is served.
     """
 
     def __init__(self, app: ASGIApp, check: Callable[[], None]):

@@ -25,7 +25,7 @@ from router.state import plain
 logger = logging.getLogger(__name__)
 
 READING_PERIOD_S = 10.0
-"""For metrics that are pushed; a scrape reads afresh."""
+"""The period of reading for metrics that are pushed; a scrape reads afresh."""
 
 
 MAX_PARAMETER = 1e9
@@ -33,7 +33,7 @@ MAX_PARAMS_LEN = 64 * 2**10
 
 
 def _readable(params: dict[str, Any]) -> dict[str, Any]:
-    """All that decide must be able to read them from Redis, and reckon with them."""
+    """The parameters, if all that decide can read them from Redis and reckon with them."""
     waiting: list[Any] = [params]
     while waiting:
         value = waiting.pop()
@@ -60,7 +60,7 @@ class PolicyBody(BaseModel):
 
 
 Siblings = Callable[[], Awaitable[list[Metric]]]
-"""What the cluster's other ingresses count; raises nothing, and leaves out those that don't answer."""
+"""Gives the other ingresses' metrics; raises nothing, and leaves out those that don't answer."""
 
 
 def add_metrics_route(app: FastAPI, metrics: Metrics, store: LoadStore, siblings: Siblings | None) -> None:
@@ -74,7 +74,7 @@ def add_metrics_route(app: FastAPI, metrics: Metrics, store: LoadStore, siblings
 
 
 def add_policy_routes(app: FastAPI, watch: PolicyWatch) -> None:
-    """Changing needs an admin key, which router.middleware sees to."""
+    """Adds the routes of the policy; changing it needs an admin key, which router.middleware sees to."""
 
     @app.get("/v1/triad/policy", response_class=Response)
     async def policy() -> Response:
@@ -96,7 +96,7 @@ def add_policy_routes(app: FastAPI, watch: PolicyWatch) -> None:
 
 
 async def read_cluster(metrics: Metrics, store: LoadStore) -> None:
-    """For the gauges; when the store is lost they show nothing of the replicas."""
+    """Reads the cluster for the gauges; when the store is lost they show nothing of the replicas."""
     try:
         metrics.seen.view = await store.read_view()
         metrics.seen.store_available = True
@@ -106,7 +106,7 @@ async def read_cluster(metrics: Metrics, store: LoadStore) -> None:
 
 
 async def keep_reading(metrics: Metrics, store: LoadStore) -> None:
-    """Until cancelled."""
+    """Reads the cluster for the gauges again and again, until cancelled."""
 
     async def step() -> None:
         await read_cluster(metrics, store)
@@ -116,7 +116,7 @@ async def keep_reading(metrics: Metrics, store: LoadStore) -> None:
 
 
 def policy_state(watch: PolicyWatch) -> dict[str, Any]:
-    """What decides now, and what would without a setting."""
+    """The policy that decides now, and the one that would without a setting."""
     setting = watch.setting
     return {
         "in_force": plain(watch.in_force),

@@ -1,4 +1,4 @@
-"""Which replica a request goes to.
+"""The choice of the replica that a request goes to.
 
 Every candidate has a score in places, as shares of a replica's: how full it is, less what it has of the
 prompt already, plus what its running requests and this one would cost each other. The lowest wins.
@@ -16,18 +16,18 @@ from policies.modes import Mode
 from policies.replica_load import LOST_S, Freshness, ObservedLoad
 
 MAX_COMPARED = 8
-"""Up to this many replicas all are compared; past it two drawn at random and those that have the prompt's
+"""The most replicas that are all compared; past it two drawn at random and those that have the prompt's
 beginning. Two choices (Mitzenmacher 2001) keep many routers with the same picture from all choosing
 the same replica, and a choice among thousands as cheap as one among ten."""
 MAX_FAVOURED = 2
-"""Of the replicas that have the prompt's beginning, so many are compared beyond the two."""
+"""The replicas that have the prompt's beginning and are compared beyond the two drawn at random."""
 
 PREFIX_WEIGHT = 0.25
-"""A prompt cached in full is worth a walk past so many of a replica's places."""
+"""The share of a replica's places that a prompt cached in full outweighs."""
 MODE_WEIGHT = 0.15
-"""So is company of one's own kind."""
+"""The share of a replica's places that running requests of the same kind outweigh."""
 TOKENS_A_REQUEST = 2048
-"""Prompt tokens that wait for their prefill weigh as a request in flight each this many."""
+"""The waiting prompt tokens that weigh as much as one request in flight."""
 
 _LONG_STEPS = frozenset({Mode.DIFFUSION, Mode.SELF_SPECULATION})
 """Modes whose segments are a block long: a step that has them is slow for whoever wants one token of it."""
@@ -35,16 +35,14 @@ _LONG_STEPS = frozenset({Mode.DIFFUSION, Mode.SELF_SPECULATION})
 
 @dataclass(frozen=True, slots=True)
 class PlacementRequest:
-    """What is known of a request before it is placed.
-
-    mode: the one it pins or is kept to, None where the replica's plan decides. held: by replica id
-    the share of its prompt that the replica probably has cached, 0 to 1. num_prompt_tokens: an
-    estimate.
-    """
+    """The knowledge of a request before it is placed."""
 
     mode: Mode | None = None
+    """The mode it pins or is kept to, None where the replica's plan decides."""
     held: Mapping[str, float] = field(default_factory=dict)
+    """The share of its prompt that a replica probably has cached, 0 to 1, by replica id."""
     num_prompt_tokens: int = 0
+    """An estimate."""
 
 
 ANY = PlacementRequest()
@@ -52,19 +50,19 @@ ANY = PlacementRequest()
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A replica that could take the request.
-
-    seen: its load as last read, None if it has published none. All that follows is in choices and of this
-    router's own requests. num_own: those at the replica. num_since, tokens_since: those of them sent
-    after that load was measured, and their prompts. num_gone: those that it shows, and that have ended.
-    """
+    """A replica that could take the request; num_... are choices of this router's own requests."""
 
     replica_id: str
     seen: ObservedLoad | None = None
+    """The replica's load as last read, None if it has published none."""
     num_own: int = 0
+    """Choices at the replica."""
     num_since: int = 0
+    """Choices sent after `seen` was measured, and not ended."""
     tokens_since: int = 0
+    """Prompt tokens of the requests of num_since."""
     num_gone: int = 0
+    """Choices that `seen` shows, and that have ended."""
 
     @property
     def freshness(self) -> Freshness:
@@ -88,7 +86,7 @@ class Candidate:
 def choose_replica(
     candidates: Sequence[Candidate], rng: random.Random, wish: PlacementRequest = ANY
 ) -> str | None:
-    """The id of the best of these, None if there are none; ties fall at random.
+    """The id of the best of the candidates, None if there are none; ties fall at random.
 
     Replicas with a fresh load are preferred to those with a stale one, and those to lost ones,
     which may be gone. Where all are lost, because the store is, the router's own counts decide.
@@ -111,7 +109,7 @@ def pressure(candidate: Candidate) -> float:
 
 
 def _score(candidate: Candidate, wish: PlacementRequest) -> tuple[float, float]:
-    """The lower the better; then the share of pages in use."""
+    """The candidate's score, the lower the better; then, for ties, the share of pages in use."""
     score = pressure(candidate)
     score -= PREFIX_WEIGHT * min(1.0, max(0.0, wish.held.get(candidate.replica_id, 0.0)))
     seen = candidate.seen
@@ -153,7 +151,7 @@ class Sent:
 
 
 class OwnTraffic:
-    """One router's own requests by replica: what keeps it from ever being blind.
+    """One router's own requests by replica, which keep it from ever being blind.
 
     A request counts as many choices as it has, since each takes a place. `now_s` is any clock that only
     moves forward. Not for use by several threads at once.
@@ -161,7 +159,7 @@ class OwnTraffic:
 
     def __init__(self) -> None:
         self.num_in_flight = 0
-        """Choices, at all replicas."""
+        """Choices in flight, at all replicas."""
         self.num_tokens_sent = 0
         """Prompt tokens of all requests so far."""
         self._in_flight: Counter[str] = Counter()
@@ -169,20 +167,20 @@ class OwnTraffic:
         self._ended: dict[str, deque[tuple[float, Sent]]] = {}  # when, in order
 
     def started(self, replica_id: str, now_s: float, num_prompt_tokens: int = 0, num: int = 1) -> Sent:
-        """A request has been sent. Returns what `accepted` and `ended` want to be told of it."""
+        """Counts a request that has been sent. Returns what `accepted` and `ended` want to be told of it."""
         sent = Sent(replica_id, now_s, num, num_prompt_tokens)
         self._count(sent, num, num_prompt_tokens)
         self._sent.setdefault(replica_id, {})[sent] = None
         return sent
 
     def accepted(self, sent: Sent, num_prompt_tokens: int, num: int) -> None:
-        """The replica has said what there is to the request; it may have counted for less until now."""
+        """Counts an accepted request in full, as the replica has said; before, it may have counted less."""
         if sent in self._sent.get(sent.replica_id, ()):
             self._count(sent, num - sent.num, num_prompt_tokens - sent.num_prompt_tokens)
             sent.num, sent.num_prompt_tokens = num, num_prompt_tokens
 
     def ended(self, sent: Sent, now_s: float) -> None:
-        """The request has ended, in whatever way; once each."""
+        """Counts the end of a request, in whatever way; once each."""
         del self._sent[sent.replica_id][sent]
         self._count(sent, -sent.num)
         ended = self._ended.setdefault(sent.replica_id, deque())
@@ -192,7 +190,7 @@ class OwnTraffic:
             ended.popleft()
 
     def begun(self, sent: Sent) -> None:
-        """Its prompts wait no more."""
+        """Counts a request's prompts as waiting no more."""
         sent.num_prompt_tokens = 0
 
     def _count(self, sent: Sent, num: int, num_prompt_tokens: int = 0) -> None:
@@ -201,16 +199,16 @@ class OwnTraffic:
         self.num_tokens_sent += num_prompt_tokens
 
     def forget(self, replica_id: str) -> None:
-        """The replica is gone, and every request at it has ended."""
+        """Forgets a replica that is gone, every request at it having ended."""
         for counts in (self._in_flight, self._sent, self._ended):
             counts.pop(replica_id, None)
 
     def in_flight(self, replica_id: str) -> int:
-        """Choices."""
+        """Choices in flight at the replica."""
         return self._in_flight[replica_id]
 
     def candidate(self, replica_id: str, seen: ObservedLoad | None, now_s: float) -> Candidate:
-        """The age of `seen` must be as of `now_s`."""
+        """The replica as a candidate; the age of `seen` must be as of `now_s`."""
         num_own = self._in_flight.get(replica_id, 0)
         if seen is None:
             return Candidate(replica_id, None, num_own)
@@ -231,7 +229,10 @@ class OwnTraffic:
     def candidates(
         self, replica_ids: Iterable[str], seen: Callable[[str], ObservedLoad | None], now_s: float
     ) -> list[Candidate]:
-        """One candidate for each replica id. seen: a replica's load as last read, its age as of `now_s`."""
+        """One candidate for each replica id.
+
+        seen: a replica's load as last read, its age as of `now_s`
+        """
         return [self.candidate(replica_id, seen(replica_id), now_s) for replica_id in replica_ids]
 
 

@@ -1,4 +1,4 @@
-"""Which replica has the beginning of a prompt in its prefix cache, as far as a router can tell.
+"""The replicas that have the beginning of a prompt in their prefix cache, as far as a router can tell.
 
 A router can't see the caches. It remembers where it sent what, by hashes of the text, forgets the
 oldest, and trusts a memory the less the older it is. Local to the router: nothing on a request's
@@ -9,9 +9,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 CHUNK_CHARS = 256
-"""Text a hash; about 64 tokens, a few pages."""
+"""The characters that one hash covers; about 64 tokens, a few pages."""
 MAX_CHUNKS = 64
-"""Of a long prompt only so many count: by then the best replica is known."""
+"""The most chunks of a prompt that count: by then the best replica is known."""
 MAX_ENTRIES = 65_536
 MAX_HOLDERS = 4
 """Replicas remembered for one beginning."""
@@ -21,8 +21,10 @@ HALF_LIFE_S = 60.0
 def prefix_keys(prompt: str | Sequence[int], salt: str = "") -> tuple[int, ...]:
     """One key for each full chunk of the prompt, each standing for all the text up to its end.
 
-    salt: prompts of different ones share nothing, as in the replicas' caches. Token ids count as four
-    characters each. Python's own hash: keys mean something in one process only.
+    salt: prompts of different ones share nothing, as in the replicas' caches
+
+    Token ids count as four characters each. Keys are Python's own hash and mean something in one process
+    only.
     """
     length = CHUNK_CHARS if isinstance(prompt, str) else CHUNK_CHARS // 4
     keys = []
@@ -35,7 +37,7 @@ def prefix_keys(prompt: str | Sequence[int], salt: str = "") -> tuple[int, ...]:
 
 
 class PrefixMap:
-    """Bounded; `now_s` is any clock that only moves forward."""
+    """The replicas that prompts went to, by key; bounded. `now_s` is any clock that only moves forward."""
 
     def __init__(self, max_entries: int = MAX_ENTRIES, half_life_s: float = HALF_LIFE_S):
         self._max_entries = max_entries
@@ -46,7 +48,7 @@ class PrefixMap:
         return len(self._holders)
 
     def sent(self, keys: Sequence[int], replica_id: str, now_s: float) -> None:
-        """A prompt with these keys has gone to the replica."""
+        """Remembers that a prompt with these keys has gone to the replica."""
         for key in keys:
             holders = self._holders.setdefault(key, {})
             self._holders.move_to_end(key)
@@ -58,7 +60,7 @@ class PrefixMap:
             self._holders.popitem(last=False)
 
     def held(self, keys: Sequence[int], now_s: float) -> dict[str, float]:
-        """By replica id the share of the prompt it probably has, above 0 up to 1; others are left out."""
+        """The share of the prompt that a replica probably has, by id: above 0 up to 1, others left out."""
         shares: dict[str, float] = {}
         for count, key in enumerate(keys, start=1):
             holders = self._holders.get(key)
@@ -70,7 +72,7 @@ class PrefixMap:
         return shares
 
     def forget(self, replica_id: str) -> None:
-        """The replica is gone, and its cache with it."""
+        """Forgets a replica that is gone, and its cache with it."""
         for key in [key for key, holders in self._holders.items() if replica_id in holders]:
             del self._holders[key][replica_id]
             if not self._holders[key]:

@@ -1,4 +1,4 @@
-"""What placement and admission are told of a request, which here is text and not yet tokens."""
+"""Estimates of a request for placement and admission, made of text since there are no tokens yet."""
 
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import Finished, GenerateRequest, ModelInfo, Prompt
@@ -6,9 +6,9 @@ from router.placement import PlacementRequest
 from router.prefix_map import PrefixMap, prefix_keys
 
 CHARS_A_TOKEN = 4.0
-"""Until the replicas' answers say better."""
+"""The characters of a token until the replicas' answers say better."""
 LEAST_CHARS_A_TOKEN, MOST_CHARS_A_TOKEN = 0.5, 8.0
-"""Whatever clients ask: one's odd texts are not to make nonsense of the others' sizes."""
+"""The bounds of what is learnt: one client's odd texts are not to make nonsense of others' sizes."""
 _LEARNING_RATE = 0.05
 
 
@@ -20,7 +20,7 @@ class PromptEstimator:
         self._chars_a_token = CHARS_A_TOKEN
 
     def keys(self, request: GenerateRequest) -> tuple[int, ...]:
-        """Of the first prompt, where there are several."""
+        """The prefix keys of the request's first prompt."""
         return prefix_keys(_content(request.prompts[0]), request.cache_salt)
 
     def wish(
@@ -29,14 +29,14 @@ class PromptEstimator:
         return PlacementRequest(request.decoding.mode, self._prefixes.held(keys, now_s), num_prompt_tokens)
 
     def prompt_lens(self, request: GenerateRequest) -> list[int]:
-        """Of each prompt in tokens, an estimate but for those that are token ids."""
+        """The length of each prompt in tokens, an estimate but for those that are token ids."""
         return [self._num_tokens(_content(prompt)) for prompt in request.prompts]
 
     def sent(self, keys: tuple[int, ...], replica_id: str, now_s: float) -> None:
         self._prefixes.sent(keys, replica_id, now_s)
 
     def finished(self, request: GenerateRequest, event: Finished) -> None:
-        """The replica has counted the prompt."""
+        """Learns the length of tokens from a prompt that the replica has counted."""
         contents = [_content(prompt) for prompt in request.prompts]
         num_chars = sum(len(content) for content in contents if isinstance(content, str))
         num_tokens = event.num_prompt_tokens - sum(
@@ -72,13 +72,13 @@ def check_fits(request: GenerateRequest, model: ModelInfo) -> None:
 
 
 def _least_chars(prompt: Prompt) -> int:
-    """What surely reaches the model of a chat: templates leave out some of earlier answers, and trim."""
+    """The characters of a chat that surely reach the model: templates trim, and omit some of its answers."""
     messages = (item for item in prompt if not isinstance(item, int | str))
     return sum(len(item["content"].strip()) for item in messages if item["role"] == "user")
 
 
 def _content(prompt: Prompt) -> str | tuple[int, ...]:
-    """Its text, messages in a row; what the chat template adds is the same for all."""
+    """A prompt's text, or ids, messages in a row; what the chat template adds is the same for all."""
     if isinstance(prompt, str):
         return prompt
     parts: list[str] = []

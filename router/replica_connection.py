@@ -20,7 +20,7 @@ Inbox = asyncio.Queue[Event]
 """One request's events, in order, ending with exactly one Finished or Failed."""
 
 LastWord = Callable[[Finished | Failed | None], None]
-"""Told how an abandoned request ended, once; None where its replica was lost before it could say."""
+"""A function told once how an abandoned request ended; None where its replica was lost before it said."""
 
 FAULTS = frozenset({ErrorCode.UNAVAILABLE, ErrorCode.INTERNAL})
 """Errors that are the replica's and not the request's, which another replica may not have."""
@@ -44,18 +44,18 @@ class ReplicaClient(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Roster:
-    """The replicas running now.
-
-    complete: False if some did not answer, so that one missing here may be alive.
-    """
+    """The replicas running now."""
 
     clients: Sequence[ReplicaClient]
     complete: bool = True
+    """False if some did not answer, so that one missing here may be alive."""
 
 
 class Directory(Protocol):
+    """The source from which a router learns the running replicas."""
+
     async def roster(self) -> Roster:
-        """May raise whatever the transport raises; then nothing is known."""
+        """The replicas running now. May raise whatever the transport raises; then nothing is known."""
         ...
 
 
@@ -68,24 +68,24 @@ class ReplicaLost(TriadError):
 
 @dataclass(frozen=True, slots=True)
 class LinkTimes:
-    """silence_s: a channel without an item for this long counts as broken; keep-alives come every second.
-
-    call_s: for a submit or a cancel. reopen_s, max_reopen_s: first and longest wait before a broken
-    channel is opened again, doubling in between.
-    """
+    """Times of a replica's channel and calls."""
 
     silence_s: float = 15.0
+    """A channel without an item for this long counts as broken; keep-alives come every second."""
     call_s: float = 10.0
+    """The time for a submit or a cancel."""
     reopen_s: float = 0.1
+    """The first wait before a broken channel is opened again, doubling from then on."""
     max_reopen_s: float = 2.0
+    """The longest such wait."""
 
 
 class ReplicaConnection:
-    """Lives on one event loop; run() keeps it alive.
+    """The channel to one replica, on one event loop; run() keeps it open.
 
-    leaving: the replica takes no more requests (it drains or is gone); the channel closes with the
-    last one on it. watch: told of each request that the replica fails, and of each that ends well.
-    on_break: called each time the channel broke. clock: of traffic and watch.
+    watch: told of each request that the replica fails, and of each that ends well
+    on_break: called each time the channel broke
+    clock: the clock of traffic and watch
     """
 
     def __init__(
@@ -120,11 +120,13 @@ class ReplicaConnection:
 
     @property
     def is_open(self) -> bool:
-        """A request may be submitted."""
+        """True if a request may be submitted."""
         return self._channel_id is not None and not self.leaving
 
     @property
     def leaving(self) -> bool:
+        """True if the replica takes no more requests (it drains or is gone): the channel closes with the
+        last one on it."""
         return self._leaving.is_set()
 
     @leaving.setter
@@ -140,9 +142,11 @@ class ReplicaConnection:
     ) -> tuple[Accepted, Inbox]:
         """Sends a request and returns the replica's word, and where its events come in.
 
+        num_prompt_tokens: an estimate
+        is_sure: by it the prompt fits; one that may not takes no place from others before it is accepted
+
         Raises TriadError with the replica's reason when it refuses, ReplicaLost when that can't be known;
-        then there are no events. num_prompt_tokens: an estimate. is_sure: by it the prompt fits; one that
-        may not takes no place from others before the replica has accepted it.
+        then there are no events.
         """
         if self._channel_id is None:
             raise TriadError(ErrorCode.UNAVAILABLE, f"Replica {self.replica_id} can't be reached.")
@@ -172,7 +176,7 @@ class ReplicaConnection:
         return reply, inbox
 
     def abandon(self, request_id: str, last_word: LastWord | None = None) -> None:
-        """Nobody waits for this request any more: it is cancelled at the replica, unless it has ended."""
+        """Cancels at the replica a request that nobody waits for any more, unless it has ended."""
         if self._forget(request_id) is not None:
             if last_word is not None:
                 self._last_words[request_id] = last_word
@@ -249,7 +253,7 @@ class ReplicaConnection:
             self._watch.failed(self.replica_id, self._clock())
 
     def _fail_all(self) -> None:
-        """The loss of a channel is one failure, however many requests were on it."""
+        """Fails every request on a lost channel, which is one failure, however many they were."""
         message = f"Replica {self.replica_id} was lost."
         for request_id in tuple(self._inboxes):
             inbox = self._forget(request_id)

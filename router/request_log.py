@@ -1,4 +1,4 @@
-"""What is kept of one generation: its span's attributes, its figures, its log line's fields, its account."""
+"""The records of one generation: its span's attributes, its figures, its log line's fields, its account."""
 
 import time
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from router.metrics import Metrics, Outcome
 SPAN = "triad_span"
 CARRIER = "triad_trace_carrier"
 LOG_FIELDS = "triad_log_fields"
-"""Where a request's state has its span, the headers for spans below it, and the fields of its log line."""
+"""The keys, in a request's state, of its span, the headers for spans below it, and its log line's fields."""
 
 
 def span_of(scope: Scope) -> Span | None:
@@ -35,7 +35,7 @@ def trace_carrier_in(scope: Scope) -> Mapping[str, str]:
 
 
 class RequestLog:
-    """Around one generation's answer: entered before it is sent off, left with however it ends."""
+    """Records one generation's answer: entered before it is sent off, left with however it ends."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class RequestLog:
         self._first_token_s = time.monotonic() - self._began_s
 
     def failed(self, error: TriadError) -> None:
-        """An error that leaves as an event in the stream."""
+        """Notes an error that leaves as an event in the stream."""
         self._error = error.code.value
 
     def __enter__(self) -> Self:
@@ -103,7 +103,7 @@ class RequestLog:
         return None if self._key is None else self._key.name
 
     def _count(self, last: Finished | Failed | None) -> None:
-        """The tokens of a request, complete or not, once its replica has said how it ended."""
+        """Counts the tokens of a request, complete or not, once its replica has said how it ended."""
         generation = self._generation
         if self._metrics is None or generation is None:
             return

@@ -20,7 +20,11 @@ EVENT_STREAM = {
 
 
 class GenerationResponse(Response):
-    """Runs a generation while it answers; a TriadError before the first byte leaves as an exception."""
+    """Runs a generation while it answers; a TriadError before the first byte leaves as an exception.
+
+    interval_s: the least time between two pieces of a stream
+    as_sent: gives an error in the names that the client used
+    """
 
     def __init__(
         self,
@@ -31,8 +35,6 @@ class GenerationResponse(Response):
         interval_s: float = 0.0,
         as_sent: Callable[[TriadError], TriadError] = lambda error: error,
     ):
-        """interval_s: the least time between two pieces of a stream. as_sent: an error in the names that
-        the client used."""
         super().__init__()
         self._as_sent = as_sent
         self._interval_s = interval_s

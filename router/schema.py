@@ -1,4 +1,4 @@
-"""What a client may send: OpenAI's chat and text completions, and Triad's `decoding`.
+"""The requests a client may send: OpenAI's chat and text completions, and Triad's `decoding`.
 
 A field that Triad doesn't support is accepted with its neutral value, which asks for nothing, and
 is otherwise an error that names it. Nothing is ignored.
@@ -53,7 +53,7 @@ MAX_TEXT_LOGPROBS = 5
 
 
 def _text(value: Any) -> Any:
-    """Content given as a list of text parts is their concatenation."""
+    """The content, whose text parts are concatenated where it is a list."""
     if not isinstance(value, list):
         return value
     texts = []
@@ -87,7 +87,7 @@ class StreamOptions(Strict):
 
 
 class Decoding(Strict):
-    """How to decode; `auto` leaves it to the cluster's policy."""
+    """The way to decode; `auto` leaves it to the cluster's policy."""
 
     mode: Literal["auto", "ar", "diffusion", "self_speculation"] = "auto"
     block_length: Annotated[int, Field(ge=2, le=MAX_BLOCK_LENGTH), INTEGRAL] | None = None
@@ -122,17 +122,18 @@ class Decoding(Strict):
 
 
 class JsonSchemaFormat(Strict):
-    """strict: false leaves out what of the schema can't be enforced; otherwise that is an error."""
+    """A JSON schema that the answer keeps to."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
     description: str | None = None
     strict: bool | None = None
+    """False leaves out what of the schema can't be enforced; otherwise that is an error."""
 
     @field_validator("schema_")
     @classmethod
     def _is_json(cls, schema: dict[str, Any]) -> dict[str, Any]:
-        """Short enough, and such that it can be sent on: Python takes more for JSON than JSON is."""
+        """The schema, if short enough and fit to be sent on: Python takes more for JSON than JSON is."""
         try:
             length = len(json.dumps(schema, allow_nan=False, ensure_ascii=False).encode())
         except RecursionError:
@@ -194,7 +195,7 @@ class Completion(Strict):
     """The fields of both kinds of completion."""
 
     prompt_field: ClassVar[str]
-    """What holds the prompt."""
+    """The name of the field that holds the prompt."""
 
     model: str
     max_tokens: PositiveCount | None = None
@@ -232,12 +233,12 @@ class Completion(Strict):
 
     @property
     def num_wanted(self) -> int | None:
-        """Tokens asked for at most; None is up to the context's end."""
+        """The most tokens asked for; None is up to the context's end."""
         return self.max_tokens
 
     @property
     def num_logprobs(self) -> int | None:
-        """How many alternatives to report with each token; None reports no log-probabilities."""
+        """The alternatives to report with each token; None reports no log-probabilities."""
         raise NotImplementedError
 
     @property
@@ -250,16 +251,16 @@ class Completion(Strict):
 
     @property
     def num_prompt_chars(self) -> int:
-        """Of all prompts; a token id counts as one."""
+        """The characters of all prompts; a token id counts as one."""
         raise NotImplementedError
 
     @property
     def limit_field(self) -> str:
-        """What names num_wanted."""
+        """The name of the field that gives num_wanted."""
         return "max_tokens"
 
     def name_sent(self, param: str) -> str | None:
-        """How this body names what a replica means by param, as far down as it has it; None if not at all."""
+        """This body's name for a replica's param, as far down as the body has it; None if not at all."""
         head, *rest = param.split(".")
         name = head.partition("[")[0]
         if name in ("messages", "prompt"):
@@ -269,7 +270,7 @@ class Completion(Strict):
         return ".".join(_sent(self, (head, *rest))) or None
 
     def sampling(self, draw_seed: Callable[[], int]) -> SamplingParams:
-        """OpenAI's defaults where a field is absent; draw_seed gives a seed where none was sent."""
+        """The sampling parameters, by OpenAI's defaults where absent; draw_seed gives a seed not sent."""
         return SamplingParams(
             max_tokens=self.num_wanted,
             temperature=1.0 if self.temperature is None else self.temperature,
@@ -354,7 +355,7 @@ class ChatCompletionRequest(Completion):
 
 
 def _sent(value: Any, names: tuple[str, ...]) -> tuple[str, ...]:
-    """As much of a path as a body has; a list's items are taken on trust."""
+    """The part of a path that a body has; a list's items are taken on trust."""
     if not names or not isinstance(value, BaseModel):
         return names
     fields = {field.alias or name: name for name, field in type(value).model_fields.items()}

@@ -14,9 +14,9 @@ DONE = b"data: [DONE]\n\n"
 NUM_AT_ONCE = 256
 """Log-probabilities written in one go; after each the loop sees to its other streams."""
 _NO_LOGPROBS = b'"logprobs":null'
-"""It stands in no text, where JSON escapes the quotes."""
+"""A mark to split at, which stands in no text, where JSON escapes the quotes."""
 LEAST_LOGPROB = -9999.0
-"""OpenAI's word for impossible."""
+"""OpenAI's log-probability for the impossible."""
 
 
 def event(body: Any) -> bytes:
@@ -25,7 +25,7 @@ def event(body: Any) -> bytes:
 
 
 def error_event(error: TriadError) -> bytes:
-    """Ends a stream that has already begun; no [DONE] follows."""
+    """The event that ends a stream already begun with an error; no [DONE] follows."""
     return event(triad_error_body(error))
 
 
@@ -63,28 +63,27 @@ def usage(finished: Finished) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Answer(ABC):
-    """Writes one request's answer, streamed or whole.
-
-    created: seconds since 1970. include_usage: end a stream with a chunk that has the usage.
-    continuous_usage: each chunk has the usage so far, as vLLM's and SGLang's do when asked.
-    num_logprobs: alternatives asked for with each token, None where no log-probabilities were.
-    """
+    """Writes one request's answer, streamed or whole."""
 
     completion_id: str
     model: str
     created: int
+    """Seconds since 1970."""
     include_usage: bool = False
+    """True to end a stream with a chunk that has the usage."""
     continuous_usage: bool = False
+    """True to have the usage so far in each chunk, as vLLM's and SGLang's do when asked."""
     num_choices: int = 1
     num_logprobs: int | None = None
+    """Alternatives asked for with each token, None where no log-probabilities were."""
 
     @abstractmethod
     def head(self, so_far: Counts) -> bytes:
-        """What a stream begins with."""
+        """The beginning of a stream."""
 
     @abstractmethod
     def delta(self, delta: Delta, so_far: Counts) -> bytes:
-        """New text of a choice, as it comes. so_far: this text's tokens included."""
+        """The chunk for new text of a choice; so_far has this text's tokens included."""
 
     @abstractmethod
     def whole(self, choices: Sequence[Delta], finished: Finished) -> dict[str, Any]:
@@ -251,7 +250,7 @@ class TextAnswer(Answer):
         return {"index": index, "text": "", "logprobs": None, "finish_reason": reason}
 
     def logprobs(self, entries: Sequence[TextLogprob]) -> dict[str, Any]:
-        """As the older API has them: parallel lists, and the chosen token among the most probable."""
+        """The older API's log-probabilities: parallel lists, and the chosen token among the most probable."""
         return {
             "tokens": [_text_token(entry) for entry in entries],
             "token_logprobs": [_finite(entry.logprob) for entry in entries],
@@ -287,7 +286,7 @@ def _text_alternatives(entry: TextLogprob) -> dict[str, float]:
 
 
 def _text_of(entry: TextLogprob) -> str | None:
-    """None where a token is part of a character only."""
+    """The token's text; None where it is part of a character only."""
     try:
         return entry.bytes.decode()
     except UnicodeDecodeError:
@@ -295,10 +294,10 @@ def _text_of(entry: TextLogprob) -> str | None:
 
 
 def _escaped(entry: TextLogprob) -> str:
-    """As OpenAI writes a token that is no text: \\xe2\\x80."""
+    """The token's bytes as OpenAI writes a token that is no text: \\xe2\\x80."""
     return "".join(f"\\x{byte:02x}" for byte in entry.bytes)
 
 
 def _finite(logprob: float) -> float:
-    """JSON has no infinity."""
+    """The log-probability made finite, as JSON has no infinity."""
     return max(logprob, LEAST_LOGPROB)

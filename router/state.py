@@ -17,7 +17,7 @@ NUM_DECISIONS = 20
 
 
 async def cluster_state(dispatcher: Dispatcher, view: LoadView, store: LoadStore) -> dict[str, Any]:
-    """From the store where it answers, else with what this router last read from it."""
+    """The state as JSON, from the store where it answers, else with what this router last read from it."""
     router = {
         "in_flight": dispatcher.in_flight(),
         "ready": dispatcher.ready,

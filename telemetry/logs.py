@@ -12,11 +12,13 @@ from typing import Any
 PACKAGES = ("policies", "replicas", "router", "cluster", "telemetry")
 
 FIELDS = "triad"
-"""`logger.info(..., extra={FIELDS: {...}})` adds fields to a line."""
+"""The key of more fields for a line: `logger.info(..., extra={FIELDS: {...}})`."""
 
 
 @dataclass(frozen=True, slots=True)
 class LogContext:
+    """The request and the trace that log lines belong to."""
+
     request_id: str
     trace_id: str | None = None
 
@@ -25,7 +27,7 @@ log_context: ContextVar[LogContext | None] = ContextVar("triad_log_context", def
 
 
 class JsonFormatter(logging.Formatter):
-    """One object a line."""
+    """Writes each log line as one JSON object."""
 
     def format(self, record: logging.LogRecord) -> str:
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
@@ -49,7 +51,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logs(log_format: str) -> None:
-    """`json`: this process's lines, from INFO up, go to stderr as JSON. `text` leaves all as it is."""
+    """Sends this process's lines, from INFO up, to stderr as JSON for `json`; `text` leaves all as it is."""
     if log_format != "json":
         return
     handler = logging.StreamHandler(sys.stderr)

@@ -11,7 +11,7 @@ from opentelemetry.trace import Span, set_span_in_context
 
 
 def parent_context(carrier: Mapping[str, str]) -> Context:
-    """What the headers carry; empty for none or malformed ones, which begin a trace of their own."""
+    """The context that headers carry; empty for none or malformed ones, which begin a trace of their own."""
     return propagate.extract(carrier, context=Context())
 
 

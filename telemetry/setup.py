@@ -28,7 +28,10 @@ class TelemetryError(ValueError):
 
 
 class Tracing:
-    """tracer: None where tracing is off. service: the part of Triad, such as `ingress`."""
+    """One process's traces; tracer is None where tracing is off.
+
+    service: the part of Triad, such as `ingress`
+    """
 
     def __init__(self, service: str, instance: str):
         self._provider: TracerProvider | None = None
@@ -41,13 +44,13 @@ class Tracing:
         return None if self._provider is None else self._provider.get_tracer(SCOPE)
 
     def close(self) -> None:
-        """Sends what waits; blocks for as long as the exporter's timeout."""
+        """Sends the spans that wait; blocks for as long as the exporter's timeout."""
         if self._provider is not None:
             self._provider.shutdown()
 
 
 def meter_provider(service: str, instance: str, *readers: MetricReader) -> MeterProvider:
-    """With these readers, and the OTLP one where the environment asks for it."""
+    """A provider with these readers, and with the OTLP one where the environment asks for it."""
     more: list[MetricReader] = []
     if _wanted("METRICS"):
         more.append(PeriodicExportingMetricReader(_metric_exporter()))
