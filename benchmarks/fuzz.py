@@ -26,12 +26,12 @@ from benchmarks.fuzz_cases import CHAT, Case, at_bounds, chat, kinds, mutations,
 from benchmarks.processes import ServerProcess, Triad
 
 END_WITHIN_S = 60.0
-"""A request that has not ended by then hangs."""
+"""The time after which a request that has not ended hangs."""
 NUM_AT_ONCE = 6
 IDLE_WITHIN_S = 60.0
 MAY_GROW = 0.05
 MAY_GROW_MB = 48.0
-"""How much more a process may have after the second half than after the first, which warms up."""
+"""MiB that a process may grow beside the share MAY_GROW, from the first half's end to the second's."""
 PROCESSES = ("triad:Replica", "triad:Ingress")
 NAMED = {(504, "deadline_exceeded")}
 """Errors of 5xx that a request may bring upon itself, by the docs: its own timeout_s."""
@@ -50,14 +50,17 @@ BYSTANDERS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Found:
-    """statuses: of all cases. longest_gap_s: of bystanders' streams. memory_mb: by process."""
+    """The findings of a run."""
 
     statuses: Counter[str] = field(default_factory=Counter)
+    """Answers of all cases, by status."""
     problems: list[str] = field(default_factory=list)
     bystanders: Counter[str] = field(default_factory=Counter)
     longest_gap_s: float = 0.0
+    """The longest gap in a bystander's stream."""
     slowest: list[tuple[float, str]] = field(default_factory=list)
     memory_mb: list[dict[str, float]] = field(default_factory=list)
+    """Memory after each half, by process."""
 
     def wrong(self, what: str) -> None:
         if len(self.problems) < 200:
@@ -65,7 +68,7 @@ class Found:
 
 
 def verdict(case: Case, status: int, kind: str, body: bytes) -> str | None:
-    """What is wrong with an answer, if anything."""
+    """The fault of an answer; None if there is none."""
     if status == 200 and not kind.startswith("text/event-stream"):
         return None
     if case.method == "HEAD":
@@ -103,7 +106,7 @@ class Barrage:
         self.found = found
 
     async def begin(self) -> None:
-        """What each bystander is told when there is nobody else."""
+        """Notes the answers that each bystander gets when there is nobody else."""
         for name in BYSTANDERS:
             self._alone[name] = await self._answers(name)
 
@@ -138,7 +141,7 @@ class Barrage:
         return [told]
 
     async def _bystander(self, name: str, is_over: asyncio.Event) -> None:
-        """One answer after the other until all is over, and one more."""
+        """Asks for one answer after the other until all is over, and once more."""
         while True:
             was_over = is_over.is_set()
             try:
@@ -185,7 +188,7 @@ class Barrage:
         self.found.slowest = sorted([*self.found.slowest, (time.monotonic() - began_s, case.name)])[-5:]
 
     async def send(self, cases: Iterable[Case]) -> None:
-        """NUM_AT_ONCE at a time, beside the bystanders; returns when all have ended."""
+        """Sends the cases, NUM_AT_ONCE at a time, beside the bystanders; returns when all have ended."""
         waiting = iter(cases)
 
         async def sender() -> None:
@@ -236,7 +239,11 @@ def memory_mb(server: ServerProcess) -> dict[str, float]:
 async def barrage(
     url: str, server: ServerProcess | None, num_cases: int, seed: int = 0, model: str | None = None
 ) -> Found:
-    """num_cases: in two halves, after each of which memory is read. server: at url, if it is ours."""
+    """Sends all cases at a server beside its bystanders.
+
+    num_cases: in two halves, after each of which memory is read
+    server: the one at url, if it is ours
+    """
     found = Found()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=8)
     async with httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(END_WITHIN_S), limits=limits) as http:
@@ -260,7 +267,8 @@ async def barrage(
 
 
 def cases_of(model: str, document: dict[str, Any], num_cases: int, seed: int) -> list[Case]:
-    """All kinds there are, then boundary values, cases of the document and mutations, a third each."""
+    """All kinds of cases there are, then a third each boundary values, cases of the document and
+    mutations."""
     rng = random.Random(seed)
     cases = kinds(model)
     each = max(0, num_cases - len(cases)) // 3

@@ -1,4 +1,4 @@
-"""What clients may send that is bad or extreme: by hand, by boundary values, from the OpenAPI document."""
+"""Bad and extreme requests: written by hand, by boundary values, and from the OpenAPI document."""
 
 import json
 import random
@@ -26,7 +26,7 @@ class Raw:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """leave_after_s: the client goes away so long after it has sent."""
+    """One request to send."""
 
     name: str
     path: str
@@ -34,6 +34,7 @@ class Case:
     method: str = "POST"
     headers: dict[str, str] = field(default_factory=lambda: dict(JSON))
     leave_after_s: float | None = None
+    """The time from sending after which the client goes away; None if it stays."""
 
 
 NUMBERS: tuple[Any, ...] = (
@@ -151,7 +152,7 @@ def fields(document: dict[str, Any], path: str) -> list[str]:
 
 
 def at_bounds(model: str, document: dict[str, Any]) -> list[Case]:
-    """Each field of each endpoint with each of NUMBERS. The same list each time."""
+    """Cases of each field of each endpoint with each of NUMBERS. The same list each time."""
     found: list[Case] = []
 
     def add(name: str, body: Any, path: str = CHAT) -> None:
@@ -173,7 +174,7 @@ def at_bounds(model: str, document: dict[str, Any]) -> list[Case]:
 
 
 def kinds(model: str) -> list[Case]:
-    """Of every kind that has hurt a server of this field once. The same list each time."""
+    """Cases of every kind that has hurt a server of this field once. The same list each time."""
     found: list[Case] = []
 
     def add(name: str, body: Any, path: str = CHAT, **more: Any) -> None:
@@ -297,7 +298,8 @@ def bounded(rng: random.Random) -> dict[str, Any]:
 
 
 def mutations(model: str, document: dict[str, Any], seed: int) -> Iterator[Case]:
-    """Bodies at their ranges' ends, of which a field or some bytes are then anything. Without end."""
+    """Cases of bodies at their ranges' ends, of which a field or some bytes are then anything. Without
+    end."""
     rng = random.Random(seed)
     for number in count():
         make, path = rng.choice(((chat, CHAT), (text, TEXT)))
@@ -313,7 +315,7 @@ def mutations(model: str, document: dict[str, Any], seed: int) -> Iterator[Case]
 
 
 def of_document(model: str, document: dict[str, Any], seed: int, num_cases: int) -> list[Case]:
-    """Schemathesis's boundary values of each field, right and wrong ones, and bodies drawn at random.
+    """Cases of Schemathesis: boundary values of each field, right and wrong ones, and bodies drawn at random.
 
     At most num_cases, a half of each where there are so many. Takes seconds of CPU, most of them once.
     """
@@ -351,12 +353,12 @@ def of_document(model: str, document: dict[str, Any], seed: int, num_cases: int)
 
 
 def _valid(result: Any) -> Any:
-    """A document that Schemathesis can't read is an error of the server's."""
+    """The value of a result; a document that Schemathesis can't read is an error of the server's."""
     return result.ok()
 
 
 def _case_of(case: Any, model: str, number: int) -> Case | None:
-    """None for what no client can send, and what would change the server's policy."""
+    """Makes Schemathesis's case one of ours; None if no client can send it, or it would change the policy."""
     sent = case.as_transport_kwargs(base_url="http://a")
     method, url = str(sent["method"]).upper(), str(sent["url"]).removeprefix("http://a")
     if not url.startswith("/") or (url.startswith("/v1/triad/policy") and method != "GET"):

@@ -77,7 +77,8 @@ class ServerProcess:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def wait_until_ready(self, timeout_s: float = 300.0) -> None:
-        """Raises RuntimeError with the log's end when it ends or is not ready in time."""
+        """Waits until it is ready. Raises RuntimeError with the log's end when it ends or is not ready in
+        time."""
         deadline_s = time.monotonic() + timeout_s
         while not self._is_ready():
             if self._process.poll() is not None or time.monotonic() > deadline_s:
@@ -89,13 +90,13 @@ class ServerProcess:
         return self._process
 
     def signal(self, number: int) -> None:
-        """To all of its processes."""
+        """Sends a signal to all of its processes."""
         for pid in descendants(self._process.pid):
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
     def pids(self, name: str) -> list[int]:
-        """Its processes whose command line contains `name`, the oldest first."""
+        """The ids of its processes whose command line contains `name`, the oldest first."""
         ours = descendants(self._process.pid)
         return sorted((pid for pid in ours if name in command_of(pid)), key=lambda pid: int(ours[pid]))
 
@@ -149,7 +150,7 @@ def vllm(executable: str, checkpoint: str, port: int, model: str) -> ServerProce
 
 
 def short_folder() -> Path:
-    """Ray's sockets lie below it, and a socket's path must be short."""
+    """Makes a folder of a short name: Ray's sockets lie below it, and a socket's path must be short."""
     return Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))
 
 

@@ -104,7 +104,7 @@ def loads_of(o: argparse.Namespace) -> list[Load]:
 
 
 def workload_of(o: argparse.Namespace) -> Workload:
-    """With the SLOs that were asked for. Raises ValueError and OSError."""
+    """The workload that was asked for, with its SLOs. Raises ValueError and OSError."""
     found = find_workload(o.workload)
     classes = dict.fromkeys(found.slos)
     if o.trace is not None:
@@ -115,7 +115,10 @@ def workload_of(o: argparse.Namespace) -> Workload:
 
 
 async def measure(o: argparse.Namespace, url: str, policy: str | None, info: RunInfo) -> None:
-    """policy: of the own server; in the settings' names `auto` becomes `auto (policy)`."""
+    """Loads the server and fills in info.
+
+    policy: of the own server; in the settings' names `auto` becomes `auto (policy)`
+    """
     workload = workload_of(o)
     async with Client(timeout_s=o.timeout) as client:
         model = o.model or await served_model(client, url, o.api_key)
@@ -153,7 +156,7 @@ async def with_known_texts(
 
 
 def check_options(o: argparse.Namespace) -> None:
-    """Before anything is started. Raises ValueError."""
+    """Checks the options before anything is started. Raises ValueError."""
     decoding_settings(o.settings)
     workload_of(o)
     if o.timeline != "none":
@@ -203,13 +206,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def command_line(arguments: list[str] | None, api_key: str | None) -> str:
-    """As typed, without the key, however that was given."""
+    """The command line as typed, without the key, however that was given."""
     words = ["python -m loadtest", *(sys.argv[1:] if arguments is None else arguments)]
     return " ".join(word.replace(api_key, "...") if api_key else word for word in words)
 
 
 def machine() -> str:
-    """Where this runs; an own server runs there too."""
+    """The machine this runs on; an own server runs there too."""
     name = platform.processor() or platform.machine()
     with Path("/proc/cpuinfo").open() as lines:
         name = next(

@@ -31,9 +31,9 @@ class Arrival:
     at_s: float
     """Seconds from the start."""
     prompt_len: int | None = None
-    """Tokens."""
+    """Tokens of the prompt."""
     output_len: int | None = None
-    """Tokens."""
+    """Tokens of the answer."""
     class_name: str | None = None
 
 

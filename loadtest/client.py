@@ -16,8 +16,8 @@ from loadtest.workloads import Ask, Workload
 
 PATH = "/v1/chat/completions"
 KEY_VARIABLE = "TRIAD_API_KEY"
-"""Of the environment: the API key to show where no option gives one. An option is seen by other users of a
-machine."""
+"""The environment variable of the API key, where no option gives one; other users of a machine see
+options."""
 
 
 def bearer(api_key: str | None) -> dict[str, str]:
@@ -27,27 +27,29 @@ def bearer(api_key: str | None) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Target:
-    """One OpenAI-compatible server and how to ask it. extra: more fields of each body, such as `decoding`."""
+    """One OpenAI-compatible server and how to ask it."""
 
     setting: str
     url: str
     model: str
     extra: dict[str, Any] = field(default_factory=dict)
+    """More fields of each body, such as `decoding`."""
     api_key: str | None = None
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One level of load. level: requests/s, or users; None where it varies."""
+    """One level of load."""
 
     name: str
     level: float | None = None
+    """Requests a second, or users; None where it varies."""
     turn: int = 0
 
 
 @dataclass
 class Progress:
-    """What has happened in a stage so far."""
+    """The counts of requests in a stage so far."""
 
     sent: int = 0
     ended: int = 0

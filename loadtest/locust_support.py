@@ -1,4 +1,4 @@
-"""What the locustfile stands on: one streamed request over gevent, and where its records go."""
+"""The locustfile's support: one streamed request over gevent, and the way of its records."""
 
 import json
 from collections.abc import Callable
@@ -22,7 +22,7 @@ PATH = "/v1/chat/completions"
 
 
 def http_client(host: str, timeout_s: float) -> HTTPClient:
-    """One connection, kept alive; a user's own."""
+    """A client of one kept-alive connection; each user has its own."""
     return HTTPClient.from_url(host, concurrency=1, connection_timeout=timeout_s, network_timeout=timeout_s)
 
 
@@ -35,7 +35,7 @@ def stream_once(
     timeout_s: float,
     clock: Callable[[], float],
 ) -> str:
-    """Sends and reads to the end. Any failure is in the record; returns the text so far."""
+    """Sends one request and reads to the end. Any failure is in the record; returns the text so far."""
     reader = StreamReader(record)
     record.sent_s = clock()
     expired = gevent.Timeout(timeout_s)
@@ -84,7 +84,7 @@ def served_model(client: HTTPClient, headers: dict[str, str]) -> str:
 
 
 class RecordSink:
-    """Where records go: to a file; from a worker with its statistics to its master, which has the file."""
+    """Takes records to a file; a worker sends them with its statistics to its master, which has the file."""
 
     def __init__(self, environment: Environment, path: Path | None):
         self._is_worker = isinstance(environment.runner, WorkerRunner)

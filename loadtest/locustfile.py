@@ -27,11 +27,14 @@ STAGE = "locust"
 
 
 class RequestFailed(Exception):
-    """What locust's table of failures shows: the kind, which is counted, and nothing that varies."""
+    """A failed request; its text is the kind alone, by which locust counts failures."""
 
 
 class LoadedServer:
-    """What all users of a process share. Options are read at each start: the web UI and a master set them."""
+    """The state that all users of a process share.
+
+    Options are read at each start: the web UI and a master set them.
+    """
 
     def __init__(self, environment: Environment):
         options = environment.parsed_options
@@ -44,7 +47,7 @@ class LoadedServer:
             environment.shape_class.runner = environment.runner
 
     def _read(self, options: Any) -> None:
-        """Raises ValueError, which names the option's fault."""
+        """Reads the options. Raises ValueError, which names the option's fault."""
         self.workload: Workload = find_workload(options.workload)
         self.extra = decoding_settings([options.decoding])[options.decoding]
         self.headers = bearer(options.api_key)
@@ -52,7 +55,7 @@ class LoadedServer:
             raise ValueError(f"--verify needs a --decoding whose text is fixed: {', '.join(LOSSLESS)}")
 
     def prepare(self, host: str, options: Any) -> None:
-        """Before any user: the model's name, and the texts that this load must not change.
+        """Finds, before any user starts, the model's name and the texts that this load must not change.
 
         Raises ValueError and RuntimeError.
         """
@@ -74,7 +77,7 @@ class LoadedServer:
 
 
 _servers: dict[int, LoadedServer] = {}
-"""By environment, in which locust has no place for it."""
+"""The server of each environment, in which locust has no place for it."""
 
 
 @events.init_command_line_parser.add_listener  # type: ignore[untyped-decorator]

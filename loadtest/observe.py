@@ -13,9 +13,10 @@ PERIOD_S = 0.5
 
 @dataclass(frozen=True)
 class Shift:
-    """A change of plan, from the controller's log. at_s: seconds since the epoch by the store's clock."""
+    """A change of plan, from the controller's log."""
 
     at_s: float
+    """Seconds since the epoch by the store's clock."""
     replica: str
     mode: str
     reason: str
@@ -23,10 +24,11 @@ class Shift:
 
 @dataclass
 class Observations:
-    """running: (seconds since the epoch, requests running by mode over all replicas)."""
+    """The observations of one run."""
 
     shifts: list[Shift] = field(default_factory=list)
     running: list[tuple[float, dict[str, int]]] = field(default_factory=list)
+    """Seconds since the epoch, and the requests running by mode over all replicas."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -37,7 +39,7 @@ class Observations:
         return cls([Shift(**shift) for shift in row["shifts"]], running)
 
     def take(self, state: dict[str, Any], at_s: float) -> None:
-        """One answer of GET /v1/triad/state; decisions seen before are not taken again."""
+        """Takes in one answer of GET /v1/triad/state; decisions seen before are not taken again."""
         total: dict[str, int] = {}
         for replica in state["replicas"]:
             for mode, num in replica["load"]["running_by_mode"].items():
@@ -61,8 +63,10 @@ class Observations:
 async def observe(
     client: Client, url: str, api_key: str | None, into: Observations, period_s: float = PERIOD_S
 ) -> None:
-    """Until cancelled. A server without this path or for whose state the key is no good, or one that is
-    busy, is simply not observed."""
+    """Observes a server until cancelled.
+
+    One that is busy, without this path, or for whose state the key is no good, is simply not observed.
+    """
     while True:
         try:
             into.take(await client.get(f"{url}/v1/triad/state", api_key), client.now_s())

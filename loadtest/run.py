@@ -25,11 +25,13 @@ LOSSLESS = ("ar", "self_speculation", "lossless")
 
 @dataclass(frozen=True)
 class Load:
-    """One stage to run. users: a closed loop of so many for duration_s; else an open loop of the arrivals."""
+    """One stage to run."""
 
     stage: Stage
     arrivals: tuple[Arrival, ...] = ()
+    """The arrivals of an open loop."""
     users: int | None = None
+    """A closed loop of so many users for duration_s; None for an open loop."""
     duration_s: float = 0.0
     seed: int = 0
 
@@ -78,7 +80,7 @@ async def served_model(client: Client, url: str, api_key: str | None = None) -> 
 
 
 def refused(what: str, status: int) -> str:
-    """Why a load test can't begin with this answer."""
+    """The message that a load test can't begin with this answer, and why."""
     if status in (401, 403):
         return f"{what} answers {status}: give the server's API key, by {KEY_VARIABLE} or an option (--help)"
     return f"{what} does not answer as OpenAI's API does: status {status}"
@@ -156,7 +158,7 @@ def _line(head: str, progress: Progress, elapsed_s: float, duration_s: float) ->
 
 
 def progress_to(stream: Any = sys.stderr) -> Callable[[str], None]:
-    """One line, written over on a terminal; elsewhere only the last of each stage."""
+    """A writer of one line, written over on a terminal; elsewhere only the last of each stage."""
 
     def write(line: str) -> None:
         if stream.isatty():

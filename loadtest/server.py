@@ -21,7 +21,8 @@ STOP_TIMEOUT_S = 30.0
 
 @contextmanager
 def own_server(policy: str, log: Path, replicas: int = 1) -> Iterator[str]:
-    """Yields its URL once it is ready. Raises RuntimeError with the end of its log if it never is."""
+    """Runs a server; yields its URL once it is ready. Raises RuntimeError with its log's end if it never
+    is."""
     port = _free_port()
     url = f"http://127.0.0.1:{port}"
     # Ray's sockets lie below it, and a socket's path must be short.
@@ -69,7 +70,8 @@ def _answers(url: str) -> bool:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """As by Ctrl-C, which a terminal sends to the whole group; then harder, the group being ours alone."""
+    """Stops the server as by Ctrl-C, which a terminal sends to the whole group; then harder, the group being
+    ours alone."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)

@@ -24,20 +24,21 @@ from typing import Any
 _FROM_OUTSIDE = (signal.SIGTERM, signal.SIGKILL, signal.SIGHUP)
 """Signals that say nothing of a call."""
 LEAST_STACK_BYTES = 2 * 2**20
-"""What glibc gives a thread where the stack's limit is none."""
+"""The stack that glibc gives a thread where the stack's limit is none."""
 
 
 @dataclass(frozen=True, slots=True)
 class CallLimits:
-    """cpu_s: CPU time of one call, memory_bytes: what it may take beyond what the process had before.
-
-    wall_s: how long the caller waits for an answer, start_s for a process to be ready.
-    """
+    """The limits of a bounded process's calls."""
 
     cpu_s: float = 2.0
+    """CPU time of one call."""
     memory_bytes: int = 256 * 2**20
+    """The memory that a call may take beyond what the process had before."""
     wall_s: float = 7.0
+    """The time that a caller waits for an answer."""
     start_s: float = 60.0
+    """The time that a caller waits for a process to be ready."""
 
 
 class CallExceeded(Exception):
@@ -53,7 +54,8 @@ class ProcessClosed(Exception):
 
 
 class BoundedProcess:
-    """Started by start() or the first call. One call at a time, from any thread; close() also within a call.
+    """A process for one call at a time, from any thread, started by start() or the first; close() also within
+    one.
 
     target: "module:name" of a function that is called in the process with setup, outside of the limits, and
     returns the function whose calls these are. setup, arguments, results and what it raises are pickled.
@@ -69,12 +71,12 @@ class BoundedProcess:
         self._connection: Connection | None = None
 
     def call(self, argument: Any) -> Any:
-        """Raises what the function raises, CallExceeded, CallTimeout or ProcessClosed."""
+        """Calls the function. Raises what it raises, CallExceeded, CallTimeout or ProcessClosed."""
         self.start()
         return self._answer(argument, self._limits.wall_s)
 
     def start(self) -> None:
-        """So that the next call need not wait for it; raises as a call does."""
+        """Starts the process, so that the next call need not wait for it; raises as a call does."""
         if self._connection is None:
             self._start()
 
@@ -128,7 +130,7 @@ class BoundedProcess:
         return result
 
     def _end(self, wait_s: float) -> int:
-        """The process's exit status; it is killed if it has none by then."""
+        """Waits for the process and returns its exit status; kills it if it has none by then."""
         assert self._connection is not None
         assert self._process is not None
         self._connection.close()
@@ -176,7 +178,7 @@ def _answer_calls(connection: Connection, target: str) -> None:
 
 
 def _attempt(function: Callable[[Any], Any], argument: Any) -> tuple[bool, Any]:
-    """Whether it raised, and what; else what it returned."""
+    """Calls the function; returns whether it raised, and then the error, else the result."""
     try:
         return False, function(argument)
     except MemoryError:

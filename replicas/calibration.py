@@ -17,12 +17,13 @@ BLOCKS = (1, 8, 16)
 MANY_CACHED = 64
 SLOWEST = ForwardStats(1, 1, 0, math.inf)
 LEAST_SHAPES = 4
-"""Of fewer no line can be told: then the usual one is scaled to them."""
+"""The number of shapes below which no line is fitted: the usual one is scaled to them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """num_segments sequences of num_tokens query tokens each, with num_cached tokens cached each."""
+    """A forward to time: num_segments sequences of num_tokens query tokens each, after num_cached cached
+    ones."""
 
     num_segments: int
     num_tokens: int
@@ -73,7 +74,7 @@ def calibrate(
 
 
 def _shapes(spec: ModelSpec, max_running: int, max_step_tokens: int) -> Iterator[Shape]:
-    """Those that context, pages and the step's limits have room for."""
+    """The shapes that context, pages and the step's limits have room for."""
     lengths = [length for length in knots_up_to(max_step_tokens) if length <= max_step_tokens]
     shapes = [Shape(1, length, cached) for cached in NUM_CACHED for length in lengths]
     shapes += [Shape(num, block, MANY_CACHED) for num in NUM_SEQUENCES for block in BLOCKS]
@@ -86,7 +87,7 @@ def _shapes(spec: ModelSpec, max_running: int, max_step_tokens: int) -> Iterator
 
 
 def _plan(spec: ModelSpec, shape: Shape) -> ScheduledBatch:
-    """Causal segments, all of whose logits are wanted, as in a verify."""
+    """A batch of the shape: causal segments, all of whose logits are wanted, as in a verify."""
     per_sequence = -(-(shape.num_tokens + shape.num_cached) // spec.page_size)
     token_ids = tuple((7 * index + 3) % spec.vocab_size for index in range(shape.num_tokens))
     wanted = tuple(range(shape.num_tokens)) if shape.num_segments > 1 or shape.num_tokens <= 64 else ()

@@ -13,9 +13,9 @@ KEEP_ALIVE_S = 1.0
 
 
 class ChannelHub:
-    """Lives on one event loop.
+    """The open token channels of a replica; lives on one event loop.
 
-    on_close: called with the id of a channel that has closed, whose requests are to be cancelled.
+    on_close: called with the id of a channel that has closed, whose requests are to be cancelled
     """
 
     def __init__(self, on_close: Callable[[str], None]):
@@ -24,11 +24,12 @@ class ChannelHub:
         self._is_closed = False
 
     def is_open(self, channel_id: str) -> bool:
-        """From any thread. One that closes later is told of by on_close after this."""
+        """True if the channel is open; from any thread. One that closes later is told of by on_close after
+        this."""
         return channel_id in self._open and not self._is_closed
 
     def publish(self, events: Mapping[str, list[Event]]) -> None:
-        """events by channel. Those of a closed channel have nobody to go to."""
+        """Sends events to their channels; those of a closed channel have nobody to go to."""
         for channel_id, batch in events.items():
             queue = self._open.get(channel_id)
             if queue is not None:

@@ -22,7 +22,7 @@ from replicas.messages import JsonFormat
 
 MAX_CACHED = 64
 MAX_CACHED_BYTES = 256 * 2**20
-"""What the schemas kept may have added to the process's memory when they were compiled."""
+"""The most memory that compiling the schemas kept may have added to the process."""
 MAX_REFUSALS = 1024
 MAX_MASK_S = 0.1
 """CPU time of one mask at an answer's beginning, above which a schema is refused; the engine's thread waits
@@ -32,9 +32,10 @@ MAX_DRAFT_MASKS_S = 0.02
 NUM_WALKS = 4
 WALK_LEN = 32
 _WHITESPACE = r"[ \n\r\t]{1,32}"
-"""Between tokens of JSON; without a bound a model may go on with it for ever."""
+"""Whitespace between tokens of JSON; without a bound a model may go on with it for ever."""
 _ESCAPES = 'nrbtf\\"'
-"""Without \\u, unless a string of the schema needs it: a key could come again, spelled with it."""
+"""Characters after a backslash; \\u is left out unless a string of the schema needs it, since a key could
+come again, spelled with it."""
 _LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 _STATE = re.compile(r"<state>|<backtrace>|<non-verbose/>")
 _SCHEMA = "response_format.json_schema.schema"
@@ -86,31 +87,31 @@ class JsonGrammar:
 
 
 def _text_of(error: BaseException) -> str:
-    """What a call of llguidance raised, in short. A panic of Rust's is a BaseException of no public class."""
+    """The text of an error of llguidance, in short. A panic of Rust's is a BaseException of no public
+    class."""
     if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
         raise error
     return _in_short(str(error))
 
 
 def _in_short(problem: str) -> str:
-    """llguidance's errors go on with the state it was in."""
+    """An error's text without the state that llguidance adds to it."""
     text = " ".join(_STATE.split(problem)[0].split()).rstrip(".")
     return "it allows no answer" if not text or text.startswith("NoExtension") else text
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What schemas are compiled for.
-
-    tokenizer_json: the text of a tokenizer.json. size: of the model's logits.
-    """
+    """The vocabulary that schemas are compiled for."""
 
     tokenizer_json: str
+    """The text of a tokenizer.json."""
     size: int
+    """The number of the model's logits."""
     eos_token_ids: tuple[int, ...]
 
     def load(self) -> LLTokenizer:
-        """TriadError where llguidance does not take the tokenizer."""
+        """Loads the tokenizer. TriadError where llguidance does not take it."""
         try:
             return LLTokenizer(self.tokenizer_json, n_vocab=self.size, eos_token=list(self.eos_token_ids))
         except BaseException as error:
@@ -119,9 +120,10 @@ class Vocabulary:
 
 
 def compile_schema(tokenizer: LLTokenizer, asked: JsonFormat) -> LLMatcher:
-    """A matcher at its beginning, tried on some beginnings of answers. SchemaRefused says what is wrong.
+    """Compiles a schema to a matcher at its beginning, tried on some beginnings of answers.
 
-    Not bounded in time or memory, so a schema that is new is for a BoundedProcess first.
+    SchemaRefused says what is wrong. Not bounded in time or memory, so a schema that is new is for a
+    BoundedProcess first.
     """
     try:
         checked = enforceable(asked.schema, asked.best_effort)
@@ -172,18 +174,18 @@ def _try_walks(matcher: LLMatcher, vocab_size: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How a schema compiled in another process. problem: None where it did; a refusal's message otherwise.
-
-    num_bytes: what it added to that process's memory. is_too_complex: a limit was the problem.
-    """
+    """The outcome of compiling a schema in another process."""
 
     problem: str | None
+    """A refusal's message; None where the schema compiled."""
     num_bytes: int = 0
+    """The memory that it added to that process."""
     is_too_complex: bool = False
+    """True if a limit was the problem."""
 
 
 def prover(vocabulary: Vocabulary) -> Callable[[JsonFormat], Verdict]:
-    """The target of a BoundedProcess."""
+    """Makes the function that tries schemas; the target of a BoundedProcess."""
     tokenizer = vocabulary.load()
 
     def prove(asked: JsonFormat) -> Verdict:
@@ -251,7 +253,8 @@ class GrammarCompiler:
             self._idle.put(process)
 
     def known(self, asked: JsonFormat) -> JsonGrammar | None:
-        """What compile() gives or raises, where that is known at once; None where it takes a compile."""
+        """The grammar or the TriadError of compile(), where it is known at once; None where it takes a
+        compile."""
         with self._lock:
             problem = self._refused.get(_digest(asked))
             if problem is not None:
@@ -263,7 +266,7 @@ class GrammarCompiler:
             return JsonGrammar(kept.matcher.deep_copy())
 
     def compile(self, asked: JsonFormat) -> JsonGrammar:
-        """A grammar at its beginning. TriadError says what is wrong with a schema.
+        """Compiles a schema to a grammar at its beginning. TriadError says what is wrong with a schema.
 
         Takes milliseconds as a rule, and at most what the limits allow, twice where a schema is refused.
         """
@@ -308,7 +311,7 @@ class GrammarCompiler:
         return verdict
 
     def _hint(self, process: BoundedProcess, asked: JsonFormat, verdict: Verdict) -> str:
-        """Where it is true."""
+        """The advice to set strict to false, where the schema then compiles; else empty."""
         if asked.best_effort or verdict.is_too_complex:
             return ""
         if self._prove(process, replace(asked, best_effort=True)).problem is not None:

@@ -1,9 +1,9 @@
-"""What llguidance would get wrong of a JSON schema: put right before it sees it, or refused.
+"""Puts right, or refuses, what llguidance would get wrong of a JSON schema, before it sees it.
 
-llguidance (1.9.1) keeps every number as a double, forms the least common multiple of two `multipleOf` in
-32 bits, and takes options of its own from a schema. It forgets that a whole number is excluded where both
-bounds have the same whole part, and takes quotes and backslashes for a class that has all control characters.
-Its grammars are context-free, so they can't tell that a key has come before; and the keys beside the declared
+llguidance (1.9.1) keeps every number as a double, forms the least common multiple of two `multipleOf` in 32
+bits, and takes options of its own from a schema. It forgets that a whole number is excluded where both bounds
+have the same whole part, and takes quotes and backslashes for a class that has all control characters. Its
+grammars are context-free, so they can't tell that a key has come before; and the keys beside the declared
 ones may be spelled with escapes.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import unquote
 
 MAX_EXACT = 2**53
-"""Up to here every integer is a double."""
+"""The largest number up to which every integer is a double."""
 MAX_BOUND = 2**63 - 1024
 """The largest double within 64 bits."""
 _BOUNDS = {"minimum": 1, "exclusiveMinimum": 1, "maximum": -1, "exclusiveMaximum": -1}
@@ -32,7 +32,7 @@ _CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 _IN_PATTERN = re.compile(
     r"(?P<nul>\x00|\\0|\\x00|\\u0000)-(?!\])|\\[pP](?:\{[^}]*\}|[A-Za-z])|\\.|\[\^-?|\[|\]", re.DOTALL
 )
-"""What tells where a class of characters begins and ends, and what it has."""
+"""Matches the parts of a pattern that tell its character classes: brackets, escapes, ranges from \\0 on."""
 _CONTROL_IN_PATTERN = re.compile(
     _CONTROL.pattern + r"|\\[acev0]|\\[xu]\{?0*(0[0-7b]|0?[ef]|1[0-9a-f]|7f|[0-7b])(?![0-9a-f])",
     re.IGNORECASE,
@@ -40,15 +40,17 @@ _CONTROL_IN_PATTERN = re.compile(
 
 
 class SchemaRefused(Exception):
-    """A schema can't be enforced. Its text says what of it, and follows "the schema can't be enforced: "."""
+    """A schema can't be enforced. The text says what of it, to follow "the schema can't be enforced: "."""
 
 
 @dataclass(frozen=True, slots=True)
 class Enforceable:
-    """schema: JSON text. has_controls: its strings may have characters that are written with \\u."""
+    """A schema that llguidance enforces."""
 
     schema: str
+    """JSON text."""
     has_controls: bool
+    """True if its strings may have characters that are written with \\u."""
 
 
 def enforceable(text: str, best_effort: bool) -> Enforceable:
@@ -137,7 +139,8 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _comes_out_exact(number: int | float) -> bool:
-    """llguidance writes integers of 64 bits as such, other doubles as their shortest digits."""
+    """True if the number comes out as it is: llguidance writes integers of 64 bits as such, other doubles as
+    their shortest digits."""
     try:
         double = float(number)
     except OverflowError:
@@ -190,7 +193,7 @@ def _exclude_whole_numbers(schema: Any) -> None:
 
 
 def _check_multiples(schema: Any, best_effort: bool) -> None:
-    """Multiples that may be combined, in 32 bits."""
+    """Refuses multiples that may be combined and together pass 32 bits; best_effort drops them."""
     found = [s for _, s in _schemas(schema, "") if _is_number(s.get("multipleOf"))]
     multiples = {abs(Decimal(repr(s["multipleOf"]))) for s in found}
     is_combined = any("allOf" in s or "$ref" in s for _, s in _schemas(schema, ""))
@@ -206,7 +209,7 @@ def _check_multiples(schema: Any, best_effort: bool) -> None:
 
 
 def _check_references(schema: Any) -> None:
-    """A schema that is itself, by references and combiners alone, says nothing of an answer."""
+    """Refuses a schema that is itself, by references and combiners alone, which says nothing of an answer."""
     under_way: set[int] = set()
     done: set[int] = set()
 
@@ -230,7 +233,8 @@ def _check_references(schema: Any) -> None:
 
 
 def _referred(schema: Any, reference: str) -> Any:
-    """What a JSON pointer within the schema points to; None where nothing is, or it points elsewhere."""
+    """The value that a JSON pointer points to in the schema; None where nothing is, or it points
+    elsewhere."""
     if not reference.startswith("#"):
         return None
     found = schema
@@ -287,7 +291,7 @@ def _narrowed(pattern: str) -> str:
 
 
 def _check_keys(schema: Any) -> None:
-    """Where \\u may be written, a declared key can come again, spelled with it, as one not declared."""
+    """Refuses a schema whose declared keys could come again, spelled with \\u, as ones not declared."""
     for place, found in _schemas(schema, ""):
         has_declared = bool(found.get("properties") or found.get("required"))
         if has_declared and found.get("additionalProperties") is not False:

@@ -1,4 +1,4 @@
-"""What this process may use of the machine it is on: cores, and memory not yet taken.
+"""The cores and the memory of its machine that this process may use.
 
 A container's share is in its control group, version 1 or 2, and in those above it as far as they can be seen;
 the kernel's numbers for the whole machine do not tell of it. root: '/', or where a test has its files.
@@ -14,13 +14,13 @@ UNKNOWN = 1 << 62
 
 
 def default_num_threads(num_sharing: int, root: Path = ROOT) -> int:
-    """Of one of so many processes that share the cores, at least 1: more threads than cores cost far more
-    than idle cores."""
+    """Threads for each of num_sharing processes that share the cores, at least 1: more threads than cores
+    cost far more than idle cores."""
     return max(1, int(usable_cores(root) / num_sharing))
 
 
 def usable_cores(root: Path = ROOT) -> float:
-    """Those that the process may run on, or the part of them that its control groups' quotas leave."""
+    """The cores that this process may run on, or the part of them that its control groups' quotas leave."""
     has_affinity = hasattr(os, "sched_getaffinity")  # on Linux
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     return min([float(cores), *_quotas(root)])
@@ -83,7 +83,7 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
 
 
 def _number(path: Path) -> int | None:
-    """None where there is none, or none that is a bound ('max', -1)."""
+    """The number in a file; None where there is none, or none that is a bound ('max', -1)."""
     text = _text(path).strip()
     return int(text) if text.isdigit() else None
 

@@ -1,4 +1,4 @@
-"""What crosses between the router and a replica. Plain frozen records, cheap to pickle."""
+"""The messages between the router and a replica: plain frozen records, cheap to pickle."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from policies.modes import Mode
 from replicas.errors import ErrorCode
 
 NUM_SEEDS = 2**63
-"""A seed is from 0 to one less."""
+"""The number of seeds, which are from 0 to one less."""
 
 
 class FinishReason(StrEnum):
@@ -19,48 +19,50 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class JsonFormat:
-    """A completion that is one JSON value which a schema allows.
-
-    schema: JSON text; properties come in its order. best_effort: what of it can't be enforced is left
-    out; otherwise it is an error.
-    """
+    """The order for a completion that is one JSON value which a schema allows."""
 
     schema: str
+    """JSON text; properties come in its order."""
     best_effort: bool = False
+    """If true, what of the schema can't be enforced is left out; otherwise it is an error."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """temperature 0 is greedy. top_k 0 and top_p 1.0 filter nothing.
-
-    max_tokens: None is up to the context's end.
-    seed: the random numbers of a request depend on its seed and the token's position alone, so the
-    same request gives the same tokens in any batch, and in `ar` and `self_speculation` alike.
-    stop: strings that end the text, themselves left out. ignore_eos: only max_tokens ends it.
-    min_p: tokens less probable than min_p times the most probable one are left out.
-    presence_penalty, frequency_penalty: taken off the logit of a token that the completion has already,
-    once and by count; repetition_penalty divides the logits of tokens seen, prompt included (multiplies
-    negative ones), as in CTRL (arXiv 1909.05858).
-    logit_bias: (token id, what is added to its logit). min_tokens: no end of text before so many.
-    logprobs: how many of the most probable tokens to report with each token, 0 for itself alone.
-    response_format: what the completion is to be; None for any text.
-    """
+    """The sampling options of a request."""
 
     max_tokens: int | None = None
+    """The most tokens; None is up to the context's end."""
     temperature: float = 0.0
+    """0 is greedy."""
     top_p: float = 1.0
+    """1.0 filters nothing."""
     top_k: int = 0
+    """0 filters nothing."""
     seed: int = 0
+    """The random numbers of a request depend on its seed and the token's position alone, so the same request
+    gives the same tokens in any batch, and in `ar` and `self_speculation` alike."""
     stop: tuple[str, ...] = ()
+    """Strings that end the text, themselves left out."""
     ignore_eos: bool = False
+    """If true, only max_tokens ends the text."""
     min_p: float = 0.0
+    """Tokens less probable than min_p times the most probable one are left out."""
     presence_penalty: float = 0.0
+    """Taken once off the logit of a token that the completion has already."""
     frequency_penalty: float = 0.0
+    """Taken off the logit of such a token by count."""
     repetition_penalty: float = 1.0
+    """Divides the logits of tokens seen, prompt included (multiplies negative ones), as in CTRL (arXiv
+    1909.05858)."""
     logit_bias: tuple[tuple[int, float], ...] = ()
+    """Pairs of a token id and what is added to its logit."""
     min_tokens: int = 0
+    """No end of text comes before so many tokens."""
     logprobs: int | None = None
+    """The number of most probable tokens to report with each token; 0 reports the token itself alone."""
     response_format: JsonFormat | None = None
+    """The form that the completion is to have; None for any text."""
 
     @property
     def has_penalties(self) -> bool:
@@ -69,7 +71,8 @@ class SamplingParams:
 
     @property
     def needs_causal_order(self) -> str | None:
-        """A field whose meaning needs every token before the one sampled, which diffusion has not got."""
+        """The name of a field whose meaning needs every token before the one sampled, which diffusion has not
+        got; None where there is none."""
         for name, neutral in _CAUSAL_FIELDS.items():
             if getattr(self, name) != neutral:
                 return name
@@ -87,22 +90,22 @@ _CAUSAL_FIELDS = {
 
 @dataclass(frozen=True, slots=True)
 class DecodingOptions:
-    """The request's `decoding` field. mode None is `auto`: the replica's plan decides.
-
-    block_length and threshold override the plan's, for the modes that have them; lossless keeps
-    `auto` to modes whose output is AR's.
-    max_steps: denoising forwards a block of diffusion may take; the last one fixes all that is left.
-    """
+    """The request's `decoding` field."""
 
     mode: Mode | None = None
+    """None is `auto`: the replica's plan decides."""
     block_length: int | None = None
+    """Overrides the plan's, for the modes that have one."""
     threshold: float | None = None
+    """Overrides the plan's, for the modes that have one."""
     lossless: bool = False
+    """If true, `auto` is kept to modes whose output is AR's."""
     max_steps: int | None = None
+    """Denoising forwards that a block of diffusion may take; the last one fixes all that is left."""
 
     @property
     def sets_parameters(self) -> bool:
-        """The request itself says how its mode decodes, and so what a round of it brings."""
+        """True if the request itself says how its mode decodes, and so what a round of it brings."""
         return (self.block_length, self.threshold, self.max_steps) != (None, None, None)
 
 
@@ -112,22 +115,22 @@ Prompt = tuple[Mapping[str, str], ...] | str | tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """Completions to generate: num_choices of each prompt.
+    """A request for completions: num_choices of each prompt.
 
     Choice k of prompt p has the index p * num_choices + k, and the seed of `sampling` plus k.
-    channel_id: the token channel on which the events of this request go out.
-    timeout_s: seconds from submission after which it ends with DEADLINE_EXCEEDED; None is never.
-    priority: lower goes first, among what waits at a replica.
     """
 
     request_id: str
     channel_id: str
+    """The token channel on which the events of this request go out."""
     prompts: tuple[Prompt, ...]
     sampling: SamplingParams
     decoding: DecodingOptions = DecodingOptions()
     timeout_s: float | None = None
+    """Seconds from submission after which it ends with DEADLINE_EXCEEDED; None is never."""
     num_choices: int = 1
     priority: int = 0
+    """Lower goes first, among what waits at a replica."""
     trace_carrier: Mapping[str, str] = field(default_factory=dict)
     """The ingress's span, as headers of the propagators in force; empty without tracing."""
     cache_salt: str = ""
@@ -140,59 +143,54 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """Every accepted request ends with exactly one Finished or Failed on its channel.
-
-    num_prompt_tokens: of all its prompts, each counted once however many choices it has.
-    """
+    """The request is accepted, and ends with exactly one Finished or Failed on its channel."""
 
     request_id: str
     num_prompt_tokens: int
+    """Tokens of all its prompts, each counted once however many choices it has."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """The request did no work and has no events. param names the field at fault, if one is."""
+    """The request is rejected: it did no work and has no events."""
 
     request_id: str
     code: ErrorCode
     message: str
     param: str | None = None
+    """The name of the field at fault, if one is."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextLogprob:
-    """A token's bytes, which may be part of a character only, and its log-probability by the model.
-
-    logprob: before penalties, temperature and filters.
-    offset: where the token's text begins in the completion, in characters; 0 in `top`.
-    """
+    """A token's bytes, which may be part of a character only, and its log-probability by the model."""
 
     bytes: bytes
     logprob: float
+    """The log-probability before penalties, temperature and filters."""
     offset: int = 0
+    """The place where the token's text begins in the completion, in characters; 0 in `top`."""
     top: tuple["TextLogprob", ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """New committed text of one choice; never taken back.
-
-    num_tokens: taken since the last one; may be 0 when a held-back text comes free.
-    logprobs: of the tokens whose text begins in this one, where the request asks for them. A token
-    without text, as an end of text is, and one that only makes a stop string, have none.
-    reason: set on the last one of a choice, and there is always a last one.
-    """
+    """New committed text of one choice; never taken back."""
 
     request_id: str
     text: str
     num_tokens: int
+    """Tokens taken since the last Delta; may be 0 when a held-back text comes free."""
     logprobs: tuple[TextLogprob, ...] = ()
+    """Log-probabilities of the tokens whose text begins in this Delta, where the request asks for them. A
+    token without text, as an end of text is, and one that only makes a stop string, have none."""
     index: int = 0
     reason: FinishReason | None = None
+    """Set on the last Delta of a choice, and there is always a last one."""
 
 
 def joined(deltas: Sequence[Delta]) -> Delta:
-    """Deltas of one choice, one after another, as one."""
+    """Joins consecutive Deltas of one choice into one."""
     return Delta(
         deltas[0].request_id,
         "".join(delta.text for delta in deltas),
@@ -205,20 +203,20 @@ def joined(deltas: Sequence[Delta]) -> Delta:
 
 @dataclass(frozen=True, slots=True)
 class DecodingReport:
-    """How a request was decoded. A draft and its verify are two forwards.
+    """The decoding of a request, in counts.
 
-    Prefill is none of these, and its token, the first, is counted to the mode that goes on from it.
-
-    rule: what chose the last mode ("request" where it was pinned, else the policy's name).
-    num_choices: whose counts are added up here.
+    A draft and its verify are two forwards. Prefill is none of these, and its token, the first, is counted to
+    the mode that goes on from it.
     """
 
     tokens_by_mode: Mapping[Mode, int] = field(default_factory=dict)
     num_forwards: int = 0
     num_switches: int = 0
     rule: str = ""
+    """The rule that chose the last mode ("request" where it was pinned, else the policy's name)."""
     replica_id: str = ""
     num_choices: int = 1
+    """The number of choices whose counts are added up here."""
 
     @property
     def tokens_per_forward(self) -> float:
@@ -227,7 +225,7 @@ class DecodingReport:
         return num_tokens / self.num_forwards if self.num_forwards else 0.0
 
     def __add__(self, later: "DecodingReport") -> "DecodingReport":
-        """Of several choices together; the rule is the later one's."""
+        """Adds up the reports of several choices; the rule is the later one's."""
         return DecodingReport(
             tokens_by_mode=Counter(self.tokens_by_mode) + Counter(later.tokens_by_mode),
             num_forwards=self.num_forwards + later.num_forwards,
@@ -240,13 +238,11 @@ class DecodingReport:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """All choices of a request have ended; what it took for all of them.
-
-    num_prompt_tokens: each prompt counted once.
-    """
+    """All choices of a request have ended; the counts are for all of them."""
 
     request_id: str
     num_prompt_tokens: int
+    """Tokens of its prompts, each counted once."""
     num_completion_tokens: int
     report: DecodingReport
     num_reused_tokens: int = 0
@@ -255,18 +251,16 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A request has ended without being complete; what it had made by then.
-
-    report: how that was decoded, all choices together, as in Finished; None where the replica was not
-    there to say: a lost replica, or a request that made no token. Metrics count it like a Finished's.
-    num_completion_tokens: tokens of its texts, counted as Finished counts them.
-    """
+    """A request has ended without being complete; the counts are of what it had made by then."""
 
     request_id: str
     code: ErrorCode
     message: str
     report: DecodingReport | None = None
+    """The decoding of all choices together, as in Finished; None where the replica was not there to say: a
+    lost replica, or a request that made no token. Metrics count it like a Finished's."""
     num_completion_tokens: int = 0
+    """Tokens of its texts, counted as Finished counts them."""
 
 
 Event = Delta | Finished | Failed
@@ -274,11 +268,7 @@ Event = Delta | Finished | Failed
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What a replica serves.
-
-    replica_id: Serve's unique id of the replica, by which the router addresses it and under which
-    it publishes its load.
-    """
+    """The model that a replica serves."""
 
     name: str
     modes: tuple[Mode, ...]
@@ -286,5 +276,7 @@ class ModelInfo:
     """Prompt and completion together, in tokens."""
     vocab_size: int
     replica_id: str
+    """Serve's unique id of the replica, by which the router addresses it and under which it publishes its
+    load."""
     max_prompt_chars: int | None = None
-    """A text of more characters has more tokens than max_context, whatever it says; None: not known."""
+    """The length above which a text has more tokens than max_context, whatever it says; None: not known."""

@@ -1,4 +1,5 @@
-"""What no request waits for may fail without ending any; but loops that have ended are to be known of."""
+"""A net for failures in work that no request waits for: none is to end for them, but ended loops are
+noticed."""
 
 import asyncio
 import logging
@@ -12,7 +13,8 @@ logger = logging.getLogger(__name__)
 class Net(AbstractContextManager[None]):
     """Keeps an exception of what is done in it from whoever does it. Logs the first, with its traceback.
 
-    what: is done in it, for the log. has_caught: something, ever.
+    what: the name of what is done in it, for the log
+    has_caught: True once it has caught something
     """
 
     def __init__(self, what: str):
@@ -35,7 +37,7 @@ class Net(AbstractContextManager[None]):
 
 
 def check_running(loops: Iterable["asyncio.Task[None]"]) -> None:
-    """Raises RuntimeError where one has ended, whatever it ended by."""
+    """Raises RuntimeError where one of the loops has ended, whatever it ended by."""
     for loop in loops:
         if loop.done():
             error = None if loop.cancelled() else loop.exception()

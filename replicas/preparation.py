@@ -1,7 +1,7 @@
-"""What is done with a request between its arrival and the engine, off the event loop that carries streams.
+"""The preparation of requests between arrival and engine, off the event loop that carries streams.
 
-Tokenizing, templates and schemas grow with what a client sends. tokenizers and llguidance give up the GIL;
-a template does not, but shares it.
+Tokenizing, templates and schemas grow with what a client sends. tokenizers and llguidance give up the GIL; a
+template does not, but shares it.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from replicas.text import TextCodec
 T = TypeVar("T")
 
 MAX_WAIT_S = 5.0
-"""For a thread to be free."""
+"""The longest wait of a job for a free thread."""
 MAX_INLINE_CHARS = 2_000
 """Prompts up to here, a millisecond of work, are not worth a thread's wake-up."""
 MAX_SHORT_CHARS = 20_000
@@ -29,10 +29,12 @@ NUM_COMPILES = 2
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """prompts: token ids. grammars: one for each choice of each prompt, by index."""
+    """A request made ready for the engine."""
 
     prompts: Sequence[list[int]]
+    """Token ids of each prompt."""
     grammars: Sequence[Grammar | None]
+    """One for each choice of each prompt, by index."""
 
 
 @dataclass(slots=True)
@@ -47,9 +49,10 @@ class _UnderWay:
 
 
 class Preparation:
-    """Lives on one event loop.
+    """Prepares requests; lives on one event loop.
 
-    max_context: tokens; a text that must have more is refused by its length. max_requests: under way at once.
+    max_context: tokens; a text that must have more is refused by its length
+    max_requests: requests under way at once
     """
 
     def __init__(self, codec: TextCodec, grammars: GrammarCompiler, max_context: int, max_requests: int):
@@ -67,7 +70,7 @@ class Preparation:
         self._compiling.begin(self._grammars.warm_up)
 
     async def prepare(self, request: GenerateRequest) -> Prepared:
-        """TriadError says what is wrong with the request, or that it was dropped meanwhile."""
+        """Prepares a request. TriadError says what is wrong with it, or that it was dropped meanwhile."""
         if self._is_closed:
             raise TriadError(ErrorCode.UNAVAILABLE, "the replica is shutting down")
         num_chars = sum(map(_num_chars, request.prompts))
@@ -92,13 +95,13 @@ class Preparation:
         return under_way.task.result()
 
     def drop(self, request_ids: Iterable[str]) -> None:
-        """Those of them that are under way end with CANCELLED."""
+        """Ends the requests that are under way with CANCELLED."""
         for request_id in request_ids:
             if request_id in self._under_way:
                 self._under_way[request_id].drop(ErrorCode.CANCELLED, "the request was cancelled")
 
     def drop_channel(self, channel_id: str) -> None:
-        """Those of a channel that has closed end with UNAVAILABLE."""
+        """Ends the requests of a channel that has closed with UNAVAILABLE."""
         for under_way in self._under_way.values():
             if under_way.channel_id == channel_id:
                 under_way.drop(ErrorCode.UNAVAILABLE, f"the channel {channel_id!r} has closed")
@@ -131,7 +134,7 @@ class Preparation:
         return [self._codec.encode(prompt, self._max_context) for prompt in request.prompts]
 
     def _known(self, wanted: JsonFormat | None, count: int) -> Sequence[Grammar | None] | None:
-        """None where it takes a compile."""
+        """The grammars of so many choices where they are known at once; None where it takes a compile."""
         if wanted is None:
             return (None,) * count
         grammars = [grammar for _ in range(count) if (grammar := self._grammars.known(wanted)) is not None]
@@ -149,7 +152,8 @@ class _Threads:
         self._free = asyncio.Semaphore(count)
 
     async def run(self, job: Callable[[], T]) -> T:
-        """TriadError when no thread was free in time. A job goes on when its caller is cancelled."""
+        """Runs a job. TriadError when no thread was free in time. A job goes on when its caller is
+        cancelled."""
         try:
             async with asyncio.timeout(MAX_WAIT_S):
                 await self._free.acquire()
@@ -161,7 +165,7 @@ class _Threads:
         return await asyncio.shield(future)
 
     def begin(self, job: Callable[[], None]) -> None:
-        """Before any other, and counted to none."""
+        """Runs a job in the background, without counting it; to be called before any run()."""
         self._pool.submit(job)
 
     def close(self) -> None:
@@ -174,7 +178,8 @@ class _Threads:
 
 
 def _num_chars(prompt: Prompt) -> int:
-    """What a prompt weighs: a token id one character, and a message 50 more than it has, for the template."""
+    """The weight of a prompt: a token id is one character, and a message 50 more than it has, for the
+    template."""
     if isinstance(prompt, str):
         return len(prompt)
     return sum(1 if isinstance(part, int) else 50 + sum(map(len, part.values())) for part in prompt)

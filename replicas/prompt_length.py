@@ -1,4 +1,4 @@
-"""How few tokens a text can have, told by its length alone, before a tokenizer spends time on it."""
+"""A lower bound of a text's tokens by its length alone, before a tokenizer spends time on it."""
 
 import json
 import math
@@ -66,7 +66,7 @@ def _loses_nothing(pre_tokenizer: dict[str, Any]) -> bool:
 
 
 def _covers_bytes(pieces: set[str], is_byte_level: bool, has_fallback: bool) -> bool:
-    """There is a token for each byte, so no character is unknown."""
+    """True if there is a token for each byte, so that no character is unknown."""
     if is_byte_level:
         return pieces.issuperset(bytes_to_unicode().values())  # type: ignore[no-untyped-call]
     return has_fallback and pieces.issuperset(f"<0x{byte:02X}>" for byte in range(256))

@@ -22,7 +22,7 @@ from replicas.model.config import CheckpointError
 from replicas.prompt_length import chars_per_token, fewest_tokens
 
 _CONTROL_NAME = re.compile(r"<[|｜].*[|｜]>")
-"""How control tokens are spelled that a tokenizer.json does not call special, as some of DeepSeek's."""
+"""The spelling of control tokens that a tokenizer.json does not call special, as some of DeepSeek's."""
 _PROBES: tuple[tuple[Mapping[str, str], ...], ...] = (
     ({"role": "user", "content": "one two"},),
     ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "one\ntwo"}),
@@ -35,10 +35,12 @@ _PROBES: tuple[tuple[Mapping[str, str], ...], ...] = (
 
 
 class PromptEncoder:
-    """raw: the tokenizer's tokenizer.json. control_ids: the model's ends of text and mask token; what the
-    tokenizer calls special is control as well.
+    """Encodes texts and chats, in which no text becomes a control token. Safe from several threads.
 
-    Safe from several threads. Raises CheckpointError for a chat template that does not compile.
+    raw: the tokenizer's tokenizer.json
+    control_ids: the model's ends of text and mask token; what the tokenizer calls special is control as well
+
+    Raises CheckpointError for a chat template that does not compile.
     """
 
     def __init__(
@@ -107,7 +109,7 @@ class PromptEncoder:
             raise TriadError(ErrorCode.INVALID_REQUEST, message, param) from error
 
     def _render(self, messages: list[dict[str, str]]) -> str:
-        """-> a text in which the template's control tokens have their aliases."""
+        """Renders a chat to a text in which the template's control tokens have their aliases."""
         if not self._joins_names:
             return _rendered(self._tokenizer, messages, chat_template=self._template, **self._variables)
         # This template puts names together from parts, so they can be told in what it renders alone;
@@ -125,7 +127,7 @@ class PromptEncoder:
         return self._aliases[found[0]]
 
     def _agrees_with(self, tokenizer: PreTrainedTokenizerFast) -> bool:
-        """Whether chats without control tokens in them get the ids that the checkpoint's own files give."""
+        """True if chats without control tokens in them get the ids that the checkpoint's own files give."""
         for probe in _PROBES:
             messages = [dict(message) for message in probe]
             try:
@@ -165,7 +167,7 @@ def _rendered(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]]
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str]:
-    """Longer ones first; it matches nothing where there are none."""
+    """A pattern for any of the names, longer ones first; it matches nothing where there are none."""
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 

@@ -1,4 +1,4 @@
-"""What the service keeps of the requests it has accepted, and of a step's events."""
+"""The state that the service keeps of the requests it has accepted, and of a step's events."""
 
 from dataclasses import dataclass, field
 
@@ -38,11 +38,11 @@ class RequestState:
             self.num_reused_tokens += sequence.num_reused
 
     def failed(self, code: ErrorCode, message: str) -> Failed:
-        """Once its choices are given up."""
+        """The event that ends the request as failed, once its choices are given up."""
         return Failed(self.request.request_id, code, message, self.report, self.num_completion_tokens)
 
     def finished(self) -> Finished:
-        """Once its last choice has ended."""
+        """The event that ends the request as complete, once its last choice has ended."""
         assert self.report is not None
         return Finished(
             self.request.request_id,
@@ -55,13 +55,14 @@ class RequestState:
 
 @dataclass(slots=True)
 class ChoiceState:
-    """A text of a request, that has not ended. num_unsent: tokens whose text is still held back."""
+    """One choice of a request, that has not ended."""
 
     live: RequestState
     index: int
     sequence: Sequence
     text: TextStream
     num_unsent: int = 0
+    """Tokens whose text is still held back."""
     unsent_logprobs: list[TextLogprob] = field(default_factory=list)
     timeline: Timeline | None = None
 

@@ -8,7 +8,8 @@ from replicas.model.runner import TorchRunner
 
 
 def load_runner(config: ReplicaConfig) -> Runner:
-    """Raises CheckpointError. In a process of a group (replicas.model.lockstep) it is this one's part."""
+    """Loads the runner; in a process of a group (replicas.model.lockstep) this one's part. Raises
+    CheckpointError."""
     if config.device == "cuda":
         if config.quantization:
             raise CheckpointError(f"quantization {config.quantization!r} is for CPUs: leave it out")

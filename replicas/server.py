@@ -32,14 +32,14 @@ from telemetry.setup import Tracing
 logger = logging.getLogger(__name__)
 
 LAST_WORDS_S = 0.5
-"""What a replica that is to end leaves its engine to notice and to tell its streams."""
+"""The time that a replica which is to end leaves its engine to notice and to tell its streams."""
 
 
 class Replica:
-    """What the router calls by handle: submit, cancel and channel; the rest is for operators and Serve.
+    """The actor of a model server. The router calls submit, cancel and channel; the rest is for operators and
+    Serve.
 
-    Serve runs the constructor on the event loop that the calls will run on, and sends none before it
-    is done.
+    Serve runs the constructor on the event loop that the calls will run on, and sends none before it is done.
     """
 
     def __init__(self, config: ReplicaConfig):
@@ -106,7 +106,7 @@ class Replica:
         return self._service.replica_id
 
     async def submit(self, request: GenerateRequest) -> Accepted | Rejected:
-        """Validates and queues; the request's events go to its channel, and end with exactly one last."""
+        """Validates and queues a request; its events go to its channel, and end with exactly one last."""
         return await self._service.submit(request)
 
     async def cancel(self, request_ids: tuple[str, ...]) -> None:
@@ -125,18 +125,19 @@ class Replica:
         return await self._service.state()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Called by Serve where it scales. Its own count of calls says nothing: tokens travel on channels."""
+        """The demand, by which Serve scales: its own count of calls says nothing, tokens travel on
+        channels."""
         # Beside the loop: it takes tens of ms, and streams wait for none of it.
         load = self._service.snapshot()
         return (await asyncio.to_thread(demand, load, self._follower.plan_at, self._targets)).report()
 
     async def check_health(self) -> None:
-        """Called by Serve; raises RuntimeError when the replica should be replaced."""
+        """Raises RuntimeError when the replica should be replaced. Called by Serve."""
         self._service.check()
         check_running(self._loops)
 
     async def __del__(self) -> None:
-        """Called by Serve when the replica stops, also one whose constructor failed."""
+        """Stops the replica. Called by Serve, also for one whose constructor failed."""
         if not hasattr(self, "_control"):
             return
         self._stop.set()

@@ -40,16 +40,15 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 WEDGED_S = 120.0
-"""A forward that takes longer than this counts as hung."""
+"""The time after which a forward counts as hung."""
 
 
 class ReplicaService:
-    """Everything that touches the engine runs on one thread, as commands between two steps.
+    """Serves one model. All that touches the engine runs on one thread, as commands between two steps.
 
     The coroutines belong to the event loop that start() ran on. clock: seconds, monotonic; the engine's.
-    step_cost: what forwards take, as first measured; it then goes on learning. None publishes no costs.
-    on_timeline: called on the event loop with the timeline of each choice that has ended; None, and
-    none is kept.
+    step_cost: the cost of forwards as first measured, and then learned on; None publishes no costs.
+    on_timeline: called on the event loop with the timeline of each choice that has ended; None keeps none.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class ReplicaService:
         self._stopping = False
 
     def start(self) -> None:
-        """Must be called on the event loop that will serve the channels."""
+        """Starts the service. Must be called on the event loop that will serve the channels."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
         self._preparation.start()
@@ -121,7 +120,7 @@ class ReplicaService:
         return self._hub.stream(channel_id)
 
     def set_plan(self, decode: DecodePlan, rule: str) -> None:
-        """What `auto` requests do from their next safe point on. From any thread; does not wait."""
+        """Sets the plan of `auto` requests from their next safe point on. From any thread; does not wait."""
         self._commands.put(lambda: self._engine.set_plan(decode, rule))
 
     def set_explored_plans(self, explored_plans: ExploredPlans | None) -> None:
@@ -141,7 +140,7 @@ class ReplicaService:
         return load
 
     async def state(self) -> dict[str, Any]:
-        """For people: the plan under way and what runs."""
+        """The plan under way and what runs, for people to read."""
         return await self._call(self._state)
 
     def check(self) -> None:
@@ -195,7 +194,7 @@ class ReplicaService:
                     command()
 
     def _obey(self) -> bool:
-        """Runs the commands that wait; blocks for one when there is no work. False: stop."""
+        """Runs the commands that wait; blocks for one when there is no work. False for the order to stop."""
         while True:
             try:
                 command = self._commands.get(block=not self._engine.has_work)
@@ -228,8 +227,8 @@ class ReplicaService:
     def _submit(
         self, request: GenerateRequest, prompts: Seq[list[int]], grammars: Seq[Grammar | None]
     ) -> None:
-        """Raises TriadError where the channel has closed while the request was made ready; one that closes
-        from now on cancels it."""
+        """Takes a prepared request in. Raises TriadError where its channel has closed meanwhile; one that
+        closes from now on cancels it."""
         if not self._hub.is_open(request.channel_id):
             raise TriadError(ErrorCode.UNAVAILABLE, f"the channel {request.channel_id!r} has closed")
         self._take_in(request, prompts, grammars)
@@ -237,7 +236,7 @@ class ReplicaService:
     def _take_in(
         self, request: GenerateRequest, prompts: Seq[list[int]], grammars: Seq[Grammar | None]
     ) -> None:
-        """All of its choices, or none and TriadError."""
+        """Takes in all choices of a request, or raises TriadError and takes in none."""
         if request.request_id in self._live:
             message = f"a request {request.request_id!r} is running already"
             raise TriadError(ErrorCode.INVALID_REQUEST, message)
@@ -312,7 +311,7 @@ class ReplicaService:
         self._send(outbox)
 
     def _cancel_channel(self, channel_id: str) -> None:
-        """Called on the event loop."""
+        """Cancels the requests of a closed channel. Called on the event loop."""
         self._preparation.drop_channel(channel_id)
 
         def cancel() -> None:
@@ -392,7 +391,7 @@ class ReplicaService:
                 self._loop.call_soon_threadsafe(self._tell_timeline, choice.timeline)
 
     def _tell_timeline(self, timeline: Timeline) -> None:
-        """On the event loop."""
+        """Hands a timeline to on_timeline. Called on the event loop."""
         assert self._on_timeline is not None
         with self._timelines_net:
             self._on_timeline(timeline)

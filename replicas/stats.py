@@ -1,4 +1,4 @@
-"""What a replica measures of itself: rates over recent seconds, and what its forwards and rounds cost."""
+"""A replica's measurements of itself: rates over recent seconds, and what its forwards and rounds cost."""
 
 import math
 from collections import Counter, deque
@@ -16,11 +16,14 @@ from replicas.net import Net
 T = TypeVar("T")
 
 WINDOW_S = 2.0
-"""A reading's weight falls to 1/e after this long."""
+"""The time in which a reading's weight falls to 1/e."""
 
 
 class DecodingStats:
-    """From counters that only grow. clock: seconds."""
+    """Recent rates of decoding, from counters that only grow.
+
+    clock: seconds
+    """
 
     def __init__(self, clock: Callable[[], float]):
         self._clock = clock
@@ -41,7 +44,8 @@ class DecodingStats:
     def update(
         self, num_tokens: int, num_prefilled: int, tokens: Mapping[Mode, int], forwards: Mapping[Mode, int]
     ) -> None:
-        """Totals since the start: num_tokens of all kinds; tokens and forwards of rounds, by mode."""
+        """Takes in totals since the start: num_tokens of all kinds; tokens and forwards of rounds, by
+        mode."""
         now_s = self._clock()
         elapsed_s = now_s - self._seen_s
         if elapsed_s <= 0:
@@ -62,10 +66,12 @@ class DecodingStats:
 
 
 class CostMeter:
-    """Learns from what an engine leaves in its two queues, which another thread fills.
+    """Learns the costs of forwards and rounds from an engine's two queues, which another thread fills.
 
-    start: from the sweep (replicas.calibration). clock: seconds. What it has learned is left as it was by a
-    reading that its estimators can't take.
+    start: the cost from the sweep (replicas.calibration)
+    clock: seconds
+
+    A reading that the estimators can't take leaves what was learned as it was.
     """
 
     def __init__(
@@ -107,16 +113,16 @@ def _taken(queue: deque[T]) -> Iterator[T]:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """An engine's load and totals since its start at one moment, for other threads to read.
-
-    made_by_mode: all tokens; tokens_by_mode and forwards_by_mode: of rounds.
-    """
+    """An engine's load and totals since its start at one moment, for other threads to read."""
 
     load: ReplicaLoad
     made_by_mode: Mapping[Mode, int]
+    """All tokens."""
     num_prefilled: int
     tokens_by_mode: Mapping[Mode, int]
+    """Tokens of rounds."""
     forwards_by_mode: Mapping[Mode, int]
+    """Forwards of rounds."""
 
     @property
     def num_tokens(self) -> int:
@@ -124,7 +130,7 @@ class Seen:
 
 
 def look(engine: Engine, replica_id: str) -> Seen:
-    """On the engine's thread."""
+    """Reads the engine's load and totals. Called on the engine's thread."""
     counters = engine.scheduler.counters
     return Seen(
         engine.snapshot(replica_id),
@@ -136,9 +142,10 @@ def look(engine: Engine, replica_id: str) -> Seen:
 
 
 class LoadMeter:
-    """What a replica publishes of itself. Not on the engine's thread, but on one other alone.
+    """Measures the load that a replica publishes. Not on the engine's thread, but on one other alone.
 
-    step_cost: what forwards take, as first measured; None publishes no costs. clock: seconds.
+    step_cost: the cost of a forward as first measured; None publishes no costs
+    clock: seconds
     """
 
     def __init__(self, engine: Engine, clock: Callable[[], float], step_cost: StepCost | None):
@@ -149,7 +156,7 @@ class LoadMeter:
             self._costs = CostMeter(step_cost, engine.forwards, engine.scheduler.counters.rounds, clock)
 
     def load(self, seen: Seen, silent_s: float) -> ReplicaLoad:
-        """Never raises: what can't be learned is left as it was."""
+        """The load to publish. Never raises: what can't be learned is left as it was."""
         with self._stats_net:
             self._stats.update(
                 seen.num_tokens, seen.num_prefilled, seen.tokens_by_mode, seen.forwards_by_mode

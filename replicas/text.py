@@ -18,7 +18,7 @@ from replicas.prompts import PromptEncoder
 from replicas.token_bytes import TokenBytes
 
 _FIRST_MARK = 0xD800
-"""Surrogates, which no decoded text has, stand for control tokens where a stop string names them."""
+"""The first of the surrogates that stand for control tokens a stop string names; no decoded text has them."""
 
 
 class TextCodec:
@@ -41,7 +41,10 @@ class TextCodec:
 
     @classmethod
     def load(cls, checkpoint: str) -> "TextCodec":
-        """checkpoint: a folder or a hub name. Raises CheckpointError."""
+        """Loads the codec. Raises CheckpointError.
+
+        checkpoint: a folder or a hub name
+        """
         folder = resolve_folder(checkpoint)
         control_ids: set[int] = set()
         if (folder / "config.json").is_file():
@@ -70,20 +73,25 @@ class TextCodec:
         return self._prompts.of_chat(messages, max_tokens) if messages else ids
 
     def grammars(self, vocab_size: int, eos_token_ids: Set[int]) -> GrammarCompiler:
-        """For structured output in this tokenizer's tokens. vocab_size: of the model's logits."""
+        """A compiler for structured output in this tokenizer's tokens.
+
+        vocab_size: the number of the model's logits
+        """
         size = max(vocab_size, self._backend.get_vocab_size())
         return GrammarCompiler(self._backend.to_str(), size, eos_token_ids)
 
     def max_prompt_chars(self, max_context: int) -> int | None:
-        """A text of more characters has at least max_context tokens; None where that can't be told."""
+        """The length above which a text has at least max_context tokens; None where that can't be told."""
         per_token = chars_per_token(self._backend)
         return None if per_token is None else per_token * (max_context - 1)
 
     def stream(
         self, stop: tuple[str, ...] = (), min_tokens: int = 0, continues_text: bool = False
     ) -> "TextStream":
-        """min_tokens: stop strings that these complete don't count. continues_text: a text comes before the
-        first token, so that a space at its beginning is one.
+        """A stream for the text of one completion.
+
+        min_tokens: stop strings that these complete don't count
+        continues_text: a text comes before the first token, so that a space at its beginning is one
         """
         marks: dict[int, str] = {}
 
@@ -96,14 +104,18 @@ class TextCodec:
         )
 
     def logprob(self, made: TokenLogprob, offset: int, is_first: bool = False) -> TextLogprob:
-        """offset: where the token's text begins in the completion, in characters; is_first: token_bytes's."""
+        """The log-probabilities of a token and its alternatives, with their bytes.
+
+        offset: the place where the token's text begins in the completion, in characters; is_first:
+        token_bytes's
+        """
         top = tuple(TextLogprob(self.token_bytes(token, is_first), logprob) for token, logprob in made.top)
         return TextLogprob(self.token_bytes(made.token_id, is_first), made.logprob, offset, top)
 
     def token_bytes(self, token_id: int, is_first: bool = False) -> bytes:
-        """What a token stands for in a text, which may be part of a character; of a special one its name.
+        """The bytes of a token in a text, which may be part of a character; of a special token its name.
 
-        is_first: at the beginning of a text, where SentencePiece has a space too many.
+        is_first: it is at the beginning of a text, where SentencePiece has a space too many
         """
         return self._bytes.first(token_id) if is_first else self._bytes.further(token_id)
 
@@ -154,7 +166,7 @@ class TextStream:
         return len(self.starts)
 
     def accept(self, token_id: int) -> bool:
-        """Takes one more token in, its text for take(). Whether the text ends with it. Never raises.
+        """Takes one more token in, its text for take(). True if the text ends with it. Never raises.
 
         After a failure, which ends it too, the text is of no use.
         """
@@ -179,7 +191,7 @@ class TextStream:
         return released
 
     def finish(self) -> str:
-        """What was held back, at the end of a text that no stop string ended."""
+        """The text that was held back, at the end of a completion that no stop string ended."""
         if self.stopped:
             return ""
         rest = self._utf8.decode(b"", True)
@@ -225,7 +237,7 @@ class TextStream:
         return self._visible(released)
 
     def _find_stop(self) -> int | None:
-        """Where in the held text the stop string begins that is complete first, the longest of several."""
+        """The place in the held text of the stop string that is complete first, the longest of several."""
         protected = self._num_protected - (self._num_seen - len(self._held))
         found = []
         for stop in self._stop:
@@ -235,7 +247,7 @@ class TextStream:
         return min(found)[1] if found else None
 
     def _visible(self, text: str) -> str:
-        """The part of it that is text; it is given out."""
+        """The part of a decoded text without marks; counts it as given out."""
         if self._marks:
             text = text.translate(self._unmarked)
         self.num_released += len(text)

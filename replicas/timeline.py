@@ -1,4 +1,4 @@
-"""When what happened to one choice of a request, noted only where its channel is told of it anyway."""
+"""The timeline of one choice of a request, noted only where its channel is told of it anyway."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,32 +10,33 @@ from replicas.errors import ErrorCode
 
 @dataclass(slots=True)
 class ModeSpan:
-    """A time in one mode, from one safe point to another. num_forwards: a draft and its verify are two."""
+    """A time in one mode, from one safe point to another."""
 
     mode: Mode
     rule: str
     since_s: float
     until_s: float
     num_forwards: int = 0
+    """A draft and its verify are two."""
     num_tokens: int = 0
 
 
 @dataclass(slots=True)
 class Timeline:
-    """Times by the engine's clock, in seconds; None for what has not come.
-
-    trace_carrier: the caller's span, as headers. index: of the choice in its request. began_s: when it left
-    the queue. spells: in order.
-    """
+    """The times of one choice by the engine's clock, in seconds; None for what has not come."""
 
     request_id: str
     trace_carrier: Mapping[str, str]
+    """The caller's span, as headers."""
     submitted_s: float
     index: int = 0
+    """The choice's index in its request."""
     began_s: float | None = None
+    """The time when it left the queue."""
     first_token_s: float | None = None
     ended_s: float | None = None
     spells: list[ModeSpan] = field(default_factory=list)
+    """The spans of its modes, in order."""
     num_prompt_tokens: int = 0
     num_reused_tokens: int = 0
     num_preemptions: int = 0
@@ -43,7 +44,7 @@ class Timeline:
     _num_forwards: int = 0
 
     def note(self, sequence: Sequence, num_tokens: int, now_s: float) -> None:
-        """A step has brought so many tokens."""
+        """Notes that a step has brought so many tokens."""
         if self.first_token_s is None:
             self.first_token_s = now_s
         mode = sequence.last_mode

@@ -1,4 +1,4 @@
-"""What single tokens stand for in a text, by the kind of decoder that a tokenizer.json has."""
+"""The bytes of single tokens in a text, by the kind of decoder that a tokenizer.json has."""
 
 import re
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from replicas.model.config import CheckpointError
 
 _BYTES: dict[str, int] = {char: byte for byte, char in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
-"""Of byte-level tokenizers: what character stands for which byte."""
+"""The byte that each character stands for in byte-level tokenizers."""
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 """A single byte in a tokenizer of the SentencePiece kind, whose other pieces are text with ▁ for a space."""
 _DECODERS = frozenset({"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"})
@@ -47,14 +47,14 @@ class TokenBytes:
         self._anchor = self._find_anchor()
 
     def further(self, token_id: int) -> bytes:
-        """Of a token with text before it; of a special one its name, of an unknown one nothing."""
+        """The bytes of a token with text before it: of a special one its name, of an unknown one nothing."""
         known = self._further.get(token_id)
         if known is None:
             known = self._further[token_id] = self._find(token_id, self._anchor)
         return known
 
     def first(self, token_id: int) -> bytes:
-        """Of the first token of a text: without the space that SentencePiece puts before a text."""
+        """The bytes of a text's first token, without the space that SentencePiece puts before a text."""
         known = self._first.get(token_id)
         if known is None:
             known = self._first[token_id] = self._find(token_id, ())

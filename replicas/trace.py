@@ -20,7 +20,10 @@ from telemetry.propagation import parent_context
 
 
 class SpanWriter:
-    """clock: the one the timelines were made by; seconds."""
+    """Writes the spans of a timeline.
+
+    clock: the one the timelines were made by; seconds
+    """
 
     def __init__(self, tracer: Tracer, replica_id: str, clock: Callable[[], float] = time.monotonic):
         self._tracer = tracer

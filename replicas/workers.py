@@ -20,7 +20,7 @@ from replicas.runner_loader import load_runner
 
 
 class TensorParallelWorker:
-    """A rank above 0; an actor. Called in this order: join, load, follow."""
+    """A process of a rank above 0, an actor. Called in this order: join, load, follow."""
 
     def __init__(self, config: ReplicaConfig, rank: int):
         self._config = config
@@ -33,7 +33,7 @@ class TensorParallelWorker:
         self._runner = load_runner(self._config)
 
     def follow(self) -> None:
-        """Returns when the leader closes."""
+        """Runs the leader's steps; returns when it closes."""
         follow(self._runner)
 
 
@@ -52,7 +52,8 @@ class Workers:
 
     @classmethod
     def start(cls, config: ReplicaConfig) -> "Workers":
-        """Called in the replica's own process. Raises CheckpointError and what a worker's start raises."""
+        """Starts the workers, from the replica's own process. Raises CheckpointError and what a worker's
+        start raises."""
         size = config.tensor_parallel
         group = get_current_placement_group()
         if group is None or group.bundle_count < size:
@@ -81,7 +82,7 @@ class Workers:
         return cls(Leader(runner), following, actors)
 
     async def lost(self) -> str:
-        """Waits until one of them has ended, which none does before `close`; says how."""
+        """Waits until one of the workers has ended, which none does before `close`; says how."""
         waiting = {asyncio.ensure_future(_end(reference)): reference for reference in self._following}
         ended, others = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         for other in others:
@@ -90,7 +91,7 @@ class Workers:
         return f"the process of rank {rank} of {1 + len(self._following)} ended: {ended.pop().result()}"
 
     def close(self) -> None:
-        """Lets them end."""
+        """Lets the workers end."""
         self.runner.close()
 
 
@@ -103,6 +104,6 @@ async def _end(reference: "ray.ObjectRef[None]") -> str:
 
 
 def _raise_failed(references: Sequence["ray.ObjectRef[None]"]) -> None:
-    """What those raised that are done by now."""
+    """Raises the errors of the calls that have failed by now."""
     done, _ = ray.wait(list(references), num_returns=len(references), timeout=1.0)
     ray.get(done)

@@ -192,7 +192,7 @@ def _validate(options: argparse.Namespace) -> None:
 
 
 def _page(options: argparse.Namespace) -> None:
-    """One table after the other, each written as soon as it is made."""
+    """Writes one table after the other, each as soon as it is made."""
     machines = [Machine.b200("8b", options.acceptance), Machine.b200("14b", options.acceptance)]
     small, large = machines
     known = load_outcomes(options.outcomes or ())

@@ -28,9 +28,9 @@ class Segment:
     pages: tuple[int, ...]
     """The page table; pages[p // page_size] holds position p, up to start + len(token_ids) - 1."""
     num_causal: int
-    """All, none, or fewer where a commit has the next block behind it."""
+    """The number of causal tokens: all, none, or fewer where a commit has the next block behind it."""
     adapter: bool
-    """Whether the adapter is on for these rows; never with causal ones among them."""
+    """True if the adapter is on for these rows; never with causal ones among them."""
     wanted: tuple[int, ...]
     """Indices into token_ids whose logits are sampled, ascending; may be empty."""
     sampling: SamplingParams
@@ -44,7 +44,7 @@ class Segment:
 
     @property
     def is_causal(self) -> bool:
-        """Whether all of its tokens are causal."""
+        """True if all of the segment's tokens are causal."""
         return self.num_causal == len(self.token_ids)
 
     @property
@@ -65,7 +65,7 @@ class ScheduledBatch:
     mode: Mode | None = None
     """The mode of most of the sequences that decode in it; None for prompts alone. No runner looks at it."""
     explores: bool = False
-    """Whether any of them explores a plan that is not in force."""
+    """True if any of its sequences explores a plan that is not in force."""
 
     @property
     def num_tokens(self) -> int:
@@ -89,7 +89,7 @@ class SegmentOutput:
     """Their probability by the model itself (softmax of the raw logits, before temperature and filters),
     the confidence of `diffusion`."""
     top: tuple[tuple[TokenProb, ...], ...] = ()
-    """Where asked for: for each chosen token the most probable ones, in order."""
+    """The most probable tokens in place of each chosen one, in order, where they are asked for."""
     failure: str | None = None
     """The reason why nothing could be sampled from the segment's rows; token_ids and probs are then empty."""
 
@@ -102,7 +102,7 @@ class SegmentOutput:
 
 
 def _logprob(token_id: int, prob: float, top: Seq[TokenProb]) -> float:
-    """The number that stands beside the token among the most probable ones too, where it is one of them."""
+    """The log-probability of a chosen token: the very number that `top` has, where it is one of them."""
     for other_id, logprob in top:
         if other_id == token_id:
             return logprob
@@ -130,7 +130,7 @@ class ModelSpec:
     page_size: int
     vocab_size: int
     denoise_with_adapter: bool = False
-    """Whether the adapter is on in denoising forwards as well as in drafts."""
+    """True if the adapter is on in denoising forwards as well as in drafts."""
 
 
 class RunnerLost(Exception):
@@ -144,5 +144,6 @@ class Runner(Protocol):
     def spec(self) -> ModelSpec: ...
 
     def run(self, batch: ScheduledBatch, /) -> Seq[SegmentOutput]:
-        """One output a segment, in the batch's order. RunnerLost: it is of no use from now on."""
+        """Runs a forward: one output a segment, in the batch's order. RunnerLost: it is of no use from now
+        on."""
         ...

@@ -10,7 +10,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
 Key = int | str
-"""A prefix by what stands for it: the number of its last page, or a salt where it is empty."""
+"""The pool's name of a prefix: the number of its last page, or a salt where it is empty."""
 ROOT: Key = ""
 """The empty prefix without a salt."""
 
@@ -45,7 +45,7 @@ class PagePool:
         return -(-num_tokens // self.page_size)
 
     def allocate(self, count: int) -> list[int] | None:
-        """count pages of unknown content, or None, and nothing taken, when fewer are free."""
+        """Takes count pages of unknown content; None, and nothing taken, when fewer are free."""
         if count > self.num_free:
             return None
         pages = []
@@ -114,7 +114,10 @@ class PagePool:
         return page
 
     def check_integrity(self, owned: Iterable[int]) -> None:
-        """owned: the pages of all sequences, once an owner. AssertionError where the books disagree."""
+        """Raises AssertionError where the books disagree.
+
+        owned: the pages of all sequences, once an owner
+        """
         assert Counter(owned) == Counter(self._num_owners), "pages in use and pages owned differ"
         sets = (set(self._free), set(self._idle), set(self._num_owners))
         assert sum(map(len, sets)) == self.num_pages == len(set().union(*sets)), "a page was lost or is twice"

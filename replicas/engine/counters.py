@@ -29,6 +29,6 @@ class Counters:
         return self.made_by_mode.total()
 
     def note_round(self, made: RoundStats) -> None:
-        """A round has ended. One of `ar` is not kept: what it brings is never in doubt."""
+        """Notes a round that has ended. One of `ar` is not kept: what it brings is never in doubt."""
         if made.plan.mode is not Mode.AR:
             self.rounds.append(made)

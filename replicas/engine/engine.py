@@ -28,7 +28,7 @@ AUTO = DecodingOptions()
 PRIORITY_S = 10.0
 """A request ranks as if it had come this much earlier for each level of priority below 0."""
 MIN_STEP_TOKENS = 3 * MAX_BLOCK_LENGTH
-"""A block, the next one behind it, and the share that is kept for prompts."""
+"""The least max_step_tokens: a block, the next one behind it, and the share that is kept for prompts."""
 MAX_FORWARDS_KEPT = 256
 REMEMBERED_S = 0.1
 MAX_FAILED = 3
@@ -40,9 +40,11 @@ logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """Raises ValueError when the limits or the pool can't hold one sequence of full context.
+    """Runs requests, many at a time.
 
-    clock: seconds, for the requests' deadlines and the forwards' latencies.
+    clock: seconds, for the requests' deadlines and the forwards' latencies
+
+    Raises ValueError when the limits or the pool can't hold one sequence of full context.
     """
 
     def __init__(
@@ -174,7 +176,7 @@ class Engine:
         return sequence
 
     def step(self) -> list[Progress]:
-        """One forward: schedule, run, commit. Returns what is new, by sequence; each ends exactly once.
+        """Runs one step: schedule, forward, commit. Returns what is new, by sequence; each ends exactly once.
 
         Raises RunnerLost.
         """
@@ -197,7 +199,7 @@ class Engine:
         return ended + progress
 
     def _run(self, batch: ScheduledBatch) -> tuple[Seq[SegmentOutput | None], bool]:
-        """The outputs, and whether one forward gave them all. Raises RunnerLost.
+        """Runs a batch; returns the outputs, and whether one forward gave them all. Raises RunnerLost.
 
         Where a forward fails, its segments are run again in parts, so that those at fault end alone. Where
         the runner can run nothing, no segment is at fault: all are to be scheduled again.
@@ -222,7 +224,7 @@ class Engine:
         return outputs, True
 
     def _runs_at_all(self) -> bool:
-        """Whether the runner runs a segment that is nobody's, which is tried after a failed forward.
+        """True if the runner runs a segment that is nobody's, which is tried after a failed forward.
 
         Raises RunnerLost after MAX_FAILED steps in a row in which that failed too, and at once where the
         device says that it will go on to.
@@ -367,7 +369,7 @@ class Engine:
         )
 
     def check_integrity(self) -> None:
-        """Between steps. Raises AssertionError where the bookkeeping disagrees with itself."""
+        """Raises AssertionError where the bookkeeping disagrees with itself. Called between steps."""
         self._scheduler.check_integrity()
         held = [*self._scheduler.running, *self._scheduler.waiting]
         assert {sequence.request_id for sequence in held} == set(self._sequences)

@@ -31,7 +31,7 @@ class Exploration:
         self._sequences: set[Sequence] = set()
 
     def explores(self, sequence: Sequence) -> bool:
-        """Whether the sequence's round in progress explores a plan."""
+        """True if the sequence's round in progress explores a plan."""
         return sequence in self._sequences
 
     def plan_for(self, sequence: Sequence) -> DecodePlan | None:
@@ -48,7 +48,7 @@ class Exploration:
         return plan if plan_for(sequence, ActivePlan(plan, ""), self._spec).decode == plan else None
 
     def needs_safe_point(self, sequence: Sequence) -> bool:
-        """Whether the round in progress must be followed by no other: it explores, or the next one is to."""
+        """True if the round in progress must be followed by no other: it explores, or the next one is to."""
         return sequence in self._sequences or self.plan_for(sequence) is not None
 
     def began(self, sequence: Sequence) -> None:

@@ -9,11 +9,11 @@ class GrammarFailed(Exception):
 
 
 class Grammar(Protocol):
-    """Follows one completion. Implementation: replicas.grammar."""
+    """A grammar that follows one completion. Implementation: replicas.grammar."""
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing but an end of text may follow what was accepted."""
+        """True if nothing but an end of text may follow what was accepted."""
         ...
 
     def masks(self, draft: Sequence[int]) -> tuple[bytes, ...]:
@@ -27,5 +27,5 @@ class Grammar(Protocol):
         ...
 
     def accept(self, token_id: int) -> None:
-        """The completion has one more token, which the grammar allows."""
+        """Takes one more token in, which the grammar allows."""
         ...

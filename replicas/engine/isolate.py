@@ -65,15 +65,16 @@ def run_apart(run: Run, batch: ScheduledBatch, error: Exception) -> list[Segment
 
 
 def nobodys_segment(page: int) -> Segment:
-    """One token without a past, in a page that is nobody's: a runner that can't run it can run nothing."""
+    """A segment of one token without a past, in a page of nobody's: a runner that can't run it can run
+    nothing."""
     return Segment(-1, 0, (0,), (page,), 1, adapter=False, wanted=(0,), sampling=SamplingParams())
 
 
 def is_sticky(error: Exception) -> bool:
-    """Whether a device that raised this will go on to, as a CUDA context does after a kernel's fault.
+    """True if a device that raised this will go on to, as a CUDA context does after a kernel's fault.
 
-    By name, since the engine knows no torch: torch.AcceleratorError, which was a RuntimeError that said
-    "CUDA error". Memory that ran out comes back.
+    By name, since the engine knows no torch: torch.AcceleratorError, which was a RuntimeError that said "CUDA
+    error". Memory that ran out comes back.
     """
     kinds = {kind.__name__ for kind in type(error).__mro__}
     says_so = "AcceleratorError" in kinds or "CUDA error" in str(error)

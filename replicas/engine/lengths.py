@@ -9,7 +9,7 @@ HALF_LIFE = 32.0
 """The number of completions after which an older one counts half."""
 MAX_WEIGHT = 2.0**20
 MIN_WEIGHT = 1e-9
-"""A completion that has been forgotten down to this says nothing any more."""
+"""The weight at which a forgotten completion says nothing any more."""
 
 _STARTS = [0.0, *(sqrt(2.0) ** (bucket - 1) for bucket in range(1, NUM_BUCKETS + 1))]
 
@@ -35,7 +35,10 @@ class CompletionLengths:
         self._is_reckoned = False
 
     def note(self, num_tokens: int, is_whole: bool) -> None:
-        """A completion has ended. is_whole: by itself, and not for want of max_tokens."""
+        """Notes a completion that has ended.
+
+        is_whole: by itself, and not for want of max_tokens
+        """
         last, weight = _bucket(num_tokens), self._weight
         for bucket in range(last + 1):
             self._reached[bucket] += weight

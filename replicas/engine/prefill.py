@@ -73,10 +73,10 @@ class PrefillBudget:
 
 
 def is_coming(sequence: Sequence, running: Iterable[Sequence], page_size: int) -> bool:
-    """Whether a prefill under way will leave at least half of what this prompt still needs.
+    """True if a prefill under way will leave at least half of what this prompt still needs.
 
-    So the choices of one prompt, and prompts with the same long beginning that come at once, wait
-    until it is computed for the first of them.
+    So the choices of one prompt, and prompts with the same long beginning that come at once, wait until it is
+    computed for the first of them.
     """
     cached, needed = sequence.num_cached, reusable_len(sequence)
     for other in running:

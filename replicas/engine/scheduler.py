@@ -1,10 +1,10 @@
-"""Schedules: which segments the next forward runs, and what its outputs change. Knows nothing of modes.
+"""Schedules the segments of each forward, and applies its outputs. Knows nothing of modes.
 
-A step has a budget of tokens. Rounds in progress come first, the longest unserved before others;
-prompts are prefilled in chunks with what is left, at least a reserved share and, while rounds run,
-within the bounds on the streams' delay (engine.prefill). Sequences are ranked by arrival and priority
-(Sequence.rank): in this order they are admitted and prefilled. When pages run out the last of them gives
-up its own and is recomputed later; the first always goes on, so something always does.
+A step has a budget of tokens. Rounds in progress come first, the longest unserved before others; prompts are
+prefilled in chunks with what is left, at least a reserved share and, while rounds run, within the bounds on
+the streams' delay (engine.prefill). Sequences are ranked by arrival and priority (Sequence.rank): in this
+order they are admitted and prefilled. When pages run out the last of them gives up its own and is recomputed
+later; the first always goes on, so something always does.
 """
 
 import logging
@@ -30,7 +30,7 @@ from replicas.errors import ErrorCode
 logger = logging.getLogger(__name__)
 
 PREFILL_SHARE = 4
-"""While prompts wait, rounds leave them one in this many tokens of a step."""
+"""One in this many tokens of a step is left to prompts by rounds, while prompts wait."""
 
 
 class Scheduler:
@@ -159,7 +159,7 @@ class Scheduler:
         return progress
 
     def check_integrity(self) -> None:
-        """Between steps. Raises AssertionError where the bookkeeping disagrees with itself."""
+        """Raises AssertionError where the bookkeeping disagrees with itself. Called between steps."""
         self._pool.check_integrity([page for sequence in self._running for page in sequence.pages])
         assert self._running == sorted(self._running, key=_rank)
         assert self._waiting == sorted(self._waiting, key=_rank)
@@ -218,7 +218,8 @@ class Scheduler:
                 requests[sequence] = request
 
     def _next_segment(self, sequence: Sequence, budget: int) -> SegmentRequest | None:
-        """None when the budget is too small for it; it then begins its round another time."""
+        """The next segment of a sequence; None when the budget is too small for it, which then comes
+        later."""
         if sequence.round is not None:
             following = 0
             if self._overlaps_blocks and not self.exploration.needs_safe_point(sequence):

@@ -23,10 +23,10 @@ class Status(StrEnum):
 
 
 class Text(Protocol):
-    """Follows one completion's text, as the engine sees it. Implementation: replicas.text."""
+    """The text of one completion, as the engine sees it. Implementation: replicas.text."""
 
     def accept(self, token_id: int) -> bool:
-        """The completion has one more token. Whether its text ends with it, as at a stop string.
+        """Takes one more token in. True if the text ends with it, as at a stop string.
 
         Never raises.
         """
@@ -115,7 +115,7 @@ class Sequence:
 
     @property
     def is_kept_lossless(self) -> bool:
-        """Whether a mode chosen for it must be one whose output is AR's."""
+        """True if a mode chosen for it must be one whose output is AR's."""
         return self.decoding.lossless or self.sampling.needs_causal_order is not None
 
     @property

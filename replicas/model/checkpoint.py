@@ -25,33 +25,36 @@ __all__ = ["CheckpointError", "LayerWeights", "ModelWeights", "load_weights", "r
 
 @dataclass(slots=True)
 class LayerWeights:
-    """One decoder layer; q, k, v and gate, up are fused, heads and columns are in the engine's order.
-
-    qkv: [(heads + 2 kv_heads) * head_dim, hidden]; o: [hidden, heads * head_dim]
-    gate_up: [2 * intermediate, hidden]; down: [hidden, intermediate]
-    adapters: by the name of the fused matrix they change ("qkv", "o", "gate_up", "down").
-    """
+    """The weights of one decoder layer; heads and columns are in the engine's order."""
 
     input_norm: torch.Tensor
     qkv: torch.Tensor
+    """[(heads + 2 kv_heads) * head_dim, hidden], q, k and v fused"""
     qkv_bias: torch.Tensor | None
     query_norm: torch.Tensor | None
     key_norm: torch.Tensor | None
     o: torch.Tensor
+    """[hidden, heads * head_dim]"""
     post_norm: torch.Tensor
     gate_up: torch.Tensor
+    """[2 * intermediate, hidden], gate and up fused"""
     down: torch.Tensor
+    """[hidden, intermediate]"""
     adapters: dict[str, LowRank] = field(default_factory=dict)
+    """The updates by the name of the fused matrix they change ("qkv", "o", "gate_up", "down")."""
 
 
 @dataclass(slots=True)
 class ModelWeights:
-    """embedding, head: [vocab, hidden] (one tensor where they are tied); norm: [hidden]."""
+    """The weights of a model, or of a process's part of one."""
 
     embedding: torch.Tensor
+    """[vocab, hidden]"""
     layers: list[LayerWeights]
     norm: torch.Tensor
+    """[hidden]"""
     head: torch.Tensor
+    """[vocab, hidden]; the embedding's own tensor where they are tied"""
 
 
 def resolve_folder(checkpoint: str) -> Path:
@@ -200,7 +203,7 @@ def _attach_adapter(
 
 
 class _TensorReader:
-    """Tensors by name from one safetensors file or from shards with an index, read when asked for."""
+    """Reads tensors by name from one safetensors file or from shards with an index, when asked for."""
 
     def __init__(self, folder: Path, stack: ExitStack, stem: str = "model"):
         self._folder = folder
@@ -255,7 +258,7 @@ class _TensorReader:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """From tensors' names to those of the files they are in, which lie beside the index."""
+    """The file of each tensor by name; the files lie beside the index."""
     found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not found:
         raise CheckpointError(f"{index}: weight_map must be an object of tensors' names and files")

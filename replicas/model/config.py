@@ -1,4 +1,4 @@
-"""What a checkpoint's config.json says about the model, read and validated once."""
+"""A model's configuration from its checkpoint's config.json, read and validated once."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,14 +20,13 @@ __all__ = ["ADAPTER_FOLDER", "TRI_MODE_TYPE", "CheckpointError", "ModelConfig", 
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """parameters: transformers' `rope_parameters`, with rope_type and rope_theta always in it.
-
-    query_beta: queries are multiplied by 1 + beta * log(1 + floor(position / original_max_positions));
-    None where the model has no query scaling.
-    """
+    """The rotary embedding's parameters."""
 
     parameters: Mapping[str, Any]
+    """transformers' `rope_parameters`, with rope_type and rope_theta always in it."""
     query_beta: float | None
+    """Queries are multiplied by 1 + beta * log(1 + floor(position / original_max_positions)); None where the
+    model has no query scaling."""
     original_max_positions: int | None
 
     @property
@@ -37,18 +36,11 @@ class RopeConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The shape of a decoder of the Llama family, with or without the tri-mode extras.
-
-    vocab_size: the tokens that the tokenizer knows. num_padded_rows: further rows of embedding and head in
-    the file, for nothing but even shapes; they are left out, so none is ever sampled.
-    qkv_bias: whether q, k and v have a bias (qwen2). qk_norm: whether query and key heads are
-    normalised before the rotary embedding (qwen3).
-    denoise_with_adapter: the adapter is on in every bidirectional forward, not in drafts alone; the model
-    was trained for these with it, so without it only `ar` is served. has_adapter: whether it is there.
-    """
+    """The shape of a decoder of the Llama family, with or without the tri-mode extras."""
 
     model_type: str
     vocab_size: int
+    """The tokens that the tokenizer knows."""
     hidden_size: int
     intermediate_size: int
     num_layers: int
@@ -60,13 +52,20 @@ class ModelConfig:
     rope: RopeConfig
     tie_word_embeddings: bool
     qkv_bias: bool
+    """True if q, k and v have a bias (qwen2)."""
     qk_norm: bool
+    """True if query and key heads are normalised before the rotary embedding (qwen3)."""
     mask_token_id: int | None
     denoise_with_adapter: bool
+    """True if the adapter is on in every bidirectional forward, not in drafts alone; the model was trained
+    for these with it, so without it only `ar` is served."""
     has_adapter: bool
+    """True if the adapter is there."""
     block_size: int | None
     eos_token_ids: frozenset[int]
     num_padded_rows: int = 0
+    """Further rows of embedding and head in the file, for nothing but even shapes; they are left out, so none
+    is ever sampled."""
 
     @property
     def modes(self) -> tuple[Mode, ...]:
@@ -108,7 +107,8 @@ class ModelConfig:
         vocabulary: Vocabulary | None = None,
         has_adapter: bool = False,
     ) -> "ModelConfig":
-        """Raises CheckpointError for an unknown model type or a value that can't be served.
+        """Parses config.json. Raises CheckpointError for an unknown model type or a value that can't be
+        served.
 
         generation: generation_config.json. A text ends with any id that one of the files calls its end.
         """
@@ -206,7 +206,8 @@ def _control_ids(
 
 
 def _rope(fields: Fields, max_positions: int) -> RopeConfig:
-    """From `rope_parameters`, or from the older `rope_theta` and `rope_scaling`."""
+    """Reads the rotary embedding from `rope_parameters`, or from the older `rope_theta` and
+    `rope_scaling`."""
     key = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
     parameters = dict(fields.object(key))
     if by_layer := [name for name, value in parameters.items() if isinstance(value, dict)]:

@@ -13,7 +13,7 @@ class CheckpointError(Exception):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises CheckpointError unless the file is there and holds a JSON object."""
+    """Reads a JSON object. Raises CheckpointError unless the file is there and holds one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -53,7 +53,10 @@ class Fields:
         return value
 
     def number(self, key: str, default: float | None, least: float, most: float = math.inf) -> float:
-        """least, most: inclusive. default None: there must be a number."""
+        """The number of a field.
+
+        least, most: inclusive. default None: there must be a number.
+        """
         value = self._raw.get(key)
         if value is None:
             value = default
@@ -87,7 +90,7 @@ class Fields:
         return None if value is None else self._checked(key, value, bound)
 
     def token_ids(self, key: str, bound: "TokenBound") -> frozenset[int]:
-        """Of one id or a list of them."""
+        """The ids of a field that has one id or a list of them; none where it is missing."""
         value = self._raw.get(key)
         if value is None:
             return frozenset()
@@ -101,7 +104,10 @@ class Fields:
 
 
 class TokenBound:
-    """Token ids are below size. name: of what that is the number."""
+    """The bound below which token ids are.
+
+    name: of what that is the number
+    """
 
     def __init__(self, size: int, name: str):
         self.size = size

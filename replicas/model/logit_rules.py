@@ -1,4 +1,4 @@
-"""What requests change in the logits of their rows before the choice: penalties, biases, min_tokens, masks.
+"""Changes that requests make in their rows' logits before the choice: penalties, biases, min_tokens, masks.
 
 The changes of all rows are a few operations on flat indices, whatever the number of rows, and are made in
 place: what they overwrite is kept, which is far less than a copy of the rows.
@@ -21,22 +21,25 @@ _NO_PLACES, _NO_AMOUNTS = np.empty(0, np.int64), np.empty(0, np.float32)
 class Row:
     """One row of logits to choose from.
 
-    position: of the token chosen. prompt_len: of its sequence.
-    seen, then: all tokens before it, where the sampling has penalties; else empty. The rows of a segment
-    share one `seen`, and the `then` of each begins with that of the row before.
-    allowed: a mask of what it may be (engine.grammar); None for anything.
+    `seen` and `then` together are all tokens before it, where the sampling has penalties; else they are
+    empty.
     """
 
     sampling: SamplingParams
     position: int
+    """The position of the token chosen."""
     prompt_len: int = 0
+    """The length of its sequence's prompt."""
     seen: Sequence[int] = ()
+    """The tokens that all rows of its segment share."""
     allowed: bytes | None = None
+    """A mask of what the token may be (engine.grammar); None for anything."""
     then: tuple[int, ...] = ()
+    """The tokens after `seen`, which begin with those of the segment's row before."""
 
     @property
     def has_rules(self) -> bool:
-        """Its logits are changed before the choice."""
+        """True if its logits are changed before the choice."""
         sampling = self.sampling
         return (
             sampling.has_penalties
@@ -50,7 +53,7 @@ class Row:
         return self.position < self.prompt_len + self.sampling.min_tokens
 
     def is_followed_by(self, other: "Row") -> bool:
-        """Whether the other has the same tokens before it, and maybe more."""
+        """True if the other row has the same tokens before it, and maybe more."""
         return (
             self.seen is other.seen
             and self.sampling is other.sampling
@@ -61,19 +64,19 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Overwritten:
-    """Logits that a penalty or a bias has changed, as they were.
-
-    lines: [R, n]; ids: [k] int64, columns of them; values: [R, k]
-    rows: where the lines are rows of logits, which, and ids ascend; None for all rows as one line
-    """
+    """Logits that a penalty or a bias has changed, as they were."""
 
     lines: torch.Tensor
+    """[R, n]"""
     ids: torch.Tensor
+    """[k] int64, columns of the lines"""
     values: torch.Tensor
+    """[R, k]"""
     rows: slice | None
+    """The rows of logits that the lines are, with ascending ids; None for all rows as one line."""
 
     def restore(self, tokens: torch.Tensor) -> None:
-        """At least the logits of these tokens, [W] int64, one a row of logits."""
+        """Restores the logits of these tokens at least, [W] int64, one a row of logits."""
         if self.rows is None:
             self.lines.index_copy_(1, self.ids, self.values)
             return
@@ -87,7 +90,7 @@ class Overwritten:
 def apply_rules(
     logits: torch.Tensor, rows: Sequence[Row], ruled: Sequence[int], eos_token_ids: Set[int]
 ) -> list[Overwritten]:
-    """Penalties, bias, min_tokens and masks, in this order, on logits [W, vocab] float32, in place.
+    """Applies penalties, bias, min_tokens and masks, in this order, to logits [W, vocab] float32, in place.
 
     ruled: the rows that have any, ascending. Ids outside the vocabulary have no effect. Gives back what is to
     be restored for a token's logits to be the model's again, but those that min_tokens or a mask made -inf.
@@ -143,15 +146,21 @@ def _groups(rows: Sequence[Row], ruled: Sequence[int]) -> Iterator[tuple[int, li
 
 @dataclass(frozen=True, slots=True)
 class _Counts:
-    """Tokens seen, each once a row: rows, ids and how often the completion has it, [n] int64. Ascending."""
+    """Counts of the tokens seen, each token once a row; ascending, but for of_later's."""
 
     rows: np.ndarray
+    """[n] int64"""
     ids: np.ndarray
+    """[n] int64"""
     times: np.ndarray
+    """[n] int64, how often the row's completion has the token"""
 
     @classmethod
     def of(cls, rows: Sequence[Row], indices: Sequence[int], vocab_size: int) -> "_Counts":
-        """The tokens before so many rows, counted in one pass over all of them. indices: of these rows."""
+        """Counts the tokens before so many rows, in one pass over all of them.
+
+        indices: of these rows
+        """
         # The last bit says whether it is the completion's; int32 sorts fastest.
         keys = np.concatenate(
             [part for row in rows for part in (row.seen, row.then)], dtype=np.int32, casting="unsafe"
@@ -174,7 +183,7 @@ class _Counts:
 
     @classmethod
     def of_later(cls, group: Sequence[Row], first: int, before: "_Counts", vocab_size: int) -> "_Counts":
-        """What each row but the first sees besides what the first does, of which before is the count.
+        """Counts the tokens that each row but the first sees besides the first's own, which `before` counts.
 
         first: the first row's index. Not ascending.
         """
@@ -204,7 +213,7 @@ class _Counts:
         return _Counts(self.rows[are_wanted], self.ids[are_wanted], self.times[are_wanted])
 
     def times_of(self, ids: np.ndarray) -> np.ndarray:
-        """Of a single row's: how often it has each of the ids."""
+        """The number of times that each of the ids comes in these counts, which are of a single row."""
         if not len(self.ids):
             return np.zeros_like(ids)
         at = np.searchsorted(self.ids, ids).clip(max=len(self.ids) - 1)
@@ -213,22 +222,23 @@ class _Counts:
 
 @dataclass(frozen=True, slots=True)
 class _Penalty:
-    """What is to be done to some columns of some lines.
-
-    lines, rows: as of Overwritten; ids: [k] int64, each once; scale: [k] float32
-    shrinks: whether scale is at least 1, in all or in none of k
-    taken_off: [k] float32; None for nothing
-    """
+    """A change of some columns of some lines."""
 
     lines: torch.Tensor
+    """[R, n], as in Overwritten"""
     rows: slice | None
+    """As in Overwritten."""
     ids: torch.Tensor
+    """[k] int64, each once"""
     scale: torch.Tensor
+    """[k] float32"""
     shrinks: bool
+    """True if scale is at least 1 in all of k, false if in none."""
     taken_off: torch.Tensor | None
+    """[k] float32; None for nothing"""
 
     def of(self, values: torch.Tensor) -> torch.Tensor:
-        """values [R, k], not changed.
+        """The penalised values [R, k]; the given ones are not changed.
 
         Divided by the scale above 0, multiplied below: the lower of the two if it shrinks, else the higher.
         """
@@ -239,7 +249,7 @@ class _Penalty:
 
 
 class _Penalties:
-    """repetition, presence, frequency: of each row, [W]"""
+    """Builds the penalties of rows from their repetition, presence and frequency parameters."""
 
     def __init__(self, logits: torch.Tensor, whole: torch.Tensor, rows: Sequence[Row]):
         """whole: [1, N], the logits as one line."""
@@ -250,7 +260,8 @@ class _Penalties:
         self._frequency = np.array([p.frequency_penalty for p in params])
 
     def all(self, groups: Sequence[tuple[int, list[Row]]]) -> list[_Penalty]:
-        """Each begins with the model's logits, so where two meet the later one counts."""
+        """The penalties of all groups. Each begins with the model's logits, so where two meet the later one
+        counts."""
         vocab_size = self._logits.shape[1]
         found: list[_Penalty] = []
         alone, later = [], []
@@ -267,7 +278,7 @@ class _Penalties:
         return found + self._of(_Counts.join(later), None) if later else found
 
     def _of(self, counts: _Counts, rows: slice | None) -> list[_Penalty]:
-        """On the same ids of all these rows; None: of the counts' own rows."""
+        """The penalties of these counts, on the same ids of all these rows; None: of the counts' own rows."""
         shrinks = self._scale[counts.rows] >= 1
         found = []
         for kind in (True, False):
@@ -289,7 +300,7 @@ class _Penalties:
 
 
 class _Biases:
-    """What is added to logits, by their places in all the logits as one line."""
+    """Biases of logits, by their places in all the logits as one line."""
 
     def __init__(self, stride: int, vocab_size: int):
         self._stride = stride
@@ -297,7 +308,7 @@ class _Biases:
         self._places, self._amounts = [_NO_PLACES], [_NO_AMOUNTS]
 
     def add(self, rows: Sequence[int], biases: Sequence[tuple[int, float]]) -> None:
-        """The same for all of the rows."""
+        """Adds the same biases for all of the rows."""
         pairs = np.fromiter(chain.from_iterable(biases), np.float64, 2 * len(biases)).reshape(-1, 2)
         pairs = pairs[(pairs[:, 0] >= 0) & (pairs[:, 0] < self._vocab_size)]
         starts = np.array(rows, dtype=np.int64) * self._stride
@@ -305,13 +316,13 @@ class _Biases:
         self._amounts.append(np.tile(pairs[:, 1], len(starts)).astype(np.float32))
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """[n] int64, and [1, n]"""
+        """The places [n] int64, and what is added there, [1, n]."""
         places, amounts = np.concatenate(self._places), np.concatenate(self._amounts)
         return torch.from_numpy(places).to(device), torch.from_numpy(amounts)[None].to(device)
 
 
 def _apply_masks(logits: torch.Tensor, masks: Sequence[tuple[int, bytes]]) -> None:
-    """By row: all that a mask does not allow becomes impossible."""
+    """Makes all that a row's mask does not allow impossible, for each (row, mask)."""
     vocab_size = logits.shape[1]
     num_bytes = -(-vocab_size // 8)
     most = _MOST.to(logits.device)
@@ -330,6 +341,6 @@ def _bounds_by_octet() -> torch.Tensor:
 
 
 _MOST = _bounds_by_octet()
-"""What logits may be at most by a mask: a bound and a minimum cost a tenth of a choice by each bit."""
+"""The upper bounds that masks set on logits, by octet; the choice by each bit costs ten times as much."""
 _MASKED_AT_ONCE = 1 << 18
-"""Logits, so that their bounds stay in the processor's cache."""
+"""The number of logits masked at once, so that their bounds stay in the processor's cache."""

@@ -48,7 +48,8 @@ class TorchModel:
         self._transformer = Transformer(config, weights, self._attention, max_context, parallel)
 
     def forward(self, segments: Sequence[Segment]) -> tuple[tuple[int, ...], torch.Tensor]:
-        """-> the order in which segments were packed, and the logits [W, vocab] of their wanted rows."""
+        """Runs the segments -> the order in which they were packed, and the logits [W, vocab] of their wanted
+        rows."""
         attention = self._attention.plan(segments)
         ordered = [segments[index] for index in attention.order]
         return attention.order, self._transformer.forward(_batch(ordered, attention))
@@ -106,15 +107,17 @@ class TorchRunner:
         forward: str = "auto",
         quantization: str | None = None,
     ) -> "TorchRunner":
-        """checkpoint: a folder or a hub name. Raises CheckpointError.
+        """Loads a checkpoint, a folder or a hub name. Raises CheckpointError.
 
-        num_pages or kv_budget_bytes sizes the page pool, the first before the second; with neither it
-        takes DEFAULT_KV_BUDGET_BYTES. max_context is at most the model's own and what the pool holds.
-        num_threads: None is torch's number, which is the cores'. forward: 'native', 'torch', or 'auto',
-        which is native where that can be had. quantization: 'int8' holds the weights of linear layers, the
-        head among them, in 8 bits, for the native forward alone; embedding, adapter, activations and K/V
-        keep the dtype. Raises NativeUnavailable for 'native' or 'int8' where it can't be had.
-        Under torch.distributed's default group the model is split among its processes, in torch.
+        num_pages or kv_budget_bytes sizes the page pool, the first before the second; with neither it takes
+        DEFAULT_KV_BUDGET_BYTES. max_context is at most the model's own and what the pool holds.
+        num_threads: None is torch's number, which is the cores'
+        forward: 'native', 'torch', or 'auto', which is native where that can be had
+        quantization: 'int8' holds the weights of linear layers, the head among them, in 8 bits, for the
+        native forward alone; embedding, adapter, activations and K/V keep the dtype
+
+        Raises NativeUnavailable for 'native' or 'int8' where it can't be had. Under torch.distributed's
+        default group the model is split among its processes, in torch.
         """
         if dtype not in DTYPES:
             raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -183,7 +186,8 @@ class TorchRunner:
 
 
 def _has_native(config: ModelConfig, required: bool, quantization: str | None) -> bool:
-    """Raises NativeUnavailable where it is required, for a quantization too, and can't be had."""
+    """True if there is a native forward. Raises NativeUnavailable where one is required, for a quantization
+    too, and can't be had."""
     try:
         require_native(config)
     except NativeUnavailable as error:
@@ -199,7 +203,7 @@ def _has_native(config: ModelConfig, required: bool, quantization: str | None) -
 
 
 def spec_of(config: ModelConfig, *, num_pages: int, page_size: int, max_context: int) -> ModelSpec:
-    """What the engine must know of a model with a pool of so many pages."""
+    """The facts that the engine must know of a model with a pool of so many pages."""
     return ModelSpec(
         modes=config.modes,
         mask_token_id=config.mask_token_id,
@@ -213,7 +217,9 @@ def spec_of(config: ModelConfig, *, num_pages: int, page_size: int, max_context:
 
 
 def rows_of(segment: Segment) -> list[Row]:
-    """A causal row knows, of its own segment, the tokens up to itself; a bidirectional one the seed alone: a
+    """The rows of a segment whose logits are wanted.
+
+    A causal row knows, of its own segment, the tokens up to itself; a bidirectional one the seed alone: a
     draft, to be verified. Diffusion has no penalties, so no row behind a commit is asked.
     """
     rows = []
@@ -232,7 +238,7 @@ def outputs_of(
     probs: Sequence[float],
     most_probable: Mapping[int, tuple[TokenProb, ...]],
 ) -> list[SegmentOutput]:
-    """By segment what the sampler gave for its rows, in order.
+    """The output of each segment, from what the sampler gave for its rows, in order.
 
     A row whose probability is not finite has no token. A verify ends before its first one, since it may never
     come to that row; any other segment with one fails.
@@ -274,7 +280,7 @@ def _failure(segment: Segment) -> str:
 
 
 def _batch(segments: Sequence[Segment], attention: AttentionPlan) -> Batch:
-    """Segments in packed order -> the forward's tensors."""
+    """Makes the forward's tensors from segments in packed order."""
     token_ids = torch.tensor(list(chain.from_iterable(segment.token_ids for segment in segments)))
     wanted: list[int] = []
     adapter: list[int] = []

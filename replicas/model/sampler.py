@@ -1,8 +1,8 @@
-"""From logits to tokens and their probabilities.
+"""Chooses tokens from logits, with their probabilities.
 
-A sampled token depends on the row's logits and parameters, the request's seed and the sampled
-position, and on nothing else of the batch: one uniform number a row from a stateless hash of (seed,
-position) picks from the cumulative distribution in the order of token ids.
+A sampled token depends on the row's logits and parameters, the request's seed and the sampled position, and
+on nothing else of the batch: one uniform number a row from a stateless hash of (seed, position) picks from
+the cumulative distribution in the order of token ids.
 """
 
 import math
@@ -16,29 +16,31 @@ from replicas.engine.batch import TokenProb
 from replicas.model.logit_rules import Row, apply_rules, runs_of
 
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-5, 1e30
-"""What any temperature above 0 is brought to, so that all of float32's arithmetic with it is finite."""
+"""The bounds of any temperature above 0, so that all of float32's arithmetic with it is finite."""
 _MOST_TOP_K = 2**31 - 1
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True, slots=True)
 class SampledRows:
-    """The rows that are not greedy, R of W.
-
-    rows: [R] int64; temperature, top_p, min_p: [R] float32; top_k: [R] int64, 0 for no limit
-    uniforms: [R] float64 in [0, 1)
-    """
+    """The rows that are not greedy, R of W."""
 
     rows: torch.Tensor
+    """[R] int64"""
     temperature: torch.Tensor
+    """[R] float32"""
     top_k: torch.Tensor
+    """[R] int64, 0 for no limit"""
     top_p: torch.Tensor
+    """[R] float32"""
     min_p: torch.Tensor
+    """[R] float32"""
     uniforms: torch.Tensor
+    """[R] float64 in [0, 1)"""
 
     @classmethod
     def build(cls, rows: Sequence[Row], device: torch.device) -> "SampledRows | None":
-        """None if all of the W rows are greedy. Parameters are brought into the ranges they can act in."""
+        """Picks the rows that are not greedy; None if all of the W are. Parameters are brought into range."""
         picked = [index for index, row in enumerate(rows) if row.sampling.temperature > 0]
         if not picked:
             return None
@@ -60,17 +62,18 @@ class SampledRows:
 
 
 def bounded_temperature(temperature: float) -> float:
-    """0 for a greedy choice, else within the bounds."""
+    """The temperature within the bounds; 0 for a greedy choice."""
     return min(max(temperature, LEAST_TEMPERATURE), MOST_TEMPERATURE) if temperature > 0 else 0.0
 
 
 def _share(number: float, neutral: float) -> float:
-    """In [0, 1]."""
+    """The number brought into [0, 1]; the neutral one for NaN."""
     return neutral if math.isnan(number) else min(max(number, 0.0), 1.0)
 
 
 def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:
-    """[R] float64 in [0, 1), each a function of its seed and position alone (SplitMix64, twice)."""
+    """Random numbers [R] float64 in [0, 1), each a function of its seed and position alone (SplitMix64,
+    twice)."""
     seed = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64)
     position = np.array(positions, dtype=np.uint64)
     bits = _mix(_mix(seed) + position * _GOLDEN)
@@ -101,7 +104,7 @@ def choose(logits: torch.Tensor, forbidden: int | None) -> tuple[torch.Tensor, t
 
 
 def _argmax(logits: torch.Tensor) -> torch.Tensor:
-    """[W] int64, of equal logits the lowest id; in a row with a NaN that of a NaN."""
+    """The argmax [W] int64, of equal logits the lowest id; in a row with a NaN that of a NaN."""
     if logits.device.type == "cpu":
         return torch.from_numpy(logits.numpy().argmax(-1))  # a tenth of the time of torch's
     return logits.argmax(-1)
@@ -148,7 +151,8 @@ def sample(
 
 
 def _nan_unless_finite(normalisers: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-    """[R] of [R], and of the largest logits that rules left, [R, 1]: without one there is no probability."""
+    """The normalisers [R], NaN where the largest logit that rules left, [R, 1], is not finite: there is no
+    probability."""
     return normalisers.masked_fill(~largest.squeeze(1).isfinite(), math.nan)
 
 
@@ -161,7 +165,7 @@ def _lines(logits: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
 def _most_probable(
     logits: torch.Tensor, normalisers: torch.Tensor, rows: Sequence[Row]
 ) -> dict[int, tuple[TokenProb, ...]]:
-    """By row, for those that ask for log-probabilities: as many as each asks for.
+    """The most probable tokens of each row that asks for log-probabilities, as many as it asks for.
 
     The most probable first, and of equal logits the lowest id, so that the first is the argmax.
     """
@@ -211,7 +215,8 @@ def _pick(logits: torch.Tensor, sampled: SampledRows) -> tuple[torch.Tensor, tor
 def _filter(
     logits: torch.Tensor, weights: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
 ) -> torch.Tensor:
-    """[R, vocab] bool: the tokens within top_k, and within top_p of what that leaves of the weights.
+    """The tokens kept, [R, vocab] bool: those within top_k, and within top_p of what that leaves of the
+    weights.
 
     Of equal logits the lower token id ranks first. The token that crosses top_p is kept.
     """

@@ -1,4 +1,4 @@
-"""What a checkpoint's tokenizer files say that its model must agree with."""
+"""The facts in a checkpoint's tokenizer files that its model must agree with."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,14 +12,16 @@ _FILE, _CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """size: one more than the largest token id. named: ids of tokens that tokenizer_config.json names."""
+    """The token ids that a checkpoint's tokenizer knows."""
 
     size: int
+    """One more than the largest token id."""
     named: Mapping[str, int]
+    """Ids of the tokens that tokenizer_config.json names."""
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Vocabulary | None":
-        """None where there is no tokenizer.json. Raises CheckpointError."""
+        """Reads a checkpoint's vocabulary; None where there is no tokenizer.json. Raises CheckpointError."""
         path = folder / _FILE
         if not path.is_file():
             return None
@@ -52,7 +54,8 @@ def _pieces(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _named(path: Path, ids: Mapping[str, int]) -> dict[str, int]:
-    """Raises CheckpointError for an end of text or a mask that the vocabulary has not got."""
+    """Reads the named tokens' ids. Raises CheckpointError for an end of text or a mask that is not among
+    ids."""
     if not path.is_file():
         return {}
     raw = read_json(path)

@@ -80,9 +80,10 @@ class DiffusionRound(Round):
         return RoundProgress(tokens, num_cached=len(self._block), done=True)
 
     def begin(self, seed: int, guesses: Seq[int], probs: Seq[float]) -> tuple[int, ...]:
-        """Takes the seed, and the first denoising, which was done while it was masked; the final tokens.
+        """Takes the seed, and the first denoising, which was done while it was masked; returns the final
+        tokens.
 
-        guesses, probs: of every position after the seed.
+        guesses, probs: of every position after the seed
         """
         self._block[0] = seed
         return self._denoised(guesses, probs)
@@ -96,7 +97,7 @@ class DiffusionRound(Round):
         return tuple(self._mask_token_id if token is None else token for token in self._block)
 
     def _denoised(self, token_ids: Seq[int], probs: Seq[float]) -> tuple[int, ...]:
-        """Fixes some of the masked positions by what a denoising forward said of them; the final tokens."""
+        """Fixes some masked positions by what a denoising forward said of them; returns the final tokens."""
         masked = self._masked
         self._steps_left -= 1
         best = max(range(len(masked)), key=lambda k: probs[k])

@@ -20,7 +20,7 @@ class SegmentRequest:
     num_causal: int
     adapter: bool
     wanted: tuple[int, ...]
-    """These four are as in engine.batch.Segment."""
+    """Indices of the tokens to sample; this and the fields above are as in engine.batch.Segment."""
     successor: "Round | None" = None
     """The round that this segment begins behind the block that it commits; it goes on once that is done."""
 
@@ -32,11 +32,11 @@ class RoundProgress:
     tokens: tuple[int, ...] = ()
     """Newly final tokens, to be appended to the sequence and streamed."""
     logprobs: tuple[TokenLogprob, ...] = ()
-    """Those of these tokens, where the request asks for them; else empty."""
+    """The log-probabilities of these tokens, where the request asks for them; else empty."""
     num_cached: int = 0
     """The number of tokens from the seed on that now have valid K/V; 0 until the round's end."""
     done: bool = False
-    """Whether the round is over: the sequence is at its next safe point, or in the request's successor."""
+    """True if the round is over: the sequence is at its next safe point, or in the request's successor."""
 
 
 class Round(ABC):

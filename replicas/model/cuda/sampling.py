@@ -18,7 +18,8 @@ from replicas.model.sampler import bounded_temperature, sample, uniforms
 
 
 def is_plain(segment: Segment) -> bool:
-    """Its tokens are argmaxes, or draws from the softmax at a temperature: nothing filtered or changed."""
+    """True if the segment's tokens are argmaxes, or draws from the softmax at a temperature, with nothing
+    else done."""
     sampling = segment.sampling
     if segment.allowed:
         return False
@@ -30,22 +31,20 @@ def is_plain(segment: Segment) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """What was chosen for the rows of `segments`, in their order; on its way to the host.
-
-    tokens: [W] int64, on the device
-    """
+    """The tokens chosen for the rows of `segments`, in their order; on their way to the host."""
 
     segments: Sequence[Segment]
     tokens: torch.Tensor
+    """[W] int64, on the device"""
     fetched: Fetch
     top: dict[int, tuple[TokenProb, ...]]
 
     def first_rows(self) -> list[int]:
-        """For each segment where its rows begin."""
+        """The index of each segment's first row."""
         return [0, *accumulate(len(segment.wanted) for segment in self.segments)][:-1]
 
     def outputs(self) -> tuple[list[int], list[SegmentOutput]]:
-        """Waits. All the tokens, and the outputs by segment."""
+        """Waits for the choice; returns all the tokens, and the outputs by segment."""
         ids, probs = self.fetched.wait().tolist()
         tokens = [int(token) for token in ids]
         return tokens, outputs_of(self.segments, tokens, probs, self.top)
@@ -58,9 +57,9 @@ def choose(
     mask_token_id: int | None,
     eos_token_ids: frozenset[int],
 ) -> Sampled:
-    """logits [W, vocab] and best, of the segments' wanted rows in order; logits may be overwritten.
+    """Chooses tokens from logits [W, vocab] and best, of the segments' wanted rows in order.
 
-    The vocabulary ends with the last id that may be sampled.
+    The logits may be overwritten. The vocabulary ends with the last id that may be sampled.
     """
     tokens, probs = best.tokens, best.probs
     if any(segment.sampling.temperature > 0 and is_plain(segment) for segment in segments):
@@ -90,7 +89,7 @@ def choose(
 def _draw(
     segments: Sequence[Segment], logits: torch.Tensor, best: Confidence, mask_token_id: int | None
 ) -> torch.Tensor:
-    """[W] int64: drawn where a plain segment has a temperature, else the argmax."""
+    """The tokens [W] int64: drawn where a plain segment has a temperature, else the argmax."""
     params: list[SamplingParams] = []
     positions: list[int] = []
     temperatures: list[float] = []
