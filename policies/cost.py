@@ -1,8 +1,8 @@
-"""What decoding costs and brings at one replica: the figures that a decision by cost is made from.
+"""The costs and yields of decoding at one replica: the figures that a decision by cost is made from.
 
 A forward of q query tokens takes L(q, ...) milliseconds (`StepCost`); a round of a plan takes F of
 them and brings y tokens (`RoundYield`). With C sequences in a plan of block B the replica makes
-C x y / (F x L(C x B)) tokens a second; policies.forecast has the whole of it.
+C x y / (F x L(C x B)) tokens a second; policies.forecast has the whole formula.
 """
 
 import math
@@ -14,57 +14,60 @@ from typing import NamedTuple
 from policies.modes import DecodePlan, Mode
 
 PRIOR_ACCEPTANCE = 0.9
-"""Chance that the next drafted token agrees. 0.9 gives 5.7, 8.1 and 9.7 tokens a round at blocks 8, 16
-and 32, where Nemotron-Labs-Diffusion-8B was measured at 5.8, 8.5 and 11.4."""
+"""The chance that the next drafted token agrees, before any is measured. 0.9 gives 5.7, 8.1 and 9.7 tokens
+a round at blocks 8, 16 and 32, where Nemotron-Labs-Diffusion-8B was measured at 5.8, 8.5 and 11.4."""
 PRIOR_FIXED = 2.7
-"""Positions a denoising forward fixes at threshold 0.9: the 8B's 2.57 tokens a forward (arXiv
-2607.05722) at block 32, its commit left out."""
+"""The positions that a denoising forward fixes at threshold 0.9, before any is measured: the 8B's 2.57
+tokens a forward (arXiv 2607.05722) at block 32, its commit left out."""
 
 
 class ForwardStats(NamedTuple):
-    """One forward as measured.
-
-    num_cached: cached tokens that it read, over all segments. ms: its latency. mode: of most of its
-    decoding tokens, None for prompts alone. is_exploration: it ran a plan that is not in force.
-    """
+    """One forward as measured."""
 
     num_tokens: int
+    """Query tokens."""
     num_segments: int
     num_cached: int
+    """Cached tokens that the forward read, over all segments."""
     ms: float
+    """The forward's latency."""
     mode: Mode | None = None
+    """The mode of most of the forward's decoding tokens, None for prompts alone."""
     is_exploration: bool = False
+    """True if the forward ran a plan that is not in force."""
 
 
 class RoundStats(NamedTuple):
-    """One round as it went: plan as asked for, tokens that the request took, forwards, and query tokens in
-    these forwards.
-
-    is_clients: the request itself set the plan's parameters or bounded its forwards, so the plan is one that
-    no policy may choose.
-    """
+    """One round as it went."""
 
     plan: DecodePlan
+    """The plan as asked for."""
     tokens: int
+    """Tokens that the request took."""
     forwards: int
     rows: int
+    """Query tokens in these forwards."""
     is_clients: bool = False
+    """True if the request itself set the plan's parameters or bounded its forwards: no policy may choose
+    such a plan."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """Latency of a forward, in ms.
+    """The latency of a forward, in ms, by its query tokens, segments and cached tokens.
 
-    knots: numbers of query tokens, rising. knot_ms: the latency there of one segment that reads no
-    cache, never falling; straight lines between, and past the last at the last's slope.
-    segment_ms: for every segment after the first. cached_ms: for 1,000 cached tokens read.
-    Raises ValueError where the knots are no such line, or a latency is no finite number.
+    Raises ValueError where the knots are no such line as below, or a latency is no finite number.
     """
 
     knots: tuple[int, ...]
+    """Numbers of query tokens, rising."""
     knot_ms: tuple[float, ...]
+    """The latency at each knot of one segment that reads no cache, never falling; in straight lines between
+    the knots, and past the last at the last line's slope."""
     segment_ms: float = 0.0
+    """The latency of every segment after the first."""
     cached_ms: float = 0.0
+    """The latency of 1,000 cached tokens read."""
 
     def __post_init__(self) -> None:
         if not self.knots or len(self.knots) != len(self.knot_ms):
@@ -77,12 +80,12 @@ class StepCost:
             raise ValueError("latencies must be positive")
 
     def ms(self, num_tokens: float, num_segments: float = 1.0, num_cached: float = 0.0) -> float:
-        """Of a forward of num_tokens query tokens in so many segments, reading num_cached in all."""
+        """Returns the latency of num_tokens query tokens in num_segments that read num_cached in all."""
         more = self.segment_ms * max(0.0, num_segments - 1.0) + self.cached_ms * num_cached / 1000.0
         return self._line(num_tokens) + more
 
     def scaled(self, factor: float) -> "StepCost":
-        """On a machine so many times slower."""
+        """Returns the cost on a machine `factor` times slower."""
         knot_ms = tuple(ms * factor for ms in self.knot_ms)
         return StepCost(self.knots, knot_ms, self.segment_ms * factor, self.cached_ms * factor)
 
@@ -97,25 +100,24 @@ class StepCost:
 
 
 UNMEASURED = StepCost(knots=(1, 32, 512), knot_ms=(10.0, 12.0, 80.0))
-"""A machine nobody has measured: bound by memory up to some tens of tokens, then by arithmetic. Only
-the shape bears on a choice of mode."""
+"""The cost assumed of a machine nobody has measured: bound by memory up to some tens of tokens, then by
+arithmetic. Only the shape bears on a choice of mode."""
 
 
 @dataclass(frozen=True, slots=True)
 class RoundYield:
-    """What one round of a plan brings, on average.
-
-    tokens: those that the request takes, so none past its end. forwards: a draft and its verify are
-    two, a diffusion block's commit is one; one that begins the next block too is counted here alone.
-    num_rounds: how many rounds the estimate rests on, an older one counting less; 0 is a prior.
-    rows: query tokens a forward; None: the block's. Raises ValueError for what no round can bring.
-    """
+    """The yield of one round of a plan, on average. Raises ValueError for one that no round can have."""
 
     plan: DecodePlan
     tokens: float
+    """Tokens that the request takes, so none past its end."""
     forwards: float
+    """Forwards: a draft and its verify are two, a diffusion block's commit is one; a commit that begins the
+    next block too is counted in this round alone."""
     num_rounds: float = 0.0
+    """The number of rounds that the estimate rests on, an older one counting less; 0 is a prior."""
     rows: float | None = None
+    """Query tokens a forward; None for the block's."""
 
     def __post_init__(self) -> None:
         brought = (self.tokens, self.forwards, 1.0 if self.rows is None else self.rows)
@@ -134,7 +136,7 @@ class RoundYield:
 
 
 def prior_yield(plan: DecodePlan) -> RoundYield:
-    """What is expected of a plan that has never run."""
+    """Returns the yield expected of a plan that has never run."""
     block = plan.block_length
     if plan.mode is Mode.AR:
         return RoundYield(plan, 1.0, 1.0)
@@ -146,25 +148,24 @@ def prior_yield(plan: DecodePlan) -> RoundYield:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaCosts:
-    """What a replica has measured of itself.
-
-    step: of a forward of any mode. yields: of plans that ran, or were inferred from others. own: of a
-    forward, of modes that ran in force. Beside the same number of rows modes differ by what else the machine
-    does meanwhile: tokens sent on their way, which `ar` has after every forward.
-    """
+    """The costs and yields that a replica has measured of itself."""
 
     step: StepCost
+    """The cost of a forward of any mode."""
     yields: tuple[RoundYield, ...] = ()
+    """The yields of plans that ran, or were inferred from others."""
     own: Mapping[Mode, StepCost] = field(default_factory=dict)
+    """The cost of a forward in each mode that ran in force: for the same number of rows modes differ by what
+    else the machine does meanwhile, as sending tokens, which `ar` does after every forward."""
 
     def step_of(self, mode: Mode) -> StepCost:
-        """The mode's own, else what forwards of any mode take."""
+        """Returns the mode's own cost, else that of a forward of any mode."""
         return self.own.get(mode, self.step)
 
     def yield_of(self, plan: DecodePlan) -> RoundYield:
-        """Measured, else from the measured plan of that mode nearest to it, else a prior.
+        """Returns a plan's measured yield, else one from the nearest measured plan of its mode, else a prior.
 
-        From a near plan: its ratio to its own prior carries over, as does none of its certainty.
+        A near plan's ratio to its own prior carries over, none of its certainty does.
         """
         prior = prior_yield(plan)
         if plan.mode is Mode.AR:

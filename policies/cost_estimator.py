@@ -1,4 +1,4 @@
-"""How a replica learns its costs: from a sweep at its start, then from every forward and round.
+"""Estimators of a replica's costs, which learn from a sweep at its start, then from every forward and round.
 
 Both estimators forget, so that a machine that slows down or a workload that changes is followed, and
 neither believes a single odd measurement.
@@ -16,56 +16,61 @@ from policies.modes import MAX_BLOCK_LENGTH, DecodePlan, Mode
 Vector = NDArray[np.float64]
 
 SMOOTHNESS = 0.3
-"""How much a bend in the fitted line weighs, against a measurement's relative error."""
+"""The weight of a bend in the fitted line, against a measurement's relative error."""
 MEASUREMENT_NOISE = 0.1
-"""Of one forward, relative to its latency."""
+"""The standard deviation of one forward's latency, relative to it."""
 MOST_ODD = 6.0
-"""So many outliers, less one for every two others since, and it is the estimate that is odd: each cost
-is then as unknown as it is large."""
+"""The number of outliers, less one for every two other measurements since, past which the estimate is odd
+and not they: each cost is then taken to be as unknown as it is large."""
 OUTLIER = 3.0
-"""An error beyond this many standard deviations counts as so many."""
+"""The number of standard deviations at which a larger error is cut off."""
 MOST_CHANGE = 0.3
-"""The share by which one measurement lengthens a forward like it at most, and shortens any cost at most.
-Latencies err upwards by any factor; and costs drift in proportion, so one taken to zero would stay there."""
+"""The largest share by which one measurement lengthens a forward like it, or shortens any cost. Latencies
+err upwards by any factor; and costs drift in proportion, so one taken to zero would stay there."""
 DRIFT_COMMON = 0.1
+"""The relative drift of all costs together in a second (its square grows with time), by which one mode's
+forwards can tell of a machine that slows down for all modes."""
 DRIFT_OWN = 0.03
-"""How far, relatively, all costs together and each of them alone may wander in a second (their square
-grows with time). The common drift is what lets one mode's forwards tell of a machine that slows down
-for all of them."""
+"""The relative drift of each cost alone in a second (its square grows with time)."""
 UNSURE_COMMON = 0.2
+"""The relative uncertainty of all costs together, in the first estimate and at most after any silence: the
+first forward after one is often slow, which tells nothing of the next."""
 UNSURE_OWN = 0.1
-"""The same of the first estimate, not by time, and of one after any silence: the first forward after it is
-often a slow one, which tells nothing of the next."""
+"""The relative uncertainty of each cost alone, in the first estimate and at most after any silence."""
 LEAST_INCREMENT = 0.01
-"""What a cost may at least wander by, of the base latency, so that one fitted as zero is not lost."""
+"""The least size, as a share of the base latency, from which a cost's own drift and uncertainty are
+computed, so that a cost fitted as zero is not lost."""
 
 OWN_DRIFT = 0.2
-"""Of a mode's own costs, so much of the drift: what it took in its last moments must not be what is believed
-of it while another runs."""
+"""The factor on the drift of a mode's own costs, so that its last moments are not all that is believed of
+it while another mode runs."""
 REMEMBERED_S = 60.0
-"""What a mode's forwards took is believed for so long after it last ran in force."""
+"""The time for which a mode's own costs are believed after it last ran in force."""
 HALF_LIFE_S = 60.0
+"""The time after which a round counts for half."""
 MAX_ROUNDS = 300.0
-"""Past so many rounds the older ones count less, however fast they came."""
+"""The number of rounds past which the older ones count less, however fast they came."""
 PRIOR_ROUNDS = 3.0
+"""The number of measured rounds that a prior counts for."""
 SPECULATION_BLOCKS = (4, 8, 16, 32)
+"""The blocks of self-speculation whose yield is published once any of its blocks ran."""
 MAX_PLANS = 32
-"""Plans of diffusion counted at once, and so published; past it those of the fewest rounds go."""
+"""The number of diffusion plans counted at once, and so published; past it those of the fewest rounds go."""
 LEAST_MS = 1e-3
-"""No forward is believed to take less, so that rounding leaves something of each cost."""
+"""The shortest time that a forward is believed to take, so that rounding leaves something of each cost."""
 SOUND_MS = (1e-6, 1e7)
-"""A forward said to take less, or longer, hours, was not measured rightly, and tells nothing."""
+"""The shortest and the longest latency, in ms, of a forward that counts: others are measuring errors."""
 MOST_COUNTED = 10**9
-"""Nor does one of more tokens, or a round of more of anything."""
+"""The largest number of tokens in a forward, or of anything in a round, that counts."""
 
 
 def knots_up_to(max_tokens: int) -> tuple[int, ...]:
-    """Powers of two to the first that is at least max_tokens."""
+    """Returns the powers of two up to the first that is at least max_tokens."""
     return tuple(2**power for power in range((max_tokens - 1).bit_length() + 1))
 
 
 def fit_step_cost(forwards: Sequence[ForwardStats], knots: tuple[int, ...]) -> StepCost:
-    """Least relative squares, robust (Huber's weights) and with no negative cost.
+    """Fits a StepCost by least relative squares, robust (Huber's weights) and with no negative cost.
 
     Between knots that were not measured the line is as straight as the others let it be.
     Raises ValueError without any forward.
@@ -88,10 +93,10 @@ def fit_step_cost(forwards: Sequence[ForwardStats], knots: tuple[int, ...]) -> S
 
 
 class StepCostEstimator:
-    """A Kalman filter over the parameters of a StepCost.
+    """Estimates a StepCost by a Kalman filter over its parameters.
 
     start: the first estimate, by fit_step_cost or a prior. now_s: any clock that moves forward, the
-    same one for all calls. drift: of the usual one; the less, the longer it averages.
+    same one for all calls. drift: a factor on the usual drift; the smaller, the longer it averages.
     """
 
     def __init__(self, start: StepCost, now_s: float, drift: float = 1.0):
@@ -104,7 +109,7 @@ class StepCostEstimator:
         self.cost = start
 
     def update(self, forwards: Iterable[ForwardStats], now_s: float) -> None:
-        """Those since the last call. Like ones are represented by their median."""
+        """Learns from the forwards since the last call; like ones are represented by their median."""
         self._drift(max(0.0, now_s - self._now_s))
         self._now_s = now_s
         alike: defaultdict[tuple[int, int], list[ForwardStats]] = defaultdict(list)
@@ -121,7 +126,7 @@ class StepCostEstimator:
             self.cost = _step_cost(self._costs, self._knots)
 
     def _spread(self, common: float, own: float) -> Vector:
-        """The covariance of costs that vary by so much of themselves, together and each alone."""
+        """Returns the covariance of costs that vary by these shares, all together and each on its own."""
         least = np.maximum(self._costs, LEAST_INCREMENT * self._costs[0])
         covariance: Vector = np.outer(self._costs, self._costs) * common**2 + np.diag((own * least) ** 2)
         return covariance
@@ -152,11 +157,12 @@ class StepCostEstimator:
 
 
 class CostEstimator:
-    """StepCostEstimator of all forwards, and one of each mode that has run in force.
+    """Estimates the cost of all forwards, and that of each mode that has run in force.
 
-    A mode's own is left as it is while another runs, since what the machine does beside its forwards is not
-    seen then: not in an exploration's few forwards either, which bear on it only where it is older than
-    REMEMBERED_S. start, now_s: as of StepCostEstimator.
+    A mode's own estimate is left as it is while another mode runs, since what the machine does beside its
+    forwards is not seen then, nor in the few forwards of an exploration: these count only for an estimate
+    that is older than REMEMBERED_S.
+    start, now_s: as for StepCostEstimator.
     """
 
     def __init__(self, start: StepCost, now_s: float):
@@ -173,7 +179,7 @@ class CostEstimator:
         return {mode: estimator.cost for mode, estimator in self._own.items()}
 
     def update(self, forwards: Sequence[ForwardStats], now_s: float) -> None:
-        """Those since the last call, in any order."""
+        """Learns from the forwards since the last call, in any order."""
         self._all.update(forwards, now_s)
         by_mode: defaultdict[Mode, list[ForwardStats]] = defaultdict(list)
         for forward in forwards:
@@ -191,12 +197,12 @@ class CostEstimator:
 
 
 class YieldEstimator:
-    """Tokens and forwards a round, by plan.
+    """Estimates the tokens and forwards of a round, by plan.
 
-    Self-speculation is one curve for all blocks: with which chance the request takes one more token
-    after j of them (a product-limit estimate, so a round tells of every shorter block too, and a
-    longer one is extrapolated). Diffusion is counted by block and threshold, of plans that a policy may
-    choose: clients name any number of others, which would only be remembered.
+    Self-speculation is one curve for all blocks: the chance that the request takes one more token after j
+    of them (a product-limit estimate, so a round tells of every shorter block too, and a longer one is
+    extrapolated). Diffusion is counted by block and threshold, and only of plans that a policy may choose:
+    clients may name any number of others.
     """
 
     def __init__(self, now_s: float):
@@ -208,7 +214,7 @@ class YieldEstimator:
         self._diffusion: dict[DecodePlan, Vector] = {}  # rounds, tokens, forwards, rows
 
     def update(self, rounds: Iterable[RoundStats], now_s: float) -> None:
-        """Those since the last call."""
+        """Learns from the rounds since the last call."""
         self._forget(0.5 ** (max(0.0, now_s - self._now_s) / HALF_LIFE_S))
         self._now_s = now_s
         for made in rounds:
@@ -228,7 +234,7 @@ class YieldEstimator:
             self._diffusion = {plan: self._diffusion[plan] for plan in most}
 
     def yields(self) -> tuple[RoundYield, ...]:
-        """Of the plans that ran, and of self-speculation's usual blocks once it ran at all."""
+        """Returns the yields of plans that ran, and of self-speculation's usual blocks once it ran at all."""
         more = self._against_priors()
         return (*self._speculation(), *(self._counted(plan, *more) for plan in self._diffusion))
 
@@ -260,7 +266,7 @@ class YieldEstimator:
             )
 
     def _counted(self, plan: DecodePlan, more_tokens: float, more_forwards: float) -> RoundYield:
-        """Its own rounds, and as many as PRIOR_ROUNDS of what all diffusion makes of its priors."""
+        """Returns a diffusion plan's yield, its prior times these ratios counting as PRIOR_ROUNDS more."""
         prior = prior_yield(plan)
         num_rounds, tokens, forwards, rows = map(float, self._diffusion[plan])
         rows_per_forward = rows / forwards
@@ -276,7 +282,7 @@ class YieldEstimator:
         )
 
     def _against_priors(self) -> tuple[float, float]:
-        """Tokens and forwards of all diffusion rounds, and of one as expected, to those expected of them."""
+        """Returns all diffusion's tokens and forwards as ratios to its priors, with one round of ratio 1."""
         made, expected = np.ones(2), np.ones(2)
         for plan, (num_rounds, tokens, forwards, _) in self._diffusion.items():
             prior = prior_yield(plan)
@@ -287,13 +293,13 @@ class YieldEstimator:
 
 
 def _is_sound(forward: ForwardStats) -> bool:
-    """Whether it can have happened."""
+    """Returns False for a forward that can't have happened as measured."""
     counts = forward.num_tokens, forward.num_segments, forward.num_cached + 1
     return SOUND_MS[0] <= forward.ms <= SOUND_MS[1] and all(0 < count <= MOST_COUNTED for count in counts)
 
 
 def _features(forward: ForwardStats, knots: tuple[int, ...]) -> Vector:
-    """What each parameter counts for: base, the rise from knot to knot, segments, cached tokens."""
+    """Returns the factor of each parameter: base, the rise from knot to knot, segments, cached tokens."""
     left, right = np.array(knots[:-1], float), np.array(knots[1:], float)
     steps = np.maximum((forward.num_tokens - left) / (right - left), 0.0)
     steps[:-1] = np.minimum(steps[:-1], 1.0)
@@ -306,13 +312,13 @@ def _parameters(cost: StepCost) -> Vector:
 
 
 def _step_cost(costs: Vector, knots: tuple[int, ...]) -> StepCost:
-    """Rounded: it is published five times a second."""
+    """Makes a StepCost of the parameters, rounded since it is published five times a second."""
     knot_ms = np.round(np.cumsum(costs[:-2]), 4)
     return StepCost(knots, tuple(map(float, knot_ms)), round(float(costs[-2]), 5), round(float(costs[-1]), 5))
 
 
 def _bends(knots: tuple[int, ...]) -> Vector:
-    """Rows that are the change of slope at each inner knot, in ms over the narrower of its sides."""
+    """Returns rows for the change of slope at each inner knot, in ms over the narrower of its sides."""
     widths = np.diff(np.array(knots, float))
     rows = np.zeros((max(0, len(widths) - 1), len(widths) + 3))
     for index in range(len(rows)):
@@ -322,7 +328,7 @@ def _bends(knots: tuple[int, ...]) -> Vector:
 
 
 def _least_squares(matrix: Vector, vector: Vector, start: Vector) -> Vector:
-    """min x'Ax/2 - b'x over x >= 0, a coordinate at a time; the first is kept above zero."""
+    """Minimises x'Ax/2 - b'x over x >= 0, a coordinate at a time; the first is kept above zero."""
     found = start.copy()
     for _ in range(200):
         before = found.copy()

@@ -1,4 +1,4 @@
-"""The default policy: run what is expected to bring most, by what each replica has measured of itself."""
+"""The default policy, `cost_model`: the plan that should bring most, by each replica's own measurements."""
 
 import math
 from dataclasses import dataclass
@@ -12,40 +12,41 @@ from policies.policy import Decision, ExploredPlans, Policy, PolicyParameters, S
 from policies.replica_load import ReplicaLoad
 
 NOISE = 0.35
-"""A load this much below another, relatively, may still be the same load."""
+"""The relative difference up to which two loads may still be the same load."""
 SMOOTHED_S = 0.5
+"""The time constant of the average of the loads."""
 LASTING_S = 0.15
-"""A change larger than noise counts once it has lasted for so long: requests that end together and come
+"""The time for which a change larger than noise must last to count: requests that end together and come
 again at once are no change."""
 WORTH_EXPLORING = 0.7
-"""A plan that may bring at least so much of what the best one is expected to is explored now and then."""
+"""The share of the best plan's worth that a plan must be able to bring to be explored now and then."""
 HOPE = 4.0
-"""What a plan that never ran may bring above what is expected of it, relatively: priors are that wrong."""
+"""The relative amount by which a plan that never ran may exceed expectations: priors are that wrong."""
 FEW_ROUNDS = 3.0
+"""The number of rounds below which a plan worth exploring is explored more eagerly."""
 EAGER = 5.0
-"""While a plan worth exploring has had fewer rounds than that, so many times as many forwards explore."""
+"""The factor on the share of exploring forwards while a plan worth exploring has had under FEW_ROUNDS."""
 
 
 class CostModelParameters(PolicyParameters):
-    """quality: `any` lets `auto` requests run every mode, and diffusion's answers may differ from `ar`'s;
-    `lossless` keeps them to `ar` and `self_speculation`, whose answers are the same. A request's own
-    `lossless` holds either way.
-
-    threshold: diffusion's. Its forwards fall and its errors rise as the threshold falls, so the
-    bound on quality is also the fastest plan, and the only one considered.
-    diffusion_gain: how much more diffusion must bring than the best lossless plan to be chosen
-    (0.05 is 5 %).
-    speculation_blocks, diffusion_blocks: the block lengths considered.
-    explore: the share of a replica's forwards that explore plans which do not run but are not far
-    behind, or not well known; up to EAGER times that where one is not known at all; 0 explores nothing.
-    """
+    """The parameters of CostModelPolicy."""
 
     quality: Literal["any", "lossless"] = "any"
+    """The modes of `auto` requests: `any` lets them run every mode, and diffusion's answers may differ from
+    `ar`'s; `lossless` keeps them to `ar` and `self_speculation`, whose answers are the same. A request's own
+    `lossless` holds either way."""
     threshold: float = Field(default=0.9, gt=0.0, le=1.0)
+    """Diffusion's threshold. Its forwards fall and its errors rise as the threshold falls, so the bound on
+    quality is also the fastest plan, and the only one considered."""
     diffusion_gain: float = Field(default=0.05, ge=0.0)
+    """The gain over the best lossless plan that diffusion must bring to be chosen (0.05 is 5 %)."""
     speculation_blocks: tuple[int, ...] = (4, 8, 16, 32)
+    """The block lengths of self-speculation that are considered."""
     diffusion_blocks: tuple[int, ...] = (8, 16, 32)
+    """The block lengths of diffusion that are considered."""
     explore: float = Field(default=0.02, ge=0.0, le=0.1)
+    """The share of a replica's forwards that explore plans which do not run but are not far behind, or not
+    well known; EAGER times that while one is hardly known at all; 0 explores nothing."""
 
     @field_validator("speculation_blocks", "diffusion_blocks")
     @classmethod
@@ -55,7 +56,7 @@ class CostModelParameters(PolicyParameters):
         return tuple(sorted(set(blocks)))
 
     def candidates(self, modes: tuple[Mode, ...]) -> list[DecodePlan]:
-        """The plans that a model with these modes may run, `ar` first."""
+        """Returns the plans that a model with these modes may run, `ar` first."""
         plans = [DecodePlan(Mode.AR)]
         if Mode.SELF_SPECULATION in modes:
             plans += [DecodePlan(Mode.SELF_SPECULATION, block) for block in self.speculation_blocks]
@@ -66,15 +67,17 @@ class CostModelParameters(PolicyParameters):
 
 @dataclass(frozen=True, slots=True)
 class Smoothed:
-    """num_auto: the load's, without its noise, as of at_s. changed_s: since when it has been another one."""
+    """A replica's number of `auto` requests without its noise."""
 
     num_auto: float
     at_s: float
+    """The time as of which the number holds."""
     changed_s: float | None = None
+    """The time since when the load's own number has differed by more than noise; None if it does not."""
 
 
 class CostModelPolicy(Policy[Smoothed | None]):
-    """Goodput by policies.forecast, with `stabilise` around it to keep noise from shifting anything."""
+    """Chooses the plan of most goodput by policies.forecast; `stabilise` keeps noise from shifting it."""
 
     name = "cost_model"
     Parameters = CostModelParameters
@@ -102,10 +105,10 @@ class CostModelPolicy(Policy[Smoothed | None]):
         return Decision(best.plan, _reason(load, forecasts), gain), state
 
     def explored_plans(self, load: ReplicaLoad, running: DecodePlan) -> ExploredPlans | None:
-        """Each plan that may be near the best: so no estimate is stale for ever, and little is lost.
+        """Returns each plan that may be near the best, so that no estimate is stale for ever at little loss.
 
-        What a plan may bring is up to 1 + HOPE times what is expected of it, the less the more of its
-        rounds have been seen lately. None that no request may run: the others would wait for its turn.
+        A plan may bring up to 1 + HOPE times what is expected of it, the less the more of its rounds have
+        been seen lately. A plan that no request may run is left out: the others would wait for its turn.
         """
         if not self._bounds.explore or load.costs is None or load.num_auto == 0:
             return None
@@ -128,18 +131,18 @@ class CostModelPolicy(Policy[Smoothed | None]):
         return ExploredPlans(plans, self._bounds.explore * (EAGER if is_eager else 1.0))
 
     def _score(self, load: ReplicaLoad, expected: Forecast, is_running: bool) -> tuple[float, float]:
-        """Plans are compared by the first number, and where it is the same by the second."""
+        """Returns a plan's score: plans compare by its first number, where that is equal by its second."""
         return 0.0, self._worth(expected)
 
     def _worth(self, expected: Forecast) -> float:
-        """Tokens a second, less what diffusion must bring more."""
+        """Returns the tokens a second expected, for diffusion less the gain that it must bring."""
         if expected.plan.mode in LOSSLESS_MODES:
             return expected.tokens_per_s
         return expected.tokens_per_s / (1.0 + self._bounds.diffusion_gain)
 
 
 def _smooth(state: Smoothed | None, num_auto: int, now_s: float) -> Smoothed:
-    """Noise is averaged out; a change larger than noise is taken as it is once it lasts, or none ran."""
+    """Averages noise out; a change larger than noise is taken as it is once it lasts, or if none ran."""
     if state is None or state.num_auto < 1.0:
         return Smoothed(float(num_auto), now_s)
     if abs(num_auto - state.num_auto) > NOISE * max(num_auto, state.num_auto):
@@ -158,7 +161,7 @@ def _gain(best: tuple[float, float], current: tuple[float, float]) -> float:
 
 
 def _reason(load: ReplicaLoad, forecasts: list[Forecast]) -> str:
-    """With the best plan of each mode, the fastest first."""
+    """Returns the reason of a decision: the load, and the best plan of each mode, the fastest first."""
     by_mode: dict[Mode, Forecast] = {}
     for expected in sorted(forecasts, key=lambda entry: -entry.tokens_per_s):
         by_mode.setdefault(expected.plan.mode, expected)

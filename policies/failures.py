@@ -1,4 +1,4 @@
-"""A log of what fails again and again, that does not grow with how often it fails."""
+"""A log of repeated failures that does not grow with their number."""
 
 import logging
 import traceback
@@ -7,9 +7,9 @@ logger = logging.getLogger(__name__)
 
 
 class Failures:
-    """Logs what fails again and again once a kind: by the exception's type and the line that raised it.
+    """Logs repeated failures once a kind: by the exception's type and the line that raised it.
 
-    what: fails, for the log.
+    what: the name, in the log, of the action that fails.
     """
 
     def __init__(self, what: str):

@@ -1,4 +1,4 @@
-"""One mode, whatever the load."""
+"""The `fixed` policy: one mode, whatever the load."""
 
 from pydantic import Field, model_validator
 
@@ -7,10 +7,11 @@ from policies.policy import Decision, Policy, PolicyParameters, Snapshot
 
 
 class PlanParameters(PolicyParameters):
-    """A plan as it is written in a configuration; block_length None is the mode's default."""
+    """A plan as it is written in a configuration."""
 
     mode: Mode = Mode.AR
     block_length: int | None = None
+    """Tokens a block; None for the mode's default."""
     threshold: float = Field(default=0.9, gt=0.0, le=1.0)
 
     @model_validator(mode="after")
@@ -24,7 +25,7 @@ class PlanParameters(PolicyParameters):
 
 
 class FixedPolicy(Policy[None]):
-    """A mode the model does not have gives way to the next more conservative one it has."""
+    """Runs one plan; a mode the model does not have gives way to the next more conservative one it has."""
 
     name = "fixed"
     Parameters = PlanParameters

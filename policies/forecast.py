@@ -1,8 +1,9 @@
-"""What a plan would bring at a replica: goodput and pace, from its load and its measured costs.
+"""The forecast of a plan at a replica: goodput and pace, from the load and the measured costs.
 
-All sequences share each forward, whatever their modes: with n_g of group g that have B_g query tokens in
-a forward, it takes L(sum n_g B_g + prefill, segments, cached tokens read) and brings sum n_g y_g / F_g
-tokens (policies.cost has L, y, F and B: the block, or more where forwards begin the next one too).
+All sequences share each forward, whatever their modes: with n_g sequences of group g that have B_g query
+tokens each, a forward takes L(sum n_g B_g + prefill, segments, cached tokens read) and brings
+sum n_g y_g / F_g tokens (policies.cost has L, y, F and B: the block, or more where forwards begin the next
+one too).
 """
 
 from collections.abc import Iterator
@@ -13,37 +14,39 @@ from policies.modes import DecodePlan, default_plan, lossless_plan
 from policies.replica_load import ReplicaLoad
 
 PREFILL_SHARE = 0.25
-"""Of a step's tokens, kept free of rounds while prompts wait (replicas.engine.scheduler)."""
+"""The share of a step's tokens that is kept free of rounds while prompts wait (replicas.engine.scheduler)."""
 
 _NOTHING_MEASURED = ReplicaCosts(UNMEASURED)
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """plan: of the `auto` requests. tokens_per_s: of all requests at the replica, pinned ones too.
-
-    step_ms: of a forward. num_prefill: prompt tokens in it. tpots: for every group of requests that
-    decode alike how many they are, and the seconds a token each of them takes while it runs; the first
-    group is the one that follows the plan.
-    """
+    """The goodput and pace expected at a replica under a plan."""
 
     plan: DecodePlan
+    """The plan of the `auto` requests."""
     tokens_per_s: float
+    """Tokens a second of all requests at the replica, pinned ones too."""
     step_ms: float
+    """The latency of a forward."""
     num_prefill: float
+    """Prompt tokens in a forward."""
     tpots: tuple[tuple[float, float], ...]
+    """The number of requests in each group that decodes alike, and the seconds a token that each of them
+    takes while it runs; the first group is the one that follows the plan."""
 
     @property
     def tpot_s(self) -> float:
-        """Seconds a token of a request that follows the plan."""
+        """The seconds a token of a request that follows the plan."""
         return self.tpots[0][1]
 
 
 def forecast(load: ReplicaLoad, plan: DecodePlan, num_auto: float | None = None) -> Forecast:
-    """With the replica's `auto` requests on this plan, num_auto of them instead of the load's own.
+    """Forecasts a replica with its `auto` requests on this plan.
 
     An idle replica is judged by the one request that may come next. Requests that places or pages
     can't hold wait, blocks that the tokens of a step can't hold take turns.
+    num_auto: the number of `auto` requests; None for the load's.
     """
     costs = load.costs or _NOTHING_MEASURED
     asked = _groups(load, plan, load.num_auto if num_auto is None else num_auto)
@@ -69,7 +72,7 @@ def forecast(load: ReplicaLoad, plan: DecodePlan, num_auto: float | None = None)
 
 
 def _groups(load: ReplicaLoad, plan: DecodePlan, num_auto: float) -> Iterator[tuple[float, DecodePlan]]:
-    """How many requests run which plan; never none at all."""
+    """Yields the number of requests on each plan; never none at all."""
     num_pinned = sum(load.pinned_by_mode.values())
     num_auto = max(num_auto, 0.0 if num_pinned else 1.0)
     num_lossless = min(load.num_lossless, num_auto)
@@ -81,7 +84,7 @@ def _groups(load: ReplicaLoad, plan: DecodePlan, num_auto: float) -> Iterator[tu
 
 
 def _pace(load: ReplicaLoad, expected: RoundYield) -> float:
-    """Tokens a forward, of no more than the requests still want."""
+    """Returns the tokens a forward brings to a request, none counted beyond those it still wants."""
     if load.mean_remaining is None:
         return expected.tokens_per_forward
     return min(expected.tokens, max(1.0, load.mean_remaining)) / expected.forwards

@@ -1,4 +1,4 @@
-"""Keeps any policy from thrashing: dwell, margin and a bound on shifts a minute, written once."""
+"""Hysteresis, which keeps any policy from thrashing: dwell, margin and a bound on shifts a minute."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -14,46 +14,45 @@ from policies.replica_load import ReplicaLoad
 logger = logging.getLogger(__name__)
 
 WINDOW_S = 60.0
+"""The time over which shifts are counted against max_shifts_per_minute."""
 SETTLED = 0.4
-"""What is left of the margin once a plan has been held for long."""
+"""The share that is left of the margin once a plan has been held for long."""
 
 
 class StabiliseParameters(PolicyParameters):
-    """dwell_s: least time between two shifts, in seconds.
-
-    max_shifts_per_minute: over any 60 s, of those that requests see. margin: the least gain worth a shift,
-    for policies that know the gain (0.1 is 10 %). margin_half_life_s: in so many seconds without a shift the
-    margin halves, down to SETTLED of it, so that noise shifts nothing and a small gain that lasts is taken
-    in the end.
-
-    The dwell is a control period short of a second, so that a change of load is answered within one
-    whatever went before.
-    """
+    """The parameters of WithHysteresis."""
 
     dwell_s: float = Field(default=0.8, ge=0.0)
+    """The least time between two shifts, in seconds. The default is a control period short of a second, so
+    that a change of load is answered within one whatever went before."""
     max_shifts_per_minute: int = Field(default=20, ge=1)
+    """The most shifts that requests see, over any 60 s."""
     margin: float = Field(default=0.1, ge=0.0)
+    """The least gain worth a shift, for policies that know the gain (0.1 is 10 %)."""
     margin_half_life_s: float = Field(default=5.0, gt=0.0)
+    """The seconds without a shift in which the margin halves, down to SETTLED of it, so that noise shifts
+    nothing and a small gain that lasts is taken in the end."""
 
 
 @dataclass(frozen=True, slots=True)
 class StableState:
-    """since_s: when the current plan began. shifts_s: when those of the last minute happened.
-
-    Both by the clock the policy is called with. has_failed: the policy's last call raised.
-    """
+    """The state of WithHysteresis for a replica; its times are by the clock the policy is called with."""
 
     inner: Any
+    """The state of the policy within."""
     current: DecodePlan | None
     since_s: float
+    """The time at which the current plan began."""
     shifts_s: tuple[float, ...] = ()
+    """The times of the last minute's shifts."""
     has_failed: bool = False
+    """True if the policy's last call raised."""
 
 
 class WithHysteresis(Policy[StableState]):
-    """The policy within decides; a shift it wants too soon, too often or for too little waits.
+    """Wraps a policy, which decides; a shift that it wants too soon, too often or for too little waits.
 
-    A policy that raises leaves the replica on what it runs: a policy's bug never stops a server.
+    A policy that raises leaves the replica on the plan it runs: a policy's bug never stops a server.
     """
 
     def __init__(self, inner: Policy[Any], parameters: StabiliseParameters):

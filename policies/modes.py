@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 
 class Mode(StrEnum):
-    """How a round of decoding works; every mode starts and ends a round at the same safe point."""
+    """A way to decode by rounds; every mode starts and ends a round at the same safe point."""
 
     AR = "ar"
     DIFFUSION = "diffusion"
@@ -18,9 +18,10 @@ LOSSLESS_MODES = frozenset({Mode.AR, Mode.SELF_SPECULATION})
 """Modes whose output is token for token that of autoregressive decoding."""
 
 CONSERVATIVE_ORDER = (Mode.DIFFUSION, Mode.SELF_SPECULATION, Mode.AR)
-"""From the mode that spends most on one request to the one that spends least; every model has the last."""
+"""The modes from the one that spends most on a request to the one that spends least; all models have that."""
 
 MAX_BLOCK_LENGTH = 64
+"""The most tokens in a block, the seed included."""
 
 DEFAULT_BLOCK_LENGTHS: Mapping[Mode, int] = MappingProxyType(
     {Mode.AR: 1, Mode.DIFFUSION: 32, Mode.SELF_SPECULATION: 16}
@@ -30,15 +31,13 @@ DEFAULT_BLOCK_LENGTHS: Mapping[Mode, int] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
-    """A mode and its parameters.
-
-    block_length: tokens a block, the seed included; 1 for `ar`, 2 to MAX_BLOCK_LENGTH otherwise.
-    threshold: `diffusion` fixes every position whose top probability reaches it, in (0, 1].
-    """
+    """A mode and its parameters. Raises ValueError for parameters out of their range."""
 
     mode: Mode
     block_length: int = 1
+    """Tokens a block, the seed included; 1 for `ar`, 2 to MAX_BLOCK_LENGTH otherwise."""
     threshold: float = 0.9
+    """The top probability, in (0, 1], from which `diffusion` fixes a position."""
 
     def __post_init__(self) -> None:
         low, high = (1, 1) if self.mode is Mode.AR else (2, MAX_BLOCK_LENGTH)
@@ -53,7 +52,7 @@ def default_plan(mode: Mode) -> DecodePlan:
 
 
 def available_plan(plan: DecodePlan, modes: Collection[Mode]) -> DecodePlan:
-    """The plan itself where a model with these modes can run it, else the next more conservative one."""
+    """Returns the plan itself if a model with these modes can run it, else the next more conservative one."""
     if plan.mode in modes:
         return plan
     for mode in CONSERVATIVE_ORDER[CONSERVATIVE_ORDER.index(plan.mode) + 1 :]:
@@ -63,5 +62,5 @@ def available_plan(plan: DecodePlan, modes: Collection[Mode]) -> DecodePlan:
 
 
 def lossless_plan(plan: DecodePlan, modes: Collection[Mode]) -> DecodePlan:
-    """What a `lossless` request runs while the replica's plan is `plan`."""
+    """Returns the plan that a `lossless` request runs while the replica's plan is `plan`."""
     return available_plan(plan, LOSSLESS_MODES.intersection(modes))

@@ -1,4 +1,4 @@
-"""From a policy's name and parameters, as a configuration has them, to the policy."""
+"""Makes a policy from its name and parameters, as a configuration has them."""
 
 import importlib
 from collections.abc import Mapping
@@ -25,16 +25,16 @@ Model = TypeVar("Model", bound=PolicyParameters)
 
 
 class PolicyError(ValueError):
-    """The configured policy does not exist or its parameters are wrong; the message lists the choices."""
+    """Raised for a policy that does not exist or has wrong parameters; the message lists the choices."""
 
 
 def policy_names() -> tuple[str, ...]:
-    """The names `create_policy` knows. A mode's name means `fixed` to that mode."""
+    """Returns the names that `create_policy` knows. A mode's name means `fixed` to that mode."""
     return (*POLICIES, *(mode.value for mode in Mode))
 
 
 def create_policy(name: str, parameters: Mapping[str, Any] | None = None) -> Policy[Any]:
-    """Build a policy, stabilised unless it is `fixed`.
+    """Builds a policy, stabilised unless it is `fixed`.
 
     name: one of policy_names(), or the dotted name of an importable subclass of Policy.
     parameters: those of the policy, and under "stabilise" those of StabiliseParameters.

@@ -1,4 +1,4 @@
-"""What a replica says of its load, and how old that word is."""
+"""The load that a replica publishes, and its age as others see it."""
 
 import math
 from collections.abc import Mapping
@@ -10,12 +10,14 @@ from policies.cost import ReplicaCosts
 from policies.modes import DecodePlan, Mode
 
 FRESH_S = 1.0
-"""A load at most this old is acted on as it is."""
+"""The age up to which a load is acted on as it is."""
 LOST_S = 5.0
-"""A load older than this says nothing any more."""
+"""The age past which a load says nothing any more."""
 
 
 class Freshness(StrEnum):
+    """The use of a load at its age: fresh is acted on, stale shifts no plan, lost says nothing any more."""
+
     FRESH = "fresh"
     STALE = "stale"
     LOST = "lost"
@@ -52,52 +54,52 @@ _AMOUNTS = attrgetter(
 class ReplicaLoad:
     """One replica's load at one moment, as it publishes it.
 
-    num_auto counts the requests, running or waiting, whose mode the policy may choose; the
-    others pin theirs. tokens_per_forward is a recent average by mode, of the modes that ran.
     Raises ValueError for an amount that is negative or no finite number, so that no such load is published
-    or, where another version has, acted on.
+    or, where another version has published one, acted on.
     """
 
     replica_id: str
     num_running: int
     num_waiting: int
     num_auto: int
+    """Requests, running or waiting, whose mode the policy may choose; the others pin theirs."""
     max_running: int
     pages_used: int
     num_pages: int
     waiting_prompt_tokens: int = 0
     running_by_mode: Mapping[Mode, int] = field(default_factory=dict)
     tokens_per_forward: Mapping[Mode, float] = field(default_factory=dict)
+    """Tokens a forward, a recent average by mode, of the modes that ran."""
     tokens_per_s: float = 0.0
     plan_version: int = 0
     modes: tuple[Mode, ...] = tuple(Mode)
     """The modes the replica's model has."""
     decode: DecodePlan | None = None
-    """What the replica's `auto` requests run now: its plan's, or its own choice while it had no plan."""
+    """The plan that the replica's `auto` requests run now, the controller's or its own choice without one."""
     decode_held_s: float = 0.0
-    """For how long it has run that."""
+    """The time for which the replica has run that plan."""
     num_lossless: int = 0
-    """Of num_auto, those kept to the modes whose output is AR's."""
+    """Requests of num_auto that are kept to the modes whose output is AR's."""
     pinned_by_mode: Mapping[Mode, int] = field(default_factory=dict)
-    """The requests, running or waiting, that pin their mode."""
+    """Requests, running or waiting, that pin their mode, by that mode."""
     page_size: int = 16
     max_step_tokens: int = 512
     mean_context: float = 0.0
-    """Tokens in the cache, a running request."""
+    """Tokens in the cache of a running request, on average."""
     mean_remaining: float | None = None
-    """Tokens a running request is still expected to generate, by how long recent ones came to be and what
+    """Tokens that a running request is still expected to generate, by the length of recent ones and what
     max_tokens leaves it. None while none runs."""
     prefill_per_token: float = 0.0
     """Prompt tokens prefilled for each token generated, a recent average."""
     costs: ReplicaCosts | None = None
-    """What its forwards cost and its rounds bring, as it has measured them itself."""
+    """The costs of the replica's forwards and the yields of its rounds, as it has measured them itself."""
     num_tasks: int = 0
-    """asyncio tasks in its process: what of them outlives the requests is a leak."""
+    """The asyncio tasks in the replica's process; those that outlive the requests are a leak."""
     num_ended: int = 0
-    """Choices that have ended since its start, in whatever way; from its rate every router foretells the
-    wait for a place."""
+    """Choices that have ended since the replica's start, in whatever way; from the rate of this number every
+    router foretells the wait for a place."""
     silent_s: float = 0.0
-    """For how long its engine has been in the forward under way: so old was all this when published."""
+    """The time that the engine has spent in the forward under way, which is the load's age at publication."""
     tokens_total_by_mode: Mapping[Mode, int] = field(default_factory=dict)
     """Every token generated since the replica started, by mode, whatever became of its request; never
     less than it was under the same replica_id, which no other process ever has."""
@@ -114,10 +116,11 @@ class ReplicaLoad:
 
 @dataclass(frozen=True, slots=True)
 class ObservedLoad:
-    """A replica's load with its age in seconds, by the store's clock: since it was measured, not said."""
+    """A replica's load as another process sees it."""
 
     load: ReplicaLoad
     age_s: float
+    """The seconds since the load was measured, not published, by the store's clock."""
 
     @property
     def freshness(self) -> Freshness:

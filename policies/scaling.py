@@ -1,9 +1,9 @@
-"""How many replicas a load asks for: more before requests miss their targets, fewer once that is safe.
+"""The number of replicas a load asks for: more before requests miss their targets, fewer once that is safe.
 
 A replica has room for as many requests at once as are all expected to get their tokens at the target's
 pace, under the plans that its policy would choose for so many, by the costs it has measured. Its demand
-is what is there, as a share of that room, or what waits, as a share of the wait that the target for the
-first token allows: the larger of the two. Summed over the replicas it is the number of full ones asked for.
+is the larger of two shares: of the requests there in that room, and of the expected wait in the wait that
+the target for the first token allows. Summed over the replicas it is the number of full ones asked for.
 """
 
 import math
@@ -17,53 +17,54 @@ from policies.replica_load import ReplicaLoad
 from policies.slo import ttft_s
 
 FULL = 0.8
-"""More replicas are asked for where they would be fuller than this: a miss is foreseen, not awaited."""
+"""The demand a replica above which more replicas are asked for: a miss is foreseen, not awaited."""
 SPARE = 0.6
-"""Fewer are enough only where they would be no fuller than this, so that the next request asks for none."""
+"""The demand a replica up to which fewer replicas are enough, so that the next request asks for no more."""
 MAX_GROWTH = 2.0
-"""At most so many times the replicas that run, at once: a backlog says more of the past than of the load."""
+"""The largest factor on the replicas that run, at once: a backlog says more of the past than of the load."""
 
 MAX_STEPS = 64
-"""Numbers of requests whose pace is forecast one by one."""
+"""The number of requests up to which the pace is forecast for every number."""
 
 DEMAND = "triad_demand"
-"""Under this name a replica reports its Demand.share."""
+"""The name under which a replica reports its Demand.share."""
 
 PlanAt = Callable[[ReplicaLoad], DecodePlan]
-"""What a replica would run at this load. Must be pure."""
+"""A pure function that returns the plan a replica would run at a load."""
 
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Seconds to the first token, and a token after it."""
+    """The targets of a request."""
 
     ttft_s: float = 1.0
+    """Seconds to the first token."""
     tpot_s: float = 0.05
+    """Seconds of each token after the first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What one replica has and could take.
-
-    capacity: requests at once that are expected to keep the pace. num_in_flight: running or waiting, of
-    them num_waiting. ttft_s: expected of the last one that waits, or of the next to come. share: of a
-    whole replica; above 1 a target is expected to be missed.
-    """
+    """The requests at one replica against those that it could take."""
 
     share: float
+    """The demand as a share of a whole replica; above 1 a target is expected to be missed."""
     capacity: int
+    """Requests at once that are expected to keep the pace."""
     num_in_flight: int
+    """Requests running or waiting."""
     num_waiting: int
     waiting_prompt_tokens: int
     ttft_s: float
+    """The expected time to the first token of the last request that waits, or of the next to come."""
 
     @property
     def headroom(self) -> int:
-        """Requests more that would still be served in time; below 0 so many too many are there."""
+        """The number of further requests that would be served in time; below 0 that many are too many."""
         return self.capacity - self.num_in_flight
 
     def report(self) -> dict[str, float]:
-        """As Serve's autoscaler takes it."""
+        """Returns the demand by name, as Serve's autoscaler takes it."""
         return {
             DEMAND: self.share,
             "triad_headroom": float(self.headroom),
@@ -74,7 +75,10 @@ class Demand:
 
 
 def demand(load: ReplicaLoad, plan_at: PlanAt, targets: Targets) -> Demand:
-    """What more replicas can't help is no demand: a pace that one request would miss, a prompt's own time."""
+    """Returns a replica's demand.
+
+    A miss that more replicas can't help is no demand: a pace that one request misses, a prompt's own time.
+    """
     capacity = _capacity(load, plan_at, targets.tpot_s)
     expected = ttft_s(load, forecast(load, plan_at(load)))
     alone = _with_requests(load, 1)
@@ -92,11 +96,10 @@ def demand(load: ReplicaLoad, plan_at: PlanAt, targets: Targets) -> Demand:
 
 
 def wanted_replicas(shares: Sequence[float], num_running: int, num_wanted: int) -> int:
-    """How many replicas there should be.
+    """Returns the number of replicas there should be.
 
-    shares: the demand at each of those that say theirs, of num_running that run. num_wanted: the number
-    asked for so far, and so the answer between FULL and SPARE, and where a replica that says nothing
-    might be one too few.
+    shares: the demand at each replica that reports it, of num_running that run. num_wanted: the number
+    asked for so far, which stays between FULL and SPARE, and where fewer might do but some replica is silent.
     """
     total = sum(shares)
     needed = math.ceil(total / FULL)
@@ -108,7 +111,7 @@ def wanted_replicas(shares: Sequence[float], num_running: int, num_wanted: int) 
 
 
 def _capacity(load: ReplicaLoad, plan_at: PlanAt, tpot_s: float) -> int:
-    """Requests like those that are there, at once, each at its pace; at least one."""
+    """Returns the number of requests, like those there, that keep the pace at once; at least one."""
 
     def expected(num: int) -> Forecast:
         there = _with_requests(load, num)
@@ -124,11 +127,12 @@ def _capacity(load: ReplicaLoad, plan_at: PlanAt, tpot_s: float) -> int:
 
 
 def _last_before(is_too_many: Callable[[int], bool], most: int) -> int:
-    """The number before the first, from 1 to most, that is too many.
+    """Returns the number before the first, from 1 to most, that is too many.
 
-    Whether one is need not rise with the number, since the plan changes with it: a policy may take another
-    mode for a few requests more, and be faster. So all up to MAX_STEPS are asked. Beyond it, to ask no
-    more than twice as many, it is taken to rise between two at even ratios, which are asked.
+    A number larger than one that is too many may be fine, since the plan changes with it: a policy may take
+    another mode for a few requests more, and be faster. So all up to MAX_STEPS are asked. Beyond, to ask no
+    more than twice as many, only numbers at even ratios are, and between two of them is_too_many is taken
+    to change once.
     """
     num, ratio = 0, max(1.0, most / MAX_STEPS) ** (1.0 / MAX_STEPS)
     while num < most:
@@ -141,7 +145,7 @@ def _last_before(is_too_many: Callable[[int], bool], most: int) -> int:
 
 
 def _places(load: ReplicaLoad) -> int:
-    """Requests that run at once, by the replica's bound and its pages."""
+    """Returns the number of requests that can run at once, by the replica's bound and its pages."""
     if not load.mean_context:
         return max(1, load.max_running)
     by_pages = load.num_pages * load.page_size / (load.mean_context + 1.0)
@@ -149,7 +153,7 @@ def _places(load: ReplicaLoad) -> int:
 
 
 def _with_requests(load: ReplicaLoad, num: int) -> ReplicaLoad:
-    """With num requests running and none waiting: of every kind that is there its part, rounded up."""
+    """Returns the load with num requests running and none waiting, each kind in its part, rounded up."""
 
     def part(count: int) -> int:
         return math.ceil(count * num / load.num_in_flight) if load.num_in_flight else 0

@@ -1,4 +1,4 @@
-"""As many requests within their targets as can be, and throughput after that."""
+"""The `slo` policy: as many requests within their targets as can be, and throughput after that."""
 
 from pydantic import Field
 
@@ -8,20 +8,19 @@ from policies.replica_load import ReplicaLoad
 
 
 class SloParameters(CostModelParameters):
-    """ttft_s: target for the time to the first token. tpot_s: for the time of a token after it.
-
-    Requests carry no class of service, so all are of one. headroom: a plan that does not run counts
-    as within a target below 1 - headroom of it; the one that runs, up to the target itself. The other
-    parameters are cost_model's.
-    """
+    """The parameters of SloPolicy besides cost_model's. All requests are of one class of service."""
 
     ttft_s: float = Field(default=1.0, gt=0.0)
+    """The target for the time to the first token, in seconds."""
     tpot_s: float = Field(default=0.05, gt=0.0)
+    """The target for the time of each token after the first, in seconds."""
     headroom: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """The share of a target by which a plan that does not run must stay below it to count as within; the plan
+    that runs counts up to the target itself."""
 
 
 class SloPolicy(CostModelPolicy):
-    """The plan under which most requests are expected within their targets; of such plans the fastest."""
+    """Chooses the plan with the most requests expected within their targets; of such plans the fastest."""
 
     name = "slo"
     Parameters = SloParameters
@@ -38,9 +37,9 @@ class SloPolicy(CostModelPolicy):
 
 
 def ttft_s(load: ReplicaLoad, expected: Forecast) -> float:
-    """Expected seconds to the first token of the last request that waits, or of the next one to come.
+    """Returns the expected seconds to the first token of the last request that waits, or of the next to come.
 
-    Its prompt is prefilled after those before it, in what steps have room for; where no place is free,
+    Its prompt is prefilled after those before it, in the room that steps leave; where no place is free,
     after as many requests as wait have ended, each with the tokens that a running one still wants.
     """
     step_s = expected.step_ms / 1000.0

@@ -1,4 +1,4 @@
-"""The operator's table: which plan to run up to how many requests in flight."""
+"""The `threshold` policy: the operator's table of plans by the number of requests in flight."""
 
 import math
 from itertools import pairwise
@@ -11,24 +11,24 @@ from policies.policy import Decision, Policy, PolicyParameters, Snapshot
 
 
 class Level(PlanParameters):
-    """This plan runs while at most max_in_flight requests run or wait at the replica."""
+    """A plan that runs while at most max_in_flight requests run or wait at the replica."""
 
     max_in_flight: int = Field(ge=0)
 
 
 class ThresholdParameters(PolicyParameters):
-    """levels: by rising max_in_flight. above: what runs past the last of them.
-
-    band: hysteresis; a level is come back to only at or below (1 - band) of its max_in_flight, in
-    whole requests. From 1/3 up no noise of 20 % around any load crosses both edges.
-    """
+    """The parameters of ThresholdPolicy."""
 
     levels: tuple[Level, ...] = (
         Level(max_in_flight=2, mode=Mode.DIFFUSION, block_length=16, threshold=0.9),
         Level(max_in_flight=8, mode=Mode.SELF_SPECULATION, block_length=8),
     )
+    """The levels, by rising max_in_flight."""
     above: PlanParameters = PlanParameters(mode=Mode.AR)
+    """The plan past the last level."""
     band: float = Field(default=0.35, ge=0.0, lt=1.0)
+    """The hysteresis: a level is come back to only at or below (1 - band) of its max_in_flight, in whole
+    requests. From 1/3 up no noise of 20 % around any load crosses both edges."""
 
     @model_validator(mode="after")
     def _levels_rise(self) -> "ThresholdParameters":
@@ -37,16 +37,16 @@ class ThresholdParameters(PolicyParameters):
         return self
 
     def return_limit(self, max_in_flight: int) -> int:
-        """The most requests in flight at which a level is come back to.
+        """Returns the most requests in flight at which a level is come back to.
 
-        Never 0 where the level admits a request at all: a client that sends one request after
+        It is never 0 where the level admits a request at all: a client that sends one request after
         another is hardly ever seen with none, and the level would be left for good.
         """
         return max(min(1, max_in_flight), math.floor(max_in_flight * (1.0 - self.band)))
 
 
 class ThresholdPolicy(Policy[None]):
-    """Levels whose mode the model lacks are passed over, in favour of the next one up."""
+    """Chooses the level of the load; levels whose mode the model lacks give way to the next one up."""
 
     name = "threshold"
     Parameters = ThresholdParameters
@@ -79,7 +79,7 @@ def _first_at_least(limits: list[int], num: int) -> int:
 
 
 def _index_of(current: DecodePlan | None, plans: list[DecodePlan]) -> int | None:
-    """The level a replica is on; by mode alone where another table or policy chose its plan."""
+    """Returns the level that a replica is on, by mode alone where another table or policy chose its plan."""
     if current is None:
         return None
     if current in plans:

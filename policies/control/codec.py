@@ -1,4 +1,4 @@
-"""What the store holds, as JSON: written strictly, read with tolerance.
+"""JSON codecs of what the store holds: written strictly, read with tolerance.
 
 Every entry carries its format's version. A reader ignores keys it does not know and fills in
 missing ones that have defaults; anything else amiss makes the entry malformed.
@@ -16,17 +16,19 @@ Body = TypeVar("Body")
 
 
 class MalformedEntry(ValueError):
-    """The text is no entry that this version can read."""
+    """Raised for a text that is no entry this version can read."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Envelope(Generic[Body]):
+    """The outer form of every entry: the version of its format, and the record."""
+
     v: Literal[1]
     body: Body
 
 
 class Codec(Generic[Body]):
-    """Between one kind of record and its text."""
+    """Translates one kind of record to its text and back."""
 
     def __init__(self, adapter: TypeAdapter[_Envelope[Body]]):
         self._adapter = adapter
@@ -35,7 +37,7 @@ class Codec(Generic[Body]):
         return self._adapter.dump_json(_Envelope(1, body)).decode()
 
     def decode(self, text: str) -> Body:
-        """Raises MalformedEntry."""
+        """Reads a record from its text. Raises MalformedEntry."""
         try:
             return self._adapter.validate_json(text).body
         except ValidationError as error:

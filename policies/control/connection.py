@@ -1,12 +1,12 @@
-"""From a redis_url to a client of one server, of a Sentinel's master, or of a Cluster.
+"""Makes the Redis client for a redis_url: of one server, of a Sentinel's master, or of a Cluster.
 
     redis://[user:password@]host:port/db                       rediss:// for TLS, unix:// for a socket
     redis+sentinel://[user:password@]host:port,host:port/service[/db]
     redis+cluster://[user:password@]host:port,host:port        rediss+... for TLS
 
-The hosts of the second kind are the Sentinels, of the third any of the Cluster's nodes. Options follow
-as a query, by the client's names: ?ssl_ca_certs=/ca.pem&ssl_certfile=... ; the Sentinels' own user
-and password as sentinel_username and sentinel_password.
+The hosts are the Sentinels in the second form, any of the Cluster's nodes in the third. Options follow as
+a query, by the client's names: ?ssl_ca_certs=/ca.pem&ssl_certfile=... ; the Sentinels' own user and
+password are sentinel_username and sentinel_password.
 """
 
 from typing import Any, TypeAlias
@@ -25,13 +25,15 @@ CLUSTER = ("redis+cluster", "rediss+cluster")
 SCHEMES = tuple(f"{scheme}://" for scheme in (*SINGLE, *SENTINEL, *CLUSTER))
 
 DEFAULT_PORT = 6379
+"""The port of a server or a Cluster's node where the URL names none."""
 DEFAULT_SENTINEL_PORT = 26379
+"""The port of a Sentinel where the URL names none."""
 
 Client: TypeAlias = "Redis | RedisCluster"
 
 
 def check_url(url: str) -> None:
-    """Raises ValueError that says what to change, of anything that `connect` could make no client of."""
+    """Checks that `connect` can make a client of a URL; raises ValueError that says what to change."""
     scheme = urlsplit(url).scheme
     if scheme not in (*SINGLE, *SENTINEL, *CLUSTER):
         raise ValueError(f"start it with one of {', '.join(SCHEMES)}, as in redis://host:6379/0")
@@ -47,7 +49,7 @@ def check_url(url: str) -> None:
 
 
 def connect(url: str, *, connect_timeout_s: float, command_timeout_s: float) -> Client:
-    """A client that opens its connections as they are needed. Raises ValueError as check_url does."""
+    """Makes a client that opens its connections as they are needed. Raises ValueError as check_url does."""
     check_url(url)
     limits: dict[str, Any] = {
         "socket_connect_timeout": connect_timeout_s,
@@ -89,7 +91,7 @@ def _hosts(url: str, default_port: int) -> list[tuple[str, int]]:
 
 
 def _path(url: str) -> tuple[str, str]:
-    """The service and the database, each empty where it is not given."""
+    """Returns the service and the database that a URL names, each empty where it is not given."""
     service, _, database = urlsplit(url).path.strip("/").partition("/")
     if database and not database.isdigit():
         raise ValueError(f"the database is a number, not {database!r}")
@@ -97,7 +99,7 @@ def _path(url: str) -> tuple[str, str]:
 
 
 def _options(url: str) -> dict[str, Any]:
-    """User, password, TLS and the query, as the client's keyword arguments."""
+    """Returns the user, password, TLS and query of a URL as the client's keyword arguments."""
     parts = urlsplit(url)
     query = dict(parse_qsl(parts.query))
     own = {name: query.pop(name) for name in list(query) if name.startswith("sentinel_")}

@@ -1,4 +1,4 @@
-"""Decides for every replica from the loads of all; of any number of controllers one leads."""
+"""The controller, which decides for every replica from the loads of all; of any number one leads."""
 
 import asyncio
 import logging
@@ -21,18 +21,20 @@ from policies.replica_load import ClusterLoad, Freshness, ObservedLoad
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 5.0
-"""Of the decisions that change nothing one is logged this often, the replicas taking turns."""
+"""The period at which one of the decisions that change nothing is logged, the replicas taking turns."""
 MAX_HELD_S = 1e9
-"""No plan is said to have been held for longer, whatever a replica says."""
+"""The longest time that a plan is taken to have been held, whatever a replica says."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What the leader remembers of a replica since its last committed round."""
+    """The leader's memory of a replica since its last committed round."""
 
     state: Any
+    """The policy's state for the replica."""
     decode: DecodePlan
     version: int
+    """The version of the replica's last plan."""
 
 
 @dataclass(slots=True)
@@ -40,17 +42,23 @@ class _Round:
     """The outcome of one round, not yet committed."""
 
     known: dict[str, _Known] = field(default_factory=dict)
+    """The memory of each replica after the round, by its id."""
     writes: dict[str, PlanWrite] = field(default_factory=dict)
+    """The plans to write, by replica id."""
     confirmed: list[str] = field(default_factory=list)
+    """The ids of replicas whose stored plans stay as they are."""
     records: list[DecisionRecord] = field(default_factory=list)
+    """The decisions that change a plan, all of them logged."""
     unchanged: list[DecisionRecord] = field(default_factory=list)
+    """The decisions that change nothing, of which one is logged now and then."""
 
 
 class Controller:
-    """read -> decide -> write the plans that changed, every period, while it has the lease.
+    """Reads the loads, decides, and writes the plans that changed, every period while it has the lease.
 
-    name: shown as the leader in the decision log; made unique here. It starts from what the
-    replicas run and the plans in the store, so that a take-over by itself shifts nothing.
+    A new leader starts from what the replicas run and the plans in the store, so that a take-over by
+    itself shifts nothing.
+    name: shown as the leader in the decision log; made unique here.
     """
 
     def __init__(
@@ -80,11 +88,11 @@ class Controller:
 
     @property
     def is_leader(self) -> bool:
-        """As of its last contact with the store."""
+        """True if this controller had the lease at its last contact with the store."""
         return self._lease is not None
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Step every period, store or no store, until `stop` is set; then hand the lease over."""
+        """Runs a round every period, store or no store, until `stop` is set; then gives the lease up."""
         what = "a round of the controller"
         await run_every(self._period_s, self._step_if_possible, stop, self._clock, self._sleep, what)
         if self._lease is not None:
@@ -95,12 +103,12 @@ class Controller:
             self._resign()
 
     def set_policy(self, policy: Policy[Any]) -> None:
-        """Decides by another policy from the next round on, going on from what the replicas run."""
+        """Sets the policy of the next round and those after it, which go on from what the replicas run."""
         self._policy = policy
         self._known = {}
 
     async def step(self) -> None:
-        """One round: nothing where another controller leads. Raises StoreUnavailable."""
+        """Runs one round; does nothing where another controller leads. Raises StoreUnavailable."""
         lease = await self._hold_lease()
         if lease is None:
             return
@@ -133,14 +141,17 @@ class Controller:
         return self._lease
 
     def _resign(self) -> None:
-        """Another may decide now; what is remembered here would be out of date."""
+        """Drops the lease and the memory: another may decide now, so what is known here goes out of date."""
         logger.info("controller %s no longer leads", self.name)
         self._lease = None
         self._known = {}
 
     def _decide_all(self, view: ClusterView) -> _Round:
-        """Replicas with a stale load keep their plan, as do those whose load no decision can be made from;
-        lost ones are forgotten and their plans expire."""
+        """Decides for every replica with a fresh load.
+
+        Replicas with a stale load, or one that no decision can be made from, keep their plan; lost ones
+        are forgotten and their plans expire.
+        """
         outcome = _Round()
         for seen in view.loads.replicas:
             stored = view.plans.get(seen.load.replica_id)
@@ -203,10 +214,10 @@ class Controller:
 
 
 def _in_force(seen: ObservedLoad, stored: ObservedPlan | None) -> tuple[DecodePlan | None, float]:
-    """What the replica runs, as far as can be told, and for how many seconds.
+    """Returns the plan that a replica runs, None if it can't be told, and for how many seconds it has.
 
-    Its own word counts once it has seen the last plan written: it may have decided alone since. A
-    load older than the plan says nothing of it.
+    The replica's own word counts once it has seen the last plan written, since it may have decided alone
+    after that. A load older than the plan says nothing of it.
     """
     load = seen.load
     if load.decode is not None and (stored is None or load.plan_version >= stored.plan.version):

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from policies.failures import Failures
 
 PERIOD_S = 0.2
-"""How often loads are published and plans decided."""
+"""The period at which loads are published and plans decided."""
 
 Clock = Callable[[], float]
 Sleep = Callable[[float], Awaitable[None]]
@@ -20,11 +20,11 @@ async def run_every(
     sleep: Sleep,
     what: str = "a periodic step",
 ) -> None:
-    """Run `step` once a period, the first time at once, until `stop` is set.
+    """Runs `step` once a period, the first time at once, until `stop` is set.
 
     A step that takes longer than a period is followed by the next without a pause; missed periods
-    are not made up for. One that fails is logged, once a kind, and the next is run all the same: whatever
-    it was to bring stays as it was. what: the step is, for the log.
+    are not made up for. A step that fails is logged, once a kind, and the next is run all the same.
+    what: the step's name in the log.
     """
     failures = Failures(what)
     while not stop.is_set():

@@ -18,14 +18,14 @@ logger = logging.getLogger(__name__)
 
 
 class PlanFollower:
-    """Keeps `plan`, what the replica's `auto` requests run, up to date.
+    """Keeps `plan` up to date, which the replica's `auto` requests run.
 
-    read_load: the replica's load now; `plan_version`, `decode` and `decode_held_s` are filled in here.
+    While the store is unavailable, or its plan stale, missing or outdated, the replica decides by
+    the same policy from its own load, going on from the plan in force; `rule` then says so.
+    read_load: returns the load now; `plan_version`, `decode` and `decode_held_s` are filled in here.
     on_plan: called with each plan that differs from the one before in what to run or by which rule.
     on_explored_plans: called with the plans that the policy has the replica explore, when they change.
     on_policy_entry: awaited with the policy setting that came with each plan (PolicyWatch.heed).
-    While the store is unavailable, or its plan stale, missing or outdated, the replica decides by
-    the same policy from its own load, going on from the plan in force; `rule` then says so.
     """
 
     def __init__(
@@ -63,19 +63,19 @@ class PlanFollower:
         return self._plan
 
     def plan_at(self, load: ReplicaLoad) -> DecodePlan:
-        """What the policy would have the replica run at this load, whatever it runs now."""
+        """Returns the plan that the policy would choose at this load, whatever the replica runs now."""
         return self._policy.decide(Snapshot(load), self._policy.resume(None, 0.0, 0.0), 0.0)[0].decode
 
     def set_policy(self, policy: Policy[Any]) -> None:
-        """Decides by another policy, where it decides alone, going on from the plan in force."""
+        """Sets the policy by which the replica decides alone, going on from the plan in force."""
         now_s = self._clock()
         self._policy = policy
         self._state = policy.resume(self._plan.decode, now_s - self._held_since_s, now_s)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Step every period until `stop` is set, then take the replica out of the store.
+        """Steps every period until `stop` is set, then takes the replica out of the store.
 
-        Whatever fails in a step, a load that can't be read or a policy that raises, leaves the plan as it is.
+        A step that fails, by a load that can't be read or a policy that raises, leaves the plan as it is.
         """
         what = "publishing the load and following the plan"
         await run_every(self._period_s, self.step, stop, self._clock, self._sleep, what)
@@ -85,7 +85,7 @@ class PlanFollower:
             logger.info("the replica's load expires by itself: %s", error)
 
     async def step(self) -> ReplicaPlan:
-        """Publish, read, and put in force what follows from it; never raises StoreUnavailable."""
+        """Publishes the load and puts in force the plan that follows; never raises StoreUnavailable."""
         load = replace(
             self._read_load(),
             plan_version=self._plan.version,

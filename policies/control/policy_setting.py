@@ -1,8 +1,8 @@
 """The policy an operator has set while the cluster runs: kept in the store, followed by all.
 
-Every process that decides has a PolicyWatch. A replica's heeds what comes with each publication of its
-load, an ingress's polls the store. A store that has lost its data is given the setting back by whoever
-remembers it.
+Every process that decides has a PolicyWatch. A replica's heeds the setting that comes with each
+publication of its load, an ingress's polls the store. A store that has lost its data is given the setting
+back by any process that remembers it.
 """
 
 import asyncio
@@ -23,8 +23,9 @@ from policies.registry import PolicyError, create_policy
 logger = logging.getLogger(__name__)
 
 WATCH_PERIOD_S = 0.5
+"""The period at which PolicyWatch.run polls the store."""
 MAX_SETTING_CHARS = 16_384
-"""Every replica reads it five times a second."""
+"""The longest setting that is kept, as JSON: every replica reads it five times a second."""
 
 # The version is the server's time, and grows even when that is set back.
 _WRITE = """
@@ -59,17 +60,19 @@ class PolicyChoice:
 
 @dataclass(frozen=True, slots=True)
 class PolicySetting:
-    """choice None: the configured policy again. version: grows with each setting; microseconds."""
+    """A setting as the store holds it."""
 
     choice: PolicyChoice | None
+    """The policy that is set; None for the configured one again."""
     version: int
+    """The server's time of the setting in microseconds; grows with each."""
 
 
 _BODY: TypeAdapter[PolicyChoice | None] = TypeAdapter(PolicyChoice | None)
 
 
 async def read_setting(store: LoadStore) -> PolicySetting | None:
-    """None where none has been made, or none that this version can read. Raises StoreUnavailable."""
+    """Reads the setting; None if there is none that this version can read. Raises StoreUnavailable."""
     try:
         return _decoded(await _read(store))
     except ValueError:
@@ -82,7 +85,7 @@ async def _read(store: LoadStore) -> PolicyEntry:
 
 
 def _decoded(entry: PolicyEntry) -> PolicySetting | None:
-    """Raises ValueError where there is something that this version can't read."""
+    """Decodes an entry; None if it is empty. Raises ValueError for one that this version can't read."""
     body, version = entry
     if body is None or version is None:
         return None
@@ -92,8 +95,10 @@ def _decoded(entry: PolicyEntry) -> PolicySetting | None:
 
 
 async def write_setting(store: LoadStore, choice: PolicyChoice | None) -> PolicySetting:
-    """Raises StoreUnavailable, and PolicyError for one that is too long. The choice must be one that
-    create_policy takes."""
+    """Writes a setting, of a choice that create_policy takes.
+
+    Raises StoreUnavailable, and PolicyError for a setting that is too long.
+    """
     body = _BODY.dump_json(choice).decode()
     if len(body) > MAX_SETTING_CHARS:
         raise PolicyError(
@@ -106,8 +111,8 @@ async def write_setting(store: LoadStore, choice: PolicyChoice | None) -> Policy
 class PolicyWatch:
     """Calls on_change with the policy to decide by, each time it changes.
 
-    configured: what runs where nothing is set. A setting that can't be created here is logged, and
-    what ran before goes on.
+    A setting that can't be created here is logged, and the policy before it goes on.
+    configured: the policy where nothing is set.
     """
 
     def __init__(
@@ -128,7 +133,7 @@ class PolicyWatch:
 
     @property
     def setting(self) -> PolicySetting | None:
-        """The last one seen."""
+        """The last setting seen."""
         return self._setting
 
     @property
@@ -136,7 +141,7 @@ class PolicyWatch:
         return (self._setting and self._setting.choice) or self._configured
 
     async def set(self, choice: PolicyChoice | None) -> PolicySetting:
-        """Sets the policy for all; None: the configured one. Raises StoreUnavailable or PolicyError."""
+        """Sets the policy for all, None the configured one. Raises StoreUnavailable or PolicyError."""
         if choice is not None:
             create_policy(choice.policy, choice.policy_params)
         setting = await write_setting(self._store, choice)
@@ -144,12 +149,12 @@ class PolicyWatch:
         return setting
 
     async def run(self) -> None:
-        """Polls, until cancelled."""
+        """Polls the store until cancelled."""
         what = "reading the policy setting"
         await run_every(WATCH_PERIOD_S, self.step, asyncio.Event(), time.monotonic, asyncio.sleep, what)
 
     async def step(self) -> None:
-        """Reads the store and heeds it. Never raises StoreUnavailable: without one what is set stays."""
+        """Reads the setting and heeds it. Never raises StoreUnavailable: the setting then stays."""
         try:
             entry = await _read(self._store)
         except StoreUnavailable:
@@ -157,7 +162,7 @@ class PolicyWatch:
         await self.heed(entry)
 
     async def heed(self, entry: PolicyEntry) -> None:
-        """Follows what has been read; writes only to a store that has lost what is known here."""
+        """Follows a setting that was read; writes only to a store that has lost the one known here."""
         stored, known = self._readable(entry), self._setting
         if known is not None and (stored is None or stored.version < known.version):
             body = _BODY.dump_json(known.choice).decode()
@@ -167,7 +172,7 @@ class PolicyWatch:
             self._take(stored)
 
     def _readable(self, entry: PolicyEntry) -> PolicySetting | None:
-        """None where there is none, or none that this version can read: then it says so, once."""
+        """Decodes an entry; None if it is empty, or can't be read by this version, which is logged once."""
         try:
             return _decoded(entry)
         except ValueError as error:

@@ -1,8 +1,8 @@
 """`python -m policies.control.replay`: what another policy would have decided where this one did.
 
-A recorded decision is a plan and the load it was made from. Replaying gives the same loads, in
-order of time and replica by replica, to any policy, whose state carries on as it would have. The
-loads stay those recorded: what the other plan would have made of the load is the simulator's to say.
+A recorded decision is a plan and the load it was made from. A replay gives the same loads, in order of
+time and replica by replica, to any policy, whose state carries on as it would have. The loads stay as
+recorded: only the simulator can say how the other plan would have changed them.
 
     python -m policies.control.replay export --redis-url redis://127.0.0.1:6379/0 --app triad > log.jsonl
     curl -s http://127.0.0.1:8000/v1/triad/state > state.json
@@ -29,7 +29,7 @@ from policies.registry import PolicyError, create_policy, policy_names
 
 
 class ReplayError(ValueError):
-    """The log can't be read; the message says where and why."""
+    """Raised for a log that can't be read; the message says where and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,9 @@ class Replayed:
 
     record: DecisionRecord
     decode: DecodePlan
+    """The other policy's plan."""
     reason: str
+    """The other policy's reason."""
 
     @property
     def differs(self) -> bool:
@@ -47,21 +49,24 @@ class Replayed:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """num_shifts_then, num_shifts_now: changes of plan from one record of a replica to its next."""
+    """The counts of a replay."""
 
     num_decisions: int
     num_replicas: int
     num_different: int
     num_shifts_then: int
+    """Changes of the recorded plan from one record of a replica to its next."""
     num_shifts_now: int
+    """Changes of the other policy's plan, counted alike."""
     pairs: Mapping[tuple[str, str], int]
-    """How often (recorded plan, other plan), where they differ, most frequent first."""
+    """The number of times of each (recorded plan, other plan) that differ, most frequent first."""
 
 
 def replay(records: Iterable[DecisionRecord], policy: Policy[Any]) -> list[Replayed]:
-    """In order of time. The policy starts each replica from what it ran before its first record.
+    """Replays records, in order of time, by another policy.
 
-    The plan in force between two records is the policy's own last one, and its clock the records'.
+    The policy starts each replica from the plan that it ran before its first record. From then on the plan
+    in force is the policy's own last one; its clock is the records'.
     """
     states: dict[str, Any] = {}
     plans: dict[str, DecodePlan | None] = {}
@@ -104,7 +109,7 @@ def _num_shifts(plans: Iterable[tuple[str, DecodePlan]]) -> int:
 
 
 def describe(plan: DecodePlan) -> str:
-    """As short as it is unambiguous: `ar`, `self_speculation/16`, `diffusion/32@0.9`."""
+    """Returns a plan's short name, still unambiguous: `ar`, `self_speculation/16`, `diffusion/32@0.9`."""
     if plan.block_length == 1:
         return plan.mode.value
     threshold = f"@{plan.threshold:g}" if plan.mode.value == "diffusion" else ""
@@ -112,7 +117,7 @@ def describe(plan: DecodePlan) -> str:
 
 
 def read_log(lines: Iterable[str], name: str) -> list[DecisionRecord]:
-    """One decision a line, as `export` writes them; blank lines are passed over. Raises ReplayError."""
+    """Reads a log, one decision a line as `export` writes it; skips blank lines. Raises ReplayError."""
     records = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -128,7 +133,7 @@ def read_log(lines: Iterable[str], name: str) -> list[DecisionRecord]:
 
 
 def from_state(text: str) -> list[DecisionRecord]:
-    """The decisions in an answer of GET /v1/triad/state, oldest first. Raises ReplayError."""
+    """Returns the decisions in an answer of GET /v1/triad/state, oldest first. Raises ReplayError."""
     try:
         decisions = json.loads(text)["decisions"]
     except (ValueError, KeyError, TypeError) as error:
@@ -140,7 +145,7 @@ def from_state(text: str) -> list[DecisionRecord]:
 
 
 async def from_redis(url: str, app: str) -> list[DecisionRecord]:
-    """All the decisions that an app's stream holds, oldest first. Raises StoreUnavailable, ValueError."""
+    """Reads all decisions in an app's stream, oldest first. Raises StoreUnavailable, ValueError."""
     store = LoadStore(url, app)
     try:
         return list(reversed(await store.recent_decisions()))
@@ -149,7 +154,7 @@ async def from_redis(url: str, app: str) -> list[DecisionRecord]:
 
 
 def table(replayed: Sequence[Replayed], num_rows: int) -> Iterator[str]:
-    """The counts, then the first `num_rows` decisions that differ."""
+    """Yields the lines of a report: the counts, then the first `num_rows` decisions that differ."""
     summary = summarise(replayed)
     yield (
         f"{summary.num_decisions} decisions of {summary.num_replicas} replicas; "

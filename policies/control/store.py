@@ -31,16 +31,17 @@ from policies.control.plan import DecisionRecord, ObservedPlan, ReplicaPlan
 from policies.replica_load import LOST_S, ClusterLoad, ObservedLoad, ReplicaLoad
 
 LOAD_EXPIRY_S = LOST_S + 1.0
-"""Past LOST_S, so that a reader sees a load through all its ages before it goes."""
+"""The time after which a load is deleted: past LOST_S, so that a reader sees it through all its ages."""
 PLAN_EXPIRY_S = 60.0
-"""A plan nobody confirms any more goes after this long; its replica or every leader has left."""
+"""The time after which a plan that nobody confirms goes; its replica or every leader has left."""
 LEASE_S = 1.2
-"""A leader is taken to be dead after this long; with a try every 0.2 s it is replaced within 2 s."""
+"""The time after which a silent leader is taken to be dead; with a try every 0.2 s it is replaced in 2 s."""
 MAX_DECISIONS = 1000
+"""The number of decisions that the stream keeps."""
 POLICY_KEY = "policy"
 
 PolicyEntry: TypeAlias = tuple[str | None, str | None]
-"""Body and version."""
+"""The body and the version of a policy setting as the store holds them, each None where there is none."""
 
 _CLOCK = """
 local time = redis.call('TIME')
@@ -138,18 +139,16 @@ Body = TypeVar("Body")
 
 
 class StoreUnavailable(Exception):
-    """Redis can't be reached, is too slow, still loading, or refuses the command."""
+    """Raised when Redis can't be reached, is too slow, still loading, or refuses the command."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The right to write plans, until another controller's lease follows it.
-
-    fencing: grows with every lease given; the store refuses what is written under an older one.
-    """
+    """The right to write plans, until another controller's lease follows it."""
 
     owner: str
     fencing: int
+    """A number that grows with every lease given; the store refuses writes under an older one."""
 
     @property
     def token(self) -> str:
@@ -158,29 +157,30 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class ClusterView:
-    """All the store knows at one moment. plans: by replica id, of the replicas in `loads` only.
-
-    leader: the owner of the lease, None while nobody has it.
-    """
+    """All that the store knows at one moment."""
 
     loads: ClusterLoad
     plans: Mapping[str, ObservedPlan] = field(default_factory=dict)
+    """The plans by replica id, of the replicas in `loads` only."""
     leader: str | None = None
+    """The owner of the lease, None while nobody has it."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanWrite:
-    """A plan to write. held_s: for how long the replica has run what the plan says; 0 for a shift."""
+    """A plan to write."""
 
     plan: ReplicaPlan
     held_s: float = 0.0
+    """The time for which the replica has already run as the plan says; 0 for a shift."""
 
 
 class LoadStore:
     """One app's state in Redis. Every method raises StoreUnavailable, and works again once Redis does.
 
-    url: as policies.control.connection has it: one server, the master of some Sentinels, or a Cluster. Raises
-    ValueError if it is none. One event loop per object; any number of tasks in it.
+    An object belongs to one event loop, with any number of tasks in it.
+    url: of one server, the master of some Sentinels, or a Cluster, in the forms of
+    policies.control.connection; ValueError if it is none of them.
     """
 
     def __init__(
@@ -191,17 +191,17 @@ class LoadStore:
         self._deadline_s = connect_timeout_s + command_timeout_s
         self._prefix = f"triad:{{{app}}}:"
         self.policy_entry: PolicyEntry = (None, None)
-        """As the last publication found it, unread; policies/control/policy_setting.py makes sense of it."""
+        """The setting as the last publication found it; policies/control/policy_setting.py decodes it."""
         self.num_malformed = 0
-        """Entries skipped so far because they could not be read."""
+        """The number of entries skipped so far because they could not be read."""
 
     async def close(self) -> None:
         await self._redis.aclose()
 
     async def publish_and_read(self, load: ReplicaLoad) -> ObservedPlan | None:
-        """Publish a replica's load and read its plan, in one round trip; None if it has no plan.
+        """Publishes a replica's load and reads its plan, None if it has none, in one round trip.
 
-        The policy set at run time comes with it: `policy_entry`.
+        The policy set at run time comes with the plan: `policy_entry`.
         """
         keys = (
             self._load_key(load.replica_id),
@@ -216,7 +216,7 @@ class LoadStore:
         return self._plan(plan, now_us)
 
     async def withdraw(self, replica_id: str) -> None:
-        """The replica leaves: it is out of everybody's sight at once."""
+        """Takes a replica that leaves out of everybody's sight at once."""
         keys = (self._load_key(replica_id), self._plan_key(replica_id), self._key("replicas"))
         await self._eval(_WITHDRAW, keys, replica_id)
 
@@ -227,12 +227,12 @@ class LoadStore:
         return await self._read(with_plans=True)
 
     async def acquire_lease(self, owner: str) -> Lease | None:
-        """Take the lease for LEASE_S seconds if nobody has it. owner: unique to this controller."""
+        """Takes the lease for LEASE_S seconds if nobody has it. owner: unique to this controller."""
         fencing = await self._eval(_ACQUIRE, (self._key("leader"),), owner, _ms(LEASE_S))
         return None if fencing is None else Lease(owner, fencing)
 
     async def renew_lease(self, lease: Lease) -> bool:
-        """Extend the lease to LEASE_S seconds from now; False if it has been lost."""
+        """Extends the lease to LEASE_S seconds from now; False if it has been lost."""
         return bool(await self._eval(_RENEW, (self._key("leader"),), lease.token, _ms(LEASE_S)))
 
     async def release_lease(self, lease: Lease) -> None:
@@ -245,10 +245,10 @@ class LoadStore:
         confirmed: Iterable[str] = (),
         decisions: Sequence[DecisionRecord] = (),
     ) -> bool:
-        """Write plans, confirm standing ones, log decisions: all, or, if the lease is lost, nothing.
+        """Writes plans, confirms standing ones and logs decisions: all, or, if the lease is lost, nothing.
 
-        Returns False where it was lost. confirmed: ids of replicas whose plans stay as they are; one
-        whose plan is gone from the store is passed over.
+        Returns False if the lease was lost. confirmed: ids of replicas whose plans stay as they are; a
+        replica whose plan is gone from the store is passed over.
         """
         args: list[str | int] = [lease.token, self._prefix, _ms(PLAN_EXPIRY_S), MAX_DECISIONS, len(plans)]
         for replica_id, write in plans.items():
@@ -259,11 +259,11 @@ class LoadStore:
         return bool(await self._eval(_COMMIT, (self._key("leader"), self._key("decisions")), *args))
 
     async def run(self, script: str, names: Sequence[str], *args: str | int) -> Any:
-        """One of the scripts kept elsewhere, on this app's keys of these names."""
+        """Runs a script that is kept elsewhere, on this app's keys of these names."""
         return await self._eval(script, [self._key(name) for name in names], *args)
 
     async def recent_decisions(self, num: int = MAX_DECISIONS) -> tuple[DecisionRecord, ...]:
-        """The last decisions, newest first."""
+        """Returns the last `num` decisions, newest first."""
         entries = await self._call(self._redis.xrevrange(self._key("decisions"), count=num))
         records = []
         for entry_id, fields in entries:
@@ -311,7 +311,7 @@ class LoadStore:
         return ObservedPlan(plan, _age_s(at_us, now_us), _age_s(since_us, now_us))
 
     def _decoded(self, codec: Codec[Body], body: str | None, *stamps_us: str | None) -> Body | None:
-        """None if there is no entry, or none that makes sense, which is counted."""
+        """Decodes an entry; None if there is none, or if it makes no sense, which is counted."""
         if body is None:
             return None
         try:
@@ -360,7 +360,7 @@ class LoadStore:
             raise StoreUnavailable(f"Redis: {error}") from error
 
     async def _leave_server(self) -> None:
-        """The server is a replica now: its name, or the Sentinels, may have another one by the next call."""
+        """Disconnects from a server that is a replica now, so that the next call looks for the master."""
         with contextlib.suppress(RedisError, OSError, TimeoutError):
             async with asyncio.timeout(self._deadline_s):
                 if isinstance(self._redis, RedisCluster):
@@ -371,8 +371,11 @@ class LoadStore:
 
 
 def _age_s(at_us: str, now_us: int) -> float:
-    """What is from the future, since the server's clock has been set back, is as old as it is ahead: an
-    entry that nobody writes anew does not look fresh until the clock has caught up."""
+    """Returns an entry's age in seconds.
+
+    An entry from the future, after the server's clock has been set back, counts as old as it is ahead, so
+    that one which nobody writes anew does not look fresh until the clock has caught up.
+    """
     return abs(now_us - int(at_us)) / 1e6
 
 
