@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[3]
 
 @contextmanager
 def start_module(name: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """python -m tests.policies.<name>, from the time it says that it is running; killed at the end."""
-    command = [sys.executable, "-m", f"tests.policies.{name}", *arguments]
+    """python -m tests.policies.control.<name>, from the time it says that it is running; killed at the end."""
+    command = [sys.executable, "-m", f"tests.policies.control.{name}", *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
