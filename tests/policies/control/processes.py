@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[3]
 
 @contextmanager
 def start_module(name: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """python -m tests.policies.control.<name>, from the time it says that it is running; killed at the end."""
+    """Runs python -m tests.policies.control.<name> from when it says it is running; killed at the end."""
     command = [sys.executable, "-m", f"tests.policies.control.{name}", *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
