@@ -19,7 +19,7 @@ from replicas.errors import ErrorCode, TriadError
 from replicas.messages import GenerateRequest, ModelInfo
 from router.auth import KeyRing, key_of
 from router.body import BodyReader, route_with
-from router.config import Bounds
+from router.config import Bounds, IngressConfig
 from router.dispatch import Dispatcher
 from router.errors import ApiError, add_error_handlers, json_response
 from router.limits import KeyLimiter
@@ -45,13 +45,8 @@ class AppState:
     """The name clients ask for."""
     created: int
     """The time when the model was loaded, in seconds since 1970."""
-    bounds: Bounds = field(default_factory=Bounds)
+    config: IngressConfig = field(default_factory=IngressConfig)
     keys: KeyRing = field(default_factory=KeyRing)
-    cors_origins: tuple[str, ...] = ()
-    stream_interval_s: float = 0.0
-    """The least time between two pieces of a stream."""
-    shared_prefix_cache: bool = False
-    """One prefix cache for all API keys, else one for each and one for requests without."""
     limiter: KeyLimiter | None = None
     """None counts nothing."""
     policy: PolicyWatch | None = None
@@ -70,7 +65,8 @@ def create_app(door: AppState, lifespan: AbstractAsyncContextManager[None] | Non
 
     lifespan: entered when the app starts and left when it stops
     """
-    bodies = BodyReader(door.bounds)
+    bounds = Bounds.of(door.config)
+    bodies = BodyReader(bounds)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -84,12 +80,12 @@ def create_app(door: AppState, lifespan: AbstractAsyncContextManager[None] | Non
         lifespan=life,
         middleware=layers(
             keys=door.keys,
-            bounds=door.bounds,
+            bounds=bounds,
             check_room=door.dispatcher.check_room,
             metrics=door.metrics,
             tracer=door.tracer,
             answers_id=door.answers_id,
-            cors_origins=door.cors_origins,
+            cors_origins=door.config.cors_origins,
         ),
         redirect_slashes=False,
     )
@@ -154,7 +150,7 @@ async def _generate(
         num_choices=body.n or 1,
         priority=body.priority or 0,
         trace_carrier=trace_carrier_in(http.scope),
-        cache_salt="" if key is None or door.shared_prefix_cache else key.name,
+        cache_salt="" if key is None or door.config.shared_prefix_cache else key.name,
     )
     is_chat = isinstance(body, ChatCompletionRequest)
     if door.dispatcher.model is not None:
@@ -180,7 +176,7 @@ async def _generate(
         answer,
         bool(body.stream),
         record,
-        door.stream_interval_s,
+        door.config.stream_interval_ms / 1000.0,
         lambda error: as_sent(error, body),
     )
 

@@ -9,8 +9,9 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from router.admission_control import AdmissionControl, QueueLimits
+from router.admission_control import AdmissionControl
 from router.api import AppState
+from router.config import AdmissionConfig
 from router.dispatch import Dispatcher
 from router.load_view import LoadView
 from router.replica_connection import LinkTimes
@@ -48,7 +49,10 @@ async def start() -> AsyncIterator[StartDispatcher]:
             directory = directory or FakeDirectory(list(replicas))
             view = LoadView(store or FakeStore())
             await view.refresh()
-            admission = AdmissionControl(4, QueueLimits(max_waiting, max_waiting_tokens))
+            config = AdmissionConfig(
+                max_running=4, max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens
+            )
+            admission = AdmissionControl(config)
             dispatcher = Dispatcher(directory, view, admission, times=times, discovery_period_s=0.005)
             await stack.enter_async_context(running(dispatcher.run()))
             await eventually(lambda: all(replica.num_channels for replica in replicas))
