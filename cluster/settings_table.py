@@ -11,9 +11,9 @@ from router.config import IngressConfig
 
 HEAD = """# Settings
 
-The keys of `serve run cluster.app:deploy key=value ...`, of `args:` in a Serve file and of `serve:` in the chart's
-values. The page is made by `python -m cluster.settings_table`; what the keys do is told in [operate](operate.md) and
-[policies](policies.md).
+The keys of `serve run cluster.app:deploy key=value ...`, of `args:` in a Serve file and of `serve:` in the
+chart's values. The page is made by `python -m cluster.settings_table`; [operate](operate.md) and
+[policies](policies.md) say more.
 """
 
 SECTIONS = (

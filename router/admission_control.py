@@ -128,8 +128,8 @@ class AdmissionControl:
         self._num_tokens_sent = 0
 
     @property
-    def most_choices(self) -> int:
-        """The most choices one request may have: those that a replica can have, running and waiting."""
+    def max_choices(self) -> int:
+        """The choices one request may have at most: those that a replica can have, running and waiting."""
         return self._config.max_running + self._config.max_waiting
 
     def check(

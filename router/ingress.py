@@ -174,7 +174,7 @@ class Ingress:
         self._view = LoadView(self._store)
         self._dispatcher = Dispatcher(ServeDirectory(replicas), self._view, AdmissionControl(config))
         self._metrics.seen.num_in_flight = lambda: sum(self._dispatcher.in_flight().values())
-        self._door = AppState(
+        self._app_state = AppState(
             self._dispatcher,
             self._view,
             self._store,
@@ -193,7 +193,7 @@ class Ingress:
         self._instance = instance
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._door, self._background())
+        return create_app(self._app_state, self._background())
 
     async def figures(self) -> tuple[str, list[Metric]]:
         """This ingress's name and the figures that it counts, for the ingress that is scraped."""
@@ -226,7 +226,7 @@ class Ingress:
             asyncio.create_task(self._view.run(), name="the load view"),
             asyncio.create_task(self._dispatcher.run(), name="the dispatcher"),
             asyncio.create_task(self._policy.run(), name="the policy watch"),
-            asyncio.create_task(self._door.keys.run(), name="the key ring"),
+            asyncio.create_task(self._app_state.keys.run(), name="the key ring"),
             asyncio.create_task(keep_reading(self._metrics, self._store), name="the metrics' reading"),
         )
         try:

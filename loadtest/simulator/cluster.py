@@ -229,14 +229,14 @@ class Cluster:
         pinned = requests.pinned[request]
         keys = self._keys(request)
         held = router.prefixes.held(keys, now_s) if keys else {}
-        wish = PlacementRequest(None if pinned is None else pinned.mode, held, tokens)
+        wanted = PlacementRequest(None if pinned is None else pinned.mode, held, tokens)
         chosen = place(
             self._open,
             router.traffic,
             lambda replica_id: self._seen(replica_id, now_s),
             now_s,
             router.rng,
-            wish,
+            wanted,
         )
         if chosen is None:
             self.record.unavailable += 1

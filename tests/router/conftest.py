@@ -14,11 +14,11 @@ from router.api import AppState
 from router.config import AdmissionConfig
 from router.dispatch import Dispatcher
 from router.load_view import LoadView
-from router.replica_connection import LinkTimes
+from router.replica_connection import ConnectionTimes
 from tests.eventually import eventually
 from tests.router.fakes import MODEL, FakeDirectory, FakeStore, ScriptedReplica
 
-QUICK = LinkTimes(silence_s=5.0, call_s=1.0, reopen_s=0.001, max_reopen_s=0.01)
+QUICK = ConnectionTimes(silence_s=5.0, call_s=1.0, reopen_s=0.001, max_reopen_s=0.01)
 
 StartDispatcher = Callable[..., Awaitable[Dispatcher]]
 
@@ -42,7 +42,7 @@ async def start() -> AsyncIterator[StartDispatcher]:
             *replicas: ScriptedReplica,
             store: FakeStore | None = None,
             directory: FakeDirectory | None = None,
-            times: LinkTimes = QUICK,
+            times: ConnectionTimes = QUICK,
             max_waiting: int = 8,
             max_waiting_tokens: int | None = None,
         ) -> Dispatcher:

@@ -16,7 +16,7 @@ from router.api import AppState
 from router.config import AdmissionConfig
 from router.dispatch import Dispatcher
 from router.load_view import LoadView
-from router.replica_connection import LinkTimes, ReplicaClient, Roster
+from router.replica_connection import ConnectionTimes, ReplicaClient, Roster
 from tests.eventually import eventually
 from tests.replicas.codec import byte_codec
 from tests.replicas.engine.scripted import ScriptedRunner
@@ -107,7 +107,7 @@ async def a_stack(
     store: LoadStore | None = None,
     service: dict[str, Any] | None = None,
     limits: dict[str, int] | None = None,
-    times: LinkTimes | None = None,
+    times: ConnectionTimes | None = None,
     **door: Any,
 ) -> AsyncIterator[Stack]:
     """A door over one service a runner. limits: of each engine. service, door: more for each."""
@@ -129,7 +129,7 @@ async def a_stack(
             LocalDirectory(replicas),
             view,
             admission,
-            times=times or LinkTimes(reopen_s=0.01, max_reopen_s=0.05),
+            times=times or ConnectionTimes(reopen_s=0.01, max_reopen_s=0.05),
             discovery_period_s=0.02,
         )
         await stack.enter_async_context(running(dispatcher.run()))
