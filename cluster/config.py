@@ -140,10 +140,10 @@ class ClusterConfig(ReplicaConfig, IngressConfig):
                 if key in self.model_fields_set and getattr(self, key) is not None:
                     raise ValueError(f"{key} is for a number of replicas that changes: set max_replicas too")
             return self
-        least, first, most = self.replica_range
-        if not least <= first <= most:
+        lowest, initial, highest = self.replica_range
+        if not lowest <= initial <= highest:
             raise ValueError(
-                f"min_replicas {least} <= num_replicas {first} <= max_replicas {most} does not hold: "
+                f"min_replicas {lowest} <= num_replicas {initial} <= max_replicas {highest} does not hold: "
                 f"change one, or leave num_replicas out"
             )
         return self
@@ -157,6 +157,6 @@ class ClusterConfig(ReplicaConfig, IngressConfig):
     @property
     def replica_range(self) -> ReplicaRange:
         """The numbers of replicas; at the start num_replicas where it is given, else min_replicas."""
-        least = self.num_replicas if self.min_replicas is None else self.min_replicas
-        first = self.num_replicas if "num_replicas" in self.model_fields_set else least
-        return ReplicaRange(least, first, self.max_replicas or self.num_replicas)
+        lowest = self.num_replicas if self.min_replicas is None else self.min_replicas
+        initial = self.num_replicas if "num_replicas" in self.model_fields_set else lowest
+        return ReplicaRange(lowest, initial, self.max_replicas or self.num_replicas)

@@ -1,3 +1,4 @@
+import inspect
 from pathlib import Path
 
 import pytest
@@ -150,3 +151,9 @@ def test_the_password_is_not_shown():
 def test_it_does_not_change():
     with pytest.raises(ValidationError):
         ClusterConfig().num_replicas = 3  # type: ignore[misc]
+
+
+def test_each_key_is_declared_once():
+    annotated = [key for record in ClusterConfig.__mro__ for key in inspect.get_annotations(record)]
+    declared = [key for key in annotated if key in ClusterConfig.model_fields]
+    assert sorted(declared) == sorted(ClusterConfig.model_fields)
