@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks.modes import CHECKPOINT
 from policies.modes import Mode
+from replicas.config import EngineConfig
 from replicas.engine.engine import Engine
 from replicas.messages import DecodingOptions, GenerateRequest, SamplingParams
 from replicas.model.runner import TorchRunner
@@ -32,7 +33,7 @@ def serve(num_requests: int, num_marks: int = 10) -> Iterator[tuple[int, float]]
     """Answers the requests; yields those answered so far and resident MiB, at so many marks."""
     runner = TorchRunner.load(str(CHECKPOINT), kv_budget_bytes=KV_CACHE_MB << 20, num_threads=1)
     codec = TextCodec.load(str(CHECKPOINT))
-    engine = Engine(runner, max_running=CONCURRENCY)
+    engine = Engine(runner, EngineConfig(max_running=CONCURRENCY))
     service = ReplicaService(engine, codec, "r")
     service._send = lambda outbox: None  # type: ignore[method-assign]
     rng = random.Random(1)

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.modes import CHECKPOINT
 from policies.modes import Mode
+from replicas.config import EngineConfig
 from replicas.engine.engine import Engine
 from replicas.messages import DecodingOptions, GenerateRequest, SamplingParams
 from replicas.model.native.model import NativeModel
@@ -91,10 +92,10 @@ def main() -> None:
     found = []
     for concurrency in arguments.concurrency:
         for options in OPTIONS:
-            engine = Engine(runner, max_running=concurrency, max_step_tokens=4096)
+            engine = Engine(runner, EngineConfig(max_running=concurrency, max_step_tokens=4096))
             taken_ms = engine_ms(engine, options, concurrency)
             found.append({"concurrency": concurrency, "what": str(options.mode), "ms": round(taken_ms, 3)})
-        taken_ms = publish_ms(Engine(runner, max_running=concurrency), codec, concurrency)
+        taken_ms = publish_ms(Engine(runner, EngineConfig(max_running=concurrency)), codec, concurrency)
         found.append({"concurrency": concurrency, "what": "publish ar", "ms": round(taken_ms, 3)})
     for row in found:
         print(f"{row['concurrency']:>3} {row['what']:<18} {row['ms']:>8.3f} ms")

@@ -44,23 +44,15 @@ class Replica:
     Serve runs the constructor on the event loop that the calls will run on, and sends none before it is done.
     """
 
-    def __init__(self, config: ReplicaConfig):
+    def __init__(self, config: ReplicaConfig, redis_url: str):
         self._workers = None if config.tensor_parallel == 1 else Workers.start(config)
         runner = load_runner(config) if self._workers is None else self._workers.runner
         codec = TextCodec.load(config.checkpoint)
-        engine = Engine(
-            runner,
-            max_running=config.max_running,
-            max_waiting=config.max_waiting,
-            max_step_tokens=config.max_step_tokens,
-            max_prefill_tokens=config.max_prefill_tokens,
-            max_step_ms=config.max_step_ms,
-            overlap_blocks=config.overlap_blocks,
-        )
+        engine = Engine(runner, config)
         replica_id = serve.get_replica_context().replica_id.unique_id
         self._info = ModelInfo(
             replica_id=replica_id,
-            name=config.served_model_name,
+            name=config.model_name,
             modes=engine.spec.modes,
             max_context=engine.spec.max_context,
             vocab_size=engine.spec.vocab_size,
@@ -81,7 +73,7 @@ class Replica:
             engine, codec, replica_id, step_cost=step_cost, on_timeline=on_timeline
         )
         self._targets = config.targets
-        self._store = LoadStore(config.redis_url, config.app)
+        self._store = LoadStore(redis_url, config.app)
         choice = PolicyChoice(config.policy, config.policy_params)
         watch = PolicyWatch(self._store, choice, lambda policy: self._follower.set_policy(policy))
         self._follower = PlanFollower(
@@ -90,7 +82,7 @@ class Replica:
             self._load,
             self._apply,
             self._service.set_explored_plans,
-            watch.heed,
+            watch.apply,
         )
         self._apply(self._follower.plan)
         self._stop = asyncio.Event()

@@ -1,4 +1,4 @@
-"""The HTTP door: OpenAI's completions, the list of models, health, and the state of the cluster."""
+"""The HTTP app_state: OpenAI's completions, the list of models, health, and the state of the cluster."""
 
 import re
 import secrets
@@ -19,9 +19,10 @@ from replicas.errors import ErrorCode, TriadError
 from replicas.messages import GenerateRequest, ModelInfo
 from router.auth import KeyRing, key_of
 from router.body import BodyReader, route_with
-from router.config import Bounds
+from router.config import Bounds, IngressConfig
 from router.dispatch import Dispatcher
 from router.errors import ApiError, add_error_handlers, json_response
+from router.generation import Generation
 from router.limits import KeyLimiter
 from router.load_view import LoadView
 from router.metrics import Metrics
@@ -45,13 +46,8 @@ class AppState:
     """The name clients ask for."""
     created: int
     """The time when the model was loaded, in seconds since 1970."""
-    bounds: Bounds = field(default_factory=Bounds)
+    config: IngressConfig = field(default_factory=IngressConfig)
     keys: KeyRing = field(default_factory=KeyRing)
-    cors_origins: tuple[str, ...] = ()
-    stream_interval_s: float = 0.0
-    """The least time between two pieces of a stream."""
-    shared_prefix_cache: bool = False
-    """One prefix cache for all API keys, else one for each and one for requests without."""
     limiter: KeyLimiter | None = None
     """None counts nothing."""
     policy: PolicyWatch | None = None
@@ -65,12 +61,13 @@ class AppState:
     """True if answers have the request's id from here, and not from what serves the app."""
 
 
-def create_app(door: AppState, lifespan: AbstractAsyncContextManager[None] | None = None) -> FastAPI:
+def create_app(app_state: AppState, lifespan: AbstractAsyncContextManager[None] | None = None) -> FastAPI:
     """The app with all its routes and middleware.
 
     lifespan: entered when the app starts and left when it stops
     """
-    bodies = BodyReader(door.bounds)
+    bounds = Bounds.of(app_state.config)
+    bodies = BodyReader(bounds)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -83,13 +80,13 @@ def create_app(door: AppState, lifespan: AbstractAsyncContextManager[None] | Non
         description="OpenAI's completions from tri-mode language models, decoded as suits the load.",
         lifespan=life,
         middleware=layers(
-            keys=door.keys,
-            bounds=door.bounds,
-            check_room=door.dispatcher.check_room,
-            metrics=door.metrics,
-            tracer=door.tracer,
-            answers_id=door.answers_id,
-            cors_origins=door.cors_origins,
+            keys=app_state.keys,
+            bounds=bounds,
+            check_room=app_state.dispatcher.check_room,
+            metrics=app_state.metrics,
+            tracer=app_state.tracer,
+            answers_id=app_state.answers_id,
+            cors_origins=app_state.config.cors_origins,
         ),
         redirect_slashes=False,
     )
@@ -98,20 +95,20 @@ def create_app(door: AppState, lifespan: AbstractAsyncContextManager[None] | Non
 
     @app.post("/v1/chat/completions", response_class=Response)
     async def chat_completions(request: Request, body: ChatCompletionRequest) -> Response:
-        return await _generate(door, request, body, ChatAnswer, "chatcmpl")
+        return await _generate(app_state, request, body, ChatAnswer, "chatcmpl")
 
     @app.post("/v1/completions", response_class=Response)
     async def completions(request: Request, body: CompletionRequest) -> Response:
-        return await _generate(door, request, body, TextAnswer, "cmpl")
+        return await _generate(app_state, request, body, TextAnswer, "cmpl")
 
     @app.get("/v1/models", response_class=Response)
     async def models() -> Response:
-        return json_response({"object": "list", "data": [_model_entry(door)]})
+        return json_response({"object": "list", "data": [_model_entry(app_state)]})
 
     @app.get("/v1/models/{model_name:path}", response_class=Response)
     async def model(model_name: str) -> Response:
-        _check_model_name(door, model_name)
-        return json_response(_model_entry(door))
+        _check_model_name(app_state, model_name)
+        return json_response(_model_entry(app_state))
 
     @app.get("/health", response_class=Response)  # as vLLM names it, and guidellm asks
     @app.get("/healthz", response_class=Response)
@@ -120,29 +117,29 @@ def create_app(door: AppState, lifespan: AbstractAsyncContextManager[None] | Non
 
     @app.get("/readyz", response_class=Response)
     async def readyz() -> Response:
-        if not door.dispatcher.ready:
+        if not app_state.dispatcher.ready:
             raise TriadError(ErrorCode.UNAVAILABLE, "No replica can serve yet.")
         return json_response({"status": "ready"})
 
     @app.get("/v1/triad/state", response_class=Response)
     async def state() -> Response:
-        return json_response(await cluster_state(door.dispatcher, door.view, door.store))
+        return json_response(await cluster_state(app_state.dispatcher, app_state.view, app_state.store))
 
-    if door.metrics is not None:
-        add_metrics_route(app, door.metrics, door.store, door.siblings)
-    if door.policy is not None:
-        add_policy_routes(app, door.policy)
+    if app_state.metrics is not None:
+        add_metrics_route(app, app_state.metrics, app_state.store, app_state.siblings)
+    if app_state.policy is not None:
+        add_policy_routes(app, app_state.policy)
     return app
 
 
 async def _generate(
-    door: AppState,
+    app_state: AppState,
     http: Request,
     body: ChatCompletionRequest | CompletionRequest,
     answer_type: type[Answer],
     id_prefix: str,
 ) -> Response:
-    _check_model_name(door, body.model)
+    _check_model_name(app_state, body.model)
     key = key_of(http)
     request = GenerateRequest(
         request_id=f"{id_prefix}-{uuid.uuid4().hex}",
@@ -154,33 +151,35 @@ async def _generate(
         num_choices=body.n or 1,
         priority=body.priority or 0,
         trace_carrier=trace_carrier_in(http.scope),
-        cache_salt="" if key is None or door.shared_prefix_cache else key.name,
+        cache_salt="" if key is None or app_state.config.shared_prefix_cache else key.name,
     )
     is_chat = isinstance(body, ChatCompletionRequest)
-    if door.dispatcher.model is not None:
+    if app_state.dispatcher.model is not None:
         try:
-            _check_fits(request, door.dispatcher.model)
+            _check_fits(request, app_state.dispatcher.model)
         except TriadError as error:
             raise as_sent(error, body) from None
     answer = answer_type(
         completion_id=request.request_id,
-        model=door.model_name,
+        model=app_state.model_name,
         created=int(time.time()),
         include_usage=body.include_usage,
         continuous_usage=body.continuous_usage,
         num_choices=request.num_indices,
         num_logprobs=request.sampling.logprobs,
     )
-    charge = None if door.limiter is None else await door.limiter.charge(key, request)
+    charge = None if app_state.limiter is None else await app_state.limiter.charge(key, request)
     operation = "chat" if is_chat else "text_completion"
-    record = RequestLog(http.scope, operation, door.model_name, key, charge, door.metrics, door.limiter)
-    generation = door.dispatcher.generate(request)
+    record = RequestLog(
+        http.scope, operation, app_state.model_name, key, charge, app_state.metrics, app_state.limiter
+    )
+    generation = Generation(app_state.dispatcher, request)
     return GenerationResponse(
         generation,
         answer,
         bool(body.stream),
         record,
-        door.stream_interval_s,
+        app_state.config.stream_interval_ms / 1000.0,
         lambda error: as_sent(error, body),
     )
 
@@ -194,9 +193,9 @@ def as_sent(error: TriadError, body: Completion) -> TriadError:
     return TriadError(error.code, message, param)
 
 
-def _check_model_name(door: AppState, name: str) -> None:
-    if name != door.model_name:
-        message = f"The model '{name}' does not exist; this server has '{door.model_name}'."
+def _check_model_name(app_state: AppState, name: str) -> None:
+    if name != app_state.model_name:
+        message = f"The model '{name}' does not exist; this server has '{app_state.model_name}'."
         raise ApiError(404, "model_not_found", message, "model")
 
 
@@ -220,13 +219,13 @@ def _check_fits(request: GenerateRequest, model: ModelInfo) -> None:
         raise TriadError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, "max_tokens")
 
 
-def _model_entry(door: AppState) -> dict[str, Any]:
+def _model_entry(app_state: AppState) -> dict[str, Any]:
     """OpenAI's entry of the model, and Triad's `modes` and `max_context`, null until a replica is seen."""
-    model = door.dispatcher.model
+    model = app_state.dispatcher.model
     return {
-        "id": door.model_name,
+        "id": app_state.model_name,
         "object": "model",
-        "created": door.created,
+        "created": app_state.created,
         "owned_by": "triad",
         "modes": None if model is None else [mode.value for mode in model.modes],
         "max_context": None if model is None else model.max_context,

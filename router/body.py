@@ -48,9 +48,9 @@ def read(model: type[BaseModel], body: bytes, bounds: Bounds) -> BaseModel:
     max_items = bounds.max_prompt_chars + MAX_OTHER_ITEMS
     if body.count(b",") > max_items:
         raise bad_request("invalid_value", f"The body has more than {max_items} items.")
-    most = bounds.max_json_depth
-    if body.count(b"[") + body.count(b"{") > most and json_depth(body) > most:
-        raise bad_request("invalid_json", f"The JSON is nested deeper than {most}.")
+    max_depth = bounds.max_json_depth
+    if body.count(b"[") + body.count(b"{") > max_depth and json_depth(body) > max_depth:
+        raise bad_request("invalid_json", f"The JSON is nested deeper than {max_depth}.")
     try:
         request = model.model_validate(json.loads(body))
     except ValidationError as error:

@@ -11,9 +11,8 @@ import contextvars
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI
@@ -26,10 +25,10 @@ from policies.control.controller import Controller
 from policies.control.policy_setting import PolicyChoice, PolicyWatch
 from policies.control.store import LoadStore
 from policies.registry import create_policy
-from router.admission_control import AdmissionControl, QueueLimits
+from router.admission_control import AdmissionControl
 from router.api import AppState, create_app
 from router.auth import KeyRing
-from router.config import AccessConfig, Bounds
+from router.config import IngressConfig
 from router.dispatch import Dispatcher
 from router.limits import KeyLimiter
 from router.load_view import LoadView
@@ -72,26 +71,6 @@ async def answers_in_time(broadcast: DeploymentBroadcastResponse) -> list[Any]:
         return []
 
 
-@dataclass(frozen=True, slots=True)
-class IngressConfig:
-    """An ingress's settings, checked by cluster.config, where each field is explained to operators."""
-
-    app: str
-    model_name: str
-    redis_url: str = field(repr=False)
-    policy: str
-    policy_params: Mapping[str, Any]
-    max_running: int
-    """The requests that one replica runs at once, for admission."""
-    queue_limits: QueueLimits
-    """The limits of one replica, for admission."""
-    bounds: Bounds = field(default_factory=Bounds)
-    access: AccessConfig = field(default_factory=AccessConfig)
-    stream_interval_s: float = 0.0
-    shared_prefix_cache: bool = False
-    log_format: str = "text"
-
-
 @serve.ingress()
 class Ingress:
     """Serves HTTP; its controller stands ready to lead.
@@ -103,40 +82,36 @@ class Ingress:
     def __init__(
         self,
         config: IngressConfig,
+        redis_url: str,
         replicas: DeploymentHandle[Any],
         deployed_with: tuple[DeploymentHandle[Any], ...] = (),
     ):
         configure_logs(config.log_format)
-        keys = KeyRing.load(config.access.api_keys_file)
+        keys = KeyRing.load(config.api_keys_file)
         instance = secrets.token_hex(4)
         self._tracing = Tracing("ingress", instance)
         self._metrics = Metrics(config.model_name, instance)
-        self._store = LoadStore(config.redis_url, config.app)
-        timeout_s = config.access.limits_timeout_s
+        self._store = LoadStore(redis_url, config.app)
+        timeout_s = config.limits_timeout_s
         self._limiter = KeyLimiter(
-            LoadStore(config.redis_url, config.app, connect_timeout_s=timeout_s, command_timeout_s=timeout_s),
-            config.access.limits_without_redis,
+            LoadStore(redis_url, config.app, connect_timeout_s=timeout_s, command_timeout_s=timeout_s),
+            config.limits_without_redis,
         )
         self._controller = Controller(self._store, create_policy(config.policy, config.policy_params))
         self._policy = PolicyWatch(
             self._store, PolicyChoice(config.policy, config.policy_params), self._controller.set_policy
         )
         self._view = LoadView(self._store)
-        self._dispatcher = Dispatcher(
-            ServeDirectory(replicas), self._view, AdmissionControl(config.max_running, config.queue_limits)
-        )
+        self._dispatcher = Dispatcher(ServeDirectory(replicas), self._view, AdmissionControl(config))
         self._metrics.seen.num_in_flight = lambda: sum(self._dispatcher.in_flight().values())
-        self._door = AppState(
+        self._app_state = AppState(
             self._dispatcher,
             self._view,
             self._store,
             config.model_name,
             int(time.time()),
-            bounds=config.bounds,
+            config=config,
             keys=keys,
-            cors_origins=config.access.cors_origins,
-            stream_interval_s=config.stream_interval_s,
-            shared_prefix_cache=config.shared_prefix_cache,
             limiter=self._limiter,
             policy=self._policy,
             metrics=self._metrics,
@@ -148,7 +123,7 @@ class Ingress:
         self._instance = instance
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._door, self._background())
+        return create_app(self._app_state, self._background())
 
     async def figures(self) -> tuple[str, list[Metric]]:
         """This ingress's name and the figures that it counts, for the ingress that is scraped."""
@@ -181,7 +156,7 @@ class Ingress:
             asyncio.create_task(self._view.run(), name="the load view"),
             asyncio.create_task(self._dispatcher.run(), name="the dispatcher"),
             asyncio.create_task(self._policy.run(), name="the policy watch"),
-            asyncio.create_task(self._door.keys.run(), name="the key ring"),
+            asyncio.create_task(self._app_state.keys.run(), name="the key ring"),
             asyncio.create_task(keep_reading(self._metrics, self._store), name="the metrics' reading"),
         )
         try:

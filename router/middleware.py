@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from replicas.errors import TriadError
 from router.auth import STATE_KEY, ApiKey, KeyRing
-from router.config import Bounds
+from router.config import MAX_HEADERS, Bounds
 from router.errors import MAX_PARAM_LEN, ApiError, api_error_response, shortened, triad_error_response
 from router.metrics import Metrics
 from router.request_log import CARRIER, LOG_FIELDS, SPAN
@@ -175,9 +175,9 @@ class AuthMiddleware:
 
     def _check_headers(self, headers: list[tuple[bytes, bytes]]) -> None:
         num_bytes = sum(len(name) + len(value) for name, value in headers)
-        if len(headers) > self._bounds.max_headers or num_bytes > self._bounds.max_header_bytes:
+        if len(headers) > MAX_HEADERS or num_bytes > self._bounds.max_header_bytes:
             message = (
-                f"At most {self._bounds.max_headers} headers of {self._bounds.max_header_bytes} bytes "
+                f"At most {MAX_HEADERS} headers of {self._bounds.max_header_bytes} bytes "
                 f"in all are taken; there are {len(headers)} of {num_bytes}."
             )
             raise ApiError(431, "headers_too_large", message)

@@ -67,7 +67,7 @@ class ReplicaLost(TriadError):
 
 
 @dataclass(frozen=True, slots=True)
-class LinkTimes:
+class ConnectionTimes:
     """Times of a replica's channel and calls."""
 
     silence_s: float = 15.0
@@ -93,7 +93,7 @@ class ReplicaConnection:
         client: ReplicaClient,
         traffic: OwnTraffic,
         watch: FailureWatch,
-        times: LinkTimes,
+        times: ConnectionTimes,
         on_break: Callable[[], None],
         clock: Clock,
     ):

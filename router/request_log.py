@@ -11,8 +11,8 @@ from starlette.types import Scope
 from replicas.errors import TriadError
 from replicas.messages import Failed, Finished
 from router.auth import ApiKey
-from router.dispatch import Generation
 from router.errors import ApiError
+from router.generation import Generation
 from router.limits import Charge, KeyLimiter
 from router.metrics import Metrics, Outcome
 

@@ -8,7 +8,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from replicas.errors import TriadError
-from router.dispatch import Generation
+from router.generation import Generation
 from router.request_log import RequestLog
 from router.sse import Answer, Counts, delta_event, error_event, whole_body
 

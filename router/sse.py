@@ -15,7 +15,7 @@ NUM_AT_ONCE = 256
 """Log-probabilities written in one go; after each the loop sees to its other streams."""
 _NO_LOGPROBS = b'"logprobs":null'
 """A mark to split at, which stands in no text, where JSON escapes the quotes."""
-LEAST_LOGPROB = -9999.0
+MIN_LOGPROB = -9999.0
 """OpenAI's log-probability for the impossible."""
 
 
@@ -300,4 +300,4 @@ def _escaped(entry: TextLogprob) -> str:
 
 def _finite(logprob: float) -> float:
     """The log-probability made finite, as JSON has no infinity."""
-    return max(logprob, LEAST_LOGPROB)
+    return max(logprob, MIN_LOGPROB)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from policies.cost import UNMEASURED
+from replicas.config import EngineConfig
 from replicas.engine.batch import ModelSpec, ScheduledBatch, Segment, SegmentOutput
 from replicas.engine.blocks import PagePool
 from replicas.engine.constrain import constrained
@@ -22,7 +23,7 @@ from replicas.engine.counters import Counters
 from replicas.engine.decoders.choose import ActivePlan, begin_round, following_block, plan_for
 from replicas.engine.decoders.round import SegmentRequest
 from replicas.engine.exploration import Exploration
-from replicas.engine.prefill import Limits, PrefillBudget, is_coming
+from replicas.engine.prefill import PrefillBudget, is_coming
 from replicas.engine.sequence import Progress, Sequence, Status
 from replicas.engine.sequence_pages import SequencePages
 from replicas.errors import ErrorCode
@@ -37,17 +38,15 @@ class Scheduler:
     def __init__(
         self,
         spec: ModelSpec,
-        limits: Limits,
+        config: EngineConfig,
         active: ActivePlan,
         clock: Callable[[], float] = time.monotonic,
-        overlaps_blocks: bool = True,
     ):
-        """overlaps_blocks: a block of diffusion is begun in the forward that commits the one before, where
-        the model denoises without adapter, as it commits."""
         self._clock = clock
-        self._overlaps_blocks = overlaps_blocks and not spec.denoise_with_adapter
+        # Where the model denoises without adapter, as it commits.
+        self._overlaps_blocks = config.overlap_blocks and not spec.denoise_with_adapter
         self._spec = spec
-        self._limits = limits
+        self._config = config
         self._pool = PagePool(spec.num_pages, spec.page_size)
         self._pages = SequencePages(self._pool)
         self._running: list[Sequence] = []  # both by rank
@@ -163,7 +162,7 @@ class Scheduler:
         self._pool.check_integrity([page for sequence in self._running for page in sequence.pages])
         assert self._running == sorted(self._running, key=_rank)
         assert self._waiting == sorted(self._waiting, key=_rank)
-        assert len(self._running) <= self._limits.max_running
+        assert len(self._running) <= self._config.max_running
         for sequence in self._running:
             assert sequence.status is Status.RUNNING
             assert sequence.num_cached <= len(sequence.pages) * self._spec.page_size
@@ -175,19 +174,19 @@ class Scheduler:
 
     def _pick(self) -> dict[Sequence, SegmentRequest]:
         """The segments to run within the token budget, pages aside."""
-        limits = self._limits
-        budget = limits.max_step_tokens
+        config = self._config
+        budget = config.max_step_tokens
         prefilling = [sequence for sequence in self._running if sequence.is_prefilling]
         rounds = [sequence for sequence in self._running if not sequence.is_prefilling]
-        can_admit = bool(self._waiting) and len(self._running) < limits.max_running
-        reserved = min(budget // PREFILL_SHARE, limits.max_prefill_tokens) if prefilling or can_admit else 0
+        can_admit = bool(self._waiting) and len(self._running) < config.max_running
+        reserved = min(budget // PREFILL_SHARE, config.max_prefill_tokens) if prefilling or can_admit else 0
         requests: dict[Sequence, SegmentRequest] = {}
         for sequence in sorted(rounds, key=lambda item: item.last_step):
             request = self._next_segment(sequence, budget - reserved)
             if request is not None:
                 requests[sequence] = request
                 budget -= len(request.token_ids)
-        prefill = PrefillBudget(limits, self.step_cost, budget, requests)
+        prefill = PrefillBudget(config, self.step_cost, budget, requests)
         for sequence in prefilling:
             if (request := prefill.take(sequence)) is not None:
                 requests[sequence] = request
@@ -198,7 +197,7 @@ class Scheduler:
         """Lets waiting sequences run, and adds their first chunks, while the budget and the pages last."""
         num_promised = 0
         for sequence in tuple(self._waiting):
-            if prefill.room() <= 0 or len(self._running) == self._limits.max_running:
+            if prefill.room() <= 0 or len(self._running) == self._config.max_running:
                 return
             self._pages.reuse(sequence)
             num_pages = self._pool.pages_for(sequence.prefill_end + 1) - len(sequence.pages)

@@ -14,8 +14,7 @@ from cluster.config import ClusterConfig
 from cluster.embedded_redis import EmbeddedRedis, Endpoint
 from policies.scaling import Targets
 from replicas.config import ReplicaConfig
-from router.admission_control import QueueLimits
-from router.ingress import IngressConfig
+from router.config import IngressConfig
 
 
 def nodes(app: Application) -> dict[str, Application]:
@@ -40,15 +39,15 @@ def test_without_a_redis_url_one_is_deployed_that_all_know():
     ingress, replica = argument(found["Ingress"]), argument(found["Replica"])
     assert isinstance(ingress, IngressConfig)
     assert isinstance(replica, ReplicaConfig)
-    assert ingress.redis_url == replica.redis_url == endpoint.url
-    assert (ingress.app, ingress.model_name) == (replica.app, replica.served_model_name)
+    assert argument(found["Ingress"], 1) == argument(found["Replica"], 1) == endpoint.url
+    assert (ingress.app, ingress.model_name) == (replica.app, replica.model_name)
 
 
 def test_with_a_redis_url_none_is_deployed():
     url = "redis://:password@redis.example:6379/3"
     found = nodes(deploy(ClusterConfig(redis_url=url)))
     assert set(found) == {"Ingress", "Replica"}
-    assert argument(found["Ingress"]).redis_url == argument(found["Replica"]).redis_url == url
+    assert argument(found["Ingress"], 1) == argument(found["Replica"], 1) == url
 
 
 def test_what_is_configured_arrives():
@@ -79,7 +78,7 @@ def test_what_is_configured_arrives():
     assert replica._deployment_config.graceful_shutdown_timeout_s == 77
     assert found["Ingress"]._bound_deployment.num_replicas == 2
     given = argument(found["Replica"])
-    assert (given.checkpoint, given.policy, given.dtype, given.num_threads) == (
+    assert (given.checkpoint, given.policy, given.weights_dtype, given.num_threads) == (
         "some/model",
         "ar",
         "bfloat16",
@@ -90,11 +89,8 @@ def test_what_is_configured_arrives():
     assert (given.max_step_tokens, given.max_waiting) == (256, 6)
     ingress = argument(found["Ingress"])
     assert ingress.shared_prefix_cache
-    assert (ingress.max_running, ingress.queue_limits, ingress.bounds.max_body_bytes) == (
-        5,
-        QueueLimits(6, 700, 8.0),
-        5000,
-    )
+    assert (ingress.max_running, ingress.max_waiting, ingress.max_body_bytes) == (5, 6, 5000)
+    assert (ingress.max_waiting_tokens, ingress.max_queue_s) == (700, 8.0)
 
 
 def test_the_number_of_replicas_may_follow_the_demand():

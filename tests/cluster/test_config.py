@@ -98,7 +98,7 @@ def test_an_error_names_the_key_and_what_to_change(argument, words):
 )
 def test_the_numbers_of_replicas(given, numbers):
     config = ClusterConfig(**given)
-    assert (config.least_replicas, config.first_replicas, config.most_replicas) == numbers
+    assert config.replica_range == numbers
 
 
 @pytest.mark.parametrize("arguments", [(3, 1, 2), (1, 3, 2), (2, 1, 4)])

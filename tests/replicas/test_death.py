@@ -13,6 +13,7 @@ from policies.cost import StepCost
 from policies.modes import DecodePlan, Mode
 from policies.policy import ExploredPlans
 from policies.replica_load import Freshness, ObservedLoad, ReplicaLoad
+from replicas.config import EngineConfig
 from replicas.engine.batch import RunnerLost, ScheduledBatch, SegmentOutput
 from replicas.engine.engine import MAX_FAILED, Engine
 from replicas.errors import ErrorCode, TriadError
@@ -261,7 +262,7 @@ async def test_tokens_are_counted_that_nobody_is_told_of() -> None:
 async def test_a_failed_request_of_many_choices_tells_of_all_it_made() -> None:
     """One that had ended and two that had not; those without a token are not counted among them."""
     runner = StepwiseRunner()
-    engine = Engine(runner, max_running=3)
+    engine = Engine(runner, EngineConfig(max_running=3))
     service = ReplicaService(engine, CODEC, "replica")
     service.start()
     stream = service.channel("c")

@@ -6,15 +6,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from policies.control.store import LoadStore
+from replicas.config import EngineConfig
 from replicas.engine.engine import Engine
 from replicas.messages import ModelInfo
 from replicas.service import ReplicaService
 from replicas.socket_server import SocketServer
-from router.admission_control import AdmissionControl, QueueLimits
+from router.admission_control import AdmissionControl
 from router.api import AppState
+from router.config import AdmissionConfig
 from router.dispatch import Dispatcher
 from router.load_view import LoadView
-from router.replica_connection import LinkTimes, Roster
+from router.replica_connection import ConnectionTimes, Roster
 from router.socket_client import SocketReplicaClient
 from tests.eventually import eventually
 from tests.replicas.codec import byte_codec
@@ -69,15 +71,15 @@ async def a_stack(
     store: LoadStore | None = None,
     service: dict[str, Any] | None = None,
     limits: dict[str, int] | None = None,
-    times: LinkTimes | None = None,
+    times: ConnectionTimes | None = None,
     **door: Any,
 ) -> AsyncIterator[Stack]:
     """A door over one service a runner. limits: of each engine. service, door: more for each."""
-    limits = limits or {}
+    config = EngineConfig(**(limits or {}))
     async with AsyncExitStack() as stack:
         replicas = []
         for number, runner in enumerate(runners or [ScriptedRunner()]):
-            engine = Engine(runner, **limits)
+            engine = Engine(runner, config)
             made = ReplicaService(engine, byte_codec(), f"replica-{number}", **(service or {}))
             made.start()
             stack.push_async_callback(made.stop)
@@ -88,13 +90,13 @@ async def a_stack(
         store = store or FakeStore()
         view = LoadView(store)
         admission = AdmissionControl(
-            limits.get("max_running", 64), QueueLimits(limits.get("max_waiting", 256))
+            AdmissionConfig(max_running=config.max_running, max_waiting=config.max_waiting)
         )
         dispatcher = Dispatcher(
             LocalDirectory(replicas),
             view,
             admission,
-            times=times or LinkTimes(reopen_s=0.01, max_reopen_s=0.05),
+            times=times or ConnectionTimes(reopen_s=0.01, max_reopen_s=0.05),
             discovery_period_s=0.02,
         )
         await stack.enter_async_context(running(dispatcher.run()))

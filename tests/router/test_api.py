@@ -12,7 +12,7 @@ from policies.modes import DecodePlan, Mode
 from policies.replica_load import ClusterLoad, ObservedLoad
 from replicas.errors import ErrorCode
 from router.api import create_app
-from router.config import Bounds
+from router.config import IngressConfig
 from router.metrics import Metrics
 from tests.eventually import eventually
 from tests.router.conftest import in_process, over_http, running
@@ -254,7 +254,7 @@ async def chunks_of(body: bytes, size: int):
 
 @pytest.mark.parametrize("declared", [True, False])
 async def test_a_body_too_large_is_a_413(make_door, declared):
-    door = await make_door(ScriptedReplica("a"), bounds=Bounds(max_body_bytes=2000))
+    door = await make_door(ScriptedReplica("a"), config=IngressConfig(max_body_bytes=2000))
     body = json.dumps(CHAT | {"user": "x" * 3000}).encode()
     content = body if declared else chunks_of(body, 500)
     async with over_http(create_app(door)) as url, httpx.AsyncClient(base_url=url) as client:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from policies.cost import StepCost
 from policies.modes import DecodePlan, Mode
+from replicas.config import EngineConfig
 from replicas.engine.engine import Engine
 from replicas.engine.sequence import Progress, Sequence
 from replicas.messages import DecodingOptions, JsonFormat, SamplingParams
@@ -41,12 +42,14 @@ class Crowd:
         self.runner = ScriptedRunner(num_pages=num_pages, page_size=4, max_context=MAX_CONTEXT)
         self.engine = Engine(
             self.runner,
-            max_running=rng.randint(1, 12),
-            max_waiting=1000,
-            max_step_tokens=step_tokens,
-            max_prefill_tokens=rng.randint(1, 60),
-            max_step_ms=rng.choice((None, 6.0, 12.0)),
-            overlap_blocks=self.overlaps_blocks,
+            EngineConfig(
+                max_running=rng.randint(1, 12),
+                max_waiting=1000,
+                max_step_tokens=step_tokens,
+                max_prefill_tokens=rng.randint(1, 60),
+                max_step_ms=rng.choice((None, 6.0, 12.0)),
+                overlap_blocks=self.overlaps_blocks,
+            ),
         )
         self.engine.set_step_cost(rng.choice(COSTS))
         self.prefixes = [[rng.randint(3, 60) for _ in range(30)] for _ in range(2)]

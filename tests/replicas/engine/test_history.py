@@ -1,6 +1,7 @@
 """The tokens that penalties count, as segments have them."""
 
 from policies.modes import Mode
+from replicas.config import EngineConfig
 from replicas.engine.batch import ScheduledBatch, SegmentOutput
 from replicas.engine.engine import Engine
 from replicas.messages import DecodingOptions, SamplingParams
@@ -27,7 +28,7 @@ class HistoryCheck(ScriptedRunner):
 def test_a_segments_history_is_what_is_cached_before_it() -> None:
     """In every mode with penalties, over chunks of prompts, rejected drafts and preemptions."""
     runner = HistoryCheck(num_pages=30)
-    engine = Engine(runner, max_running=8, max_prefill_tokens=16)
+    engine = Engine(runner, EngineConfig(max_running=8, max_prefill_tokens=16))
     sequences = []
     for index in range(12):
         mode = (Mode.AR, Mode.SELF_SPECULATION)[index % 2]

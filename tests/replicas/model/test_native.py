@@ -4,7 +4,6 @@ import itertools
 import logging
 import platform
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,9 +30,7 @@ from tests.replicas.model.conftest import (
 )
 from tests.tiny_checkpoint import tiny_config
 
-CONFIG = ReplicaConfig(
-    "", "tiny", "triad", "redis://", "ar", dtype="float32", quantization="int8", kv_cache_mb=1
-)
+CONFIG = ReplicaConfig(dtype="float32", quantization="int8", kv_cache_mb=1)
 
 
 @pytest.fixture
@@ -210,12 +207,12 @@ def test_quantization_that_cannot_be_had(tiny_folder: Path) -> None:
     with pytest.raises(CheckpointError, match="must be 'int8' or None, got 'int4'"):
         TorchRunner.load(str(tiny_folder), num_pages=20, quantization="int4")
     with pytest.raises(CheckpointError, match="'int8' is for CPUs"):
-        load_runner(replace(CONFIG, checkpoint=str(tiny_folder), device="cuda"))
+        load_runner(CONFIG.model_copy(update={"model": str(tiny_folder), "num_gpus": 1.0}))
 
 
 def test_a_replica_is_quantised_as_configured(tiny_folder: Path) -> None:
     expected = poisoned_runner(tiny_folder, "native", page_size=16, num_pages=60, quantization="int8")
-    found = load_runner(replace(CONFIG, checkpoint=str(tiny_folder)))
+    found = load_runner(CONFIG.model_copy(update={"model": str(tiny_folder)}))
     one = segment(prompt(20, seed=4), (0, 1))
     assert torch.equal(LogitsProbe(found)(one)[0], LogitsProbe(expected)(one)[0])
     whole = poisoned_runner(tiny_folder, "native", page_size=16, num_pages=60)
