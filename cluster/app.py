@@ -8,7 +8,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import LoggingConfig
 
 from cluster.autoscaling import autoscaling_config
@@ -16,13 +16,10 @@ from cluster.config import ClusterConfig
 from cluster.embedded_redis import EmbeddedRedis, Endpoint
 from replicas.config import ReplicaConfig
 from router.config import IngressConfig
-from router.ingress import AddressedRouter, Ingress
+from router.ingress import Ingress
 
 UNLIMITED = 100_000
-"""The ongoing requests an actor may have. Admission and the replica's queue are the bounds; Serve's own would
-hold back cancels and channels along with requests."""
-
-ADDRESSED_ROUTER = f"{AddressedRouter.__module__}:{AddressedRouter.__name__}"
+"""The ongoing requests an actor may have. Admission and the replica's queue are the bounds."""
 
 
 class RedisServer:
@@ -91,7 +88,6 @@ def _replicas(args: ClusterConfig, redis_url: str) -> Application:
         (ReplicaConfig.of(args), redis_url),
         # The ingress asks each replica every second who it is; its own log has the requests.
         logging_config=_logging(args, access_log=False),
-        request_router_config=RequestRouterConfig.model_validate({"request_router_class": ADDRESSED_ROUTER}),
         **parallel,
     )
 

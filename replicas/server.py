@@ -3,10 +3,10 @@
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
+import ray
 from ray import serve
 
 from policies.control.plan import ReplicaPlan
@@ -19,12 +19,14 @@ from policies.scaling import demand
 from replicas.calibration import calibrate
 from replicas.config import ReplicaConfig
 from replicas.engine.engine import Engine
-from replicas.messages import Accepted, Event, GenerateRequest, ModelInfo, Rejected
+from replicas.messages import ModelInfo
 from replicas.net import check_running
 from replicas.runner_loader import load_runner
 from replicas.service import ReplicaService
+from replicas.socket_server import SocketServer
 from replicas.text import TextCodec
 from replicas.trace import SpanWriter
+from replicas.wire import SocketAddress
 from replicas.workers import Workers
 from telemetry.logs import configure_logs
 from telemetry.setup import Tracing
@@ -36,8 +38,8 @@ LAST_WORDS_S = 0.5
 
 
 class Replica:
-    """The actor of a model server. The router calls submit, cancel and channel; the rest is for operators and
-    Serve.
+    """The actor of a model server. Ingresses ask it to introduce itself, and then talk to its socket; the
+    rest is for operators and Serve.
 
     Serve runs the constructor on the event loop that the calls will run on, and sends none before it is done.
     """
@@ -85,33 +87,20 @@ class Replica:
         self._apply(self._follower.plan)
         self._stop = asyncio.Event()
         self._service.start()
+        self._sockets = SocketServer(self._service, ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+        self._listening = asyncio.create_task(self._sockets.start(), name="the start of the socket server")
         self._control = asyncio.create_task(self._follower.run(self._stop), name="the control loop")
         self._loops = [self._control]
         if self._workers is not None:
             minding = asyncio.create_task(self._mind(self._workers), name="the watch over the workers")
             self._loops.append(minding)
 
-    async def model_info(self) -> ModelInfo:
-        return self._info
+    async def introduce(self) -> tuple[ModelInfo, SocketAddress]:
+        """What an ingress must know to connect: calls and events go over a socket from then on."""
+        return self._info, self._sockets.address
 
     async def replica_id(self) -> str:
         return self._service.replica_id
-
-    async def submit(self, request: GenerateRequest) -> Accepted | Rejected:
-        """Validates and queues a request; its events go to its channel, and end with exactly one last."""
-        return await self._service.submit(request)
-
-    async def cancel(self, request_ids: tuple[str, ...]) -> None:
-        await self._service.cancel(request_ids)
-
-    async def channel(self, channel_id: str) -> AsyncIterator[tuple[Event, ...]]:
-        """The events of all requests submitted with this channel, one item a step.
-
-        An empty item comes at once and about every second. When the stream ends or is closed, its
-        requests are cancelled.
-        """
-        async for events in self._service.channel(channel_id):
-            yield events
 
     async def state(self) -> dict[str, Any]:
         return await self._service.state()
@@ -127,11 +116,16 @@ class Replica:
         """Raises RuntimeError when the replica should be replaced. Called by Serve."""
         self._service.check()
         check_running(self._loops)
+        if self._listening.done():
+            self._listening.result()
 
     async def __del__(self) -> None:
         """Stops the replica. Called by Serve, also for one whose constructor failed."""
         if not hasattr(self, "_control"):
             return
+        # Serve knows nothing of the sockets, and kills this actor once its time is up.
+        await self._sockets.drained()
+        self._sockets.close()
         self._stop.set()
         await asyncio.wait((self._control,))  # which may have ended by an error of its own
         await self._service.stop()

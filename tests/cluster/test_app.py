@@ -152,13 +152,6 @@ def test_everything_fits_a_machine_with_two_cores():
     assert sum(cpus) <= 0.5
 
 
-def test_calls_to_replicas_are_routed_by_their_address():
-    router_config = nodes(deploy(ClusterConfig()))[
-        "Replica"
-    ]._bound_deployment._deployment_config.request_router_config
-    assert router_config.request_router_class == "router.ingress:AddressedRouter"
-
-
 def test_what_serve_sends_to_actors_can_be_pickled():
     for app in nodes(deploy(ClusterConfig())).values():
         arguments = [a for a in app._bound_deployment.init_args if not isinstance(a, Application | tuple)]
