@@ -29,7 +29,7 @@ from router.metrics import Metrics
 from router.middleware import layers
 from router.operate import Siblings, add_metrics_route, add_policy_routes
 from router.request_log import RequestLog, trace_carrier_in
-from router.responses import GenerationResponse
+from router.responses import GenerationResponse, chunk_interval_s
 from router.schema import ChatCompletionRequest, Completion, CompletionRequest
 from router.sse import Answer, ChatAnswer, TextAnswer
 from router.state import cluster_state
@@ -59,6 +59,12 @@ class AppState:
     """None traces nothing."""
     answers_id: bool = True
     """True if answers have the request's id from here, and not from what serves the app."""
+
+    def interval_s(self) -> float:
+        """Returns the least time between two chunks of a stream as things are."""
+        if self.config.stream_interval_ms is None:
+            return chunk_interval_s(self.dispatcher.num_in_flight)
+        return self.config.stream_interval_ms / 1000.0
 
 
 def create_app(app_state: AppState, lifespan: AbstractAsyncContextManager[None] | None = None) -> FastAPI:
@@ -179,7 +185,7 @@ async def _generate(
         answer,
         bool(body.stream),
         record,
-        app_state.config.stream_interval_ms / 1000.0,
+        app_state.interval_s,
         lambda error: as_sent(error, body),
     )
 

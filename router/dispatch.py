@@ -10,10 +10,11 @@ from replicas.messages import Accepted, Finished, GenerateRequest, ModelInfo
 from router.admission_control import Admission, AdmissionControl, Shed
 from router.connections import DISCOVERY_PERIOD_S, ReplicaConnections
 from router.errors import Overloaded, raise_if_shed
+from router.inbox import Inbox
 from router.load_view import LoadView
 from router.placement import place
 from router.prompt_estimator import PromptEstimator, check_fits
-from router.replica_connection import ConnectionTimes, Directory, Inbox, ReplicaConnection, ReplicaLost
+from router.replica_connection import ConnectionTimes, Directory, ReplicaConnection, ReplicaLost
 
 MAX_UNSURE = 16
 """Prompts that by the estimate don't fit, sent off by this router and not yet read by a replica, for each
@@ -79,6 +80,11 @@ class Dispatcher:
     def model(self) -> ModelInfo | None:
         """The model that the replicas serve; None until a replica has been seen."""
         return self._connections.model
+
+    @property
+    def num_in_flight(self) -> int:
+        """This router's own choices that run or wait, of all requests."""
+        return self._traffic.num_in_flight
 
     def in_flight(self) -> dict[str, int]:
         """This router's own requests, by replica, however many choices they have."""

@@ -1,19 +1,24 @@
 """One request on its way: sent to a replica, once more where that is lost, its events taken to the end."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+import math
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 from replicas.errors import ErrorCode, TriadError
-from replicas.messages import Delta, Event, Failed, Finished, FinishReason, GenerateRequest, joined
+from replicas.messages import Delta, Failed, Finished, FinishReason, GenerateRequest, joined
 from router.dispatch import Dispatcher
-from router.replica_connection import FAULTS, Inbox, LastWord, ReplicaConnection, ReplicaLost
+from router.inbox import Inbox
+from router.replica_connection import FAULTS, LastWord, ReplicaConnection, ReplicaLost
 
 MAX_LOSSES = 1
 """The failures of its replicas that a request survives, as long as nothing of it has been sent: so one that
 itself brings a replica down brings down two at most."""
+
+Interval = Callable[[], float]
+"""A function that gives a number of seconds, asked again for each piece of a stream."""
 
 
 class Generation:
@@ -47,8 +52,7 @@ class Generation:
         self._num_sent = 0
         self._connection: ReplicaConnection | None = None
         self._request_id = ""
-        self._inbox: Inbox = asyncio.Queue()
-        self._first: Event | None = None
+        self._inbox = Inbox()
 
     async def __aenter__(self) -> Self:
         try:
@@ -63,52 +67,41 @@ class Generation:
     ) -> None:
         self._leave()
 
-    async def deltas(self, interval_s: float = 0.0) -> AsyncGenerator[tuple[Delta, ...], None]:
+    async def deltas(self, interval_s: Interval = lambda: 0.0) -> AsyncGenerator[tuple[Delta, ...], None]:
         """Yields text as it comes; what has piled up of a choice meanwhile comes as one.
 
-        interval_s: the least time between two pieces; the first and the last come at once.
+        interval_s: gives the least time between this piece and the next; the first and the last come at once.
         Raises TriadError if it breaks off.
         """
         clock = asyncio.get_running_loop().time
         due_s = 0.0
         while self.finished is None:
             piled: dict[int, list[Delta]] = {}
-            event: Event | None = self._first or await self._inbox.get()
-            self._first = None
-            while isinstance(event, Delta):
-                piled.setdefault(event.index, []).append(event)
-                self.num_tokens += event.num_tokens
-                if event.reason is not None:
-                    self.finish_reasons[event.index] = event.reason
-                event = await self._next_before(due_s)
+            end: Finished | Failed | None = None
+            for event in await self._inbox.take(due_s):
+                if isinstance(event, Delta):
+                    piled.setdefault(event.index, []).append(event)
+                    self.num_tokens += event.num_tokens
+                    if event.reason is not None:
+                        self.finish_reasons[event.index] = event.reason
+                else:
+                    end = event
             if piled:
-                due_s = clock() + interval_s
+                due_s = clock() + interval_s()
                 yield tuple(map(joined, piled.values()))
-            if isinstance(event, Failed):
-                self.last = event
-                raise TriadError(event.code, event.message)
-            if isinstance(event, Finished):
-                self.last = self.finished = event
-                self._dispatcher.ended(self._request, event)
-
-    async def _next_before(self, due_s: float) -> Event | None:
-        """The next event; None when none has come by due_s, a time of the loop's clock."""
-        if not self._inbox.empty():
-            return self._inbox.get_nowait()
-        if asyncio.get_running_loop().time() >= due_s:
-            return None
-        try:
-            async with asyncio.timeout_at(due_s):
-                return await self._inbox.get()
-        except TimeoutError:
-            return None
+            if isinstance(end, Failed):
+                self.last = end
+                raise TriadError(end.code, end.message)
+            if end is not None:
+                self.last = self.finished = end
+                self._dispatcher.ended(self._request, end)
 
     async def whole(self) -> tuple[Delta, ...]:
         """Returns every choice as one, in order; a lost replica is survived, for nothing is sent before."""
         while True:
             try:
                 parts: dict[int, list[Delta]] = {}
-                async for deltas in self.deltas():
+                async for deltas in self.deltas(lambda: math.inf):
                     for delta in deltas:
                         parts.setdefault(delta.index, []).append(delta)
                 return tuple(joined(parts[index]) for index in sorted(parts))
@@ -124,9 +117,8 @@ class Generation:
         while True:
             try:
                 await self._send()
-                first = await self._inbox.get()
+                first = await self._inbox.first()
                 if not isinstance(first, Failed):
-                    self._first = first
                     return
                 self.last = first
                 raise TriadError(first.code, first.message)
@@ -173,12 +165,12 @@ class Generation:
     def _leave(self) -> None:
         if self._connection is None:
             return
-        while self.last is None and (self._first is not None or not self._inbox.empty()):
-            event, self._first = self._first or self._inbox.get_nowait(), None
-            if isinstance(event, Delta):
-                self.num_tokens += event.num_tokens
-            else:
-                self.last = event
+        if self.last is None:
+            for event in self._inbox.take_now():
+                if isinstance(event, Delta):
+                    self.num_tokens += event.num_tokens
+                else:
+                    self.last = event
         if self.last is None:
             self._connection.abandon(self._request_id, self.on_end)
         else:

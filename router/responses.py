@@ -8,7 +8,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from replicas.errors import TriadError
-from router.generation import Generation
+from router.generation import Generation, Interval
 from router.request_log import RequestLog
 from router.sse import Answer, Counts, delta_event, error_event, whole_body
 
@@ -18,11 +18,23 @@ EVENT_STREAM = {
     "x-accel-buffering": "no",
 }
 
+FEW_STREAMS = 4
+"""Streams of an ingress up to which each step of the engine is a chunk."""
+MAX_CHUNKS_PER_S = 2000.0
+"""Chunks a second that an ingress sends of more streams than those: about a fifth of a core."""
+MAX_INTERVAL_S = 0.04
+"""The longest time for which chunks are held back to be sent as one."""
+
+
+def chunk_interval_s(num_streams: int) -> float:
+    """Returns the least time between two chunks of a stream, where so many run at an ingress."""
+    return min(MAX_INTERVAL_S, max(0, num_streams - FEW_STREAMS) / MAX_CHUNKS_PER_S)
+
 
 class GenerationResponse(Response):
     """Runs a generation while it answers; a TriadError before the first byte leaves as an exception.
 
-    interval_s: the least time between two pieces of a stream
+    interval_s: gives the least time between two pieces of a stream
     as_sent: gives an error in the names that the client used
     """
 
@@ -32,7 +44,7 @@ class GenerationResponse(Response):
         answer: Answer,
         stream: bool,
         record: RequestLog,
-        interval_s: float = 0.0,
+        interval_s: Interval = lambda: 0.0,
         as_sent: Callable[[TriadError], TriadError] = lambda error: error,
     ):
         super().__init__()
