@@ -17,7 +17,13 @@ class HistoryCheck(ScriptedRunner):
         for segment in batch.segments:
             if segment.sampling.has_penalties and segment.wanted:
                 cached = [self._slots[segment.pages[p // size]][p % size] for p in range(segment.start)]
-                assert list(segment.history) == cached
+                seen = segment.history.token_ids.tolist()
+                assert seen[: segment.start] == cached
+                assert (
+                    seen[segment.start :]
+                    == list(segment.token_ids[: segment.wanted[0] + 1])[: len(seen) - segment.start]
+                )
+                assert len(seen) > segment.start
                 self.num_checked += 1
             else:
                 assert not segment.history
