@@ -48,7 +48,7 @@ class Counts:
         """How often the completion has each of the ids, [n] int32; 0 for ids that are none of these."""
         if not len(self.ids):
             return np.zeros(len(ids), np.int32)
-        at = self.ids.searchsorted(ids).clip(max=len(self.ids) - 1)
+        at = np.minimum(self.ids.searchsorted(ids), len(self.ids) - 1)
         return np.where(self.ids[at] == ids, self.times[at], 0).astype(np.int32)
 
 

@@ -77,24 +77,25 @@ def apply_rules(
     be restored, in this order, for a token's logits to be the model's again, but those that min_tokens or a
     mask made -inf.
     """
-    stride, vocab_size = logits.stride(0), logits.shape[1]
+    vocab_size = logits.shape[1]
     whole = as_line(logits)
-    biases = _Biases(stride, vocab_size)
+    biases = _Biases(logits.stride(0), vocab_size)
     groups = list(_groups(rows, ruled))
-    with np.errstate(all="ignore"):  # nothing to warn of: see Penalty.of
-        for first, group in groups:
-            if group[0].sampling.logit_bias:
-                biases.add(range(first, first + len(group)), group[0].sampling.logit_bias)
-        ends = [index for index in ruled if rows[index].forbids_end]
+    for first, group in groups:
+        if group[0].sampling.logit_bias:
+            biases.add(range(first, first + len(group)), group[0].sampling.logit_bias)
+    ends = [index for index in ruled if rows[index].forbids_end]
+    if ends:
         biases.add(ends, [(token, _IMPOSSIBLE) for token in eos_token_ids])
     biased, added = biases.on(logits.device)
-    overwritten = [Overwritten(whole, biased, whole.index_select(1, biased), None)]
+    overwritten = [Overwritten(whole, biased, whole.index_select(1, biased), None)] if len(biased) else []
     penalties = [
         _penalty(first, group, vocab_size) for first, group in groups if group[0].sampling.has_penalties
     ]
     if penalties:
         overwritten += penalise(logits, penalties)
-    whole.index_add_(1, biased, added)
+    if len(biased):
+        whole.index_add_(1, biased, added)
     _apply_masks(logits, [(index, mask) for index in ruled if (mask := rows[index].allowed) is not None])
     return overwritten
 
@@ -145,7 +146,8 @@ class _Biases:
         pairs = pairs[(pairs[:, 0] >= 0) & (pairs[:, 0] < self._vocab_size)]
         starts = np.array(rows, dtype=np.int64) * self._stride
         self._places.append((starts[:, None] + pairs[:, 0].astype(np.int64)).ravel())
-        self._amounts.append(np.tile(pairs[:, 1], len(starts)).astype(np.float32))
+        with np.errstate(over="ignore"):  # a row that a bias makes infinite has no token, and says so
+            self._amounts.append(np.tile(pairs[:, 1], len(starts)).astype(np.float32))
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """The places [n] int64, and what is added there, [1, n]."""

@@ -90,7 +90,7 @@ class Penalty:
 
     @property
     def num_rows(self) -> int:
-        return self.rows.stop - self.rows.start
+        return len(self.own_starts) - 1
 
     @property
     def own_places(self) -> tuple[np.ndarray, np.ndarray]:
@@ -184,7 +184,9 @@ def _of_the_rest(logits: torch.Tensor, penalties: Sequence[Penalty]) -> _Change:
 
     The penalties are not none, and alike in that they shrink or not.
     """
-    places, scales, taken_off = [], [], []
+    places: list[np.ndarray] = []
+    scales: list[np.ndarray] = []
+    taken_off: list[np.ndarray] = []
     for penalty in penalties:
         rows, ids = penalty.own_places
         times = penalty.own_times
@@ -196,7 +198,6 @@ def _of_the_rest(logits: torch.Tensor, penalties: Sequence[Penalty]) -> _Change:
         places.append(rows * logits.stride(0) + ids)
         scales.append(np.full(len(ids), penalty.scale, np.float32))
         taken_off.append(penalty.taken_off[times])
-    ids, scale, amounts = (
-        torch.from_numpy(np.concatenate(parts)).to(logits.device) for parts in (places, scales, taken_off)
-    )
-    return _Change(as_line(logits), None, ids, scale, penalties[0].shrinks, amounts)
+    joined = [torch.from_numpy(np.concatenate(parts)) for parts in (places, scales, taken_off)]
+    columns, scale, amounts = (part.to(logits.device) for part in joined)
+    return _Change(as_line(logits), None, columns, scale, penalties[0].shrinks, amounts)

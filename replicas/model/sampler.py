@@ -136,8 +136,9 @@ def sample(
     if greedy:
         changed = _lines(logits, greedy)
         found = _argmax(changed)
-        tokens[greedy] = found
-        normalisers[greedy] = _nan_unless_finite(normalisers[greedy], changed.gather(1, found[:, None]))
+        at = torch.tensor(greedy, device=logits.device)
+        tokens[at] = found
+        normalisers[at] = _nan_unless_finite(normalisers[at], changed.gather(1, found[:, None]))
     sampled = SampledRows.build(rows, logits.device)
     if sampled is not None:
         tokens[sampled.rows], largest = _pick(_lines(logits, sampled.rows.tolist()), sampled)

@@ -19,7 +19,7 @@ class NativePenalties:
     def penalise(self, logits: torch.Tensor, penalties: Sequence[Penalty]) -> list[Overwritten]:
         """As replicas.model.penalties.penalise; what it gives back is valid until the next call."""
         sizes = [size for p in penalties for size in (p.num_rows * len(p.shared.ids), len(p.own_ids))]
-        was = iter(self._floats(sum(sizes)).split(sizes))
+        was = iter(torch.split(self._floats(sum(sizes)), sizes))
         parts = [(penalty, next(was).view(penalty.num_rows, -1), next(was)) for penalty in penalties]
         given = (c.Penalty * len(parts))(*(_given(*part) for part in parts))
         self._library.triad_penalise(

@@ -176,7 +176,7 @@ RULES = {
     "biases": (BIASES, 1),
     "biases of a verify": (BIASES, 16),
     "masks": (SamplingParams(response_format=ANY_JSON), 1),
-    "min_tokens": (SamplingParams(min_tokens=9), 1),
+    "min_tokens": (SamplingParams(min_tokens=5000), 1),
 }
 
 
