@@ -119,7 +119,7 @@ class Scheduler:
                     wanted=request.wanted,
                     sampling=sequence.sampling,
                     prompt_len=sequence.num_prompt_tokens,
-                    history=sequence.history[:start] if request.wanted else (),
+                    history=sequence.history_for(request),
                     allowed=allowed,
                 )
             )

@@ -14,6 +14,7 @@ import torch
 
 from replicas.engine.batch import TokenProb
 from replicas.model.logit_rules import Row, apply_rules, runs_of
+from replicas.model.penalties import Penalise, penalise
 
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-5, 1e30
 """The bounds of any temperature above 0, so that all of float32's arithmetic with it is finite."""
@@ -117,6 +118,7 @@ def sample(
     mask_token_id: int | None,
     eos_token_ids: Set[int] = frozenset(),
     choose: Choose = choose,
+    penalise: Penalise = penalise,
 ) -> tuple[list[int], list[float], dict[int, tuple[TokenProb, ...]]]:
     """logits [W, vocab] -> W token ids, W probabilities, and by row the most probable tokens asked for.
 
@@ -129,13 +131,14 @@ def sample(
     tokens, normalisers = choose(logits, mask_token_id)
     most_probable = _most_probable(logits, normalisers, rows)
     ruled = [index for index, row in enumerate(rows) if row.has_rules]
-    overwritten = apply_rules(logits, rows, ruled, eos_token_ids) if ruled else []
+    overwritten = apply_rules(logits, rows, ruled, eos_token_ids, penalise) if ruled else []
     greedy = [index for index in ruled if not rows[index].sampling.temperature > 0]
     if greedy:
         changed = _lines(logits, greedy)
         found = _argmax(changed)
-        tokens[greedy] = found
-        normalisers[greedy] = _nan_unless_finite(normalisers[greedy], changed.gather(1, found[:, None]))
+        at = torch.tensor(greedy, device=logits.device)
+        tokens[at] = found
+        normalisers[at] = _nan_unless_finite(normalisers[at], changed.gather(1, found[:, None]))
     sampled = SampledRows.build(rows, logits.device)
     if sampled is not None:
         tokens[sampled.rows], largest = _pick(_lines(logits, sampled.rows.tolist()), sampled)
