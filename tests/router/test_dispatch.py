@@ -80,7 +80,7 @@ async def test_with_an_interval_the_first_piece_and_the_end_do_not_wait(start):
     replica = ScriptedReplica("a")
     dispatcher = await start(replica)
     generation, request_id = await begun(dispatcher, replica)
-    news = generation.deltas(interval_s=1000.0)
+    news = generation.deltas(lambda: 1000.0)
     assert text_of(await anext(news)) == WORDS[0]
     rest = asyncio.create_task(anext(news))
     play(replica, request_id, len(WORDS))
@@ -93,7 +93,7 @@ async def test_after_its_interval_a_piece_has_what_came_meanwhile(start):
     replica = ScriptedReplica("a")
     dispatcher = await start(replica)
     generation, request_id = await begun(dispatcher, replica)
-    news = generation.deltas(interval_s=0.1)
+    news = generation.deltas(lambda: 0.1)
     assert text_of(await anext(news)) == WORDS[0]
     began_s = asyncio.get_running_loop().time()
     piece = asyncio.create_task(anext(news))
@@ -107,7 +107,7 @@ async def test_within_an_interval_a_loss_is_told_at_once_after_the_text_before_i
     replica = ScriptedReplica("a")
     dispatcher = await start(replica)
     generation, request_id = await begun(dispatcher, replica)
-    news = generation.deltas(interval_s=1000.0)
+    news = generation.deltas(lambda: 1000.0)
     await anext(news)
     piece = asyncio.create_task(anext(news))
     replica.step(request_id)
