@@ -35,7 +35,7 @@ class Generation:
         self.num_prompt_tokens = 0
         """Prompt tokens as the replica counts them when it accepts the request."""
         self.num_tokens = 0
-        """Tokens of all choices, as far as their events have come."""
+        """Tokens of all choices, as far as their events have been taken."""
         self.finish_reasons: dict[int, FinishReason] = {}
         """The reasons of the choices that have ended, by index."""
         self.last: Finished | Failed | None = None

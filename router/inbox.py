@@ -17,6 +17,10 @@ class Inbox:
         self._due_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
+    def __len__(self) -> int:
+        """The number of events that have not been taken."""
+        return len(self._events)
+
     def put(self, event: Event) -> None:
         self._events.append(event)
         reader = self._reader
