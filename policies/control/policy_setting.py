@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 
 from policies.control.loop import run_every
 from policies.control.store import POLICY_KEY, LoadStore, PolicyEntry, StoreUnavailable
+from policies.failures import Failures
 from policies.policy import Policy
 from policies.registry import PolicyError, create_policy
 
@@ -150,8 +151,8 @@ class PolicyWatch:
 
     async def run(self) -> None:
         """Polls the store until cancelled."""
-        what = "reading the policy setting"
-        await run_every(WATCH_PERIOD_S, self.step, asyncio.Event(), time.monotonic, asyncio.sleep, what)
+        failures = Failures("reading the policy setting")
+        await run_every(WATCH_PERIOD_S, self.step, asyncio.Event(), time.monotonic, asyncio.sleep, failures)
 
     async def step(self) -> None:
         """Reads the setting and heeds it. Never raises StoreUnavailable: the setting then stays."""
