@@ -88,7 +88,7 @@ class Replica:
             self._load,
             self._apply,
             self._service.set_explored_plans,
-            watch.heed,
+            watch.apply,
         )
         self._apply(self._follower.plan)
         self._stop = asyncio.Event()

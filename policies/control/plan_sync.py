@@ -30,7 +30,7 @@ class PlanFollower:
     read_load: returns the load now; `plan_version`, `decode` and `decode_held_s` are filled in here.
     on_plan: called with each plan that differs from the one before in what to run or by which rule.
     on_explored_plans: called with the plans that the policy has the replica explore, when they change.
-    on_policy_entry: awaited with the policy setting that came with each plan (PolicyWatch.heed).
+    on_policy_entry: awaited with the policy setting that came with each plan (PolicyWatch.apply).
     """
 
     def __init__(

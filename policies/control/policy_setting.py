@@ -1,6 +1,6 @@
 """The policy an operator has set while the cluster runs: kept in the store, followed by all.
 
-Every process that decides has a PolicyWatch. A replica's heeds the setting that comes with each
+Every process that decides has a PolicyWatch. A replica's applies the setting that comes with each
 publication of its load, an ingress's polls the store. A store that has lost its data is given the setting
 back by any process that remembers it.
 """
@@ -155,15 +155,15 @@ class PolicyWatch:
         await run_every(WATCH_PERIOD_S, self.step, asyncio.Event(), time.monotonic, asyncio.sleep, failures)
 
     async def step(self) -> None:
-        """Reads the setting and heeds it. Never raises StoreUnavailable: the setting then stays."""
+        """Reads the setting and applies it. Never raises StoreUnavailable: the setting then stays."""
         try:
             entry = await _read(self._store)
         except StoreUnavailable:
             return
-        await self.heed(entry)
+        await self.apply(entry)
 
-    async def heed(self, entry: PolicyEntry) -> None:
-        """Follows a setting that was read; writes only to a store that has lost the one known here."""
+    async def apply(self, entry: PolicyEntry) -> None:
+        """Takes over a setting that was read; writes only to a store that has lost the one known here."""
         stored, known = self._readable(entry), self._setting
         if known is not None and (stored is None or stored.version < known.version):
             body = _BODY.dump_json(known.choice).decode()

@@ -309,10 +309,10 @@ async def test_a_setting_that_can_not_be_read_is_warned_of_once(caplog, entry):
     lost = LoadStore("redis://127.0.0.1:1/0")
     watch = PolicyWatch(lost, PolicyChoice("ar"), lambda policy: None)
     for _ in range(50):
-        await watch.heed(entry)
+        await watch.apply(entry)
     assert len(caplog.records) == 1
-    await watch.heed(("{}", "19"))
-    await watch.heed(("{}", "19"))
+    await watch.apply(("{}", "19"))
+    await watch.apply(("{}", "19"))
     assert len(caplog.records) == 2, "another one is news"
     await lost.close()
 

@@ -287,7 +287,7 @@ async def test_a_replica_sends_exactly_one_command_a_period(own_server, app, num
 
     watch = PolicyWatch(store, PolicyChoice("threshold"), policies.append)
     follower = PlanFollower(
-        store, create_policy("threshold"), lambda: a_load(1), on_policy_entry=watch.heed, sleep=sleep
+        store, create_policy("threshold"), lambda: a_load(1), on_policy_entry=watch.apply, sleep=sleep
     )
     commands, _ = await commands_while(own_server.url, follower.run(stop))
     assert len(commands) == num_periods + 1
@@ -299,7 +299,7 @@ async def test_a_replica_sends_exactly_one_command_a_period(own_server, app, num
 async def test_a_store_that_lost_its_data_is_given_the_policy_back(own_server, app):
     store = LoadStore(own_server.url, app)
     watch = PolicyWatch(store, PolicyChoice("threshold"), lambda policy: None)
-    follower = PlanFollower(store, create_policy("threshold"), lambda: a_load(1), on_policy_entry=watch.heed)
+    follower = PlanFollower(store, create_policy("threshold"), lambda: a_load(1), on_policy_entry=watch.apply)
     setting = await write_setting(store, PolicyChoice("ar"))
     await follower.step()
     assert watch.setting == setting
