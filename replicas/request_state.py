@@ -1,4 +1,4 @@
-"""The state that the service keeps of the requests it has accepted, and of a step's events."""
+"""The state that replicas.requests keeps of each request, and a step's events."""
 
 from dataclasses import dataclass, field
 
@@ -57,7 +57,7 @@ class RequestState:
 class ChoiceState:
     """One choice of a request, that has not ended."""
 
-    live: RequestState
+    request_state: RequestState
     index: int
     sequence: Sequence
     text: TextStream
@@ -82,6 +82,14 @@ class ChoiceState:
         text = self.text.take()
         return text if made.reason is None else text + self.text.finish()
 
+    def take_unsent(self) -> tuple[int, tuple[TextLogprob, ...]]:
+        """The number of tokens to tell of with the text set free, and the logprobs that belong to it."""
+        num_unsent, self.num_unsent = self.num_unsent, 0
+        num_released = sum(entry.offset < self.text.num_released for entry in self.unsent_logprobs)
+        sent = tuple(self.unsent_logprobs[:num_released])
+        del self.unsent_logprobs[:num_released]
+        return num_unsent, sent
+
 
 @dataclass(slots=True)
 class Outbox:
@@ -97,5 +105,5 @@ def is_chat(prompt: Prompt) -> bool:
     return not isinstance(prompt, str) and not all(isinstance(item, int) for item in prompt)
 
 
-def choice_name(live: RequestState, index: int) -> str:
-    return f"{live.request.request_id}#{index}"
+def choice_name(state: RequestState, index: int) -> str:
+    return f"{state.request.request_id}#{index}"

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 from ray import serve
 
+from policies.control.loop import check_running
 from policies.control.plan import ReplicaPlan
 from policies.control.plan_sync import PlanFollower
 from policies.control.policy_setting import PolicyChoice, PolicyWatch
@@ -20,7 +21,6 @@ from replicas.calibration import calibrate
 from replicas.config import ReplicaConfig
 from replicas.engine.engine import Engine
 from replicas.messages import ModelInfo
-from replicas.net import check_running
 from replicas.runner_loader import load_runner
 from replicas.service import ReplicaService
 from replicas.socket_server import SocketServer
@@ -118,6 +118,7 @@ class Replica:
         check_running(self._loops)
         if self._listening.done():
             self._listening.result()
+        self._follower.check()
 
     async def __del__(self) -> None:
         """Stops the replica. Called by Serve, also for one whose constructor failed."""

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from policies.control.loop import run_every
 from policies.control.policy_setting import PolicyChoice, PolicyWatch
 from policies.control.store import LoadStore, StoreUnavailable
+from policies.failures import Failures
 from policies.registry import PolicyError, policy_names
 from replicas.errors import ErrorCode, TriadError
 from router.errors import json_response
@@ -111,8 +112,8 @@ async def keep_reading(metrics: Metrics, store: LoadStore) -> None:
     async def step() -> None:
         await read_cluster(metrics, store)
 
-    what = "reading the metrics"
-    await run_every(READING_PERIOD_S, step, asyncio.Event(), time.monotonic, asyncio.sleep, what)
+    failures = Failures("reading the metrics")
+    await run_every(READING_PERIOD_S, step, asyncio.Event(), time.monotonic, asyncio.sleep, failures)
 
 
 def policy_state(watch: PolicyWatch) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 
 from policies.control.loop import run_every
 from policies.control.store import POLICY_KEY, LoadStore, PolicyEntry, StoreUnavailable
+from policies.failures import Failures
 from policies.policy import Policy
 from policies.registry import PolicyError, create_policy
 
@@ -150,8 +151,8 @@ class PolicyWatch:
 
     async def run(self) -> None:
         """Polls the store until cancelled."""
-        what = "reading the policy setting"
-        await run_every(WATCH_PERIOD_S, self.step, asyncio.Event(), time.monotonic, asyncio.sleep, what)
+        failures = Failures("reading the policy setting")
+        await run_every(WATCH_PERIOD_S, self.step, asyncio.Event(), time.monotonic, asyncio.sleep, failures)
 
     async def step(self) -> None:
         """Reads the setting and applies it. Never raises StoreUnavailable: the setting then stays."""
@@ -162,7 +163,7 @@ class PolicyWatch:
         await self.apply(entry)
 
     async def apply(self, entry: PolicyEntry) -> None:
-        """Follows a setting that was read; writes only to a store that has lost the one known here."""
+        """Takes over a setting that was read; writes only to a store that has lost the one known here."""
         stored, known = self._readable(entry), self._setting
         if known is not None and (stored is None or stored.version < known.version):
             body = _BODY.dump_json(known.choice).decode()

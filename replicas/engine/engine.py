@@ -1,6 +1,6 @@
 """The engine: sequences in, tokens out, one forward a step. No torch, no text, no threads.
 
-Not thread-safe: one thread calls all of it. Other threads reach it through replicas.service.
+Not thread-safe: one thread calls all of it. Other threads reach it through replicas.engine_thread.
 """
 
 import logging

@@ -3,8 +3,8 @@
 A step has a budget of tokens. Rounds in progress come first, the longest unserved before others; prompts are
 prefilled in chunks with what is left, at least a reserved share and, while rounds run, within the bounds on
 the streams' delay (engine.prefill). Sequences are ranked by arrival and priority (Sequence.rank): in this
-order they are admitted and prefilled. When pages run out the last of them gives up its own and is recomputed
-later; the first always goes on, so something always does.
+order they are admitted, once pages suffice for a round of each (engine.page_budget), and prefilled. When
+pages run out the last of them gives up its own and is recomputed later; the first always goes on.
 """
 
 import logging
@@ -23,6 +23,7 @@ from replicas.engine.counters import Counters
 from replicas.engine.decoders.choose import ActivePlan, begin_round, following_block, plan_for
 from replicas.engine.decoders.round import SegmentRequest
 from replicas.engine.exploration import Exploration
+from replicas.engine.page_budget import PageBudget
 from replicas.engine.prefill import PrefillBudget, is_coming
 from replicas.engine.sequence import Progress, Sequence, Status
 from replicas.engine.sequence_pages import SequencePages
@@ -195,19 +196,18 @@ class Scheduler:
 
     def _admit(self, requests: dict[Sequence, SegmentRequest], prefill: PrefillBudget) -> None:
         """Lets waiting sequences run, and adds their first chunks, while the budget and the pages last."""
-        num_promised = 0
+        pages = PageBudget(self._pool, self._spec, self.active, self._running)
         for sequence in tuple(self._waiting):
             if prefill.room() <= 0 or len(self._running) == self._config.max_running:
                 return
             self._pages.reuse(sequence)
-            num_pages = self._pool.pages_for(sequence.prefill_end + 1) - len(sequence.pages)
-            if num_promised + num_pages > self._pool.num_free:
+            if not pages.has_room(sequence):
                 self._pages.release(sequence)
                 return
             if is_coming(sequence, self._running, self._spec.page_size):
                 self._pages.release(sequence)
                 continue
-            num_promised += num_pages
+            pages.promise(sequence)
             self._waiting.remove(sequence)
             sequence.status = Status.RUNNING
             if sequence.began_s is None:

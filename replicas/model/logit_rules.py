@@ -159,12 +159,12 @@ def _apply_masks(logits: torch.Tensor, masks: Sequence[tuple[int, bytes]]) -> No
     """Makes all that a row's mask does not allow impossible, for each (row, mask)."""
     vocab_size = logits.shape[1]
     num_bytes = -(-vocab_size // 8)
-    most = _MOST.to(logits.device)
+    by_octet = _BOUNDS_BY_OCTET.to(logits.device)
     for run in runs_of([index for index, _ in masks], max(1, _MASKED_AT_ONCE // vocab_size)):
         part, masks = masks[: run.stop - run.start], masks[run.stop - run.start :]
         packed = b"".join(mask[:num_bytes].ljust(num_bytes, b"\0") for _, mask in part)
         octets = torch.frombuffer(bytearray(packed), dtype=torch.uint8).to(logits.device).int()
-        bounds = most.index_select(0, octets).view(len(part), -1)[:, :vocab_size]
+        bounds = by_octet.index_select(0, octets).view(len(part), -1)[:, :vocab_size]
         torch.minimum(logits[run], bounds, out=logits[run])
 
 
@@ -174,7 +174,7 @@ def _bounds_by_octet() -> torch.Tensor:
     return torch.from_numpy(np.where(bits == 1, np.inf, -np.inf).astype(np.float32))
 
 
-_MOST = _bounds_by_octet()
+_BOUNDS_BY_OCTET = _bounds_by_octet()
 """The upper bounds that masks set on logits, by octet; the choice by each bit costs ten times as much."""
 _MASKED_AT_ONCE = 1 << 18
 """The number of logits masked at once, so that their bounds stay in the processor's cache."""

@@ -34,6 +34,7 @@ from policies.cost_estimator import (
     fit_step_cost,
     knots_up_to,
 )
+from policies.failures import Failures
 from policies.hysteresis import StabiliseParameters, WithHysteresis
 from policies.modes import MAX_BLOCK_LENGTH, DecodePlan, Mode
 from policies.policy import Decision, Policy, PolicyParameters, Snapshot
@@ -293,7 +294,7 @@ async def test_a_step_that_fails_is_logged_once_a_kind_and_the_next_one_run(capl
             raise error
 
     with caplog.at_level(logging.ERROR):
-        await run_every(0.2, step, stop, clock, clock.sleep, "the step")
+        await run_every(0.2, step, stop, clock, clock.sleep, Failures("the step"))
     assert len(done) == 100
     assert clock.now_s == pytest.approx(1000.0 + 100 * 0.2)
     assert len(caplog.records) == 2

@@ -16,6 +16,7 @@ from policies.replica_load import Freshness, ObservedLoad, ReplicaLoad
 from replicas.config import EngineConfig
 from replicas.engine.batch import RunnerLost, ScheduledBatch, SegmentOutput
 from replicas.engine.engine import MAX_FAILED, Engine
+from replicas.engine_thread import WEDGED_S
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import (
     Accepted,
@@ -28,7 +29,7 @@ from replicas.messages import (
     Rejected,
     SamplingParams,
 )
-from replicas.service import WEDGED_S, ReplicaService
+from replicas.service import ReplicaService
 from replicas.timeline import Timeline
 from tests.replicas.codec import byte_codec
 from tests.replicas.engine.scripted import ScriptedRunner
@@ -194,7 +195,7 @@ async def test_a_channel_that_closes_while_a_request_is_made_ready_leaves_no_orp
         asked = request("a")
         await stream.aclose()
         with pytest.raises(TriadError, match="has closed") as caught:
-            await service._call(lambda: service._submit(asked, [[5, 6]], [None]))
+            await service._thread.call(lambda: service._requests.submit(asked, [[5, 6]], [None]))
         assert caught.value.code is ErrorCode.UNAVAILABLE
         assert (await settled(service)).num_in_flight == 0
         assert runner.num_asked == 0
@@ -297,7 +298,7 @@ async def test_a_tracer_that_raises_ends_nothing_and_is_told_of_once(
             await service.submit(request(str(number), max_tokens=3))
             await ends(stream, {str(number)})
         service.check()
-    assert [record.name for record in caplog.records] == ["replicas.net"]
+    assert [record.name for record in caplog.records] == ["policies.failures"]
 
 
 class BuggyEngine(Engine):

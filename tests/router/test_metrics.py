@@ -258,7 +258,7 @@ async def test_a_real_replica_says_by_which_mode_a_cancelled_stream_was_made(met
         _pieces = await first_piece(response)
         await eventually(lambda: runner.num_begun == 5)  # it waits in a forward
         await response.aclose()
-        await eventually(lambda: not stack.replicas[0].service._commands.empty())  # the cancel
+        await eventually(lambda: stack.replicas[0].service._thread.has_commands)  # the cancel
         runner.allow()
         await stack.settled()
         await eventually(lambda: tokens(metrics))
