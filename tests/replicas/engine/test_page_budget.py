@@ -5,6 +5,7 @@ import random
 import pytest
 
 from policies.modes import DecodePlan, Mode
+from replicas.config import EngineConfig
 from replicas.engine.blocks import PagePool
 from replicas.engine.decoders.choose import ActivePlan
 from replicas.engine.engine import Engine
@@ -26,7 +27,7 @@ def test_short_pages_cause_no_preemption_thrash(mode: str, num_pages: int) -> No
     """16 sequences of 35 pages each, where 2 or 3 of them fit. Who came back as soon as its prompt fitted
     was preempted up to 138 times."""
     runner = ScriptedRunner(num_pages=num_pages, page_size=4, max_context=200)
-    engine = Engine(runner, max_running=64)
+    engine = Engine(runner, EngineConfig(max_running=64))
     sampling = SamplingParams(max_tokens=100, ignore_eos=True)
     prompts = [[3 + (k * 31 + j * j) % 57 for j in range(40)] for k in range(16)]
     sequences = [engine.submit(str(k), prompt, sampling, MODES[mode]) for k, prompt in enumerate(prompts)]
@@ -49,9 +50,11 @@ def test_ranks_are_kept_and_all_come_to_their_end(seed: int) -> None:
     rng = random.Random(seed)
     engine = Engine(
         ScriptedRunner(num_pages=rng.randint(24, 60)),
-        max_running=rng.randint(2, 12),
-        max_waiting=100,
-        max_step_tokens=rng.randint(192, 260),
+        EngineConfig(
+            max_running=rng.randint(2, 12),
+            max_waiting=100,
+            max_step_tokens=rng.randint(192, 260),
+        ),
         clock=lambda: 0.0,
     )
     engine.set_plan(DecodePlan(Mode.DIFFUSION, rng.randint(2, 32)), "test")
