@@ -16,6 +16,7 @@ from cluster.config import ClusterConfig
 from cluster.embedded_redis import EmbeddedRedis, Endpoint
 from policies.scaling import Targets
 from replicas.config import ReplicaConfig
+from replicas.server import Replica
 from router.admission_control import QueueLimits
 from router.config import AccessConfig, Bounds
 from router.ingress import AddressedRouter, Ingress, IngressConfig
@@ -65,9 +66,6 @@ def _redis_server(endpoint: Endpoint) -> Application:
 
 
 def _replicas(args: ClusterConfig, redis_url: str) -> Application:
-    # Late, because it brings torch, which nothing else here needs.
-    from replicas.server import Replica
-
     parallel: dict[str, Any] = {}
     if args.tensor_parallel > 1:
         # The replica is in the first bundle, its workers are in the others, all on one machine.

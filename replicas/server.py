@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
@@ -21,13 +21,12 @@ from replicas.config import ReplicaConfig
 from replicas.engine.engine import Engine
 from replicas.messages import Accepted, Event, GenerateRequest, ModelInfo, Rejected
 from replicas.net import check_running
-from replicas.runner_loader import load_runner
-from replicas.service import ReplicaService
-from replicas.text import TextCodec
 from replicas.trace import SpanWriter
-from replicas.workers import Workers
 from telemetry.logs import configure_logs
 from telemetry.setup import Tracing
+
+if TYPE_CHECKING:
+    from replicas.workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +42,12 @@ class Replica:
     """
 
     def __init__(self, config: ReplicaConfig):
+        # Late, because these bring torch and transformers: who builds the application only names this class.
+        from replicas.runner_loader import load_runner
+        from replicas.service import ReplicaService
+        from replicas.text import TextCodec
+        from replicas.workers import Workers
+
         self._workers = None if config.tensor_parallel == 1 else Workers.start(config)
         runner = load_runner(config) if self._workers is None else self._workers.runner
         codec = TextCodec.load(config.checkpoint)
@@ -153,7 +158,7 @@ class Replica:
     def _load(self) -> ReplicaLoad:
         return replace(self._service.snapshot(), num_tasks=len(asyncio.all_tasks()))
 
-    async def _mind(self, workers: Workers) -> None:
+    async def _mind(self, workers: "Workers") -> None:
         """Ends this process with the first of the others to end: the part of the model it had is gone.
 
         A step under way may wait for it for ever, on a GPU even past all timeouts, so nothing milder will
