@@ -19,7 +19,6 @@ from typing import Self, TypeVar
 
 ROOT = Path(__file__).parent.parent
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-STOP_TIMEOUT_S = 60.0
 KEYS_VARIABLE = "TRIAD_API_KEYS"
 
 T = TypeVar("T")
@@ -64,18 +63,11 @@ class ServerProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.signal(signal.SIGCONT)
-        ours = descendants(self._process.pid)
-        self._process.send_signal(signal.SIGINT)
-        try:
-            self._process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
+        # Not asked to end: nothing of it is kept. Stopped first, so that none starts another meanwhile.
+        if self._process.poll() is None:
+            self.signal(signal.SIGSTOP)
+            self.signal(signal.SIGKILL)
             self._process.wait()
-        for pid, began in ours.items():
-            if began_at(pid) == began:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def wait_until_ready(self, timeout_s: float = 300.0) -> None:

@@ -8,16 +8,14 @@ from typing import Self
 from benchmarks.processes import ServerProcess, free_port, short_folder
 from cluster.environment import serving_environment
 
-SERVES_WITHIN_S = 240.0
-
 
 class Host(ServerProcess):
-    """A server that can become another one: `serve` takes the `key=value` of ClusterConfig."""
+    """A server that can become another one, and whose cluster can grow by a node and lose it."""
 
     def __init__(self) -> None:
         port, folder = free_port(), short_folder()
         self._address = str(folder / "commands")
-        self._serves: tuple[str, ...] | None = None
+        self._served: tuple[str, ...] | None = None
         env = {"RAY_TMPDIR": str(folder), **serving_environment(folder)}
         command = [sys.executable, "-m", "tests.e2e.host_process", str(port), self._address]
         super().__init__(command, port, "/readyz", env, folder)
@@ -25,7 +23,7 @@ class Host(ServerProcess):
     def __enter__(self) -> Self:
         super().__enter__()
         try:
-            self._process_connection: Connection = self.wait_for(self._connect)
+            self._commands: Connection = self.wait_for(self._connect)
         except BaseException:
             super().__exit__(None, None, None)
             raise
@@ -35,28 +33,37 @@ class Host(ServerProcess):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         super().__exit__(kind, error, trace)
-        self._process_connection.close()
+        self._commands.close()
 
     def serve(self, *arguments: str) -> Self:
-        """Serves by these arguments, as it does already or from now on. Raises RuntimeError with the log's
-        end if it does not."""
-        if arguments != self._serves:
-            self._serves = None
-            self._process_connection.send(arguments)
-            self.wait_for(self._has_deployed, SERVES_WITHIN_S)
+        """Serves by these `key=value` of ClusterConfig, as it does already or from now on. Raises
+        RuntimeError with the log's end if it does not."""
+        if arguments != self._served:
+            self._served = None
+            self._do("serve", *arguments)
             self.wait_until_ready()
-            self._serves = arguments
+            self._served = arguments
         return self
+
+    def add_node(self) -> None:
+        self._do("add_node")
+
+    def lose_node(self) -> None:
+        self._do("lose_node")
+
+    def _do(self, *command: str) -> None:
+        """Waits until it is done. Raises RuntimeError with the log's end."""
+        self._commands.send(command)
+        self.wait_for(self._is_done)
+
+    def _is_done(self) -> bool:
+        try:
+            return self._commands.poll() and self._commands.recv() == "done"
+        except (EOFError, ConnectionError):  # it ends, which whoever waits will see
+            return False
 
     def _connect(self) -> Connection | None:
         try:
             return Client(self._address, "AF_UNIX")
         except (FileNotFoundError, ConnectionRefusedError):
             return None
-
-    def _has_deployed(self) -> bool:
-        try:
-            return self._process_connection.poll() and self._process_connection.recv() == ()
-        except (EOFError, ConnectionError):
-            self.process.wait()
-            return False

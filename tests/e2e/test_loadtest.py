@@ -16,7 +16,18 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 
 def loadtest(server: Host, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "loadtest", "--url", server.url, "--out", str(out), "--pause", "0.2", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "loadtest",
+        "--url",
+        server.url,
+        "--out",
+        str(out),
+        "--pause",
+        "0.2",
+        *options,
+    ]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
 
 

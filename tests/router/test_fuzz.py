@@ -1,4 +1,4 @@
-"""Whatever is sent: an answer in OpenAI's form, no 500, no hang. """
+"""Whatever is sent: an answer in OpenAI's form, no 500, no hang."""
 
 import asyncio
 import json
