@@ -15,6 +15,7 @@ from cluster.autoscaling import autoscaling_config
 from cluster.config import ClusterConfig
 from cluster.embedded_redis import EmbeddedRedis, Endpoint
 from replicas.config import ReplicaConfig
+from replicas.server import Replica
 from router.config import IngressConfig
 from router.ingress import Ingress
 
@@ -60,9 +61,6 @@ def _redis_server(endpoint: Endpoint) -> Application:
 
 
 def _replicas(args: ClusterConfig, redis_url: str) -> Application:
-    # Late, because it brings torch, which nothing else here needs.
-    from replicas.server import Replica
-
     parallel: dict[str, Any] = {}
     if args.tensor_parallel > 1:
         # The replica is in the first bundle, its workers are in the others, all on one machine.

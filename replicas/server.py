@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
@@ -21,15 +21,14 @@ from replicas.calibration import calibrate
 from replicas.config import ReplicaConfig
 from replicas.engine.engine import Engine
 from replicas.messages import ModelInfo
-from replicas.runner_loader import load_runner
-from replicas.service import ReplicaService
 from replicas.socket_server import SocketServer
-from replicas.text import TextCodec
 from replicas.trace import SpanWriter
 from replicas.wire import SocketAddress
-from replicas.workers import Workers
 from telemetry.logs import configure_logs
 from telemetry.setup import Tracing
+
+if TYPE_CHECKING:
+    from replicas.workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +44,12 @@ class Replica:
     """
 
     def __init__(self, config: ReplicaConfig, redis_url: str):
+        # Late, because these bring torch and transformers: who builds the application only names this class.
+        from replicas.runner_loader import load_runner
+        from replicas.service import ReplicaService
+        from replicas.text import TextCodec
+        from replicas.workers import Workers
+
         self._workers = None if config.tensor_parallel == 1 else Workers.start(config)
         runner = load_runner(config) if self._workers is None else self._workers.runner
         codec = TextCodec.load(config.checkpoint)
@@ -140,7 +145,7 @@ class Replica:
     def _load(self) -> ReplicaLoad:
         return replace(self._service.snapshot(), num_tasks=len(asyncio.all_tasks()))
 
-    async def _mind(self, workers: Workers) -> None:
+    async def _mind(self, workers: "Workers") -> None:
         """Ends this process with the first of the others to end: the part of the model it had is gone.
 
         A step under way may wait for it for ever, on a GPU even past all timeouts, so nothing milder will

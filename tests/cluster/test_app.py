@@ -170,6 +170,19 @@ def test_serve_sees_the_type_of_the_builders_argument():
     assert deploy.__annotations__["args"] is ClusterConfig
 
 
+def test_building_the_application_needs_no_torch():
+    """So a deployment does not wait seconds for what its replicas alone use."""
+    code = """
+import sys
+from cluster.app import deploy
+from cluster.config import ClusterConfig
+deploy(ClusterConfig())
+print(*sorted({"torch", "transformers", "llguidance"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
+
+
 def test_serve_run_tells_a_wrong_key_before_it_starts_anything():
     command = [str(Path(sys.executable).with_name("serve")), "run", "cluster.app:deploy", "num_replica=2"]
     root = Path(cluster.app.__file__).parents[1]

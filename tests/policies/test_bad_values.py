@@ -8,7 +8,7 @@ import random
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.control.codec import LOADS, MalformedEntry
@@ -41,6 +41,7 @@ from policies.policy import Decision, Policy, PolicyParameters, Snapshot
 from policies.registry import PolicyError, create_policy
 from policies.replica_load import ReplicaLoad
 from tests.policies.helpers import FakeClock, a_load
+from tests.thorough import examples
 
 KNOTS = knots_up_to(512)
 START = StepCost(KNOTS, tuple(2.0 + 0.1 * knot for knot in KNOTS), 0.1, 0.5)
@@ -68,7 +69,7 @@ plans = st.one_of(
 rounds = st.builds(RoundStats, plans, counts, counts, counts, st.booleans())
 
 
-@settings(max_examples=60, deadline=None)
+@examples(20)
 @given(st.lists(st.lists(forwards, max_size=8), max_size=8))
 def test_whatever_forwards_are_said_to_have_taken_the_cost_is_one(batches):
     estimator = CostEstimator(START, 0.0)
@@ -78,7 +79,7 @@ def test_whatever_forwards_are_said_to_have_taken_the_cost_is_one(batches):
             assert 0.0 < cost.ms(1) <= cost.ms(512) < math.inf
 
 
-@settings(max_examples=40, deadline=None)
+@examples(15)
 @given(st.lists(forwards, max_size=20))
 def test_whatever_the_sweep_has_measured_it_gives_a_cost(measured):
     sound = ForwardStats(8, 1, 0, 5.0)
@@ -108,7 +109,7 @@ def test_forwards_that_cost_by_the_segment_leave_a_base_that_a_cost_can_have():
     assert estimator.cost.knot_ms[0] >= LEAST_MS
 
 
-@settings(max_examples=60, deadline=None)
+@examples(20)
 @given(st.lists(st.lists(rounds, max_size=30), max_size=5))
 def test_whatever_rounds_are_said_to_have_brought_the_yields_are_some(batches):
     estimator = YieldEstimator(0.0)

@@ -1,8 +1,7 @@
-"""Whatever is sent: an answer in OpenAI's form, no 500, no hang. TRIAD_FUZZ_CASES says how many cases."""
+"""Whatever is sent: an answer in OpenAI's form, no 500, no hang."""
 
 import asyncio
 import json
-import os
 import random
 from contextlib import AsyncExitStack
 from typing import Any
@@ -16,8 +15,9 @@ from router.api import create_app
 from tests.router.conftest import in_process
 from tests.router.fakes import MODEL
 from tests.router.stack import a_stack
+from tests.thorough import num_cases
 
-NUM_CASES = int(os.environ.get("TRIAD_FUZZ_CASES", "300"))
+NUM_CASES = num_cases(300)
 """A half by Schemathesis from the OpenAPI document, a half by mutation of valid bodies' bytes."""
 
 pytestmark = pytest.mark.timeout(max(300, NUM_CASES))

@@ -4,7 +4,7 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from starlette.responses import Response
 
@@ -12,6 +12,7 @@ from policies.modes import Mode
 from replicas.messages import DecodingOptions
 from router.errors import add_error_handlers, json_response
 from router.schema import ChatCompletionRequest, CompletionRequest
+from tests.thorough import examples
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 TEXT = {"model": "m", "prompt": "Hi"}
@@ -367,7 +368,7 @@ FIELDS = st.sampled_from(sorted({*ChatCompletionRequest.model_fields, *Completio
 
 @pytest.mark.parametrize(("path", "base"), [("/chat", CHAT), ("/text", TEXT)])
 @given(odd=st.dictionaries(FIELDS | st.text(max_size=8), JSON, max_size=3))
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@examples(100, suppress_health_check=[HealthCheck.too_slow])
 async def test_no_value_is_a_server_error(path, base, odd):
     response = await post(path, base | odd)
     assert response.status_code in (200, 400)
@@ -376,7 +377,7 @@ async def test_no_value_is_a_server_error(path, base, odd):
 
 
 @given(where=st.sampled_from(["messages", "decoding", "stream_options"]), odd=JSON)
-@settings(max_examples=200, deadline=None)
+@examples(70)
 async def test_no_nested_value_is_a_server_error(where, odd):
     nested = {
         "messages": [{"role": "user", "content": odd}],

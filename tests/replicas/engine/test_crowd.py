@@ -2,7 +2,7 @@
 
 import random
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.cost import StepCost
@@ -19,6 +19,7 @@ from tests.replicas.engine.scripted import (
     naive_ar,
     tokens_of,
 )
+from tests.thorough import examples
 
 MAX_CONTEXT = 96
 JSON = JsonFormat("{}")
@@ -131,7 +132,7 @@ def run_crowd(seed: int, num_pages: int, step_tokens: int) -> Crowd:
     return crowd
 
 
-@settings(max_examples=60, deadline=None)
+@examples(20)
 @given(seed=st.integers(0, 10**9), num_pages=st.integers(24, 60), step_tokens=st.integers(192, 260))
 def test_a_crowd_gets_what_each_would_alone(seed: int, num_pages: int, step_tokens: int) -> None:
     """Arrivals, modes, grammars, choices, cancels and plan changes on a pool too small for all of them."""

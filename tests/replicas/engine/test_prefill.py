@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.cost import ForwardStats, StepCost
@@ -15,6 +15,7 @@ from replicas.engine.prefill import MIN_TOKENS, PrefillBudget
 from replicas.engine.sequence import Sequence
 from replicas.messages import DecodingOptions, SamplingParams
 from tests.replicas.engine.scripted import ScriptedRunner, naive_ar
+from tests.thorough import examples
 
 COST = StepCost((1, 32, 512), (4.0, 8.0, 80.0), segment_ms=0.2, cached_ms=1.0)
 
@@ -26,7 +27,7 @@ def sequence_of(num_tokens: int, num_cached: int) -> Sequence:
 
 
 @given(seed=st.integers(0, 10**9))
-@settings(max_examples=200, deadline=None)
+@examples(70)
 def test_the_bound_in_ms_takes_as_many_tokens_as_brute_force_finds(seed: int) -> None:
     rng = random.Random(seed)
     knot_ms = sorted(rng.uniform(1, 60) for _ in range(4))

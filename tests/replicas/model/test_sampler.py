@@ -5,13 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from replicas.engine.history import Prefix
 from replicas.messages import JsonFormat, SamplingParams
 from replicas.model.logit_rules import Row
 from replicas.model.sampler import sample, uniforms
+from tests.thorough import examples
 
 VOCAB = 23
 
@@ -290,7 +291,7 @@ ROWS = st.builds(
 LOGITS = st.sampled_from([0.0, -3.0, 1.5, 2.0, 30.0, -1e30, 1e30]) | st.floats(-20, 20, width=32)
 
 
-@settings(deadline=None, max_examples=300)
+@examples(100)
 @given(st.lists(st.tuples(ROWS, st.lists(LOGITS, min_size=VOCAB, max_size=VOCAB)), min_size=1, max_size=5))
 def test_whatever_the_parameters_a_row_is_what_it_is_alone(items: list[tuple[Row, list[float]]]) -> None:
     """In range and far out of it: a token that may be, or none; no exception, and no other row's matter."""
@@ -309,7 +310,7 @@ def test_whatever_the_parameters_a_row_is_what_it_is_alone(items: list[tuple[Row
             assert row.allowed is None or int.from_bytes(row.allowed, "little") >> token & 1
 
 
-@settings(deadline=None, max_examples=200)
+@examples(70)
 @given(
     temperature=st.floats(0, 2) | st.sampled_from([1e-300, 1e-8, 1e300, math.inf]),
     top_p=st.floats(0, 1),
