@@ -151,6 +151,7 @@ def _ingress_config(args: ClusterConfig, redis_url: str) -> IngressConfig:
             limits_timeout_s=args.limits_timeout_s,
             cors_origins=args.cors_origins,
         ),
+        model_aliases=args.model_aliases,
         stream_interval_s=args.stream_interval_ms / 1000.0,
         shared_prefix_cache=args.shared_prefix_cache,
         log_format=args.log_format,

@@ -48,6 +48,9 @@ def _listed(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+ServedName = Annotated[str, Field(min_length=1, max_length=256)]
+
+
 class ClusterConfig(BaseModel):
     """`serve run cluster.app:deploy key=value ...`, or `args:` in a Serve YAML file.
 
@@ -57,7 +60,12 @@ class ClusterConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     model: str = Field(EMBEDDED_MODEL, description="A folder, a hub name, triad-5m or smollm2.")
-    served_model_name: str | None = Field(None, description="What clients ask for; the model's last part.")
+    served_model_name: Annotated[tuple[ServedName, ...], Field(max_length=16), BeforeValidator(_listed)] = (
+        Field(
+            (),
+            description="What clients ask for, or several, the first in answers; the model's last part.",
+        )
+    )
     app: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = Field(
         "triad", description="Keeps several apps apart in one Redis."
     )
@@ -290,4 +298,9 @@ class ClusterConfig(BaseModel):
     @property
     def model_name(self) -> str:
         """The name by which clients ask for the model."""
-        return self.served_model_name or Path(self.model).name
+        return next(iter(self.served_model_name), Path(self.model).name)
+
+    @property
+    def model_aliases(self) -> tuple[str, ...]:
+        """Further names by which they may."""
+        return self.served_model_name[1:]

@@ -43,7 +43,13 @@ class SamplingParams:
     """The random numbers of a request depend on its seed and the token's position alone, so the same request
     gives the same tokens in any batch, and in `ar` and `self_speculation` alike."""
     stop: tuple[str, ...] = ()
-    """Strings that end the text, themselves left out."""
+    """Strings that end the text, themselves left out unless includes_stop."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the text as an end of text does, and that ignore_eos does not ignore."""
+    includes_stop: bool = False
+    """If true, the text has the stop string, or the token of stop_token_ids, that ended it."""
+    shows_special_tokens: bool = False
+    """If true, the text has the names of control tokens, but for an end of text that ends it."""
     ignore_eos: bool = False
     """If true, only max_tokens ends the text."""
     min_p: float = 0.0
@@ -114,6 +120,21 @@ Prompt = tuple[Mapping[str, str], ...] | str | tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
+class TemplateOptions:
+    """What a request says of how the chat template renders its messages."""
+
+    add_generation_prompt: bool = True
+    """If false, the text ends with the last message, where the assistant's turn does not begin."""
+    continue_final_message: bool = False
+    """If true, the text ends within the last message, which the completion goes on with."""
+    kwargs: str = ""
+    """Further variables of the template: a JSON object, or nothing."""
+
+
+TEMPLATE_DEFAULTS = TemplateOptions()
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """A request for completions: num_choices of each prompt.
 
@@ -135,6 +156,14 @@ class GenerateRequest:
     """The ingress's span, as headers of the propagators in force; empty without tracing."""
     cache_salt: str = ""
     """Prompts share the prefix cache with those of the same salt alone."""
+    template: TemplateOptions = TEMPLATE_DEFAULTS
+    truncate_prompt_tokens: int | None = None
+    """The last so many tokens of each prompt are taken; -1: as many as leave room for max_tokens, or for one
+    token where it is None."""
+    tokens_per_delta: int | None = None
+    """The tokens of a choice from one Delta to the next, after a first Delta of one token; None leaves it to
+    the steps."""
+    return_token_ids: bool = False
 
     @property
     def num_indices(self) -> int:
@@ -148,6 +177,8 @@ class Accepted:
     request_id: str
     num_prompt_tokens: int
     """Tokens of all its prompts, each counted once however many choices it has."""
+    prompt_token_ids: tuple[tuple[int, ...], ...] = ()
+    """Each prompt's token ids, where return_token_ids asks for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +218,10 @@ class Delta:
     index: int = 0
     reason: FinishReason | None = None
     """Set on the last Delta of a choice, and there is always a last one."""
+    token_ids: tuple[int, ...] = ()
+    """The num_tokens tokens, where return_token_ids asks for them."""
+    stop_reason: str | int | None = None
+    """On the last Delta, the stop string or the token of stop_token_ids that ended the text, if one did."""
 
 
 def joined(deltas: Sequence[Delta]) -> Delta:
@@ -198,6 +233,8 @@ def joined(deltas: Sequence[Delta]) -> Delta:
         tuple(entry for delta in deltas for entry in delta.logprobs),
         deltas[0].index,
         deltas[-1].reason,
+        tuple(token for delta in deltas for token in delta.token_ids),
+        deltas[-1].stop_reason,
     )
 
 

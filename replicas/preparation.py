@@ -131,7 +131,13 @@ class Preparation:
         return Prepared(prompts, grammars)
 
     def _encode(self, request: GenerateRequest) -> list[list[int]]:
-        return [self._codec.encode(prompt, self._max_context) for prompt in request.prompts]
+        most = request.truncate_prompt_tokens
+        if most is None:
+            encode = self._codec.encode
+            return [encode(prompt, self._max_context, request.template) for prompt in request.prompts]
+        if most < 0:
+            most = max(1, self._max_context - (request.sampling.max_tokens or 1))
+        return [self._codec.encode(prompt, None, request.template)[-most:] for prompt in request.prompts]
 
     def _known(self, wanted: JsonFormat | None, count: int) -> Sequence[Grammar | None] | None:
         """The grammars of so many choices where they are known at once; None where it takes a compile."""

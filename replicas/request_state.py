@@ -1,14 +1,17 @@
 """The state that the service keeps of the requests it has accepted, and of a step's events."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from replicas.engine.sequence import Progress, Sequence
 from replicas.errors import ErrorCode
 from replicas.messages import (
     DecodingReport,
+    Delta,
     Event,
     Failed,
     Finished,
+    FinishReason,
     GenerateRequest,
     Prompt,
     TextLogprob,
@@ -61,17 +64,63 @@ class ChoiceState:
     index: int
     sequence: Sequence
     text: TextStream
-    num_unsent: int = 0
-    """Tokens whose text is still held back."""
+    unsent_ids: list[int] = field(default_factory=list)
+    """Tokens that no Delta has told of yet."""
+    unsent_text: str = ""
     unsent_logprobs: list[TextLogprob] = field(default_factory=list)
+    num_sent: int = 0
+    """Tokens that Deltas have told of."""
     timeline: Timeline | None = None
 
-    def take(self, made: Progress, codec: TextCodec, now_s: float) -> str:
-        """The text that a step's tokens set free; the engine has had the stream accept them."""
+    def take(self, made: Progress, codec: TextCodec, now_s: float) -> list[Delta]:
+        """The Deltas that a step's tokens bring; the engine has had the stream accept them."""
         if self.text.failure is not None:
             raise self.text.failure
+        self._note(made, codec, now_s)
+        self.unsent_text += self.text.take()
+        reason = FinishReason.STOP if self.text.stopped else made.reason
+        if made.reason is not None:
+            self.unsent_text += self.text.finish()
+        deltas = []
+        for num_tokens in self._intervals():
+            deltas.append(self._delta(num_tokens, self.text.releases[self.num_sent + num_tokens - 1]))
+        is_due = bool(self.unsent_text) and self.live.request.tokens_per_delta is None
+        if reason is not None or is_due:
+            deltas.append(self._delta(len(self.unsent_ids), self.text.num_released, reason))
+        return deltas
+
+    def _intervals(self) -> Iterator[int]:
+        """The tokens of each Delta that is due by the request's tokens_per_delta."""
+        per_delta = self.live.request.tokens_per_delta
+        if per_delta is None:
+            return
+        while len(self.unsent_ids) >= (wanted := per_delta if self.num_sent else 1):
+            yield wanted
+
+    def _delta(self, num_tokens: int, num_released: int, reason: FinishReason | None = None) -> Delta:
+        """A Delta of the first unsent tokens, of the text up to num_released characters of the completion,
+        and of the log-probabilities of the tokens whose text begins in it."""
+        num_chars = num_released - (self.text.num_released - len(self.unsent_text))
+        text, self.unsent_text = self.unsent_text[:num_chars], self.unsent_text[num_chars:]
+        ids, self.unsent_ids = self.unsent_ids[:num_tokens], self.unsent_ids[num_tokens:]
+        self.num_sent += num_tokens
+        released = sum(entry.offset < num_released for entry in self.unsent_logprobs)
+        logprobs, self.unsent_logprobs = self.unsent_logprobs[:released], self.unsent_logprobs[released:]
+        request = self.live.request
+        return Delta(
+            request.request_id,
+            text,
+            num_tokens,
+            tuple(logprobs),
+            self.index,
+            reason,
+            tuple(ids) if request.return_token_ids else (),
+            None if reason is None else self.text.stop_reason,
+        )
+
+    def _note(self, made: Progress, codec: TextCodec, now_s: float) -> None:
         count = len(made.token_ids)
-        self.num_unsent += count
+        self.unsent_ids += made.token_ids
         if self.timeline is not None and count:
             self.timeline.note(self.sequence, count, now_s)
         begin = self.text.num_tokens - count
@@ -79,8 +128,6 @@ class ChoiceState:
             self.unsent_logprobs.append(
                 codec.logprob(entry, self.text.starts[index], is_first=index == self.text.first)
             )
-        text = self.text.take()
-        return text if made.reason is None else text + self.text.finish()
 
 
 @dataclass(slots=True)

@@ -23,9 +23,7 @@ from replicas.errors import ErrorCode, TriadError
 from replicas.messages import (
     NUM_SEEDS,
     Accepted,
-    Delta,
     Event,
-    FinishReason,
     GenerateRequest,
     Rejected,
 )
@@ -107,7 +105,8 @@ class ReplicaService:
             await self._call(lambda: self._submit(request, prepared.prompts, prepared.grammars))
         except TriadError as error:
             return Rejected(request.request_id, error.code, error.message, error.param)
-        return Accepted(request.request_id, sum(map(len, prepared.prompts)))
+        told = tuple(map(tuple, prepared.prompts)) if request.return_token_ids else ()
+        return Accepted(request.request_id, sum(map(len, prepared.prompts)), told)
 
     async def cancel(self, request_ids: Iterable[str]) -> None:
         """Ends requests with CANCELLED, pages and all; those that have ended already stay as they are."""
@@ -262,7 +261,8 @@ class ReplicaService:
         seed = (request.sampling.seed + index % request.num_choices) % NUM_SEEDS
         name = choice_name(live, index)
         prompt, sampling = request.prompts[index // request.num_choices], request.sampling
-        text = self._codec.stream(sampling.stop, sampling.min_tokens, continues_text=not is_chat(prompt))
+        continues_text = not is_chat(prompt) or request.template.continue_final_message
+        text = self._codec.completion(sampling, self._engine.spec.eos_token_ids, continues_text)
         sequence = self._engine.submit(
             name,
             prompt_ids,
@@ -356,26 +356,19 @@ class ReplicaService:
     def _tell(self, outbox: Outbox, choice: ChoiceState, made: Progress) -> None:
         """Turns what a step did for one choice into its request's events. One that fails fails them all."""
         live = choice.live
-        request_id, channel_id = live.request.request_id, live.request.channel_id
+        channel_id = live.request.channel_id
         if made.error is not None:
             self._drop(live, made.error)
             outbox.add(channel_id, live.failed(made.error, made.message))
             return
-        text = choice.take(made, self._codec, self._clock())
-        reason = FinishReason.STOP if choice.text.stopped else made.reason
-        if text or reason is not None:
-            logprobs = choice.unsent_logprobs
-            released = sum(entry.offset < choice.text.num_released for entry in logprobs)
-            sent, choice.unsent_logprobs = logprobs[:released], logprobs[released:]
-            outbox.add(
-                channel_id, Delta(request_id, text, choice.num_unsent, tuple(sent), choice.index, reason)
-            )
-            choice.num_unsent = 0
-        if reason is not None:
+        deltas = choice.take(made, self._codec, self._clock())
+        for delta in deltas:
+            outbox.add(channel_id, delta)
+        if deltas and deltas[-1].reason is not None:
             self._end_choice(choice)
             if not live.choices:
                 outbox.add(channel_id, live.finished())
-                del self._live[request_id]
+                del self._live[live.request.request_id]
 
     def _end_choice(self, choice: ChoiceState) -> None:
         live, sequence = choice.live, choice.sequence

@@ -262,6 +262,8 @@ class Generation:
         """The end of the request, set once the text is complete."""
         self.num_prompt_tokens = 0
         """Prompt tokens as the replica counts them when it accepts the request."""
+        self.prompt_token_ids: tuple[tuple[int, ...], ...] = ()
+        """Each prompt's token ids, where the request asks for them."""
         self.num_tokens = 0
         """Tokens of all choices, as far as their events have come."""
         self.finish_reasons: dict[int, FinishReason] = {}
@@ -297,7 +299,8 @@ class Generation:
         self._leave()
 
     async def deltas(self, interval_s: float = 0.0) -> AsyncGenerator[tuple[Delta, ...], None]:
-        """Yields text as it comes; what has piled up of a choice meanwhile comes as one.
+        """Yields text as it comes; what has piled up of a choice meanwhile comes as one, but where the
+        request sets tokens_per_delta.
 
         interval_s: the least time between two pieces; the first and the last come at once.
         Raises TriadError if it breaks off.
@@ -316,7 +319,10 @@ class Generation:
                 event = await self._next_before(due_s)
             if piled:
                 due_s = clock() + interval_s
-                yield tuple(map(joined, piled.values()))
+                if self._request.tokens_per_delta is None:
+                    yield tuple(map(joined, piled.values()))
+                else:
+                    yield tuple(delta for deltas in piled.values() for delta in deltas)
             if isinstance(event, Failed):
                 self.last = event
                 raise TriadError(event.code, event.message)
@@ -376,6 +382,7 @@ class Generation:
             request, self._avoid, is_admitted=self._num_losses > 0
         )
         self.num_prompt_tokens = accepted.num_prompt_tokens
+        self.prompt_token_ids = accepted.prompt_token_ids
 
     def _time_left(self) -> float | None:
         if self._deadline_s is None:

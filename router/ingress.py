@@ -157,6 +157,8 @@ class IngressConfig:
     """The limits of one replica, for admission."""
     bounds: Bounds = field(default_factory=Bounds)
     access: AccessConfig = field(default_factory=AccessConfig)
+    model_aliases: tuple[str, ...] = ()
+    """Further names by which clients may ask for the model."""
     stream_interval_s: float = 0.0
     shared_prefix_cache: bool = False
     log_format: str = "text"
@@ -205,6 +207,7 @@ class Ingress:
             bounds=config.bounds,
             keys=keys,
             cors_origins=config.access.cors_origins,
+            model_aliases=config.model_aliases,
             stream_interval_s=config.stream_interval_s,
             shared_prefix_cache=config.shared_prefix_cache,
             limiter=self._limiter,

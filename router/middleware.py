@@ -52,7 +52,7 @@ def layers(
 
     A browser asks beforehand, without a key, so CORS precedes the check of keys.
     """
-    found = [Middleware(HeadAsGet), Middleware(AccessLog, metrics, tracer, answers_id)]
+    found = [Middleware(LenientPaths), Middleware(AccessLog, metrics, tracer, answers_id)]
     if cors_origins:
         found.append(
             Middleware(
@@ -69,8 +69,9 @@ def layers(
     return found
 
 
-class HeadAsGet:
-    """ASGI middleware: HEAD is answered wherever GET is, with all but the body."""
+class LenientPaths:
+    """ASGI middleware: HEAD is answered wherever GET is, with all but the body, and a slash at a path's end
+    is nothing."""
 
     def __init__(self, app: ASGIApp):
         self._app = app
@@ -79,8 +80,12 @@ class HeadAsGet:
         async def send_bare(message: Message) -> None:
             await send({**message, "body": b""} if "body" in message else message)
 
-        if scope["type"] == "http" and scope["method"] == "HEAD":
-            # A copy, since the server looks at its own to know that no body follows.
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        # A copy, since the server looks at its own to know that no body follows.
+        scope = dict(scope, path=scope["path"].rstrip("/") or "/")
+        if scope["method"] == "HEAD":
             await self._app(dict(scope, method="GET"), receive, send_bare)
         else:
             await self._app(scope, receive, send)

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -56,7 +57,8 @@ class GenerationResponse(Response):
             self._record.first_token()
             choices = await generation.whole()
             assert generation.finished is not None
-            pieces = await whole_body(self._answer, choices, generation.finished)
+            answer = replace(self._answer, prompt_token_ids=generation.prompt_token_ids)
+            pieces = await whole_body(answer, choices, generation.finished)
         num_bytes = sum(map(len, pieces))
         await _start(send, {"content-type": "application/json", "content-length": str(num_bytes)})
         for piece in pieces[:-1]:
@@ -67,8 +69,9 @@ class GenerationResponse(Response):
         async with self._generation as generation, aclosing(generation.deltas(self._interval_s)) as news:
             self._record.first_token()
             so_far = Counts(generation.num_prompt_tokens)
-            head = self._answer.head(so_far)
-            num_open = self._answer.num_choices
+            answer = replace(self._answer, prompt_token_ids=generation.prompt_token_ids)
+            head = answer.head(so_far)
+            num_open = answer.num_choices
             await _start(send, EVENT_STREAM)
             try:
                 async for deltas in news:
@@ -76,19 +79,19 @@ class GenerationResponse(Response):
                     head = b""
                     for delta in deltas:
                         so_far = Counts(so_far.num_prompt, so_far.num_completion + delta.num_tokens)
-                        if delta.text:
-                            part += await delta_event(self._answer, delta, so_far)
+                        if answer.shows(delta):
+                            part += await delta_event(answer, delta, so_far)
                         if delta.reason is None:
                             continue
                         num_open -= 1
                         if num_open:
-                            part += self._answer.end(delta.index, delta.reason, so_far)
+                            part += answer.end(delta, so_far)
                         else:  # with the tail
-                            last_index, last_reason = delta.index, delta.reason
+                            last_delta = delta
                     if part:
                         await _send_part(send, part)
                 assert generation.finished is not None
-                last = head + self._answer.tail(last_index, last_reason, generation.finished)
+                last = head + answer.tail(last_delta, generation.finished)
             except TriadError as error:
                 self._record.failed(error)
                 last = head + error_event(self._as_sent(error))

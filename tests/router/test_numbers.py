@@ -11,10 +11,11 @@ from pydantic import BaseModel
 
 from replicas.messages import NUM_SEEDS, DecodingOptions, SamplingParams
 from router.body import read
+from router.completion import Completion
 from router.config import Bounds
 from router.errors import ApiError
 from router.operate import PolicyBody
-from router.schema import ChatCompletionRequest, Completion, CompletionRequest
+from router.schema import ChatCompletionRequest, CompletionRequest
 
 INT32 = 2**31 - 1
 BODIES: dict[type[Completion], dict[str, Any]] = {
