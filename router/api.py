@@ -27,6 +27,7 @@ from router.limits import KeyLimiter
 from router.load_view import LoadView
 from router.metrics import Metrics
 from router.middleware import layers
+from router.openapi import COMPLETION_RESPONSES, MODEL_RESPONSES, OTHER_RESPONSES, add_description
 from router.operate import Siblings, add_metrics_route, add_policy_routes
 from router.prompt_estimator import check_fits
 from router.request_log import RequestLog, trace_carrier_in
@@ -101,25 +102,28 @@ def create_app(door: AppState, lifespan: AbstractAsyncContextManager[None] | Non
             cors_origins=door.cors_origins,
         ),
         redirect_slashes=False,
+        docs_url=None,  # their pages load from foreign hosts
+        redoc_url=None,
     )
+    add_description(app)
     app.router.route_class = route_with(bodies)
     add_error_handlers(app)
 
-    @app.post("/v1/chat/completions", response_class=Response)
+    @app.post("/v1/chat/completions", response_class=Response, responses=COMPLETION_RESPONSES)
     async def chat_completions(request: Request, body: ChatCompletionRequest) -> Response:
         return await _generate(door, request, body, ChatAnswer, "chatcmpl")
 
-    @app.post("/v1/completions", response_class=Response)
+    @app.post("/v1/completions", response_class=Response, responses=COMPLETION_RESPONSES)
     async def completions(request: Request, body: CompletionRequest) -> Response:
         return await _generate(door, request, body, TextAnswer, "cmpl")
 
-    @app.get("/v1/models", response_class=Response)
+    @app.get("/v1/models", response_class=Response, responses=OTHER_RESPONSES)
     async def models() -> Response:
         return json_response(
             {"object": "list", "data": [_model_entry(door, name) for name in door.model_names]}
         )
 
-    @app.get("/v1/models/{model_name:path}", response_class=Response)
+    @app.get("/v1/models/{model_name:path}", response_class=Response, responses=MODEL_RESPONSES)
     async def model(model_name: str) -> Response:
         _check_model_name(door, model_name)
         return json_response(_model_entry(door, model_name))
@@ -129,13 +133,13 @@ def create_app(door: AppState, lifespan: AbstractAsyncContextManager[None] | Non
     async def healthz() -> Response:
         return json_response({"status": "alive"})
 
-    @app.get("/readyz", response_class=Response)
+    @app.get("/readyz", response_class=Response, responses=OTHER_RESPONSES)
     async def readyz() -> Response:
         if not door.dispatcher.ready:
             raise TriadError(ErrorCode.UNAVAILABLE, "No replica can serve yet.")
         return json_response({"status": "ready"})
 
-    @app.get("/v1/triad/state", response_class=Response)
+    @app.get("/v1/triad/state", response_class=Response, responses=OTHER_RESPONSES)
     async def state() -> Response:
         return json_response(await cluster_state(door.dispatcher, door.view, door.store))
 

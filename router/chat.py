@@ -40,7 +40,9 @@ class Message(Strict):
     """One message; an answer's can be sent back as it came."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Text | None, BeforeValidator(_text)] = None
+    content: Annotated[
+        Text | None, BeforeValidator(_text, json_schema_input_type=Text | list[dict[str, Any]] | None)
+    ] = None
     name: Text | None = None
     refusal: Text | None = None
     reasoning_content: Text | None = None

@@ -80,7 +80,7 @@ class Completion(Strict):
     top_k: Annotated[int, Field(ge=-1, le=MAX_INT32), INTEGRAL] | None = None
     """-1 and 0 filter nothing."""
     seed: Annotated[int, Field(ge=-NUM_SEEDS, lt=NUM_SEEDS), INTEGRAL] | None = None
-    stop: Annotated[Stops | None, BeforeValidator(_listed)] = None
+    stop: Annotated[Stops | None, BeforeValidator(_listed, json_schema_input_type=str | Stops | None)] = None
     stop_token_ids: StopTokenIds | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from replicas.errors import TriadError
 from router.auth import STATE_KEY, ApiKey, KeyRing
 from router.config import Bounds
+from router.decompress import Decompression
 from router.errors import MAX_PARAM_LEN, ApiError, api_error_response, shortened, triad_error_response
 from router.metrics import Metrics
 from router.request_log import CARRIER, LOG_FIELDS, SPAN
@@ -59,13 +60,14 @@ def layers(
                 CORSMiddleware,
                 allow_origins=cors_origins,
                 allow_methods=["GET", "POST"],
-                allow_headers=["Authorization", "Content-Type", REQUEST_ID_HEADER],
-                expose_headers=[REQUEST_ID_HEADER, "Retry-After"],
+                allow_headers=["*"],  # SDKs send many of their own
+                expose_headers=[REQUEST_ID_HEADER, "Retry-After", "Retry-After-Ms", "Warning"],
             )
         )
     found.append(Middleware(AuthMiddleware, keys, bounds))
     found.append(Middleware(LoadShedding, check_room))
     found.append(Middleware(BodyLimit, bounds.max_body_bytes, bounds.body_timeout_s))
+    found.append(Middleware(Decompression, bounds.max_body_bytes))
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 from opentelemetry.trace import Span, Status, StatusCode
 from starlette.types import Scope
 
-from replicas.errors import TriadError
+from replicas.errors import ErrorCode, TriadError
 from replicas.messages import Failed, Finished
 from router.auth import ApiKey
 from router.dispatch import Generation
@@ -109,9 +109,16 @@ class RequestLog:
             return
         for failed, num_tokens in generation.given_up:
             self._metrics.made(failed.report, num_tokens)
+            made = num_tokens if failed.report is None else failed.num_completion_tokens
+            self._metrics.cancelled(failed.code.value, made)
         self._metrics.made(None if last is None else last.report, generation.num_tokens)
         has_counted = last is not None and last.report is not None
         num_completion = last.num_completion_tokens if last and has_counted else generation.num_tokens
+        if isinstance(last, Finished):
+            self._metrics.reused(last.num_reused_tokens)
+        else:
+            why = ErrorCode.UNAVAILABLE if last is None else last.code
+            self._metrics.cancelled(why.value, num_completion)
         self._metrics.used(self._key_name, generation.num_prompt_tokens, num_completion)
 
     def _note(self, duration_s: float, num_made: int, key_name: str | None) -> None:

@@ -14,13 +14,13 @@ from router.chat import Message, ReasoningEffort, TemplateKwargs
 from router.completion import MAX_CHOICES, Completion, Hint
 from router.fields import (
     INTEGRAL,
+    Neutral,
     NoList,
     Off,
     PositiveCount,
     TextPrompt,
     Unsupported,
     conflict,
-    neutral,
     prompts,
 )
 
@@ -44,11 +44,11 @@ class ChatCompletionRequest(Completion):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_CHAT_LOGPROBS), INTEGRAL] | None = None
     tools: NoList = None
-    tool_choice: Annotated[Any, neutral("none")] = None
+    tool_choice: Annotated[Any, Neutral("none")] = None
     parallel_tool_calls: bool | None = None
     functions: NoList = None
-    function_call: Annotated[Any, neutral("none")] = None
-    modalities: Annotated[Any, neutral(["text"])] = None
+    function_call: Annotated[Any, Neutral("none")] = None
+    modalities: Annotated[Any, Neutral(["text"])] = None
     audio: Unsupported = None
     prediction: Hint = None
     verbosity: str | None = None

@@ -3,6 +3,7 @@
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,10 +53,10 @@ class SickCodec(TextCodec):
     """Breaks for requests with a stop string that says so."""
 
     def stream(
-        self, stop: tuple[str, ...] = (), min_tokens: int = 0, continues_text: bool = False
+        self, stop: tuple[str, ...] = (), min_tokens: int = 0, continues_text: bool = False, **more: Any
     ) -> TextStream:
         kind = SickStream if "sick text" in stop else TextStream
-        return kind(self._bytes, stop, {}, min_tokens, continues_text)
+        return kind(self._bytes, dict.fromkeys(stop, ""), {}, min_tokens, continues_text)
 
     def logprob(self, made: TokenLogprob, offset: int, is_first: bool = False) -> TextLogprob:
         raise KeyError(made.token_id)
