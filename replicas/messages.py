@@ -25,6 +25,38 @@ class JsonFormat:
     """JSON text; properties come in its order."""
     best_effort: bool = False
     """If true, what of the schema can't be enforced is left out; otherwise it is an error."""
+    whitespace: str | None = None
+    """A pattern of the white space that may stand between tokens of JSON; None: one blank after each comma
+    and colon, and none elsewhere."""
+
+    @property
+    def decides_on_end(self) -> bool:
+        return True
+
+
+class GrammarKind(StrEnum):
+    REGEX = "regex"
+    CHOICE = "choice"
+    """A JSON list of strings, one of which the completion is."""
+    LARK = "grammar"
+    """A grammar in llguidance's dialect of Lark."""
+    STRUCTURAL_TAG = "structural_tag"
+    """JSON: text in which triggers begin structures that have a schema."""
+    WITHOUT_WORDS = "bad_words"
+    """A JSON list of strings, none of which the completion has."""
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarFormat:
+    """The order for a completion of a form that is not one JSON schema."""
+
+    kind: GrammarKind
+    text: str
+
+    @property
+    def decides_on_end(self) -> bool:
+        """True if the completion ends where the form does; otherwise anywhere."""
+        return self.kind is not GrammarKind.WITHOUT_WORDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +64,7 @@ class SamplingParams:
     """The sampling options of a request."""
 
     max_tokens: int | None = None
-    """The most tokens; None is up to the context's end."""
+    """The most tokens; None is up to the context's end, and 0 reads the prompt alone."""
     temperature: float = 0.0
     """0 is greedy."""
     top_p: float = 1.0
@@ -67,7 +99,9 @@ class SamplingParams:
     """No end of text comes before so many tokens."""
     logprobs: int | None = None
     """The number of most probable tokens to report with each token; 0 reports the token itself alone."""
-    response_format: JsonFormat | None = None
+    scores_prompt: bool = False
+    """If true, the prompt's tokens are reported as well, with their log-probabilities; only with logprobs."""
+    response_format: JsonFormat | GrammarFormat | None = None
     """The form that the completion is to have; None for any text."""
 
     @property
@@ -164,6 +198,8 @@ class GenerateRequest:
     """The tokens of a choice from one Delta to the next, after a first Delta of one token; None leaves it to
     the steps."""
     return_token_ids: bool = False
+    echo: bool = False
+    """If true, the text of each choice begins with its prompt's."""
 
     @property
     def num_indices(self) -> int:
@@ -179,6 +215,8 @@ class Accepted:
     """Tokens of all its prompts, each counted once however many choices it has."""
     prompt_token_ids: tuple[tuple[int, ...], ...] = ()
     """Each prompt's token ids, where return_token_ids asks for them."""
+    warning: str | None = None
+    """What of the request is not kept to, as a part of a schema that is not strict; None where all is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,10 +235,10 @@ class TextLogprob:
     """A token's bytes, which may be part of a character only, and its log-probability by the model."""
 
     bytes: bytes
-    logprob: float
-    """The log-probability before penalties, temperature and filters."""
+    logprob: float | None
+    """The log-probability before penalties, temperature and filters; None for a prompt's first token."""
     offset: int = 0
-    """The place where the token's text begins in the completion, in characters; 0 in `top`."""
+    """The place where the token's text begins in the choice's text, in characters; 0 in `top`."""
     top: tuple["TextLogprob", ...] = ()
 
 

@@ -1,8 +1,9 @@
 """The state that the service keeps of the requests it has accepted, and of a step's events."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from replicas.engine.batch import TokenLogprob
 from replicas.engine.sequence import Progress, Sequence
 from replicas.errors import ErrorCode
 from replicas.messages import (
@@ -70,6 +71,10 @@ class ChoiceState:
     unsent_logprobs: list[TextLogprob] = field(default_factory=list)
     num_sent: int = 0
     """Tokens that Deltas have told of."""
+    echoed: "Echo | None" = None
+    """Its prompt, still to be sent before its own text; None where it was, or is not asked for."""
+    num_before: int = 0
+    """Characters of the prompt before its own text."""
     timeline: Timeline | None = None
 
     def take(self, made: Progress, codec: TextCodec, now_s: float) -> list[Delta]:
@@ -81,13 +86,25 @@ class ChoiceState:
         reason = FinishReason.STOP if self.text.stopped else made.reason
         if made.reason is not None:
             self.unsent_text += self.text.finish()
-        deltas = []
+        deltas = self._echo(codec)
         for num_tokens in self._intervals():
             deltas.append(self._delta(num_tokens, self.text.releases[self.num_sent + num_tokens - 1]))
         is_due = bool(self.unsent_text) and self.live.request.tokens_per_delta is None
         if reason is not None or is_due:
             deltas.append(self._delta(len(self.unsent_ids), self.text.num_released, reason))
         return deltas
+
+    def _echo(self, codec: TextCodec) -> list[Delta]:
+        """The Delta that has the prompt, before the first of its own text."""
+        echoed, self.echoed = self.echoed, None
+        if echoed is None:
+            return []
+        self.num_before = len(echoed.text)
+        request = self.live.request
+        logprobs: tuple[TextLogprob, ...] = ()
+        if request.sampling.scores_prompt:
+            logprobs = echoed.logprobs(codec, self.sequence.prompt_logprobs)
+        return [Delta(request.request_id, echoed.text, 0, logprobs, self.index)]
 
     def _intervals(self) -> Iterator[int]:
         """The tokens of each Delta that is due by the request's tokens_per_delta."""
@@ -105,13 +122,15 @@ class ChoiceState:
         ids, self.unsent_ids = self.unsent_ids[:num_tokens], self.unsent_ids[num_tokens:]
         self.num_sent += num_tokens
         released = sum(entry.offset < num_released for entry in self.unsent_logprobs)
+        if reason is not None and self.live.request.sampling.scores_prompt:
+            released = len(self.unsent_logprobs)  # whoever scores counts tokens, not text
         logprobs, self.unsent_logprobs = self.unsent_logprobs[:released], self.unsent_logprobs[released:]
         request = self.live.request
         return Delta(
             request.request_id,
             text,
             num_tokens,
-            tuple(logprobs),
+            tuple(replace(entry, offset=entry.offset + self.num_before) for entry in logprobs),
             self.index,
             reason,
             tuple(ids) if request.return_token_ids else (),
@@ -128,6 +147,28 @@ class ChoiceState:
             self.unsent_logprobs.append(
                 codec.logprob(entry, self.text.starts[index], is_first=index == self.text.first)
             )
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt as a choice's text begins with it."""
+
+    ids: list[int]
+    text: str
+    starts: list[int]
+    """For each id, how many characters of the text come before its own."""
+
+    @classmethod
+    def of(cls, prompt: Prompt, ids: list[int], codec: TextCodec) -> "Echo":
+        stream = codec.stream()
+        text = stream.push(tuple(ids)) + stream.finish()
+        return cls(ids, prompt if isinstance(prompt, str) else text, stream.starts)
+
+    def logprobs(self, codec: TextCodec, made: list[TokenLogprob]) -> tuple[TextLogprob, ...]:
+        """Of each id but the first, before which there was nothing to go by, what the model made of it."""
+        first = TextLogprob(codec.token_bytes(self.ids[0], is_first=True), None)
+        rest = zip(made, self.starts[1:], strict=True)
+        return (first, *(codec.logprob(entry, start) for entry, start in rest))
 
 
 @dataclass(slots=True)

@@ -29,7 +29,7 @@ from replicas.messages import (
 )
 from replicas.net import Net
 from replicas.preparation import Preparation
-from replicas.request_state import ChoiceState, Outbox, RequestState, choice_name, is_chat
+from replicas.request_state import ChoiceState, Echo, Outbox, RequestState, choice_name, is_chat
 from replicas.stats import LoadMeter, look
 from replicas.text import TextCodec
 from replicas.timeline import Timeline
@@ -106,7 +106,8 @@ class ReplicaService:
         except TriadError as error:
             return Rejected(request.request_id, error.code, error.message, error.param)
         told = tuple(map(tuple, prepared.prompts)) if request.return_token_ids else ()
-        return Accepted(request.request_id, sum(map(len, prepared.prompts)), told)
+        num_tokens = sum(map(len, prepared.prompts))
+        return Accepted(request.request_id, num_tokens, told, prepared.warning)
 
     async def cancel(self, request_ids: Iterable[str]) -> None:
         """Ends requests with CANCELLED, pages and all; those that have ended already stay as they are."""
@@ -275,6 +276,8 @@ class ReplicaService:
             cache_salt=request.cache_salt,
         )
         choice = ChoiceState(live, index, sequence, text)
+        if request.echo:
+            choice.echoed = Echo.of(prompt, prompt_ids, self._codec)
         if self._on_timeline is not None:
             choice.timeline = Timeline(request.request_id, request.trace_carrier, self._clock(), index)
         self._choices[name] = live.choices[index] = choice

@@ -174,6 +174,7 @@ async def _generate(
         truncate_prompt_tokens=body.truncate_prompt_tokens,
         tokens_per_delta=body.stream_interval,
         return_token_ids=bool(body.return_token_ids),
+        echo=body.echoes,
     )
     is_chat = isinstance(body, ChatCompletionRequest)
     if door.dispatcher.model is not None:

@@ -1,12 +1,21 @@
 """The fields that chat and text completions share."""
 
+import json
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from replicas.messages import NUM_SEEDS, DecodingOptions, SamplingParams, TemplateOptions
+from replicas.messages import (
+    NUM_SEEDS,
+    DecodingOptions,
+    GrammarFormat,
+    GrammarKind,
+    JsonFormat,
+    SamplingParams,
+    TemplateOptions,
+)
 from router.decoding import Decoding
 from router.fields import (
     INTEGRAL,
@@ -19,17 +28,23 @@ from router.fields import (
     at_most,
     conflict,
 )
-from router.formats import ResponseFormat
+from router.formats import ResponseFormat, StructuredOutputs
 
 MAX_STOPS = 16
 MAX_STOP_LEN = 256
 MAX_STOP_TOKEN_IDS = 128
+MAX_BAD_WORDS = 64
+MAX_BAD_WORD_LEN = 128
 MAX_BIASES = 300
 MAX_METADATA = 16
 MAX_PRIORITY = 1000
 MAX_TIMEOUT_S = 24 * 3600.0
 MAX_CHOICES = 128
 MAX_CACHE_SALT_LEN = 256
+
+
+FORM_FIELDS = ("response_format", "structured_outputs", "bad_words")
+"""Fields that give an answer its form, of which a request may have one."""
 
 
 class StreamOptions(Strict):
@@ -57,6 +72,11 @@ Stops = Annotated[
     at_most(MAX_STOPS),
 ]
 StopTokenIds = Annotated[list[Count], Field(max_length=MAX_STOP_TOKEN_IDS), at_most(MAX_STOP_TOKEN_IDS)]
+BadWords = Annotated[
+    list[Annotated[Text, Field(min_length=1, max_length=MAX_BAD_WORD_LEN)]],
+    Field(max_length=MAX_BAD_WORDS),
+    at_most(MAX_BAD_WORDS),
+]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 TokenId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$"), AfterValidator(_token_id)]
 LogitBias = Annotated[
@@ -103,6 +123,8 @@ class Completion(Strict):
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY), INTEGRAL] | None = None
     decoding: Decoding | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    bad_words: BadWords | None = None
 
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), INTEGRAL] | None = None
     user: str | None = None
@@ -122,10 +144,35 @@ class Completion(Strict):
         return self
 
     @model_validator(mode="after")
+    def _has_one_form(self) -> Self:
+        forms = [name for name in FORM_FIELDS if self._form_of(name) is not None]
+        if len(forms) > 1:
+            raise conflict(forms[-1], f"does not go with {forms[0]}; leave one out")
+        return self
+
+    @model_validator(mode="after")
     def _truncates_to_something(self) -> Self:
         if self.truncate_prompt_tokens == 0:
             raise conflict("truncate_prompt_tokens", "it leaves no prompt; send at least 1, or -1")
         return self
+
+    def _form_of(self, field: str) -> JsonFormat | GrammarFormat | None:
+        match field:
+            case "response_format":
+                return None if self.response_format is None else self.response_format.json_format()
+            case "structured_outputs":
+                return None if self.structured_outputs is None else self.structured_outputs.form()
+        if not self.bad_words:
+            return None
+        return GrammarFormat(GrammarKind.WITHOUT_WORDS, json.dumps(self.bad_words))
+
+    @property
+    def form(self) -> tuple[str, JsonFormat | GrammarFormat | None]:
+        """The field that gives the answer its form, and that form; None is any text."""
+        for field in FORM_FIELDS:
+            if (found := self._form_of(field)) is not None:
+                return field, found
+        return "response_format", None
 
     @property
     def num_wanted(self) -> int | None:
@@ -136,6 +183,11 @@ class Completion(Strict):
     def num_logprobs(self) -> int | None:
         """The alternatives to report with each token; None reports no log-probabilities."""
         raise NotImplementedError
+
+    @property
+    def echoes(self) -> bool:
+        """True if the answer begins with the prompt."""
+        return False
 
     @property
     def include_usage(self) -> bool:
@@ -167,6 +219,10 @@ class Completion(Strict):
             head = head.replace(name, self.prompt_field)
         elif name == "max_tokens":
             head = self.limit_field
+        elif name == "response_format" and self.form[0] != name:
+            # The replica knows one name for all forms.
+            head = self.form[0]
+            rest = ["json"] if rest and head == "structured_outputs" else []
         return ".".join(_sent(self, (head, *rest))) or None
 
     def sampling(self, draw_seed: Callable[[], int]) -> SamplingParams:
@@ -189,7 +245,8 @@ class Completion(Strict):
             logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
             min_tokens=self.min_tokens or 0,
             logprobs=self.num_logprobs,
-            response_format=None if self.response_format is None else self.response_format.json_format(),
+            scores_prompt=self.echoes and self.num_logprobs is not None,
+            response_format=self.form[1],
         )
 
     def decoding_options(self) -> DecodingOptions:

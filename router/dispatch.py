@@ -264,6 +264,8 @@ class Generation:
         """Prompt tokens as the replica counts them when it accepts the request."""
         self.prompt_token_ids: tuple[tuple[int, ...], ...] = ()
         """Each prompt's token ids, where the request asks for them."""
+        self.warning: str | None = None
+        """What of the request is not kept to."""
         self.num_tokens = 0
         """Tokens of all choices, as far as their events have come."""
         self.finish_reasons: dict[int, FinishReason] = {}
@@ -383,6 +385,7 @@ class Generation:
         )
         self.num_prompt_tokens = accepted.num_prompt_tokens
         self.prompt_token_ids = accepted.prompt_token_ids
+        self.warning = accepted.warning
 
     def _time_left(self) -> float | None:
         if self._deadline_s is None:

@@ -10,9 +10,11 @@ from starlette.types import Receive, Scope, Send
 
 from replicas.errors import TriadError
 from router.dispatch import Generation
+from router.errors import shortened
 from router.request_log import RequestLog
 from router.sse import Answer, Counts, delta_event, error_event, whole_body
 
+MAX_WARNING_LEN = 500
 EVENT_STREAM = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
@@ -60,7 +62,8 @@ class GenerationResponse(Response):
             answer = replace(self._answer, prompt_token_ids=generation.prompt_token_ids)
             pieces = await whole_body(answer, choices, generation.finished)
         num_bytes = sum(map(len, pieces))
-        await _start(send, {"content-type": "application/json", "content-length": str(num_bytes)})
+        headers = {"content-type": "application/json", "content-length": str(num_bytes)}
+        await _start(send, headers | _warning(generation))
         for piece in pieces[:-1]:
             await _send_part(send, piece)
         await send({"type": "http.response.body", "body": pieces[-1]})
@@ -72,7 +75,7 @@ class GenerationResponse(Response):
             answer = replace(self._answer, prompt_token_ids=generation.prompt_token_ids)
             head = answer.head(so_far)
             num_open = answer.num_choices
-            await _start(send, EVENT_STREAM)
+            await _start(send, EVENT_STREAM | _warning(generation))
             try:
                 async for deltas in news:
                     part = head
@@ -115,6 +118,15 @@ async def run_until_disconnect(receive: Receive, work: Callable[[], Awaitable[No
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def _warning(generation: Generation) -> dict[str, str]:
+    """The header of RFC 7234 that says what of a request is not kept to, if anything."""
+    if generation.warning is None:
+        return {}
+    text = shortened(generation.warning, MAX_WARNING_LEN).encode("ascii", "replace").decode()
+    plain = "".join(char if char.isprintable() and char not in '"\\' else "'" for char in text)
+    return {"warning": f'199 triad "{plain}"'}
 
 
 async def _start(send: Send, headers: Mapping[str, str]) -> None:

@@ -14,9 +14,9 @@ from router.chat import Message, ReasoningEffort, TemplateKwargs
 from router.completion import MAX_CHOICES, Completion, Hint
 from router.fields import (
     INTEGRAL,
+    Count,
     Neutral,
     NoList,
-    Off,
     PositiveCount,
     TextPrompt,
     Unsupported,
@@ -122,7 +122,9 @@ class CompletionRequest(Completion):
 
     logprobs: Annotated[int, Field(ge=0, le=MAX_TEXT_LOGPROBS), INTEGRAL] | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES), INTEGRAL] | None = None
-    echo: Off = None
+    max_tokens: Count | None = None
+    """0 makes none: with echo and logprobs, the prompt's log-probabilities alone."""
+    echo: bool | None = None
     suffix: Unsupported = None
 
     @model_validator(mode="after")
@@ -142,6 +144,10 @@ class CompletionRequest(Completion):
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def echoes(self) -> bool:
+        return bool(self.echo)
 
     @property
     def num_prompt_chars(self) -> int:

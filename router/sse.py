@@ -116,11 +116,11 @@ class Answer(ABC):
         """The end of the last choice, with the decoding report; the usage, if asked for; [DONE]."""
         choice = self._last_choice(last)
         counts = Counts(finished.num_prompt_tokens, finished.num_completion_tokens)
-        last = self._chunk(choice, counts, decoding=decoding_report(finished.report))
+        chunk = self._chunk(choice, counts, decoding=decoding_report(finished.report))
         if not self.include_usage:
-            return last + DONE
+            return chunk + DONE
         body = self._envelope(self._chunk_object, []) | {"usage": usage(finished)}
-        return last + event(body) + DONE
+        return chunk + event(body) + DONE
 
     @property
     @abstractmethod
@@ -140,7 +140,7 @@ class Answer(ABC):
             body["usage"] = None
         return event(body)
 
-    def _envelope(self, object_: str, choices: list[Mapping[str, Any]]) -> dict[str, Any]:
+    def _envelope(self, object_: str, choices: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         tier = {} if self.service_tier is None else {"service_tier": self.service_tier}
         return {
             "id": self.completion_id,
@@ -150,7 +150,7 @@ class Answer(ABC):
             "choices": choices,
         } | tier
 
-    def _body(self, object_: str, choices: list[Mapping[str, Any]], finished: Finished) -> dict[str, Any]:
+    def _body(self, object_: str, choices: Sequence[Mapping[str, Any]], finished: Finished) -> dict[str, Any]:
         report = {"usage": usage(finished), "decoding": decoding_report(finished.report)}
         return self._envelope(object_, choices) | report
 
@@ -330,7 +330,9 @@ def _text_token(entry: TextLogprob) -> str:
     return _text_of(entry) or f"bytes:{_escaped(entry)}"
 
 
-def _text_alternatives(entry: TextLogprob) -> dict[str, float]:
+def _text_alternatives(entry: TextLogprob) -> dict[str, float | None] | None:
+    if entry.logprob is None:
+        return None
     found = {_text_token(other): _finite(other.logprob) for other in entry.top}
     return found | {_text_token(entry): _finite(entry.logprob)}
 
@@ -348,6 +350,6 @@ def _escaped(entry: TextLogprob) -> str:
     return "".join(f"\\x{byte:02x}" for byte in entry.bytes)
 
 
-def _finite(logprob: float) -> float:
+def _finite(logprob: float | None) -> float | None:
     """The log-probability made finite, as JSON has no infinity."""
-    return max(logprob, LEAST_LOGPROB)
+    return None if logprob is None else max(logprob, LEAST_LOGPROB)

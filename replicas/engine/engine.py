@@ -193,7 +193,7 @@ class Engine:
         for made in progress:
             if made.ended:
                 del self._sequences[made.sequence.request_id]
-            if made.reason is not None:
+            if made.reason is not None and made.sequence.num_completion_tokens:
                 self._lengths.note(made.sequence.num_completion_tokens, made.reason is FinishReason.STOP)
         return ended + progress
 
@@ -262,11 +262,12 @@ class Engine:
         self._check_vocabulary("stop_token_ids", list(sampling.stop_token_ids))
         if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
             raise TriadError(ErrorCode.INVALID_REQUEST, "min_tokens is above max_tokens", "min_tokens")
-        if sampling.max_tokens is not None and sampling.max_tokens < 1:
-            raise TriadError(ErrorCode.INVALID_REQUEST, "max_tokens must be at least 1", "max_tokens")
-        if sampling.response_format is not None and (sampling.ignore_eos or sampling.min_tokens):
+        if sampling.max_tokens is not None and sampling.max_tokens < 0:
+            raise TriadError(ErrorCode.INVALID_REQUEST, "max_tokens must be at least 0", "max_tokens")
+        form = sampling.response_format
+        if form is not None and (sampling.ignore_eos or (sampling.min_tokens and form.decides_on_end)):
             field = "ignore_eos" if sampling.ignore_eos else "min_tokens"
-            message = f"{field} does not go with response_format, which decides on the end; leave it out"
+            message = f"{field} does not go with a form of the answer, which decides on its end; leave it out"
             raise TriadError(ErrorCode.INVALID_REQUEST, message, field)
         if len(prompt_ids) >= context:
             raise context_exceeded(context, f"has {len(prompt_ids)} input tokens", "prompt")

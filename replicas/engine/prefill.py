@@ -69,6 +69,8 @@ class PrefillBudget:
         self._has_none = False
         gives_first_token = sequence.num_completion_tokens == 0 and end == len(sequence.tokens)
         wanted = (len(tokens) - 1,) if gives_first_token else ()
+        if sequence.is_scored:
+            wanted = tuple(range(len(tokens)))
         return SegmentRequest(tokens, num_causal=len(tokens), adapter=False, wanted=wanted)
 
 
@@ -94,5 +96,8 @@ def is_coming(sequence: Sequence, running: Iterable[Sequence], page_size: int) -
 
 
 def reusable_len(sequence: Sequence) -> int:
-    """Leading tokens whose K/V may come from the cache; a first token needs its prompt's last logits."""
+    """Leading tokens whose K/V may come from the cache; a first token needs its prompt's last logits, and a
+    prompt that is scored all of them."""
+    if sequence.is_scored:
+        return 0
     return sequence.prefill_end - (1 if sequence.num_completion_tokens == 0 else 0)

@@ -24,7 +24,7 @@ BODIES: dict[type[Completion], dict[str, Any]] = {
 }
 BOTH = (ChatCompletionRequest, CompletionRequest)
 INTEGERS = {
-    "max_tokens": (1, INT32, BOTH),
+    "max_tokens": (1, INT32, BOTH[:1]),
     "max_completion_tokens": (1, INT32, BOTH[:1]),
     "min_tokens": (0, INT32, BOTH),
     "top_k": (-1, INT32, BOTH),
@@ -82,7 +82,7 @@ def body_with(model: type[Completion], name: str, raw: str) -> bytes:
 
 def check_bounds(sampling: SamplingParams, decoding: DecodingOptions) -> None:
     """What the sampler and the scheduler take."""
-    assert sampling.max_tokens is None or 1 <= sampling.max_tokens <= INT32
+    assert sampling.max_tokens is None or 0 <= sampling.max_tokens <= INT32
     assert 0 <= sampling.min_tokens <= INT32
     assert 0 <= sampling.top_k <= INT32
     assert 0 <= sampling.seed < NUM_SEEDS

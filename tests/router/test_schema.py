@@ -66,7 +66,7 @@ UNSUPPORTED_CHAT = {
     "modalities": ["text", "audio"],
     "audio": {"voice": "alloy", "format": "wav"},
 }
-UNSUPPORTED_TEXT = {"echo": True, "suffix": "end"}
+UNSUPPORTED_TEXT = {"suffix": "end"}
 
 
 @pytest.mark.parametrize(("field", "value"), UNSUPPORTED_CHAT.items())
@@ -184,7 +184,7 @@ BAD = [
     ("top_k", 1.5),
     ("seed", 2**63),
     ("seed", 1.5),
-    ("max_tokens", 0),
+    ("max_tokens", -1),
     ("n", 0),
     ("n", 129),
     ("n", True),
