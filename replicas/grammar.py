@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from queue import LifoQueue
 from random import Random
+from typing import Any
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -42,13 +43,6 @@ _LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 _STATE = re.compile(r"<state>|<backtrace>|<non-verbose/>")
 _SCHEMA = "response_format.json_schema.schema"
 Asked = JsonFormat | GrammarFormat
-_JSON_OPTIONS = {
-    "item_separator": ", ",
-    "key_separator": ": ",
-    "whitespace_flexible": False,
-}
-"""White space of JSON: one blank after commas and colons, as Python and most training data write it. With
-free white space a model may go on with it for ever, and nothing of what a schema says is ever certain."""
 
 
 class JsonGrammar:
@@ -151,16 +145,27 @@ def compile_schema(tokenizer: LLTokenizer, asked: Asked) -> LLMatcher:
 
 
 def _of_schema(asked: JsonFormat) -> str:
+    """The grammar of a schema, with one blank after commas and colons, as Python and most training data have.
+
+    With free white space a model may go on with it for ever, and nothing is certain before it comes.
+    """
     checked = enforceable(asked.schema, asked.best_effort)
-    options = {
+    options: Any = {
+        "item_separator": ", ",
+        "key_separator": ": ",
+        "whitespace_flexible": False,
         "lenient": asked.best_effort,
         "coerce_one_of": asked.best_effort,
         "json_allowed_escapes": _ESCAPES + "u" * checked.has_controls,
     }
     if asked.whitespace is not None:
-        free = {"item_separator": ",", "key_separator": ":", "whitespace_flexible": True}
-        options |= free | {"whitespace_pattern": asked.whitespace}
-    return str(LLMatcher.grammar_from_json_schema(checked.schema, overrides=_JSON_OPTIONS | options))
+        options |= {
+            "item_separator": ",",
+            "key_separator": ":",
+            "whitespace_flexible": True,
+            "whitespace_pattern": asked.whitespace,
+        }
+    return str(LLMatcher.grammar_from_json_schema(checked.schema, overrides=options))
 
 
 def compile_order(tokenizer: LLTokenizer, asked: Asked) -> tuple[LLMatcher, str | None]:

@@ -17,7 +17,8 @@ from replicas.messages import (
     Prompt,
     TextLogprob,
 )
-from replicas.text import TextCodec, TextStream
+from replicas.text import TextCodec
+from replicas.text_stream import TextStream
 from replicas.timeline import Timeline
 
 

@@ -260,12 +260,8 @@ class Generation:
     def __init__(self, dispatcher: Dispatcher, request: GenerateRequest):
         self.finished: Finished | None = None
         """The end of the request, set once the text is complete."""
-        self.num_prompt_tokens = 0
-        """Prompt tokens as the replica counts them when it accepts the request."""
-        self.prompt_token_ids: tuple[tuple[int, ...], ...] = ()
-        """Each prompt's token ids, where the request asks for them."""
-        self.warning: str | None = None
-        """What of the request is not kept to."""
+        self.accepted = Accepted("", 0)
+        """What the replica says of the request when it accepts it."""
         self.num_tokens = 0
         """Tokens of all choices, as far as their events have come."""
         self.finish_reasons: dict[int, FinishReason] = {}
@@ -301,8 +297,7 @@ class Generation:
         self._leave()
 
     async def deltas(self, interval_s: float = 0.0) -> AsyncGenerator[tuple[Delta, ...], None]:
-        """Yields text as it comes; what has piled up of a choice meanwhile comes as one, but where the
-        request sets tokens_per_delta.
+        """Yields text as it comes; what has piled up of a choice comes as one without tokens_per_delta.
 
         interval_s: the least time between two pieces; the first and the last come at once.
         Raises TriadError if it breaks off.
@@ -321,10 +316,9 @@ class Generation:
                 event = await self._next_before(due_s)
             if piled:
                 due_s = clock() + interval_s
-                if self._request.tokens_per_delta is None:
-                    yield tuple(map(joined, piled.values()))
-                else:
-                    yield tuple(delta for deltas in piled.values() for delta in deltas)
+                is_joined = self._request.tokens_per_delta is None
+                parts = ((joined(part),) if is_joined else part for part in piled.values())
+                yield tuple(delta for part in parts for delta in part)
             if isinstance(event, Failed):
                 self.last = event
                 raise TriadError(event.code, event.message)
@@ -380,12 +374,9 @@ class Generation:
         self._num_sent += 1
         self._link, self._request_id = None, f"{self._request.request_id}.{self._num_sent}"
         request = replace(self._request, request_id=self._request_id, timeout_s=self._time_left())
-        self._link, accepted, self._inbox = await self._dispatcher.place(
+        self._link, self.accepted, self._inbox = await self._dispatcher.place(
             request, self._avoid, is_admitted=self._num_losses > 0
         )
-        self.num_prompt_tokens = accepted.num_prompt_tokens
-        self.prompt_token_ids = accepted.prompt_token_ids
-        self.warning = accepted.warning
 
     def _time_left(self) -> float | None:
         if self._deadline_s is None:

@@ -197,7 +197,9 @@ class Metrics:
             if family is not other:
                 family.samples.extend(other.samples)
         families = _Families(tuple(merged.values()))
-        return open_metrics(families, version="1.0.0") if is_open_metrics else generate_latest(families)
+        if not is_open_metrics:
+            return generate_latest(families)
+        return bytes(open_metrics(families, version="1.0.0"))  # type: ignore[no-untyped-call]
 
     def answered(self, route: str, status: int) -> None:
         self._http.add(1, self._own | {"route": route, "status": str(status)})

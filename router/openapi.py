@@ -83,7 +83,8 @@ Responses = dict[int | str, dict[str, Any]]
 
 def _errors(*statuses: int) -> Responses:
     """The answers of these statuses; `default` is any other, so that FastAPI adds none of its own."""
-    told = {**{status: _MEANINGS[status] for status in statuses}, "default": "Any other error."}
+    told: dict[int | str, str] = {status: _MEANINGS[status] for status in statuses}
+    told["default"] = "Any other error."
     content = {"application/json": {"schema": _ERROR}}
     return {status: {"description": what, "content": content} for status, what in told.items()}
 

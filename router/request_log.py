@@ -90,7 +90,7 @@ class RequestLog:
         num_made = 0 if generation is None else generation.num_tokens
         if self._limiter is not None and self._charge is not None:
             # What no replica has accepted has cost nothing; what one has, its prompt, however it ends.
-            num_prompt = 0 if generation is None else generation.num_prompt_tokens
+            num_prompt = 0 if generation is None else generation.accepted.num_prompt_tokens
             self._limiter.settle(self._charge, num_prompt + num_made)
         duration_s = time.monotonic() - self._began_s
         if self._metrics is not None:
@@ -119,7 +119,7 @@ class RequestLog:
         else:
             why = ErrorCode.UNAVAILABLE if last is None else last.code
             self._metrics.cancelled(why.value, num_completion)
-        self._metrics.used(self._key_name, generation.num_prompt_tokens, num_completion)
+        self._metrics.used(self._key_name, generation.accepted.num_prompt_tokens, num_completion)
 
     def _note(self, duration_s: float, num_made: int, key_name: str | None) -> None:
         generation = self._generation

@@ -59,7 +59,7 @@ class GenerationResponse(Response):
             self._record.first_token()
             choices = await generation.whole()
             assert generation.finished is not None
-            answer = replace(self._answer, prompt_token_ids=generation.prompt_token_ids)
+            answer = replace(self._answer, prompt_token_ids=generation.accepted.prompt_token_ids)
             pieces = await whole_body(answer, choices, generation.finished)
         num_bytes = sum(map(len, pieces))
         headers = {"content-type": "application/json", "content-length": str(num_bytes)}
@@ -71,8 +71,8 @@ class GenerationResponse(Response):
     async def _reply_in_events(self, send: Send) -> None:
         async with self._generation as generation, aclosing(generation.deltas(self._interval_s)) as news:
             self._record.first_token()
-            so_far = Counts(generation.num_prompt_tokens)
-            answer = replace(self._answer, prompt_token_ids=generation.prompt_token_ids)
+            so_far = Counts(generation.accepted.num_prompt_tokens)
+            answer = replace(self._answer, prompt_token_ids=generation.accepted.prompt_token_ids)
             head = answer.head(so_far)
             num_open = answer.num_choices
             await _start(send, EVENT_STREAM | _warning(generation))
@@ -122,9 +122,9 @@ async def _disconnected(receive: Receive) -> None:
 
 def _warning(generation: Generation) -> dict[str, str]:
     """The header of RFC 7234 that says what of a request is not kept to, if anything."""
-    if generation.warning is None:
+    if generation.accepted.warning is None:
         return {}
-    text = shortened(generation.warning, MAX_WARNING_LEN).encode("ascii", "replace").decode()
+    text = shortened(generation.accepted.warning, MAX_WARNING_LEN).encode("ascii", "replace").decode()
     plain = "".join(char if char.isprintable() and char not in '"\\' else "'" for char in text)
     return {"warning": f'199 triad "{plain}"'}
 

@@ -68,9 +68,8 @@ class PrefillBudget:
         self._num_cached += sequence.num_cached
         self._has_none = False
         gives_first_token = sequence.num_completion_tokens == 0 and end == len(sequence.tokens)
-        wanted = (len(tokens) - 1,) if gives_first_token else ()
-        if sequence.is_scored:
-            wanted = tuple(range(len(tokens)))
+        num_wanted = len(tokens) if sequence.is_scored else int(gives_first_token)
+        wanted = tuple(range(len(tokens) - num_wanted, len(tokens)))
         return SegmentRequest(tokens, num_causal=len(tokens), adapter=False, wanted=wanted)
 
 

@@ -26,7 +26,8 @@ from replicas.messages import (
 )
 from replicas.model.runner import TorchRunner
 from replicas.service import ReplicaService
-from replicas.text import TextCodec, TextStream
+from replicas.text import TextCodec
+from replicas.text_stream import TextStream
 from replicas.timeline import Timeline
 from tests.replicas.codec import byte_codec, tiny_tokenizer
 from tests.replicas.engine.scripted import EOS, PINNED, ScriptedRunner, expected

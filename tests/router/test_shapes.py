@@ -1,10 +1,8 @@
 """The shapes of requests that clients send through their defaults."""
 
-import json
-
 import pytest
 
-from replicas.messages import GrammarFormat, GrammarKind, JsonFormat, TemplateOptions
+from replicas.messages import TemplateOptions
 from router.api import create_app
 from router.schema import ChatCompletionRequest, CompletionRequest
 from tests.router.conftest import in_process, running
@@ -13,7 +11,6 @@ from tests.router.stack import a_stack
 from tests.router.test_schema import CHAT, error_of, post
 from tests.router.test_schema import TEXT as TEXT_BODY
 from tests.router.test_sse import events
-from tests.router.test_text_offset import Sure
 
 HINTS = {
     "store": True,
@@ -298,160 +295,3 @@ async def test_a_template_takes_no_name_of_the_renderers(client_of_a_stack):
         body = chat(chat_template_kwargs={name: "x"})
         error = error_of(await client_of_a_stack.post("/v1/chat/completions", json=body))
         assert error["param"] == f"chat_template_kwargs.{name}"
-
-
-TAG = {
-    "type": "structural_tag",
-    "structures": [{"begin": "<f>", "schema": {"type": "object"}, "end": "</f>"}],
-    "triggers": ["<f"],
-}
-
-
-@pytest.mark.parametrize(
-    ("given", "form"),
-    [
-        ({"regex": "a+"}, GrammarFormat(GrammarKind.REGEX, "a+")),
-        ({"choice": ["a", "b"], "regex": None}, GrammarFormat(GrammarKind.CHOICE, '["a", "b"]')),
-        ({"grammar": "start: A"}, GrammarFormat(GrammarKind.LARK, "start: A")),
-        ({"json": {"type": "integer"}}, JsonFormat('{"type": "integer"}', True)),
-        ({"json": '{"type": "integer"}'}, JsonFormat('{"type": "integer"}', True)),
-        ({"json_object": True}, JsonFormat('{"type": "object"}')),
-        (
-            {"json": {"type": "integer"}, "whitespace_pattern": "[ \\n]{0,4}"},
-            JsonFormat('{"type": "integer"}', True, "[ \\n]{0,4}"),
-        ),
-    ],
-)
-def test_structured_outputs_have_vllms_names(given, form):
-    request = ChatCompletionRequest.model_validate(CHAT | {"structured_outputs": given})
-    assert request.sampling(lambda: 0).response_format == form
-
-
-@pytest.mark.parametrize("tag", [TAG, json.dumps(TAG)])
-def test_a_structural_tag_is_taken(tag):
-    request = ChatCompletionRequest.model_validate(CHAT | {"structured_outputs": {"structural_tag": tag}})
-    form = request.sampling(lambda: 0).response_format
-    assert (form.kind, json.loads(form.text)) == (GrammarKind.STRUCTURAL_TAG, TAG)
-
-
-def test_bad_words_are_a_form():
-    request = ChatCompletionRequest.model_validate(CHAT | {"bad_words": ["a"]})
-    assert request.sampling(lambda: 0).response_format == GrammarFormat(GrammarKind.WITHOUT_WORDS, '["a"]')
-    assert ChatCompletionRequest.model_validate(CHAT | {"bad_words": []}).form[1] is None
-
-
-@pytest.mark.parametrize(
-    ("body", "param"),
-    [
-        ({"structured_outputs": {}}, "structured_outputs.json"),
-        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs.choice"),
-        ({"structured_outputs": {"regex": ""}}, "structured_outputs.regex"),
-        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
-        ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
-        (
-            {"structured_outputs": {"structural_tag": {"format": {}}}},
-            "structured_outputs.structural_tag.format",
-        ),
-        (
-            {"structured_outputs": {"regex": "a", "whitespace_pattern": " "}},
-            "structured_outputs.whitespace_pattern",
-        ),
-        (
-            {"structured_outputs": {"json": {}, "whitespace_pattern": "a?"}},
-            "structured_outputs.whitespace_pattern",
-        ),
-        ({"bad_words": [""]}, "bad_words[0]"),
-        ({"bad_words": ["a"], "response_format": {"type": "json_object"}}, "bad_words"),
-        (
-            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
-            "structured_outputs",
-        ),
-    ],
-)
-async def test_forms_that_can_not_be_meant_are_named(body, param):
-    assert error_of(await post("/chat", CHAT | body))["param"] == param
-
-
-async def test_forms_are_kept_to_and_refused_in_the_clients_names(client_of_a_stack):
-    path = "/v1/chat/completions"
-    body = chat(structured_outputs={"choice": ["YES", "NO"]})
-    for mode in ("ar", "self_speculation", "auto"):
-        answer = (await client_of_a_stack.post(path, json=body | {"decoding": {"mode": mode}})).json()
-        assert answer["choices"][0]["message"]["content"] in ("YES", "NO")
-    for form, param in (
-        ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
-        ({"structured_outputs": {"json": {"$ref": "#"}}}, "structured_outputs.json"),
-        ({"bad_words": ["a"], "ignore_eos": True}, "ignore_eos"),
-    ):
-        assert error_of(await client_of_a_stack.post(path, json=chat(**form)))["param"] == param
-
-    schema = {"type": "integer", "minimum": 1, "maximum": 9, "not": {"const": 5}}
-    named = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
-    for stream in (False, True):
-        answer = await client_of_a_stack.post(path, json=chat(response_format=named, stream=stream))
-        assert answer.status_code == 200, answer.text
-        assert "not" in answer.headers["warning"]
-    named["json_schema"]["strict"] = True
-    error = error_of(await client_of_a_stack.post(path, json=chat(response_format=named)))
-    assert error["param"] == "response_format.json_schema.schema"
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("prompt", ["HELLO", [30, 31, 32, 2, 33]])
-@pytest.mark.parametrize("max_tokens", [0, 1, 7])
-async def test_echo_has_the_prompt_with_its_logprobs(stream, prompt, max_tokens):
-    body = {"model": MODEL, "prompt": prompt, "max_tokens": max_tokens, "logprobs": 2, "echo": True, "n": 2}
-    async with a_stack([Sure()]) as stack, in_process(create_app(stack.door)) as client:
-        plain = (await client.post("/v1/completions", json=body | {"echo": False, "seed": 3})).json()
-        told = {
-            index: {"text": "", "tokens": [], "token_logprobs": [], "text_offset": []} for index in (0, 1)
-        }
-        if stream:
-            for chunk in await streamed(client, "/v1/completions", body | {"seed": 3}):
-                (choice,) = chunk["choices"]
-                told[choice["index"]]["text"] += choice["text"]
-                for name, items in (choice["logprobs"] or {}).items():
-                    told[choice["index"]].setdefault(name, [])
-                    told[choice["index"]][name] += items
-        else:
-            answer = (await client.post("/v1/completions", json=body | {"seed": 3})).json()
-            assert answer["usage"]["completion_tokens"] == plain["usage"]["completion_tokens"]
-            for choice in answer["choices"]:
-                told[choice["index"]] = {"text": choice["text"]} | choice["logprobs"]
-    shown = prompt if isinstance(prompt, str) else "".join(chr(33 + i - 3) for i in prompt if i > 2)
-    for index, choice in told.items():
-        other = plain["choices"][index]
-        assert choice["text"] == shown + other["text"]
-        num_prompt = len(prompt)
-        assert choice["token_logprobs"][0] is None
-        assert choice["top_logprobs"][0] is None
-        assert all(logprob == 0.0 for logprob in choice["token_logprobs"][1:num_prompt])
-        assert len(choice["tokens"]) >= num_prompt + len(other["logprobs"]["tokens"])
-        assert (
-            choice["tokens"][num_prompt:][: len(other["logprobs"]["tokens"])] == other["logprobs"]["tokens"]
-        )
-        offsets = [len(shown) + offset for offset in other["logprobs"]["text_offset"]]
-        assert choice["text_offset"][num_prompt:][: len(offsets)] == offsets
-        assert choice["text_offset"][0] == 0
-
-
-async def test_echo_lists_the_end_of_text_as_a_token():
-    """Whoever scores cuts the one token that was made off the end of the lists, so it is always there."""
-    ends = 0
-    async with a_stack([Sure()]) as stack, in_process(create_app(stack.door)) as client:
-        for number in range(120):
-            prompt = [5, 6 + number // 40, 7 + number % 40]
-            body = {"model": MODEL, "prompt": prompt, "max_tokens": 1, "logprobs": 1, "echo": True}
-            body["temperature"] = 0
-            answer = (await client.post("/v1/completions", json=body)).json()["choices"][0]
-            assert len(answer["logprobs"]["tokens"]) == 4
-            ends += answer["finish_reason"] == "stop"
-    assert ends
-
-
-async def test_echo_without_logprobs_is_text_alone(client_of_a_stack):
-    body = {"model": MODEL, "prompt": "HELLO", "max_tokens": 0, "echo": True}
-    answer = (await client_of_a_stack.post("/v1/completions", json=body)).json()
-    assert (answer["choices"][0]["text"], answer["choices"][0]["logprobs"]) == ("HELLO", None)
-    assert answer["choices"][0]["finish_reason"] == "length"
-    assert answer["usage"]["completion_tokens"] == 0
