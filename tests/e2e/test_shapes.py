@@ -58,7 +58,8 @@ async def test_shapes_of_requests_with_the_openai_client(server: Triad) -> None:
     logprobs = scored.choices[0].logprobs
     assert logprobs is not None
     assert logprobs.token_logprobs is not None
-    assert "".join(logprobs.tokens or ()) == "Hello"
+    begin, *others = logprobs.tokens or ()
+    assert (begin, "".join(others)) == ("<|bos|>", "Hello")
     assert logprobs.token_logprobs[0] is None
     assert all(logprob < 0 for logprob in logprobs.token_logprobs[1:])
 

@@ -60,7 +60,12 @@ def test_a_prompts_logprobs_are_those_of_transformers(
         ids = codec.encode(({"role": "user", "content": task.prompt},)) + codec.encode(task.answer)
         for mode, max_tokens in ((Mode.AR, 0), (Mode.SELF_SPECULATION, 40), (None, 1)):
             sampling = SamplingParams(
-                max_tokens=max_tokens, logprobs=1, scores_prompt=True, temperature=0.7, seed=number
+                max_tokens=max_tokens,
+                logprobs=1,
+                scores_prompt=True,
+                temperature=0.7,
+                seed=number,
+                ignore_eos=True,
             )
             name = f"{number}-{mode}"
             asked[name] = engine.submit(name, ids, sampling, DecodingOptions(mode))
