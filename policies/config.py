@@ -45,12 +45,23 @@ def _mapping(value: Any) -> Any:
         raise ValueError(f'write it as a JSON object, such as {{"low": 4}} ({error})') from error
 
 
+def listed(value: Any) -> Any:
+    """Returns the list that comma-separated text on the command line stands for; all else as it is."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+ServedName = Annotated[str, Field(min_length=1, max_length=256)]
+
+
 class SharedConfig(Capacity):
     """The settings of both replicas and ingresses."""
 
     model: str = Field(default=EMBEDDED_MODEL, description="A folder, a hub name, triad-5m or smollm2.")
-    served_model_name: str | None = Field(
-        default=None, description="What clients ask for; the model's last part."
+    served_model_name: Annotated[tuple[ServedName, ...], Field(max_length=16), BeforeValidator(listed)] = (
+        Field(
+            default=(),
+            description="What clients ask for, or several, the first in answers; the model's last part.",
+        )
     )
     app: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = Field(
         default="triad", description="Keeps several apps apart in one Redis."
@@ -68,4 +79,9 @@ class SharedConfig(Capacity):
     @property
     def model_name(self) -> str:
         """The name by which clients ask for the model."""
-        return self.served_model_name or Path(self.model).name
+        return next(iter(self.served_model_name), Path(self.model).name)
+
+    @property
+    def model_aliases(self) -> tuple[str, ...]:
+        """Further names by which they may."""
+        return self.served_model_name[1:]

@@ -13,8 +13,8 @@ from replicas.engine.engine import Engine
 from replicas.engine.grammar import Grammar
 from replicas.engine.sequence import Progress
 from replicas.errors import ErrorCode, TriadError
-from replicas.messages import NUM_SEEDS, Delta, Event, FinishReason, GenerateRequest
-from replicas.request_state import ChoiceState, Outbox, RequestState, choice_name, is_chat
+from replicas.messages import NUM_SEEDS, Event, GenerateRequest
+from replicas.request_state import ChoiceState, Echo, Outbox, RequestState, choice_name, is_chat
 from replicas.text import TextCodec
 from replicas.timeline import Timeline
 
@@ -138,7 +138,8 @@ class RequestTable:
         seed = (request.sampling.seed + index % request.num_choices) % NUM_SEEDS
         name = choice_name(state, index)
         prompt, sampling = request.prompts[index // request.num_choices], request.sampling
-        text = self._codec.stream(sampling.stop, sampling.min_tokens, continues_text=not is_chat(prompt))
+        continues_text = not is_chat(prompt) or request.template.continue_final_message
+        text = self._codec.completion(sampling, self._engine.spec.eos_token_ids, continues_text)
         sequence = self._engine.submit(
             name,
             prompt_ids,
@@ -151,6 +152,8 @@ class RequestTable:
             cache_salt=request.cache_salt,
         )
         choice = ChoiceState(state, index, sequence, text)
+        if request.echo:
+            choice.echoed = Echo.of(prompt, prompt_ids, self._codec)
         if self._on_timeline is not None:
             choice.timeline = Timeline(request.request_id, request.trace_carrier, self._clock(), index)
         self._choices[name] = state.choices[index] = choice
@@ -160,20 +163,18 @@ class RequestTable:
     def _add_events(self, outbox: Outbox, choice: ChoiceState, made: Progress) -> None:
         """Adds the events of what a step did for one choice. One that fails fails its whole request."""
         state = choice.request_state
-        request_id, channel_id = state.request.request_id, state.request.channel_id
+        channel_id = state.request.channel_id
         if made.error is not None:
             self._fail(outbox, state, made.error, made.message)
             return
-        text = choice.take(made, self._codec, self._clock())
-        reason = FinishReason.STOP if choice.text.stopped else made.reason
-        if text or reason is not None:
-            num_tokens, logprobs = choice.take_unsent()
-            outbox.add(channel_id, Delta(request_id, text, num_tokens, logprobs, choice.index, reason))
-        if reason is not None:
+        deltas = choice.take(made, self._codec, self._clock())
+        for delta in deltas:
+            outbox.add(channel_id, delta)
+        if deltas and deltas[-1].reason is not None:
             self._end_choice(choice)
             if not state.choices:
                 outbox.add(channel_id, state.finished())
-                del self._states[request_id]
+                del self._states[state.request.request_id]
 
     def _end_choice(self, choice: ChoiceState) -> None:
         state = choice.request_state

@@ -82,7 +82,9 @@ class ReplicaService:
             )
         except TriadError as error:
             return Rejected(request.request_id, error.code, error.message, error.param)
-        return Accepted(request.request_id, sum(map(len, prepared.prompts)))
+        told = tuple(map(tuple, prepared.prompts)) if request.return_token_ids else ()
+        num_tokens = sum(map(len, prepared.prompts))
+        return Accepted(request.request_id, num_tokens, told, prepared.warning)
 
     async def cancel(self, request_ids: Iterable[str]) -> None:
         """Ends requests with CANCELLED, pages and all; those that have ended already stay as they are."""

@@ -9,10 +9,11 @@ import pickle
 import secrets
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import Any, Literal
 
-from replicas.messages import Delta, Event, FinishReason
+from replicas.messages import Delta, Event
 
 SECRET_BYTES = 32
 MAX_HELLO_BYTES = SECRET_BYTES + 128
@@ -22,6 +23,7 @@ MAX_FRAME_BYTES = 2**30
 
 _LENGTH = struct.Struct(">I")
 _EVENTS, _ANSWER = b"E", b"A"
+_values_of = attrgetter(*(entry.name for entry in fields(Delta)))
 
 Method = Literal["submit", "cancel"]
 
@@ -111,7 +113,7 @@ def answer_frame(answer: CallAnswer) -> bytes:
 
 def events_frame(events: tuple[Event, ...]) -> bytes:
     """The frame of one item of a channel. Deltas go as tuples, which pickle thirty times as fast."""
-    flat = [_flat(event) if isinstance(event, Delta) else event for event in events]
+    flat = [_values_of(event) if isinstance(event, Delta) else event for event in events]
     return _frame(_EVENTS + pickle.dumps(flat, pickle.HIGHEST_PROTOCOL))
 
 
@@ -120,19 +122,7 @@ def read_from_replica(frame: bytes) -> CallAnswer | tuple[Event, ...]:
     message = pickle.loads(memoryview(frame)[1:])
     if frame[:1] == _ANSWER:
         return CallAnswer(*message)
-    return tuple(_delta(*event) if type(event) is tuple else event for event in message)
-
-
-def _flat(delta: Delta) -> tuple[Any, ...]:
-    reason = None if delta.reason is None else delta.reason.value
-    return delta.request_id, delta.text, delta.num_tokens, delta.logprobs, delta.index, reason
-
-
-def _delta(
-    request_id: str, text: str, num_tokens: int, logprobs: tuple[Any, ...], index: int, reason: str | None
-) -> Delta:
-    ended = None if reason is None else FinishReason(reason)
-    return Delta(request_id, text, num_tokens, logprobs, index, ended)
+    return tuple(Delta(*event) if type(event) is tuple else event for event in message)
 
 
 def _frame(payload: bytes) -> bytes:

@@ -21,9 +21,9 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
 from replicas.errors import ErrorCode
+from router.completion import Completion
 from router.config import Bounds
 from router.errors import ApiError, bad_request, bad_value
-from router.schema import Completion
 
 INLINE_BYTES = 32 * 2**10
 """A body up to this long is read at once, which takes some milliseconds at worst."""

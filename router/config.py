@@ -1,10 +1,10 @@
 """The settings of one ingress."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from policies.config import Capacity, Settings, SharedConfig
+from policies.config import Capacity, Settings, SharedConfig, listed
 
 MAX_HEADERS = 100
 
@@ -41,11 +41,6 @@ class Bounds(Settings):
     )
 
 
-def _listed(value: Any) -> Any:
-    """The list that comma-separated text on the command line stands for."""
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-
-
 class IngressConfig(AdmissionConfig, Bounds, SharedConfig):
     """The settings of one ingress."""
 
@@ -74,7 +69,7 @@ class IngressConfig(AdmissionConfig, Bounds, SharedConfig):
     limits_timeout_s: float = Field(
         default=0.1, gt=0.0, le=5.0, description="How long a request of a limited key waits for Redis."
     )
-    cors_origins: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
+    cors_origins: Annotated[tuple[str, ...], BeforeValidator(listed)] = Field(
         default=(),
         description="Sites whose pages may call, such as https://chat.example.com; none by default.",
     )

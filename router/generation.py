@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from replicas.errors import ErrorCode, TriadError
-from replicas.messages import Delta, Failed, Finished, FinishReason, GenerateRequest, joined
+from replicas.messages import Accepted, Delta, Failed, Finished, FinishReason, GenerateRequest, joined
 from router.dispatch import Dispatcher
 from router.inbox import Inbox
 from router.replica_connection import FAULTS, LastWord, ReplicaConnection, ReplicaLost
@@ -32,8 +32,8 @@ class Generation:
     def __init__(self, dispatcher: Dispatcher, request: GenerateRequest):
         self.finished: Finished | None = None
         """The end of the request, set once the text is complete."""
-        self.num_prompt_tokens = 0
-        """Prompt tokens as the replica counts them when it accepts the request."""
+        self.accepted = Accepted("", 0)
+        """What the replica says of the request when it accepts it."""
         self.num_tokens = 0
         """Tokens of all choices, as far as their events have been taken."""
         self.finish_reasons: dict[int, FinishReason] = {}
@@ -68,7 +68,7 @@ class Generation:
         self._leave()
 
     async def deltas(self, interval_s: Interval = lambda: 0.0) -> AsyncGenerator[tuple[Delta, ...], None]:
-        """Yields text as it comes; what has piled up of a choice meanwhile comes as one.
+        """Yields text as it comes; what has piled up of a choice comes as one without tokens_per_delta.
 
         interval_s: gives the least time between this piece and the next; the first and the last come at once.
         Raises TriadError if it breaks off.
@@ -88,7 +88,9 @@ class Generation:
                     end = event
             if piled:
                 due_s = clock() + interval_s()
-                yield tuple(map(joined, piled.values()))
+                is_joined = self._request.tokens_per_delta is None
+                parts = ((joined(part),) if is_joined else part for part in piled.values())
+                yield tuple(delta for part in parts for delta in part)
             if isinstance(end, Failed):
                 self.last = end
                 raise TriadError(end.code, end.message)
@@ -131,10 +133,9 @@ class Generation:
         self._num_sent += 1
         self._connection, self._request_id = None, f"{self._request.request_id}.{self._num_sent}"
         request = replace(self._request, request_id=self._request_id, timeout_s=self._time_left())
-        self._connection, accepted, self._inbox = await self._dispatcher.place(
+        self._connection, self.accepted, self._inbox = await self._dispatcher.place(
             request, self._avoid, is_admitted=self._num_losses > 0
         )
-        self.num_prompt_tokens = accepted.num_prompt_tokens
 
     def _time_left(self) -> float | None:
         if self._deadline_s is None:

@@ -1,6 +1,6 @@
 """Estimates of a request for placement and admission, made of text since there are no tokens yet."""
 
-from replicas.errors import ErrorCode, TriadError
+from replicas.errors import context_exceeded
 from replicas.messages import Finished, GenerateRequest, ModelInfo, Prompt
 from router.placement import PlacementRequest
 from router.prefix_map import PrefixMap, prefix_keys
@@ -56,6 +56,8 @@ class PromptEstimator:
 def check_fits(request: GenerateRequest, model: ModelInfo) -> None:
     """Raises TriadError for a prompt that is longer than the context whatever its tokens are, so that no
     replica reads it only to refuse it."""
+    if request.truncate_prompt_tokens is not None:
+        return
     for prompt in request.prompts:
         if isinstance(prompt, str):
             num, max_num, unit, param = len(prompt), model.max_prompt_chars, "characters", "prompt"
@@ -64,11 +66,10 @@ def check_fits(request: GenerateRequest, model: ModelInfo) -> None:
         else:
             num, max_num, unit, param = _least_chars(prompt), model.max_prompt_chars, "characters", "messages"
         if max_num is not None and num > max_num:
-            message = (
-                f"the context is {model.max_context} tokens, which no prompt of more than {max_num} {unit} "
-                f"fits, and this one has {num}; shorten it"
+            counted = (
+                f"has {num} input tokens" if unit == "tokens" else f"has {num} {unit}, which are more tokens"
             )
-            raise TriadError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, param)
+            raise context_exceeded(model.max_context, counted, param)
 
 
 def _least_chars(prompt: Prompt) -> int:

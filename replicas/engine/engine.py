@@ -21,7 +21,7 @@ from replicas.engine.isolate import is_sticky, nobodys_segment, run_apart
 from replicas.engine.lengths import CompletionLengths
 from replicas.engine.scheduler import Scheduler
 from replicas.engine.sequence import Progress, Sequence, Status, Text
-from replicas.errors import ErrorCode, TriadError
+from replicas.errors import ErrorCode, TriadError, context_exceeded
 from replicas.messages import DecodingOptions, FinishReason, SamplingParams
 
 AUTO = DecodingOptions()
@@ -127,9 +127,8 @@ class Engine:
         """
         self._check(request_id, prompt_ids, sampling, decoding)
         now_s = self._clock()
-        max_tokens = sampling.max_tokens
-        if max_tokens is None:
-            max_tokens = self.spec.max_context - len(prompt_ids)
+        left = self.spec.max_context - len(prompt_ids)
+        max_tokens = left if sampling.max_tokens is None else min(sampling.max_tokens, left)
         sequence = Sequence(
             seq_id=self._num_submitted,
             request_id=request_id,
@@ -174,7 +173,7 @@ class Engine:
         for made in progress:
             if made.ended:
                 del self._sequences[made.sequence.request_id]
-            if made.reason is not None:
+            if made.reason is not None and made.sequence.num_completion_tokens:
                 self._lengths.note(made.sequence.num_completion_tokens, made.reason is FinishReason.STOP)
         return ended + progress
 
@@ -240,22 +239,18 @@ class Engine:
             message = f"token id {self.spec.mask_token_id} is the mask of diffusion, which no prompt may have"
             raise TriadError(ErrorCode.INVALID_REQUEST, message, "prompt")
         self._check_vocabulary("logit_bias", [token for token, _ in sampling.logit_bias])
+        self._check_vocabulary("stop_token_ids", list(sampling.stop_token_ids))
         if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
             raise TriadError(ErrorCode.INVALID_REQUEST, "min_tokens is above max_tokens", "min_tokens")
-        if sampling.max_tokens is not None and sampling.max_tokens < 1:
-            raise TriadError(ErrorCode.INVALID_REQUEST, "max_tokens must be at least 1", "max_tokens")
-        if sampling.response_format is not None and (sampling.ignore_eos or sampling.min_tokens):
+        if sampling.max_tokens is not None and sampling.max_tokens < 0:
+            raise TriadError(ErrorCode.INVALID_REQUEST, "max_tokens must be at least 0", "max_tokens")
+        form = sampling.response_format
+        if form is not None and (sampling.ignore_eos or (sampling.min_tokens and form.decides_on_end)):
             field = "ignore_eos" if sampling.ignore_eos else "min_tokens"
-            message = f"{field} does not go with response_format, which decides on the end; leave it out"
+            message = f"{field} does not go with a form of the answer, which decides on its end; leave it out"
             raise TriadError(ErrorCode.INVALID_REQUEST, message, field)
-        num_tokens = len(prompt_ids) + (sampling.max_tokens or 1)
-        if num_tokens > context:
-            raise TriadError(
-                ErrorCode.CONTEXT_LENGTH_EXCEEDED,
-                f"the context is {context} tokens, but the prompt has {len(prompt_ids)} and max_tokens "
-                f"asks for {sampling.max_tokens or 1} more; shorten the prompt or lower max_tokens",
-                "max_tokens" if len(prompt_ids) < context else "messages",
-            )
+        if len(prompt_ids) >= context:
+            raise context_exceeded(context, f"has {len(prompt_ids)} input tokens", "prompt")
         if decoding.mode is not None and decoding.mode not in self.spec.modes:
             raise TriadError(
                 ErrorCode.INVALID_REQUEST,

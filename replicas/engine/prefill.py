@@ -52,7 +52,8 @@ class PrefillBudget:
         self._num_cached += sequence.num_cached
         self._has_none = False
         gives_first_token = sequence.num_completion_tokens == 0 and end == len(sequence.tokens)
-        wanted = (len(tokens) - 1,) if gives_first_token else ()
+        num_wanted = len(tokens) if sequence.is_scored else int(gives_first_token)
+        wanted = tuple(range(len(tokens) - num_wanted, len(tokens)))
         return SegmentRequest(tokens, num_causal=len(tokens), adapter=False, wanted=wanted)
 
 
@@ -78,5 +79,8 @@ def is_coming(sequence: Sequence, running: Iterable[Sequence], page_size: int) -
 
 
 def reusable_len(sequence: Sequence) -> int:
-    """Leading tokens whose K/V may come from the cache; a first token needs its prompt's last logits."""
+    """Leading tokens whose K/V may come from the cache; a first token needs its prompt's last logits, and a
+    prompt that is scored all of them."""
+    if sequence.is_scored:
+        return 0
     return sequence.prefill_end - (1 if sequence.num_completion_tokens == 0 else 0)

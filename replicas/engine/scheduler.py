@@ -101,7 +101,7 @@ class Scheduler:
         for sequence in [running for running in self._running if running in requests]:
             if sequence.status is not Status.RUNNING:
                 continue  # preempted for one before it, earlier in this loop
-            request, allowed = constrained(sequence, requests[sequence])
+            request, allowed = constrained(sequence, requests[sequence], self._spec.vocab_size)
             if sequence.failure is not None:
                 continue
             start = sequence.num_cached
@@ -268,13 +268,21 @@ class Scheduler:
     def _apply(self, sequence: Sequence, request: SegmentRequest, output: SegmentOutput) -> Progress:
         counters, current = self.counters, sequence.round
         if current is None or sequence.is_prefilling:
+            tokens, logprobs = output.token_ids, output.logprobs(len(output.token_ids))
+            if sequence.is_scored:
+                if len(tokens) < len(request.wanted):
+                    raise ValueError("the logits of the prompt are not finite")
+                num_scored = min(len(tokens), sequence.num_prompt_tokens - 1 - sequence.num_cached)
+                del sequence.prompt_logprobs[sequence.num_cached :]  # from before it was preempted
+                sequence.prompt_logprobs += logprobs[:num_scored]
+                tokens, logprobs = tokens[num_scored:], logprobs[num_scored:]
             sequence.num_cached += len(request.token_ids)
             counters.num_prefilled += len(request.token_ids)
-            if not request.wanted:
+            if not tokens:
                 return Progress(sequence)
             plan = plan_for(sequence, self.active, self._spec)
             sequence.note_mode(plan.decode.mode, plan.rule)
-            mode, tokens, logprobs = plan.decode.mode, output.token_ids, output.logprobs(1)
+            mode = plan.decode.mode
         else:
             progress = current.apply_output(request, output)
             sequence.num_forwards += 1

@@ -71,6 +71,8 @@ class Sequence:
     """It shares pages with sequences of the same salt alone."""
     key_number: Key = field(init=False)
     """The pool's number of the prefix that the kept pages hold."""
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Of the prompt's tokens but the first, as far as they are cached, where sampling.scores_prompt."""
     num_reused: int = 0
     """Prompt tokens whose K/V another request had left."""
     round: Round | None = None
@@ -130,6 +132,11 @@ class Sequence:
         return len(self.tokens) - (1 if self.num_completion_tokens else 0)
 
     @property
+    def is_scored(self) -> bool:
+        """True while the prompt's tokens are to be reported and their logits are still to come."""
+        return self.sampling.scores_prompt and self.num_completion_tokens == 0
+
+    @property
     def is_prefilling(self) -> bool:
         return self.num_cached < self.prefill_end
 
@@ -174,6 +181,8 @@ class Sequence:
 
         Returns those that were taken, and why the sequence ends; None where it goes on.
         """
+        if self.max_tokens == 0:
+            return (), FinishReason.LENGTH
         for count, token in enumerate(tokens, start=1):
             self.tokens.append(token)
             if self.history is not None:

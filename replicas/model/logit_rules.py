@@ -52,7 +52,7 @@ class Row:
 
     @property
     def forbids_end(self) -> bool:
-        return self.position < self.prompt_len + self.sampling.min_tokens
+        return self.prompt_len <= self.position < self.prompt_len + self.sampling.min_tokens
 
     def is_followed_by(self, other: "Row") -> bool:
         """True if the other row has the same tokens before it, and maybe more."""

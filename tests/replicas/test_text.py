@@ -9,7 +9,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from replicas.errors import ErrorCode, TriadError
 from replicas.model.config import CheckpointError
-from replicas.text import TextCodec, TextStream
+from replicas.text import TextCodec
+from replicas.text_stream import TextStream
 from tests.replicas.codec import byte_codec, tiny_tokenizer
 from tests.thorough import examples
 from tests.tiny_checkpoint import BYTE_FALLBACK_KINDS, byte_fallback_tokenizer

@@ -229,7 +229,7 @@ async def test_a_prompt_that_no_tokenizer_makes_fit_is_refused_before_it_is_sent
     replica = SlowReader("a", max_prompt_chars=8 * CONTEXT)
     dispatcher = await start(replica)
     await eventually(lambda: dispatcher.model is not None)
-    with pytest.raises(TriadError, match=f"the context is {CONTEXT} tokens") as caught:
+    with pytest.raises(TriadError, match=f"context length is {CONTEXT} tokens") as caught:
         await whole(dispatcher, replace(a_request(), prompts=(prompt,)))
     assert (caught.value.code, caught.value.param) == (ErrorCode.CONTEXT_LENGTH_EXCEEDED, param)
     assert replica.num_read == 0

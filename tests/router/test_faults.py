@@ -125,7 +125,7 @@ async def test_while_it_drains_what_has_begun_goes_on_and_new_requests_get_503()
         stack.dispatcher.drain()
         for is_streamed in (False, True):
             response = await client.post(PATH, json=chat(stream=is_streamed))
-            assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+            assert (response.status_code, response.headers["retry-after"] in ("1", "2")) == (503, True)
         assert (await client.get("/readyz")).status_code == 503
         assert (await client.get("/healthz")).status_code == 200
         runner.allow()

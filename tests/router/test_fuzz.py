@@ -22,7 +22,7 @@ NUM_CASES = num_cases(300)
 
 pytestmark = pytest.mark.timeout(max(300, NUM_CASES))
 
-ALLOWED = {200, 400, 404, 405, 413, 422, 429, 431, 503, 504}
+ALLOWED = {200, 400, 404, 405, 413, 415, 422, 429, 431, 503, 504}
 VALID: list[tuple[str, dict[str, Any]]] = [
     (
         "/v1/chat/completions",
@@ -97,9 +97,11 @@ def check(status: int, content_type: str, body: bytes) -> None:
     if content_type.startswith("text/event-stream"):
         *events, end = body.decode().split("\n\n")
         assert end == ""
-        assert all(event.startswith("data: ") for event in events)
-        if events[-1] != "data: [DONE]":
-            assert "error" in json.loads(events[-1][6:])
+        *pieces, last = events
+        assert all(piece.startswith("data: ") for piece in pieces)
+        if last != "data: [DONE]":
+            assert last.startswith("event: error\ndata: ")
+            assert "error" in json.loads(last.removeprefix("event: error\ndata: "))
     elif status != 200:
         error = json.loads(body)["error"]
         assert set(error) == {"message", "type", "param", "code"}

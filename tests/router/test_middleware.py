@@ -36,6 +36,9 @@ async def test_a_long_prompt_is_refused_before_a_replica_sees_it(make_door):
 async def test_other_sites_pages_may_not_call_unless_they_are_listed(make_door):
     site, other = "https://chat.example.com", "https://evil.example.com"
     ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    ask["Access-Control-Request-Headers"] += (
+        ",content-type,traceparent,x-stainless-lang,x-stainless-retry-count"
+    )
     replica = ScriptedReplica("a")
     door = await make_door(replica)
     async with in_process(create_app(door)) as client:

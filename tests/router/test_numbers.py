@@ -11,10 +11,11 @@ from pydantic import BaseModel
 
 from replicas.messages import NUM_SEEDS, DecodingOptions, SamplingParams
 from router.body import read
+from router.completion import Completion
 from router.config import Bounds
 from router.errors import ApiError
 from router.operate import PolicyBody
-from router.schema import ChatCompletionRequest, Completion, CompletionRequest
+from router.schema import ChatCompletionRequest, CompletionRequest
 from tests.thorough import examples
 
 INT32 = 2**31 - 1
@@ -24,7 +25,7 @@ BODIES: dict[type[Completion], dict[str, Any]] = {
 }
 BOTH = (ChatCompletionRequest, CompletionRequest)
 INTEGERS = {
-    "max_tokens": (1, INT32, BOTH),
+    "max_tokens": (1, INT32, BOTH[:1]),
     "max_completion_tokens": (1, INT32, BOTH[:1]),
     "min_tokens": (0, INT32, BOTH),
     "top_k": (-1, INT32, BOTH),
@@ -82,7 +83,7 @@ def body_with(model: type[Completion], name: str, raw: str) -> bytes:
 
 def check_bounds(sampling: SamplingParams, decoding: DecodingOptions) -> None:
     """What the sampler and the scheduler take."""
-    assert sampling.max_tokens is None or 1 <= sampling.max_tokens <= INT32
+    assert sampling.max_tokens is None or 0 <= sampling.max_tokens <= INT32
     assert 0 <= sampling.min_tokens <= INT32
     assert 0 <= sampling.top_k <= INT32
     assert 0 <= sampling.seed < NUM_SEEDS

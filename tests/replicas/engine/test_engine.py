@@ -243,15 +243,15 @@ def test_deadline_ends_waiting_and_running_requests() -> None:
     ("prompt", "sampling", "decoding", "code", "param"),
     [
         ([], SamplingParams(), DecodingOptions(), ErrorCode.INVALID_REQUEST, "prompt"),
-        ([5], SamplingParams(max_tokens=0), DecodingOptions(), ErrorCode.INVALID_REQUEST, "max_tokens"),
+        ([5], SamplingParams(max_tokens=-1), DecodingOptions(), ErrorCode.INVALID_REQUEST, "max_tokens"),
         (
-            [5] * 50,
-            SamplingParams(max_tokens=47),
+            [5],
+            SamplingParams(stop_token_ids=(300,)),
             DecodingOptions(),
-            ErrorCode.CONTEXT_LENGTH_EXCEEDED,
-            "max_tokens",
+            ErrorCode.INVALID_REQUEST,
+            "stop_token_ids",
         ),
-        ([5] * 96, SamplingParams(), DecodingOptions(), ErrorCode.CONTEXT_LENGTH_EXCEEDED, "messages"),
+        ([5] * 96, SamplingParams(), DecodingOptions(), ErrorCode.CONTEXT_LENGTH_EXCEEDED, "prompt"),
         ([5, 300], SamplingParams(), DecodingOptions(), ErrorCode.INVALID_REQUEST, "prompt"),
         (
             [5],
