@@ -8,6 +8,7 @@ import pytest
 
 from policies.control.plan import DecisionRecord, ObservedPlan, ReplicaPlan
 from policies.control.store import ClusterView
+from policies.forecast import forecast
 from policies.modes import DecodePlan, Mode
 from policies.replica_load import ClusterLoad, ObservedLoad
 from replicas.errors import ErrorCode
@@ -324,6 +325,10 @@ async def test_the_state_shows_loads_plans_and_decisions(make_door):
         assert first["load"]["running_by_mode"] == {"diffusion": 1}
         assert first["plan"]["plan"]["decode"]["mode"] == "diffusion"
         assert first["plan"]["stale"] is False
+        foretold = {tuple(entry["decode"].values())[:2]: entry for entry in first["forecasts"]}
+        assert set(foretold) >= {("ar", 1), ("self_speculation", 16), ("diffusion", 32)}
+        expected = forecast(load, DecodePlan(Mode.DIFFUSION, 32))
+        assert foretold["diffusion", 32]["tokens_per_s"] == pytest.approx(expected.tokens_per_s)
         assert (second["freshness"], second["age_s"], second["plan"]) == ("lost", None, None)
         assert state["decisions"][0]["plan"]["reason"] == "1 in flight <= 2"
         assert state["router"].pop("num_tasks") >= 1
