@@ -10,6 +10,7 @@ from benchmarks.policy.aims import grouped, rates
 from benchmarks.policy.contenders import AUTO
 from benchmarks.policy.plots import plot
 from benchmarks.policy.rows import Row
+from benchmarks.tables import table, verdict
 
 STARTS = ((0, 1), (1, 5), (5, 10), (10, 15))
 """The seconds from a server's start that the report joins, from and to."""
@@ -53,15 +54,6 @@ def _title(own: Sequence[Row]) -> str:
         f"{run['workload']} prompts, at most {run['max_tokens']} tokens; the client took up to {client:.2f} "
         "of a core"
     )
-
-
-def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    body = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join((f"| {' | '.join(head)} |", "|---" * len(head) + "|", *body))
-
-
-def verdict(what: str, is_met: bool) -> str:
-    return f"- {'met' if is_met else '**not met**'}: {what}"
 
 
 def least_share(shares: dict[int, float], wanted: float) -> str:
