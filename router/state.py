@@ -57,7 +57,10 @@ def _replica(seen: ObservedLoad, plan: ObservedPlan | None) -> dict[str, Any]:
 
 
 def _forecasts(load: ReplicaLoad) -> list[dict[str, Any]]:
-    """What each plan that `cost_model` considers by default should bring under this load."""
+    """What each plan that `cost_model` considers by default should bring under this load; nothing where no
+    request has room."""
+    if not (load.max_running and load.num_pages and load.page_size and load.max_step_tokens):
+        return []
     expected = (forecast(load, plan) for plan in CostModelParameters().candidates(load.modes))
     return [
         {

@@ -76,7 +76,7 @@ def _levels(found: Sequence[Row]) -> str:
         cells = []
         for name in names:
             rate = of_level.get(name)
-            cell = "" if rate is None else f"{rate.median:,.0f} ±{50 * rate.spread:.0f} %"
+            cell = "" if rate is None else f"{rate.median:,.0f} ±{rate.spread / 2:.0%}"
             cells.append(f"**{cell}**" if best is not None and name == best[0] else cell)
         lines.append([str(level), *cells, "" if share is None else f"{share:.2f}"])
         if share is not None:

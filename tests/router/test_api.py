@@ -310,7 +310,7 @@ async def test_the_state_shows_loads_plans_and_decisions(make_door):
     plan = ReplicaPlan(3, DecodePlan(Mode.DIFFUSION, 16), "threshold", "1 in flight <= 2", 0.1)
     load = a_load("a", num_running=1, running_by_mode={Mode.DIFFUSION: 1})
     view = ClusterView(
-        ClusterLoad((ObservedLoad(load, 0.2), ObservedLoad(a_load("gone"), float("inf")))),
+        ClusterLoad((ObservedLoad(load, 0.2), ObservedLoad(a_load("gone", max_running=0), float("inf")))),
         {"a": ObservedPlan(plan, 0.1, 7.0)},
         "leader-1",
     )
@@ -330,6 +330,7 @@ async def test_the_state_shows_loads_plans_and_decisions(make_door):
         expected = forecast(load, DecodePlan(Mode.DIFFUSION, 32))
         assert foretold["diffusion", 32]["tokens_per_s"] == pytest.approx(expected.tokens_per_s)
         assert (second["freshness"], second["age_s"], second["plan"]) == ("lost", None, None)
+        assert second["forecasts"] == []
         assert state["decisions"][0]["plan"]["reason"] == "1 in flight <= 2"
         assert state["router"].pop("num_tasks") >= 1
         assert state["router"] == {"in_flight": {"a": 0}, "ready": True}
