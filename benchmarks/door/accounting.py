@@ -1,7 +1,6 @@
 """CPU time and memory of a server's processes by kind, and of a process's threads, from /proc."""
 
 import re
-from collections import Counter
 from pathlib import Path
 
 from benchmarks.processes import TICKS_PER_S, command_of, descendants
@@ -39,12 +38,12 @@ def pss_by_kind(root: int) -> dict[str, int]:
     return {kind: sum(map(_pss, pids)) for kind, pids in pids_by_kind(root).items()}
 
 
-def cpu_by_kind(root: int) -> Counter[str]:
+def cpu_by_kind(root: int) -> dict[str, float]:
     """CPU seconds so far; those of processes that have ended are gone with them."""
-    spent: Counter[str] = Counter()
-    for kind, pids in pids_by_kind(root).items():
-        spent[kind] = sum(sum(thread_cpu_s(pid).values()) for pid in pids)  # type: ignore[assignment]
-    return spent
+    return {
+        kind: sum(seconds for pid in pids for seconds in thread_cpu_s(pid).values())
+        for kind, pids in pids_by_kind(root).items()
+    }
 
 
 def thread_cpu_s(pid: int) -> dict[int, float]:

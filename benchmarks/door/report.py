@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from benchmarks.door.accounting import HAPROXY, INGRESS, RAY, REDIS, REPLICA
@@ -61,11 +62,11 @@ def ratios(windows: Sequence[Raw]) -> dict[tuple[str, int], tuple[float, float, 
 def outside_ms(windows: Sequence[Raw], mode: str, clients: int) -> dict[str, float]:
     """CPU ms a request outside forwards, by kind: of the stack's processes, and of the engine's thread as
     measured alone."""
-    found = {}
-    for kind in OUTSIDE:
-        spent = _median(windows, mode, clients, STACK, lambda row, kind=kind: _per_request_ms(row, kind))
-        found[kind] = spent or 0.0
-    engine = _median(windows, mode, clients, ALONE, lambda row: _per_request_ms(row, ENGINE_PYTHON))
+    found = {
+        kind: _median(windows, mode, clients, STACK, partial(_per_request_ms, kind=kind)) or 0.0
+        for kind in OUTSIDE
+    }
+    engine = _median(windows, mode, clients, ALONE, partial(_per_request_ms, kind=ENGINE_PYTHON))
     return found | {ENGINE_PYTHON: engine or 0.0}
 
 
@@ -120,7 +121,7 @@ def _cpu(windows: Sequence[Raw]) -> str:
         if mode.startswith("diffusion"):
             request_ms.append(total)
         others = [
-            _median(windows, mode, clients, STACK, lambda row, kind=kind: row["cpu_s"][kind] / row["seconds"])
+            _median(windows, mode, clients, STACK, partial(_cores, kind=kind))
             for kind in (CLIENT, FORWARD, REDIS, RAY)
         ]
         figures = [
@@ -187,7 +188,11 @@ def _rate(row: Raw) -> float:
 def _freed(row: Raw) -> float:
     """How much more time all but the client would have had with the client's CPU time."""
     cores = row["run"]["cores"]
-    return float(cores / (cores - row["cpu_s"][CLIENT] / row["seconds"]))
+    return float(cores / (cores - _cores(row, CLIENT)))
+
+
+def _cores(row: Raw, kind: str) -> float:
+    return float(row["cpu_s"][kind] / row["seconds"])
 
 
 def _per_request_ms(row: Raw, kind: str) -> float:

@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -72,14 +71,15 @@ class Stack:
                 await ask(f"{number}: {LONG_PROMPT}", Tally())
         self._forward_threads = busiest(before, thread_cpu_s(self._replica))
 
-    def cpu_s(self) -> Counter[str]:
+    def cpu_s(self) -> dict[str, float]:
+        """CPU seconds so far by kind, this process's among them."""
         spent = cpu_by_kind(self._root)
         threads = thread_cpu_s(self._replica)
         forward_s = sum(threads.get(thread, 0.0) for thread in self._forward_threads)
-        spent[FORWARD] = forward_s  # type: ignore[assignment]
-        spent[LOOP] = sum(threads.values()) - forward_s  # type: ignore[assignment]
+        spent[FORWARD] = forward_s
+        spent[LOOP] = sum(threads.values()) - forward_s
         del spent[REPLICA]
-        spent[CLIENT] = time.process_time()  # type: ignore[assignment]
+        spent[CLIENT] = time.process_time()
         return spent
 
 
@@ -99,12 +99,11 @@ class Alone:
 
         return opener
 
-    def cpu_s(self) -> Counter[str]:
+    def cpu_s(self) -> dict[str, float]:
+        """CPU seconds so far of the engine's thread outside forwards."""
         runner = self._replica.runner
         engine_s = thread_cpu_s(os.getpid()).get(runner.thread_id or 0, 0.0)
-        spent: Counter[str] = Counter()
-        spent[ENGINE_PYTHON] = engine_s - runner.cpu_s  # type: ignore[assignment]
-        return spent
+        return {ENGINE_PYTHON: engine_s - runner.cpu_s}
 
 
 async def window(
