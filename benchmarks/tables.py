@@ -10,3 +10,8 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 def verdict(what: str, is_met: bool) -> str:
     return f"- {'met' if is_met else '**not met**'}: {what}"
+
+
+def section(text: str, *verdicts: str) -> str:
+    """A table and the verdicts under it."""
+    return "\n\n".join((text, "\n".join(verdicts))) if verdicts else text

@@ -16,7 +16,7 @@ from benchmarks.door.windows import (
     MODES,
     STACK,
 )
-from benchmarks.tables import table, verdict
+from benchmarks.tables import section, table, verdict
 
 EACH_AIM, MEAN_AIM = 0.9, 0.95
 CHUNK_AIM_MS = 0.08
@@ -96,16 +96,10 @@ def _rates(windows: Sequence[Raw]) -> str:
     freed = [entry[3] for entry in found.values()]
     mean = sum(freed) / len(freed)
     num_met = sum(ratio >= EACH_AIM for ratio in freed)
-    return "\n\n".join(
-        (
-            table(head, lines),
-            verdict(
-                f"at least {EACH_AIM:g} each: {num_met} of {len(freed)}, the least {min(freed):.2f}",
-                num_met == len(freed),
-            )
-            + "\n"
-            + verdict(f"{MEAN_AIM:g} on average: {mean:.3f}", mean >= MEAN_AIM),
-        )
+    on_each = f"at least {EACH_AIM:g} each: {num_met} of {len(freed)}, the least {min(freed):.2f}"
+    on_mean = f"{MEAN_AIM:g} on average: {mean:.3f}"
+    return section(
+        table(head, lines), verdict(on_each, num_met == len(freed)), verdict(on_mean, mean >= MEAN_AIM)
     )
 
 

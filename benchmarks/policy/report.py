@@ -10,7 +10,7 @@ from benchmarks.policy.aims import grouped, rates
 from benchmarks.policy.contenders import AUTO
 from benchmarks.policy.plots import plot
 from benchmarks.policy.rows import Row
-from benchmarks.tables import table, verdict
+from benchmarks.tables import section, table, verdict
 
 STARTS = ((0, 1), (1, 5), (5, 10), (10, 15))
 """The seconds from a server's start that the report joins, from and to."""
@@ -56,98 +56,79 @@ def _title(own: Sequence[Row]) -> str:
     )
 
 
-def least_share(shares: dict[int, float], wanted: float) -> str:
+def least_share(shares: dict[int, float], wanted: float, when: str = "") -> str:
     """The verdict on a share that is wanted at each level."""
     level = min(shares, key=lambda one: shares[one])
     num_met = sum(share >= wanted for share in shares.values())
-    return verdict(
-        f"auto / best at least {wanted:g} at each level: at {num_met} of {len(shares)}, the least "
-        f"{shares[level]:.2f} at {level}",
-        num_met == len(shares),
-    )
+    found = f"at {num_met} of {len(shares)}, the least {shares[level]:.2f} at {level}"
+    what = f"auto / best at least {wanted:g} at each level{f' {when}' if when else ''}"
+    return verdict(f"{what}: {found}", num_met == len(shares))
 
 
 def _levels(found: Sequence[Row]) -> str:
-    by_level = {level: rates(own) for level, own in sorted(grouped(found, lambda row: row.clients).items())}
     names = _names(found)
     lines, shares = [], {}
-    for level, of_level in by_level.items():
+    for level, of_level in _rates_by_level(found).items():
         share, best = aims.share_of_best(of_level), aims.best_fixed(of_level)
         cells = []
         for name in names:
             rate = of_level.get(name)
             cell = "" if rate is None else f"{rate.median:,.0f} ±{rate.spread / 2:.0%}"
             cells.append(f"**{cell}**" if best is not None and name == best[0] else cell)
-        lines.append([str(level), *cells, "" if share is None else f"{share:.2f}"])
+        lines.append([str(level), *cells, _two(share)])
         if share is not None:
             shares[level] = share
-    pieces = [table(["clients: tokens/s", *names, "auto / best"], lines)]
+    verdicts = []
     if shares:
         mean = sum(shares.values()) / len(shares)
         on_mean = verdict(f"{aims.MEAN_AIM:g} on average: {mean:.3f}", mean >= aims.MEAN_AIM)
-        pieces.append("\n".join((least_share(shares, aims.LEVEL_AIM), on_mean)))
-    return "\n\n".join([*pieces, _forecasts(found)])
+        verdicts = [least_share(shares, aims.LEVEL_AIM), on_mean]
+    text = table(["clients: tokens/s", *names, "auto / best"], lines)
+    return "\n\n".join((section(text, *verdicts), _forecasts(found)))
 
 
 def _forecasts(found: Sequence[Row]) -> str:
-    by_level = {
-        level: aims.foretold_over_made(own)
-        for level, own in sorted(grouped(found, lambda row: row.clients).items())
-    }
     names = [name for name in _names(found) if name != AUTO]
-    lines = []
-    medians, largest = [], []
-    for level, ratios in by_level.items():
-        errors = sorted(abs(ratio - 1.0) for ratio in ratios.values())
-        if not errors:
-            continue
-        medians.append(statistics.median(errors))
-        largest.append(errors[-1])
-        cells = [f"{ratios[name]:.2f}" if name in ratios else "" for name in names]
-        lines.append([str(level), *cells, f"{medians[-1]:.0%}", f"{largest[-1]:.0%}"])
+    lines, medians, largest = [], [], []
+    for level, own in _by_level(found).items():
+        ratios = aims.foretold_over_made(own)
+        errors = [abs(ratio - 1.0) for ratio in ratios.values()]
+        if errors:
+            medians.append(statistics.median(errors))
+            largest.append(max(errors))
+            cells = [_two(ratios.get(name)) for name in names]
+            lines.append([str(level), *cells, f"{medians[-1]:.0%}", f"{largest[-1]:.0%}"])
     if not lines:
         return "No forecasts beside what was made."
-    return "\n\n".join(
-        (
-            table(["clients: foretold / made", *names, "median error", "largest"], lines),
-            "\n".join(
-                (
-                    verdict(
-                        f"the median error at most {aims.MEDIAN_ERROR_AIM:.0%} at each level: up to "
-                        f"{max(medians):.0%}",
-                        max(medians) <= aims.MEDIAN_ERROR_AIM,
-                    ),
-                    verdict(
-                        f"every error at most {aims.LARGEST_ERROR_AIM:.0%}: up to {max(largest):.0%}",
-                        max(largest) <= aims.LARGEST_ERROR_AIM,
-                    ),
-                )
-            ),
-        )
+    on_median = (
+        f"the median error at most {aims.MEDIAN_ERROR_AIM:.0%} at each level: up to {max(medians):.0%}"
+    )
+    on_each = f"every error at most {aims.LARGEST_ERROR_AIM:.0%}: up to {max(largest):.0%}"
+    return section(
+        table(["clients: foretold / made", *names, "median error", "largest"], lines),
+        verdict(on_median, max(medians) <= aims.MEDIAN_ERROR_AIM),
+        verdict(on_each, max(largest) <= aims.LARGEST_ERROR_AIM),
     )
 
 
 def _neighbour(found: Sequence[Row]) -> str:
+    windows = (
+        ("cycle", "a cycle with a busy neighbour", aims.NEIGHBOUR_AIM),
+        ("after", "from 10 s after it", aims.LEVEL_AIM),
+    )
     pieces = []
-    for label, wanted in (("cycle", aims.NEIGHBOUR_AIM), ("after", aims.LEVEL_AIM)):
-        own = [row for row in found if row.label == label]
-        by_level = {
-            level: rates(some) for level, some in sorted(grouped(own, lambda row: row.clients).items())
-        }
-        shares = {
-            level: share
-            for level, of_level in by_level.items()
-            if (share := aims.share_of_best(of_level)) is not None
-        }
-        names = _names(own)
-        lines = []
+    for label, what, wanted in windows:
+        by_level = _rates_by_level([row for row in found if row.label == label])
+        names = _names(found)
+        lines, shares = [], {}
         for level, of_level in by_level.items():
+            share = aims.share_of_best(of_level)
             cells = [f"{of_level[name].median:,.0f}" if name in of_level else "" for name in names]
-            lines.append([str(level), *cells, f"{shares[level]:.2f}" if level in shares else ""])
-        what = "a cycle with a busy neighbour" if label == "cycle" else "from 10 s after it"
-        pieces.append(table([f"clients: tokens/s, {what}", *names, "auto / best"], lines))
-        if shares:
-            pieces.append(least_share(shares, wanted))
+            lines.append([str(level), *cells, _two(share)])
+            if share is not None:
+                shares[level] = share
+        verdicts = [least_share(shares, wanted)] if shares else []
+        pieces.append(section(table([f"clients: tokens/s, {what}", *names, "auto / best"], lines), *verdicts))
     return "\n\n".join(pieces)
 
 
@@ -155,89 +136,73 @@ def _wave(found: Sequence[Row]) -> str:
     wave = aims.wave(found)
     if wave is None:
         return "Not measured for `auto` and a fixed setting both."
-    lines = [
-        [name, f"{tokens:,.0f}", f"{wave.tokens[AUTO] / tokens:.2f}"] for name, tokens in wave.tokens.items()
-    ]
-    lines.append(["the best of each step, known beforehand", f"{wave.foreknown:,.0f}", f"{wave.share:.2f}"])
+    auto = wave.tokens[AUTO]
     single = max(tokens for name, tokens in wave.tokens.items() if name != AUTO)
-    return "\n\n".join(
-        (
-            table(["", "tokens", "auto's over these"], lines),
-            "\n".join(
-                (
-                    verdict(
-                        f"at least {aims.WAVE_AIM:g} of the best of each step: {wave.share:.2f}",
-                        wave.share >= aims.WAVE_AIM,
-                    ),
-                    verdict(
-                        f"at least {aims.WAVE_AIM:g} of any single fixed setting: "
-                        f"{wave.tokens[AUTO] / single:.2f} of the best, where the room above it is "
-                        f"{wave.room:.2f}",
-                        wave.tokens[AUTO] >= aims.WAVE_AIM * single,
-                    ),
-                )
-            ),
-        )
+    lines = [[name, f"{tokens:,.0f}", _two(auto / tokens)] for name, tokens in wave.tokens.items()]
+    lines.append(["the best of each step, known beforehand", f"{wave.foreknown:,.0f}", _two(wave.share)])
+    on_steps = f"at least {aims.WAVE_AIM:g} of the best of each step: {wave.share:.2f}"
+    on_single = f"at least {aims.WAVE_AIM:g} of each fixed setting: {auto / single:.2f} of the best one"
+    return section(
+        table(["", "tokens", "auto's over these"], lines),
+        verdict(on_steps, wave.share >= aims.WAVE_AIM),
+        verdict(f"{on_single}, above which is room for {wave.room:.2f}", auto >= aims.WAVE_AIM * single),
     )
 
 
 def _steady(found: Sequence[Row]) -> str:
-    by_level = sorted(grouped(found, lambda row: row.clients).items())
-    shifts = {level: aims.shifts_per_minute(own) for level, own in by_level}
-    trials = {level: aims.share_of_trials(own) for level, own in by_level}
-    plans = {
-        level: ", ".join(dict.fromkeys(plan for row in own for plan in row.plans)) for level, own in by_level
-    }
+    by_level = _by_level(found)
+    shifts = {level: aims.shifts_per_minute(own) for level, own in by_level.items()}
+    trials = {level: aims.share_of_trials(own) for level, own in by_level.items()}
     lines = [
-        [str(level), f"{shifts[level]:.1f}", f"{trials[level]:.1%}", plans[level]] for level, _ in by_level
+        [
+            str(level),
+            f"{shifts[level]:.1f}",
+            f"{trials[level]:.1%}",
+            ", ".join(dict.fromkeys(plan for row in own for plan in row.plans)),
+        ]
+        for level, own in by_level.items()
     ]
-    return "\n\n".join(
-        (
-            table(["clients", "shifts a minute", "tokens in other modes", "plans"], lines),
-            "\n".join(
-                (
-                    verdict(
-                        f"at most {aims.SHIFTS_AIM:g} shifts a minute: up to {max(shifts.values()):.1f}",
-                        max(shifts.values()) <= aims.SHIFTS_AIM,
-                    ),
-                    verdict(
-                        f"at most {aims.TRIALS_AIM:.0%} by trials: up to {max(trials.values()):.1%}",
-                        max(trials.values()) <= aims.TRIALS_AIM,
-                    ),
-                )
-            ),
-        )
+    most_shifts, most_trials = max(shifts.values()), max(trials.values())
+    on_shifts = f"at most {aims.SHIFTS_AIM:g} shifts a minute: up to {most_shifts:.1f}"
+    on_trials = f"at most {aims.TRIALS_AIM:.0%} of the tokens by trials: up to {most_trials:.1%}"
+    return section(
+        table(["clients", "shifts a minute", "tokens in other modes", "plans"], lines),
+        verdict(on_shifts, most_shifts <= aims.SHIFTS_AIM),
+        verdict(on_trials, most_trials <= aims.TRIALS_AIM),
     )
 
 
 def _start(found: Sequence[Row]) -> str:
-    lines, from_first, from_tenth = [], {}, {}
-    for level, own in sorted(grouped(found, lambda row: row.clients).items()):
+    lines = []
+    shares: dict[int, dict[int, float]] = {first: {} for first, _ in STARTS}
+    for level, own in _by_level(found).items():
         best = aims.best_fixed(rates(row for row in own if row.contender != AUTO))
         if best is None:
             continue
-        cells = []
         for first, end in STARTS:
             labels = {f"second {number}" for number in range(first, end)}
             seen = rates(row for row in own if row.label in labels)
-            share = seen[AUTO].median / best[1] if AUTO in seen else None
-            cells.append("" if share is None else f"{share:.2f}")
-            if share is not None and first == 1:
-                from_first[level] = share
-            if share is not None and first == 10:
-                from_tenth[level] = share
+            if AUTO in seen:
+                shares[first][level] = seen[AUTO].median / best[1]
+        cells = [_two(shares[first].get(level)) for first, _ in STARTS]
         lines.append([str(level), best[0], f"{best[1]:,.0f}", *cells])
-    heads = [f"s {first} to {end}" for first, end in STARTS]
-    pieces = [
-        table(["clients", "best fixed", "its tokens/s", *(f"auto / best, {head}" for head in heads)], lines)
-    ]
-    for what, shares in (
-        ("known yields, from 1 s on", from_first),
-        ("other yields, from 10 s on", from_tenth),
-    ):
-        if shares:
-            pieces.append(f"{what}:\n\n{least_share(shares, aims.LEVEL_AIM)}")
-    return "\n\n".join(pieces)
+    heads = [f"auto / best, s {first} to {end}" for first, end in STARTS]
+    aim = aims.LEVEL_AIM
+    wanted = (("with known yields, from 1 s on", 1), ("with other yields, from 10 s on", 10))
+    verdicts = [least_share(shares[first], aim, what) for what, first in wanted if shares[first]]
+    return section(table(["clients", "best fixed", "its tokens/s", *heads], lines), *verdicts)
+
+
+def _by_level(found: Iterable[Row]) -> dict[int, list[Row]]:
+    return dict(sorted(grouped(found, lambda row: row.clients).items()))
+
+
+def _rates_by_level(found: Iterable[Row]) -> dict[int, dict[str, aims.Rate]]:
+    return {level: rates(own) for level, own in _by_level(found).items()}
+
+
+def _two(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}"
 
 
 def _names(found: Iterable[Row]) -> list[str]:
