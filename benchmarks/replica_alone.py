@@ -104,7 +104,7 @@ async def replica_alone(num_threads: int) -> AsyncIterator[ReplicaAlone]:
         create_policy("cost_model", {}),
         service.snapshot,
         lambda plan: service.set_plan(plan.decode, plan.rule),
-        service.set_explored_plans,
+        service.set_trial,
     )
     service.set_plan(follower.plan.decode, follower.plan.rule)
     service.start()

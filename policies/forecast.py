@@ -6,6 +6,7 @@ sum n_g y_g / F_g tokens (policies.cost has L, y, F and B: the block, or more wh
 one too).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -31,6 +32,8 @@ class Forecast:
     """The latency of a forward."""
     num_prefill: float
     """Prompt tokens in a forward."""
+    spread: float
+    """The standard deviation of the log of tokens_per_s against that of what runs now."""
     tpots: tuple[tuple[float, float], ...]
     """The number of requests in each group that decodes alike, and the seconds a token that each of them
     takes while it runs; the first group is the one that follows the plan."""
@@ -65,10 +68,12 @@ def forecast(load: ReplicaLoad, plan: DecodePlan, num_auto: float | None = None)
     num_prefill = min(load.prefill_per_token * made, load.max_step_tokens - num_tokens)
     num_segments = places * turns * num_requests
     _, most = max(groups, key=lambda entry: entry[0])
-    step = costs.step_of(most.plan.mode)
-    step_ms = step.ms(num_tokens + num_prefill, num_segments, num_segments * load.mean_context)
+    factor, spread = costs.factor(most.plan.mode, num_tokens + num_prefill)
+    num_cached = num_segments * load.mean_context
+    step_ms = factor * costs.step.ms(num_tokens + num_prefill, num_segments, num_cached)
     tpots = tuple((count, step_ms / pace / 1000.0) for count, pace in paces)
-    return Forecast(plan, 1000.0 * made / step_ms, step_ms, num_prefill, tpots)
+    spread = math.hypot(spread, most.spread)
+    return Forecast(plan, 1000.0 * made / step_ms, step_ms, num_prefill, spread, tpots)
 
 
 def _groups(load: ReplicaLoad, plan: DecodePlan, num_auto: float) -> Iterator[tuple[float, DecodePlan]]:

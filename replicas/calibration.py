@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from policies.cost import UNMEASURED, ForwardStats, StepCost
-from policies.cost_estimator import fit_step_cost, knots_up_to
+from policies.cost_fit import fit_step_cost, knots_up_to
 from replicas.engine.batch import ModelSpec, Runner, ScheduledBatch, Segment
 from replicas.messages import SamplingParams
 

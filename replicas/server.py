@@ -87,7 +87,7 @@ class Replica:
             create_policy(config.policy, config.policy_params),
             self._load,
             self._apply,
-            self._service.set_explored_plans,
+            self._service.set_trial,
             watch.heed,
         )
         self._apply(self._follower.plan)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from policies.cost import StepCost
 from policies.modes import DecodePlan
-from policies.policy import ExploredPlans
+from policies.policy import Trial
 from policies.replica_load import ReplicaLoad
 from replicas.channels import ChannelHub
 from replicas.engine.engine import Engine
@@ -123,9 +123,9 @@ class ReplicaService:
         """Sets the plan of `auto` requests from their next safe point on. From any thread; does not wait."""
         self._commands.put(lambda: self._engine.set_plan(decode, rule))
 
-    def set_explored_plans(self, explored_plans: ExploredPlans | None) -> None:
-        """Sets the plans that rounds explore now and then. From any thread; does not wait."""
-        self._commands.put(lambda: self._engine.set_explored_plans(explored_plans))
+    def set_trial(self, trial: Trial | None) -> None:
+        """Sets the trial that `auto` requests make next. From any thread; does not wait."""
+        self._commands.put(lambda: self._engine.set_trial(trial))
 
     def snapshot(self) -> ReplicaLoad:
         """The load after the last step or command, with recent rates. Does not wait for the engine.

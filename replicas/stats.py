@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from policies.cost import ForwardStats, ReplicaCosts, RoundStats, StepCost
-from policies.cost_estimator import CostEstimator, YieldEstimator
+from policies.cost_estimator import CostEstimator
 from policies.modes import Mode
 from policies.replica_load import ReplicaLoad
+from policies.yield_estimator import YieldEstimator
 from replicas.engine.engine import Engine
 from replicas.net import Net
 
@@ -96,7 +97,7 @@ class CostMeter:
         forwards, rounds = list(_taken(self._forwards)), list(_taken(self._rounds))
         with self._step_net:
             self._step.update([forward for forward in forwards if forward.ms > 0], now_s)
-            self._costs = replace(self._costs, step=self._step.cost, own=self._step.own)
+            self._costs = replace(self._costs, step=self._step.cost, factors=self._step.factors)
         with self._yields_net:
             self._yields.update(rounds, now_s)
             self._costs = replace(self._costs, yields=self._yields.yields())

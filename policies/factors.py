@@ -1,0 +1,97 @@
+"""Logarithms of factors that drift, learned by a Kalman filter from observations of their sums.
+
+An observation is a weighted sum of terms, one of which all observations share: what changes for all at once
+is booked on that one, and what remains is learned from observations of different terms close in time. Every
+term goes back to 0, and its uncertainty to its prior's, with the time in which nothing tells of it.
+"""
+
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Term = TypeVar("Term", bound=Hashable)
+Vector = NDArray[np.float64]
+
+OUTLIER = 3.0
+"""The number of standard deviations at which a larger error is cut off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prior:
+    """The spread of a term that nothing is known of, and the time in which what is known fades to 1/e."""
+
+    spread: float
+    """The standard deviation of the logarithm: 0.3 is a factor of 1.35 either way."""
+    lasting_s: float
+
+
+class DriftingFactors(Generic[Term]):
+    """Estimates terms that each drift as an Ornstein-Uhlenbeck process about 0.
+
+    now_s: any clock that moves forward, the same one for all calls.
+    """
+
+    def __init__(self, now_s: float) -> None:
+        self._now_s = now_s
+        self._index: dict[Term, int] = {}
+        self._mean = np.zeros(0)
+        self._covariance = np.zeros((0, 0))
+        self._spreads = np.zeros(0)
+        self._lasting_s = np.zeros(0)
+
+    def __contains__(self, term: Term) -> bool:
+        return term in self._index
+
+    def add(self, term: Term, prior: Prior, mean: float = 0.0, spread: float | None = None) -> None:
+        """Adds a term unless it is there, known as well as its prior, or as `mean` and `spread` say."""
+        if term in self._index:
+            return
+        size = len(self._mean)
+        self._index[term] = size
+        self._mean = np.append(self._mean, mean)
+        self._spreads = np.append(self._spreads, prior.spread)
+        self._lasting_s = np.append(self._lasting_s, prior.lasting_s)
+        grown = np.zeros((size + 1, size + 1))
+        grown[:size, :size] = self._covariance
+        grown[size, size] = min(prior.spread, prior.spread if spread is None else spread) ** 2
+        self._covariance = grown
+
+    def advance(self, now_s: float) -> None:
+        """Lets the time pass since the last call: what is known fades."""
+        kept = np.exp(-max(0.0, now_s - self._now_s) / self._lasting_s)
+        self._now_s = max(now_s, self._now_s)
+        self._mean *= kept
+        self._covariance *= np.outer(kept, kept)
+        self._covariance += np.diag(self._spreads**2 * (1.0 - kept**2))
+
+    def observe(self, weights: Mapping[Term, float], value: float, noise: float) -> None:
+        """Learns that the weighted sum of these terms, all added before, is `value`, give or take `noise`."""
+        row = self._row(weights)
+        spread = self._covariance @ row
+        variance = float(row @ spread) + noise**2
+        limit = OUTLIER * variance**0.5
+        error = min(max(value - float(row @ self._mean), -limit), limit)
+        self._mean += spread * (error / variance)
+        self._covariance -= np.outer(spread, spread) / variance
+
+    def estimates(
+        self, sums: Iterable[Mapping[Term, float]], reference: Mapping[Term, float]
+    ) -> tuple[Vector, Vector]:
+        """Returns the weighted sums' values, and the standard deviations of their differences from another.
+
+        Terms that were never added count as 0, known exactly.
+        """
+        rows = np.stack([self._row(weights) for weights in sums])
+        apart = rows - self._row(reference)
+        variances = np.einsum("ij,jk,ik->i", apart, self._covariance, apart)
+        return rows @ self._mean, np.sqrt(np.maximum(variances, 0.0))
+
+    def _row(self, weights: Mapping[Term, float]) -> Vector:
+        row = np.zeros(len(self._mean))
+        for term, weight in weights.items():
+            if term in self._index:
+                row[self._index[term]] = weight
+        return row
