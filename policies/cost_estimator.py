@@ -45,8 +45,7 @@ class CostEstimator:
     def __init__(self, shape: StepCost, now_s: float, known: Mapping[Mode, ModeFactors] | None = None):
         self._shape = shape
         self._num_octaves = len(shape.knots)
-        self._factors: DriftingFactors[Term] = DriftingFactors(now_s)
-        self._factors.add(_PACE, PACE)
+        self._factors: DriftingFactors[Term] = DriftingFactors(_PACE, PACE, now_s)
         self._reference: dict[Term, float] = {}
         for mode, factors in (known or {}).items():
             self._remember(mode, factors)
@@ -91,7 +90,7 @@ class CostEstimator:
         weights = _terms(median.mode, octave_weights(median.num_tokens, self._num_octaves))
         self._add(median.mode)
         noise = NOISE / math.sqrt(min(len(group), MOST_ALIKE))
-        self._factors.observe({_PACE: 1.0, **weights}, ratio, noise)
+        self._factors.observe(weights, ratio, noise)
         for term in {*self._reference, *weights}:
             before = self._reference.get(term, 0.0)
             self._reference[term] = before + REFERENCE_SHARE * (weights.get(term, 0.0) - before)

@@ -1,8 +1,8 @@
 """Logarithms of factors that drift, learned by a Kalman filter from observations of their sums.
 
-An observation is a weighted sum of terms, one of which all observations share: what changes for all at once
-is booked on that one, and what remains is learned from observations of different terms close in time. Every
-term goes back to 0, and its uncertainty to its prior's, with the time in which nothing tells of it.
+An observation is the sum of one term that all observations share and of others, weighted. What changes for all
+at once is booked on the shared term, and the others are learned from observations close in time that differ in
+them. Every term goes back to 0, and its uncertainty to its prior's, with the time in which nothing tells of it.
 """
 
 from collections.abc import Hashable, Iterable, Mapping
@@ -14,10 +14,6 @@ from numpy.typing import NDArray
 
 Term = TypeVar("Term", bound=Hashable)
 Vector = NDArray[np.float64]
-
-OUTLIER = 3.0
-"""The number of standard deviations at which a larger error is cut off."""
-
 
 @dataclass(frozen=True, slots=True)
 class Prior:
@@ -31,16 +27,19 @@ class Prior:
 class DriftingFactors(Generic[Term]):
     """Estimates terms that each drift as an Ornstein-Uhlenbeck process about 0.
 
-    now_s: any clock that moves forward, the same one for all calls.
+    shared: the term in every observation, its prior. now_s: any clock that moves forward, the same one for
+    all calls.
     """
 
-    def __init__(self, now_s: float) -> None:
+    def __init__(self, shared: Term, prior: Prior, now_s: float) -> None:
+        self._shared = shared
         self._now_s = now_s
         self._index: dict[Term, int] = {}
         self._mean = np.zeros(0)
         self._covariance = np.zeros((0, 0))
         self._spreads = np.zeros(0)
         self._lasting_s = np.zeros(0)
+        self.add(shared, prior)
 
     def __contains__(self, term: Term) -> bool:
         return term in self._index
@@ -68,12 +67,18 @@ class DriftingFactors(Generic[Term]):
         self._covariance += np.diag(self._spreads**2 * (1.0 - kept**2))
 
     def observe(self, weights: Mapping[Term, float], value: float, noise: float) -> None:
-        """Learns that the weighted sum of these terms, all added before, is `value`, give or take `noise`."""
-        row = self._row(weights)
+        """Learns that the shared term and the weighted sum of others, all added before, are `value` in all.
+
+        noise: the standard deviation of the value. Where it surprises, the shared term is taken to have jumped:
+        what happens to the machine at the wrong moment is more common than a factor far from what was known.
+        """
+        row = self._row({**weights, self._shared: 1.0})
+        error = value - float(row @ self._mean)
+        variance = float(row @ self._covariance @ row) + noise**2
+        jump = max(0.0, error**2 - variance)
+        self._covariance[self._index[self._shared], self._index[self._shared]] += jump
         spread = self._covariance @ row
-        variance = float(row @ spread) + noise**2
-        limit = OUTLIER * variance**0.5
-        error = min(max(value - float(row @ self._mean), -limit), limit)
+        variance += jump
         self._mean += spread * (error / variance)
         self._covariance -= np.outer(spread, spread) / variance
 
