@@ -1,4 +1,4 @@
-"""The estimator of what forwards cost now: the machine's shape, scaled by factors that every forward tells of.
+"""The estimator of what forwards cost now: the machine's shape, times factors that every forward tells of.
 
 A forward of a mode takes shape(rows, segments, cached) x pace x factor(mode, rows). The shape comes from the
 sweep at the start and stays. The pace is the machine's of this moment: whatever slows all forwards is booked
@@ -77,9 +77,8 @@ class CostEstimator:
         alike: defaultdict[tuple[Mode, int, int], list[ForwardStats]] = defaultdict(list)
         for forward in filter(is_sound, forwards):
             if forward.mode is not None:
-                alike[forward.mode, forward.num_tokens.bit_length(), forward.num_segments.bit_length()].append(
-                    forward
-                )
+                sizes = forward.num_tokens.bit_length(), forward.num_segments.bit_length()
+                alike[forward.mode, *sizes].append(forward)
         for group in alike.values():
             self._learn(group)
 

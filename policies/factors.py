@@ -1,8 +1,9 @@
 """Logarithms of factors that drift, learned by a Kalman filter from observations of their sums.
 
-An observation is the sum of one term that all observations share and of others, weighted. What changes for all
-at once is booked on the shared term, and the others are learned from observations close in time that differ in
-them. Every term goes back to 0, and its uncertainty to its prior's, with the time in which nothing tells of it.
+An observation is the sum of one term that all observations share and of others, weighted. What changes for
+all at once is booked on the shared term, and the others are learned from observations close in time that
+differ in them. Every term goes back to 0, and its uncertainty to its prior's, with the time in which nothing
+tells of it.
 """
 
 from collections.abc import Hashable, Iterable, Mapping
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 Term = TypeVar("Term", bound=Hashable)
 Vector = NDArray[np.float64]
+
 
 @dataclass(frozen=True, slots=True)
 class Prior:
@@ -69,8 +71,9 @@ class DriftingFactors(Generic[Term]):
     def observe(self, weights: Mapping[Term, float], value: float, noise: float) -> None:
         """Learns that the shared term and the weighted sum of others, all added before, are `value` in all.
 
-        noise: the standard deviation of the value. Where it surprises, the shared term is taken to have jumped:
-        what happens to the machine at the wrong moment is more common than a factor far from what was known.
+        noise: the standard deviation of the value. Where it surprises, the shared term is taken to have
+        jumped: what happens to the machine at the wrong moment is more common than a factor far from what
+        was known.
         """
         row = self._row({**weights, self._shared: 1.0})
         error = value - float(row @ self._mean)

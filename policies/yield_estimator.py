@@ -1,4 +1,8 @@
-"""The estimator of what rounds bring, by plan, which learns from every round and forgets."""
+"""The estimator of what rounds bring, by plan, which learns from every round and forgets.
+
+It starts from the yields measured of this checkpoint before, where there are any, else from priors, and goes
+back to them as rounds age.
+"""
 
 from collections.abc import Iterable
 
@@ -17,6 +21,8 @@ MAX_ROUNDS = 300.0
 """The number of rounds past which the older ones count less, however fast they came."""
 PRIOR_ROUNDS = 3.0
 """The number of measured rounds that a prior counts for."""
+KNOWN_ROUNDS = 12.0
+"""The number of rounds that a yield known at the start counts for: its workload may have been another."""
 SPECULATION_BLOCKS = (4, 8, 16, 32)
 """The blocks of self-speculation whose yield is published once any of its blocks ran."""
 MAX_PLANS = 32
@@ -30,10 +36,13 @@ class YieldEstimator:
     of them (a product-limit estimate, so a round tells of every shorter block too, and a longer one is
     extrapolated). Diffusion is counted by block and threshold, and only of plans that a policy may choose:
     clients may name any number of others.
+    known: the yields to start from.
     """
 
-    def __init__(self, now_s: float):
+    def __init__(self, now_s: float, known: Iterable[RoundYield] = ()):
         self._now_s = now_s
+        self._known = {entry.plan: entry for entry in known if entry.plan.mode is not Mode.AR}
+        self._known_chances = _chances(self._known.values())
         self._reached = np.zeros(MAX_BLOCK_LENGTH)  # rounds that had taken j tokens and drafted one more
         self._passed = np.zeros(MAX_BLOCK_LENGTH)  # those of them that took it
         self._by_block = np.zeros(MAX_BLOCK_LENGTH + 1)
@@ -63,7 +72,14 @@ class YieldEstimator:
     def yields(self) -> tuple[RoundYield, ...]:
         """Returns the yields of plans that ran, and of self-speculation's usual blocks once it ran at all."""
         more = self._against_priors()
-        return (*self._speculation(), *(self._counted(plan, *more) for plan in self._diffusion))
+        known = (plan for plan in self._known if plan.mode is Mode.DIFFUSION)
+        plans = dict.fromkeys((*self._diffusion, *known))
+        return (*self._speculation(), *(self._counted(plan, *more) for plan in plans))
+
+    def _prior(self, plan: DecodePlan) -> tuple[RoundYield, float]:
+        """Returns what is expected of a plan without any round, and the rounds that this counts for."""
+        known = self._known.get(plan)
+        return (prior_yield(plan), PRIOR_ROUNDS) if known is None else (known, KNOWN_ROUNDS)
 
     def _forget(self, share: float) -> None:
         many = min(1.0, MAX_ROUNDS / max(1.0, float(self._by_block.sum())))
@@ -75,16 +91,20 @@ class YieldEstimator:
                 del self._diffusion[plan]
 
     def _speculation(self) -> Iterable[RoundYield]:
-        if self._by_block.sum() < 0.01:
+        if self._by_block.sum() < 0.01 and not self._known_chances:
             return
         chance, reaches, tokens = PRIOR_ACCEPTANCE, 1.0, [0.0, 1.0]
-        for passed, reached in zip(self._passed[1:], self._reached[1:], strict=True):
-            chance = (passed + PRIOR_ROUNDS * chance) / (reached + PRIOR_ROUNDS)
+        for place, (passed, reached) in enumerate(zip(self._passed[1:], self._reached[1:], strict=True)):
+            weight = PRIOR_ROUNDS
+            if place < len(self._known_chances):
+                chance, weight = self._known_chances[place], KNOWN_ROUNDS
+            chance = (passed + weight * chance) / (reached + weight)
             reaches *= chance
             tokens.append(tokens[-1] + reaches)
         ran = {int(block) for block in np.flatnonzero(self._chosen_blocks > 0.5)}
         for block in sorted(ran.union(SPECULATION_BLOCKS)):
             num_rounds = float(self._by_block[block:].sum())
+            num_rounds += KNOWN_ROUNDS if block <= len(self._known_chances) + 1 else 0.0
             yield RoundYield(
                 DecodePlan(Mode.SELF_SPECULATION, block),
                 round(float(tokens[block]), 4),
@@ -93,18 +113,22 @@ class YieldEstimator:
             )
 
     def _counted(self, plan: DecodePlan, more_tokens: float, more_forwards: float) -> RoundYield:
-        """Returns a diffusion plan's yield, its prior times these ratios counting as PRIOR_ROUNDS more."""
-        prior = prior_yield(plan)
-        num_rounds, tokens, forwards, rows = map(float, self._diffusion[plan])
-        rows_per_forward = rows / forwards
-        tokens += PRIOR_ROUNDS * prior.tokens * more_tokens
-        forwards += PRIOR_ROUNDS * prior.forwards * more_forwards
-        total = num_rounds + PRIOR_ROUNDS
+        """Returns a diffusion plan's yield, its prior times these ratios counting as some rounds more."""
+        prior, weight = self._prior(plan)
+        num_rounds, tokens, forwards, rows = map(float, self._diffusion.get(plan, np.zeros(4)))
+        if plan in self._known:
+            rows += weight * prior.forwards * prior.rows_per_forward
+            rows_per_forward = rows / (forwards + weight * prior.forwards)
+        else:
+            rows_per_forward = rows / forwards
+        tokens += weight * prior.tokens * more_tokens
+        forwards += weight * prior.forwards * more_forwards
+        total = num_rounds + weight
         return RoundYield(
             plan,
             max(1e-4, round(tokens / total, 4)),
             max(1e-4, round(forwards / total, 4)),
-            round(num_rounds, 2),
+            round(num_rounds + (weight if plan in self._known else 0.0), 2),
             max(0.01, round(rows_per_forward, 2)),
         )
 
@@ -112,8 +136,34 @@ class YieldEstimator:
         """Returns all diffusion's tokens and forwards as ratios to its priors, with one round of ratio 1."""
         made, expected = np.ones(2), np.ones(2)
         for plan, (num_rounds, tokens, forwards, _) in self._diffusion.items():
-            prior = prior_yield(plan)
+            prior, _ = self._prior(plan)
             made += tokens / prior.tokens, forwards / prior.forwards
             expected += num_rounds
         more_tokens, more_forwards = made / expected
         return float(more_tokens), float(more_forwards)
+
+
+def _chances(known: Iterable[RoundYield]) -> list[float]:
+    """Returns the chance that one token more is taken, after 1, 2, ... of them, by what blocks bring.
+
+    Between two blocks it is one number, by which the longer brings what it does.
+    """
+    chances: list[float] = []
+    reaches, block, tokens = 1.0, 1, 1.0
+    for entry in sorted(known, key=lambda entry: entry.plan.block_length):
+        if entry.plan.mode is Mode.SELF_SPECULATION:
+            length, more = entry.plan.block_length - block, max(0.0, entry.tokens - tokens)
+            chance = _chance(more / reaches, length) if reaches > 0.0 else 0.0
+            chances += [chance] * length
+            reaches *= chance**length
+            block, tokens = entry.plan.block_length, entry.tokens
+    return chances
+
+
+def _chance(total: float, length: int) -> float:
+    """Returns the p at which p + p^2 + ... + p^length is so much, at most 1."""
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(middle**n for n in range(1, length + 1)) < total else (low, middle)
+    return (low + high) / 2

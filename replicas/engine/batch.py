@@ -63,7 +63,7 @@ class ScheduledBatch:
 
     segments: tuple[Segment, ...]
     mode: Mode | None = None
-    """The mode of nearly all that decodes in it; None for prompts alone, and mixtures. No runner looks at it."""
+    """The mode of nearly all that decodes in it; None for prompts alone, and mixtures. No runner needs it."""
 
     @property
     def num_tokens(self) -> int:

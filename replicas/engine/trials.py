@@ -46,9 +46,13 @@ class Trials:
             self._num_steps += 1
             if now_s - self._began_s >= TRIAL_S and self._num_steps >= TRIAL_STEPS:
                 self.stop()
-        elif self.wanted is not None and now_s - self._ended_s >= PAUSE_S:
-            if self._saved_s >= min(self.wanted.loss * TRIAL_S, MAX_SAVED_S):
-                self._running, self._num_steps, self._began_s = self.wanted, 0, now_s
+        elif self._can_begin():
+            self._running, self._num_steps, self._began_s = self.wanted, 0, now_s
+
+    def _can_begin(self) -> bool:
+        if self.wanted is None or self._now_s - self._ended_s < PAUSE_S:
+            return False
+        return self._saved_s >= min(self.wanted.loss * TRIAL_S, MAX_SAVED_S)
 
     def stop(self) -> None:
         """Ends the trial under way: sequences leave its plan at their next safe points."""

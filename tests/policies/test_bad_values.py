@@ -24,21 +24,15 @@ from policies.control.policy_setting import (
     write_setting,
 )
 from policies.control.store import LoadStore
-from policies.cost import ForwardStats, ReplicaCosts, RoundStats, RoundYield, StepCost
-from policies.cost_estimator import (
-    LEAST_MS,
-    MAX_PLANS,
-    SPECULATION_BLOCKS,
-    CostEstimator,
-    YieldEstimator,
-    fit_step_cost,
-    knots_up_to,
-)
+from policies.cost import ForwardStats, ModeFactors, ReplicaCosts, RoundStats, RoundYield, StepCost
+from policies.cost_estimator import CostEstimator
+from policies.cost_fit import LEAST_MS, fit_step_cost, knots_up_to
 from policies.hysteresis import StabiliseParameters, WithHysteresis
 from policies.modes import MAX_BLOCK_LENGTH, DecodePlan, Mode
 from policies.policy import Decision, Policy, PolicyParameters, Snapshot
 from policies.registry import PolicyError, create_policy
 from policies.replica_load import ReplicaLoad
+from policies.yield_estimator import MAX_PLANS, SPECULATION_BLOCKS, YieldEstimator
 from tests.policies.helpers import FakeClock, a_load
 
 KNOTS = knots_up_to(512)
@@ -57,7 +51,6 @@ forwards = st.builds(
     counts,
     numbers,
     st.sampled_from([None, *Mode]),
-    st.sampled_from([False, True]),
 )
 plans = st.one_of(
     st.builds(DecodePlan, st.just(Mode.DIFFUSION), st.integers(2, 64), st.floats(0.01, 1.0)),
@@ -73,8 +66,9 @@ def test_whatever_forwards_are_said_to_have_taken_the_cost_is_one(batches):
     estimator = CostEstimator(START, 0.0)
     for number, batch in enumerate(batches, start=1):
         estimator.update(batch, number * 0.2)
-        for cost in (estimator.cost, *estimator.own.values()):
-            assert 0.0 < cost.ms(1) <= cost.ms(512) < math.inf
+        assert 0.0 < estimator.cost.ms(1) <= estimator.cost.ms(512) < math.inf
+        load = a_load(1, costs=ReplicaCosts(estimator.cost, (), estimator.factors))
+        assert LOADS.decode(LOADS.encode(load)) == load
 
 
 @settings(max_examples=40, deadline=None)
@@ -88,7 +82,8 @@ def test_whatever_the_sweep_has_measured_it_gives_a_cost(measured):
 def test_costs_that_shrink_without_end_are_never_rounded_away():
     estimator = CostEstimator(START, 0.0)
     for number in range(1, 2000):
-        estimator.update([ForwardStats(1, 1, 0, 1e-5), ForwardStats(512, 8, 4000, 1e-5)], number * 0.2)
+        batch = [ForwardStats(1, 1, 0, 1e-5, Mode.AR), ForwardStats(512, 8, 4000, 1e-5, Mode.AR)]
+        estimator.update(batch, number * 0.2)
     assert estimator.cost.knot_ms[0] >= LEAST_MS
 
 
@@ -102,7 +97,8 @@ def test_forwards_that_cost_by_the_segment_leave_a_base_that_a_cost_can_have():
         batch = []
         for _ in range(rng.randint(1, 8)):
             num = rng.choice([4, 8, 16, 32, 64])
-            batch.append(ForwardStats(num, num, 300 * num, 0.3 * num * math.exp(rng.gauss(0, 0.3))))
+            ms = 0.3 * num * math.exp(rng.gauss(0, 0.3))
+            batch.append(ForwardStats(num, num, 300 * num, ms, Mode.AR))
         estimator.update(batch, now_s)
     assert estimator.cost.knot_ms[0] >= LEAST_MS
 
@@ -173,6 +169,23 @@ def test_an_absurd_load_is_none(field, value):
         LOADS.decode(json.dumps(body))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e9])
+def test_absurd_factors_are_none(value):
+    with pytest.raises(ValueError, match="finite"):
+        ModeFactors((value,), (0.1,))
+    with pytest.raises(ValueError, match="finite"):
+        ModeFactors((0.0,), (value,))
+
+
+def test_costs_of_an_older_version_are_read_without_what_is_no_more():
+    """Absolute latencies by mode were published as `own`; factors were not."""
+    load = a_load(1, costs=ReplicaCosts(START))
+    body = json.loads(LOADS.encode(load))
+    body["body"]["costs"]["own"] = {"ar": body["body"]["costs"]["step"]}
+    del body["body"]["costs"]["factors"]
+    assert LOADS.decode(json.dumps(body)) == load
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, -1.0])
 def test_absurd_costs_and_yields_are_none(value):
     with pytest.raises(ValueError, match=r"positive|finite"):
@@ -200,7 +213,7 @@ class Fails(Policy[None]):
             raise self.how
         return self.how, None
 
-    def explored_plans(self, load: ReplicaLoad, running: DecodePlan) -> None:
+    def trial(self, load: ReplicaLoad, running: DecodePlan) -> None:
         raise ZeroDivisionError
 
 

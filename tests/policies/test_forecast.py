@@ -1,6 +1,8 @@
+import math
+
 import pytest
 
-from policies.cost import ReplicaCosts, RoundYield, StepCost
+from policies.cost import ModeFactors, ReplicaCosts, RoundYield, StepCost
 from policies.forecast import forecast
 from policies.modes import DecodePlan, Mode
 from tests.policies.helpers import a_load
@@ -43,7 +45,7 @@ def test_forwards_that_begin_the_next_block_too_have_more_rows():
 
 def test_a_forward_takes_what_the_mode_of_most_requests_takes():
     slow = STEP.scaled(3.0)
-    costs = ReplicaCosts(STEP, COSTS.yields, {Mode.AR: slow})
+    costs = ReplicaCosts(STEP, COSTS.yields, {Mode.AR: ModeFactors((math.log(3.0),), (0.1,))})
     assert forecast(a_replica(4, costs=costs), AR).step_ms == pytest.approx(slow.ms(4))
     assert forecast(a_replica(4, costs=costs), SPECULATION).step_ms == pytest.approx(STEP.ms(32))
     crowded = a_replica(2, costs=costs, pinned_by_mode={Mode.AR: 6})
