@@ -15,6 +15,7 @@ from benchmarks.modes import CHECKPOINT
 from policies.control.plan import ObservedPlan
 from policies.control.plan_sync import PlanFollower
 from policies.control.store import LoadStore, StoreUnavailable
+from policies.cost import ReplicaCosts
 from policies.registry import create_policy
 from policies.replica_load import ReplicaLoad
 from replicas.calibration import calibrate
@@ -31,6 +32,7 @@ from replicas.messages import (
 from replicas.model.runner import TorchRunner
 from replicas.service import ReplicaService
 from replicas.text import TextCodec
+from replicas.yields_file import read_yields
 
 MAX_RUNNING = 64
 MAX_STEP_TOKENS = 512
@@ -96,9 +98,10 @@ class ReplicaAlone:
 async def replica_alone(num_threads: int) -> AsyncIterator[ReplicaAlone]:
     runner = TorchRunner.load(str(CHECKPOINT), num_threads=num_threads)
     engine = Engine(runner, max_running=MAX_RUNNING, max_step_tokens=MAX_STEP_TOKENS)
-    cost = calibrate(runner, max_running=MAX_RUNNING, max_step_tokens=MAX_STEP_TOKENS, budget_s=CALIBRATION_S)
-    engine.set_step_cost(cost)
-    service = ReplicaService(engine, TextCodec.load(str(CHECKPOINT)), "alone", step_cost=cost)
+    step = calibrate(runner, max_running=MAX_RUNNING, max_step_tokens=MAX_STEP_TOKENS, budget_s=CALIBRATION_S)
+    costs = ReplicaCosts(step, read_yields(CHECKPOINT))
+    engine.set_step_cost(step)
+    service = ReplicaService(engine, TextCodec.load(str(CHECKPOINT)), "alone", costs=costs)
     follower = PlanFollower(
         NoStore(),
         create_policy("cost_model", {}),

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
-from policies.cost import StepCost
+from policies.cost import ReplicaCosts
 from policies.modes import DecodePlan
 from policies.policy import Trial
 from policies.replica_load import ReplicaLoad
@@ -47,7 +47,7 @@ class ReplicaService:
     """Serves one model. All that touches the engine runs on one thread, as commands between two steps.
 
     The coroutines belong to the event loop that start() ran on. clock: seconds, monotonic; the engine's.
-    step_cost: the cost of forwards as first measured, and then learned on; None publishes no costs.
+    costs: as first measured and known, and then learned on; None publishes none.
     on_timeline: called on the event loop with the timeline of each choice that has ended; None keeps none.
     """
 
@@ -57,7 +57,7 @@ class ReplicaService:
         codec: TextCodec,
         replica_id: str,
         clock: Callable[[], float] = time.monotonic,
-        step_cost: StepCost | None = None,
+        costs: ReplicaCosts | None = None,
         on_timeline: Callable[[Timeline], None] | None = None,
     ):
         self._on_timeline = on_timeline
@@ -68,7 +68,7 @@ class ReplicaService:
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._live: dict[str, RequestState] = {}
         self._choices: dict[str, ChoiceState] = {}  # by their names in the engine
-        self._meter = LoadMeter(engine, clock, step_cost)
+        self._meter = LoadMeter(engine, clock, costs)
         self._seen = look(engine, replica_id)
         grammars = codec.grammars(engine.spec.vocab_size, engine.spec.eos_token_ids)
         self._preparation = Preparation(codec, grammars, engine.spec.max_context, engine.capacity)
@@ -126,6 +126,11 @@ class ReplicaService:
     def set_trial(self, trial: Trial | None) -> None:
         """Sets the trial that `auto` requests make next. From any thread; does not wait."""
         self._commands.put(lambda: self._engine.set_trial(trial))
+
+    @property
+    def costs(self) -> ReplicaCosts | None:
+        """The costs as last published. May be read from any thread."""
+        return self._meter.costs
 
     def snapshot(self) -> ReplicaLoad:
         """The load after the last step or command, with recent rates. Does not wait for the engine.

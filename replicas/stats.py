@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from policies.cost import ForwardStats, ReplicaCosts, RoundStats, StepCost
+from policies.cost import ForwardStats, ReplicaCosts, RoundStats
 from policies.cost_estimator import CostEstimator
 from policies.modes import Mode
 from policies.replica_load import ReplicaLoad
@@ -69,7 +69,7 @@ class DecodingStats:
 class CostMeter:
     """Learns the costs of forwards and rounds from an engine's two queues, which another thread fills.
 
-    start: the cost from the sweep (replicas.calibration)
+    start: the cost from the sweep (replicas.calibration), with factors and yields known before
     clock: seconds
 
     A reading that the estimators can't take leaves what was learned as it was.
@@ -77,7 +77,7 @@ class CostMeter:
 
     def __init__(
         self,
-        start: StepCost,
+        start: ReplicaCosts,
         forwards: deque[ForwardStats],
         rounds: deque[RoundStats],
         clock: Callable[[], float],
@@ -85,11 +85,15 @@ class CostMeter:
         self._clock = clock
         self._forwards = forwards
         self._rounds = rounds
-        self._step = CostEstimator(start, clock())
-        self._yields = YieldEstimator(clock())
+        self._step = CostEstimator(start.step, clock(), start.factors)
+        self._yields = YieldEstimator(clock(), start.yields)
         self._step_net = Net("learning what forwards cost")
         self._yields_net = Net("learning what rounds bring")
-        self._costs = ReplicaCosts(start)
+        self._costs = start
+
+    @property
+    def costs(self) -> ReplicaCosts:
+        return self._costs
 
     def update(self) -> ReplicaCosts:
         """Takes what has come since the last call into account. Never raises."""
@@ -145,16 +149,21 @@ def look(engine: Engine, replica_id: str) -> Seen:
 class LoadMeter:
     """Measures the load that a replica publishes. Not on the engine's thread, but on one other alone.
 
-    step_cost: the cost of a forward as first measured; None publishes no costs
+    costs: as first measured and known; None publishes none
     clock: seconds
     """
 
-    def __init__(self, engine: Engine, clock: Callable[[], float], step_cost: StepCost | None):
+    def __init__(self, engine: Engine, clock: Callable[[], float], costs: ReplicaCosts | None):
         self._stats = DecodingStats(clock)
         self._stats_net = Net("averaging rates")
         self._costs = None
-        if step_cost is not None:
-            self._costs = CostMeter(step_cost, engine.forwards, engine.scheduler.counters.rounds, clock)
+        if costs is not None:
+            self._costs = CostMeter(costs, engine.forwards, engine.scheduler.counters.rounds, clock)
+
+    @property
+    def costs(self) -> ReplicaCosts | None:
+        """The costs as last learned."""
+        return None if self._costs is None else self._costs.costs
 
     def load(self, seen: Seen, silent_s: float) -> ReplicaLoad:
         """The load to publish. Never raises: what can't be learned is left as it was."""

@@ -2,9 +2,9 @@ import random
 
 import pytest
 
-from policies.cost import UNMEASURED, ReplicaCosts, RoundStats, prior_yield
+from policies.cost import UNMEASURED, ReplicaCosts, RoundStats, RoundYield, prior_yield
 from policies.modes import DecodePlan, Mode
-from policies.yield_estimator import YieldEstimator
+from policies.yield_estimator import KNOWN_ROUNDS, YieldEstimator
 
 SPECULATION = {block: DecodePlan(Mode.SELF_SPECULATION, block) for block in (4, 8, 16, 32)}
 DIFFUSION = DecodePlan(Mode.DIFFUSION, 16, 0.9)
@@ -98,3 +98,40 @@ def test_a_change_of_the_workload_is_followed_under_load():
     for period in range(100, 200):
         speculate(estimator, 8, 0.6, 20, 0.2 * period, seed=period)
     assert tokens_of(estimator, SPECULATION[8]).tokens == pytest.approx((1 - 0.6**8) / 0.4, rel=0.1)
+
+
+def known(chance, blocks=(4, 8, 16, 32)):
+    return [RoundYield(SPECULATION[b], (1 - chance**b) / (1 - chance), 2.0, 500) for b in blocks]
+
+
+def test_what_is_known_at_the_start_is_said_before_any_round():
+    entry = RoundYield(DIFFUSION, 15.0, 2.5, 400, rows=24.0)
+    estimator = YieldEstimator(0.0, [*known(0.9), entry])
+    for block, plan in SPECULATION.items():
+        assert tokens_of(estimator, plan).tokens == pytest.approx((1 - 0.9**block) / 0.1, rel=0.02)
+    found = tokens_of(estimator, DIFFUSION)
+    assert (found.tokens, found.forwards, found.rows) == (15.0, 2.5, 24.0)
+    assert found.num_rounds == KNOWN_ROUNDS
+
+
+def test_a_workload_unlike_the_known_one_is_learned_soon():
+    estimator = YieldEstimator(0.0, [*known(0.95), RoundYield(DIFFUSION, 16.0, 2.0, 400, rows=24.0)])
+    for period in range(50):  # 10 s
+        speculate(estimator, 16, 0.6, 10, 0.2 * period, seed=period)
+    assert tokens_of(estimator, SPECULATION[16]).tokens == pytest.approx(2.5, rel=0.15)
+    estimator.update([RoundStats(DIFFUSION, 10, 5, 80)] * 100, 10.2)
+    assert tokens_of(estimator, DIFFUSION).forwards == pytest.approx(5, rel=0.1)
+
+
+def test_long_after_the_last_round_it_is_as_at_the_start():
+    estimator = YieldEstimator(0.0, known(0.9))
+    speculate(estimator, 16, 0.5, 200, 1.0)
+    estimator.update([], 7200.0)
+    assert tokens_of(estimator, SPECULATION[16]).tokens == pytest.approx((1 - 0.9**16) / 0.1, rel=0.02)
+
+
+@pytest.mark.parametrize("tokens", [1.0, 3.9, 4.0, 100.0])
+def test_known_yields_that_no_chance_brings_are_taken_as_near_as_can_be(tokens):
+    entries = [RoundYield(SPECULATION[4], tokens, 2.0, 9), RoundYield(SPECULATION[32], 1.0, 2.0, 9)]
+    found = tokens_of(YieldEstimator(0.0, entries), SPECULATION[4]).tokens
+    assert found == pytest.approx(min(4.0, tokens), rel=0.01)

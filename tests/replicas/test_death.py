@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from policies.cost import StepCost
+from policies.cost import ReplicaCosts, StepCost
 from policies.modes import DecodePlan, Mode
 from policies.policy import Trial
 from policies.replica_load import Freshness, ObservedLoad, ReplicaLoad
@@ -316,7 +316,7 @@ class BuggyEngine(Engine):
 async def test_a_bug_in_what_is_measured_or_tried_ends_nothing() -> None:
     runner = StepwiseRunner()
     engine = BuggyEngine(runner)
-    service = ReplicaService(engine, CODEC, "replica", step_cost=StepCost((1, 512), (5.0, 9.0)))
+    service = ReplicaService(engine, CODEC, "replica", costs=ReplicaCosts(StepCost((1, 512), (5.0, 9.0))))
     service.start()
     stream = service.channel("c")
     await anext(stream)
