@@ -207,6 +207,19 @@ class ReplicaCosts:
     factors: Mapping[Mode, ModeFactors] = field(default_factory=dict)
     """The factors of the modes that have run: for the same number of rows modes differ by what else the
     machine does meanwhile, as sending tokens, which `ar` does after every forward."""
+    left_out: float = 0.0
+    """The logarithm of the rate made over the rate foretold, as far as all plans have it in common."""
+    rates: Mapping[Mode, ModeFactors] = field(default_factory=dict)
+    """The further factors of modes between these rates, by octaves of requests in flight."""
+
+    def __post_init__(self) -> None:
+        if not -MOST_LOG <= self.left_out <= MOST_LOG:
+            raise ValueError(f"left_out must be finite, got {self.left_out}")
+
+    def rate_factor(self, mode: Mode, num_requests: float) -> float:
+        """Returns the rate to expect of a mode over the one that step costs and yields foretell."""
+        rates = self.rates.get(mode)
+        return math.exp(self.left_out) * (1.0 if rates is None else rates.at(num_requests)[0])
 
     def factor(self, mode: Mode, num_tokens: float) -> tuple[float, float]:
         """Returns a mode's factor on the step cost, and the spread of its logarithm."""

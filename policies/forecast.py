@@ -33,7 +33,8 @@ class Forecast:
     num_prefill: float
     """Prompt tokens in a forward."""
     spread: float
-    """The standard deviation of the log of tokens_per_s against that of what runs now."""
+    """The standard deviation of the log of tokens_per_s against that of what runs now, as far as a trial can
+    tell."""
     tpots: tuple[tuple[float, float], ...]
     """The number of requests in each group that decodes alike, and the seconds a token that each of them
     takes while it runs; the first group is the one that follows the plan."""
@@ -72,8 +73,9 @@ def forecast(load: ReplicaLoad, plan: DecodePlan, num_auto: float | None = None)
     num_cached = num_segments * load.mean_context
     step_ms = factor * costs.step.ms(num_tokens + num_prefill, num_segments, num_cached)
     tpots = tuple((count, step_ms / pace / 1000.0) for count, pace in paces)
+    tokens_per_s = costs.rate_factor(most.plan.mode, num_requests) * 1000.0 * made / step_ms
     spread = math.hypot(spread, most.spread)
-    return Forecast(plan, 1000.0 * made / step_ms, step_ms, num_prefill, spread, tpots)
+    return Forecast(plan, tokens_per_s, step_ms, num_prefill, spread, tpots)
 
 
 def _groups(load: ReplicaLoad, plan: DecodePlan, num_auto: float) -> Iterator[tuple[float, DecodePlan]]:

@@ -9,6 +9,7 @@ from typing import TypeVar
 from policies.cost import ForwardStats, ReplicaCosts, RoundStats
 from policies.cost_estimator import CostEstimator
 from policies.modes import Mode
+from policies.rate_estimator import RateEstimator
 from policies.replica_load import ReplicaLoad
 from policies.yield_estimator import YieldEstimator
 from replicas.engine.engine import Engine
@@ -128,6 +129,8 @@ class Seen:
     """Tokens of rounds."""
     forwards_by_mode: Mapping[Mode, int]
     """Forwards of rounds."""
+    num_tried: int
+    """Forwards in trials."""
 
     @property
     def num_tokens(self) -> int:
@@ -143,6 +146,7 @@ def look(engine: Engine, replica_id: str) -> Seen:
         counters.num_prefilled,
         dict(counters.tokens_by_mode),
         dict(counters.forwards_by_mode),
+        engine.scheduler.trials.num_forwards,
     )
 
 
@@ -156,6 +160,9 @@ class LoadMeter:
     def __init__(self, engine: Engine, clock: Callable[[], float], costs: ReplicaCosts | None):
         self._stats = DecodingStats(clock)
         self._stats_net = Net("averaging rates")
+        self._clock = clock
+        self._rates = RateEstimator(clock())
+        self._rates_net = Net("comparing rates with forecasts")
         self._costs = None
         if costs is not None:
             self._costs = CostMeter(costs, engine.forwards, engine.scheduler.counters.rounds, clock)
@@ -171,7 +178,7 @@ class LoadMeter:
             self._stats.update(
                 seen.num_tokens, seen.num_prefilled, seen.tokens_by_mode, seen.forwards_by_mode
             )
-        return replace(
+        load = replace(
             seen.load,
             tokens_per_s=self._stats.tokens_per_s,
             tokens_per_forward=dict(self._stats.tokens_per_forward),
@@ -180,3 +187,11 @@ class LoadMeter:
             tokens_total_by_mode=seen.made_by_mode,
             silent_s=silent_s,
         )
+        return load if load.costs is None else replace(load, costs=self._with_rates(load, load.costs, seen))
+
+    def _with_rates(self, load: ReplicaLoad, costs: ReplicaCosts, seen: Seen) -> ReplicaCosts:
+        """The costs with what forecasts by them have left out."""
+        with self._rates_net:
+            self._rates.update(load, seen.num_tokens, seen.num_tried, self._clock())
+            return replace(costs, left_out=self._rates.common, rates=self._rates.factors)
+        return costs

@@ -366,6 +366,7 @@ class Engine:
             waiting_prompt_tokens=sum(sequence.num_prompt_tokens for sequence in waiting),
             running_by_mode=Counter(sequence.last_mode for sequence in running if sequence.last_mode),
             modes=self.spec.modes,
+            decode=self._scheduler.active.decode,
             num_lossless=sum(sequence.is_kept_lossless for sequence in auto),
             pinned_by_mode=pinned,
             page_size=self.spec.page_size,

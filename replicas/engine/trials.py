@@ -28,6 +28,8 @@ class Trials:
     def __init__(self, overlaps_blocks: bool):
         self.wanted: Trial | None = None
         """The trial to make next; None for none."""
+        self.num_forwards = 0
+        """Forwards in trials so far."""
         self._overlaps_blocks = overlaps_blocks
         self._running: Trial | None = None
         self._num_steps = 0
@@ -44,6 +46,7 @@ class Trials:
         if self._running is not None:
             self._saved_s -= self._running.loss * elapsed_s
             self._num_steps += 1
+            self.num_forwards += 1
             if now_s - self._began_s >= TRIAL_S and self._num_steps >= TRIAL_STEPS:
                 self.stop()
         elif self._can_begin():
