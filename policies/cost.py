@@ -165,8 +165,9 @@ class RoundYield:
     """Query tokens a forward; None for the block's."""
 
     def __post_init__(self) -> None:
-        brought = (self.tokens, self.forwards, 1.0 if self.rows is None else self.rows)
-        if not all(0.0 < amount < math.inf for amount in brought):
+        rows = 1.0 if self.rows is None else self.rows
+        if not (0.0 < self.tokens < math.inf and 0.0 < self.forwards < math.inf and 0.0 < rows < math.inf):
+            brought = (self.tokens, self.forwards, self.rows)
             raise ValueError(f"tokens, forwards and rows must be positive and finite, got {brought}")
         if not 0.0 <= self.num_rounds < math.inf:
             raise ValueError(f"num_rounds must not be negative, got {self.num_rounds}")

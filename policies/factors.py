@@ -92,9 +92,9 @@ class DriftingFactors(Generic[Term]):
 
         Terms that were never added count as 0, known exactly.
         """
-        rows = np.stack([self._row(weights) for weights in sums])
+        rows = np.array([self._row(weights) for weights in sums])
         apart = rows - self._row(reference)
-        variances = np.einsum("ij,jk,ik->i", apart, self._covariance, apart)
+        variances = ((apart @ self._covariance) * apart).sum(axis=1)
         return rows @ self._mean, np.sqrt(np.maximum(variances, 0.0))
 
     def _row(self, weights: Mapping[Term, float]) -> Vector:

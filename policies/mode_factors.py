@@ -1,10 +1,10 @@
 """The estimator of modes' factors by octaves of a size, over what all modes have in common."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TypeAlias
 
 from policies.cost import ModeFactors, octave_weights
-from policies.factors import DriftingFactors, Prior
+from policies.factors import DriftingFactors, Prior, Vector
 from policies.modes import Mode
 
 Term: TypeAlias = tuple[Mode | None, int | None]
@@ -50,8 +50,7 @@ class ModeFactorsEstimator:
         modes = [mode for mode in Mode if (mode, None) in self._factors]
         if not modes:
             return {}
-        octaves = range(self._num_octaves)
-        sums = [_terms(mode, {octave: 1.0}) for mode in modes for octave in octaves]
+        sums = [_terms(mode, {octave: 1.0}) for mode in modes for octave in range(self._num_octaves)]
         logs, spreads = self._factors.estimates(sums, self._reference)
         found = {}
         for number, mode in enumerate(modes):
@@ -90,6 +89,6 @@ def _terms(mode: Mode, octaves: Mapping[int, float]) -> dict[Term, float]:
     return {(mode, None): 1.0, **{(mode, octave): weight for octave, weight in octaves.items()}}
 
 
-def _rounded(values: Iterable[float]) -> tuple[float, ...]:
+def _rounded(values: Vector) -> tuple[float, ...]:
     """Returns the values as they are published five times a second."""
-    return tuple(round(float(value), 4) for value in values)
+    return tuple(round(value, 4) for value in values.tolist())

@@ -25,8 +25,14 @@ KNOWN_ROUNDS = 12.0
 """The number of rounds that a yield known at the start counts for: its workload may have been another."""
 SPECULATION_BLOCKS = (4, 8, 16, 32)
 """The blocks of self-speculation whose yield is published once any of its blocks ran."""
-MAX_PLANS = 32
+MAX_PLANS = 16
 """The number of diffusion plans counted at once, and so published; past it those of the fewest rounds go."""
+
+
+_NO_ROUNDS = np.zeros(4)
+_SPECULATION_PLANS = {
+    block: DecodePlan(Mode.SELF_SPECULATION, block) for block in range(2, MAX_BLOCK_LENGTH + 1)
+}
 
 
 class YieldEstimator:
@@ -94,7 +100,8 @@ class YieldEstimator:
         if self._by_block.sum() < 0.01 and not self._known_chances:
             return
         chance, reaches, tokens = PRIOR_ACCEPTANCE, 1.0, [0.0, 1.0]
-        for place, (passed, reached) in enumerate(zip(self._passed[1:], self._reached[1:], strict=True)):
+        counts = zip(self._passed[1:].tolist(), self._reached[1:].tolist(), strict=True)
+        for place, (passed, reached) in enumerate(counts):
             weight = PRIOR_ROUNDS
             if place < len(self._known_chances):
                 chance, weight = self._known_chances[place], KNOWN_ROUNDS
@@ -102,20 +109,17 @@ class YieldEstimator:
             reaches *= chance
             tokens.append(tokens[-1] + reaches)
         ran = {int(block) for block in np.flatnonzero(self._chosen_blocks > 0.5)}
+        at_least = np.cumsum(self._by_block[::-1])[::-1].tolist()
         for block in sorted(ran.union(SPECULATION_BLOCKS)):
-            num_rounds = float(self._by_block[block:].sum())
-            num_rounds += KNOWN_ROUNDS if block <= len(self._known_chances) + 1 else 0.0
+            known = KNOWN_ROUNDS if block <= len(self._known_chances) + 1 else 0.0
             yield RoundYield(
-                DecodePlan(Mode.SELF_SPECULATION, block),
-                round(float(tokens[block]), 4),
-                2.0,
-                round(num_rounds, 2),
+                _SPECULATION_PLANS[block], round(tokens[block], 4), 2.0, round(at_least[block] + known, 2)
             )
 
     def _counted(self, plan: DecodePlan, more_tokens: float, more_forwards: float) -> RoundYield:
         """Returns a diffusion plan's yield, its prior times these ratios counting as some rounds more."""
         prior, weight = self._prior(plan)
-        num_rounds, tokens, forwards, rows = map(float, self._diffusion.get(plan, np.zeros(4)))
+        num_rounds, tokens, forwards, rows = self._diffusion.get(plan, _NO_ROUNDS).tolist()
         if plan in self._known:
             rows += weight * prior.forwards * prior.rows_per_forward
             rows_per_forward = rows / (forwards + weight * prior.forwards)

@@ -6,6 +6,7 @@ import logging
 import math
 import random
 import time
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -30,6 +31,7 @@ from policies.cost_fit import LEAST_MS, fit_step_cost, knots_up_to
 from policies.hysteresis import StabiliseParameters, WithHysteresis
 from policies.modes import MAX_BLOCK_LENGTH, DecodePlan, Mode
 from policies.policy import Decision, Policy, PolicyParameters, Snapshot
+from policies.rate_estimator import RateEstimator
 from policies.registry import PolicyError, create_policy
 from policies.replica_load import ReplicaLoad
 from policies.yield_estimator import MAX_PLANS, SPECULATION_BLOCKS, YieldEstimator
@@ -67,7 +69,8 @@ def test_whatever_forwards_are_said_to_have_taken_the_cost_is_one(batches):
     for number, batch in enumerate(batches, start=1):
         estimator.update(batch, number * 0.2)
         assert 0.0 < estimator.cost.ms(1) <= estimator.cost.ms(512) < math.inf
-        load = a_load(1, costs=ReplicaCosts(estimator.cost, (), estimator.factors))
+        costs = ReplicaCosts(estimator.cost, (), estimator.factors, 0.1, estimator.factors)
+        load = a_load(1, costs=costs)
         assert LOADS.decode(LOADS.encode(load)) == load
 
 
@@ -133,12 +136,48 @@ def test_a_thousand_plans_are_counted_as_few_and_cost_a_publication_little():
     most = MAX_PLANS + MAX_BLOCK_LENGTH
     assert len(estimator.yields()) <= most
     assert len(LOADS.encode(a_load(1, costs=ReplicaCosts(START, estimator.yields())))) < 150 * most
+
+
+def least_cpu_ms(action: Callable[[], object]) -> float:
+    """Milliseconds of CPU that it takes at the least."""
     took_s = []
-    for _ in range(20):
+    for _ in range(50):
         began_s = time.thread_time()
-        estimator.yields()
+        action()
         took_s.append(time.thread_time() - began_s)
-    assert min(took_s) < 0.005
+    return 1000.0 * min(took_s)
+
+
+@pytest.mark.parametrize("is_clients", [False, True])
+def test_a_decision_and_a_publication_take_a_millisecond_whatever_clients_send(is_clients):
+    """1,000 thresholds; all modes known at all octaves."""
+    yields, step, rates = flood(is_clients), CostEstimator(START, 0.0), RateEstimator(0.0)
+    batch = [ForwardStats(64, 8, 800, 5.0 + 0.01 * n, mode) for mode in Mode for n in range(20)]
+    now_s = 20.0
+
+    def load() -> ReplicaLoad:
+        costs = ReplicaCosts(step.cost, yields.yields(), step.factors, rates.common, rates.factors)
+        return a_load(8, costs=costs, decode=DecodePlan(Mode.AR))
+
+    def publish() -> None:
+        nonlocal now_s
+        now_s += 0.2
+        step.update(batch, now_s)
+        published = load()
+        rates.update(published, round(1000 * now_s), 0, now_s)
+        LOADS.encode(published)
+
+    policy = create_policy("cost_model")
+    state = policy.resume(None, 0.0, 0.0)
+
+    def decide() -> None:
+        policy.decide(Snapshot(seen), state, now_s)
+        policy.trial(seen, DecodePlan(Mode.AR))
+
+    assert least_cpu_ms(publish) < 1.0
+    seen = load()
+    assert set(seen.costs.rates) == {Mode.AR}
+    assert least_cpu_ms(decide) < 1.0
 
 
 def test_the_plan_that_runs_stays_known_in_a_flood_of_others():
@@ -175,6 +214,8 @@ def test_absurd_factors_are_none(value):
         ModeFactors((value,), (0.1,))
     with pytest.raises(ValueError, match="finite"):
         ModeFactors((0.0,), (value,))
+    with pytest.raises(ValueError, match="finite"):
+        ReplicaCosts(START, left_out=value)
 
 
 def test_costs_of_an_older_version_are_read_without_what_is_no_more():
@@ -182,7 +223,8 @@ def test_costs_of_an_older_version_are_read_without_what_is_no_more():
     load = a_load(1, costs=ReplicaCosts(START))
     body = json.loads(LOADS.encode(load))
     body["body"]["costs"]["own"] = {"ar": body["body"]["costs"]["step"]}
-    del body["body"]["costs"]["factors"]
+    for new in ("factors", "left_out", "rates"):
+        del body["body"]["costs"][new]
     assert LOADS.decode(json.dumps(body)) == load
 
 
