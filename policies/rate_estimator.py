@@ -7,6 +7,7 @@ octave of load, which lasts.
 """
 
 import math
+from collections.abc import Mapping
 
 from policies.cost import ModeFactors
 from policies.factors import Prior
@@ -30,10 +31,13 @@ NUM_OCTAVES = 11
 
 
 class RateEstimator:
-    """Estimates by which factors the rates made differ from the rates foretold."""
+    """Estimates by which factors the rates made differ from the rates foretold.
 
-    def __init__(self, now_s: float):
-        self._learned = ModeFactorsEstimator(COMMON, OF_MODE, OF_OCTAVE, NUM_OCTAVES, now_s)
+    now_s: any clock that moves forward, the same one for all calls. known: learned before, as `factors` is.
+    """
+
+    def __init__(self, now_s: float, known: Mapping[Mode, ModeFactors] | None = None):
+        self._learned = ModeFactorsEstimator(COMMON, OF_MODE, OF_OCTAVE, NUM_OCTAVES, now_s, known)
         self._plan: DecodePlan | None = None
         self._seen_s = now_s
         self._num_seen = self._num_tried = 0

@@ -119,7 +119,8 @@ def starting_costs(runner: Runner, config: ReplicaConfig, cache: CostCache) -> R
     yields = read_yields(Path(config.checkpoint))
     if learned is None:
         return ReplicaCosts(step, yields)
-    return ReplicaCosts(step, yields or learned.costs.yields, learned.costs.factors)
+    before = learned.costs
+    return ReplicaCosts(step, yields or before.yields, before.factors, rates=before.rates)
 
 
 def _fingerprint(config: ReplicaConfig) -> str:

@@ -161,7 +161,7 @@ class LoadMeter:
         self._stats = DecodingStats(clock)
         self._stats_net = Net("averaging rates")
         self._clock = clock
-        self._rates = RateEstimator(clock())
+        self._rates = RateEstimator(clock(), None if costs is None else costs.rates)
         self._rates_net = Net("comparing rates with forecasts")
         self._costs = None
         if costs is not None:

@@ -12,7 +12,7 @@ TRIAL_STEPS = 12
 """The forwards that it lasts at the least: some rounds of every mode."""
 PAUSE_S = 0.8
 """The least time between two trials: what one has shown bears on what is tried next."""
-MAX_SAVED_S = 0.2
+MAX_SAVED_S = 0.1
 """The most time that may be lost at once: after a change of load some trials follow each other, but few."""
 SILENCE_S = 1.0
 """The longest time between two forwards that earns a trial anything."""

@@ -18,7 +18,10 @@ from tests.replicas.test_calibration import TRUE, TimedRunner
 PLAN = DecodePlan(Mode.DIFFUSION, 16, 0.9)
 KNOWN = RoundYield(PLAN, 15.0, 2.5, 100.0, rows=24.0)
 COSTS = ReplicaCosts(
-    StepCost((1, 512), (2.0, 30.0)), (KNOWN,), {Mode.AR: ModeFactors((0.2, 0.3), (0.1, 0.1))}
+    StepCost((1, 512), (2.0, 30.0)),
+    (KNOWN,),
+    {Mode.AR: ModeFactors((0.2, 0.3), (0.1, 0.1))},
+    rates={Mode.AR: ModeFactors((-0.1,), (0.05,))},
 )
 SWEEP = (ForwardStats(1, 1, 0, 2.0), ForwardStats(512, 1, 0, 30.0))
 
@@ -120,7 +123,7 @@ def test_a_replica_starts_from_the_checkpoints_file_then_from_what_it_learned(tm
     cache.begin(())
     cache.save(COSTS)
     again = starting_costs(runner, config, CostCache(tmp_path, "a"))
-    assert (again.yields, again.factors) == (COSTS.yields, COSTS.factors)
+    assert (again.yields, again.factors, again.rates) == (COSTS.yields, COSTS.factors, COSTS.rates)
     other = replace(KNOWN, tokens=9.0)
     write_yields(checkpoint, [other], "a test")
     assert starting_costs(runner, config, CostCache(tmp_path, "a")).yields == (other,)
