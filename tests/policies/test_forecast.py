@@ -84,6 +84,15 @@ def test_blocks_beyond_the_tokens_of_a_step_take_turns():
     assert expected.tpot_s == pytest.approx(2 * expected.step_ms / 4 / 1000)
 
 
+@pytest.mark.parametrize(("per_token", "room"), [(0.05, 512 - 0.05 * 128), (0.5, 512 - 64), (9.0, 384)])
+def test_prompts_take_what_they_need_from_blocks_up_to_their_share(per_token, room):
+    """Full forwards of 32 blocks bring 128 tokens."""
+    expected = forecast(a_replica(64, prefill_per_token=per_token), DIFFUSION)
+    step_ms = 10.0 + 0.5 * (room + min(per_token * room / 4, 512 - room) - 1)
+    assert expected.step_ms == pytest.approx(step_ms)
+    assert expected.tokens_per_s == pytest.approx(1000 * room / 16 * 4 / step_ms)
+
+
 def test_memory_bounds_long_blocks_before_short_ones():
     """80 pages of 16 tokens: 12 sequences of 100 and a seed, or 11 with a block of 16."""
     ar, diffusion = (forecast(a_replica(32, num_pages=80), plan) for plan in (AR, DIFFUSION))
