@@ -92,10 +92,6 @@ class CostMeter:
         self._yields_net = Net("learning what rounds bring")
         self._costs = start
 
-    @property
-    def costs(self) -> ReplicaCosts:
-        return self._costs
-
     def update(self) -> ReplicaCosts:
         """Takes what has come since the last call into account. Never raises."""
         now_s = self._clock()
@@ -163,14 +159,15 @@ class LoadMeter:
         self._clock = clock
         self._rates = RateEstimator(clock(), None if costs is None else costs.rates)
         self._rates_net = Net("comparing rates with forecasts")
+        self._published = costs
         self._costs = None
         if costs is not None:
             self._costs = CostMeter(costs, engine.forwards, engine.scheduler.counters.rounds, clock)
 
     @property
     def costs(self) -> ReplicaCosts | None:
-        """The costs as last learned."""
-        return None if self._costs is None else self._costs.costs
+        """The costs as last published."""
+        return self._published
 
     def load(self, seen: Seen, silent_s: float) -> ReplicaLoad:
         """The load to publish. Never raises: what can't be learned is left as it was."""
@@ -187,7 +184,10 @@ class LoadMeter:
             tokens_total_by_mode=seen.made_by_mode,
             silent_s=silent_s,
         )
-        return load if load.costs is None else replace(load, costs=self._with_rates(load, load.costs, seen))
+        if load.costs is not None:
+            self._published = self._with_rates(load, load.costs, seen)
+            load = replace(load, costs=self._published)
+        return load
 
     def _with_rates(self, load: ReplicaLoad, costs: ReplicaCosts, seen: Seen) -> ReplicaCosts:
         """The costs with what forecasts by them have left out."""

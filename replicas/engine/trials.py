@@ -6,11 +6,11 @@ from policies.policy import Trial
 from replicas.engine.decoders.choose import ActivePlan
 from replicas.engine.sequence import Sequence
 
-TRIAL_S = 0.4
+TRIAL_S = 0.3
 """The time that a trial lasts, so long that what else the machine does for its plan is seen too."""
 TRIAL_STEPS = 12
 """The forwards that it lasts at the least: some rounds of every mode."""
-PAUSE_S = 0.8
+PAUSE_S = 0.5
 """The least time between two trials: what one has shown bears on what is tried next."""
 MAX_SAVED_S = 0.1
 """The most time that may be lost at once: after a change of load some trials follow each other, but few."""

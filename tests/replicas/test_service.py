@@ -371,4 +371,5 @@ async def test_what_forwards_come_to_cost_reaches_the_engine() -> None:
     assert learned is not None
     assert engine.scheduler.step_cost == learned.step
     assert learned.step.ms(1) < 5e3
+    assert service.costs == learned
     await service.stop()
