@@ -22,9 +22,9 @@ OF_MODE = Prior(spread=0.1, lasting_s=600.0)
 """What a mode's leave out at any load."""
 OF_OCTAVE = Prior(spread=0.1, lasting_s=600.0)
 """What a mode's leave out beside that at 2^n requests."""
-NOISE = 0.1
+NOISE = 0.15
 """The standard deviation of the log of one span's ratio."""
-SPAN_S = 1.0
+SPAN_S = 0.6
 """The time over which a rate is taken: some rounds of every mode."""
 NUM_OCTAVES = 11
 """Octaves of load: 1 to 1,024 requests."""
@@ -63,27 +63,38 @@ class RateEstimator:
         is_tried, self._num_tried = num_tried != self._num_tried, num_tried
         self._seen_s, self._num_seen = now_s, num_tokens
         plan = load.decode
-        if plan is None or plan != self._plan or is_tried or not _is_alike(load, plan) or elapsed_s > SPAN_S:
+        if plan is None or plan != self._plan or is_tried or elapsed_s > SPAN_S:
             self._plan = plan
             self._begin()
-            return
-        self._made += made
-        self._foretold += elapsed_s * forecast(load, plan).tokens_per_s
-        self._requests += elapsed_s * load.num_in_flight
-        self._elapsed_s += elapsed_s
-        if self._elapsed_s >= SPAN_S:
-            if self._made > 0:
-                self._learned.advance(now_s)
-                log = math.log(self._made / self._foretold)
-                self._learned.observe(plan.mode, self._requests / self._elapsed_s, log, NOISE)
+        elif self._foresee(load, plan, made):
+            self._made += made
+            self._foretold += elapsed_s * self._rate
+            self._requests += elapsed_s * self._num_requests
+            self._elapsed_s += elapsed_s
+            if self._elapsed_s >= SPAN_S:
+                self._end(plan, now_s)
+        else:
             self._begin()
 
+    def _foresee(self, load: ReplicaLoad, plan: DecodePlan, made: int) -> bool:
+        """Notes the rate foretold for a load; False where what is made then would tell nothing of it.
+
+        Where nothing is in flight but tokens were made, a client's next request is to come: what was foretold
+        for its last one goes on.
+        """
+        if load.num_in_flight == 0:
+            return made > 0 and self._rate > 0.0
+        self._rate, self._num_requests = forecast(load, plan).tokens_per_s, load.num_in_flight
+        return load.num_auto == load.num_in_flight and not (load.num_lossless and plan.mode is Mode.DIFFUSION)
+
+    def _end(self, plan: DecodePlan, now_s: float) -> None:
+        """Learns from a whole span."""
+        if self._made > 0:
+            self._learned.advance(now_s)
+            log = math.log(self._made / self._foretold)
+            self._learned.observe(plan.mode, self._requests / self._elapsed_s, log, NOISE)
+        self._begin()
+
     def _begin(self) -> None:
-        self._made = 0
-        self._foretold = self._requests = self._elapsed_s = 0.0
-
-
-def _is_alike(load: ReplicaLoad, plan: DecodePlan) -> bool:
-    """Returns True if all requests there run the plan."""
-    follows = load.num_auto == load.num_in_flight > 0
-    return follows and not (load.num_lossless and plan.mode is Mode.DIFFUSION)
+        self._made = self._num_requests = 0
+        self._foretold = self._requests = self._elapsed_s = self._rate = 0.0

@@ -49,6 +49,20 @@ def test_what_all_forecasts_leave_out_is_common_and_soon_seen(factor):
     assert served.foretold(AR, 4) == pytest.approx(factor, rel=0.15)
 
 
+def test_a_client_that_is_between_two_requests_whenever_it_is_looked_at_counts():
+    """Of two looks one finds nothing in flight, though tokens were made: half the time is the client's."""
+    served = Served()
+    load = a_load(1, costs=COSTS, decode=SPECULATION, num_pages=9999)
+    rate = forecast(load, SPECULATION).tokens_per_s
+    for number in range(100):
+        served.now_s += 0.2
+        served.num_tokens += 0.2 * rate / 2
+        seen = load if number % 2 else a_load(0, costs=COSTS, decode=SPECULATION, num_pages=9999)
+        served.estimator.update(seen, round(served.num_tokens), 0, served.now_s)
+    assert served.foretold(SPECULATION, 1) == pytest.approx(0.5, rel=0.15)
+    assert served.foretold(AR, 1) == pytest.approx(0.5, rel=0.2)
+
+
 def test_what_one_mode_leaves_out_is_learned_by_load_and_lasts():
     served = Served()
     for _ in range(6):
@@ -99,7 +113,7 @@ def test_spans_with_a_trial_a_shift_or_silence_in_them_do_not_count():
     for _ in range(20):
         served.now_s += 10.0
         served.serve(SPECULATION, 4, SPAN_S - 0.2, 0.5)
-    served.serve(SPECULATION, 0, 10.0)
+    served.serve(SPECULATION, 0, 10.0, 0.0)
     assert served.estimator.factors == {}
 
 
