@@ -41,6 +41,8 @@ class RateEstimator:
         self._plan: DecodePlan | None = None
         self._seen_s = now_s
         self._num_seen = self._num_tried = 0
+        self._rate = 0.0  # foretold for the last load
+        self._num_requests = 0
         self._begin()
 
     @property
@@ -96,5 +98,5 @@ class RateEstimator:
         self._begin()
 
     def _begin(self) -> None:
-        self._made = self._num_requests = 0
-        self._foretold = self._requests = self._elapsed_s = self._rate = 0.0
+        self._made = 0
+        self._foretold = self._requests = self._elapsed_s = 0.0
