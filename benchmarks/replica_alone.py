@@ -17,6 +17,7 @@ from benchmarks.stream_client import Tally
 from policies.control.plan import ObservedPlan
 from policies.control.plan_sync import PlanFollower
 from policies.control.store import LoadStore, StoreUnavailable
+from policies.cost import ReplicaCosts
 from policies.registry import create_policy
 from policies.replica_load import ReplicaLoad
 from replicas.calibration import calibrate
@@ -35,6 +36,7 @@ from replicas.messages import (
 from replicas.model.runner import TorchRunner
 from replicas.service import ReplicaService
 from replicas.text import TextCodec
+from replicas.yields_file import read_yields
 
 MAX_RUNNING = 64
 MAX_STEP_TOKENS = 512
@@ -118,15 +120,16 @@ class ReplicaAlone:
 async def replica_alone(num_threads: int) -> AsyncIterator[ReplicaAlone]:
     runner = TimedRunner(TorchRunner.load(str(CHECKPOINT), num_threads=num_threads))
     engine = Engine(runner, EngineConfig(max_running=MAX_RUNNING, max_step_tokens=MAX_STEP_TOKENS))
-    cost = calibrate(runner, max_running=MAX_RUNNING, max_step_tokens=MAX_STEP_TOKENS, budget_s=CALIBRATION_S)
-    engine.set_step_cost(cost)
-    service = ReplicaService(engine, TextCodec.load(str(CHECKPOINT)), "alone", step_cost=cost)
+    step = calibrate(runner, max_running=MAX_RUNNING, max_step_tokens=MAX_STEP_TOKENS, budget_s=CALIBRATION_S)
+    costs = ReplicaCosts(step, read_yields(CHECKPOINT))
+    engine.set_step_cost(step)
+    service = ReplicaService(engine, TextCodec.load(str(CHECKPOINT)), "alone", costs=costs)
     follower = PlanFollower(
         NoStore(),
         create_policy("cost_model", {}),
         service.snapshot,
         lambda plan: service.set_plan(plan.decode, plan.rule),
-        service.set_explored_plans,
+        service.set_trial,
     )
     service.set_plan(follower.plan.decode, follower.plan.rule)
     service.start()
