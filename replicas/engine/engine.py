@@ -244,10 +244,10 @@ class Engine:
             raise TriadError(ErrorCode.INVALID_REQUEST, message, "prompt")
         self._check_vocabulary("logit_bias", [token for token, _ in sampling.logit_bias])
         self._check_vocabulary("stop_token_ids", list(sampling.stop_token_ids))
-        if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
-            raise TriadError(ErrorCode.INVALID_REQUEST, "min_tokens is above max_tokens", "min_tokens")
         if sampling.max_tokens is not None and sampling.max_tokens < 0:
             raise TriadError(ErrorCode.INVALID_REQUEST, "max_tokens must be at least 0", "max_tokens")
+        if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
+            raise TriadError(ErrorCode.INVALID_REQUEST, "min_tokens is above max_tokens", "min_tokens")
         form = sampling.response_format
         if form is not None and (sampling.ignore_eos or (sampling.min_tokens and form.decides_on_end)):
             field = "ignore_eos" if sampling.ignore_eos else "min_tokens"

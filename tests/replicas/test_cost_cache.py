@@ -27,8 +27,7 @@ SWEEP = (ForwardStats(1, 1, 0, 2.0), ForwardStats(512, 1, 0, 30.0))
 
 
 def a_config(checkpoint: Path, **changes: object) -> ReplicaConfig:
-    config = ReplicaConfig(str(checkpoint), "name", "app", "redis://x", "cost_model", calibration_s=0.0)
-    return replace(config, **changes)
+    return ReplicaConfig(model=str(checkpoint), calibration_s=0.0).model_copy(update=changes)
 
 
 def test_what_was_saved_is_there_at_the_next_start(tmp_path: Path) -> None:
@@ -100,12 +99,12 @@ def test_files_are_few(tmp_path: Path) -> None:
 def test_a_file_is_for_one_kind_of_replica(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     config = a_config(tmp_path)
-    same = replace(config, policy="ar", redis_url="redis://y", app="other", calibration_s=9.0)
+    same = a_config(tmp_path, policy="ar", app="other", calibration_s=9.0, log_format="json")
     others = [
-        replace(config, checkpoint="other"),
-        replace(config, dtype="float32"),
-        replace(config, num_threads=1),
-        replace(config, quantization="int8"),
+        a_config(tmp_path, model="other"),
+        a_config(tmp_path, dtype="bfloat16"),
+        a_config(tmp_path, num_threads=1),
+        a_config(tmp_path, quantization="int8"),
     ]
     CostCache.of(config).save(COSTS)
     assert CostCache.of(same).load() is not None

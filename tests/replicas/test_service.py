@@ -196,10 +196,10 @@ async def test_a_closed_channel_cancels_its_requests_only() -> None:
 async def test_refusals_name_the_field() -> None:
     async with serving() as service:
         stream = await opened(service)
-        answer = await service.submit(request("r", "x" * 90, max_tokens=30))
+        answer = await service.submit(request("r", "x" * 96, max_tokens=30))
         await stream.aclose()
         assert isinstance(answer, Rejected)
-        assert (answer.code, answer.param) == (ErrorCode.CONTEXT_LENGTH_EXCEEDED, "max_tokens")
+        assert (answer.code, answer.param) == (ErrorCode.CONTEXT_LENGTH_EXCEEDED, "prompt")
         assert "96" in answer.message
 
 

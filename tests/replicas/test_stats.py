@@ -5,7 +5,7 @@ from policies.modes import DecodePlan, Mode
 from policies.policy import Trial
 from replicas.engine.engine import Engine
 from replicas.messages import SamplingParams
-from replicas.stats import WINDOW_S, DecodingStats, LoadMeter, look
+from replicas.stats import WINDOW_S, DecodingStats, EngineSnapshot, LoadMeter
 from tests.replicas.engine.scripted import ScriptedRunner
 
 
@@ -51,7 +51,7 @@ def serve(meter_costs: ReplicaCosts, trial: Trial | None, num_steps: int = 400) 
         engine.step()
         now_s += 0.025
         if step % 8 == 7:
-            load = meter.load(look(engine, "r"), 0.0)
+            load = meter.measure(EngineSnapshot.read(engine, "r"), 0.0)
             assert load.costs == meter.costs
     return meter
 

@@ -6,6 +6,7 @@ import pytest
 
 from policies.modes import DecodePlan, Mode
 from policies.policy import Trial
+from replicas.config import EngineConfig
 from replicas.engine.batch import ScheduledBatch
 from replicas.engine.engine import Engine
 from replicas.engine.sequence import Progress
@@ -54,7 +55,7 @@ def serve(
 ) -> tuple[Engine, Timed, list[Progress]]:
     """Requests of these kinds, each followed by another, for so long."""
     runner = Timed()
-    engine = Engine(runner, max_running=16, clock=runner.clock)
+    engine = Engine(runner, EngineConfig(max_running=16), clock=runner.clock)
     engine.set_plan(plan, "rule")
     engine.set_trial(trial)
     ended: list[Progress] = []
@@ -197,7 +198,7 @@ def test_rounds_are_told_of_as_they_were_asked_for() -> None:
 
 
 def test_the_load_tells_of_what_runs() -> None:
-    engine = Engine(ScriptedRunner(num_pages=400), max_running=3)
+    engine = Engine(ScriptedRunner(num_pages=400), EngineConfig(max_running=3))
     kinds = [DecodingOptions(), LOSSLESS, DecodingOptions(Mode.DIFFUSION), DecodingOptions(Mode.AR)]
     for number, decoding in enumerate(kinds):
         engine.submit(str(number), [3 + number] * 10, SamplingParams(max_tokens=40), decoding)
