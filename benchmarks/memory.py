@@ -16,6 +16,7 @@ from policies.modes import Mode
 from replicas.engine.engine import Engine
 from replicas.messages import DecodingOptions, GenerateRequest, SamplingParams
 from replicas.model.runner import TorchRunner
+from replicas.preparation import Prepared
 from replicas.service import ReplicaService
 from replicas.text import TextCodec
 
@@ -49,7 +50,7 @@ def serve(num_requests: int, num_marks: int = 10) -> Iterator[tuple[int, float]]
                 options = DecodingOptions(Mode.AR)
             name = str(num_submitted)
             request = GenerateRequest(name, "c", (prompt,), sampling, options)
-            service._take_in(request, [list(prompt)], [None])
+            service._take_in(request, Prepared([list(prompt)], [None], [None]))
             num_submitted += 1
         if rng.random() < 0.1 * len(service._live) / CONCURRENCY:
             service._cancel([rng.choice(list(service._live))])

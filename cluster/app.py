@@ -184,5 +184,7 @@ def _replica_config(args: ClusterConfig, redis_url: str) -> ReplicaConfig:
         max_waiting=args.max_waiting,
         calibration_s=args.calibration_s,
         log_format=args.log_format,
+        tool_parser=args.tool_parser,
+        reasoning_parser=args.reasoning_parser,
         targets=Targets(args.target_ttft_s, args.target_tpot_s),
     )

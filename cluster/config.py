@@ -134,6 +134,12 @@ class ClusterConfig(BaseModel):
     max_queue_s: float | None = Field(
         None, gt=0.0, description="Longest expected wait for a place to run; past it 429. None: any."
     )
+    tool_parser: Literal["auto", "hermes", "mistral", "llama3_json", "pythonic", "none"] = Field(
+        "auto", description="The format in which the model calls tools; auto: by its chat template."
+    )
+    reasoning_parser: Literal["auto", "think", "mistral", "none"] = Field(
+        "auto", description="The marks of its reasoning, <think> or [THINK]; auto: by its chat template."
+    )
     shared_prefix_cache: bool = Field(
         False,
         description="Prompts of different API keys share the prefix cache: faster where they begin alike, "

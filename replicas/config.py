@@ -50,5 +50,9 @@ class ReplicaConfig:
     calibration_s: float = 1.5
     """Seconds spent at the start on measuring what forwards take."""
     log_format: str = "text"
+    tool_parser: str = "auto"
+    """The format of calls: a name in replicas.tools.families, 'auto' by the chat template, or 'none'."""
+    reasoning_parser: str = "auto"
+    """The marks of reasoning: a name in replicas.tools.reasoning, 'auto' by the chat template, or 'none'."""
     targets: Targets = field(default_factory=Targets)
     """The targets by which the replica reports its demand, where Serve scales."""

@@ -19,6 +19,7 @@ from replicas.engine.grammar import GrammarFailed
 from replicas.errors import ErrorCode, TriadError
 from replicas.json_schema import SchemaRefused, enforceable
 from replicas.messages import JsonFormat
+from replicas.tools.grammar import AnswerGrammar
 
 MAX_CACHED = 64
 MAX_CACHED_BYTES = 256 * 2**20
@@ -33,12 +34,11 @@ NUM_WALKS = 4
 WALK_LEN = 32
 _WHITESPACE = r"[ \n\r\t]{1,32}"
 """Whitespace between tokens of JSON; without a bound a model may go on with it for ever."""
-_ESCAPES = 'nrbtf\\"'
-"""Characters after a backslash; \\u is left out unless a string of the schema needs it, since a key could
-come again, spelled with it."""
 _LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 _STATE = re.compile(r"<state>|<backtrace>|<non-verbose/>")
 _SCHEMA = "response_format.json_schema.schema"
+Asked = JsonFormat | AnswerGrammar
+"""The order for an answer that is one JSON value, or has calls or reasoning in it."""
 
 
 class JsonGrammar:
@@ -119,35 +119,44 @@ class Vocabulary:
             raise TriadError(ErrorCode.INVALID_REQUEST, message, "response_format") from error
 
 
-def compile_schema(tokenizer: LLTokenizer, asked: JsonFormat) -> LLMatcher:
-    """Compiles a schema to a matcher at its beginning, tried on some beginnings of answers.
+def compile_schema(tokenizer: LLTokenizer, asked: Asked) -> LLMatcher:
+    """Compiles an order's schemas to a matcher at its beginning, tried on some beginnings of answers.
 
     SchemaRefused says what is wrong. Not bounded in time or memory, so a schema that is new is for a
     BoundedProcess first.
     """
     try:
-        checked = enforceable(asked.schema, asked.best_effort)
-        grammar = LLMatcher.grammar_from_json_schema(
-            checked.schema,
-            overrides={
-                "item_separator": ",",
-                "key_separator": ":",
-                "whitespace_pattern": _WHITESPACE,
-                "whitespace_flexible": True,
-                "lenient": asked.best_effort,
-                "coerce_one_of": asked.best_effort,
-                "json_allowed_escapes": _ESCAPES + "u" * checked.has_controls,
-            },
-        )
+        grammar = asked.lark() if isinstance(asked, AnswerGrammar) else _of_schema(asked)
         matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise SchemaRefused(_in_short(matcher.get_error()))
         _try_walks(matcher, tokenizer.vocab_size)
-    except SchemaRefused:
-        raise
+    except SchemaRefused as refused:
+        raise _located(tokenizer, asked, refused) from None
     except BaseException as error:
-        raise SchemaRefused(_text_of(error)) from error
+        raise _located(tokenizer, asked, SchemaRefused(_text_of(error))) from error
     return matcher
+
+
+def _of_schema(asked: JsonFormat) -> str:
+    checked = enforceable(asked.schema, asked.best_effort)
+    options = checked.options(_WHITESPACE, asked.best_effort)
+    return LLMatcher.grammar_from_json_schema(checked.schema, overrides=options)
+
+
+def _located(tokenizer: LLTokenizer, asked: Asked, refused: SchemaRefused) -> SchemaRefused:
+    """The refusal with the field at fault: the first tool that is refused by itself as well."""
+    if refused.param is not None:
+        return refused
+    if isinstance(asked, JsonFormat):
+        return SchemaRefused(str(refused), _SCHEMA)
+    if len(asked.tools) > 1:
+        for alone in asked.apart():
+            try:
+                compile_schema(tokenizer, alone)
+            except SchemaRefused as cause:
+                return cause
+    return SchemaRefused(str(refused), asked.param)
 
 
 def _try_walks(matcher: LLMatcher, vocab_size: int) -> None:
@@ -178,25 +187,27 @@ class Verdict:
 
     problem: str | None
     """A refusal's message; None where the schema compiled."""
+    param: str | None = None
+    """The field that is refused."""
     num_bytes: int = 0
     """The memory that it added to that process."""
     is_too_complex: bool = False
     """True if a limit was the problem."""
 
 
-def prover(vocabulary: Vocabulary) -> Callable[[JsonFormat], Verdict]:
+def prover(vocabulary: Vocabulary) -> Callable[[Asked], Verdict]:
     """Makes the function that tries schemas; the target of a BoundedProcess."""
     tokenizer = vocabulary.load()
 
-    def prove(asked: JsonFormat) -> Verdict:
+    def prove(asked: Asked) -> Verdict:
         before = _resident_bytes()
         try:
             matcher = compile_schema(tokenizer, asked)
         except SchemaRefused as refused:
-            return Verdict(str(refused))
+            return Verdict(str(refused), refused.param)
         num_bytes = max(0, _resident_bytes() - before)
         del matcher
-        return Verdict(None, num_bytes)
+        return Verdict(None, num_bytes=num_bytes)
 
     return prove
 
@@ -232,8 +243,10 @@ class GrammarCompiler:
         self._vocabulary = Vocabulary(tokenizer_json, vocab_size, tuple(sorted(eos_token_ids)))
         self._limits = limits = limits or CallLimits()
         self._tokenizer: LLTokenizer | None = None
-        self._compiled: OrderedDict[JsonFormat, _Compiled] = OrderedDict()
-        self._refused: OrderedDict[bytes, str] = OrderedDict()  # by a digest, since a schema may be long
+        self._compiled: OrderedDict[Asked, _Compiled] = OrderedDict()
+        self._refused: OrderedDict[bytes, tuple[str, str | None]] = (
+            OrderedDict()
+        )  # by a digest, since a schema may be long
         self._lock = threading.Lock()  # of the two above
         self._loading = threading.Lock()
         self._processes = [BoundedProcess(target, self._vocabulary, limits) for _ in range(num_processes)]
@@ -252,20 +265,20 @@ class GrammarCompiler:
         finally:
             self._idle.put(process)
 
-    def known(self, asked: JsonFormat) -> JsonGrammar | None:
+    def known(self, asked: Asked) -> JsonGrammar | None:
         """The grammar or the TriadError of compile(), where it is known at once; None where it takes a
         compile."""
         with self._lock:
-            problem = self._refused.get(_digest(asked))
-            if problem is not None:
-                raise TriadError(ErrorCode.INVALID_REQUEST, problem, _SCHEMA)
+            refused = self._refused.get(_digest(asked))
+            if refused is not None:
+                raise TriadError(ErrorCode.INVALID_REQUEST, *refused)
             kept = self._compiled.get(asked)
             if kept is None:
                 return None
             self._compiled.move_to_end(asked)
             return JsonGrammar(kept.matcher.deep_copy())
 
-    def compile(self, asked: JsonFormat) -> JsonGrammar:
+    def compile(self, asked: Asked) -> JsonGrammar:
         """Compiles a schema to a grammar at its beginning. TriadError says what is wrong with a schema.
 
         Takes milliseconds as a rule, and at most what the limits allow, twice where a schema is refused.
@@ -278,7 +291,8 @@ class GrammarCompiler:
             verdict = self._prove(process, asked)
             if verdict.problem is not None:
                 hint = self._hint(process, asked, verdict)
-                raise self._refuse(asked, f"the schema can't be enforced: {verdict.problem}{hint}")
+                problem = f"the schema can't be enforced: {verdict.problem}{hint}"
+                raise self._refuse(asked, problem, verdict.param)
             return self._keep(asked, verdict.num_bytes)
         finally:
             self._idle.put(process)
@@ -288,7 +302,7 @@ class GrammarCompiler:
         for process in self._processes:
             process.close()
 
-    def _prove(self, process: BoundedProcess, asked: JsonFormat) -> Verdict:
+    def _prove(self, process: BoundedProcess, asked: Asked) -> Verdict:
         limits = self._limits
         try:
             verdict = process.call(asked)
@@ -296,25 +310,32 @@ class GrammarCompiler:
             return Verdict(
                 f"it is too complex to compile within {limits.cpu_s:g} s of CPU time and "
                 f"{limits.memory_bytes >> 20} MiB; make it smaller",
+                _field(asked),
                 is_too_complex=True,
             )
         except CallTimeout:
-            message = "the replica is too busy to compile the schema of response_format; retry later"
+            message = "the replica is too busy to compile the request's schema; retry later"
             raise TriadError(ErrorCode.QUEUE_FULL, message) from None
         except ProcessClosed:
             raise TriadError(ErrorCode.UNAVAILABLE, "the replica is shutting down") from None
         assert isinstance(verdict, Verdict)
         if verdict.num_bytes > MAX_CACHED_BYTES // 2:
             return Verdict(
-                f"it is too complex: compiled it takes {verdict.num_bytes >> 20} MiB", is_too_complex=True
+                f"it is too complex: compiled it takes {verdict.num_bytes >> 20} MiB",
+                _field(asked),
+                is_too_complex=True,
             )
         return verdict
 
-    def _hint(self, process: BoundedProcess, asked: JsonFormat, verdict: Verdict) -> str:
+    def _hint(self, process: BoundedProcess, asked: Asked, verdict: Verdict) -> str:
         """The advice to set strict to false, where the schema then compiles; else empty."""
-        if asked.best_effort or verdict.is_too_complex:
+        if verdict.is_too_complex:
             return ""
-        if self._prove(process, replace(asked, best_effort=True)).problem is not None:
+        if isinstance(asked, AnswerGrammar):
+            is_strict, milder = asked.is_strict, asked.with_best_effort()
+        else:
+            is_strict, milder = not asked.best_effort, replace(asked, best_effort=True)  # type: ignore[assignment]
+        if not is_strict or self._prove(process, milder).problem is not None:
             return ""
         return '; with "strict": false what can\'t be enforced is left out'
 
@@ -324,19 +345,19 @@ class GrammarCompiler:
                 self._tokenizer = self._vocabulary.load()
             return self._tokenizer
 
-    def _refuse(self, asked: JsonFormat, problem: str) -> TriadError:
+    def _refuse(self, asked: Asked, problem: str, param: str | None) -> TriadError:
         with self._lock:
-            self._refused[_digest(asked)] = problem
+            self._refused[_digest(asked)] = problem, param
             if len(self._refused) > MAX_REFUSALS:
                 self._refused.popitem(last=False)
-        return TriadError(ErrorCode.INVALID_REQUEST, problem, _SCHEMA)
+        return TriadError(ErrorCode.INVALID_REQUEST, problem, param)
 
-    def _keep(self, asked: JsonFormat, num_bytes: int) -> JsonGrammar:
+    def _keep(self, asked: Asked, num_bytes: int) -> JsonGrammar:
         try:
             matcher = compile_schema(self._load_tokenizer(), asked)
         except SchemaRefused as refused:  # though it was not in the other process
             message = f"the schema can't be enforced: {refused}"
-            raise TriadError(ErrorCode.INVALID_REQUEST, message, _SCHEMA) from refused
+            raise TriadError(ErrorCode.INVALID_REQUEST, message, refused.param) from refused
         with self._lock:
             self._compiled[asked] = _Compiled(matcher, num_bytes)
             while len(self._compiled) > MAX_CACHED or (
@@ -347,5 +368,9 @@ class GrammarCompiler:
         return JsonGrammar(matcher.deep_copy())
 
 
-def _digest(asked: JsonFormat) -> bytes:
+def _field(asked: Asked) -> str:
+    return asked.param if isinstance(asked, AnswerGrammar) else _SCHEMA
+
+
+def _digest(asked: Asked) -> bytes:
     return hashlib.sha256(repr(asked).encode()).digest()

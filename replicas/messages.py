@@ -2,8 +2,9 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Any
 
 from policies.modes import Mode
 from replicas.errors import ErrorCode
@@ -15,6 +16,7 @@ NUM_SEEDS = 2**63
 class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,36 @@ class JsonFormat:
     """JSON text; properties come in its order."""
     best_effort: bool = False
     """If true, what of the schema can't be enforced is left out; otherwise it is an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may ask its caller to run."""
+
+    name: str
+    parameters: str
+    """JSON text of the schema of its arguments, which are an object."""
+    description: str | None = None
+    strict: bool = False
+    """If true, what of the schema can't be enforced is an error; otherwise it is left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """The order for a completion that calls functions, or may."""
+
+    tools: tuple[Tool, ...]
+    """All that the prompt is to describe."""
+    callable: frozenset[str]
+    """Names of those that may be called."""
+    is_required: bool = False
+    """If true, the completion is one call or several; otherwise it may be text."""
+    is_parallel: bool = True
+    """If false, there is at most one call."""
+
+    @property
+    def num_chars(self) -> int:
+        return sum(len(tool.name + tool.parameters + (tool.description or "")) for tool in self.tools)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +95,12 @@ class SamplingParams:
     """The number of most probable tokens to report with each token; 0 reports the token itself alone."""
     response_format: JsonFormat | None = None
     """The form that the completion is to have; None for any text."""
+    tools: ToolUse | None = None
+    """The tools that it may or must call; None for none."""
+
+    @property
+    def needs_grammar(self) -> bool:
+        return self.response_format is not None or self.tools is not None
 
     @property
     def has_penalties(self) -> bool:
@@ -85,6 +123,7 @@ _CAUSAL_FIELDS = {
     "repetition_penalty": 1.0,
     "logprobs": None,
     "response_format": None,
+    "tools": None,
 }
 
 
@@ -109,7 +148,11 @@ class DecodingOptions:
         return (self.block_length, self.threshold, self.max_steps) != (None, None, None)
 
 
-Prompt = tuple[Mapping[str, str], ...] | str | tuple[int, ...]
+Message = Mapping[str, Any]
+"""A chat message as templates take it: `role` and `content`, which are strings, and where it has them
+`name`, `tool_call_id`, and `tool_calls`, each with `id`, `type` and `function`, whose `arguments` are an
+object."""
+Prompt = tuple[Message, ...] | str | tuple[int, ...]
 """Chat messages, text or token ids."""
 
 
@@ -174,11 +217,25 @@ class TextLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A piece of one call of a function."""
+
+    index: int
+    """The call's place among those of its choice."""
+    arguments: str = ""
+    """The next part of the arguments' JSON text."""
+    call_id: str | None = None
+    """Set, as is the name, on the first piece of a call alone."""
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """New committed text of one choice; never taken back."""
 
     request_id: str
     text: str
+    """Of the answer itself."""
     num_tokens: int
     """Tokens taken since the last Delta; may be 0 when a held-back text comes free."""
     logprobs: tuple[TextLogprob, ...] = ()
@@ -187,6 +244,14 @@ class Delta:
     index: int = 0
     reason: FinishReason | None = None
     """Set on the last Delta of a choice, and there is always a last one."""
+    reasoning: str = ""
+    """Text that came between the model's marks of reasoning."""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+
+    @property
+    def has_news(self) -> bool:
+        """True if there is something to send besides the end."""
+        return bool(self.text or self.reasoning or self.tool_calls)
 
 
 def joined(deltas: Sequence[Delta]) -> Delta:
@@ -198,6 +263,23 @@ def joined(deltas: Sequence[Delta]) -> Delta:
         tuple(entry for delta in deltas for entry in delta.logprobs),
         deltas[0].index,
         deltas[-1].reason,
+        "".join(delta.reasoning for delta in deltas),
+        _joined_calls([piece for delta in deltas for piece in delta.tool_calls]),
+    )
+
+
+def _joined_calls(pieces: Sequence[ToolCallDelta]) -> tuple[ToolCallDelta, ...]:
+    """The pieces, those of one call that follow one another as one."""
+    calls: list[ToolCallDelta] = []
+    arguments: list[list[str]] = []
+    for piece in pieces:
+        if calls and piece.name is None and piece.index == calls[-1].index:
+            arguments[-1].append(piece.arguments)
+        else:
+            calls.append(piece)
+            arguments.append([piece.arguments])
+    return tuple(
+        replace(call, arguments="".join(parts)) for call, parts in zip(calls, arguments, strict=True)
     )
 
 
@@ -247,6 +329,8 @@ class Finished:
     report: DecodingReport
     num_reused_tokens: int = 0
     """Prompt tokens that cost nothing, since their K/V was in the prefix cache from other requests."""
+    num_reasoning_tokens: int | None = None
+    """Completion tokens between marks of reasoning; None where the model has no such marks."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ what templates do to them makes no difference, nor does it matter where two of t
 import json
 import re
 import secrets
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
@@ -18,8 +18,10 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from replicas.errors import ErrorCode, TriadError
+from replicas.messages import Message, ToolUse
 from replicas.model.config import CheckpointError
 from replicas.prompt_length import chars_per_token, fewest_tokens
+from replicas.tools.prompts import for_template, knows_tools, spelled_out
 
 _CONTROL_NAME = re.compile(r"<[|｜].*[|｜]>")
 """The spelling of control tokens that a tokenizer.json does not call special, as some of DeepSeek's."""
@@ -65,8 +67,9 @@ class PromptEncoder:
             for key, value in tokenizer.special_tokens_map.items()
             if isinstance(value, str)
         }
-        own = _own_template(tokenizer)
+        self.template = own = _own_template(tokenizer)
         self._template = None if own is None else self._known.sub(self._alias, own)
+        self._knows_tools = knows_tools(own)
         self._joins_names = False
         self._joins_names = self._template is not None and not self._agrees_with(tokenizer)
 
@@ -77,9 +80,12 @@ class PromptEncoder:
         """
         return self._encode(text, "prompt", max_tokens, adds_tokens=True)
 
-    def of_chat(self, messages: Sequence[Mapping[str, str]], max_tokens: int | None = None) -> list[int]:
+    def of_chat(
+        self, messages: Sequence[Message], max_tokens: int | None = None, tools: ToolUse | None = None
+    ) -> list[int]:
         """The ids of a chat by its template, ready for the assistant's turn.
 
+        tools: what the template is to tell of; one that knows no tools has them spelled out in messages.
         TriadError when the template refuses the messages, or they are too long, as of_text says.
         """
         if max_tokens is not None and len(messages) > max_tokens:
@@ -88,7 +94,10 @@ class PromptEncoder:
             message = "this model has no chat template; use /v1/completions with a prompt"
             raise TriadError(ErrorCode.INVALID_REQUEST, message, "messages")
         try:
-            text = self._render([dict(message) for message in messages])
+            if self._knows_tools:
+                text = self._render([dict(message) for message in messages], for_template(tools))
+            else:
+                text = self._render(spelled_out(messages, tools), None)
         except Exception as error:  # the template is the checkpoint's own program and may raise anything
             said = _any_of(self._names).sub(lambda found: self._names[found[0]], str(error))
             message = f"the model's chat template refuses these messages: {said or type(error).__name__}"
@@ -108,19 +117,21 @@ class PromptEncoder:
             message = f"the model's tokenizer can't read this text: {error}"
             raise TriadError(ErrorCode.INVALID_REQUEST, message, param) from error
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
+    def _render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
         """Renders a chat to a text in which the template's control tokens have their aliases."""
         if not self._joins_names:
-            return _rendered(self._tokenizer, messages, chat_template=self._template, **self._variables)
+            options = {"chat_template": self._template, "tools": tools, **self._variables}
+            return _rendered(self._tokenizer, messages, **options)
         # This template puts names together from parts, so they can be told in what it renders alone;
         # whole names that users spell are kept out of that.
         stand_ins = {name: f"␟{self._secret}={index}␟" for index, name in enumerate(self._aliases)}
         hidden = {stand_in: name for name, stand_in in stand_ins.items()}
-        masked = [
-            {key: self._known.sub(lambda found: stand_ins[found[0]], value) for key, value in message.items()}
-            for message in messages
-        ]
-        text = self._known.sub(self._alias, _rendered(self._tokenizer, masked))
+
+        def mask(text: str) -> str:
+            return self._known.sub(lambda found: stand_ins[found[0]], text)
+
+        masked = _mapped(messages, mask)
+        text = self._known.sub(self._alias, _rendered(self._tokenizer, masked, tools=_mapped(tools, mask)))
         return _any_of(hidden).sub(lambda found: hidden[found[0]], text)
 
     def _alias(self, found: re.Match[str]) -> str:
@@ -162,7 +173,18 @@ def _own_template(tokenizer: PreTrainedTokenizerFast) -> str | None:
     return template
 
 
-def _rendered(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], **options: Any) -> str:
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """The value of JSON with every text in it changed, names of members too."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [_mapped(item, change) for item in value]
+    if isinstance(value, dict):
+        return {change(key): _mapped(item, change) for key, item in value.items()}
+    return value
+
+
+def _rendered(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]], **options: Any) -> str:
     return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options))
 
 

@@ -45,7 +45,7 @@ class Replica:
     def __init__(self, config: ReplicaConfig):
         self._workers = None if config.tensor_parallel == 1 else Workers.start(config)
         runner = load_runner(config) if self._workers is None else self._workers.runner
-        codec = TextCodec.load(config.checkpoint)
+        codec = TextCodec.load(config.checkpoint, config.tool_parser, config.reasoning_parser)
         engine = Engine(
             runner,
             max_running=config.max_running,

@@ -6,7 +6,6 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
@@ -17,7 +16,6 @@ from policies.policy import ExploredPlans
 from policies.replica_load import ReplicaLoad
 from replicas.channels import ChannelHub
 from replicas.engine.engine import Engine
-from replicas.engine.grammar import Grammar
 from replicas.engine.sequence import Progress
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import (
@@ -25,12 +23,11 @@ from replicas.messages import (
     Accepted,
     Delta,
     Event,
-    FinishReason,
     GenerateRequest,
     Rejected,
 )
 from replicas.net import Net
-from replicas.preparation import Preparation
+from replicas.preparation import Preparation, Prepared
 from replicas.request_state import ChoiceState, Outbox, RequestState, choice_name, is_chat
 from replicas.stats import LoadMeter, look
 from replicas.text import TextCodec
@@ -104,7 +101,7 @@ class ReplicaService:
             return Rejected(request.request_id, ErrorCode.UNAVAILABLE, message)
         try:
             prepared = await self._preparation.prepare(request)
-            await self._call(lambda: self._submit(request, prepared.prompts, prepared.grammars))
+            await self._call(lambda: self._submit(request, prepared))
         except TriadError as error:
             return Rejected(request.request_id, error.code, error.message, error.param)
         return Accepted(request.request_id, sum(map(len, prepared.prompts)))
@@ -224,18 +221,14 @@ class ReplicaService:
             self._choices.clear()
             self._loop.call_soon_threadsafe(self._hub.close)
 
-    def _submit(
-        self, request: GenerateRequest, prompts: Seq[list[int]], grammars: Seq[Grammar | None]
-    ) -> None:
+    def _submit(self, request: GenerateRequest, prepared: Prepared) -> None:
         """Takes a prepared request in. Raises TriadError where its channel has closed meanwhile; one that
         closes from now on cancels it."""
         if not self._hub.is_open(request.channel_id):
             raise TriadError(ErrorCode.UNAVAILABLE, f"the channel {request.channel_id!r} has closed")
-        self._take_in(request, prompts, grammars)
+        self._take_in(request, prepared)
 
-    def _take_in(
-        self, request: GenerateRequest, prompts: Seq[list[int]], grammars: Seq[Grammar | None]
-    ) -> None:
+    def _take_in(self, request: GenerateRequest, prepared: Prepared) -> None:
         """Takes in all choices of a request, or raises TriadError and takes in none."""
         if request.request_id in self._live:
             message = f"a request {request.request_id!r} is running already"
@@ -249,20 +242,25 @@ class ReplicaService:
         live = RequestState(request)
         try:
             for index in range(request.num_indices):
-                self._submit_choice(live, index, prompts[index // request.num_choices], grammars[index])
+                self._submit_choice(live, index, prepared)
         except BaseException:
             self._drop(live)
             raise
         self._live[request.request_id] = live
 
-    def _submit_choice(
-        self, live: RequestState, index: int, prompt_ids: list[int], grammar: Grammar | None
-    ) -> None:
+    def _submit_choice(self, live: RequestState, index: int, prepared: Prepared) -> None:
         request = live.request
+        prompt_ids = prepared.prompts[index // request.num_choices]
+        parser = prepared.parsers[index]
         seed = (request.sampling.seed + index % request.num_choices) % NUM_SEEDS
         name = choice_name(live, index)
         prompt, sampling = request.prompts[index // request.num_choices], request.sampling
-        text = self._codec.stream(sampling.stop, sampling.min_tokens, continues_text=not is_chat(prompt))
+        text = self._codec.stream(
+            sampling.stop,
+            sampling.min_tokens,
+            continues_text=not is_chat(prompt),
+            shows_tags=parser is not None,
+        )
         sequence = self._engine.submit(
             name,
             prompt_ids,
@@ -270,11 +268,11 @@ class ReplicaService:
             request.decoding,
             request.timeout_s,
             request.priority,
-            grammar,
+            prepared.grammars[index],
             text,
             cache_salt=request.cache_salt,
         )
-        choice = ChoiceState(live, index, sequence, text)
+        choice = ChoiceState(live, index, sequence, text, parser)
         if self._on_timeline is not None:
             choice.timeline = Timeline(request.request_id, request.trace_carrier, self._clock(), index)
         self._choices[name] = live.choices[index] = choice
@@ -361,15 +359,23 @@ class ReplicaService:
             self._drop(live, made.error)
             outbox.add(channel_id, live.failed(made.error, made.message))
             return
-        text = choice.take(made, self._codec, self._clock())
-        reason = FinishReason.STOP if choice.text.stopped else made.reason
-        if text or reason is not None:
+        new = choice.take(made, self._codec, self._clock())
+        reason = choice.reason(made)
+        if new or reason is not None:
             logprobs = choice.unsent_logprobs
             released = sum(entry.offset < choice.text.num_released for entry in logprobs)
             sent, choice.unsent_logprobs = logprobs[:released], logprobs[released:]
-            outbox.add(
-                channel_id, Delta(request_id, text, choice.num_unsent, tuple(sent), choice.index, reason)
+            delta = Delta(
+                request_id,
+                new.text,
+                choice.num_unsent,
+                tuple(sent),
+                choice.index,
+                reason,
+                new.reasoning,
+                new.calls,
             )
+            outbox.add(channel_id, delta)
             choice.num_unsent = 0
         if reason is not None:
             self._end_choice(choice)

@@ -10,25 +10,36 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from replicas.engine.batch import TokenLogprob
 from replicas.grammar import GrammarCompiler
-from replicas.messages import Prompt, TextLogprob
+from replicas.messages import Prompt, TextLogprob, ToolUse
 from replicas.model.checkpoint import resolve_folder
 from replicas.model.config import CheckpointError, ModelConfig
 from replicas.prompt_length import chars_per_token
 from replicas.prompts import PromptEncoder
 from replicas.token_bytes import TokenBytes
+from replicas.tools.chats import ChatForm
+from replicas.tools.families import format_of
+from replicas.tools.output import FIRST_MARK
+from replicas.tools.reasoning import marks_of
 
-_FIRST_MARK = 0xD800
-"""The first of the surrogates that stand for control tokens a stop string names; no decoded text has them."""
+NUM_LAST = 16
+"""Tokens at a prompt's end in which the mark of reasoning's beginning may be."""
 
 
 class TextCodec:
     """A checkpoint's tokenizer and chat template.
 
-    control_ids: the model's ends of text and mask token, whatever the tokenizer says of them. Raises
-    CheckpointError for a tokenizer or a template that can't be used.
+    control_ids: the model's ends of text and mask token, whatever the tokenizer says of them. tool_parser,
+    reasoning_parser: as in replicas.config. Raises CheckpointError for a tokenizer or a template that can't
+    be used.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, control_ids: Collection[int] = ()):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        control_ids: Collection[int] = (),
+        tool_parser: str = "auto",
+        reasoning_parser: str = "auto",
+    ):
         self._backend: Tokenizer = tokenizer.backend_tokenizer
         raw = json.loads(self._backend.to_str())
         self._bytes = TokenBytes(self._backend, raw["decoder"])
@@ -38,9 +49,13 @@ class TextCodec:
         }
         longest_first = sorted(self._special_ids, key=len, reverse=True)
         self._special_names = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        template = self._prompts.template
+        self.chats = ChatForm(
+            format_of(template, tool_parser), marks_of(template, reasoning_parser), self._special_ids
+        )
 
     @classmethod
-    def load(cls, checkpoint: str) -> "TextCodec":
+    def load(cls, checkpoint: str, tool_parser: str = "auto", reasoning_parser: str = "auto") -> "TextCodec":
         """Loads the codec. Raises CheckpointError.
 
         checkpoint: a folder or a hub name
@@ -57,9 +72,11 @@ class TextCodec:
             raise CheckpointError(f"{folder}: the tokenizer can't be loaded: {error}") from error
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise CheckpointError(f"{checkpoint} has no tokenizer.json; a fast tokenizer is needed")
-        return cls(tokenizer, control_ids)
+        return cls(tokenizer, control_ids, tool_parser, reasoning_parser)
 
-    def encode(self, prompt: Prompt, max_tokens: int | None = None) -> list[int]:
+    def encode(
+        self, prompt: Prompt, max_tokens: int | None = None, tools: ToolUse | None = None
+    ) -> list[int]:
         """Chat messages by the chat template, text with the tokenizer's own special tokens, ids as they are.
 
         What messages and texts spell is text: no control token comes of it. Safe from several threads.
@@ -70,7 +87,14 @@ class TextCodec:
             return self._prompts.of_text(prompt, max_tokens)
         ids = [item for item in prompt if isinstance(item, int)]
         messages = [item for item in prompt if not isinstance(item, int)]
-        return self._prompts.of_chat(messages, max_tokens) if messages else ids
+        return self._prompts.of_chat(messages, max_tokens, tools) if messages else ids
+
+    def begins_in_reasoning(self, prompt_ids: list[int]) -> bool:
+        """True if a chat's prompt ends with the mark of reasoning's beginning, as some templates write it."""
+        if self.chats.reasoning is None:
+            return False
+        end = str(self._backend.decode(prompt_ids[-NUM_LAST:], skip_special_tokens=False))
+        return end.rstrip().endswith(self.chats.reasoning.begin)
 
     def grammars(self, vocab_size: int, eos_token_ids: Set[int]) -> GrammarCompiler:
         """A compiler for structured output in this tokenizer's tokens.
@@ -86,21 +110,32 @@ class TextCodec:
         return None if per_token is None else per_token * (max_context - 1)
 
     def stream(
-        self, stop: tuple[str, ...] = (), min_tokens: int = 0, continues_text: bool = False
+        self,
+        stop: tuple[str, ...] = (),
+        min_tokens: int = 0,
+        continues_text: bool = False,
+        shows_tags: bool = False,
     ) -> "TextStream":
         """A stream for the text of one completion.
 
         min_tokens: stop strings that these complete don't count
+        shows_tags: the characters of `chats.shown` stand in the text where their control tokens come
         continues_text: a text comes before the first token, so that a space at its beginning is one
         """
-        marks: dict[int, str] = {}
+        shown = self.chats.shown if shows_tags else {}
+        marks: dict[int, str] = dict(shown)
 
         def mark(found: re.Match[str]) -> str:
-            return marks.setdefault(self._special_ids[found[0]], chr(_FIRST_MARK + len(marks)))
+            return marks.setdefault(self._special_ids[found[0]], chr(FIRST_MARK + len(marks)))
 
         with_marks = tuple(self._special_names.sub(mark, each) for each in stop)
         return TextStream(
-            self._bytes, tuple(dict.fromkeys(stop + with_marks)), marks, min_tokens, continues_text
+            self._bytes,
+            tuple(dict.fromkeys(stop + with_marks)),
+            marks,
+            min_tokens,
+            continues_text,
+            frozenset(shown),
         )
 
     def logprob(self, made: TokenLogprob, offset: int, is_first: bool = False) -> TextLogprob:
@@ -127,7 +162,8 @@ class TextStream:
     byte that can't begin one. Text is held back while it may be the beginning of a stop string or of a
     character whose bytes are not all there. The text ends before the stop string that is complete first; one
     that is complete with the first min_tokens tokens does not count. A stop string may name control tokens
-    (marks: what stands for which in `stop`), as in '<|end|>', though they are not in the text.
+    (marks: what stands for which), as in '<|end|>', though they are not in the text, but for the marks of
+    those in `shown`, which count as no character.
 
     starts: for each token taken in, through the one that completed a stop, how many characters of decoded
     text came before its own. first: the index of the token at the text's beginning, where SentencePiece has a
@@ -141,11 +177,13 @@ class TextStream:
         marks: dict[int, str],
         min_tokens: int,
         continues_text: bool,
+        shown: frozenset[int] = frozenset(),
     ):
         self._bytes = token_bytes
         self._stop = stop
         self._marks = marks
-        self._unmarked = dict.fromkeys(map(ord, marks.values()))
+        self._shown = frozenset(marks[token_id] for token_id in shown)
+        self._unmarked = {ord(mark): None for token_id, mark in marks.items() if token_id not in shown}
         self._min_tokens = min_tokens
         self._is_beginning = not continues_text
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -222,8 +260,7 @@ class TextStream:
     def _release(self, text: str, num_decoded: int) -> str:
         self._num_decoded += num_decoded
         if not self._stop:
-            self.num_released += len(text)
-            return text
+            return self._visible(text)
         self._held += text
         self._num_seen += len(text)
         if self.num_tokens <= self._min_tokens:
@@ -247,10 +284,10 @@ class TextStream:
         return min(found)[1] if found else None
 
     def _visible(self, text: str) -> str:
-        """The part of a decoded text without marks; counts it as given out."""
-        if self._marks:
+        """The part of a decoded text without marks but those shown; counts it as given out."""
+        if self._unmarked:
             text = text.translate(self._unmarked)
-        self.num_released += len(text)
+        self.num_released += len(text) - sum(map(text.count, self._shown))
         return text
 
 

@@ -22,6 +22,17 @@ def neutral(*values: Any) -> AfterValidator:
     return AfterValidator(check)
 
 
+def replaced(newer: str, value: Any) -> AfterValidator:
+    """Accepts null and the given value of a field in whose place another has come."""
+
+    def check(sent: Any) -> None:
+        if sent is not None and not _same(sent, value):
+            message = "OpenAI has replaced it; send '{newer}'."
+            raise PydanticCustomError("unsupported_parameter", message, {"newer": newer})
+
+    return AfterValidator(check)
+
+
 def _same(value: Any, known: Any) -> bool:
     """True for equal values, where 1.0 is 1 but true isn't."""
     if isinstance(value, bool) or isinstance(known, bool):

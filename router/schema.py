@@ -6,6 +6,7 @@ is otherwise an error that names it. Nothing is ignored.
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -21,7 +22,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from policies.modes import LOSSLESS_MODES, MAX_BLOCK_LENGTH, Mode
-from replicas.messages import NUM_SEEDS, DecodingOptions, JsonFormat, Prompt, SamplingParams
+from replicas.messages import NUM_SEEDS, DecodingOptions, JsonFormat, Prompt, SamplingParams, ToolUse
 from router.fields import (
     INTEGRAL,
     MAX_INT32,
@@ -37,6 +38,17 @@ from router.fields import (
     conflict,
     neutral,
     prompts,
+    replaced,
+)
+from router.tools import (
+    MAX_SCHEMA_LEN,
+    FunctionCall,
+    ToolCalls,
+    ToolChoice,
+    Tools,
+    calls_for_template,
+    json_len,
+    tool_use,
 )
 
 MAX_STOPS = 16
@@ -44,9 +56,9 @@ MAX_STOP_LEN = 256
 MAX_BIASES = 300
 MAX_MESSAGES = 4096
 MAX_METADATA = 16
+MAX_NAME_LEN = 256
 MAX_PRIORITY = 1000
 MAX_TIMEOUT_S = 24 * 3600.0
-MAX_SCHEMA_LEN = 64 * 1024
 MAX_CHOICES = 128
 MAX_CHAT_LOGPROBS = 20
 MAX_TEXT_LOGPROBS = 5
@@ -68,16 +80,50 @@ def _text(value: Any) -> Any:
 
 
 class Message(Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Text, BeforeValidator(_text)]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Annotated[Text | None, BeforeValidator(_text)] = None
+    name: Annotated[Text, Field(max_length=MAX_NAME_LEN)] | None = None
+    """Of the function whose result it is."""
+    tool_call_id: Annotated[Text, Field(max_length=MAX_NAME_LEN)] | None = None
+    tool_calls: ToolCalls | None = None
+    function_call: FunctionCall | None = None
     # What an answer's message carries, so that it can be sent back as it came.
-    name: Unsupported = None
     refusal: Unsupported = None
     audio: Unsupported = None
-    function_call: Unsupported = None
-    tool_call_id: Unsupported = None
-    tool_calls: NoList = None
     annotations: NoList = None
+
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> Self:
+        has_calls = self.tool_calls is not None or self.function_call is not None
+        if self.content is None and not has_calls:
+            raise conflict("content", "it is to be a text")
+        if has_calls and self.role != "assistant":
+            field = "function_call" if self.tool_calls is None else "tool_calls"
+            raise conflict(field, "only messages of the assistant have calls")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise conflict("tool_call_id", "a tool's result names the call that it answers")
+        if self.role == "function" and self.name is None:
+            raise conflict("name", "a function's result names the function")
+        if self.role not in ("tool", "function") and self.name is not None:
+            raise conflict("name", "only results of tools have a name here; leave it out")
+        calls_for_template(self.tool_calls, self.function_call)
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates take it. OpenAI renamed `system` to `developer`, and `function` to
+        `tool`; templates know the one's old name and the other's new one."""
+        role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
+        found = {"role": role, "content": self.content or ""}
+        if self.name is not None:
+            found["name"] = self.name
+        if role == "tool":
+            found["tool_call_id"] = self.tool_call_id or self.name or ""
+        return found | calls_for_template(self.tool_calls, self.function_call)
+
+    @property
+    def num_chars(self) -> int:
+        calls = sum(len(call.function.name + call.function.arguments) for call in self.tool_calls or ())
+        return len(self.content or "") + calls
 
 
 class StreamOptions(Strict):
@@ -134,15 +180,7 @@ class JsonSchemaFormat(Strict):
     @classmethod
     def _is_json(cls, schema: dict[str, Any]) -> dict[str, Any]:
         """The schema, if short enough and fit to be sent on: Python takes more for JSON than JSON is."""
-        try:
-            length = len(json.dumps(schema, allow_nan=False, ensure_ascii=False).encode())
-        except RecursionError:
-            raise PydanticCustomError("schema", "The schema is nested too deeply") from None
-        except UnicodeEncodeError:
-            raise PydanticCustomError("schema", "The schema has a lone surrogate") from None
-        except ValueError as error:  # a number that overflows, or has thousands of digits
-            message = "The schema can't be written as JSON: {error}"
-            raise PydanticCustomError("schema", message, {"error": str(error)}) from None
+        length = json_len(schema, "The schema")
         if length > MAX_SCHEMA_LEN:
             raise PydanticCustomError("schema", "A schema has at most {most} bytes", {"most": MAX_SCHEMA_LEN})
         return schema
@@ -301,11 +339,11 @@ class ChatCompletionRequest(Completion):
 
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_CHAT_LOGPROBS), INTEGRAL] | None = None
-    tools: NoList = None
-    tool_choice: Annotated[Any, neutral("none")] = None
-    parallel_tool_calls: Annotated[Any, neutral(True)] = None
-    functions: NoList = None
-    function_call: Annotated[Any, neutral("none")] = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    functions: Annotated[Any, replaced("tools", [])] = None
+    function_call: Annotated[Any, replaced("tool_choice", "none")] = None
     modalities: Annotated[Any, neutral(["text"])] = None
     service_tier: Annotated[Any, neutral("auto", "default")] = None
     audio: Unsupported = None
@@ -328,6 +366,17 @@ class ChatCompletionRequest(Completion):
             raise conflict("top_logprobs", "only with logprobs: true")
         return self
 
+    @model_validator(mode="after")
+    def _tools_fit(self) -> Self:
+        self.tool_use()
+        return self
+
+    def tool_use(self) -> ToolUse | None:
+        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+    def sampling(self, draw_seed: Callable[[], int]) -> SamplingParams:
+        return replace(super().sampling(draw_seed), tools=self.tool_use())
+
     @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
@@ -343,15 +392,11 @@ class ChatCompletionRequest(Completion):
 
     @property
     def num_prompt_chars(self) -> int:
-        return sum(1 + len(message.content) for message in self.messages)
+        use = self.tool_use()
+        return sum(1 + message.num_chars for message in self.messages) + (0 if use is None else use.num_chars)
 
     def prompts_for_replica(self) -> tuple[Prompt, ...]:
-        # OpenAI renamed `system` to `developer`; templates know the old name.
-        messages = tuple(
-            {"role": "system" if message.role == "developer" else message.role, "content": message.content}
-            for message in self.messages
-        )
-        return (messages,)
+        return (tuple(message.for_template() for message in self.messages),)
 
 
 def _sent(value: Any, names: tuple[str, ...]) -> tuple[str, ...]:

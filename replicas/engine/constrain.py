@@ -22,13 +22,18 @@ def constrained(sequence: Sequence, request: SegmentRequest) -> tuple[SegmentReq
     try:
         allowed = sequence.grammar.masks(request.token_ids[first + 1 :])
     except GrammarFailed as error:
-        sequence.failure = f"the grammar of response_format can't go on: {error}"
+        sequence.failure = f"the grammar of {_origin(sequence)} can't go on: {error}"
         return request, ()
     except Exception as error:
         logger.exception("the grammar of request %s raised", sequence.request_id)
-        sequence.failure = f"the grammar of response_format can't go on ({type(error).__name__})"
+        sequence.failure = f"the grammar of {_origin(sequence)} can't go on ({type(error).__name__})"
         return request, ()
     num_wanted = len(allowed)
     token_ids = request.token_ids[: first + num_wanted]
     wanted = request.wanted[:num_wanted]
     return replace(request, token_ids=token_ids, num_causal=len(token_ids), wanted=wanted), allowed
+
+
+def _origin(sequence: Sequence) -> str:
+    """The name of the field that asked for the grammar."""
+    return "response_format" if sequence.sampling.tools is None else "tools"

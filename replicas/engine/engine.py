@@ -142,7 +142,8 @@ class Engine:
 
         text: follows its completion from the beginning on, and says where a stop string ends it.
         cache_salt: its prompt's pages are shared with requests of the same one alone.
-        grammar: follows sampling.response_format from its beginning on; the sequence owns it from here on.
+        grammar: follows sampling's response_format or tools from its beginning on; the sequence owns it from
+            here on.
         priority: lower goes first. A level is worth PRIORITY_S of waiting, so nobody waits for ever.
         """
         self._check(request_id, prompt_ids, sampling, decoding)
@@ -264,9 +265,10 @@ class Engine:
             raise TriadError(ErrorCode.INVALID_REQUEST, "min_tokens is above max_tokens", "min_tokens")
         if sampling.max_tokens is not None and sampling.max_tokens < 1:
             raise TriadError(ErrorCode.INVALID_REQUEST, "max_tokens must be at least 1", "max_tokens")
-        if sampling.response_format is not None and (sampling.ignore_eos or sampling.min_tokens):
+        if sampling.needs_grammar and (sampling.ignore_eos or sampling.min_tokens):
             field = "ignore_eos" if sampling.ignore_eos else "min_tokens"
-            message = f"{field} does not go with response_format, which decides on the end; leave it out"
+            decider = "response_format" if sampling.tools is None else "tools"
+            message = f"{field} does not go with {decider}, which decides on the end; leave it out"
             raise TriadError(ErrorCode.INVALID_REQUEST, message, field)
         num_tokens = len(prompt_ids) + (sampling.max_tokens or 1)
         if num_tokens > context:

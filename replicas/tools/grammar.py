@@ -1,0 +1,131 @@
+"""The grammar of a whole answer with calls or reasoning in it, in llguidance's Lark.
+
+An answer is reasoning, where the model's marks begin it, and then text, calls or both. The text ends where
+a call's opening does: from there on all is forced. No text begins as reasoning or a bare call does, so that
+the lexer, which prefers the longest match, never takes these for text.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from replicas.json_schema import SchemaRefused, enforceable
+from replicas.messages import JsonFormat, Tool
+from replicas.tools.families import FORMATS
+from replicas.tools.formats import CallSchema, ToolFormat, literal
+from replicas.tools.reasoning import ReasoningMarks
+
+WHITESPACE = " "
+"""What may stand between the tokens of a call's JSON: at most one blank, as models write it."""
+_ANSWER_WHITESPACE = r"[ \n\r\t]{1,32}"
+_ANY = "/(?s:.*)/"
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerGrammar:
+    """The order for an answer by a grammar; what a compiler keeps compiled ones by."""
+
+    format: str = ""
+    """The name of the calls' format; empty where there are none."""
+    tools: tuple[Tool, ...] = ()
+    """The functions that may be called; their descriptions say nothing here."""
+    places: tuple[int, ...] = ()
+    """For each its index in the request."""
+    is_required: bool = False
+    is_parallel: bool = True
+    answer: JsonFormat | None = None
+    """The form of what is no call; None for text."""
+    reasoning: ReasoningMarks | None = None
+    begins_in_reasoning: bool = False
+    """True if the prompt has the mark of reasoning's beginning at its end."""
+    control_ids: tuple[tuple[str, int], ...] = ()
+    """Tags and marks that are control tokens; others are text."""
+
+    @property
+    def is_strict(self) -> bool:
+        return any(tool.strict for tool in self.tools) or (
+            self.answer is not None and not self.answer.best_effort
+        )
+
+    def with_best_effort(self) -> "AnswerGrammar":
+        """The same order, in which nothing that can't be enforced is an error."""
+        answer = None if self.answer is None else replace(self.answer, best_effort=True)
+        return replace(self, tools=tuple(replace(t, strict=False) for t in self.tools), answer=answer)
+
+    def apart(self) -> tuple["AnswerGrammar", ...]:
+        """The orders for one tool each, to find the one at fault."""
+        pairs = zip(self.tools, self.places, strict=True)
+        return tuple(replace(self, tools=(tool,), places=(place,), answer=None) for tool, place in pairs)
+
+    @property
+    def param(self) -> str:
+        """The field that a fault is told of, if this is an order for one tool."""
+        if len(self.tools) == 1:
+            return f"tools[{self.places[0]}].function.parameters"
+        return "tools" if self.tools else "response_format.json_schema.schema"
+
+    def lark(self) -> str:
+        """The grammar's text. SchemaRefused for a schema that can't be enforced."""
+        calls = [self._call(tool, place) for tool, place in zip(self.tools, self.places, strict=True)]
+        rules = ["%llguidance {}"]
+        rules += self._reasoning() if self.reasoning is not None else ["start: body"]
+        rules += self._body(FORMATS[self.format], calls) if calls else ["body: answer"]
+        if self.answer is not None:
+            checked = enforceable(self.answer.schema, self.answer.best_effort)
+            rules.append(f"answer: %json {checked.embedded(_ANSWER_WHITESPACE, self.answer.best_effort)}")
+        return "\n".join(rules)
+
+    def _tag(self, text: str) -> str:
+        token_id = dict(self.control_ids).get(text)
+        return literal(text) if token_id is None else f"<[{token_id}]>"
+
+    def _is_control(self, text: str) -> bool:
+        return text in dict(self.control_ids)
+
+    def _call(self, tool: Tool, place: int) -> CallSchema:
+        try:
+            checked = enforceable(_of_object(tool.parameters), not tool.strict)
+        except SchemaRefused as refused:
+            raise SchemaRefused(str(refused), f"tools[{place}].function.parameters") from None
+        return CallSchema(tool.name, checked.embedded(WHITESPACE, not tool.strict))
+
+    def _reasoning(self) -> list[str]:
+        assert self.reasoning is not None
+        begin, end = self._tag(self.reasoning.begin), self._tag(self.reasoning.end)
+        is_control = self._is_control(self.reasoning.end)
+        thought = f"thought: THOUGHT {end}" if is_control else f"thought[lazy]: THOUGHT {end}"
+        first = "thought GAP?" if self.begins_in_reasoning else f"({begin} thought GAP?)?"
+        return [f"start: {first} body", thought, f"THOUGHT: {_ANY}", r"GAP: /\n{1,2}/"]
+
+    def _body(self, format_: ToolFormat, calls: Sequence[CallSchema]) -> list[str]:
+        rules = format_.rules(calls, self.is_parallel, self._tag)
+        opening = format_.opening
+        tag = "" if opening is None else self._tag(opening)
+        if self.is_required:
+            return [f"body: {tag} calls", *rules]
+        if self.answer is not None:
+            return [f"body: answer | {tag} calls", *rules]
+        rules.append(self._text(format_))
+        if opening is None:
+            return ["body: TEXT | calls", *rules]
+        lazy = "" if self._is_control(opening) else "[lazy]"
+        return ["body: TEXT | opened calls", f"opened{lazy}: TEXT {tag}", *rules]
+
+    def _text(self, format_: ToolFormat) -> str:
+        refused = []
+        if self.reasoning is not None and not self._is_control(self.reasoning.begin):
+            refused.append(_escaped(self.reasoning.begin))
+        if format_.opening is None:
+            refused.append(format_.not_text([tool.name for tool in self.tools]))
+        return f"TEXT: {_ANY}" + (f" & ~/({'|'.join(refused)})(?s:.*)/" if refused else "")
+
+
+def _of_object(parameters: str) -> str:
+    """The schema of arguments, which are an object whether it says so or not."""
+    schema = json.loads(parameters)
+    return parameters if "type" in schema else json.dumps({"type": "object", **schema})
+
+
+def _escaped(text: str) -> str:
+    """The text as a pattern between slashes."""
+    return "".join(f"\\{char}" if char in r"\/[](){}<>|.*+?^$" else char for char in text)
