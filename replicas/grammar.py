@@ -187,12 +187,12 @@ class Verdict:
 
     problem: str | None
     """A refusal's message; None where the schema compiled."""
-    param: str | None = None
-    """The field that is refused."""
     num_bytes: int = 0
     """The memory that it added to that process."""
     is_too_complex: bool = False
     """True if a limit was the problem."""
+    param: str | None = None
+    """The field that is refused."""
 
 
 def prover(vocabulary: Vocabulary) -> Callable[[Asked], Verdict]:
@@ -204,7 +204,7 @@ def prover(vocabulary: Vocabulary) -> Callable[[Asked], Verdict]:
         try:
             matcher = compile_schema(tokenizer, asked)
         except SchemaRefused as refused:
-            return Verdict(str(refused), refused.param)
+            return Verdict(str(refused), param=refused.param)
         num_bytes = max(0, _resident_bytes() - before)
         del matcher
         return Verdict(None, num_bytes=num_bytes)
@@ -310,8 +310,8 @@ class GrammarCompiler:
             return Verdict(
                 f"it is too complex to compile within {limits.cpu_s:g} s of CPU time and "
                 f"{limits.memory_bytes >> 20} MiB; make it smaller",
-                _field(asked),
                 is_too_complex=True,
+                param=_field(asked),
             )
         except CallTimeout:
             message = "the replica is too busy to compile the request's schema; retry later"
@@ -322,8 +322,8 @@ class GrammarCompiler:
         if verdict.num_bytes > MAX_CACHED_BYTES // 2:
             return Verdict(
                 f"it is too complex: compiled it takes {verdict.num_bytes >> 20} MiB",
-                _field(asked),
                 is_too_complex=True,
+                param=_field(asked),
             )
         return verdict
 

@@ -64,20 +64,14 @@ class ToolField(Strict):
     function: FunctionTool
 
 
-def _unlike(tools: list[ToolField]) -> list[ToolField]:
-    seen: set[str] = set()
-    for index, tool in enumerate(tools):
-        name = tool.function.name
-        if name in seen:
-            raise conflict(f"[{index}].function.name", f"several tools are named '{name}'; rename one")
-        seen.add(name)
+def _short_enough(tools: list[ToolField]) -> list[ToolField]:
     length = sum(json_len(tool.model_dump(), "The list") for tool in tools)
     if length > MAX_TOOLS_LEN:
         raise PydanticCustomError("too_long", "All tools have at most {most} bytes", {"most": MAX_TOOLS_LEN})
     return tools
 
 
-Tools = Annotated[list[ToolField], Field(max_length=MAX_TOOLS), AfterValidator(_unlike), at_most(MAX_TOOLS)]
+Tools = Annotated[list[ToolField], Field(max_length=MAX_TOOLS), AfterValidator(_short_enough), at_most(MAX_TOOLS)]
 
 
 class FunctionName(Strict):
@@ -187,6 +181,7 @@ def tool_use(
         if choice not in (None, "none"):
             raise conflict("tool_choice", "only with tools; leave it out, or send the tools")
         return None
+    _check_unlike(tools)
     if choice == "none":
         return None
     known = tuple(tool.function.tool() for tool in tools)
@@ -202,6 +197,15 @@ def tool_use(
         names = frozenset(tool.function.name for tool in allowed.tools)
         is_required = allowed.mode == "required"
     return ToolUse(known, names, is_required, is_parallel is not False)
+
+
+def _check_unlike(tools: Sequence[ToolField]) -> None:
+    seen: set[str] = set()
+    for index, tool in enumerate(tools):
+        name = tool.function.name
+        if name in seen:
+            raise conflict(f"tools[{index}].function.name", f"several tools are named '{name}'; rename one")
+        seen.add(name)
 
 
 def _check_known(name: str, names: frozenset[str], field: str) -> None:

@@ -128,4 +128,4 @@ def _of_object(parameters: str) -> str:
 
 def _escaped(text: str) -> str:
     """The text as a pattern between slashes."""
-    return "".join(f"\\{char}" if char in r"\/[](){}<>|.*+?^$" else char for char in text)
+    return "".join(f"\\{char}" if char in r"\/[](){}|.*+?^$" else char for char in text)

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from policies.control.store import LoadStore
+from replicas.engine.batch import Runner
 from replicas.engine.engine import Engine
 from replicas.messages import Accepted, Event, GenerateRequest, ModelInfo, Rejected
 from replicas.service import ReplicaService
+from replicas.text import TextCodec
 from router.admission_control import AdmissionControl, QueueLimits
 from router.api import AppState
 from router.dispatch import Dispatcher
@@ -25,11 +27,11 @@ from tests.router.fakes import MODEL, FakeStore
 class LocalReplica(ReplicaClient):
     """A service called as Serve would call it. gone: its transport fails, as for a killed process."""
 
-    def __init__(self, service: ReplicaService, engine: Engine):
+    def __init__(self, service: ReplicaService, engine: Engine, codec: TextCodec):
         self.service = service
         self.engine = engine
         spec = engine.spec
-        max_chars = byte_codec().max_prompt_chars(spec.max_context)
+        max_chars = codec.max_prompt_chars(spec.max_context)
         self._info = ModelInfo(
             MODEL, spec.modes, spec.max_context, spec.vocab_size, service.replica_id, max_chars
         )
@@ -100,8 +102,9 @@ class Stack:
 
 @asynccontextmanager
 async def a_stack(
-    runners: Sequence[ScriptedRunner] = (),
+    runners: Sequence[Runner] = (),
     *,
+    codec: TextCodec | None = None,
     store: LoadStore | None = None,
     service: dict[str, Any] | None = None,
     limits: dict[str, int] | None = None,
@@ -110,14 +113,15 @@ async def a_stack(
 ) -> AsyncIterator[Stack]:
     """A door over one service a runner. limits: of each engine. service, door: more for each."""
     limits = limits or {}
+    codec = codec or byte_codec()
     async with AsyncExitStack() as stack:
         replicas = []
         for number, runner in enumerate(runners or [ScriptedRunner()]):
             engine = Engine(runner, **limits)
-            made = ReplicaService(engine, byte_codec(), f"replica-{number}", **(service or {}))
+            made = ReplicaService(engine, codec, f"replica-{number}", **(service or {}))
             made.start()
             stack.push_async_callback(made.stop)
-            replicas.append(LocalReplica(made, engine))
+            replicas.append(LocalReplica(made, engine, codec))
         store = store or FakeStore()
         view = LoadView(store)
         admission = AdmissionControl(

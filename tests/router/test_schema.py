@@ -60,9 +60,8 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
 
 UNSUPPORTED = {"store": True}
 UNSUPPORTED_CHAT = UNSUPPORTED | {
-    "tools": [{"type": "function", "function": {"name": "f"}}],
-    "tool_choice": "auto",
-    "parallel_tool_calls": False,
+    "functions": [{"name": "f"}],
+    "function_call": "auto",
     "functions": [{"name": "f"}],
     "function_call": "auto",
     "modalities": ["text", "audio"],
@@ -248,7 +247,7 @@ async def test_a_bad_value_is_named(field, value):
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
         ({"messages": []}, "messages"),
         ({"messages": "Hi"}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
