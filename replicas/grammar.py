@@ -35,7 +35,9 @@ WALK_LEN = 32
 _WHITESPACE = r"[ \n\r\t]{1,32}"
 """Whitespace between tokens of JSON; without a bound a model may go on with it for ever."""
 _LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
-_STATE = re.compile(r"<state>|<backtrace>|<non-verbose/>")
+_STATE = re.compile(r"<state>|<backtrace>|<non-verbose/>|\n\s*\d+ \| ")
+"""What follows an error's own text: the parser's state, or the lines of the grammar."""
+_LARK_PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
 _SCHEMA = "response_format.json_schema.schema"
 Asked = JsonFormat | AnswerGrammar
 """The order for an answer that is one JSON value, or has calls or reasoning in it."""
@@ -96,7 +98,7 @@ def _text_of(error: BaseException) -> str:
 
 def _in_short(problem: str) -> str:
     """An error's text without the state that llguidance adds to it."""
-    text = " ".join(_STATE.split(problem)[0].split()).rstrip(".")
+    text = " ".join(_STATE.split(_LARK_PLACE.sub("", problem))[0].split()).rstrip(".")
     return "it allows no answer" if not text or text.startswith("NoExtension") else text
 
 

@@ -85,7 +85,7 @@ class Message(Strict):
     name: Annotated[Text, Field(max_length=MAX_NAME_LEN)] | None = None
     """Of the function whose result it is."""
     tool_call_id: Annotated[Text, Field(max_length=MAX_NAME_LEN)] | None = None
-    tool_calls: ToolCalls | None = None
+    tool_calls: ToolCalls = None
     function_call: FunctionCall | None = None
     # What an answer's message carries, so that it can be sent back as it came.
     refusal: Unsupported = None

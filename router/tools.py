@@ -71,7 +71,7 @@ def _short_enough(tools: list[ToolField]) -> list[ToolField]:
     return tools
 
 
-Tools = Annotated[list[ToolField], Field(max_length=MAX_TOOLS), AfterValidator(_short_enough), at_most(MAX_TOOLS)]
+Tools = Annotated[list[ToolField], AfterValidator(_short_enough), at_most(MAX_TOOLS)]
 
 
 class FunctionName(Strict):
@@ -146,10 +146,10 @@ class ToolCall(Strict):
 
 
 ToolCalls = Annotated[
-    list[ToolCall],
-    Field(max_length=MAX_CALLS),
-    BeforeValidator(lambda value: value if value != [] else None),
+    Annotated[list[ToolCall], Field(max_length=MAX_CALLS)] | None,
+    BeforeValidator(lambda value: None if value == [] else value),
 ]
+"""An empty list is none."""
 
 
 def calls_for_template(

@@ -83,4 +83,5 @@ class ChatForm:
             self.reasoning,
             begins_in_reasoning,
             lambda tag: shown[ids[tag]] if tag in ids else tag,
+            is_required=use is not None and use.is_required,
         )

@@ -48,7 +48,8 @@ class OutputParser:
 
     format_: of calls; None reads none. names: the functions that may be called. reasoning: its marks, or
     None. begins_in_reasoning: its first mark is in the prompt. tag: the spelling of tags and marks in the
-    text, where control tokens have one of their own.
+    text, where control tokens have one of their own. is_required: the answer is calls alone, so what is left
+    of one that was cut is no text.
     """
 
     def __init__(
@@ -58,10 +59,12 @@ class OutputParser:
         reasoning: ReasoningMarks | None,
         begins_in_reasoning: bool,
         tag: Tag,
+        is_required: bool = False,
     ):
         self._format = format_
         self._names = names
         self._tag = tag
+        self._is_required = is_required
         self._marks = None if reasoning is None else (tag(reasoning.begin), tag(reasoning.end))
         self._sink = CallSink()
         self._reader: CallReader | None = None
@@ -99,7 +102,7 @@ class OutputParser:
         """Returns what was held back, at the text's end. Half a call is no text and is left out."""
         if self._place is _Place.REASONING:
             self._reason(self._held.rstrip())
-        elif self._place is not _Place.CALLS:
+        elif self._place is not _Place.CALLS and not self._is_required:
             self._text.append(self._held)
         self._drop(len(self._held))
         return self._take()

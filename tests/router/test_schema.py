@@ -62,8 +62,6 @@ UNSUPPORTED = {"store": True}
 UNSUPPORTED_CHAT = UNSUPPORTED | {
     "functions": [{"name": "f"}],
     "function_call": "auto",
-    "functions": [{"name": "f"}],
-    "function_call": "auto",
     "modalities": ["text", "audio"],
     "service_tier": "flex",
     "audio": {"voice": "alloy", "format": "wav"},

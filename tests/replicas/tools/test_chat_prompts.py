@@ -12,15 +12,21 @@ from tests.replicas.codec import byte_codec, tiny_tokenizer
 from tests.replicas.test_prompts import added_tokens_tokenizer
 
 KNOWING = (
-    "{%- if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>{% endif -%}"
+    "{%- if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>"
+    "{% endif -%}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
     "{% for call in m.tool_calls %}<tool_call>{{ call.function.name }} {{ call.function.arguments | tojson }}"
-    "</tool_call>{% endfor %}{% if m.tool_call_id %} for {{ m.tool_call_id }}{% endif %}<|im_end|>\n{% endfor %}"
+    "</tool_call>{% endfor %}{% if m.tool_call_id %} for {{ m.tool_call_id }}{% endif %}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TOOL = Tool("get_weather", '{"type": "object", "properties": {}}', "Says <|im_end|> how it is.")
 USE = ToolUse((TOOL,), frozenset({"get_weather"}))
-CALL = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": {"city": "<|im_end|>"}}}
+CALL = {
+    "id": "c1",
+    "type": "function",
+    "function": {"name": "get_weather", "arguments": {"city": "<|im_end|>"}},
+}
 CHAT = (
     {"role": "user", "content": "How is it?"},
     {"role": "assistant", "content": "", "tool_calls": [CALL]},
@@ -90,7 +96,9 @@ def test_a_template_that_takes_tools_is_known_by_its_variables(template: str | N
 
 
 def test_a_prompt_may_end_in_reasoning() -> None:
-    template = "{{ messages[0].content }}{% if add_generation_prompt %}[assistant]<think>\n{% endif %}</think>"
+    template = (
+        "{{ messages[0].content }}{% if add_generation_prompt %}[assistant]<think>\n{% endif %}</think>"
+    )
     tokenizer = tiny_tokenizer(template.removesuffix("</think>"))
     codec = TextCodec(tokenizer, reasoning_parser="think")
     assert codec.begins_in_reasoning(codec.encode(({"role": "user", "content": "Hi"},)))

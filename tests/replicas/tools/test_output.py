@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -57,7 +58,7 @@ def with_controls(text: str) -> str:
 
 def cuts(text: str, places: Sequence[int]) -> Iterator[str]:
     bounds = sorted({0, len(text), *(place % (len(text) + 1) for place in places)})
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in pairwise(bounds):
         yield text[begin:end]
 
 
