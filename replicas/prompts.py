@@ -21,7 +21,13 @@ from replicas.errors import ErrorCode, TriadError
 from replicas.messages import Message, ToolUse
 from replicas.model.config import CheckpointError
 from replicas.prompt_length import chars_per_token, fewest_tokens
-from replicas.tools.prompts import for_template, knows_tools, spelled_out
+from replicas.tools.prompts import (
+    for_template,
+    knows_tools,
+    spelled_out,
+    wants_short_ids,
+    with_short_ids,
+)
 
 _CONTROL_NAME = re.compile(r"<[|｜].*[|｜]>")
 """The spelling of control tokens that a tokenizer.json does not call special, as some of DeepSeek's."""
@@ -70,6 +76,7 @@ class PromptEncoder:
         self.template = own = _own_template(tokenizer)
         self._template = None if own is None else self._known.sub(self._alias, own)
         self._knows_tools = knows_tools(own)
+        self._shortens_ids = wants_short_ids(own)
         self._joins_names = False
         self._joins_names = self._template is not None and not self._agrees_with(tokenizer)
 
@@ -95,7 +102,8 @@ class PromptEncoder:
             raise TriadError(ErrorCode.INVALID_REQUEST, message, "messages")
         try:
             if self._knows_tools:
-                text = self._render([dict(message) for message in messages], for_template(tools))
+                shown = with_short_ids(messages) if self._shortens_ids else messages
+                text = self._render([dict(message) for message in shown], for_template(tools))
             else:
                 text = self._render(spelled_out(messages, tools), None)
         except Exception as error:  # the template is the checkpoint's own program and may raise anything

@@ -1,6 +1,8 @@
 """What a chat template is given of tools, and what one that knows none is given in their place."""
 
+import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +35,30 @@ def knows_tools(template: str | None) -> bool:
 def for_template(tools: ToolUse | None) -> list[dict[str, Any]] | None:
     """The tools as templates take them, which is OpenAI's form; None where there are none."""
     return None if tools is None else [{"type": "function", "function": _function(t)} for t in tools.tools]
+
+
+def wants_short_ids(template: str | None) -> bool:
+    """True if a chat template takes no ids of calls but those of 9 characters, as Mistral's do."""
+    return re.search(r"length\s*[!=]=\s*9", template or "") is not None
+
+
+def with_short_ids(messages: Sequence[Message]) -> list[Message]:
+    """The messages with ids of calls, and of what answers them, as 9 letters and digits."""
+    found: list[Message] = []
+    for message in messages:
+        changed = dict(message)
+        if "tool_call_id" in message:
+            changed["tool_call_id"] = _short(message["tool_call_id"])
+        if "tool_calls" in message:
+            changed["tool_calls"] = [{**call, "id": _short(call["id"])} for call in message["tool_calls"]]
+        found.append(changed)
+    return found
+
+
+def _short(call_id: str) -> str:
+    if re.fullmatch(r"[a-zA-Z0-9]{9}", call_id):
+        return call_id
+    return hashlib.sha256(call_id.encode()).hexdigest()[:9]
 
 
 def spelled_out(messages: Sequence[Message], tools: ToolUse | None) -> list[dict[str, Any]]:

@@ -112,3 +112,21 @@ def test_what_the_model_cannot_do_is_refused() -> None:
         none.chats.check(SamplingParams(tools=USE))
     assert caught.value.param == "tools"
     none.chats.check(SamplingParams())
+
+
+def test_a_template_that_wants_ids_of_nine_characters_gets_them() -> None:
+    tokenizer = tiny_tokenizer(
+        "{% if tools %}x{% endif %}{% for m in messages %}{% for id in [m.tool_call_id] if m.tool_call_id %}"
+        "{% if id | length != 9 %}{{ raise_exception('an id of 9') }}{% endif %}[{{ id }}]{% endfor %}"
+        "{% for call in m.tool_calls %}({{ call.id }}){% endfor %}{% endfor %}"
+    )
+    codec = TextCodec(tokenizer)
+    long = {**CALL, "id": "call_0123456789abcdef"}
+    chat = (
+        {"role": "assistant", "content": "", "tool_calls": [long, {**CALL, "id": "abcDEF123"}]},
+        {"role": "tool", "content": "", "tool_call_id": long["id"]},
+    )
+    text = text_of(codec, codec.encode(chat))
+    first, second = text[1:10], text[12:21]
+    assert text == f"({first})({second})[{first}]"
+    assert second == "abcDEF123"
