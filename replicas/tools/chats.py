@@ -1,7 +1,7 @@
 """How the answers of chats are made and read with one model: its formats of calls and of reasoning."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import JsonFormat, SamplingParams
@@ -59,9 +59,10 @@ class ChatForm:
         if use is None and self.reasoning is None:
             return sampling.response_format
         callable_ = [] if use is None else [t for t in enumerate(use.tools) if t[1].name in use.callable]
+        # Descriptions say nothing to a grammar, and are not to make two of one.
         return AnswerGrammar(
             format="" if self.calls is None else self.calls.name,
-            tools=tuple(tool for _, tool in callable_),
+            tools=tuple(replace(tool, description=None) for _, tool in callable_),
             places=tuple(place for place, _ in callable_),
             is_required=use is not None and use.is_required,
             is_parallel=use is None or use.is_parallel,

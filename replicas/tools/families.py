@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 
+from replicas.model.config import CheckpointError
 from replicas.tools.formats import Hermes, Llama3Json, Mistral, MistralList, ToolFormat
+from replicas.tools.prompts import knows_tools
 from replicas.tools.pythonic import Pythonic
 
 FORMATS: Mapping[str, ToolFormat] = {
@@ -21,11 +23,19 @@ def format_of(template: str | None, wanted: str = "auto") -> ToolFormat | None:
     """The format of a model's calls.
 
     template: its chat template, by which "auto" goes, and which of Mistral's two formats it is; a model whose
-    template shows none gets Hermes'. wanted: a format's name, "auto", or "none" for None.
+    template shows none gets Hermes'. wanted: a format's name, "auto", or "none" for None. CheckpointError for
+    another format than Hermes' where the template knows no tools, since the prompt asks for Hermes' then.
     """
     if wanted == "none":
         return None
     text = template or ""
+    if not knows_tools(template):
+        if wanted not in ("auto", "hermes"):
+            raise CheckpointError(
+                f"tool_parser={wanted}: the chat template knows no tools, so the prompt asks for calls in "
+                "the form of hermes; leave tool_parser out"
+            )
+        return FORMATS["hermes"]
     if wanted == "auto":
         wanted = next((name for sign, name in _SIGNS if sign in text), "hermes")
     if wanted == "mistral" and "[TOOL_CALLS]" in text and "[ARGS]" not in text:

@@ -19,6 +19,11 @@ WHITESPACE = " "
 """What may stand between the tokens of a call's JSON: at most one blank, as models write it."""
 _ANSWER_WHITESPACE = r"[ \n\r\t]{1,32}"
 _ANY = "/(?s:.*)/"
+_MORE_PROPERTIES = frozenset(
+    ("additionalProperties", "unevaluatedProperties", "patternProperties", "minProperties", "$ref", "if")
+    + ("allOf", "anyOf", "oneOf", "dependentSchemas", "dependentRequired")
+)
+"""Keywords that may speak of properties which `properties` does not declare."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +126,17 @@ class AnswerGrammar:
 
 
 def _of_object(parameters: str) -> str:
-    """The schema of arguments, which are an object whether it says so or not."""
-    schema = json.loads(parameters)
-    return parameters if "type" in schema else json.dumps({"type": "object", **schema})
+    """The schema of arguments, which are an object whether it says so or not.
+
+    Where it declares some and says nothing of others, there are no others: a function would not know them,
+    and a small model does not come to an end with them.
+    """
+    schema = {**json.loads(parameters), "type": "object"}
+    properties, required = schema.get("properties"), schema.get("required", [])
+    is_closed = isinstance(properties, dict) and isinstance(required, list) and len(properties) > 0
+    if is_closed and not _MORE_PROPERTIES & schema.keys() and set(map(str, required)) <= properties.keys():
+        schema["additionalProperties"] = False
+    return json.dumps(schema)
 
 
 def _escaped(text: str) -> str:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replicas.messages import Delta, joined
+from replicas.model.config import CheckpointError
 from replicas.tools.families import FORMATS, format_of
 from replicas.tools.output import FIRST_MARK, OutputParser
 from replicas.tools.reasoning import MARKS
@@ -185,12 +186,13 @@ def test_a_call_in_reasoning_is_none() -> None:
 @pytest.mark.parametrize(
     ("template", "name"),
     [
-        ("{{ '[TOOL_CALLS]' + tool.name + '[ARGS]' }}", "mistral"),
-        ("{{ '[TOOL_CALLS] [' }}", "mistral_list"),
-        ("{{ '<tool_call>' }}", "hermes"),
-        ("{{ '<|python_tag|>' }}", "llama3_json"),
-        ("[func_name1(params_name1=params_value1)]", "pythonic"),
-        ("{{ messages }}", "hermes"),
+        ("{{ '[TOOL_CALLS]' + tools[0].name + '[ARGS]' }}", "mistral"),
+        ("{{ '[TOOL_CALLS] [' }}{{ tools }}", "mistral_list"),
+        ("{{ '<tool_call>' }}{{ tools }}", "hermes"),
+        ("{{ '<|python_tag|>' }}{{ tools }}", "llama3_json"),
+        ("[func_name1(params_name1=params_value1)]{{ tools }}", "pythonic"),
+        ("{{ messages }}{{ tools }}", "hermes"),
+        ("{{ '[TOOL_CALLS]' }}", "hermes"),  # it knows no tools, so the prompt asks for Hermes' form
         (None, "hermes"),
     ],
 )
@@ -199,4 +201,11 @@ def test_a_templates_family_is_found(template: str | None, name: str) -> None:
     assert found is not None
     assert found.name == name
     assert format_of(template, "none") is None
-    assert format_of(template, "pythonic") is FORMATS["pythonic"]
+
+
+def test_another_family_may_be_set_where_the_template_knows_tools() -> None:
+    assert format_of("{{ tools }}", "pythonic") is FORMATS["pythonic"]
+    assert format_of("{{ tools }}[TOOL_CALLS]", "mistral") is FORMATS["mistral_list"]
+    assert format_of("{{ tools }}", "mistral") is FORMATS["mistral"]
+    with pytest.raises(CheckpointError, match="tool_parser=mistral"):
+        format_of("{{ messages }}", "mistral")

@@ -184,6 +184,8 @@ def compile_fault(tools: tuple[Tool, ...]) -> TriadError:
             "uniqueItems",
         ),
         ({"$ref": "#"}, False, "refers to itself"),
+        ({"type": "object", "properties": [1]}, False, "properties"),
+        ({"type": "object", "properties": {"a": {}}, "required": 7}, False, "required"),
     ],
 )
 def test_the_tool_whose_schema_cannot_be_enforced_is_named(schema: dict, strict: bool, says: str) -> None:
@@ -203,3 +205,19 @@ def test_python_names_arguments_or_the_schema_is_refused() -> None:
     for schema in ({"anyOf": [WEATHER]}, {"properties": {"two words": {}}}):
         with pytest.raises(SchemaRefused):
             compile_schema(TOKENIZER, order("pythonic", tools=(Tool("f", json.dumps(schema)),), places=(0,)))
+
+
+def test_arguments_that_are_not_declared_are_not_given_unless_the_schema_speaks_of_them() -> None:
+    schema: dict[str, Any] = {"properties": {"a": {"enum": [1]}}, "required": ["a"]}
+    begin = '<tool_call>\n{"name": "f", "arguments": {"a":1'
+    for more, may_go_on in (
+        ({}, False),
+        ({"additionalProperties": True}, True),
+        ({"minProperties": 1}, True),
+    ):
+        tools = (Tool("f", json.dumps(schema | more)),)
+        grammar = JsonGrammar(compile_schema(TOKENIZER, order(tools=tools, places=(0,))).deep_copy())
+        for token in CODEC._backend.encode(begin, add_special_tokens=False).ids:
+            grammar.accept(token)
+        next_bytes = {CODEC.token_bytes(token)[:1] for token in tokens_in(grammar.masks(())[0])}
+        assert (b"," in next_bytes) == may_go_on
