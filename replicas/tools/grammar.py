@@ -20,8 +20,19 @@ WHITESPACE = " "
 _ANSWER_WHITESPACE = r"[ \n\r\t]{1,32}"
 _ANY = "/(?s:.*)/"
 _MORE_PROPERTIES = frozenset(
-    ("additionalProperties", "unevaluatedProperties", "patternProperties", "minProperties", "$ref", "if")
-    + ("allOf", "anyOf", "oneOf", "dependentSchemas", "dependentRequired")
+    {
+        "additionalProperties",
+        "unevaluatedProperties",
+        "patternProperties",
+        "minProperties",
+        "$ref",
+        "if",
+        "allOf",
+        "anyOf",
+        "oneOf",
+        "dependentSchemas",
+        "dependentRequired",
+    }
 )
 """Keywords that may speak of properties which `properties` does not declare."""
 
