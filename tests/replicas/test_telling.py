@@ -52,7 +52,11 @@ class SickCodec(TextCodec):
     """Breaks for requests with a stop string that says so."""
 
     def stream(
-        self, stop: tuple[str, ...] = (), min_tokens: int = 0, continues_text: bool = False
+        self,
+        stop: tuple[str, ...] = (),
+        min_tokens: int = 0,
+        continues_text: bool = False,
+        shows_tags: bool = False,
     ) -> TextStream:
         kind = SickStream if "sick text" in stop else TextStream
         return kind(self._bytes, stop, {}, min_tokens, continues_text)
