@@ -144,8 +144,9 @@ def _of_object(parameters: str) -> str:
     """
     schema = {**json.loads(parameters), "type": "object"}
     properties, required = schema.get("properties"), schema.get("required", [])
-    is_closed = isinstance(properties, dict) and isinstance(required, list) and len(properties) > 0
-    if is_closed and not _MORE_PROPERTIES & schema.keys() and set(map(str, required)) <= properties.keys():
+    if not isinstance(properties, dict) or not properties or not isinstance(required, list):
+        return json.dumps(schema)
+    if not _MORE_PROPERTIES & schema.keys() and set(map(str, required)) <= properties.keys():
         schema["additionalProperties"] = False
     return json.dumps(schema)
 
