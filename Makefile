@@ -45,9 +45,15 @@ serve: $(READY) ## serve the embedded model, or MODEL, on http://127.0.0.1:$PORT
 	@PATH="$(CURDIR)/$(BIN):$$PATH" MODEL="$(MODEL)" DTYPE="$(DTYPE)" REPLICAS="$(REPLICAS)" PORT="$(PORT)" \
 		REDIS_URL="$(REDIS_URL)" POLICY="$(POLICY)" bash cluster/serve.sh
 
-test: $(READY) ## run every test
+# Servers, one at a time, want the machine for themselves; what starts none takes all cores.
+test: $(READY) ## run every test, or what ARGS names; ARGS=--thorough: with more random cases (docs/tests.md)
 	@echo "== tests =="
+ifdef ARGS
 	@$(BIN)/python -m pytest $(ARGS)
+else
+	@$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m "not e2e"; without=$$?; \
+		$(BIN)/python -m pytest -m e2e && exit $$without
+endif
 
 # With the allocator's cache a stray access would land in memory that is torch's all the same.
 test-gpu: $(READY) ## the kernels and the CUDA runner on a GPU, in full shapes; SANITIZER=1: under memcheck

@@ -18,6 +18,7 @@ from policies.control.store import LoadStore, StoreUnavailable
 from policies.registry import create_policy
 from policies.replica_load import ReplicaLoad
 from replicas.calibration import calibrate
+from replicas.config import EngineConfig
 from replicas.engine.engine import Engine
 from replicas.messages import (
     Accepted,
@@ -95,7 +96,7 @@ class ReplicaAlone:
 @asynccontextmanager
 async def replica_alone(num_threads: int) -> AsyncIterator[ReplicaAlone]:
     runner = TorchRunner.load(str(CHECKPOINT), num_threads=num_threads)
-    engine = Engine(runner, max_running=MAX_RUNNING, max_step_tokens=MAX_STEP_TOKENS)
+    engine = Engine(runner, EngineConfig(max_running=MAX_RUNNING, max_step_tokens=MAX_STEP_TOKENS))
     cost = calibrate(runner, max_running=MAX_RUNNING, max_step_tokens=MAX_STEP_TOKENS, budget_s=CALIBRATION_S)
     engine.set_step_cost(cost)
     service = ReplicaService(engine, TextCodec.load(str(CHECKPOINT)), "alone", step_cost=cost)

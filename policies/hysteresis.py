@@ -92,11 +92,9 @@ class WithHysteresis(Policy[StableState]):
         return wanted, replace(state, current=wanted.decode, since_s=now_s, shifts_s=(*recent, now_s))
 
     def explored_plans(self, load: ReplicaLoad, running: DecodePlan) -> ExploredPlans | None:
-        try:
+        with self._failures:
             return self._inner.explored_plans(load, running)
-        except Exception as error:
-            self._failures.note(error)
-            return None
+        return None
 
     def _obstacle(self, wanted: Decision, held_s: float, num_recent: int) -> str | None:
         patience = 0.5 ** (max(0.0, held_s) / self._bounds.margin_half_life_s)

@@ -16,7 +16,7 @@ NUM_SEQUENCES = (4, 16, 64)
 BLOCKS = (1, 8, 16)
 MANY_CACHED = 64
 SLOWEST = ForwardStats(1, 1, 0, math.inf)
-LEAST_SHAPES = 4
+MIN_SHAPES = 4
 """The number of shapes below which no line is fitted: the usual one is scaled to them."""
 
 
@@ -65,7 +65,7 @@ def calibrate(
             measured.append(ForwardStats(shape.total, shape.num_segments, num_cached, ms))
     # The least of each shape: whatever else the machine does, and compiling at first, only adds.
     forwards = [min(same, key=lambda forward: forward.ms) for same in zip_longest(*turns, fillvalue=SLOWEST)]
-    if len({forward.num_tokens for forward in forwards}) < LEAST_SHAPES:
+    if len({forward.num_tokens for forward in forwards}) < MIN_SHAPES:
         last = forwards[-1]
         usual = UNMEASURED.scaled(last.ms / UNMEASURED.ms(last.num_tokens))
         knots = knots_up_to(max_step_tokens)

@@ -1,6 +1,7 @@
-"""JSON schemas as grammars over token ids, by llguidance: the replica's implementation of engine.grammar."""
+"""Forms of answers as grammars over token ids, by llguidance: the implementation of engine.grammar."""
 
 import hashlib
+import logging
 import re
 import resource
 import threading
@@ -14,12 +15,15 @@ from random import Random
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from replicas.answer_forms import GrammarFormat, JsonFormat
 from replicas.bounded_process import BoundedProcess, CallExceeded, CallLimits, CallTimeout, ProcessClosed
 from replicas.engine.grammar import GrammarFailed
 from replicas.errors import ErrorCode, TriadError
-from replicas.json_schema import SchemaRefused, enforceable
-from replicas.messages import JsonFormat
+from replicas.json_schema import WHITESPACE, SchemaRefused, enforceable
+from replicas.text_grammar import grammar_text
 from replicas.tools.grammar import AnswerGrammar
+
+logger = logging.getLogger(__name__)
 
 MAX_CACHED = 64
 MAX_CACHED_BYTES = 256 * 2**20
@@ -32,22 +36,21 @@ MAX_DRAFT_MASKS_S = 0.02
 """CPU time after which a draft's further masks are not asked for."""
 NUM_WALKS = 4
 WALK_LEN = 32
-_WHITESPACE = r"[ \n\r\t]{1,32}"
-"""Whitespace between tokens of JSON; without a bound a model may go on with it for ever."""
 _LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 _STATE = re.compile(r"<state>|<backtrace>|<non-verbose/>|\n\s*\d+ \| ")
 """What follows an error's own text: the parser's state, or the lines of the grammar."""
 _LARK_PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
-_SCHEMA = "response_format.json_schema.schema"
-Asked = JsonFormat | AnswerGrammar
-"""The order for an answer that is one JSON value, or has calls or reasoning in it."""
+Asked = JsonFormat | GrammarFormat | AnswerGrammar
+"""The order for an answer that is one JSON value, has another form, or has calls or reasoning in it."""
 
 
 class JsonGrammar:
     """Implements engine.grammar.Grammar."""
 
-    def __init__(self, matcher: LLMatcher):
+    def __init__(self, matcher: LLMatcher, warning: str | None = None):
         self._matcher = matcher
+        self.warning = warning
+        """What of the order it does not keep to."""
         self._failure: str | None = None
 
     @property
@@ -122,14 +125,13 @@ class Vocabulary:
 
 
 def compile_schema(tokenizer: LLTokenizer, asked: Asked) -> LLMatcher:
-    """Compiles an order's schemas to a matcher at its beginning, tried on some beginnings of answers.
+    """Compiles an order to a matcher at its beginning, tried on some beginnings of answers.
 
     SchemaRefused says what is wrong. Not bounded in time or memory, so a schema that is new is for a
     BoundedProcess first.
     """
     try:
-        grammar = asked.lark() if isinstance(asked, AnswerGrammar) else _of_schema(asked)
-        matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
+        matcher = LLMatcher(tokenizer, _grammar(asked), log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise SchemaRefused(_in_short(matcher.get_error()))
         _try_walks(matcher, tokenizer.vocab_size)
@@ -140,25 +142,48 @@ def compile_schema(tokenizer: LLTokenizer, asked: Asked) -> LLMatcher:
     return matcher
 
 
-def _of_schema(asked: JsonFormat) -> str:
+def _grammar(asked: Asked) -> str:
+    if isinstance(asked, AnswerGrammar):
+        return asked.lark()
+    if isinstance(asked, GrammarFormat):
+        return grammar_text(asked)
     checked = enforceable(asked.schema, asked.best_effort)
-    options = checked.options(_WHITESPACE, asked.best_effort)
-    return LLMatcher.grammar_from_json_schema(checked.schema, overrides=options)
+    whitespace = WHITESPACE if asked.whitespace is None else asked.whitespace
+    options = checked.options(whitespace, asked.best_effort)
+    return str(LLMatcher.grammar_from_json_schema(checked.schema, overrides=options))
 
 
 def _located(tokenizer: LLTokenizer, asked: Asked, refused: SchemaRefused) -> SchemaRefused:
-    """The refusal with the field at fault: the first tool that is refused by itself as well."""
+    """The refusal with the field at fault: the first part of the order that is refused by itself as well."""
     if refused.param is not None:
         return refused
-    if isinstance(asked, JsonFormat):
-        return SchemaRefused(str(refused), _SCHEMA)
-    if len(asked.tools) > 1:
+    if isinstance(asked, AnswerGrammar):
         for alone in asked.apart():
             try:
                 compile_schema(tokenizer, alone)
             except SchemaRefused as cause:
                 return cause
     return SchemaRefused(str(refused), asked.param)
+
+
+def compile_order(tokenizer: LLTokenizer, asked: Asked) -> tuple[LLMatcher, str | None]:
+    """As compile_schema, with a warning where something had to be left out of what is not strict."""
+    strict, warning = _with_strict_answer(asked), None
+    if strict != asked:
+        try:
+            return compile_schema(tokenizer, strict), None
+        except SchemaRefused as refused:
+            warning = f"the schema is enforced in part: {refused}"
+    return compile_schema(tokenizer, asked), warning
+
+
+def _with_strict_answer(asked: Asked) -> Asked:
+    """The order, whose answer's schema is strict if it has one."""
+    if isinstance(asked, JsonFormat):
+        return replace(asked, best_effort=False)
+    if isinstance(asked, AnswerGrammar) and isinstance(asked.answer, JsonFormat):
+        return replace(asked, answer=replace(asked.answer, best_effort=False))
+    return asked
 
 
 def _try_walks(matcher: LLMatcher, vocab_size: int) -> None:
@@ -204,7 +229,7 @@ def prover(vocabulary: Vocabulary) -> Callable[[Asked], Verdict]:
     def prove(asked: Asked) -> Verdict:
         before = _resident_bytes()
         try:
-            matcher = compile_schema(tokenizer, asked)
+            matcher, _ = compile_order(tokenizer, asked)
         except SchemaRefused as refused:
             return Verdict(str(refused), param=refused.param)
         num_bytes = max(0, _resident_bytes() - before)
@@ -223,6 +248,7 @@ def _resident_bytes() -> int:
 class _Compiled:
     matcher: LLMatcher
     num_bytes: int
+    warning: str | None = None
 
 
 class GrammarCompiler:
@@ -246,9 +272,8 @@ class GrammarCompiler:
         self._limits = limits = limits or CallLimits()
         self._tokenizer: LLTokenizer | None = None
         self._compiled: OrderedDict[Asked, _Compiled] = OrderedDict()
-        self._refused: OrderedDict[bytes, tuple[str, str | None]] = (
-            OrderedDict()
-        )  # by a digest, since a schema may be long
+        # By a digest, since a schema may be long: what is wrong, and the field.
+        self._refused: OrderedDict[bytes, tuple[str, str | None]] = OrderedDict()
         self._lock = threading.Lock()  # of the two above
         self._loading = threading.Lock()
         self._processes = [BoundedProcess(target, self._vocabulary, limits) for _ in range(num_processes)]
@@ -278,7 +303,7 @@ class GrammarCompiler:
             if kept is None:
                 return None
             self._compiled.move_to_end(asked)
-            return JsonGrammar(kept.matcher.deep_copy())
+            return JsonGrammar(kept.matcher.deep_copy(), kept.warning)
 
     def compile(self, asked: Asked) -> JsonGrammar:
         """Compiles a schema to a grammar at its beginning. TriadError says what is wrong with a schema.
@@ -293,7 +318,7 @@ class GrammarCompiler:
             verdict = self._prove(process, asked)
             if verdict.problem is not None:
                 hint = self._hint(process, asked, verdict)
-                problem = f"the schema can't be enforced: {verdict.problem}{hint}"
+                problem = f"{_name(asked)} can't be enforced: {verdict.problem}{hint}"
                 raise self._refuse(asked, problem, verdict.param)
             return self._keep(asked, verdict.num_bytes)
         finally:
@@ -313,7 +338,7 @@ class GrammarCompiler:
                 f"it is too complex to compile within {limits.cpu_s:g} s of CPU time and "
                 f"{limits.memory_bytes >> 20} MiB; make it smaller",
                 is_too_complex=True,
-                param=_field(asked),
+                param=asked.param,
             )
         except CallTimeout:
             message = "the replica is too busy to compile the request's schema; retry later"
@@ -325,18 +350,19 @@ class GrammarCompiler:
             return Verdict(
                 f"it is too complex: compiled it takes {verdict.num_bytes >> 20} MiB",
                 is_too_complex=True,
-                param=_field(asked),
+                param=asked.param,
             )
         return verdict
 
     def _hint(self, process: BoundedProcess, asked: Asked, verdict: Verdict) -> str:
         """The advice to set strict to false, where the schema then compiles; else empty."""
-        if verdict.is_too_complex:
+        if isinstance(asked, GrammarFormat) or verdict.is_too_complex:
             return ""
+        milder: Asked
         if isinstance(asked, AnswerGrammar):
             is_strict, milder = asked.is_strict, asked.with_best_effort()
         else:
-            is_strict, milder = not asked.best_effort, replace(asked, best_effort=True)  # type: ignore[assignment]
+            is_strict, milder = not asked.best_effort, replace(asked, best_effort=True)
         if not is_strict or self._prove(process, milder).problem is not None:
             return ""
         return '; with "strict": false what can\'t be enforced is left out'
@@ -356,22 +382,25 @@ class GrammarCompiler:
 
     def _keep(self, asked: Asked, num_bytes: int) -> JsonGrammar:
         try:
-            matcher = compile_schema(self._load_tokenizer(), asked)
+            matcher, warning = compile_order(self._load_tokenizer(), asked)
         except SchemaRefused as refused:  # though it was not in the other process
-            message = f"the schema can't be enforced: {refused}"
+            message = f"{_name(asked)} can't be enforced: {refused}"
             raise TriadError(ErrorCode.INVALID_REQUEST, message, refused.param) from refused
+        if warning is not None:
+            logger.warning("%s", warning)
         with self._lock:
-            self._compiled[asked] = _Compiled(matcher, num_bytes)
+            self._compiled[asked] = _Compiled(matcher, num_bytes, warning)
             while len(self._compiled) > MAX_CACHED or (
                 len(self._compiled) > 1
                 and sum(kept.num_bytes for kept in self._compiled.values()) > MAX_CACHED_BYTES
             ):
                 self._compiled.popitem(last=False)
-        return JsonGrammar(matcher.deep_copy())
+        return JsonGrammar(matcher.deep_copy(), warning)
 
 
-def _field(asked: Asked) -> str:
-    return asked.param if isinstance(asked, AnswerGrammar) else _SCHEMA
+def _name(asked: Asked) -> str:
+    form = asked.answer if isinstance(asked, AnswerGrammar) and not asked.tools else asked
+    return f"the form '{form.kind}'" if isinstance(form, GrammarFormat) else "the schema"
 
 
 def _digest(asked: Asked) -> bytes:

@@ -31,6 +31,9 @@ OPTIONS = "x-guidance"
 _ESCAPES = 'nrbtf\\"'
 """Characters after a backslash; \\u is left out unless a string of the schema needs it, since a key could
 come again, spelled with it."""
+WHITESPACE = r" |\n {0,4}"
+"""The white space between two tokens of JSON, where there is any: a blank, or a line end with its indent.
+Where it is free a small model may go on with it for ever."""
 _CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 """Characters that JSON has no shorter escape for than \\u and their code."""
 _IN_PATTERN = re.compile(

@@ -40,11 +40,11 @@ def available_bytes(root: Path = ROOT) -> int:
             ("memory.max", "memory.current", "inactive_file"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
         ):
-            most, taken = _number(group / limit), _number(group / usage)
-            if most is None or taken is None:
+            limit_bytes, used_bytes = _number(group / limit), _number(group / usage)
+            if limit_bytes is None or used_bytes is None:
                 continue
             found = re.search(rf"^{reclaimable} (\d+)$", _text(group / "memory.stat"), re.MULTILINE)
-            left.append(most - taken + (int(found[1]) if found else 0))
+            left.append(limit_bytes - used_bytes + (int(found[1]) if found else 0))
     return max(0, min(left))
 
 

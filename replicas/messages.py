@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from policies.modes import Mode
+from replicas.answer_forms import GrammarFormat, JsonFormat, ToolUse
 from replicas.errors import ErrorCode
 
 NUM_SEEDS = 2**63
@@ -20,51 +21,11 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class JsonFormat:
-    """The order for a completion that is one JSON value which a schema allows."""
-
-    schema: str
-    """JSON text; properties come in its order."""
-    best_effort: bool = False
-    """If true, what of the schema can't be enforced is left out; otherwise it is an error."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tool:
-    """A function that the model may ask its caller to run."""
-
-    name: str
-    parameters: str
-    """JSON text of the schema of its arguments, which are an object."""
-    description: str | None = None
-    strict: bool = False
-    """If true, what of the schema can't be enforced is an error; otherwise it is left out."""
-
-
-@dataclass(frozen=True, slots=True)
-class ToolUse:
-    """The order for a completion that calls functions, or may."""
-
-    tools: tuple[Tool, ...]
-    """All that the prompt is to describe."""
-    callable: frozenset[str]
-    """Names of those that may be called."""
-    is_required: bool = False
-    """If true, the completion is one call or several; otherwise it may be text."""
-    is_parallel: bool = True
-    """If false, there is at most one call."""
-
-    @property
-    def num_chars(self) -> int:
-        return sum(len(tool.name + tool.parameters + (tool.description or "")) for tool in self.tools)
-
-
-@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """The sampling options of a request."""
 
     max_tokens: int | None = None
-    """The most tokens; None is up to the context's end."""
+    """The most tokens; None is up to the context's end, and 0 reads the prompt alone."""
     temperature: float = 0.0
     """0 is greedy."""
     top_p: float = 1.0
@@ -75,7 +36,13 @@ class SamplingParams:
     """The random numbers of a request depend on its seed and the token's position alone, so the same request
     gives the same tokens in any batch, and in `ar` and `self_speculation` alike."""
     stop: tuple[str, ...] = ()
-    """Strings that end the text, themselves left out."""
+    """Strings that end the text, themselves left out unless includes_stop."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the text as an end of text does, and that ignore_eos does not ignore."""
+    includes_stop: bool = False
+    """If true, the text has the stop string, or the token of stop_token_ids, that ended it."""
+    shows_special_tokens: bool = False
+    """If true, the text has the names of control tokens, but for an end of text that ends it."""
     ignore_eos: bool = False
     """If true, only max_tokens ends the text."""
     min_p: float = 0.0
@@ -93,7 +60,9 @@ class SamplingParams:
     """No end of text comes before so many tokens."""
     logprobs: int | None = None
     """The number of most probable tokens to report with each token; 0 reports the token itself alone."""
-    response_format: JsonFormat | None = None
+    scores_prompt: bool = False
+    """If true, the prompt's tokens are reported as well, with their log-probabilities; only with logprobs."""
+    response_format: JsonFormat | GrammarFormat | None = None
     """The form that the completion is to have; None for any text."""
     tools: ToolUse | None = None
     """The tools that it may or must call; None for none."""
@@ -101,6 +70,12 @@ class SamplingParams:
     @property
     def needs_grammar(self) -> bool:
         return self.response_format is not None or self.tools is not None
+
+    @property
+    def form_decides_on_end(self) -> bool:
+        """True if the completion ends where its form or its calls do; otherwise anywhere."""
+        form = self.response_format
+        return self.tools is not None or (form is not None and form.decides_on_end)
 
     @property
     def has_penalties(self) -> bool:
@@ -150,10 +125,25 @@ class DecodingOptions:
 
 Message = Mapping[str, Any]
 """A chat message as templates take it: `role` and `content`, which are strings, and where it has them
-`name`, `tool_call_id`, and `tool_calls`, each with `id`, `type` and `function`, whose `arguments` are an
-object."""
+`name`, `reasoning_content`, `tool_call_id`, and `tool_calls`, each with `id`, `type` and `function`, whose
+`arguments` are an object."""
 Prompt = tuple[Message, ...] | str | tuple[int, ...]
 """Chat messages, text or token ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateOptions:
+    """What a request says of how the chat template renders its messages."""
+
+    add_generation_prompt: bool = True
+    """If false, the text ends with the last message, where the assistant's turn does not begin."""
+    continue_final_message: bool = False
+    """If true, the text ends within the last message, which the completion goes on with."""
+    kwargs: str = ""
+    """Further variables of the template: a JSON object, or nothing."""
+
+
+TEMPLATE_DEFAULTS = TemplateOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +168,16 @@ class GenerateRequest:
     """The ingress's span, as headers of the propagators in force; empty without tracing."""
     cache_salt: str = ""
     """Prompts share the prefix cache with those of the same salt alone."""
+    template: TemplateOptions = TEMPLATE_DEFAULTS
+    truncate_prompt_tokens: int | None = None
+    """The last so many tokens of each prompt are taken; -1: as many as leave room for max_tokens, or for one
+    token where it is None."""
+    tokens_per_delta: int | None = None
+    """The tokens of a choice from one Delta to the next, after a first Delta of one token; None leaves it to
+    the steps."""
+    return_token_ids: bool = False
+    echo: bool = False
+    """If true, the text of each choice begins with its prompt's."""
 
     @property
     def num_indices(self) -> int:
@@ -191,6 +191,10 @@ class Accepted:
     request_id: str
     num_prompt_tokens: int
     """Tokens of all its prompts, each counted once however many choices it has."""
+    prompt_token_ids: tuple[tuple[int, ...], ...] = ()
+    """Each prompt's token ids, where return_token_ids asks for them."""
+    warning: str | None = None
+    """What of the request is not kept to, as a part of a schema that is not strict; None where all is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,10 +213,10 @@ class TextLogprob:
     """A token's bytes, which may be part of a character only, and its log-probability by the model."""
 
     bytes: bytes
-    logprob: float
-    """The log-probability before penalties, temperature and filters."""
+    logprob: float | None
+    """The log-probability before penalties, temperature and filters; None for a prompt's first token."""
     offset: int = 0
-    """The place where the token's text begins in the completion, in characters; 0 in `top`."""
+    """The place where the token's text begins in the choice's text, in characters; 0 in `top`."""
     top: tuple["TextLogprob", ...] = ()
 
 
@@ -235,7 +239,7 @@ class Delta:
 
     request_id: str
     text: str
-    """Of the answer itself."""
+    """Text of the answer itself."""
     num_tokens: int
     """Tokens taken since the last Delta; may be 0 when a held-back text comes free."""
     logprobs: tuple[TextLogprob, ...] = ()
@@ -244,6 +248,10 @@ class Delta:
     index: int = 0
     reason: FinishReason | None = None
     """Set on the last Delta of a choice, and there is always a last one."""
+    token_ids: tuple[int, ...] = ()
+    """The num_tokens tokens, where return_token_ids asks for them."""
+    stop_reason: str | int | None = None
+    """On the last Delta, the stop string or the token of stop_token_ids that ended the text, if one did."""
     reasoning: str = ""
     """Text that came between the model's marks of reasoning."""
     tool_calls: tuple[ToolCallDelta, ...] = ()
@@ -263,6 +271,8 @@ def joined(deltas: Sequence[Delta]) -> Delta:
         tuple(entry for delta in deltas for entry in delta.logprobs),
         deltas[0].index,
         deltas[-1].reason,
+        tuple(token for delta in deltas for token in delta.token_ids),
+        deltas[-1].stop_reason,
         "".join(delta.reasoning for delta in deltas),
         _joined_calls([piece for delta in deltas for piece in delta.tool_calls]),
     )

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from replicas.engine.grammar import Grammar
 from replicas.errors import ErrorCode, TriadError
-from replicas.grammar import Asked, GrammarCompiler
+from replicas.grammar import Asked, GrammarCompiler, JsonGrammar
 from replicas.messages import GenerateRequest, Message, Prompt
 from replicas.request_state import is_chat
 from replicas.text import TextCodec
@@ -39,6 +39,12 @@ class Prepared:
     """One for each choice of each prompt, by index."""
     parsers: Sequence[OutputParser | None]
     """What tells apart the text of each; None for one that is all answer."""
+
+    @property
+    def warning(self) -> str | None:
+        """What of the request's form is not kept to."""
+        first = self.grammars[0]
+        return first.warning if isinstance(first, JsonGrammar) else None
 
 
 @dataclass(slots=True)
@@ -143,8 +149,16 @@ class Preparation:
         return Prepared(prompts, grammars, self._parsers(request, prompts))
 
     def _encode(self, request: GenerateRequest) -> list[list[int]]:
-        tools = request.sampling.tools
-        return [self._codec.encode(prompt, self._max_context, tools) for prompt in request.prompts]
+        tools, most = request.sampling.tools, request.truncate_prompt_tokens
+        max_tokens = self._max_context if most is None else None
+        prompts = [
+            self._codec.encode(prompt, max_tokens, request.template, tools) for prompt in request.prompts
+        ]
+        if most is None:
+            return prompts
+        if most < 0:
+            most = max(1, self._max_context - (request.sampling.max_tokens or 1))
+        return [prompt[-most:] for prompt in prompts]
 
     def _asked(self, request: GenerateRequest, begins_in_reasoning: bool = False) -> Asked | None:
         if is_chat(request.prompts[0]):

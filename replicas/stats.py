@@ -8,10 +8,10 @@ from typing import TypeVar
 
 from policies.cost import ForwardStats, ReplicaCosts, RoundStats, StepCost
 from policies.cost_estimator import CostEstimator, YieldEstimator
+from policies.failures import Failures
 from policies.modes import Mode
 from policies.replica_load import ReplicaLoad
 from replicas.engine.engine import Engine
-from replicas.net import Net
 
 T = TypeVar("T")
 
@@ -86,18 +86,18 @@ class CostMeter:
         self._rounds = rounds
         self._step = CostEstimator(start, clock())
         self._yields = YieldEstimator(clock())
-        self._step_net = Net("learning what forwards cost")
-        self._yields_net = Net("learning what rounds bring")
+        self._step_failures = Failures("learning what forwards cost")
+        self._yield_failures = Failures("learning what rounds bring")
         self._costs = ReplicaCosts(start)
 
     def update(self) -> ReplicaCosts:
         """Takes what has come since the last call into account. Never raises."""
         now_s = self._clock()
         forwards, rounds = list(_taken(self._forwards)), list(_taken(self._rounds))
-        with self._step_net:
+        with self._step_failures:
             self._step.update([forward for forward in forwards if forward.ms > 0], now_s)
             self._costs = replace(self._costs, step=self._step.cost, own=self._step.own)
-        with self._yields_net:
+        with self._yield_failures:
             self._yields.update(rounds, now_s)
             self._costs = replace(self._costs, yields=self._yields.yields())
         return self._costs
@@ -112,7 +112,7 @@ def _taken(queue: deque[T]) -> Iterator[T]:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class EngineSnapshot:
     """An engine's load and totals since its start at one moment, for other threads to read."""
 
     load: ReplicaLoad
@@ -124,21 +124,21 @@ class Seen:
     forwards_by_mode: Mapping[Mode, int]
     """Forwards of rounds."""
 
+    @classmethod
+    def read(cls, engine: Engine, replica_id: str) -> "EngineSnapshot":
+        """Reads it off the engine. Called on the engine's thread."""
+        counters = engine.scheduler.counters
+        return cls(
+            engine.snapshot(replica_id),
+            dict(counters.made_by_mode),
+            counters.num_prefilled,
+            dict(counters.tokens_by_mode),
+            dict(counters.forwards_by_mode),
+        )
+
     @property
     def num_tokens(self) -> int:
         return sum(self.made_by_mode.values())
-
-
-def look(engine: Engine, replica_id: str) -> Seen:
-    """Reads the engine's load and totals. Called on the engine's thread."""
-    counters = engine.scheduler.counters
-    return Seen(
-        engine.snapshot(replica_id),
-        dict(counters.made_by_mode),
-        counters.num_prefilled,
-        dict(counters.tokens_by_mode),
-        dict(counters.forwards_by_mode),
-    )
 
 
 class LoadMeter:
@@ -150,23 +150,30 @@ class LoadMeter:
 
     def __init__(self, engine: Engine, clock: Callable[[], float], step_cost: StepCost | None):
         self._stats = DecodingStats(clock)
-        self._stats_net = Net("averaging rates")
+        self._stats_failures = Failures("averaging rates")
         self._costs = None
         if step_cost is not None:
             self._costs = CostMeter(step_cost, engine.forwards, engine.scheduler.counters.rounds, clock)
 
-    def load(self, seen: Seen, silent_s: float) -> ReplicaLoad:
-        """The load to publish. Never raises: what can't be learned is left as it was."""
-        with self._stats_net:
+    def measure(self, snapshot: EngineSnapshot, silent_s: float) -> ReplicaLoad:
+        """The load to publish, with rates since the last one. Never raises: what can't be learned is left as
+        it was.
+
+        silent_s: the time for which the engine has not come to a safe point.
+        """
+        with self._stats_failures:
             self._stats.update(
-                seen.num_tokens, seen.num_prefilled, seen.tokens_by_mode, seen.forwards_by_mode
+                snapshot.num_tokens,
+                snapshot.num_prefilled,
+                snapshot.tokens_by_mode,
+                snapshot.forwards_by_mode,
             )
         return replace(
-            seen.load,
+            snapshot.load,
             tokens_per_s=self._stats.tokens_per_s,
             tokens_per_forward=dict(self._stats.tokens_per_forward),
             prefill_per_token=self._stats.prefill_per_token,
             costs=None if self._costs is None else self._costs.update(),
-            tokens_total_by_mode=seen.made_by_mode,
+            tokens_total_by_mode=snapshot.made_by_mode,
             silent_s=silent_s,
         )

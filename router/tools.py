@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, ValidationError
 from pydantic_core import PydanticCustomError
 
-from replicas.messages import Tool, ToolUse
-from router.fields import Strict, Text, at_most, conflict
+from replicas.answer_forms import Tool, ToolUse
+from router.fields import Strict, Text, at_most, conflict, json_len
+from router.formats import sendable
 
 MAX_TOOLS = 128
 MAX_TOOLS_LEN = 256 * 1024
 """Of all tools together, in bytes of JSON."""
-MAX_SCHEMA_LEN = 64 * 1024
 MAX_CALLS = 128
 """Of one message of the history."""
 MAX_ID_LEN = 256
@@ -25,23 +25,8 @@ _CHOICE_FORM = (
 )
 
 
-def json_len(value: Any, what: str) -> int:
-    """The bytes of a value's JSON. Raises PydanticCustomError for what is none, though Python takes it."""
-    try:
-        return len(json.dumps(value, allow_nan=False, ensure_ascii=False).encode())
-    except RecursionError:
-        raise PydanticCustomError("schema", "{what} is nested too deeply", {"what": what}) from None
-    except UnicodeEncodeError:
-        raise PydanticCustomError("schema", "{what} has a lone surrogate", {"what": what}) from None
-    except ValueError as error:  # a number that overflows, or has thousands of digits
-        message = "{what} can't be written as JSON: {error}"
-        raise PydanticCustomError("schema", message, {"what": what, "error": str(error)}) from None
-
-
 def _parameters(schema: dict[str, Any]) -> dict[str, Any]:
-    if json_len(schema, "The schema") > MAX_SCHEMA_LEN:
-        raise PydanticCustomError("schema", "A schema has at most {most} bytes", {"most": MAX_SCHEMA_LEN})
-    kind = schema.get("type", "object")
+    kind = sendable(schema).get("type", "object")
     if kind != "object" and not (isinstance(kind, list) and "object" in kind):
         raise PydanticCustomError("schema", "Arguments are an object; its type is to be 'object'")
     return schema

@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from policies.modes import DecodePlan, Mode
+from replicas.config import EngineConfig
 from replicas.engine.engine import Engine
 from replicas.engine.sequence import Sequence
 from replicas.messages import DecodingOptions, SamplingParams
@@ -130,7 +131,7 @@ def evaluate(
     )
     tasks = {family: list(held_out_tasks(family, per_family)) for family in FAMILIES}
     everything = [task for family in FAMILIES for task in tasks[family]]
-    engine = Engine(runner, max_waiting=len(everything))
+    engine = Engine(runner, EngineConfig(max_waiting=len(everything)))
     codec = TextCodec.load(str(checkpoint))
     scores: list[Score] = []
     by_ar: list[Answer] = []

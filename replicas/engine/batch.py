@@ -6,6 +6,7 @@ from math import inf, log
 from typing import Protocol
 
 from policies.modes import Mode
+from replicas.engine.history import NO_TOKENS, Prefix
 from replicas.messages import SamplingParams
 
 
@@ -36,9 +37,9 @@ class Segment:
     sampling: SamplingParams
     prompt_len: int = 0
     """Tokens of the sequence's prompt."""
-    history: Seq[int] = ()
-    """The tokens before start, where the sampling has penalties and any row is wanted; else empty. An array
-    of int32 is the cheapest."""
+    history: Prefix = NO_TOKENS
+    """The tokens before start and maybe some of token_ids, where the sampling has penalties and any row is
+    wanted; else empty."""
     allowed: tuple[bytes, ...] = ()
     """For each wanted index a mask of what may be sampled (engine.grammar); empty for anything."""
 

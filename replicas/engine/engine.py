@@ -1,6 +1,6 @@
 """The engine: sequences in, tokens out, one forward a step. No torch, no text, no threads.
 
-Not thread-safe: one thread calls all of it. Other threads reach it through replicas.service.
+Not thread-safe: one thread calls all of it. Other threads reach it through replicas.engine_thread.
 """
 
 import logging
@@ -10,25 +10,23 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from policies.cost import ForwardStats, StepCost
-from policies.modes import MAX_BLOCK_LENGTH, DecodePlan, Mode
+from policies.modes import DecodePlan, Mode
 from policies.policy import ExploredPlans
 from policies.replica_load import ReplicaLoad
+from replicas.config import EngineConfig
 from replicas.engine.batch import Runner, RunnerLost, ScheduledBatch, SegmentOutput
 from replicas.engine.decoders.choose import ActivePlan
 from replicas.engine.grammar import Grammar
 from replicas.engine.isolate import is_sticky, nobodys_segment, run_apart
 from replicas.engine.lengths import CompletionLengths
-from replicas.engine.prefill import Limits
 from replicas.engine.scheduler import Scheduler
 from replicas.engine.sequence import Progress, Sequence, Status, Text
-from replicas.errors import ErrorCode, TriadError
+from replicas.errors import ErrorCode, TriadError, context_exceeded
 from replicas.messages import DecodingOptions, FinishReason, SamplingParams
 
 AUTO = DecodingOptions()
 PRIORITY_S = 10.0
 """A request ranks as if it had come this much earlier for each level of priority below 0."""
-MIN_STEP_TOKENS = 3 * MAX_BLOCK_LENGTH
-"""The least max_step_tokens: a block, the next one behind it, and the share that is kept for prompts."""
 MAX_FORWARDS_KEPT = 256
 REMEMBERED_S = 0.1
 MAX_FAILED = 3
@@ -44,32 +42,17 @@ class Engine:
 
     clock: seconds, for the requests' deadlines and the forwards' latencies
 
-    Raises ValueError when the limits or the pool can't hold one sequence of full context.
+    Raises ValueError when the pool can't hold one sequence of full context.
     """
 
     def __init__(
         self,
         runner: Runner,
+        config: EngineConfig = EngineConfig(),  # noqa: B008
         *,
-        max_running: int = 64,
-        max_waiting: int = 256,
-        max_step_tokens: int = 512,
-        max_prefill_tokens: int = 256,
-        max_step_ms: float | None = None,
-        overlap_blocks: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ):
         spec = runner.spec
-        if max_running < 1 or max_waiting < 0:
-            raise ValueError(
-                f"max_running must be at least 1 and max_waiting at least 0, got {max_running}, {max_waiting}"
-            )
-        if max_step_tokens < MIN_STEP_TOKENS:
-            raise ValueError(f"max_step_tokens must be at least {MIN_STEP_TOKENS}, got {max_step_tokens}")
-        if max_prefill_tokens < 1:
-            raise ValueError(f"max_prefill_tokens must be at least 1, got {max_prefill_tokens}")
-        if max_step_ms is not None and not max_step_ms > 0:
-            raise ValueError(f"max_step_ms must be above 0, or None for no bound, got {max_step_ms}")
         if spec.num_pages * spec.page_size < spec.max_context:
             raise ValueError(
                 f"{spec.num_pages} pages of {spec.page_size} tokens can't hold one sequence of "
@@ -77,9 +60,7 @@ class Engine:
             )
         self.spec = spec
         self._runner = runner
-        self._max_running = max_running
-        self._max_waiting = max_waiting
-        self._max_step_tokens = max_step_tokens
+        self._config = config
         self._clock = clock
         self._sequences: dict[str, Sequence] = {}
         self._num_submitted = 0
@@ -91,10 +72,9 @@ class Engine:
         """The last steps' forwards, for whoever learns from them to take; safe from another thread."""
         self._scheduler = Scheduler(
             spec,
-            Limits(max_running, max_step_tokens, max_prefill_tokens, max_step_ms),
+            config,
             ActivePlan(DecodePlan(Mode.AR), "start"),
             clock,
-            overlap_blocks,
         )
 
     @property
@@ -104,7 +84,7 @@ class Engine:
     @property
     def capacity(self) -> int:
         """Sequences it holds at most, running or waiting."""
-        return self._max_running + self._max_waiting
+        return self._config.max_running + self._config.max_waiting
 
     @property
     def active_plan(self) -> ActivePlan:
@@ -115,7 +95,7 @@ class Engine:
         return self._scheduler
 
     def set_step_cost(self, cost: StepCost) -> None:
-        """Sets the cost of a forward here, by which chunks of prompts are sized for max_step_ms."""
+        """Sets the cost of a forward here, by which chunks of prompts are sized."""
         self._scheduler.step_cost = cost
 
     def set_plan(self, decode: DecodePlan, rule: str) -> None:
@@ -148,9 +128,8 @@ class Engine:
         """
         self._check(request_id, prompt_ids, sampling, decoding)
         now_s = self._clock()
-        max_tokens = sampling.max_tokens
-        if max_tokens is None:
-            max_tokens = self.spec.max_context - len(prompt_ids)
+        left = self.spec.max_context - len(prompt_ids)
+        max_tokens = left if sampling.max_tokens is None else min(sampling.max_tokens, left)
         sequence = Sequence(
             seq_id=self._num_submitted,
             request_id=request_id,
@@ -195,7 +174,7 @@ class Engine:
         for made in progress:
             if made.ended:
                 del self._sequences[made.sequence.request_id]
-            if made.reason is not None:
+            if made.reason is not None and made.sequence.num_completion_tokens:
                 self._lengths.note(made.sequence.num_completion_tokens, made.reason is FinishReason.STOP)
         return ended + progress
 
@@ -261,23 +240,20 @@ class Engine:
             message = f"token id {self.spec.mask_token_id} is the mask of diffusion, which no prompt may have"
             raise TriadError(ErrorCode.INVALID_REQUEST, message, "prompt")
         self._check_vocabulary("logit_bias", [token for token, _ in sampling.logit_bias])
+        self._check_vocabulary("stop_token_ids", list(sampling.stop_token_ids))
         if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
             raise TriadError(ErrorCode.INVALID_REQUEST, "min_tokens is above max_tokens", "min_tokens")
-        if sampling.max_tokens is not None and sampling.max_tokens < 1:
-            raise TriadError(ErrorCode.INVALID_REQUEST, "max_tokens must be at least 1", "max_tokens")
-        if sampling.needs_grammar and (sampling.ignore_eos or sampling.min_tokens):
+        if sampling.max_tokens is not None and sampling.max_tokens < 0:
+            raise TriadError(ErrorCode.INVALID_REQUEST, "max_tokens must be at least 0", "max_tokens")
+        if sampling.needs_grammar and (
+            sampling.ignore_eos or (sampling.min_tokens and sampling.form_decides_on_end)
+        ):
             field = "ignore_eos" if sampling.ignore_eos else "min_tokens"
-            decider = "response_format" if sampling.tools is None else "tools"
+            decider = "a form of the answer" if sampling.tools is None else "tools"
             message = f"{field} does not go with {decider}, which decides on the end; leave it out"
             raise TriadError(ErrorCode.INVALID_REQUEST, message, field)
-        num_tokens = len(prompt_ids) + (sampling.max_tokens or 1)
-        if num_tokens > context:
-            raise TriadError(
-                ErrorCode.CONTEXT_LENGTH_EXCEEDED,
-                f"the context is {context} tokens, but the prompt has {len(prompt_ids)} and max_tokens "
-                f"asks for {sampling.max_tokens or 1} more; shorten the prompt or lower max_tokens",
-                "max_tokens" if len(prompt_ids) < context else "messages",
-            )
+        if len(prompt_ids) >= context:
+            raise context_exceeded(context, f"has {len(prompt_ids)} input tokens", "prompt")
         if decoding.mode is not None and decoding.mode not in self.spec.modes:
             raise TriadError(
                 ErrorCode.INVALID_REQUEST,
@@ -295,7 +271,7 @@ class Engine:
         if len(self._sequences) >= self.capacity:
             raise TriadError(
                 ErrorCode.QUEUE_FULL,
-                f"the replica's queue of {self._max_waiting} requests is full; retry later",
+                f"the replica's queue of {self._config.max_waiting} requests is full; retry later",
             )
 
     def _check_vocabulary(self, param: str, token_ids: list[int]) -> None:
@@ -355,7 +331,7 @@ class Engine:
             num_running=len(running),
             num_waiting=len(waiting),
             num_auto=len(auto),
-            max_running=self._max_running,
+            max_running=self._config.max_running,
             pages_used=self._scheduler.pages_used,
             num_pages=self.spec.num_pages,
             waiting_prompt_tokens=sum(sequence.num_prompt_tokens for sequence in waiting),
@@ -364,7 +340,7 @@ class Engine:
             num_lossless=sum(sequence.is_kept_lossless for sequence in auto),
             pinned_by_mode=pinned,
             page_size=self.spec.page_size,
-            max_step_tokens=self._max_step_tokens,
+            max_step_tokens=self._config.max_step_tokens,
             mean_context=sum(sequence.num_cached for sequence in running) / num_running,
             mean_remaining=self._mean_remaining(),
             num_ended=self._num_submitted - len(self._sequences),

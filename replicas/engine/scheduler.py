@@ -3,8 +3,8 @@
 A step has a budget of tokens. Rounds in progress come first, the longest unserved before others; prompts are
 prefilled in chunks with what is left, at least a reserved share and, while rounds run, within the bounds on
 the streams' delay (engine.prefill). Sequences are ranked by arrival and priority (Sequence.rank): in this
-order they are admitted and prefilled. When pages run out the last of them gives up its own and is recomputed
-later; the first always goes on, so something always does.
+order they are admitted, once pages suffice for a round of each (engine.page_budget), and prefilled. When
+pages run out the last of them gives up its own and is recomputed later; the first always goes on.
 """
 
 import logging
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from policies.cost import UNMEASURED
+from replicas.config import EngineConfig
 from replicas.engine.batch import ModelSpec, ScheduledBatch, Segment, SegmentOutput
 from replicas.engine.blocks import PagePool
 from replicas.engine.constrain import constrained
@@ -22,7 +23,8 @@ from replicas.engine.counters import Counters
 from replicas.engine.decoders.choose import ActivePlan, begin_round, following_block, plan_for
 from replicas.engine.decoders.round import SegmentRequest
 from replicas.engine.exploration import Exploration
-from replicas.engine.prefill import Limits, PrefillBudget, is_coming
+from replicas.engine.page_budget import PageBudget
+from replicas.engine.prefill import PrefillBudget, is_coming
 from replicas.engine.sequence import Progress, Sequence, Status
 from replicas.engine.sequence_pages import SequencePages
 from replicas.errors import ErrorCode
@@ -37,17 +39,15 @@ class Scheduler:
     def __init__(
         self,
         spec: ModelSpec,
-        limits: Limits,
+        config: EngineConfig,
         active: ActivePlan,
         clock: Callable[[], float] = time.monotonic,
-        overlaps_blocks: bool = True,
     ):
-        """overlaps_blocks: a block of diffusion is begun in the forward that commits the one before, where
-        the model denoises without adapter, as it commits."""
         self._clock = clock
-        self._overlaps_blocks = overlaps_blocks and not spec.denoise_with_adapter
+        # Where the model denoises without adapter, as it commits.
+        self._overlaps_blocks = config.overlap_blocks and not spec.denoise_with_adapter
         self._spec = spec
-        self._limits = limits
+        self._config = config
         self._pool = PagePool(spec.num_pages, spec.page_size)
         self._pages = SequencePages(self._pool)
         self._running: list[Sequence] = []  # both by rank
@@ -101,7 +101,7 @@ class Scheduler:
         for sequence in [running for running in self._running if running in requests]:
             if sequence.status is not Status.RUNNING:
                 continue  # preempted for one before it, earlier in this loop
-            request, allowed = constrained(sequence, requests[sequence])
+            request, allowed = constrained(sequence, requests[sequence], self._spec.vocab_size)
             if sequence.failure is not None:
                 continue
             start = sequence.num_cached
@@ -120,7 +120,7 @@ class Scheduler:
                     wanted=request.wanted,
                     sampling=sequence.sampling,
                     prompt_len=sequence.num_prompt_tokens,
-                    history=sequence.history[:start] if request.wanted else (),
+                    history=sequence.history_for(request),
                     allowed=allowed,
                 )
             )
@@ -163,7 +163,7 @@ class Scheduler:
         self._pool.check_integrity([page for sequence in self._running for page in sequence.pages])
         assert self._running == sorted(self._running, key=_rank)
         assert self._waiting == sorted(self._waiting, key=_rank)
-        assert len(self._running) <= self._limits.max_running
+        assert len(self._running) <= self._config.max_running
         for sequence in self._running:
             assert sequence.status is Status.RUNNING
             assert sequence.num_cached <= len(sequence.pages) * self._spec.page_size
@@ -175,19 +175,19 @@ class Scheduler:
 
     def _pick(self) -> dict[Sequence, SegmentRequest]:
         """The segments to run within the token budget, pages aside."""
-        limits = self._limits
-        budget = limits.max_step_tokens
+        config = self._config
+        budget = config.max_step_tokens
         prefilling = [sequence for sequence in self._running if sequence.is_prefilling]
         rounds = [sequence for sequence in self._running if not sequence.is_prefilling]
-        can_admit = bool(self._waiting) and len(self._running) < limits.max_running
-        reserved = min(budget // PREFILL_SHARE, limits.max_prefill_tokens) if prefilling or can_admit else 0
+        can_admit = bool(self._waiting) and len(self._running) < config.max_running
+        reserved = min(budget // PREFILL_SHARE, config.max_prefill_tokens) if prefilling or can_admit else 0
         requests: dict[Sequence, SegmentRequest] = {}
         for sequence in sorted(rounds, key=lambda item: item.last_step):
             request = self._next_segment(sequence, budget - reserved)
             if request is not None:
                 requests[sequence] = request
                 budget -= len(request.token_ids)
-        prefill = PrefillBudget(limits, self.step_cost, budget, requests)
+        prefill = PrefillBudget(config, self.step_cost, budget, requests)
         for sequence in prefilling:
             if (request := prefill.take(sequence)) is not None:
                 requests[sequence] = request
@@ -196,19 +196,18 @@ class Scheduler:
 
     def _admit(self, requests: dict[Sequence, SegmentRequest], prefill: PrefillBudget) -> None:
         """Lets waiting sequences run, and adds their first chunks, while the budget and the pages last."""
-        num_promised = 0
+        pages = PageBudget(self._pool, self._spec, self.active, self._running)
         for sequence in tuple(self._waiting):
-            if prefill.room() <= 0 or len(self._running) == self._limits.max_running:
+            if prefill.room() <= 0 or len(self._running) == self._config.max_running:
                 return
             self._pages.reuse(sequence)
-            num_pages = self._pool.pages_for(sequence.prefill_end + 1) - len(sequence.pages)
-            if num_promised + num_pages > self._pool.num_free:
+            if not pages.has_room(sequence):
                 self._pages.release(sequence)
                 return
             if is_coming(sequence, self._running, self._spec.page_size):
                 self._pages.release(sequence)
                 continue
-            num_promised += num_pages
+            pages.promise(sequence)
             self._waiting.remove(sequence)
             sequence.status = Status.RUNNING
             if sequence.began_s is None:
@@ -269,13 +268,21 @@ class Scheduler:
     def _apply(self, sequence: Sequence, request: SegmentRequest, output: SegmentOutput) -> Progress:
         counters, current = self.counters, sequence.round
         if current is None or sequence.is_prefilling:
+            tokens, logprobs = output.token_ids, output.logprobs(len(output.token_ids))
+            if sequence.is_scored:
+                if len(tokens) < len(request.wanted):
+                    raise ValueError("the logits of the prompt are not finite")
+                num_scored = min(len(tokens), sequence.num_prompt_tokens - 1 - sequence.num_cached)
+                del sequence.prompt_logprobs[sequence.num_cached :]  # from before it was preempted
+                sequence.prompt_logprobs += logprobs[:num_scored]
+                tokens, logprobs = tokens[num_scored:], logprobs[num_scored:]
             sequence.num_cached += len(request.token_ids)
             counters.num_prefilled += len(request.token_ids)
-            if not request.wanted:
+            if not tokens:
                 return Progress(sequence)
             plan = plan_for(sequence, self.active, self._spec)
             sequence.note_mode(plan.decode.mode, plan.rule)
-            mode, tokens, logprobs = plan.decode.mode, output.token_ids, output.logprobs(1)
+            mode = plan.decode.mode
         else:
             progress = current.apply_output(request, output)
             sequence.num_forwards += 1

@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from replicas.answer_forms import GrammarFormat, JsonFormat
 from replicas.errors import ErrorCode, TriadError
-from replicas.messages import JsonFormat, SamplingParams
+from replicas.messages import SamplingParams
+from replicas.text_stream import FIRST_MARK
 from replicas.tools.formats import ToolFormat
 from replicas.tools.grammar import AnswerGrammar
-from replicas.tools.output import FIRST_MARK, OutputParser
+from replicas.tools.output import OutputParser
 from replicas.tools.reasoning import ReasoningMarks
 
 
@@ -51,7 +53,7 @@ class ChatForm:
 
     def grammar(
         self, sampling: SamplingParams, begins_in_reasoning: bool
-    ) -> JsonFormat | AnswerGrammar | None:
+    ) -> JsonFormat | GrammarFormat | AnswerGrammar | None:
         """The order for a chat's answer; None where it may be anything."""
         if not sampling.needs_grammar:
             return None
@@ -85,4 +87,8 @@ class ChatForm:
             begins_in_reasoning,
             lambda tag: shown[ids[tag]] if tag in ids else tag,
             is_required=use is not None and use.is_required,
+            spelled={
+                ord(shown[token_id]): tag if sampling.shows_special_tokens else None
+                for tag, token_id in ids.items()
+            },
         )

@@ -9,15 +9,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from replicas.json_schema import SchemaRefused, enforceable
-from replicas.messages import JsonFormat, Tool
+from replicas.answer_forms import GrammarFormat, JsonFormat, Tool
+from replicas.json_schema import WHITESPACE, SchemaRefused, enforceable
+from replicas.text_grammar import lark_text
 from replicas.tools.families import FORMATS
 from replicas.tools.formats import CallSchema, ToolFormat, literal
 from replicas.tools.reasoning import ReasoningMarks
 
-WHITESPACE = " "
+CALL_WHITESPACE = " "
 """What may stand between the tokens of a call's JSON: at most one blank, as models write it."""
-_ANSWER_WHITESPACE = r"[ \n\r\t]{1,32}"
 _ANY = "/(?s:.*)/"
 _MORE_PROPERTIES = frozenset(
     {
@@ -49,7 +49,7 @@ class AnswerGrammar:
     """For each its index in the request."""
     is_required: bool = False
     is_parallel: bool = True
-    answer: JsonFormat | None = None
+    answer: JsonFormat | GrammarFormat | None = None
     """The form of what is no call; None for text."""
     reasoning: ReasoningMarks | None = None
     begins_in_reasoning: bool = False
@@ -60,25 +60,30 @@ class AnswerGrammar:
     @property
     def is_strict(self) -> bool:
         return any(tool.strict for tool in self.tools) or (
-            self.answer is not None and not self.answer.best_effort
+            isinstance(self.answer, JsonFormat) and not self.answer.best_effort
         )
 
     def with_best_effort(self) -> "AnswerGrammar":
         """The same order, in which nothing that can't be enforced is an error."""
-        answer = None if self.answer is None else replace(self.answer, best_effort=True)
-        return replace(self, tools=tuple(replace(t, strict=False) for t in self.tools), answer=answer)
+        milder = replace(self, tools=tuple(replace(tool, strict=False) for tool in self.tools))
+        if isinstance(self.answer, JsonFormat):
+            milder = replace(milder, answer=replace(self.answer, best_effort=True))
+        return milder
 
     def apart(self) -> tuple["AnswerGrammar", ...]:
-        """The orders for one tool each, to find the one at fault."""
+        """The orders for one tool each and for the answer, to find the one at fault; none where it is one."""
         pairs = zip(self.tools, self.places, strict=True)
-        return tuple(replace(self, tools=(tool,), places=(place,), answer=None) for tool, place in pairs)
+        orders = [replace(self, tools=(tool,), places=(place,), answer=None) for tool, place in pairs]
+        if self.answer is not None:
+            orders.append(replace(self, tools=(), places=(), answer=self.answer))
+        return tuple(orders) if len(orders) > 1 else ()
 
     @property
     def param(self) -> str:
-        """The field that a fault is told of, if this is an order for one tool."""
+        """The field of which a fault is told, where this is an order for one tool or for none."""
         if len(self.tools) == 1:
             return f"tools[{self.places[0]}].function.parameters"
-        return "tools" if self.tools else "response_format.json_schema.schema"
+        return "tools" if self.tools or self.answer is None else self.answer.param
 
     def lark(self) -> str:
         """The grammar's text. SchemaRefused for a schema that can't be enforced."""
@@ -87,8 +92,7 @@ class AnswerGrammar:
         rules += self._reasoning() if self.reasoning is not None else ["start: body"]
         rules += self._body(FORMATS[self.format], calls) if calls else ["body: answer"]
         if self.answer is not None:
-            checked = enforceable(self.answer.schema, self.answer.best_effort)
-            rules.append(f"answer: %json {checked.embedded(_ANSWER_WHITESPACE, self.answer.best_effort)}")
+            rules.append(f"answer: {_nested(self.answer)}")
         return "\n".join(rules)
 
     def _tag(self, text: str) -> str:
@@ -103,7 +107,7 @@ class AnswerGrammar:
             checked = enforceable(_of_object(tool.parameters), not tool.strict)
         except SchemaRefused as refused:
             raise SchemaRefused(str(refused), f"tools[{place}].function.parameters") from None
-        return CallSchema(tool.name, checked.embedded(WHITESPACE, not tool.strict))
+        return CallSchema(tool.name, checked.embedded(CALL_WHITESPACE, not tool.strict))
 
     def _reasoning(self) -> list[str]:
         assert self.reasoning is not None
@@ -149,6 +153,18 @@ def _of_object(parameters: str) -> str:
     if not _MORE_PROPERTIES & schema.keys() and set(map(str, required)) <= properties.keys():
         schema["additionalProperties"] = False
     return json.dumps(schema)
+
+
+def _nested(answer: JsonFormat | GrammarFormat) -> str:
+    """The form of an answer as a part of a grammar. SchemaRefused where it can't be enforced."""
+    if isinstance(answer, GrammarFormat):
+        return f"%lark {{\n{lark_text(answer)}\n}}"
+    try:
+        checked = enforceable(answer.schema, answer.best_effort)
+    except SchemaRefused as refused:
+        raise SchemaRefused(str(refused), answer.param) from None
+    whitespace = WHITESPACE if answer.whitespace is None else answer.whitespace
+    return f"%json {checked.embedded(whitespace, answer.best_effort)}"
 
 
 def _escaped(text: str) -> str:

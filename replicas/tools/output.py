@@ -4,7 +4,7 @@ Text is held back while it may be the beginning of a tag, with the blanks before
 half a tag; what comes out in the end is the same however the text came in.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -12,9 +12,6 @@ from replicas.messages import ToolCallDelta
 from replicas.tools.formats import Tag, ToolFormat
 from replicas.tools.readers import CallReader, CallSink
 from replicas.tools.reasoning import ReasoningMarks
-
-FIRST_MARK, LAST_MARK = 0xD800, 0xDFFF
-"""Surrogates, which stand for control tokens: no decoded text has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +46,8 @@ class OutputParser:
     format_: of calls; None reads none. names: the functions that may be called. reasoning: its marks, or
     None. begins_in_reasoning: its first mark is in the prompt. tag: the spelling of tags and marks in the
     text, where control tokens have one of their own. is_required: the answer is calls alone, so what is left
-    of one that was cut is no text.
+    of one that was cut is no text. spelled: what stands in the answer for a control token's character that is
+    no tag or mark where it came; None leaves it out.
     """
 
     def __init__(
@@ -60,16 +58,18 @@ class OutputParser:
         begins_in_reasoning: bool,
         tag: Tag,
         is_required: bool = False,
+        spelled: Mapping[int, str | None] | None = None,
     ):
         self._format = format_
         self._names = names
         self._tag = tag
         self._is_required = is_required
+        self._spelled = spelled or {}
         self._marks = None if reasoning is None else (tag(reasoning.begin), tag(reasoning.end))
         self._sink = CallSink()
         self._reader: CallReader | None = None
         self._held = ""
-        self._num_taken = 0  # characters before the held ones, of which control tokens are none
+        self._num_taken = 0  # characters before the held ones
         self._text: list[str] = []
         self._reasoning: list[str] = []
         self._is_blank = True  # nothing but blanks of the reasoning yet
@@ -108,13 +108,16 @@ class OutputParser:
         return self._take()
 
     def _take(self) -> Parsed:
-        parsed = Parsed("".join(self._text), "".join(self._reasoning), self._sink.take())
+        text, reasoning = "".join(self._text), "".join(self._reasoning)
+        if self._spelled:
+            text, reasoning = text.translate(self._spelled), reasoning.translate(self._spelled)
+        parsed = Parsed(text, reasoning, self._sink.take())
         self._text, self._reasoning = [], []
         return parsed
 
     def _drop(self, count: int) -> str:
         dropped, self._held = self._held[:count], self._held[count:]
-        self._num_taken += sum(not FIRST_MARK <= ord(char) <= LAST_MARK for char in dropped)
+        self._num_taken += len(dropped)
         return dropped
 
     def _step(self) -> bool:

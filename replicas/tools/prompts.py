@@ -9,7 +9,8 @@ from typing import Any
 import jinja2
 from jinja2 import meta
 
-from replicas.messages import Message, Tool, ToolUse
+from replicas.answer_forms import Tool, ToolUse
+from replicas.messages import Message
 
 _INSTRUCTIONS = (
     "You can call functions. They are described here, one a line, with JSON schemas of their arguments:\n"
@@ -78,8 +79,9 @@ def spelled_out(messages: Sequence[Message], tools: ToolUse | None) -> list[dict
                 found.append({"role": "user", "content": result, "is_result": True})
             continue
         calls = map(_written, message.get("tool_calls", ()))
-        found.append({"role": role, "content": "\n".join(filter(None, (content, *calls)))})
-    plain = [{"role": message["role"], "content": message["content"]} for message in found]
+        found.append({**message, "content": "\n".join(filter(None, (content, *calls)))})
+    unknown = ("is_result", "tool_calls", "tool_call_id")
+    plain = [{key: value for key, value in message.items() if key not in unknown} for message in found]
     return plain if tools is None else _instructed(plain, tools)
 
 

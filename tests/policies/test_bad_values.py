@@ -8,7 +8,7 @@ import random
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.control.codec import LOADS, MalformedEntry
@@ -34,12 +34,14 @@ from policies.cost_estimator import (
     fit_step_cost,
     knots_up_to,
 )
+from policies.failures import Failures
 from policies.hysteresis import StabiliseParameters, WithHysteresis
 from policies.modes import MAX_BLOCK_LENGTH, DecodePlan, Mode
 from policies.policy import Decision, Policy, PolicyParameters, Snapshot
 from policies.registry import PolicyError, create_policy
 from policies.replica_load import ReplicaLoad
 from tests.policies.helpers import FakeClock, a_load
+from tests.thorough import examples
 
 KNOTS = knots_up_to(512)
 START = StepCost(KNOTS, tuple(2.0 + 0.1 * knot for knot in KNOTS), 0.1, 0.5)
@@ -67,7 +69,7 @@ plans = st.one_of(
 rounds = st.builds(RoundStats, plans, counts, counts, counts, st.booleans())
 
 
-@settings(max_examples=60, deadline=None)
+@examples(20)
 @given(st.lists(st.lists(forwards, max_size=8), max_size=8))
 def test_whatever_forwards_are_said_to_have_taken_the_cost_is_one(batches):
     estimator = CostEstimator(START, 0.0)
@@ -77,7 +79,7 @@ def test_whatever_forwards_are_said_to_have_taken_the_cost_is_one(batches):
             assert 0.0 < cost.ms(1) <= cost.ms(512) < math.inf
 
 
-@settings(max_examples=40, deadline=None)
+@examples(15)
 @given(st.lists(forwards, max_size=20))
 def test_whatever_the_sweep_has_measured_it_gives_a_cost(measured):
     sound = ForwardStats(8, 1, 0, 5.0)
@@ -107,7 +109,7 @@ def test_forwards_that_cost_by_the_segment_leave_a_base_that_a_cost_can_have():
     assert estimator.cost.knot_ms[0] >= LEAST_MS
 
 
-@settings(max_examples=60, deadline=None)
+@examples(20)
 @given(st.lists(st.lists(rounds, max_size=30), max_size=5))
 def test_whatever_rounds_are_said_to_have_brought_the_yields_are_some(batches):
     estimator = YieldEstimator(0.0)
@@ -293,7 +295,7 @@ async def test_a_step_that_fails_is_logged_once_a_kind_and_the_next_one_run(capl
             raise error
 
     with caplog.at_level(logging.ERROR):
-        await run_every(0.2, step, stop, clock, clock.sleep, "the step")
+        await run_every(0.2, step, stop, clock, clock.sleep, Failures("the step"))
     assert len(done) == 100
     assert clock.now_s == pytest.approx(1000.0 + 100 * 0.2)
     assert len(caplog.records) == 2
@@ -308,10 +310,10 @@ async def test_a_setting_that_can_not_be_read_is_warned_of_once(caplog, entry):
     lost = LoadStore("redis://127.0.0.1:1/0")
     watch = PolicyWatch(lost, PolicyChoice("ar"), lambda policy: None)
     for _ in range(50):
-        await watch.heed(entry)
+        await watch.apply(entry)
     assert len(caplog.records) == 1
-    await watch.heed(("{}", "19"))
-    await watch.heed(("{}", "19"))
+    await watch.apply(("{}", "19"))
+    await watch.apply(("{}", "19"))
     assert len(caplog.records) == 2, "another one is news"
     await lost.close()
 

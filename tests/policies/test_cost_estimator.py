@@ -1,7 +1,7 @@
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.cost import UNMEASURED, ForwardStats, ReplicaCosts, RoundStats, StepCost, prior_yield
@@ -14,6 +14,7 @@ from policies.cost_estimator import (
     knots_up_to,
 )
 from policies.modes import DecodePlan, Mode
+from tests.thorough import examples
 
 TRUE = StepCost((1, 16, 128, 512), (3.0, 6.0, 20.0, 70.0), segment_ms=0.3, cached_ms=0.9)
 KNOTS = knots_up_to(512)
@@ -53,7 +54,7 @@ def test_a_noisy_sweep_with_outliers_is_fitted(seed):
     assert worst_error(fit_step_cost(forwards, KNOTS)) < 0.15
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(
     st.lists(
         st.builds(

@@ -3,7 +3,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -15,6 +15,7 @@ from policies.policy import Snapshot
 from policies.registry import create_policy
 from policies.slo import SloParameters, SloPolicy, ttft_s
 from tests.policies.helpers import a_load, drive
+from tests.thorough import examples
 
 PERIOD_S = 0.2
 AR = DecodePlan(Mode.AR)
@@ -177,7 +178,7 @@ def shifts(decisions):
 forwards = st.sampled_from([4.0, 6.0, 10.0])
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(
     data=st.data(),
     diffusion_forwards=forwards,
@@ -213,7 +214,7 @@ def test_noise_of_20_percent_shifts_less_often_than_the_dwell_would_let_it(diffu
         assert len(shifts(drive(policy, arrivals))) <= 18
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(
     before=st.lists(st.integers(0, 200), min_size=0, max_size=40),
     after=st.sampled_from([1, 2, 4, 8, 16, 32, 64, 128, 200]),

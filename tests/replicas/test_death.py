@@ -13,8 +13,10 @@ from policies.cost import StepCost
 from policies.modes import DecodePlan, Mode
 from policies.policy import ExploredPlans
 from policies.replica_load import Freshness, ObservedLoad, ReplicaLoad
+from replicas.config import EngineConfig
 from replicas.engine.batch import RunnerLost, ScheduledBatch, SegmentOutput
 from replicas.engine.engine import MAX_FAILED, Engine
+from replicas.engine_thread import WEDGED_S
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import (
     Accepted,
@@ -28,7 +30,7 @@ from replicas.messages import (
     SamplingParams,
 )
 from replicas.preparation import Prepared
-from replicas.service import WEDGED_S, ReplicaService
+from replicas.service import ReplicaService
 from replicas.timeline import Timeline
 from tests.replicas.codec import byte_codec
 from tests.replicas.engine.scripted import ScriptedRunner
@@ -194,7 +196,9 @@ async def test_a_channel_that_closes_while_a_request_is_made_ready_leaves_no_orp
         asked = request("a")
         await stream.aclose()
         with pytest.raises(TriadError, match="has closed") as caught:
-            await service._call(lambda: service._submit(asked, Prepared([[5, 6]], [None], [None])))
+            await service._thread.call(
+                lambda: service._requests.submit(asked, Prepared([[5, 6]], [None], [None]))
+            )
         assert caught.value.code is ErrorCode.UNAVAILABLE
         assert (await settled(service)).num_in_flight == 0
         assert runner.num_asked == 0
@@ -262,7 +266,7 @@ async def test_tokens_are_counted_that_nobody_is_told_of() -> None:
 async def test_a_failed_request_of_many_choices_tells_of_all_it_made() -> None:
     """One that had ended and two that had not; those without a token are not counted among them."""
     runner = StepwiseRunner()
-    engine = Engine(runner, max_running=3)
+    engine = Engine(runner, EngineConfig(max_running=3))
     service = ReplicaService(engine, CODEC, "replica")
     service.start()
     stream = service.channel("c")
@@ -297,7 +301,7 @@ async def test_a_tracer_that_raises_ends_nothing_and_is_told_of_once(
             await service.submit(request(str(number), max_tokens=3))
             await ends(stream, {str(number)})
         service.check()
-    assert [record.name for record in caplog.records] == ["replicas.net"]
+    assert [record.name for record in caplog.records] == ["policies.failures"]
 
 
 class BuggyEngine(Engine):

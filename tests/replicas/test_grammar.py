@@ -11,12 +11,14 @@ import pytest
 
 import replicas
 from policies.modes import DecodePlan, Mode
+from replicas.answer_forms import JsonFormat
+from replicas.config import EngineConfig
 from replicas.engine.engine import Engine
 from replicas.engine.grammar import Grammar, GrammarFailed
 from replicas.engine.sequence import Progress, Sequence
 from replicas.errors import ErrorCode, TriadError
 from replicas.grammar import MAX_CACHED, GrammarCompiler, JsonGrammar
-from replicas.messages import DecodingOptions, FinishReason, JsonFormat, SamplingParams
+from replicas.messages import DecodingOptions, FinishReason, SamplingParams
 from replicas.model.runner import TorchRunner
 from replicas.text import TextCodec
 from tests.replicas.engine.scripted import ScriptedRunner, naive_ar
@@ -199,7 +201,7 @@ def completion(sequence: Sequence) -> list[int]:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_every_answer_validates_and_speculation_equals_ar(runner: TorchRunner, temperature: float) -> None:
     """The embedded model, all schemas at once, with pages too few for all."""
-    engine = Engine(runner, max_running=24, max_step_tokens=192)
+    engine = Engine(runner, EngineConfig(max_running=24, max_step_tokens=192))
     engine.set_plan(DecodePlan(Mode.DIFFUSION, 8), "test")
     options = {
         "ar": DecodingOptions(Mode.AR),

@@ -12,6 +12,7 @@ import pytest
 from policies.cost import StepCost
 from policies.modes import DecodePlan, Mode
 from policies.replica_load import ReplicaLoad
+from replicas.config import EngineConfig
 from replicas.engine.batch import ScheduledBatch
 from replicas.engine.engine import Engine
 from replicas.errors import ErrorCode
@@ -52,7 +53,7 @@ class GatedRunner(ScriptedRunner):
 
 @asynccontextmanager
 async def serving(runner: ScriptedRunner | None = None, **limits: int) -> AsyncIterator[ReplicaService]:
-    service = ReplicaService(Engine(runner or ScriptedRunner(), **limits), CODEC, "replica")
+    service = ReplicaService(Engine(runner or ScriptedRunner(), EngineConfig(**limits)), CODEC, "replica")
     service.start()
     try:
         yield service

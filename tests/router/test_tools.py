@@ -260,8 +260,7 @@ async def test_a_bad_tool_is_named(make_door, more: dict, param: str, says: str)
 @pytest.mark.parametrize(
     ("message", "param"),
     [
-        ({"role": "assistant", "content": None}, "content"),
-        ({"role": "assistant", "tool_calls": []}, "content"),
+        ({"role": "user", "content": None, "tool_calls": []}, "content"),
         ({"role": "user", "content": "x", "tool_calls": [sent("{}")]}, "tool_calls"),
         ({"role": "assistant", "tool_calls": [sent("[1]")]}, "tool_calls[0].function.arguments"),
         ({"role": "assistant", "tool_calls": [sent("{")]}, "tool_calls[0].function.arguments"),

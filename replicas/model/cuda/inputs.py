@@ -80,11 +80,11 @@ class HostStep:
         segments: Sequence[Segment],
         config: ModelConfig,
         page_size: int,
-        most_added: Sequence[int] | None = None,
+        max_added: Sequence[int] | None = None,
     ) -> "HostStep":
         """Lays out the segments.
 
-        most_added: the most positions by which each may begin past its start; the table has pages for them
+        max_added: the most positions by which each may begin past its start; the table has pages for them
         """
         lengths = np.array([len(segment.token_ids) for segment in segments])
         starts = np.array([segment.start for segment in segments])
@@ -95,8 +95,8 @@ class HostStep:
         positions = np.arange(num_rows) - (first_rows - starts)[segment_of_row]
 
         ends_at = starts + lengths
-        if most_added is not None:
-            ends_at = ends_at + np.array(most_added)
+        if max_added is not None:
+            ends_at = ends_at + np.array(max_added)
         num_pages = -(-ends_at // page_size)
         first_pages = num_pages.cumsum() - num_pages
         page_table = np.fromiter(

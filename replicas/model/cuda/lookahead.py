@@ -32,7 +32,7 @@ class Guess:
     """For each segment the first of its rows among this step's outputs."""
 
     @property
-    def most_added(self) -> tuple[int, ...]:
+    def max_added(self) -> tuple[int, ...]:
         """For each segment the most positions by which it may begin past its start."""
         return tuple(0 if draft is None else len(draft) + 1 for draft in self.drafts)
 
@@ -89,8 +89,10 @@ def _has_room(verify: Segment, page_size: int) -> bool:
     """True if the next draft can be as long wherever this one stops, by its pages and by max_tokens."""
     length = len(verify.token_ids)
     end = verify.start + 2 * length
-    most = verify.sampling.max_tokens
-    return end <= len(verify.pages) * page_size and (most is None or end + 1 - verify.prompt_len <= most)
+    max_tokens = verify.sampling.max_tokens
+    return end <= len(verify.pages) * page_size and (
+        max_tokens is None or end + 1 - verify.prompt_len <= max_tokens
+    )
 
 
 def resolve(guessed: Guess, token_ids: Sequence[int]) -> dict[int, tuple[int, Segment]]:

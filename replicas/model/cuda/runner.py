@@ -132,7 +132,7 @@ class CudaRunner:
         if num_pages is None:
             if kv_budget_bytes is None:
                 kv_budget_bytes = _free_bytes(torch.device(device)) - MEMORY_FOR_STEPS
-            num_pages = parallel.least(max(kv_budget_bytes, 0) // page_bytes)
+            num_pages = parallel.min(max(kv_budget_bytes, 0) // page_bytes)
         if num_pages < 1:
             raise CheckpointError(
                 f"the K/V budget holds no page; one of {page_size} tokens takes {page_bytes} bytes"
@@ -182,8 +182,8 @@ class CudaRunner:
         self, segments: Sequence[Segment], guessed: Guess | None = None, after: Sampled | None = None
     ) -> Sampled:
         """Queues a step's work on the device; nothing is waited for unless a row needs the host's rules."""
-        most_added = None if guessed is None else guessed.most_added
-        host = HostStep.pack(segments, self.config, self._page_size, most_added)
+        max_added = None if guessed is None else guessed.max_added
+        host = HostStep.pack(segments, self.config, self._page_size, max_added)
         size, graphs = self._size(host)
         buffer = self._staging.send_step(host, size, None if graphs is None else self._buffer)
         if guessed is not None and after is not None:
@@ -222,8 +222,8 @@ class CudaRunner:
     def _prepare_graphs(self, dtype: torch.dtype, max_graphs: int) -> None:
         """Makes the tensors that graphs read from and write to, and the way they are captured."""
         device = self.device
-        most = StepSize(MAX_GRAPH_ROWS, MAX_GRAPH_ROWS, MAX_GRAPH_ROWS, (2 * MAX_GRAPH_ROWS,) * 3, True)
-        num_ints = sum(length for _, length in most.sections()) + _GRAPH_PAGE_ENTRIES
+        max_size = StepSize(MAX_GRAPH_ROWS, MAX_GRAPH_ROWS, MAX_GRAPH_ROWS, (2 * MAX_GRAPH_ROWS,) * 3, True)
+        num_ints = sum(length for _, length in max_size.sections()) + _GRAPH_PAGE_ENTRIES
         self._buffer = torch.zeros(num_ints, dtype=torch.int32, device=device)
         self._logits = torch.empty(MAX_GRAPH_ROWS, self.config.vocab_size, dtype=dtype, device=device)
         self._best = Confidence(

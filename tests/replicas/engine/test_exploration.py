@@ -4,6 +4,7 @@ import pytest
 
 from policies.modes import DecodePlan, Mode
 from policies.policy import ExploredPlans
+from replicas.config import EngineConfig
 from replicas.engine.engine import Engine
 from replicas.engine.sequence import Progress
 from replicas.messages import DecodingOptions, SamplingParams
@@ -22,7 +23,7 @@ def serve(
     num_each: int = 6,
 ) -> tuple[Engine, list[Progress]]:
     """Waves of one request of each kind of decoding, all answered."""
-    engine = Engine(ScriptedRunner(num_pages=400), max_running=16)
+    engine = Engine(ScriptedRunner(num_pages=400), EngineConfig(max_running=16))
     engine.set_plan(plan, "rule")
     engine.set_explored_plans(explored_plans)
     ended = []
@@ -143,7 +144,7 @@ def test_rounds_are_told_of_as_they_were_asked_for() -> None:
 
 
 def test_the_load_tells_of_what_runs() -> None:
-    engine = Engine(ScriptedRunner(num_pages=400), max_running=3)
+    engine = Engine(ScriptedRunner(num_pages=400), EngineConfig(max_running=3))
     kinds = [DecodingOptions(), LOSSLESS, DecodingOptions(Mode.DIFFUSION), DecodingOptions(Mode.AR)]
     for number, decoding in enumerate(kinds):
         engine.submit(str(number), [3 + number] * 10, SamplingParams(max_tokens=40), decoding)

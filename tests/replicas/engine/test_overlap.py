@@ -6,6 +6,7 @@ import pytest
 
 from policies.modes import DecodePlan, Mode
 from policies.policy import ExploredPlans
+from replicas.config import EngineConfig
 from replicas.engine.batch import ScheduledBatch, SegmentOutput
 from replicas.engine.engine import Engine
 from replicas.engine.sequence import Sequence
@@ -60,7 +61,7 @@ def test_each_block_but_the_first_takes_a_forward_less() -> None:
     runs = {}
     for overlaps in (True, False):
         runner = Seen()
-        engine = Engine(runner, overlap_blocks=overlaps)
+        engine = Engine(runner, EngineConfig(overlap_blocks=overlaps))
         runs[overlaps] = run(engine), runner
         assert runner.num_overlapping == (9 if overlaps else 0)  # 80 tokens: ten blocks of 8
         (sequence, _) = runs[overlaps]

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from replicas.answer_forms import Tool, ToolUse
 from replicas.errors import TriadError
-from replicas.messages import SamplingParams, Tool, ToolUse
+from replicas.messages import SamplingParams
 from replicas.text import TextCodec
 from replicas.tools.prompts import knows_tools
 from tests.replicas.codec import byte_codec, tiny_tokenizer

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from replicas.messages import Delta, joined
 from replicas.model.config import CheckpointError
+from replicas.text_stream import FIRST_MARK
 from replicas.tools.families import FORMATS, format_of
-from replicas.tools.output import FIRST_MARK, OutputParser
+from replicas.tools.output import OutputParser
 from replicas.tools.reasoning import MARKS
 
 NAMES = ("f", "get_weather")

@@ -8,10 +8,11 @@ import jsonschema
 import pytest
 from pydantic import TypeAdapter
 
+from replicas.answer_forms import JsonFormat, Tool
 from replicas.errors import TriadError
 from replicas.grammar import JsonGrammar, compile_schema
 from replicas.json_schema import SchemaRefused
-from replicas.messages import Delta, JsonFormat, Tool, joined
+from replicas.messages import Delta, joined
 from replicas.tools.families import FORMATS
 from replicas.tools.grammar import AnswerGrammar
 from replicas.tools.output import OutputParser

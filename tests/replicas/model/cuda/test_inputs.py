@@ -155,7 +155,7 @@ def test_what_follows_a_verify_is_a_draft_from_where_it_stopped(num_accepted: in
     assert match(known, [replace(draft, start=draft.start + 1)]) is None
     # On the device, from the same tokens, it becomes the step that the host would have packed.
     staging = Staging(torch.device("cpu"))
-    host = HostStep.pack(guessed.segments, CONFIG, PAGE, guessed.most_added)
+    host = HostStep.pack(guessed.segments, CONFIG, PAGE, guessed.max_added)
     size = host.size.bucketed()
     parts = sections_of(staging.send_step(host, size, None), size)
     fill_in(guessed, torch.tensor(tokens), parts, staging, PAGE)
