@@ -18,6 +18,7 @@ from replicas.config import EngineConfig
 from replicas.engine.engine import Engine
 from replicas.messages import DecodingOptions, GenerateRequest, SamplingParams
 from replicas.model.runner import TorchRunner
+from replicas.preparation import Prepared
 from replicas.requests import RequestTable
 from replicas.stats import EngineSnapshot
 from replicas.text import TextCodec
@@ -53,7 +54,7 @@ def serve(num_requests: int, num_marks: int = 10) -> Iterator[tuple[int, float]]
                 options = DecodingOptions(Mode.AR)
             name = str(num_submitted)
             request = GenerateRequest(name, "c", (prompt,), sampling, options)
-            requests.submit(request, [list(prompt)], [None])
+            requests.submit(request, Prepared([list(prompt)], [None], [None]))
             num_submitted += 1
         if rng.random() < 0.1 * len(requests.request_ids) / CONCURRENCY:
             requests.cancel([rng.choice(requests.request_ids)])

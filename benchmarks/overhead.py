@@ -19,6 +19,7 @@ from replicas.engine.engine import Engine
 from replicas.messages import DecodingOptions, GenerateRequest, SamplingParams
 from replicas.model.native.model import NativeModel
 from replicas.model.runner import TorchRunner
+from replicas.preparation import Prepared
 from replicas.requests import RequestTable
 from replicas.stats import EngineSnapshot
 from replicas.text import TextCodec
@@ -70,7 +71,7 @@ def publish_ms(engine: Engine, codec: TextCodec, concurrency: int) -> float:
     prompt = list(range(10, 10 + PROMPT_TOKENS))
     for number in range(concurrency):
         request = GenerateRequest(str(number), "c", (tuple(prompt),), sampling, OPTIONS[0])
-        requests.submit(request, [prompt], [None])
+        requests.submit(request, Prepared([prompt], [None], [None]))
     fastest = float("inf")
     while engine.has_work:
         progress = engine.step()

@@ -86,6 +86,14 @@ class ReplicaConfig(EngineConfig, SharedConfig, DemandConfig):
     kv_dtype: Literal["auto", "bfloat16", "fp8"] = Field(
         default="auto", description="Of K/V on GPUs: auto is dtype's; fp8 holds twice as many tokens."
     )
+    tool_parser: Literal["auto", "hermes", "mistral", "llama3_json", "pythonic", "none"] = Field(
+        default="auto",
+        description="The format in which the model calls tools; auto: by its chat template.",
+    )
+    reasoning_parser: Literal["auto", "think", "mistral", "none"] = Field(
+        default="auto",
+        description="The marks of its reasoning, <think> or [THINK]; auto: by its chat template.",
+    )
     calibration_s: float = Field(
         default=1.5, ge=0.0, le=60.0, description="Seconds a replica measures its forwards before it serves."
     )

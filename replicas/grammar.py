@@ -11,17 +11,17 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from queue import LifoQueue
 from random import Random
-from typing import Any
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from replicas.answer_forms import GrammarFormat, JsonFormat
 from replicas.bounded_process import BoundedProcess, CallExceeded, CallLimits, CallTimeout, ProcessClosed
 from replicas.engine.grammar import GrammarFailed
 from replicas.errors import ErrorCode, TriadError
-from replicas.json_schema import SchemaRefused, enforceable
-from replicas.messages import GrammarFormat, GrammarKind, JsonFormat
+from replicas.json_schema import WHITESPACE, SchemaRefused, enforceable
 from replicas.text_grammar import grammar_text
+from replicas.tools.grammar import AnswerGrammar
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +36,12 @@ MAX_DRAFT_MASKS_S = 0.02
 """CPU time after which a draft's further masks are not asked for."""
 NUM_WALKS = 4
 WALK_LEN = 32
-_ESCAPES = 'nrbtf\\"'
-"""Characters after a backslash; \\u is left out unless a string of the schema needs it, since a key could
-come again, spelled with it."""
-WHITESPACE = r" |\n {0,4}"
-"""The white space between two tokens of JSON, where there is any: a blank, or a line end with its indent."""
 _LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
-_STATE = re.compile(r"<state>|<backtrace>|<non-verbose/>")
-_SCHEMA = "response_format.json_schema.schema"
-Asked = JsonFormat | GrammarFormat
+_STATE = re.compile(r"<state>|<backtrace>|<non-verbose/>|\n\s*\d+ \| ")
+"""What follows an error's own text: the parser's state, or the lines of the grammar."""
+_LARK_PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
+Asked = JsonFormat | GrammarFormat | AnswerGrammar
+"""The order for an answer that is one JSON value, has another form, or has calls or reasoning in it."""
 
 
 class JsonGrammar:
@@ -104,7 +101,7 @@ def _text_of(error: BaseException) -> str:
 
 def _in_short(problem: str) -> str:
     """An error's text without the state that llguidance adds to it."""
-    text = " ".join(_STATE.split(problem)[0].split()).rstrip(".")
+    text = " ".join(_STATE.split(_LARK_PLACE.sub("", problem))[0].split()).rstrip(".")
     return "it allows no answer" if not text or text.startswith("NoExtension") else text
 
 
@@ -134,45 +131,59 @@ def compile_schema(tokenizer: LLTokenizer, asked: Asked) -> LLMatcher:
     BoundedProcess first.
     """
     try:
-        grammar = grammar_text(asked) if isinstance(asked, GrammarFormat) else _of_schema(asked)
-        matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
+        matcher = LLMatcher(tokenizer, _grammar(asked), log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise SchemaRefused(_in_short(matcher.get_error()))
         _try_walks(matcher, tokenizer.vocab_size)
-    except SchemaRefused:
-        raise
+    except SchemaRefused as refused:
+        raise _located(tokenizer, asked, refused) from None
     except BaseException as error:
-        raise SchemaRefused(_text_of(error)) from error
+        raise _located(tokenizer, asked, SchemaRefused(_text_of(error))) from error
     return matcher
 
 
-def _of_schema(asked: JsonFormat) -> str:
-    """The grammar of a schema, with little white space unless the request says otherwise.
-
-    Where it is free a small model may go on with it for ever.
-    """
+def _grammar(asked: Asked) -> str:
+    if isinstance(asked, AnswerGrammar):
+        return asked.lark()
+    if isinstance(asked, GrammarFormat):
+        return grammar_text(asked)
     checked = enforceable(asked.schema, asked.best_effort)
-    options: Any = {
-        "item_separator": ",",
-        "key_separator": ":",
-        "whitespace_flexible": True,
-        "whitespace_pattern": WHITESPACE if asked.whitespace is None else asked.whitespace,
-        "lenient": asked.best_effort,
-        "coerce_one_of": asked.best_effort,
-        "json_allowed_escapes": _ESCAPES + "u" * checked.has_controls,
-    }
+    whitespace = WHITESPACE if asked.whitespace is None else asked.whitespace
+    options = checked.options(whitespace, asked.best_effort)
     return str(LLMatcher.grammar_from_json_schema(checked.schema, overrides=options))
+
+
+def _located(tokenizer: LLTokenizer, asked: Asked, refused: SchemaRefused) -> SchemaRefused:
+    """The refusal with the field at fault: the first part of the order that is refused by itself as well."""
+    if refused.param is not None:
+        return refused
+    if isinstance(asked, AnswerGrammar):
+        for alone in asked.apart():
+            try:
+                compile_schema(tokenizer, alone)
+            except SchemaRefused as cause:
+                return cause
+    return SchemaRefused(str(refused), asked.param)
 
 
 def compile_order(tokenizer: LLTokenizer, asked: Asked) -> tuple[LLMatcher, str | None]:
     """As compile_schema, with a warning where something had to be left out of what is not strict."""
-    warning = None
-    if isinstance(asked, JsonFormat) and asked.best_effort:
+    strict, warning = _with_strict_answer(asked), None
+    if strict != asked:
         try:
-            return compile_schema(tokenizer, replace(asked, best_effort=False)), None
+            return compile_schema(tokenizer, strict), None
         except SchemaRefused as refused:
             warning = f"the schema is enforced in part: {refused}"
     return compile_schema(tokenizer, asked), warning
+
+
+def _with_strict_answer(asked: Asked) -> Asked:
+    """The order, whose answer's schema is strict if it has one."""
+    if isinstance(asked, JsonFormat):
+        return replace(asked, best_effort=False)
+    if isinstance(asked, AnswerGrammar) and isinstance(asked.answer, JsonFormat):
+        return replace(asked, answer=replace(asked.answer, best_effort=False))
+    return asked
 
 
 def _try_walks(matcher: LLMatcher, vocab_size: int) -> None:
@@ -207,6 +218,8 @@ class Verdict:
     """The memory that it added to that process."""
     is_too_complex: bool = False
     """True if a limit was the problem."""
+    param: str | None = None
+    """The field that is refused."""
 
 
 def prover(vocabulary: Vocabulary) -> Callable[[Asked], Verdict]:
@@ -218,10 +231,10 @@ def prover(vocabulary: Vocabulary) -> Callable[[Asked], Verdict]:
         try:
             matcher, _ = compile_order(tokenizer, asked)
         except SchemaRefused as refused:
-            return Verdict(str(refused))
+            return Verdict(str(refused), param=refused.param)
         num_bytes = max(0, _resident_bytes() - before)
         del matcher
-        return Verdict(None, num_bytes)
+        return Verdict(None, num_bytes=num_bytes)
 
     return prove
 
@@ -259,7 +272,8 @@ class GrammarCompiler:
         self._limits = limits = limits or CallLimits()
         self._tokenizer: LLTokenizer | None = None
         self._compiled: OrderedDict[Asked, _Compiled] = OrderedDict()
-        self._refused: OrderedDict[bytes, str] = OrderedDict()  # by a digest, since a schema may be long
+        # By a digest, since a schema may be long: what is wrong, and the field.
+        self._refused: OrderedDict[bytes, tuple[str, str | None]] = OrderedDict()
         self._lock = threading.Lock()  # of the two above
         self._loading = threading.Lock()
         self._processes = [BoundedProcess(target, self._vocabulary, limits) for _ in range(num_processes)]
@@ -282,9 +296,9 @@ class GrammarCompiler:
         """The grammar or the TriadError of compile(), where it is known at once; None where it takes a
         compile."""
         with self._lock:
-            problem = self._refused.get(_digest(asked))
-            if problem is not None:
-                raise TriadError(ErrorCode.INVALID_REQUEST, problem, _field(asked))
+            refused = self._refused.get(_digest(asked))
+            if refused is not None:
+                raise TriadError(ErrorCode.INVALID_REQUEST, *refused)
             kept = self._compiled.get(asked)
             if kept is None:
                 return None
@@ -304,7 +318,8 @@ class GrammarCompiler:
             verdict = self._prove(process, asked)
             if verdict.problem is not None:
                 hint = self._hint(process, asked, verdict)
-                raise self._refuse(asked, f"{_name(asked)} can't be enforced: {verdict.problem}{hint}")
+                problem = f"{_name(asked)} can't be enforced: {verdict.problem}{hint}"
+                raise self._refuse(asked, problem, verdict.param)
             return self._keep(asked, verdict.num_bytes)
         finally:
             self._idle.put(process)
@@ -323,24 +338,32 @@ class GrammarCompiler:
                 f"it is too complex to compile within {limits.cpu_s:g} s of CPU time and "
                 f"{limits.memory_bytes >> 20} MiB; make it smaller",
                 is_too_complex=True,
+                param=asked.param,
             )
         except CallTimeout:
-            message = "the replica is too busy to compile the schema of response_format; retry later"
+            message = "the replica is too busy to compile the request's schema; retry later"
             raise TriadError(ErrorCode.QUEUE_FULL, message) from None
         except ProcessClosed:
             raise TriadError(ErrorCode.UNAVAILABLE, "the replica is shutting down") from None
         assert isinstance(verdict, Verdict)
         if verdict.num_bytes > MAX_CACHED_BYTES // 2:
             return Verdict(
-                f"it is too complex: compiled it takes {verdict.num_bytes >> 20} MiB", is_too_complex=True
+                f"it is too complex: compiled it takes {verdict.num_bytes >> 20} MiB",
+                is_too_complex=True,
+                param=asked.param,
             )
         return verdict
 
     def _hint(self, process: BoundedProcess, asked: Asked, verdict: Verdict) -> str:
         """The advice to set strict to false, where the schema then compiles; else empty."""
-        if isinstance(asked, GrammarFormat) or asked.best_effort or verdict.is_too_complex:
+        if isinstance(asked, GrammarFormat) or verdict.is_too_complex:
             return ""
-        if self._prove(process, replace(asked, best_effort=True)).problem is not None:
+        milder: Asked
+        if isinstance(asked, AnswerGrammar):
+            is_strict, milder = asked.is_strict, asked.with_best_effort()
+        else:
+            is_strict, milder = not asked.best_effort, replace(asked, best_effort=True)
+        if not is_strict or self._prove(process, milder).problem is not None:
             return ""
         return '; with "strict": false what can\'t be enforced is left out'
 
@@ -350,19 +373,19 @@ class GrammarCompiler:
                 self._tokenizer = self._vocabulary.load()
             return self._tokenizer
 
-    def _refuse(self, asked: Asked, problem: str) -> TriadError:
+    def _refuse(self, asked: Asked, problem: str, param: str | None) -> TriadError:
         with self._lock:
-            self._refused[_digest(asked)] = problem
+            self._refused[_digest(asked)] = problem, param
             if len(self._refused) > MAX_REFUSALS:
                 self._refused.popitem(last=False)
-        return TriadError(ErrorCode.INVALID_REQUEST, problem, _field(asked))
+        return TriadError(ErrorCode.INVALID_REQUEST, problem, param)
 
     def _keep(self, asked: Asked, num_bytes: int) -> JsonGrammar:
         try:
             matcher, warning = compile_order(self._load_tokenizer(), asked)
         except SchemaRefused as refused:  # though it was not in the other process
             message = f"{_name(asked)} can't be enforced: {refused}"
-            raise TriadError(ErrorCode.INVALID_REQUEST, message, _field(asked)) from refused
+            raise TriadError(ErrorCode.INVALID_REQUEST, message, refused.param) from refused
         if warning is not None:
             logger.warning("%s", warning)
         with self._lock:
@@ -375,14 +398,9 @@ class GrammarCompiler:
         return JsonGrammar(matcher.deep_copy(), warning)
 
 
-def _field(asked: Asked) -> str:
-    if isinstance(asked, JsonFormat):
-        return _SCHEMA
-    return "bad_words" if asked.kind is GrammarKind.WITHOUT_WORDS else f"structured_outputs.{asked.kind}"
-
-
 def _name(asked: Asked) -> str:
-    return "the schema" if isinstance(asked, JsonFormat) else f"the form '{asked.kind}'"
+    form = asked.answer if isinstance(asked, AnswerGrammar) and not asked.tools else asked
+    return f"the form '{form.kind}'" if isinstance(form, GrammarFormat) else "the schema"
 
 
 def _digest(asked: Asked) -> bytes:

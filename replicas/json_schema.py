@@ -26,7 +26,14 @@ _OF_NAMES = frozenset({"properties", "patternProperties", "$defs", "definitions"
 """Keywords whose value has names for keys, and schemas for values."""
 _DATA = frozenset({"const", "enum", "default", "examples", "title", "description", "$comment"})
 """Keywords whose value has no schemas in it."""
-_OPTIONS = "x-guidance"
+OPTIONS = "x-guidance"
+"""The key under which llguidance takes options from a schema."""
+_ESCAPES = 'nrbtf\\"'
+"""Characters after a backslash; \\u is left out unless a string of the schema needs it, since a key could
+come again, spelled with it."""
+WHITESPACE = r" |\n {0,4}"
+"""The white space between two tokens of JSON, where there is any: a blank, or a line end with its indent.
+Where it is free a small model may go on with it for ever."""
 _CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 """Characters that JSON has no shorter escape for than \\u and their code."""
 _IN_PATTERN = re.compile(
@@ -40,7 +47,14 @@ _CONTROL_IN_PATTERN = re.compile(
 
 
 class SchemaRefused(Exception):
-    """A schema can't be enforced. The text says what of it, to follow "the schema can't be enforced: "."""
+    """A schema can't be enforced. The text says what of it, to follow "the schema can't be enforced: ".
+
+    param: the field of the request that has it, where there are several
+    """
+
+    def __init__(self, problem: str, param: str | None = None):
+        super().__init__(problem)
+        self.param = param
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +65,28 @@ class Enforceable:
     """JSON text."""
     has_controls: bool
     """True if its strings may have characters that are written with \\u."""
+
+    def options(self, whitespace: str, best_effort: bool) -> Any:
+        """The options under which llguidance is to compile it.
+
+        whitespace: a pattern of what may stand between the tokens of JSON
+        """
+        return {
+            "item_separator": ",",
+            "key_separator": ":",
+            "whitespace_pattern": whitespace,
+            "whitespace_flexible": True,
+            "lenient": best_effort,
+            "coerce_one_of": best_effort,
+            "json_allowed_escapes": _ESCAPES + "u" * self.has_controls,
+        }
+
+    def embedded(self, whitespace: str, best_effort: bool) -> str:
+        """The schema with its options in it, for a grammar that has it as a part."""
+        schema = json.loads(self.schema)
+        if isinstance(schema, bool):
+            schema = {} if schema else {"not": {}}
+        return json.dumps({**schema, OPTIONS: self.options(whitespace, best_effort)})
 
 
 def enforceable(text: str, best_effort: bool) -> Enforceable:
@@ -63,7 +99,7 @@ def enforceable(text: str, best_effort: bool) -> Enforceable:
     try:
         schema = json.loads(text)
         if isinstance(schema, dict):
-            schema.pop(_OPTIONS, None)  # no keyword of JSON Schema, so it has no meaning
+            schema.pop(OPTIONS, None)  # no keyword of JSON Schema, so it has no meaning
         _check_references(schema)
         for place, found in _schemas(schema, ""):
             for keyword in tuple(found):

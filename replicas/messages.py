@@ -2,10 +2,12 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Any
 
 from policies.modes import Mode
+from replicas.answer_forms import GrammarFormat, JsonFormat, ToolUse
 from replicas.errors import ErrorCode
 
 NUM_SEEDS = 2**63
@@ -15,48 +17,7 @@ NUM_SEEDS = 2**63
 class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
-
-
-@dataclass(frozen=True, slots=True)
-class JsonFormat:
-    """The order for a completion that is one JSON value which a schema allows."""
-
-    schema: str
-    """JSON text; properties come in its order."""
-    best_effort: bool = False
-    """If true, what of the schema can't be enforced is left out; otherwise it is an error."""
-    whitespace: str | None = None
-    """A pattern of the white space that may stand between tokens of JSON; None: one blank after each comma
-    and colon, and none elsewhere."""
-
-    @property
-    def decides_on_end(self) -> bool:
-        return True
-
-
-class GrammarKind(StrEnum):
-    REGEX = "regex"
-    CHOICE = "choice"
-    """A JSON list of strings, one of which the completion is."""
-    LARK = "grammar"
-    """A grammar in llguidance's dialect of Lark."""
-    STRUCTURAL_TAG = "structural_tag"
-    """JSON: text in which triggers begin structures that have a schema."""
-    WITHOUT_WORDS = "bad_words"
-    """A JSON list of strings, none of which the completion has."""
-
-
-@dataclass(frozen=True, slots=True)
-class GrammarFormat:
-    """The order for a completion of a form that is not one JSON schema."""
-
-    kind: GrammarKind
-    text: str
-
-    @property
-    def decides_on_end(self) -> bool:
-        """True if the completion ends where the form does; otherwise anywhere."""
-        return self.kind is not GrammarKind.WITHOUT_WORDS
+    TOOL_CALLS = "tool_calls"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +64,18 @@ class SamplingParams:
     """If true, the prompt's tokens are reported as well, with their log-probabilities; only with logprobs."""
     response_format: JsonFormat | GrammarFormat | None = None
     """The form that the completion is to have; None for any text."""
+    tools: ToolUse | None = None
+    """The tools that it may or must call; None for none."""
+
+    @property
+    def needs_grammar(self) -> bool:
+        return self.response_format is not None or self.tools is not None
+
+    @property
+    def form_decides_on_end(self) -> bool:
+        """True if the completion ends where its form or its calls do; otherwise anywhere."""
+        form = self.response_format
+        return self.tools is not None or (form is not None and form.decides_on_end)
 
     @property
     def has_penalties(self) -> bool:
@@ -125,6 +98,7 @@ _CAUSAL_FIELDS = {
     "repetition_penalty": 1.0,
     "logprobs": None,
     "response_format": None,
+    "tools": None,
 }
 
 
@@ -149,7 +123,11 @@ class DecodingOptions:
         return (self.block_length, self.threshold, self.max_steps) != (None, None, None)
 
 
-Prompt = tuple[Mapping[str, str], ...] | str | tuple[int, ...]
+Message = Mapping[str, Any]
+"""A chat message as templates take it: `role` and `content`, which are strings, and where it has them
+`name`, `reasoning_content`, `tool_call_id`, and `tool_calls`, each with `id`, `type` and `function`, whose
+`arguments` are an object."""
+Prompt = tuple[Message, ...] | str | tuple[int, ...]
 """Chat messages, text or token ids."""
 
 
@@ -243,11 +221,25 @@ class TextLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A piece of one call of a function."""
+
+    index: int
+    """The call's place among those of its choice."""
+    arguments: str = ""
+    """The next part of the arguments' JSON text."""
+    call_id: str | None = None
+    """Set, as is the name, on the first piece of a call alone."""
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """New committed text of one choice; never taken back."""
 
     request_id: str
     text: str
+    """Text of the answer itself."""
     num_tokens: int
     """Tokens taken since the last Delta; may be 0 when a held-back text comes free."""
     logprobs: tuple[TextLogprob, ...] = ()
@@ -260,6 +252,14 @@ class Delta:
     """The num_tokens tokens, where return_token_ids asks for them."""
     stop_reason: str | int | None = None
     """On the last Delta, the stop string or the token of stop_token_ids that ended the text, if one did."""
+    reasoning: str = ""
+    """Text that came between the model's marks of reasoning."""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+
+    @property
+    def has_news(self) -> bool:
+        """True if there is something to send besides the end."""
+        return bool(self.text or self.reasoning or self.tool_calls)
 
 
 def joined(deltas: Sequence[Delta]) -> Delta:
@@ -273,6 +273,23 @@ def joined(deltas: Sequence[Delta]) -> Delta:
         deltas[-1].reason,
         tuple(token for delta in deltas for token in delta.token_ids),
         deltas[-1].stop_reason,
+        "".join(delta.reasoning for delta in deltas),
+        _joined_calls([piece for delta in deltas for piece in delta.tool_calls]),
+    )
+
+
+def _joined_calls(pieces: Sequence[ToolCallDelta]) -> tuple[ToolCallDelta, ...]:
+    """The pieces, those of one call that follow one another as one."""
+    calls: list[ToolCallDelta] = []
+    arguments: list[list[str]] = []
+    for piece in pieces:
+        if calls and piece.name is None and piece.index == calls[-1].index:
+            arguments[-1].append(piece.arguments)
+        else:
+            calls.append(piece)
+            arguments.append([piece.arguments])
+    return tuple(
+        replace(call, arguments="".join(parts)) for call, parts in zip(calls, arguments, strict=True)
     )
 
 
@@ -322,6 +339,8 @@ class Finished:
     report: DecodingReport
     num_reused_tokens: int = 0
     """Prompt tokens that cost nothing, since their K/V was in the prefix cache from other requests."""
+    num_reasoning_tokens: int | None = None
+    """Completion tokens between marks of reasoning; None where the model has no such marks."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,10 @@ from typing import TypeVar
 from replicas.engine.grammar import Grammar
 from replicas.errors import ErrorCode, TriadError
 from replicas.grammar import Asked, GrammarCompiler, JsonGrammar
-from replicas.messages import GenerateRequest, Prompt
+from replicas.messages import GenerateRequest, Message, Prompt
+from replicas.request_state import is_chat
 from replicas.text import TextCodec
+from replicas.tools.output import OutputParser
 
 T = TypeVar("T")
 
@@ -35,6 +37,8 @@ class Prepared:
     """Token ids of each prompt."""
     grammars: Sequence[Grammar | None]
     """One for each choice of each prompt, by index."""
+    parsers: Sequence[OutputParser | None]
+    """What tells apart the text of each; None for one that is all answer."""
 
     @property
     def warning(self) -> str | None:
@@ -80,8 +84,11 @@ class Preparation:
         if self._is_closed:
             raise TriadError(ErrorCode.UNAVAILABLE, "the replica is shutting down")
         num_chars = sum(map(_num_chars, request.prompts))
-        if num_chars <= MAX_INLINE_CHARS and request.sampling.response_format is None:
-            return Prepared(self._encode(request), (None,) * request.num_indices)
+        if request.sampling.tools is not None:
+            num_chars += request.sampling.tools.num_chars
+        if num_chars <= MAX_INLINE_CHARS and not request.sampling.needs_grammar:
+            prompts = self._encode(request)
+            return Prepared(prompts, (None,) * request.num_indices, self._parsers(request, prompts))
         request_id = request.request_id
         if request_id in self._under_way:
             message = f"a request {request_id!r} is running already"
@@ -122,28 +129,50 @@ class Preparation:
             threads.close()
 
     async def _prepare(self, request: GenerateRequest, num_chars: int) -> Prepared:
-        wanted = request.sampling.response_format
+        self._codec.chats.check(request.sampling)
 
-        def work() -> tuple[list[list[int]], Sequence[Grammar | None] | None]:
+        def work() -> tuple[list[list[int]], Asked | None, Sequence[Grammar | None] | None]:
             # A schema that is known to be refused spares the prompts' encoding.
-            grammars = self._known(wanted, request.num_indices)
-            return self._encode(request), grammars
+            asked = self._asked(request)
+            grammars = self._known(asked, request.num_indices)
+            prompts = self._encode(request)
+            if self._begins_in_reasoning(request, prompts):
+                asked = self._asked(request, begins_in_reasoning=True)
+                grammars = self._known(asked, request.num_indices)
+            return prompts, asked, grammars
 
         threads = self._short if num_chars <= MAX_SHORT_CHARS else self._long
-        prompts, grammars = await threads.run(work)
+        prompts, asked, grammars = await threads.run(work)
         if grammars is None:
-            assert wanted is not None
-            grammars = await self._compiling.run(lambda: self._compile(wanted, request.num_indices))
-        return Prepared(prompts, grammars)
+            assert asked is not None
+            grammars = await self._compiling.run(lambda: self._compile(asked, request.num_indices))
+        return Prepared(prompts, grammars, self._parsers(request, prompts))
 
     def _encode(self, request: GenerateRequest) -> list[list[int]]:
-        most = request.truncate_prompt_tokens
+        tools, most = request.sampling.tools, request.truncate_prompt_tokens
+        max_tokens = self._max_context if most is None else None
+        prompts = [
+            self._codec.encode(prompt, max_tokens, request.template, tools) for prompt in request.prompts
+        ]
         if most is None:
-            encode = self._codec.encode
-            return [encode(prompt, self._max_context, request.template) for prompt in request.prompts]
+            return prompts
         if most < 0:
             most = max(1, self._max_context - (request.sampling.max_tokens or 1))
-        return [self._codec.encode(prompt, None, request.template)[-most:] for prompt in request.prompts]
+        return [prompt[-most:] for prompt in prompts]
+
+    def _asked(self, request: GenerateRequest, begins_in_reasoning: bool = False) -> Asked | None:
+        if is_chat(request.prompts[0]):
+            return self._codec.chats.grammar(request.sampling, begins_in_reasoning)
+        return request.sampling.response_format
+
+    def _begins_in_reasoning(self, request: GenerateRequest, prompts: list[list[int]]) -> bool:
+        return is_chat(request.prompts[0]) and self._codec.begins_in_reasoning(prompts[0])
+
+    def _parsers(self, request: GenerateRequest, prompts: list[list[int]]) -> Sequence[OutputParser | None]:
+        if not is_chat(request.prompts[0]):
+            return (None,) * request.num_indices
+        begins = self._codec.begins_in_reasoning(prompts[0])
+        return [self._codec.chats.parser(request.sampling, begins) for _ in range(request.num_indices)]
 
     def _known(self, wanted: Asked | None, count: int) -> Sequence[Grammar | None] | None:
         """The grammars of so many choices where they are known at once; None where it takes a compile."""
@@ -194,4 +223,9 @@ def _num_chars(prompt: Prompt) -> int:
     template."""
     if isinstance(prompt, str):
         return len(prompt)
-    return sum(1 if isinstance(part, int) else 50 + sum(map(len, part.values())) for part in prompt)
+    return sum(1 if isinstance(part, int) else 50 + _num_chars_in(part) for part in prompt)
+
+
+def _num_chars_in(message: Message) -> int:
+    texts = (value if isinstance(value, str) else repr(value) for value in message.values())
+    return sum(map(len, texts))

@@ -18,10 +18,18 @@ from jinja2 import TemplateSyntaxError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from replicas.answer_forms import ToolUse
 from replicas.errors import ErrorCode, TriadError, context_exceeded
-from replicas.messages import TEMPLATE_DEFAULTS, TemplateOptions
+from replicas.messages import TEMPLATE_DEFAULTS, Message, TemplateOptions
 from replicas.model.config import CheckpointError
 from replicas.prompt_length import chars_per_token, fewest_tokens
+from replicas.tools.prompts import (
+    for_template,
+    knows_tools,
+    spelled_out,
+    wants_short_ids,
+    with_short_ids,
+)
 
 _RESERVED = frozenset(inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters) | {
     "messages",
@@ -73,8 +81,10 @@ class PromptEncoder:
             for key, value in tokenizer.special_tokens_map.items()
             if isinstance(value, str)
         }
-        own = _own_template(tokenizer)
+        self.template = own = _own_template(tokenizer)
         self._template = None if own is None else self._known.sub(self._alias, own)
+        self._knows_tools = knows_tools(own)
+        self._shortens_ids = wants_short_ids(own)
         self._joins_names = False
         self._joins_names = self._template is not None and not self._agrees_with(tokenizer)
 
@@ -87,12 +97,14 @@ class PromptEncoder:
 
     def of_chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Message],
         max_tokens: int | None = None,
         options: TemplateOptions = TEMPLATE_DEFAULTS,
+        tools: ToolUse | None = None,
     ) -> list[int]:
         """The ids of a chat by its template, ready for the assistant's turn if `options` says nothing else.
 
+        tools: what the template is to tell of; one that knows no tools has them spelled out in messages.
         TriadError when the template refuses the messages, or they are too long, as of_text says.
         """
         if max_tokens is not None and len(messages) > max_tokens:
@@ -104,7 +116,12 @@ class PromptEncoder:
             raise TriadError(ErrorCode.INVALID_REQUEST, message, "messages")
         variables = self._checked(options.kwargs)
         try:
-            text = self._render([dict(message) for message in messages], options, variables)
+            if self._knows_tools:
+                shown = with_short_ids(messages) if self._shortens_ids else messages
+                variables |= {"tools": for_template(tools)}
+            else:
+                shown = spelled_out(messages, tools)
+            text = self._render([dict(message) for message in shown], options, variables)
         except Exception as error:  # the template is the checkpoint's own program and may raise anything
             said = _any_of(self._names).sub(lambda found: self._names[found[0]], str(error))
             message = f"the model's chat template refuses these messages: {said or type(error).__name__}"
@@ -134,7 +151,7 @@ class PromptEncoder:
             raise TriadError(ErrorCode.INVALID_REQUEST, message, param) from error
 
     def _render(
-        self, messages: list[dict[str, str]], options: TemplateOptions, variables: dict[str, Any]
+        self, messages: list[dict[str, Any]], options: TemplateOptions, variables: dict[str, Any]
     ) -> str:
         """Renders a chat to a text in which the template's control tokens have their aliases."""
         turn = {
@@ -152,7 +169,8 @@ class PromptEncoder:
         def masked(text: str) -> str:
             return self._known.sub(lambda found: stand_ins[found[0]], text)
 
-        text = _rendered(self._tokenizer, _mapped(masked, messages), **turn, **_mapped(masked, variables))
+        masked_variables = {name: _mapped(masked, value) for name, value in variables.items()}
+        text = _rendered(self._tokenizer, _mapped(masked, messages), **turn, **masked_variables)
         return _any_of(hidden).sub(lambda found: hidden[found[0]], self._known.sub(self._alias, text))
 
     def _alias(self, found: re.Match[str]) -> str:
@@ -189,19 +207,19 @@ def _own_template(tokenizer: PreTrainedTokenizerFast) -> str | None:
     return template
 
 
-def _rendered(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], **options: Any) -> str:
+def _rendered(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]], **options: Any) -> str:
     given = {"add_generation_prompt": True} | options
     return str(tokenizer.apply_chat_template(messages, tokenize=False, **given))
 
 
 def _mapped(change: Callable[[str], str], value: Any) -> Any:
-    """The value of JSON with each of its texts changed, but for names of members."""
+    """The value of JSON with each of its texts changed, names of members too."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list):
         return [_mapped(change, item) for item in value]
     if isinstance(value, dict):
-        return {name: _mapped(change, item) for name, item in value.items()}
+        return {change(name): _mapped(change, item) for name, item in value.items()}
     return value
 
 

@@ -1,5 +1,6 @@
 """The state that replicas.requests keeps of each request, and a step's events."""
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -20,6 +21,7 @@ from replicas.messages import (
 from replicas.text import TextCodec
 from replicas.text_stream import TextStream
 from replicas.timeline import Timeline
+from replicas.tools.output import OutputParser, Parsed
 
 
 @dataclass(slots=True)
@@ -31,6 +33,7 @@ class RequestState:
     num_prompt_tokens: int = 0
     num_reused_tokens: int = 0
     num_completion_tokens: int = 0
+    num_reasoning_tokens: int | None = None
     report: DecodingReport | None = None
 
     def count(self, choice: "ChoiceState", replica_id: str) -> None:
@@ -39,6 +42,9 @@ class RequestState:
         report = sequence.report(replica_id)
         self.report = report if self.report is None else self.report + report
         self.num_completion_tokens += sequence.num_completion_tokens
+        reasoned = choice.num_reasoning_tokens
+        if reasoned is not None:
+            self.num_reasoning_tokens = reasoned + (self.num_reasoning_tokens or 0)
         if choice.index % self.request.num_choices == 0:
             self.num_reused_tokens += sequence.num_reused
 
@@ -55,6 +61,7 @@ class RequestState:
             self.num_completion_tokens,
             self.report,
             self.num_reused_tokens,
+            self.num_reasoning_tokens,
         )
 
 
@@ -66,6 +73,8 @@ class ChoiceState:
     index: int
     sequence: Sequence
     text: TextStream
+    parser: OutputParser | None = None
+    """Tells its text apart; None where all of it is the answer."""
     unsent_ids: list[int] = field(default_factory=list)
     """Tokens that no Delta has told of yet."""
     unsent_text: str = ""
@@ -77,6 +86,14 @@ class ChoiceState:
     num_before: int = 0
     """Characters of the prompt before its own text."""
     timeline: Timeline | None = None
+
+    @property
+    def num_reasoning_tokens(self) -> int | None:
+        """Tokens of its reasoning; None where the model has no marks of any."""
+        if self.parser is None or not self.parser.has_marks:
+            return None
+        end = self.parser.reasoning_end
+        return self.text.num_tokens if end is None else bisect_left(self.text.starts, end)
 
     def take(self, made: Progress, codec: TextCodec, now_s: float) -> list[Delta]:
         """The Deltas that a step's tokens bring; the engine has had the stream accept them."""
@@ -127,16 +144,27 @@ class ChoiceState:
             released = len(self.unsent_logprobs)  # whoever scores counts tokens, not text
         logprobs, self.unsent_logprobs = self.unsent_logprobs[:released], self.unsent_logprobs[released:]
         request = self.request_state.request
+        parsed = self._parsed(text, is_last=reason is not None)
+        if reason is FinishReason.STOP and self.parser is not None and self.parser.ends_with_call:
+            reason = FinishReason.TOOL_CALLS
         return Delta(
             request.request_id,
-            text,
+            parsed.text,
             num_tokens,
             tuple(replace(entry, offset=entry.offset + self.num_before) for entry in logprobs),
             self.index,
             reason,
             tuple(ids) if request.return_token_ids else (),
             None if reason is None else self.text.stop_reason,
+            parsed.reasoning,
+            parsed.calls,
         )
+
+    def _parsed(self, text: str, is_last: bool) -> Parsed:
+        if self.parser is None:
+            return Parsed(text)
+        parsed = self.parser.push(text)
+        return parsed + self.parser.finish() if is_last else parsed
 
     def _note(self, made: Progress, codec: TextCodec, now_s: float) -> None:
         count = len(made.token_ids)

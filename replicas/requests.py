@@ -5,15 +5,14 @@ Belongs to the engine's thread (replicas.engine_thread): once that runs, nothing
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from collections.abc import Sequence as Seq
 from dataclasses import replace
 
 from policies.failures import Failures
 from replicas.engine.engine import Engine
-from replicas.engine.grammar import Grammar
 from replicas.engine.sequence import Progress
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import NUM_SEEDS, Event, GenerateRequest
+from replicas.preparation import Prepared
 from replicas.request_state import ChoiceState, Echo, Outbox, RequestState, choice_name, is_chat
 from replicas.text import TextCodec
 from replicas.timeline import Timeline
@@ -56,12 +55,9 @@ class RequestTable:
         """The ids of the requests that have not ended."""
         return tuple(self._states)
 
-    def submit(
-        self, request: GenerateRequest, prompts: Seq[list[int]], grammars: Seq[Grammar | None]
-    ) -> None:
+    def submit(self, request: GenerateRequest, prepared: Prepared) -> None:
         """Takes in all choices of a prepared request, or raises TriadError and takes in none.
 
-        prompts: token ids, one list a prompt. grammars: one a choice.
         Refuses one whose channel has closed meanwhile; a channel that closes from now on cancels it.
         """
         if not self._is_open(request.channel_id):
@@ -78,7 +74,7 @@ class RequestTable:
         state = RequestState(request)
         try:
             for index in range(request.num_indices):
-                self._submit_choice(state, index, prompts[index // request.num_choices], grammars[index])
+                self._submit_choice(state, index, prepared)
         except BaseException:
             self._drop(state)
             raise
@@ -131,15 +127,16 @@ class RequestTable:
                 self._fail(outbox, state, ErrorCode.INTERNAL, message)
         self._flush(outbox)
 
-    def _submit_choice(
-        self, state: RequestState, index: int, prompt_ids: list[int], grammar: Grammar | None
-    ) -> None:
+    def _submit_choice(self, state: RequestState, index: int, prepared: Prepared) -> None:
         request = state.request
+        prompt_ids, parser = prepared.prompts[index // request.num_choices], prepared.parsers[index]
         seed = (request.sampling.seed + index % request.num_choices) % NUM_SEEDS
         name = choice_name(state, index)
         prompt, sampling = request.prompts[index // request.num_choices], request.sampling
         continues_text = not is_chat(prompt) or request.template.continue_final_message
-        text = self._codec.completion(sampling, self._engine.spec.eos_token_ids, continues_text)
+        text = self._codec.completion(
+            sampling, self._engine.spec.eos_token_ids, continues_text, parser is not None
+        )
         sequence = self._engine.submit(
             name,
             prompt_ids,
@@ -147,11 +144,11 @@ class RequestTable:
             request.decoding,
             request.timeout_s,
             request.priority,
-            grammar,
+            prepared.grammars[index],
             text,
             cache_salt=request.cache_salt,
         )
-        choice = ChoiceState(state, index, sequence, text)
+        choice = ChoiceState(state, index, sequence, text, parser)
         if request.echo:
             choice.echoed = Echo.of(prompt, prompt_ids, self._codec)
         if self._on_timeline is not None:

@@ -52,7 +52,7 @@ class Replica:
 
         self._workers = None if config.tensor_parallel == 1 else Workers.start(config)
         runner = load_runner(config) if self._workers is None else self._workers.runner
-        codec = TextCodec.load(config.checkpoint)
+        codec = TextCodec.load(config.checkpoint, config.tool_parser, config.reasoning_parser)
         engine = Engine(runner, config)
         replica_id = serve.get_replica_context().replica_id.unique_id
         self._info = ModelInfo(

@@ -77,9 +77,7 @@ class ReplicaService:
             return Rejected(request.request_id, ErrorCode.UNAVAILABLE, message)
         try:
             prepared = await self._preparation.prepare(request)
-            await self._thread.call(
-                lambda: self._requests.submit(request, prepared.prompts, prepared.grammars)
-            )
+            await self._thread.call(lambda: self._requests.submit(request, prepared))
         except TriadError as error:
             return Rejected(request.request_id, error.code, error.message, error.param)
         told = tuple(map(tuple, prepared.prompts)) if request.return_token_ids else ()

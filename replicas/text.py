@@ -7,6 +7,7 @@ from collections.abc import Collection, Set
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from replicas.answer_forms import ToolUse
 from replicas.engine.batch import TokenLogprob
 from replicas.grammar import GrammarCompiler
 from replicas.messages import TEMPLATE_DEFAULTS, Prompt, SamplingParams, TemplateOptions, TextLogprob
@@ -16,16 +17,29 @@ from replicas.prompt_length import chars_per_token
 from replicas.prompts import PromptEncoder
 from replicas.text_stream import FIRST_MARK, TextStream
 from replicas.token_bytes import TokenBytes
+from replicas.tools.chats import ChatForm
+from replicas.tools.families import format_of
+from replicas.tools.reasoning import marks_of
+
+NUM_LAST = 16
+"""Tokens at a prompt's end in which the mark of reasoning's beginning may be."""
 
 
 class TextCodec:
     """A checkpoint's tokenizer and chat template.
 
-    control_ids: the model's ends of text and mask token, whatever the tokenizer says of them. Raises
-    CheckpointError for a tokenizer or a template that can't be used.
+    control_ids: the model's ends of text and mask token, whatever the tokenizer says of them. tool_parser,
+    reasoning_parser: as in replicas.config. Raises CheckpointError for a tokenizer or a template that can't
+    be used.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, control_ids: Collection[int] = ()):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        control_ids: Collection[int] = (),
+        tool_parser: str = "auto",
+        reasoning_parser: str = "auto",
+    ):
         self._backend: Tokenizer = tokenizer.backend_tokenizer
         raw = json.loads(self._backend.to_str())
         self._bytes = TokenBytes(self._backend, raw["decoder"])
@@ -35,9 +49,13 @@ class TextCodec:
         }
         longest_first = sorted(self._special_ids, key=len, reverse=True)
         self._special_names = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        template = self._prompts.template
+        self.chats = ChatForm(
+            format_of(template, tool_parser), marks_of(template, reasoning_parser), self._special_ids
+        )
 
     @classmethod
-    def load(cls, checkpoint: str) -> "TextCodec":
+    def load(cls, checkpoint: str, tool_parser: str = "auto", reasoning_parser: str = "auto") -> "TextCodec":
         """Loads the codec. Raises CheckpointError.
 
         checkpoint: a folder or a hub name
@@ -54,10 +72,14 @@ class TextCodec:
             raise CheckpointError(f"{folder}: the tokenizer can't be loaded: {error}") from error
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise CheckpointError(f"{checkpoint} has no tokenizer.json; a fast tokenizer is needed")
-        return cls(tokenizer, control_ids)
+        return cls(tokenizer, control_ids, tool_parser, reasoning_parser)
 
     def encode(
-        self, prompt: Prompt, max_tokens: int | None = None, template: TemplateOptions = TEMPLATE_DEFAULTS
+        self,
+        prompt: Prompt,
+        max_tokens: int | None = None,
+        template: TemplateOptions = TEMPLATE_DEFAULTS,
+        tools: ToolUse | None = None,
     ) -> list[int]:
         """Chat messages by the chat template, text with the tokenizer's own special tokens, ids as they are.
 
@@ -69,7 +91,14 @@ class TextCodec:
             return self._prompts.of_text(prompt, max_tokens)
         ids = [item for item in prompt if isinstance(item, int)]
         messages = [item for item in prompt if not isinstance(item, int)]
-        return self._prompts.of_chat(messages, max_tokens, template) if messages else ids
+        return self._prompts.of_chat(messages, max_tokens, template, tools) if messages else ids
+
+    def begins_in_reasoning(self, prompt_ids: list[int]) -> bool:
+        """True if a chat's prompt ends with the mark of reasoning's beginning, as some templates write it."""
+        if self.chats.reasoning is None:
+            return False
+        end = str(self._backend.decode(prompt_ids[-NUM_LAST:], skip_special_tokens=False))
+        return end.rstrip().endswith(self.chats.reasoning.begin)
 
     def grammars(self, vocab_size: int, eos_token_ids: Set[int]) -> GrammarCompiler:
         """A compiler for structured output in this tokenizer's tokens.
@@ -93,6 +122,7 @@ class TextCodec:
         stop_token_ids: Collection[int] = (),
         includes_stop: bool = False,
         shown_special_ids: Set[int] = frozenset(),
+        shows_tags: bool = False,
     ) -> TextStream:
         """A stream for the text of one completion.
 
@@ -101,8 +131,10 @@ class TextCodec:
         stop_token_ids: tokens that end the text
         includes_stop: the text has what ended it
         shown_special_ids: control tokens whose names the text has
+        shows_tags: the characters of `chats.shown` stand in the text where their control tokens come
         """
-        marks: dict[int, str] = {}
+        tags = self.chats.shown if shows_tags else {}
+        marks: dict[int, str] = dict(tags)
 
         def mark(found: re.Match[str]) -> str:
             return marks.setdefault(self._special_ids[found[0]], chr(FIRST_MARK + len(marks)))
@@ -116,15 +148,20 @@ class TextCodec:
             continues_text,
             frozenset(stop_token_ids),
             includes_stop,
-            shown_special_ids,
+            shown_special_ids - tags.keys(),
+            tags.keys(),
         )
 
     def completion(
-        self, sampling: SamplingParams, eos_token_ids: Set[int], continues_text: bool
+        self,
+        sampling: SamplingParams,
+        eos_token_ids: Set[int],
+        continues_text: bool,
+        shows_tags: bool = False,
     ) -> TextStream:
         """A stream for the text of a completion that is sampled so.
 
-        continues_text: as stream() has it
+        continues_text, shows_tags: as stream() has them
         """
         shown: Set[int] = frozenset()
         if sampling.shows_special_tokens:
@@ -137,6 +174,7 @@ class TextCodec:
             stop_token_ids=sampling.stop_token_ids,
             includes_stop=sampling.includes_stop,
             shown_special_ids=shown,
+            shows_tags=shows_tags,
         )
 
     def logprob(self, made: TokenLogprob, offset: int, is_first: bool = False) -> TextLogprob:

@@ -5,8 +5,8 @@ import re
 
 from llguidance import LLMatcher, StructTag
 
+from replicas.answer_forms import GrammarFormat, GrammarKind
 from replicas.json_schema import SchemaRefused, enforceable
-from replicas.messages import GrammarFormat, GrammarKind
 
 _TEXT = "start: TEXT\nTEXT: "
 
@@ -25,6 +25,14 @@ def grammar_text(asked: GrammarFormat) -> str:
             return _lark(f"{_TEXT}/(?s:.*)/ & ~/(?s:.*)({words})(?s:.*)/")
         case GrammarKind.LARK:
             return _lark(asked.text)
+
+
+def lark_text(asked: GrammarFormat) -> str:
+    """The grammar of an order in Lark, for a grammar that has it as a part. SchemaRefused as above."""
+    grammar = grammar_text(asked)
+    if asked.kind is GrammarKind.REGEX:
+        grammar = json.loads(grammar)["grammars"][0]["lark_grammar"]
+    return grammar
 
 
 def _lark(text: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Set
 from replicas.token_bytes import TokenBytes
 
 FIRST_MARK = 0xD800
-"""The first of the surrogates that stand for control tokens a stop string names; no decoded text has them."""
+"""The first of the surrogates that stand for control tokens; no decoded text has them."""
 
 
 class TextStream:
@@ -18,7 +18,8 @@ class TextStream:
     byte that can't begin one. Text is held back while it may be the beginning of a stop string or of a
     character whose bytes are not all there. The text ends before the stop string that is complete first; one
     that is complete with the first min_tokens tokens does not count. A stop string may name control tokens
-    (marks: what stands for which in `stop`), as in '<|end|>', though they are not in the text.
+    (marks: what stands for which in `stop`), as in '<|end|>', though they are not in the text, but for the
+    marks of shown_mark_ids, each of which is a character of it.
 
     starts: for each token taken in, through the one that completed a stop, how many characters of decoded
     text came before its own. first: the index of the token at the text's beginning, where SentencePiece has a
@@ -36,11 +37,13 @@ class TextStream:
         stop_token_ids: Set[int] = frozenset(),
         includes_stop: bool = False,
         shown_special_ids: Set[int] = frozenset(),
+        shown_mark_ids: Set[int] = frozenset(),
     ):
         self._bytes = token_bytes
         self._stop = stop
         self._marks = marks
-        self._unmarked = dict.fromkeys(map(ord, marks.values()))
+        self._unmarked = {ord(mark): None for token, mark in marks.items() if token not in shown_mark_ids}
+        self._shown_mark_ids = shown_mark_ids
         self._min_tokens = min_tokens
         self._stop_token_ids = stop_token_ids
         self._includes_stop = includes_stop
@@ -124,7 +127,7 @@ class TextStream:
         if token_id in self._bytes.special_ids and token_id not in self._shown_special_ids:
             self.starts.append(self._num_decoded)
             mark = self._marks.get(token_id)
-            return "" if mark is None else self._release(mark, 0)
+            return "" if mark is None else self._release(mark, int(token_id in self._shown_mark_ids))
         if self._is_beginning:
             self._is_beginning = False
             self.first = self.num_tokens
@@ -171,8 +174,8 @@ class TextStream:
         return begin, end, form
 
     def _visible(self, text: str) -> str:
-        """The part of a decoded text without marks; counts it as given out."""
-        if self._marks:
+        """The part of a decoded text without marks but those shown; counts it as given out."""
+        if self._unmarked:
             text = text.translate(self._unmarked)
         self.num_released += len(text)
         return text

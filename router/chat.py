@@ -7,6 +7,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from router.fields import NoList, Strict, Text, Unsupported, conflict
+from router.tools import MAX_ID_LEN, FunctionCall, ToolCalls, calls_for_template
 
 MAX_TEMPLATE_KWARGS_LEN = 16 * 1024
 
@@ -39,7 +40,7 @@ def _text(value: Any) -> Any:
 class Message(Strict):
     """One message; an answer's can be sent back as it came."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[
         Text | None, BeforeValidator(_text, json_schema_input_type=Text | list[dict[str, Any]] | None)
     ] = None
@@ -48,10 +49,10 @@ class Message(Strict):
     reasoning_content: Text | None = None
     reasoning: Text | None = None
     """vLLM's newer name for reasoning_content."""
+    tool_calls: ToolCalls = None
+    function_call: FunctionCall | None = None
+    tool_call_id: Annotated[Text, Field(min_length=1, max_length=MAX_ID_LEN)] | None = None
     audio: Unsupported = None
-    function_call: Unsupported = None
-    tool_call_id: Unsupported = None
-    tool_calls: NoList = None
     annotations: NoList = None
 
     @model_validator(mode="after")
@@ -60,20 +61,42 @@ class Message(Strict):
             raise conflict("content", f"A message of role '{self.role}' has a content")
         return self
 
-    def for_template(self) -> dict[str, str]:
-        """The message as chat templates know it: OpenAI renamed `system` to `developer`, they did not."""
+    @model_validator(mode="after")
+    def _calls_or_answers_by_its_role(self) -> Self:
+        for field in ("tool_calls", "function_call"):
+            if getattr(self, field) is not None and self.role != "assistant":
+                raise conflict(field, "only messages of the assistant have calls")
+        calls_for_template(self.tool_calls, self.function_call)
+        if self.role == "tool" and self.tool_call_id is None:
+            raise conflict("tool_call_id", "a tool's result names the call that it answers")
+        if self.role != "tool" and self.tool_call_id is not None:
+            raise conflict("tool_call_id", "only a tool's result answers a call; its role is 'tool'")
+        if self.role == "function" and self.name is None:
+            raise conflict("name", "a function's result names the function")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates know it: OpenAI renamed `system` to `developer`, and `function` to
+        `tool`; they know the one's old name and the other's new one."""
         content = self.refusal if self.content is None else self.content
-        message = {"role": "system" if self.role == "developer" else self.role, "content": content or ""}
-        reasoning = self.reasoning_content or self.reasoning
-        return message | {
-            key: value
-            for key, value in (("name", self.name), ("reasoning_content", reasoning))
-            if value is not None
+        role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
+        optional = {
+            "name": self.name,
+            "reasoning_content": self.reasoning_content or self.reasoning,
+            "tool_call_id": self.name if self.role == "function" else self.tool_call_id,
         }
+        message = {"role": role, "content": content or ""}
+        message |= {key: value for key, value in optional.items() if value is not None}
+        return message | calls_for_template(self.tool_calls, self.function_call)
 
     @property
     def num_chars(self) -> int:
-        return 1 + sum(map(len, self.for_template().values()))
+        functions = [call.function for call in self.tool_calls or ()]
+        if self.function_call is not None:
+            functions.append(self.function_call)
+        texts = (value for value in self.for_template().values() if isinstance(value, str))
+        calls = sum(len(function.name + function.arguments) for function in functions)
+        return 1 + sum(map(len, texts)) + calls
 
 
 def _as_json(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -7,15 +7,8 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from replicas.messages import (
-    NUM_SEEDS,
-    DecodingOptions,
-    GrammarFormat,
-    GrammarKind,
-    JsonFormat,
-    SamplingParams,
-    TemplateOptions,
-)
+from replicas.answer_forms import GrammarFormat, GrammarKind, JsonFormat
+from replicas.messages import NUM_SEEDS, DecodingOptions, SamplingParams, TemplateOptions
 from router.decoding import Decoding
 from router.fields import (
     INTEGRAL,

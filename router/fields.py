@@ -1,5 +1,6 @@
 """Parts of fields: their kinds, their ranges, and how a fault in one is told."""
 
+import json
 from typing import Annotated, Any
 
 from pydantic import (
@@ -41,6 +42,17 @@ class Neutral:
         return {"enum": [*self._values, None]}
 
 
+def replaced(newer: str, value: Any) -> AfterValidator:
+    """Accepts null and the given value of a field in whose place another has come."""
+
+    def check(sent: Any) -> None:
+        if sent is not None and not _same(sent, value):
+            message = "OpenAI has replaced it; send '{newer}'."
+            raise PydanticCustomError("unsupported_parameter", message, {"newer": newer})
+
+    return AfterValidator(check)
+
+
 def _same(value: Any, known: Any) -> bool:
     """True for equal values, where 1.0 is 1 but true isn't."""
     if isinstance(value, bool) or isinstance(known, bool):
@@ -73,6 +85,19 @@ def integral(value: Any) -> Any:
 INTEGRAL = BeforeValidator(integral)
 Count = Annotated[int, Field(ge=0, le=MAX_INT32), INTEGRAL]
 PositiveCount = Annotated[int, Field(ge=1, le=MAX_INT32), INTEGRAL]
+
+
+def json_len(value: Any, what: str) -> int:
+    """The bytes of a value's JSON. Raises PydanticCustomError for what is none, though Python takes it."""
+    try:
+        return len(json.dumps(value, allow_nan=False, ensure_ascii=False).encode())
+    except RecursionError:
+        raise PydanticCustomError("schema", "{what} is nested too deeply", {"what": what}) from None
+    except UnicodeEncodeError:
+        raise PydanticCustomError("schema", "{what} has a lone surrogate", {"what": what}) from None
+    except ValueError as error:  # a number that overflows, or has thousands of digits
+        message = "{what} can't be written as JSON: {error}"
+        raise PydanticCustomError("schema", message, {"what": what, "error": str(error)}) from None
 
 
 def at_most(most: int) -> BeforeValidator:

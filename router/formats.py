@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from replicas.messages import GrammarFormat, GrammarKind, JsonFormat
-from router.fields import Strict, Text, at_most, conflict
+from replicas.answer_forms import GrammarFormat, GrammarKind, JsonFormat
+from router.fields import Strict, Text, at_most, conflict, json_len
 
 MAX_SCHEMA_LEN = 64 * 1024
 MAX_REGEX_LEN = 16 * 1024
@@ -24,18 +24,9 @@ _BLANKS = re.compile(
 ANY_OBJECT = '{"type": "object"}'
 
 
-def _sendable(schema: dict[str, Any]) -> dict[str, Any]:
+def sendable(schema: dict[str, Any]) -> dict[str, Any]:
     """The schema, if short enough and fit to be sent on: Python takes more for JSON than JSON is."""
-    try:
-        length = len(json.dumps(schema, allow_nan=False, ensure_ascii=False).encode())
-    except RecursionError:
-        raise PydanticCustomError("schema", "The schema is nested too deeply") from None
-    except UnicodeEncodeError:
-        raise PydanticCustomError("schema", "The schema has a lone surrogate") from None
-    except ValueError as error:  # a number that overflows, or has thousands of digits
-        message = "The schema can't be written as JSON: {error}"
-        raise PydanticCustomError("schema", message, {"error": str(error)}) from None
-    if length > MAX_SCHEMA_LEN:
+    if json_len(schema, "The schema") > MAX_SCHEMA_LEN:
         raise PydanticCustomError("schema", "A schema has at most {most} bytes", {"most": MAX_SCHEMA_LEN})
     return schema
 
@@ -52,7 +43,7 @@ class JsonSchemaFormat(Strict):
     @field_validator("schema_")
     @classmethod
     def _is_json(cls, schema: dict[str, Any]) -> dict[str, Any]:
-        return _sendable(schema)
+        return sendable(schema)
 
 
 class ResponseFormat(Strict):
@@ -73,7 +64,7 @@ class ResponseFormat(Strict):
 
 class Structure(Strict):
     begin: Annotated[Text, Field(min_length=1, max_length=256)]
-    schema_: Annotated[dict[str, Any], Field(alias="schema"), AfterValidator(_sendable)]
+    schema_: Annotated[dict[str, Any], Field(alias="schema"), AfterValidator(sendable)]
     end: Annotated[Text, Field(max_length=256)] = ""
 
 
@@ -107,7 +98,7 @@ class StructuredOutputs(Strict):
     """vLLM's orders for the form of an answer, one of which is given."""
 
     json_: Annotated[
-        Annotated[dict[str, Any], AfterValidator(_sendable)] | None, Field(alias="json"), LOADED
+        Annotated[dict[str, Any], AfterValidator(sendable)] | None, Field(alias="json"), LOADED
     ] = None
     json_object: bool | None = None
     regex: Annotated[Text, Field(min_length=1, max_length=MAX_REGEX_LEN)] | None = None

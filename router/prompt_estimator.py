@@ -1,5 +1,7 @@
 """Estimates of a request for placement and admission, made of text since there are no tokens yet."""
 
+import json
+
 from replicas.errors import context_exceeded
 from replicas.messages import Finished, GenerateRequest, ModelInfo, Prompt
 from router.placement import PlacementRequest
@@ -21,7 +23,7 @@ class PromptEstimator:
 
     def keys(self, request: GenerateRequest) -> tuple[int, ...]:
         """The prefix keys of the request's first prompt."""
-        return prefix_keys(_content(request.prompts[0]), request.cache_salt)
+        return prefix_keys(_content_of(request, request.prompts[0]), request.cache_salt)
 
     def placement_request(
         self, request: GenerateRequest, keys: tuple[int, ...], num_prompt_tokens: int, now_s: float
@@ -30,14 +32,14 @@ class PromptEstimator:
 
     def prompt_lens(self, request: GenerateRequest) -> list[int]:
         """The length of each prompt in tokens, an estimate but for those that are token ids."""
-        return [self._num_tokens(_content(prompt)) for prompt in request.prompts]
+        return [self._num_tokens(_content_of(request, prompt)) for prompt in request.prompts]
 
     def sent(self, keys: tuple[int, ...], replica_id: str, now_s: float) -> None:
         self._prefixes.sent(keys, replica_id, now_s)
 
     def finished(self, request: GenerateRequest, event: Finished) -> None:
         """Learns the length of tokens from a prompt that the replica has counted."""
-        contents = [_content(prompt) for prompt in request.prompts]
+        contents = [_content_of(request, prompt) for prompt in request.prompts]
         num_chars = sum(len(content) for content in contents if isinstance(content, str))
         num_tokens = event.num_prompt_tokens - sum(
             len(content) for content in contents if not isinstance(content, str)
@@ -78,6 +80,14 @@ def _least_chars(prompt: Prompt) -> int:
     return sum(len(item["content"].strip()) for item in messages if item["role"] == "user")
 
 
+def _content_of(request: GenerateRequest, prompt: Prompt) -> str | tuple[int, ...]:
+    """A prompt's content with the tools before it, where templates have them."""
+    content, use = _content(prompt), request.sampling.tools
+    if use is None or not isinstance(content, str):
+        return content
+    return "".join(f"{tool.name} {tool.description} {tool.parameters}\n" for tool in use.tools) + content
+
+
 def _content(prompt: Prompt) -> str | tuple[int, ...]:
     """A prompt's text, or ids, messages in a row; what the chat template adds is the same for all."""
     if isinstance(prompt, str):
@@ -89,4 +99,6 @@ def _content(prompt: Prompt) -> str | tuple[int, ...]:
             ids.append(item)
         else:
             parts += (item["role"], "\n", item["content"], "\n")
+            if "tool_calls" in item:
+                parts += (json.dumps(item["tool_calls"]), "\n")
     return tuple(ids) if ids else "".join(parts)

@@ -5,24 +5,28 @@ otherwise an error that names it. OpenAI's hints are taken without effect; docs/
 """
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Any, Self
 
 from pydantic import FailFast, Field, PlainValidator, model_validator
 
-from replicas.messages import Prompt, TemplateOptions
+from replicas.answer_forms import GrammarFormat, ToolUse
+from replicas.messages import Prompt, SamplingParams, TemplateOptions
 from router.chat import Message, ReasoningEffort, TemplateKwargs
 from router.completion import MAX_CHOICES, Completion, Hint
 from router.fields import (
     INTEGRAL,
     Count,
     Neutral,
-    NoList,
     PositiveCount,
     TextPrompt,
     Unsupported,
     conflict,
     prompts,
+    replaced,
 )
+from router.tools import ToolChoice, Tools, tool_use
 
 MAX_MESSAGES = 4096
 MAX_CHAT_LOGPROBS = 20
@@ -43,11 +47,11 @@ class ChatCompletionRequest(Completion):
 
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_CHAT_LOGPROBS), INTEGRAL] | None = None
-    tools: NoList = None
-    tool_choice: Annotated[Any, Neutral("none")] = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    functions: NoList = None
-    function_call: Annotated[Any, Neutral("none")] = None
+    functions: Annotated[Any, replaced("tools", [])] = None
+    function_call: Annotated[Any, replaced("tool_choice", "none")] = None
     modalities: Annotated[Any, Neutral(["text"])] = None
     audio: Unsupported = None
     prediction: Hint = None
@@ -76,6 +80,19 @@ class ChatCompletionRequest(Completion):
             )
         return self
 
+    @model_validator(mode="after")
+    def _tools_fit(self) -> Self:
+        field, form = self.form
+        if self.tool_use() is not None and isinstance(form, GrammarFormat):
+            raise conflict(field, "does not go with tools; leave one out")
+        return self
+
+    def tool_use(self) -> ToolUse | None:
+        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+    def sampling(self, draw_seed: Callable[[], int]) -> SamplingParams:
+        return replace(super().sampling(draw_seed), tools=self.tool_use())
+
     @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
@@ -91,7 +108,8 @@ class ChatCompletionRequest(Completion):
 
     @property
     def num_prompt_chars(self) -> int:
-        return sum(message.num_chars for message in self.messages)
+        use = self.tool_use()
+        return sum(message.num_chars for message in self.messages) + (0 if use is None else use.num_chars)
 
     @property
     def template(self) -> TemplateOptions:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from replicas.errors import TriadError
-from replicas.messages import DecodingReport, Delta, Finished, FinishReason, TextLogprob
+from replicas.messages import DecodingReport, Delta, Finished, FinishReason, TextLogprob, ToolCallDelta
 from router.errors import encode, triad_error_body
 
 DONE = b"data: [DONE]\n\n"
@@ -58,7 +58,10 @@ class Counts:
 
 def usage(finished: Finished) -> dict[str, Any]:
     counts = Counts(finished.num_prompt_tokens, finished.num_completion_tokens)
-    return counts.usage() | {"prompt_tokens_details": {"cached_tokens": finished.num_reused_tokens}}
+    found = counts.usage() | {"prompt_tokens_details": {"cached_tokens": finished.num_reused_tokens}}
+    if finished.num_reasoning_tokens is not None:
+        found["completion_tokens_details"] = {"reasoning_tokens": finished.num_reasoning_tokens}
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +109,7 @@ class Answer(ABC):
     def shows(self, delta: Delta) -> bool:
         """True if the new text of a choice, or its new tokens, are worth a chunk."""
         shows_tokens = self.shows_each_delta or self.shows_token_ids
-        return bool(delta.text) or (shows_tokens and delta.num_tokens > 0)
+        return delta.has_news or bool(delta.logprobs) or (shows_tokens and delta.num_tokens > 0)
 
     def end(self, last: Delta, so_far: Counts) -> bytes:
         """The last chunk of a choice that others outlast."""
@@ -215,7 +218,7 @@ class ChatAnswer(Answer):
         return b"".join(chunks + [self._chunk(other, so_far) for other in others])
 
     def delta(self, delta: Delta, so_far: Counts) -> bytes:
-        choice = _chat_chunk(delta.index, {"content": delta.text}, self._asked_logprobs(delta))
+        choice = _chat_chunk(delta.index, _chat_delta(delta), self._asked_logprobs(delta))
         return self._chunk(choice | self._token_ids(delta), so_far)
 
     def whole(self, choices: Sequence[Delta], finished: Finished) -> dict[str, Any]:
@@ -229,7 +232,7 @@ class ChatAnswer(Answer):
     def _choice(self, whole: Delta) -> dict[str, Any]:
         return {
             "index": whole.index,
-            "message": {"role": "assistant", "content": whole.text, "refusal": None},
+            "message": _chat_message(whole),
             "logprobs": self._asked_logprobs(whole),
             "finish_reason": whole.reason,
             **_stop_reason(whole),
@@ -309,9 +312,39 @@ def _empty_text(index: int) -> dict[str, Any]:
     return {"index": index, "text": "", "logprobs": None, "finish_reason": None}
 
 
+def _chat_delta(delta: Delta) -> dict[str, Any]:
+    found: dict[str, Any] = _reasoning(delta)
+    if delta.text or not delta.has_news:
+        found["content"] = delta.text
+    if delta.tool_calls:
+        found["tool_calls"] = [{"index": call.index} | _tool_call(call) for call in delta.tool_calls]
+    return found
+
+
+def _chat_message(whole: Delta) -> dict[str, Any]:
+    content = whole.text if whole.text or not whole.has_news else None
+    message = {"role": "assistant", "content": content, "refusal": None} | _reasoning(whole)
+    if whole.tool_calls:
+        message["tool_calls"] = [_tool_call(call) for call in whole.tool_calls]
+    return message
+
+
+def _reasoning(delta: Delta) -> dict[str, Any]:
+    """The reasoning under both names that clients read."""
+    return {"reasoning_content": delta.reasoning, "reasoning": delta.reasoning} if delta.reasoning else {}
+
+
+def _tool_call(call: ToolCallDelta) -> dict[str, Any]:
+    """A call, or a piece of one; the first piece names it."""
+    if call.name is None:
+        return {"function": {"arguments": call.arguments}}
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.call_id, "type": "function", "function": function}
+
+
 def _chat_chunk(
     index: int,
-    delta: Mapping[str, str],
+    delta: Mapping[str, Any],
     logprobs: dict[str, Any] | None = None,
     reason: FinishReason | None = None,
 ) -> dict[str, Any]:

@@ -53,8 +53,13 @@ def _masks(sequence: Sequence, draft: Seq[int]) -> tuple[bytes, ...]:
     try:
         return sequence.grammar.masks(draft)
     except GrammarFailed as error:
-        sequence.failure = f"the grammar of response_format can't go on: {error}"
+        sequence.failure = f"the grammar of {_origin(sequence)} can't go on: {error}"
     except Exception as error:
         logger.exception("the grammar of request %s raised", sequence.request_id)
-        sequence.failure = f"the grammar of response_format can't go on ({type(error).__name__})"
+        sequence.failure = f"the grammar of {_origin(sequence)} can't go on ({type(error).__name__})"
     return ()
+
+
+def _origin(sequence: Sequence) -> str:
+    """The name of the field that asked for the grammar."""
+    return "response_format" if sequence.sampling.tools is None else "tools"

@@ -124,7 +124,8 @@ class Engine:
 
         text: follows its completion from the beginning on, and says where a stop string ends it.
         cache_salt: its prompt's pages are shared with requests of the same one alone.
-        grammar: follows sampling.response_format from its beginning on; the sequence owns it from here on.
+        grammar: follows sampling's response_format or tools from its beginning on; the sequence owns it from
+            here on.
         priority: lower goes first. A level is worth PRIORITY_S of waiting, so nobody waits for ever.
         """
         self._check(request_id, prompt_ids, sampling, decoding)
@@ -248,10 +249,12 @@ class Engine:
             raise TriadError(ErrorCode.INVALID_REQUEST, "max_tokens must be at least 0", "max_tokens")
         if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
             raise TriadError(ErrorCode.INVALID_REQUEST, "min_tokens is above max_tokens", "min_tokens")
-        form = sampling.response_format
-        if form is not None and (sampling.ignore_eos or (sampling.min_tokens and form.decides_on_end)):
+        if sampling.needs_grammar and (
+            sampling.ignore_eos or (sampling.min_tokens and sampling.form_decides_on_end)
+        ):
             field = "ignore_eos" if sampling.ignore_eos else "min_tokens"
-            message = f"{field} does not go with a form of the answer, which decides on its end; leave it out"
+            decider = "a form of the answer" if sampling.tools is None else "tools"
+            message = f"{field} does not go with {decider}, which decides on the end; leave it out"
             raise TriadError(ErrorCode.INVALID_REQUEST, message, field)
         if len(prompt_ids) >= context:
             raise context_exceeded(context, f"has {len(prompt_ids)} input tokens", "prompt")

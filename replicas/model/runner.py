@@ -273,7 +273,7 @@ def _failure(segment: Segment) -> str:
         "repetition_penalty": sampling.repetition_penalty != 1.0,
         "logit_bias": sampling.logit_bias,
         "min_tokens": sampling.min_tokens,
-        "response_format": segment.allowed,
+        "tools" if sampling.tools is not None else "response_format": segment.allowed,
     }
     rules = ", ".join(name for name, acts in acting.items() if acts)
     if not rules:

@@ -67,6 +67,8 @@ def test_what_is_configured_arrives():
         max_waiting_tokens=700,
         max_queue_s=8.0,
         shared_prefix_cache=True,
+        tool_parser="mistral",
+        reasoning_parser="think",
         max_body_bytes=5000,
         num_gpus=1,
         drain_timeout_s=77,
@@ -85,6 +87,7 @@ def test_what_is_configured_arrives():
         4,
     )
     assert given.forward == "torch"
+    assert (given.tool_parser, given.reasoning_parser) == ("mistral", "think")
     assert (given.page_size, given.kv_cache_mb, given.max_running) == (32, 99, 5)
     assert (given.max_step_tokens, given.max_waiting) == (256, 6)
     ingress = argument(found["Ingress"])

@@ -80,20 +80,51 @@ async def test_the_openai_client_works_unchanged(server: Host) -> None:
     assert completion.usage.completion_tokens <= 5
     (model,) = [model async for model in client.models.list()]
     assert model.id == MODEL
-    with pytest.raises(openai.BadRequestError, match="tools"):
-        await client.chat.completions.create(
-            model=MODEL,
-            messages=messages,
-            tools=[{"type": "function", "function": {"name": "f"}}],
-        )
+    with pytest.raises(openai.BadRequestError, match="functions"):
+        await client.chat.completions.create(model=MODEL, messages=messages, functions=[{"name": "f"}])
     with pytest.raises(openai.NotFoundError):
         await client.chat.completions.create(model="gpt", messages=messages)
+
+
+async def test_a_forced_call_is_the_same_in_every_lossless_mode_streamed_or_not(server: Host) -> None:
+    client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    unit = {
+        "type": "object",
+        "properties": {"unit": {"enum": ["C", "F"]}},
+        "required": ["unit"],
+        "additionalProperties": False,
+    }
+    tool = {"type": "function", "function": {"name": "weather", "parameters": unit}}
+    found = []
+    for mode in ("ar", "self_speculation", "auto"):
+        body = {
+            "model": MODEL,
+            "messages": [{"role": "user", "content": PROMPT}],
+            "tools": [tool],
+            "tool_choice": "required",
+            "parallel_tool_calls": False,
+            "temperature": 0,
+            "extra_body": {"decoding": {"mode": mode, "lossless": mode == "auto"}},
+        }
+        whole = await client.chat.completions.create(**body)
+        (call,) = whole.choices[0].message.tool_calls
+        assert whole.choices[0].finish_reason == "tool_calls"
+        pieces = [
+            piece.function
+            async for chunk in await client.chat.completions.create(**body, stream=True)
+            for piece in chunk.choices[0].delta.tool_calls or []
+        ]
+        assert "".join(piece.name or "" for piece in pieces) == call.function.name == "weather"
+        assert "".join(piece.arguments for piece in pieces) == call.function.arguments
+        found.append(call.function.arguments)
+    assert json.loads(found[0])["unit"] in ("C", "F")
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize(
     ("body", "param", "code"),
     [
-        (chat(PROMPT, tools=[{"type": "function"}]), "tools", "unsupported_parameter"),
+        (chat(PROMPT, audio={"voice": "x"}), "audio", "unsupported_parameter"),
         (chat(PROMPT, tempersture=1), "tempersture", "unknown_parameter"),
         (chat(PROMPT, temperature=9), "temperature", "invalid_value"),
         (chat(PROMPT, decoding={"mode": "ar", "block_length": 8}), "decoding.block_length", "invalid_value"),

@@ -5,8 +5,8 @@ import os
 import time
 from collections.abc import Callable
 
+from replicas.answer_forms import JsonFormat
 from replicas.grammar import Verdict, Vocabulary, prover
-from replicas.messages import JsonFormat
 
 
 def stack_bytes() -> int:

@@ -29,6 +29,7 @@ from replicas.messages import (
     Rejected,
     SamplingParams,
 )
+from replicas.preparation import Prepared
 from replicas.service import ReplicaService
 from replicas.timeline import Timeline
 from tests.replicas.codec import byte_codec
@@ -195,7 +196,9 @@ async def test_a_channel_that_closes_while_a_request_is_made_ready_leaves_no_orp
         asked = request("a")
         await stream.aclose()
         with pytest.raises(TriadError, match="has closed") as caught:
-            await service._thread.call(lambda: service._requests.submit(asked, [[5, 6]], [None]))
+            await service._thread.call(
+                lambda: service._requests.submit(asked, Prepared([[5, 6]], [None], [None]))
+            )
         assert caught.value.code is ErrorCode.UNAVAILABLE
         assert (await settled(service)).num_in_flight == 0
         assert runner.num_asked == 0

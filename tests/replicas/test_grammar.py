@@ -11,13 +11,14 @@ import pytest
 
 import replicas
 from policies.modes import DecodePlan, Mode
+from replicas.answer_forms import JsonFormat
 from replicas.config import EngineConfig
 from replicas.engine.engine import Engine
 from replicas.engine.grammar import Grammar, GrammarFailed
 from replicas.engine.sequence import Progress, Sequence
 from replicas.errors import ErrorCode, TriadError
 from replicas.grammar import MAX_CACHED, GrammarCompiler, JsonGrammar
-from replicas.messages import DecodingOptions, FinishReason, JsonFormat, SamplingParams
+from replicas.messages import DecodingOptions, FinishReason, SamplingParams
 from replicas.model.runner import TorchRunner
 from replicas.text import TextCodec
 from tests.replicas.engine.scripted import ScriptedRunner, naive_ar

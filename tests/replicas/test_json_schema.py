@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from replicas.answer_forms import JsonFormat
 from replicas.errors import TriadError
 from replicas.grammar import JsonGrammar
 from replicas.json_schema import MAX_BOUND, SchemaRefused, enforceable
-from replicas.messages import JsonFormat
 from tests.replicas.test_grammar import CODEC, EOS, VOCAB_SIZE, compiler, grammar_of, tokens_in
 
 SINGLE_BYTES = {CODEC.token_bytes(token): token for token in range(VOCAB_SIZE - 1, -1, -1)}

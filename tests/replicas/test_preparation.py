@@ -6,14 +6,16 @@ import time
 from collections.abc import AsyncIterator, Set
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from replicas.answer_forms import JsonFormat
 from replicas.bounded_process import CallLimits
 from replicas.engine.engine import Engine
 from replicas.errors import ErrorCode, TriadError
 from replicas.grammar import GrammarCompiler
-from replicas.messages import Accepted, GenerateRequest, JsonFormat, Prompt, Rejected, SamplingParams
+from replicas.messages import Accepted, GenerateRequest, Prompt, Rejected, SamplingParams
 from replicas.preparation import MAX_INLINE_CHARS, MAX_SHORT_CHARS, Preparation
 from replicas.service import ReplicaService
 from replicas.text import TextCodec
@@ -32,12 +34,12 @@ class GatedCodec(TextCodec):
         self.began, self.gate = threading.Semaphore(0), threading.Semaphore(0)
         self.threads: list[int] = []
 
-    def encode(self, prompt: Prompt, max_tokens: int | None = None) -> list[int]:
+    def encode(self, prompt: Prompt, max_tokens: int | None = None, *more: Any) -> list[int]:
         self.threads.append(threading.get_ident())
         if prompt == LONG:
             self.began.release()
             assert self.gate.acquire(timeout=30)
-        return super().encode(prompt, max_tokens)
+        return super().encode(prompt, max_tokens, *more)
 
     def grammars(self, vocab_size: int, eos_token_ids: Set[int]) -> GrammarCompiler:
         backend = tiny_tokenizer().backend_tokenizer

@@ -8,9 +8,9 @@ import jsonschema
 import numpy as np
 import pytest
 
+from replicas.answer_forms import GrammarFormat, GrammarKind, JsonFormat
 from replicas.errors import TriadError
 from replicas.grammar import JsonGrammar
-from replicas.messages import GrammarFormat, GrammarKind, JsonFormat
 from tests.replicas.test_grammar import CODEC, EOS, VOCAB_SIZE, compiler
 
 ODD = ["a b", '"x"', "née\n", "\\d", "a/b", "</s>", "😀", "a"]

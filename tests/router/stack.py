@@ -7,10 +7,12 @@ from typing import Any
 
 from policies.control.store import LoadStore
 from replicas.config import EngineConfig
+from replicas.engine.batch import Runner
 from replicas.engine.engine import Engine
 from replicas.messages import ModelInfo
 from replicas.service import ReplicaService
 from replicas.socket_server import SocketServer
+from replicas.text import TextCodec
 from router.admission_control import AdmissionControl
 from router.api import AppState
 from router.config import AdmissionConfig
@@ -28,13 +30,13 @@ from tests.router.fakes import MODEL, FakeStore
 class LocalReplica(SocketReplicaClient):
     """A service behind its socket. Once killed, it is gone as a killed process is."""
 
-    def __init__(self, service: ReplicaService, engine: Engine):
+    def __init__(self, service: ReplicaService, engine: Engine, codec: TextCodec):
         self.service = service
         self.engine = engine
         self.sockets = SocketServer(service, "127.0.0.1")
         self.is_gone = False
         spec = engine.spec
-        max_chars = byte_codec().max_prompt_chars(spec.max_context)
+        max_chars = codec.max_prompt_chars(spec.max_context)
         info = ModelInfo(MODEL, spec.modes, spec.max_context, spec.vocab_size, service.replica_id, max_chars)
         super().__init__(info, self.sockets.address)
 
@@ -66,8 +68,9 @@ class Stack:
 
 @asynccontextmanager
 async def a_stack(
-    runners: Sequence[ScriptedRunner] = (),
+    runners: Sequence[Runner] = (),
     *,
+    codec: TextCodec | None = None,
     store: LoadStore | None = None,
     service: dict[str, Any] | None = None,
     limits: dict[str, int] | None = None,
@@ -76,14 +79,15 @@ async def a_stack(
 ) -> AsyncIterator[Stack]:
     """A door over one service a runner. limits: of each engine. service, door: more for each."""
     config = EngineConfig(**(limits or {}))
+    codec = codec or byte_codec()
     async with AsyncExitStack() as stack:
         replicas = []
         for number, runner in enumerate(runners or [ScriptedRunner()]):
             engine = Engine(runner, config)
-            made = ReplicaService(engine, byte_codec(), f"replica-{number}", **(service or {}))
+            made = ReplicaService(engine, codec, f"replica-{number}", **(service or {}))
             made.start()
             stack.push_async_callback(made.stop)
-            replica = LocalReplica(made, engine)
+            replica = LocalReplica(made, engine, codec)
             await replica.sockets.start()
             stack.callback(replica.sockets.close)
             replicas.append(replica)

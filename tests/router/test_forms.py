@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from replicas.messages import GrammarFormat, GrammarKind, JsonFormat
+from replicas.answer_forms import GrammarFormat, GrammarKind, JsonFormat
 from router.api import create_app
 from router.schema import ChatCompletionRequest
 from tests.router.conftest import in_process

@@ -53,7 +53,7 @@ def guess(
     drafts: list[tuple[int, ...] | None] = []
     for number, (segment, first) in enumerate(zip(segments, first_outputs, strict=True)):
         sampling = segment.sampling
-        if sampling.has_penalties or sampling.response_format is not None or not segment.wanted:
+        if sampling.has_penalties or sampling.needs_grammar or not segment.wanted:
             return None  # what may come next, and with what penalty, is the host's to say
         length = len(segment.token_ids)
         drafts.append(None)

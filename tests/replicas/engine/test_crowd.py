@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 
 from policies.cost import StepCost
 from policies.modes import DecodePlan, Mode
+from replicas.answer_forms import JsonFormat
 from replicas.config import EngineConfig
 from replicas.engine.engine import Engine
 from replicas.engine.sequence import Progress, Sequence
-from replicas.messages import DecodingOptions, JsonFormat, SamplingParams
+from replicas.messages import DecodingOptions, SamplingParams
 from tests.replicas.engine.scripted import (
     PINNED,
     ScriptedGrammar,

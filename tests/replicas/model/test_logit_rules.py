@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from replicas.answer_forms import JsonFormat
 from replicas.engine.batch import Segment
 from replicas.engine.history import NO_TOKENS, Prefix
-from replicas.messages import JsonFormat, SamplingParams
+from replicas.messages import SamplingParams
 from replicas.model.logit_rules import Row, apply_rules, runs_of
 from replicas.model.runner import rows_of
 from replicas.model.sampler import sample

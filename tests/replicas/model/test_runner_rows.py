@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from replicas.answer_forms import JsonFormat
 from replicas.engine.batch import ScheduledBatch, SegmentOutput
 from replicas.engine.history import History, Prefix
-from replicas.messages import JsonFormat, SamplingParams
+from replicas.messages import SamplingParams
 from replicas.model.runner import TorchRunner
 from tests.replicas.model.conftest import Pages, prompt, segment
 from tests.tiny_checkpoint import MASK_TOKEN_ID

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from replicas.answer_forms import JsonFormat
 from replicas.engine.history import Prefix
-from replicas.messages import JsonFormat, SamplingParams
+from replicas.messages import SamplingParams
 from replicas.model.logit_rules import Row
 from replicas.model.sampler import sample, uniforms
 from tests.thorough import examples

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from policies.modes import DecodePlan, Mode
+from replicas.answer_forms import JsonFormat
 from replicas.engine.batch import Runner, Segment
 from replicas.engine.engine import Engine
 from replicas.engine.history import NO_TOKENS, Prefix
 from replicas.kernels.confidence import confidence
-from replicas.messages import DecodingOptions, JsonFormat, SamplingParams
+from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.cuda.lookahead import guess
 from replicas.model.cuda.runner import CudaRunner, Options
 from replicas.model.cuda.sampling import choose, is_plain

@@ -1,0 +1,159 @@
+"""Reasoning and calls of a model that writes what it is told, all the way to the client."""
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+from tokenizers import AddedToken
+
+from replicas.engine.batch import ScheduledBatch, SegmentOutput
+from replicas.text import TextCodec
+from router.api import create_app
+from tests.replicas.codec import tiny_tokenizer
+from tests.replicas.engine.scripted import EOS, ScriptedRunner
+from tests.router.conftest import in_process
+from tests.router.fakes import MODEL
+from tests.router.stack import a_stack
+
+PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+THINKING = PLAIN + "<think>\n{# ends with </think> #}"
+MISTRAL = (
+    "{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}"
+    "{% if tools %}{{ tools | tojson }}{% endif %}{# [TOOL_CALLS] [ARGS] [THINK] [/THINK] #}"
+)
+CONTROL = ("[TOOL_CALLS]", "[ARGS]", "[THINK]", "[/THINK]")
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+
+
+class ToldRunner(ScriptedRunner):
+    """Says the given tokens, then an end of text, in every sequence; its drafts are right now and then."""
+
+    def __init__(self, ids: list[int]):
+        super().__init__(max_context=400, num_pages=200)
+        self._ids = ids
+        self._begins: dict[int, int] = {}
+
+    def run(self, batch: ScheduledBatch) -> list[SegmentOutput]:
+        outputs = []
+        for segment in batch.segments:
+            tokens = []
+            for index in segment.wanted:
+                begin = self._begins.setdefault(segment.seq_id, segment.start + index)
+                place = segment.start + index - begin - (index >= segment.num_causal)
+                tokens.append(self._ids[place] if place < len(self._ids) else EOS)
+            if segment.num_causal:
+                for token, mask in zip(tokens, segment.allowed, strict=False):
+                    assert int.from_bytes(mask, "little") >> token & 1, "the grammar forbids what it is told"
+            else:
+                tokens = [t if k % 3 else 3 + k for k, t in enumerate(tokens)]
+            outputs.append(SegmentOutput(tuple(tokens), (1.0,) * len(tokens)))
+        return outputs
+
+
+def codec_of(template: str, **parsers: str) -> TextCodec:
+    tokenizer = tiny_tokenizer(template)
+    if template is MISTRAL:
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": [AddedToken(name, special=True) for name in CONTROL]}
+        )
+    return TextCodec(tokenizer, **parsers)
+
+
+def put_together(lines: list[str]) -> dict[str, Any]:
+    made: dict[str, Any] = {"content": "", "reasoning_content": "", "calls": [], "end": None, "usage": None}
+    for line in lines:
+        if not line.startswith("data: {"):
+            continue
+        chunk = json.loads(line[6:])
+        assert "error" not in chunk, chunk
+        made["usage"] = chunk.get("usage") or made["usage"]
+        for choice in chunk["choices"]:
+            delta = choice["delta"]
+            made["content"] += delta.get("content") or ""
+            assert delta.get("reasoning") == delta.get("reasoning_content")
+            made["reasoning_content"] += delta.get("reasoning_content", "")
+            for piece in delta.get("tool_calls", ()):
+                if "id" in piece:
+                    made["calls"].append([piece["function"]["name"], ""])
+                made["calls"][piece["index"]][1] += piece["function"]["arguments"]
+            made["end"] = choice["finish_reason"] or made["end"]
+    return made
+
+
+async def answers(codec: TextCodec, said: str, **more: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The answer, not streamed and streamed."""
+    ids = codec._backend.encode(said, add_special_tokens=False).ids
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "temperature": 0} | more
+    async with a_stack([ToldRunner(ids)], codec=codec) as stack:
+        app = create_app(stack.door)
+        async with in_process(app) as client:
+            whole = await client.post("/v1/chat/completions", json=body)
+            assert whole.status_code == 200, whole.text
+            options = {"stream": True, "stream_options": {"include_usage": True}}
+            streamed: httpx.Response = await client.post("/v1/chat/completions", json=body | options)
+        await stack.settled()
+    return whole.json(), put_together(streamed.text.splitlines())
+
+
+@pytest.mark.parametrize("mode", ["ar", "self_speculation"])
+@pytest.mark.parametrize("is_in_prompt", [True, False])
+async def test_reasoning_comes_apart_and_is_counted(mode: str, is_in_prompt: bool) -> None:
+    codec = codec_of(THINKING if is_in_prompt else PLAIN, reasoning_parser="think")
+    said = ("" if is_in_prompt else "<think>\n") + "Well, 1 < 2.\n</think>\n\nYes: 1 < 2 "
+    whole, streamed = await answers(codec, said, decoding={"mode": mode})
+    (choice,) = whole["choices"]
+    message = choice["message"]
+    assert (message["reasoning_content"], message["content"]) == ("Well, 1 < 2.", "Yes: 1 < 2 ")
+    assert message["reasoning"] == message["reasoning_content"]
+    assert choice["finish_reason"] == "stop"
+    num = said.index("</think>") + len("</think>")  # a byte is a token
+    assert whole["usage"]["completion_tokens_details"] == {"reasoning_tokens": num}
+    assert (streamed["reasoning_content"], streamed["content"]) == ("Well, 1 < 2.", "Yes: 1 < 2 ")
+    assert streamed["usage"] == whole["usage"] | {
+        "prompt_tokens_details": streamed["usage"]["prompt_tokens_details"]
+    }
+
+
+async def test_without_marks_a_model_has_no_reasoning_tokens() -> None:
+    whole, _ = await answers(codec_of(PLAIN), "<think>a</think>b")
+    assert whole["choices"][0]["message"]["content"] == "<think>a</think>b"
+    assert "completion_tokens_details" not in whole["usage"]
+    whole, _ = await answers(codec_of(THINKING, reasoning_parser="none"), "a</think>b")
+    assert whole["choices"][0]["message"]["content"] == "a</think>b"
+
+
+async def test_json_comes_after_reasoning() -> None:
+    schema = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": ["yes"]}}}
+    whole, streamed = await answers(codec_of(THINKING), 'Hm, "no"?</think>"yes"', response_format=schema)
+    message = whole["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ('Hm, "no"?', '"yes"')
+    assert streamed["content"] == '"yes"'
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+async def test_control_tokens_open_calls_and_their_spelling_does_not(choice: str) -> None:
+    """Behind reasoning and text that only spells the tags, as far as the choice lets there be text."""
+    codec = codec_of(MISTRAL)
+    assert codec.chats.calls is not None
+    assert (codec.chats.calls.name, len(codec.chats.shown)) == ("mistral", 4)
+    text = "Look: " if choice == "auto" else ""
+    said = f"[THINK]Hm.[/THINK]{text}[TOOL_CALLS]f[ARGS]{{}}[TOOL_CALLS]f[ARGS]{{}}"
+    whole, streamed = await answers(codec, said, tools=[TOOL], tool_choice=choice)
+    (made,) = whole["choices"]
+    assert made["finish_reason"] == streamed["end"] == "tool_calls"
+    message = made["message"]
+    assert (message["reasoning_content"], message["content"]) == ("Hm.", text.strip() or None)
+    assert [call["function"] for call in message["tool_calls"]] == [{"name": "f", "arguments": "{}"}] * 2
+    assert streamed["calls"] == [["f", "{}"], ["f", "{}"]]
+    assert streamed["content"] == text.strip()
+    assert whole["usage"]["completion_tokens_details"]["reasoning_tokens"] in (4, 5)
+
+
+async def test_a_stop_string_may_end_what_has_control_tokens_in_it() -> None:
+    whole, streamed = await answers(
+        codec_of(MISTRAL), "[THINK]Hm.[/THINK]Look: this. Not that", tools=[TOOL], stop=["this"]
+    )
+    (made,) = whole["choices"]
+    assert (made["message"]["content"], made["finish_reason"]) == ("Look: ", "stop")
+    assert streamed["content"] == "Look: "
