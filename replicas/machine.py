@@ -5,6 +5,7 @@ the kernel's numbers for the whole machine do not tell of it. root: '/', or wher
 """
 
 import os
+import platform
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,14 @@ def usable_cores(root: Path = ROOT) -> float:
     has_affinity = hasattr(os, "sched_getaffinity")  # on Linux
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     return min([float(cores), *_quotas(root)])
+
+
+def processor(root: Path = ROOT) -> tuple[str, ...]:
+    """The names of the processor and of any NVIDIA GPU, the processor's features, and the usable cores."""
+    about = re.findall(r"^(?:model name|flags|Features)\s*:.*$", _text(root / "proc/cpuinfo"), re.MULTILINE)
+    gpus = sorted((root / "proc/driver/nvidia/gpus").glob("*/information"))
+    models = [line for path in gpus for line in re.findall(r"^Model:.*$", _text(path), re.MULTILINE)]
+    return (platform.machine(), *dict.fromkeys(about), *models, f"{usable_cores(root):g} cores")
 
 
 def available_bytes(root: Path = ROOT) -> int:

@@ -17,8 +17,8 @@ from policies.control.store import LoadStore
 from policies.registry import create_policy
 from policies.replica_load import ReplicaLoad
 from policies.scaling import demand
-from replicas.calibration import calibrate
 from replicas.config import ReplicaConfig
+from replicas.cost_cache import SAVE_S, CostCache, starting_costs
 from replicas.engine.engine import Engine
 from replicas.messages import ModelInfo
 from replicas.socket_server import SocketServer
@@ -63,20 +63,14 @@ class Replica:
             vocab_size=engine.spec.vocab_size,
             max_prompt_chars=codec.max_prompt_chars(engine.spec.max_context),
         )
-        step_cost = calibrate(
-            runner,
-            max_running=config.max_running,
-            max_step_tokens=config.max_step_tokens,
-            budget_s=config.calibration_s,
-        )
-        engine.set_step_cost(step_cost)
+        self._cost_cache = CostCache.of(config)
+        costs = starting_costs(runner, config, self._cost_cache)
+        engine.set_step_cost(costs.step)
         configure_logs(config.log_format)
         self._tracing = Tracing("replica", replica_id)
         tracer = self._tracing.tracer
         on_timeline = None if tracer is None else SpanWriter(tracer, replica_id)
-        self._service = ReplicaService(
-            engine, codec, replica_id, step_cost=step_cost, on_timeline=on_timeline
-        )
+        self._service = ReplicaService(engine, codec, replica_id, costs=costs, on_timeline=on_timeline)
         self._targets = config.targets
         self._store = LoadStore(redis_url, config.app)
         choice = PolicyChoice(config.policy, config.policy_params)
@@ -86,7 +80,7 @@ class Replica:
             create_policy(config.policy, config.policy_params),
             self._load,
             self._apply,
-            self._service.set_explored_plans,
+            self._service.set_trial,
             watch.apply,
         )
         self._apply(self._follower.plan)
@@ -95,7 +89,8 @@ class Replica:
         self._sockets = SocketServer(self._service, ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         self._listening = asyncio.create_task(self._sockets.start(), name="the start of the socket server")
         self._control = asyncio.create_task(self._follower.run(self._stop), name="the control loop")
-        self._loops = [self._control]
+        saving = asyncio.create_task(self._keep_costs(), name="the saving of costs")
+        self._loops = [self._control, saving]
         if self._workers is not None:
             minding = asyncio.create_task(self._mind(self._workers), name="the watch over the workers")
             self._loops.append(minding)
@@ -135,15 +130,27 @@ class Replica:
         self._stop.set()
         await asyncio.wait((self._control,))  # which may have ended by an error of its own
         await self._service.stop()
+        for loop in self._loops:
+            loop.cancel()
+        await asyncio.to_thread(self._save_costs)
         if self._workers is not None:
-            for loop in self._loops:
-                loop.cancel()
             self._workers.close()
         await self._store.close()
         await asyncio.to_thread(self._tracing.close)
 
     def _load(self) -> ReplicaLoad:
         return replace(self._service.snapshot(), num_tasks=len(asyncio.all_tasks()))
+
+    async def _keep_costs(self) -> None:
+        """Saves what was learned now and then, for the next start; a replica may end without notice."""
+        while True:
+            await asyncio.sleep(SAVE_S)
+            await asyncio.to_thread(self._save_costs)
+
+    def _save_costs(self) -> None:
+        costs = self._service.costs
+        if costs is not None:
+            self._cost_cache.save(costs)
 
     async def _mind(self, workers: "Workers") -> None:
         """Ends this process with the first of the others to end: the part of the model it had is gone.

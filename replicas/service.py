@@ -9,10 +9,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any
 
-from policies.cost import StepCost
+from policies.cost import ReplicaCosts
 from policies.failures import Failures
 from policies.modes import DecodePlan
-from policies.policy import ExploredPlans
+from policies.policy import Trial
 from policies.replica_load import ReplicaLoad
 from replicas.channels import ChannelHub
 from replicas.engine.engine import Engine
@@ -30,7 +30,7 @@ class ReplicaService:
     """Serves one model.
 
     clock: seconds, monotonic; the engine's.
-    step_cost: the cost of forwards as first measured, and then learned on; None publishes no costs.
+    costs: as first measured and known, and then learned on; None publishes none.
     on_timeline: called on the event loop with the timeline of each choice that has ended; None keeps none.
     """
 
@@ -40,14 +40,14 @@ class ReplicaService:
         codec: TextCodec,
         replica_id: str,
         clock: Callable[[], float] = time.monotonic,
-        step_cost: StepCost | None = None,
+        costs: ReplicaCosts | None = None,
         on_timeline: Callable[[Timeline], None] | None = None,
     ):
         self.replica_id = replica_id
         self._engine = engine
         self._on_timeline = on_timeline
         self._timeline_failures = Failures("handing a timeline over")
-        self._meter = LoadMeter(engine, clock, step_cost)
+        self._meter = LoadMeter(engine, clock, costs)
         grammars = codec.grammars(engine.spec.vocab_size, engine.spec.eos_token_ids)
         self._preparation = Preparation(codec, grammars, engine.spec.max_context, engine.capacity)
         self._hub = ChannelHub(self._cancel_channel)
@@ -98,9 +98,14 @@ class ReplicaService:
         """Sets the plan of `auto` requests from their next safe point on. From any thread; does not wait."""
         self._thread.put(lambda: self._engine.set_plan(decode, rule))
 
-    def set_explored_plans(self, explored_plans: ExploredPlans | None) -> None:
-        """Sets the plans that rounds explore now and then. From any thread; does not wait."""
-        self._thread.put(lambda: self._engine.set_explored_plans(explored_plans))
+    def set_trial(self, trial: Trial | None) -> None:
+        """Sets the trial that `auto` requests make next. From any thread; does not wait."""
+        self._thread.put(lambda: self._engine.set_trial(trial))
+
+    @property
+    def costs(self) -> ReplicaCosts | None:
+        """The costs as last published. May be read from any thread."""
+        return self._meter.costs
 
     def snapshot(self) -> ReplicaLoad:
         """The load after the last step or command, with recent rates. Does not wait for the engine.

@@ -292,9 +292,9 @@ class Cluster:
     def _explore(self, policy: Policy[Any]) -> None:
         for replica_id, load in self._published.items():
             replica = self._replicas[self._numbers[replica_id]]
-            explored_plans = policy.explored_plans(load, replica.plan)
-            if explored_plans is not None and explored_plans.plans:
-                replica.explore(explored_plans.plans)
+            trial = policy.trial(load, replica.plan)
+            if trial is not None:
+                replica.explore(trial.plan)
 
     def _read_view(self, now_s: float) -> None:
         """Half a period on: routers read the loads, and the controller decides from them."""

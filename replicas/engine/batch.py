@@ -64,9 +64,7 @@ class ScheduledBatch:
 
     segments: tuple[Segment, ...]
     mode: Mode | None = None
-    """The mode of most of the sequences that decode in it; None for prompts alone. No runner looks at it."""
-    explores: bool = False
-    """True if any of its sequences explores a plan that is not in force."""
+    """The mode of nearly all that decodes in it; None for prompts alone, and mixtures. No runner needs it."""
 
     @property
     def num_tokens(self) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Sequence as Seq
 
 from policies.cost import ForwardStats, StepCost
 from policies.modes import DecodePlan, Mode
-from policies.policy import ExploredPlans
+from policies.policy import Trial
 from policies.replica_load import ReplicaLoad
 from replicas.config import EngineConfig
 from replicas.engine.batch import Runner, RunnerLost, ScheduledBatch, SegmentOutput
@@ -66,6 +66,7 @@ class Engine:
         self._num_submitted = 0
         self._num_failed = self._num_fruitless = 0  # steps in a row, as for MAX_FAILED and MAX_FRUITLESS
         self._lengths = CompletionLengths()
+        self._cycle: tuple[float, ScheduledBatch] | None = None  # when the last forward's step began
         self._remaining: float | None = None
         self._remaining_s = 0.0
         self.forwards: deque[ForwardStats] = deque(maxlen=MAX_FORWARDS_KEPT)
@@ -101,10 +102,11 @@ class Engine:
     def set_plan(self, decode: DecodePlan, rule: str) -> None:
         """Sets the plan that `auto` sequences follow from their next safe point on."""
         self._scheduler.active = ActivePlan(decode, rule)
+        self._scheduler.trials.stop()
 
-    def set_explored_plans(self, explored_plans: ExploredPlans | None) -> None:
-        """Sets the plans that rounds of `auto` sequences explore."""
-        self._scheduler.exploration.explored_plans = explored_plans
+    def set_trial(self, trial: Trial | None) -> None:
+        """Sets the trial that `auto` sequences make next."""
+        self._scheduler.trials.wanted = trial
 
     def submit(
         self,
@@ -160,22 +162,24 @@ class Engine:
 
         Raises RunnerLost.
         """
-        expired = self._expire()
         began_s = self._clock()
+        self._note_cycle(began_s)
+        expired = self._expire()
         batch = self._scheduler.schedule()
         ended = expired + self._end_failed()
         if not batch.segments:
             return ended
         outputs, is_one_forward = self._run(batch)
-        elapsed_s = self._clock() - began_s
         progress = self._scheduler.commit(batch, outputs)
         if is_one_forward:
-            self._note_forward(batch, elapsed_s)
+            self._cycle = (began_s, batch)
         for made in progress:
             if made.ended:
                 del self._sequences[made.sequence.request_id]
             if made.reason is not None and made.sequence.num_completion_tokens:
                 self._lengths.note(made.sequence.num_completion_tokens, made.reason is FinishReason.STOP)
+        if not self.has_work:
+            self._note_cycle(self._clock())  # what follows is silence
         return ended + progress
 
     def _run(self, batch: ScheduledBatch) -> tuple[Seq[SegmentOutput | None], bool]:
@@ -241,10 +245,10 @@ class Engine:
             raise TriadError(ErrorCode.INVALID_REQUEST, message, "prompt")
         self._check_vocabulary("logit_bias", [token for token, _ in sampling.logit_bias])
         self._check_vocabulary("stop_token_ids", list(sampling.stop_token_ids))
-        if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
-            raise TriadError(ErrorCode.INVALID_REQUEST, "min_tokens is above max_tokens", "min_tokens")
         if sampling.max_tokens is not None and sampling.max_tokens < 0:
             raise TriadError(ErrorCode.INVALID_REQUEST, "max_tokens must be at least 0", "max_tokens")
+        if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
+            raise TriadError(ErrorCode.INVALID_REQUEST, "min_tokens is above max_tokens", "min_tokens")
         if sampling.needs_grammar and (
             sampling.ignore_eos or (sampling.min_tokens and sampling.form_decides_on_end)
         ):
@@ -301,10 +305,13 @@ class Engine:
         code = ErrorCode.INTERNAL
         return [Progress(sequence, error=code, message=sequence.failure or "") for sequence in failed]
 
-    def _note_forward(self, batch: ScheduledBatch, elapsed_s: float) -> None:
-        num_cached = sum(segment.start for segment in batch.segments)
-        ms, shape = 1000.0 * elapsed_s, (batch.num_tokens, len(batch.segments), num_cached)
-        self.forwards.append(ForwardStats(*shape, ms, batch.mode, batch.explores))
+    def _note_cycle(self, now_s: float) -> None:
+        """Ends the cycle of the last forward: what is done until the next begins is a part of its cost."""
+        if self._cycle is not None:
+            (began_s, batch), self._cycle = self._cycle, None
+            num_cached = sum(segment.start for segment in batch.segments)
+            shape = (batch.num_tokens, len(batch.segments), num_cached)
+            self.forwards.append(ForwardStats(*shape, 1000.0 * (now_s - began_s), batch.mode))
 
     def _mean_remaining(self) -> float | None:
         """The mean of what running sequences are still expected to generate, REMEMBERED_S old at most.
@@ -337,6 +344,7 @@ class Engine:
             waiting_prompt_tokens=sum(sequence.num_prompt_tokens for sequence in waiting),
             running_by_mode=Counter(sequence.last_mode for sequence in running if sequence.last_mode),
             modes=self.spec.modes,
+            decode=self._scheduler.active.decode,
             num_lossless=sum(sequence.is_kept_lossless for sequence in auto),
             pinned_by_mode=pinned,
             page_size=self.spec.page_size,

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from policies.cost import UNMEASURED
+from policies.modes import Mode
 from replicas.config import EngineConfig
 from replicas.engine.batch import ModelSpec, ScheduledBatch, Segment, SegmentOutput
 from replicas.engine.blocks import PagePool
@@ -22,15 +23,17 @@ from replicas.engine.constrain import constrained
 from replicas.engine.counters import Counters
 from replicas.engine.decoders.choose import ActivePlan, begin_round, following_block, plan_for
 from replicas.engine.decoders.round import SegmentRequest
-from replicas.engine.exploration import Exploration
 from replicas.engine.page_budget import PageBudget
 from replicas.engine.prefill import PrefillBudget, is_coming
 from replicas.engine.sequence import Progress, Sequence, Status
 from replicas.engine.sequence_pages import SequencePages
+from replicas.engine.trials import Trials
 from replicas.errors import ErrorCode
 
 logger = logging.getLogger(__name__)
 
+MIXED_SHARE = 0.1
+"""The share of a forward's decoding that may be of other modes than its own."""
 PREFILL_SHARE = 4
 """One in this many tokens of a step is left to prompts by rounds, while prompts wait."""
 
@@ -57,7 +60,7 @@ class Scheduler:
         self.active = active
         self.step_cost = UNMEASURED
         """The latency of a forward, by which prompts beside rounds are bounded."""
-        self.exploration = Exploration(spec, self._overlaps_blocks)
+        self.trials = Trials(self._overlaps_blocks)
         self.counters = Counters()
 
     @property
@@ -83,7 +86,7 @@ class Scheduler:
             self._waiting.remove(sequence)
         sequence.status = Status.ENDED
         self._pages.release(sequence)
-        self.exploration.removed(sequence)
+        self.trials.removed(sequence)
 
     def spare_page(self) -> int | None:
         """A page of nobody's, to be written before anything else is scheduled; None where all are taken."""
@@ -95,6 +98,7 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch:
         """The next forward; without segments when there is nothing to do."""
+        self.trials.step(self._clock())
         requests = self._pick()
         segments = []
         scheduled = []
@@ -126,15 +130,7 @@ class Scheduler:
             )
         self._num_steps += 1
         self._scheduled = tuple(scheduled)
-        if scheduled:
-            self.exploration.count_forward(sequence for sequence, _ in scheduled)
-        decoding = [s for s, _ in scheduled if s.round is not None and not s.is_prefilling]
-        modes = Counter(sequence.round.mode for sequence in decoding if sequence.round is not None)
-        return ScheduledBatch(
-            tuple(segments),
-            mode=modes.most_common(1)[0][0] if modes else None,
-            explores=any(map(self.exploration.explores, decoding)),
-        )
+        return ScheduledBatch(tuple(segments), mode=_mode_of(scheduled))
 
     def commit(self, batch: ScheduledBatch, outputs: Seq[SegmentOutput | None]) -> list[Progress]:
         """Applies the outputs of the batch that schedule() gave last; what is new, by sequence.
@@ -221,22 +217,20 @@ class Scheduler:
         later."""
         if sequence.round is not None:
             following = 0
-            if self._overlaps_blocks and not self.exploration.needs_safe_point(sequence):
-                following = following_block(sequence, self.active, self._spec)
+            if self._overlaps_blocks:
+                following = following_block(sequence, self.trials.plan(self.active), self._spec)
             request = sequence.round.next_segment(following)
             return request if len(request.token_ids) <= budget else None
-        in_force = plan_for(sequence, self.active, self._spec)
-        explored = self.exploration.plan_for(sequence)
-        decode = in_force.decode if explored is None else explored
-        begun = begin_round(sequence, decode, self._spec)
+        plan = plan_for(sequence, self.trials.plan(self.active), self._spec)
+        begun = begin_round(sequence, plan.decode, self._spec)
         request = begun.next_segment()
         if len(request.token_ids) > budget:
             return None
-        sequence.begin_round(begun, decode)
-        if explored is None:
-            sequence.note_mode(begun.mode, in_force.rule)
+        sequence.begin_round(begun, plan.decode)
+        if self.trials.is_tried_by(sequence):
+            self.trials.began(sequence)
         else:
-            self.exploration.began(sequence)
+            sequence.note_mode(begun.mode, plan.rule)
         return request
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -298,8 +292,20 @@ class Scheduler:
         if current is not None:
             counters.tokens_by_mode[mode] += len(taken)
             if sequence.round is not current or reason is not None:
-                counters.note_round(self.exploration.ended(sequence, sequence.end_round()))
+                counters.note_round(self.trials.ended(sequence, sequence.end_round()))
         return Progress(sequence, taken, logprobs[: len(taken)], reason)
+
+
+def _mode_of(scheduled: Seq[tuple[Sequence, SegmentRequest]]) -> Mode | None:
+    """The mode of nearly all query tokens of rounds; None without rounds, and for a mixture."""
+    rows: Counter[Mode] = Counter()
+    for sequence, request in scheduled:
+        if sequence.round is not None and not sequence.is_prefilling:
+            rows[sequence.round.mode] += len(request.token_ids)
+    for mode, num_rows in rows.most_common(1):
+        if num_rows >= (1.0 - MIXED_SHARE) * rows.total():
+            return mode
+    return None
 
 
 def _rank(sequence: Sequence) -> tuple[float, int]:

@@ -83,7 +83,7 @@ class Sequence:
     _round_began: tuple[int, int, int] = (0, 0, 0)
     """Completion tokens, forwards and rows at the beginning of the round in progress."""
     last_mode: Mode | None = None
-    """The mode last chosen for it; rounds that explore a plan leave it as it was."""
+    """The mode last chosen for it; a trial leaves it as it was."""
     rule: str = ""
     """The rule that chose it."""
     tokens_by_mode: Counter[Mode] = field(default_factory=Counter)

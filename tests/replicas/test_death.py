@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 import pytest
 
-from policies.cost import StepCost
+from policies.cost import ReplicaCosts, StepCost
 from policies.modes import DecodePlan, Mode
-from policies.policy import ExploredPlans
+from policies.policy import Trial
 from policies.replica_load import Freshness, ObservedLoad, ReplicaLoad
 from replicas.config import EngineConfig
 from replicas.engine.batch import RunnerLost, ScheduledBatch, SegmentOutput
@@ -309,7 +309,7 @@ class BuggyEngine(Engine):
 
     is_buggy = False
 
-    def set_explored_plans(self, explored_plans: ExploredPlans | None) -> None:
+    def set_trial(self, trial: Trial | None) -> None:
         raise KeyError("explored plans")
 
     def snapshot(self, replica_id: str) -> ReplicaLoad:
@@ -318,15 +318,15 @@ class BuggyEngine(Engine):
         return super().snapshot(replica_id)
 
 
-async def test_a_bug_in_what_is_measured_or_explored_ends_nothing() -> None:
+async def test_a_bug_in_what_is_measured_or_tried_ends_nothing() -> None:
     runner = StepwiseRunner()
     engine = BuggyEngine(runner)
-    service = ReplicaService(engine, CODEC, "replica", step_cost=StepCost((1, 512), (5.0, 9.0)))
+    service = ReplicaService(engine, CODEC, "replica", costs=ReplicaCosts(StepCost((1, 512), (5.0, 9.0))))
     service.start()
     stream = service.channel("c")
     await anext(stream)
     engine.is_buggy = True
-    service.set_explored_plans(None)
+    service.set_trial(None)
     service.set_plan(DecodePlan(Mode.AR), "rule")
     engine.forwards.append("no forward")  # type: ignore[arg-type]
     engine.scheduler.counters.rounds.append("no round")  # type: ignore[arg-type]

@@ -173,7 +173,7 @@ def test_int8_weights_are_as_lossless(folder: Path, dtype: str) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_in_a_mixed_batch_that_preempts(folder: Path, reference: Reference, seed: int) -> None:
-    engine = make_engine(folder, num_pages=32, max_running=9, max_step_tokens=192)
+    engine = make_engine(folder, num_pages=24, max_running=9, max_step_tokens=192)
     rng = random.Random(seed)
     wanted: dict[Sequence, tuple[int, ...]] = {}
     for index, prompt in enumerate(prompts(14, seed)):

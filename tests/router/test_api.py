@@ -8,6 +8,7 @@ import pytest
 
 from policies.control.plan import DecisionRecord, ObservedPlan, ReplicaPlan
 from policies.control.store import ClusterView
+from policies.forecast import forecast
 from policies.modes import DecodePlan, Mode
 from policies.replica_load import ClusterLoad, ObservedLoad
 from replicas.errors import ErrorCode
@@ -303,7 +304,7 @@ async def test_the_state_shows_loads_plans_and_decisions(make_door):
     plan = ReplicaPlan(3, DecodePlan(Mode.DIFFUSION, 16), "threshold", "1 in flight <= 2", 0.1)
     load = a_load("a", num_running=1, running_by_mode={Mode.DIFFUSION: 1})
     view = ClusterView(
-        ClusterLoad((ObservedLoad(load, 0.2), ObservedLoad(a_load("gone"), float("inf")))),
+        ClusterLoad((ObservedLoad(load, 0.2), ObservedLoad(a_load("gone", max_running=0), float("inf")))),
         {"a": ObservedPlan(plan, 0.1, 7.0)},
         "leader-1",
     )
@@ -318,7 +319,12 @@ async def test_the_state_shows_loads_plans_and_decisions(make_door):
         assert first["load"]["running_by_mode"] == {"diffusion": 1}
         assert first["plan"]["plan"]["decode"]["mode"] == "diffusion"
         assert first["plan"]["stale"] is False
+        foretold = {tuple(entry["decode"].values())[:2]: entry for entry in first["forecasts"]}
+        assert set(foretold) >= {("ar", 1), ("self_speculation", 16), ("diffusion", 32)}
+        expected = forecast(load, DecodePlan(Mode.DIFFUSION, 32))
+        assert foretold["diffusion", 32]["tokens_per_s"] == pytest.approx(expected.tokens_per_s)
         assert (second["freshness"], second["age_s"], second["plan"]) == ("lost", None, None)
+        assert second["forecasts"] == []
         assert state["decisions"][0]["plan"]["reason"] == "1 in flight <= 2"
         assert state["router"].pop("num_tasks") >= 1
         assert state["router"] == {"in_flight": {"a": 0}, "ready": True}

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from policies.modes import DecodePlan, Mode
-from policies.policy import ExploredPlans
+from policies.policy import Trial
 from replicas.config import EngineConfig
 from replicas.engine.batch import RunnerLost, ScheduledBatch, Segment, SegmentOutput
 from replicas.engine.engine import MAX_FAILED, MAX_FRUITLESS, Engine
@@ -350,11 +350,11 @@ def test_a_failed_forward_is_nothing_to_learn_a_cost_from() -> None:
     assert len(engine.forwards) == num_steps - 1
 
 
-def test_an_exploring_round_fails_alone_too() -> None:
+def test_a_trials_round_fails_alone_too() -> None:
     runner = GuiltyRunner(num_pages=400)
     engine = Engine(runner)
     engine.set_plan(DecodePlan(Mode.AR), "rule")
-    engine.set_explored_plans(ExploredPlans((DecodePlan(Mode.DIFFUSION, 8, 0.7),), 0.05))
+    engine.set_trial(Trial(DecodePlan(Mode.DIFFUSION, 8, 0.7), 0.1, 0.05))
     sampling = SamplingParams(max_tokens=60, ignore_eos=True)
     engine.submit("good", [5, 6], sampling, DecodingOptions(lossless=True))
     bad = engine.submit("bad", [7, 6], sampling, DecodingOptions())
