@@ -72,7 +72,7 @@ async def test_json_nested_too_deep_is_a_400(make_door):
             error = error_of(
                 await client.post(PATH, content=body, headers={"Content-Type": "application/json"}), 400
             )
-            assert error["param"] == "tools"
+            assert error["param"] == "tools[0]"
 
 
 def repeated(item: bytes, before: bytes, after: bytes) -> bytes:

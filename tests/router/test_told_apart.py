@@ -157,3 +157,59 @@ async def test_a_stop_string_may_end_what_has_control_tokens_in_it() -> None:
     (made,) = whole["choices"]
     assert (made["message"]["content"], made["finish_reason"]) == ("Look: ", "stop")
     assert streamed["content"] == "Look: "
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        ({"regex": "(yes|no)/[0-9]"}, "yes/7"),
+        ({"choice": ["yes", "no"]}, "no"),
+        ({"grammar": 'start: "y" TAIL\nTAIL: /[es]+/'}, "yes"),
+        ({"json_object": True, "whitespace_pattern": " {0,2}"}, '{  "a":1}'),
+    ],
+)
+async def test_every_form_of_an_answer_comes_after_reasoning(form: dict[str, Any], said: str) -> None:
+    whole, streamed = await answers(codec_of(THINKING), f"Hm, maybe.</think>{said}", structured_outputs=form)
+    message = whole["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("Hm, maybe.", said)
+    assert streamed["content"] == said
+
+
+@pytest.mark.parametrize("shows", [False, True])
+async def test_a_tag_out_of_its_place_is_a_control_token_like_others(shows: bool) -> None:
+    said = "[THINK]Hm.[/THINK]Look[/THINK]: [TOOL_CALLS]this."
+    whole, streamed = await answers(codec_of(MISTRAL), said, skip_special_tokens=not shows)
+    content = "Look[/THINK]: [TOOL_CALLS]this." if shows else "Look: this."
+    message = whole["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("Hm.", content)
+    assert streamed["content"] == content
+
+
+@pytest.mark.parametrize("interval", [1, 3, 50])
+async def test_calls_and_reasoning_come_whole_at_any_stream_interval(interval: int) -> None:
+    codec = codec_of(MISTRAL)
+    said = "[THINK]Hm.[/THINK]Look: [TOOL_CALLS]f[ARGS]{}"
+    ids = codec._backend.encode(said, add_special_tokens=False).ids
+    body = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "Hi"}],
+        "temperature": 0,
+        "tools": [TOOL],
+    }
+    async with a_stack([ToldRunner(ids)], codec=codec) as stack:
+        async with in_process(create_app(stack.door)) as client:
+            body |= {"stream": True, "stream_interval": interval}
+            streamed: httpx.Response = await client.post("/v1/chat/completions", json=body)
+        await stack.settled()
+    made = put_together(streamed.text.splitlines())
+    assert (made["reasoning_content"], made["content"]) == ("Hm.", "Look:")
+    assert (made["calls"], made["end"]) == ([["f", "{}"]], "tool_calls")
+
+
+async def test_tools_go_with_no_form_but_response_format() -> None:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "tools": [TOOL]}
+    async with a_stack(codec=codec_of(PLAIN)) as stack, in_process(create_app(stack.door)) as client:
+        for field, value in (("structured_outputs", {"regex": "a"}), ("bad_words", ["a"])):
+            refused = await client.post("/v1/chat/completions", json=body | {field: value})
+            assert refused.status_code == 400
+            assert refused.json()["error"]["param"] == field
