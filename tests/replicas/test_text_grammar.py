@@ -118,7 +118,7 @@ def test_a_schema_that_is_not_strict_warns_of_what_it_leaves_out():
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_json_has_one_blank_after_commas_and_colons(seed):
+def test_json_has_little_white_space(seed):
     schema = {
         "type": "object",
         "properties": {"a": {"type": "integer"}, "b": {"type": "array", "items": {"enum": [1, None]}}},
@@ -127,5 +127,5 @@ def test_json_has_one_blank_after_commas_and_colons(seed):
     }
     told, ended = walk(compiler().compile(JsonFormat(json.dumps(schema))), random.Random(seed), 200)
     if ended:
-        assert told == json.dumps(json.loads(told))
+        assert re.search(r"\s{6}|[^\n ] {2}|\n\s*\n", told) is None
         jsonschema.validate(json.loads(told), schema)
