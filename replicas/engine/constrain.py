@@ -1,7 +1,6 @@
 """Applies a sequence's grammar to the segment that it wants next."""
 
 import logging
-from dataclasses import replace
 
 from replicas.engine.decoders.round import SegmentRequest
 from replicas.engine.grammar import GrammarFailed
@@ -11,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 
 def constrained(sequence: Sequence, request: SegmentRequest) -> tuple[SegmentRequest, tuple[bytes, ...]]:
-    """The request without the drafts that the grammar refuses, and a mask for each sampled token.
+    """The request without the drafts that the grammar refuses, and a mask for each causal token sampled.
 
     Without a grammar it is the request as it is, and no masks. A grammar that fails leaves its word in
     `sequence.failure`.
@@ -20,7 +19,7 @@ def constrained(sequence: Sequence, request: SegmentRequest) -> tuple[SegmentReq
         return request, ()
     first = request.wanted[0]
     try:
-        allowed = sequence.grammar.masks(request.token_ids[first + 1 :])
+        allowed = sequence.grammar.masks(request.token_ids[first + 1 : request.num_causal])
     except GrammarFailed as error:
         sequence.failure = f"the grammar of response_format can't go on: {error}"
         return request, ()
@@ -28,7 +27,4 @@ def constrained(sequence: Sequence, request: SegmentRequest) -> tuple[SegmentReq
         logger.exception("the grammar of request %s raised", sequence.request_id)
         sequence.failure = f"the grammar of response_format can't go on ({type(error).__name__})"
         return request, ()
-    num_wanted = len(allowed)
-    token_ids = request.token_ids[: first + num_wanted]
-    wanted = request.wanted[:num_wanted]
-    return replace(request, token_ids=token_ids, num_causal=len(token_ids), wanted=wanted), allowed
+    return request.cut(first + len(allowed)), allowed

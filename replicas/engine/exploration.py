@@ -17,7 +17,8 @@ class Exploration:
     """The plans to explore, whose turn it is, and the sequences whose round in progress explores it.
 
     All sequences that begin a round before the first exploring one has ended explore the same plan, so
-    that it is seen as it would be in force: with all of them in it.
+    that it is seen as it would be in force: with all of them in it. Self-speculation without a draft yet takes
+    two rounds, since the first verifies nothing.
     """
 
     def __init__(self, spec: ModelSpec, overlaps_blocks: bool):
@@ -29,6 +30,7 @@ class Exploration:
         self._num_turns = 0  # that have ended
         self._has_turn = False  # whether a round may begin without credit, beside those of this turn
         self._sequences: set[Sequence] = set()
+        self._opening: dict[Sequence, RoundStats | None] = {}  # those whose round has no draft, or had none
 
     def explores(self, sequence: Sequence) -> bool:
         """True if the sequence's round in progress explores a plan."""
@@ -39,6 +41,8 @@ class Exploration:
 
         It is None for a request that pins its mode, or may not run the plan as it is.
         """
+        if sequence in self._opening:
+            return sequence.round_plan
         explored = self.explored_plans
         if explored is None or (self._credit < 1.0 and not self._has_turn):
             return None
@@ -53,6 +57,9 @@ class Exploration:
 
     def began(self, sequence: Sequence) -> None:
         """The sequence has begun a round of the plan that plan_for() gave."""
+        if sequence.round is not None and sequence.round.mode is Mode.SELF_SPECULATION:
+            if sequence not in self._sequences and not sequence.draft.token_ids:
+                self._opening[sequence] = None
         self._sequences.add(sequence)
         self._has_turn = True
 
@@ -67,10 +74,17 @@ class Exploration:
         if any(sequence in self._sequences for sequence in sequences):
             self._credit -= 1.0
 
-    def ended(self, sequence: Sequence, made: RoundStats) -> RoundStats:
-        """The stats of a round that has ended, as they would be in force; it may have explored or not."""
+    def ended(self, sequence: Sequence, made: RoundStats) -> RoundStats | None:
+        """The stats of a round that has ended, as they would be in force; it may have explored or not.
+
+        None where the next round completes it.
+        """
         if sequence not in self._sequences:
             return made
+        if sequence in self._opening and self._opening[sequence] is None:
+            self._opening[sequence] = made
+            return None
+        opening = self._opening.pop(sequence, None)
         self._sequences.discard(sequence)
         if self._has_turn:
             self._has_turn = False
@@ -78,10 +92,18 @@ class Exploration:
         if made.plan.mode is Mode.DIFFUSION and self._overlaps_blocks:
             # In force it would have been begun in the commit before.
             return made._replace(forwards=max(1, made.forwards - 1))
+        if opening is not None and not sequence.draft.token_ids:
+            # In force a refused draft is followed by a round without one, as this one followed such a round.
+            return made._replace(
+                tokens=opening.tokens + made.tokens,
+                forwards=opening.forwards + made.forwards,
+                rows=opening.rows + made.rows,
+            )
         return made
 
     def removed(self, sequence: Sequence) -> None:
         """The sequence has ended, perhaps amid a round. With the last one of it a turn is over too."""
         if sequence in self._sequences:
             self._sequences.discard(sequence)
+            self._opening.pop(sequence, None)
             self._has_turn = self._has_turn and bool(self._sequences)

@@ -19,8 +19,14 @@ from replicas.engine.batch import ModelSpec, ScheduledBatch, Segment, SegmentOut
 from replicas.engine.blocks import PagePool
 from replicas.engine.constrain import constrained
 from replicas.engine.counters import Counters
-from replicas.engine.decoders.choose import ActivePlan, begin_round, following_block, plan_for
-from replicas.engine.decoders.round import SegmentRequest
+from replicas.engine.decoders.choose import (
+    ActivePlan,
+    begin_round,
+    begun_behind_prompt,
+    following_block,
+    plan_for,
+)
+from replicas.engine.decoders.round import Draft, SegmentRequest
 from replicas.engine.exploration import Exploration
 from replicas.engine.prefill import Limits, PrefillBudget, is_coming
 from replicas.engine.sequence import Progress, Sequence, Status
@@ -42,10 +48,9 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
         overlaps_blocks: bool = True,
     ):
-        """overlaps_blocks: a block of diffusion is begun in the forward that commits the one before, where
-        the model denoises without adapter, as it commits."""
+        """overlaps_blocks: a block of diffusion is begun in the forward that commits the one before."""
         self._clock = clock
-        self._overlaps_blocks = overlaps_blocks and not spec.denoise_with_adapter
+        self._overlaps_blocks = overlaps_blocks
         self._spec = spec
         self._limits = limits
         self._pool = PagePool(spec.num_pages, spec.page_size)
@@ -105,6 +110,8 @@ class Scheduler:
             if sequence.failure is not None:
                 continue
             start = sequence.num_cached
+            if request.drafts and not self._pages.can_extend(sequence, start + len(request.token_ids)):
+                request = request.without_draft()  # a draft is worth no other sequence's pages
             if not self._grow(sequence, start + len(request.token_ids)):
                 continue
             sequence.last_step = self._num_steps
@@ -189,7 +196,7 @@ class Scheduler:
                 budget -= len(request.token_ids)
         prefill = PrefillBudget(limits, self.step_cost, budget, requests)
         for sequence in prefilling:
-            if (request := prefill.take(sequence)) is not None:
+            if (request := self._chunk(sequence, prefill)) is not None:
                 requests[sequence] = request
         self._admit(requests, prefill)
         return requests
@@ -214,8 +221,18 @@ class Scheduler:
             if sequence.began_s is None:
                 sequence.began_s = self._clock()
             insort(self._running, sequence, key=_rank)
-            if sequence.is_prefilling and (request := prefill.take(sequence)) is not None:
+            if sequence.is_prefilling and (request := self._chunk(sequence, prefill)) is not None:
                 requests[sequence] = request
+
+    def _chunk(self, sequence: Sequence, prefill: PrefillBudget) -> SegmentRequest | None:
+        """The next chunk of a prompt; the first round begins behind the last one, where there is room."""
+        request = prefill.take(sequence)
+        if request is None or not request.wanted or self.exploration.plan_for(sequence) is not None:
+            return request
+        plan = plan_for(sequence, self.active, self._spec).decode
+        begun = begun_behind_prompt(sequence, request, plan, self._spec, self._overlaps_blocks)
+        num_behind = len(begun.token_ids) - len(request.token_ids)
+        return begun if prefill.take_more(num_behind) else request
 
     def _next_segment(self, sequence: Sequence, budget: int) -> SegmentRequest | None:
         """The next segment of a sequence; None when the budget is too small for it, which then comes
@@ -229,7 +246,7 @@ class Scheduler:
         in_force = plan_for(sequence, self.active, self._spec)
         explored = self.exploration.plan_for(sequence)
         decode = in_force.decode if explored is None else explored
-        begun = begin_round(sequence, decode, self._spec)
+        begun = begin_round(sequence, decode, self._spec, self._overlaps_blocks)
         request = begun.next_segment()
         if len(request.token_ids) > budget:
             return None
@@ -269,13 +286,18 @@ class Scheduler:
     def _apply(self, sequence: Sequence, request: SegmentRequest, output: SegmentOutput) -> Progress:
         counters, current = self.counters, sequence.round
         if current is None or sequence.is_prefilling:
-            sequence.num_cached += len(request.token_ids)
-            counters.num_prefilled += len(request.token_ids)
+            sequence.num_cached += request.num_causal
+            counters.num_prefilled += request.num_causal
             if not request.wanted:
                 return Progress(sequence)
             plan = plan_for(sequence, self.active, self._spec)
             sequence.note_mode(plan.decode.mode, plan.rule)
-            mode, tokens, logprobs = plan.decode.mode, output.token_ids, output.logprobs(1)
+            mode, tokens, logprobs = plan.decode.mode, output.token_ids[:1], output.logprobs(1)
+            if request.successor is not None:
+                tokens = request.successor.begin(output)
+                sequence.begin_round(request.successor, plan.decode, num_coming=1)
+            elif request.drafts:
+                sequence.draft = Draft.behind(request, output)
         else:
             progress = current.apply_output(request, output)
             sequence.num_forwards += 1
@@ -285,13 +307,16 @@ class Scheduler:
             if progress.done:
                 sequence.num_cached = current.start + progress.num_cached
                 sequence.round = request.successor
+                sequence.draft = progress.draft
         taken, reason = sequence.append(tokens, mode, self._spec.eos_token_ids)
         if taken:
             counters.made_by_mode[mode] += len(taken)
+        counters.tokens_by_mode[mode] += len(taken) - (current is None)  # a prompt's token is nobody's yield
         if current is not None:
-            counters.tokens_by_mode[mode] += len(taken)
             if sequence.round is not current or reason is not None:
-                counters.note_round(self.exploration.ended(sequence, sequence.end_round()))
+                made = self.exploration.ended(sequence, sequence.end_round())
+                if made is not None:
+                    counters.note_round(made)
         return Progress(sequence, taken, logprobs[: len(taken)], reason)
 
 

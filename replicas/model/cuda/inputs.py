@@ -114,7 +114,8 @@ class HostStep:
                 for segment, first in zip(segments, first_rows.tolist(), strict=True)
             ]
         )
-        adapted = np.array([segment.adapter for segment in segments])[segment_of_row]
+        first_adapted = ends - np.array([segment.num_adapted for segment in segments])
+        adapted = np.arange(num_rows) >= first_adapted[segment_of_row]
         has_adapter = bool(adapted.any())
         rows = np.arange(num_rows)
         wanted_rows = np.arange(len(wanted))

@@ -161,24 +161,22 @@ def naive_diffusion(
 ) -> list[int]:
     """Block diffusion by the book, one block after another; ends at EOS or max_tokens.
 
-    overlaps: every block's first denoising but the first one's is done with its seed still masked.
+    overlaps: every block's first denoising is done with its seed masked.
     """
     tokens = [next_token(tuple(prompt))]
-    is_first = True
     while len(tokens) < max_tokens and EOS not in tokens:
         prefix = (*prompt, *tokens[:-1])
         block = [tokens[-1]] + [MASK] * (min(block_length, max_context - len(prefix)) - 1)
         num_steps = 0
         while MASK in block and EOS not in block[: block.index(MASK)]:
             num_steps += 1
-            seen = [MASK, *block[1:]] if overlaps and num_steps == 1 and not is_first else block
+            seen = [MASK, *block[1:]] if overlaps and num_steps == 1 else block
             guess = denoise(prefix, tuple(seen), adapter=False)
             guess.pop(0, None)
             surest = max(guess, key=lambda index: guess[index][1])
             for index, (token, prob) in guess.items():
                 if index == surest or prob >= threshold or num_steps == max_steps:
                     block[index] = token
-        is_first = False
         tokens += block[1:]
         if MASK not in block:
             tokens.append(next_token((*prefix, *block)))

@@ -51,8 +51,18 @@ def test_a_share_of_the_forwards_goes_into_them(share: float) -> None:
 
 def test_all_sequences_explore_together_so_that_the_cost_is_seen_as_it_would_be() -> None:
     engine, _ = serve(ExploredPlans((SPECULATION,), 0.02), AR, [DecodingOptions()] * 8, num_each=2)
-    full = [forward for forward in engine.forwards if forward.num_tokens == 8 * SPECULATION.block_length]
-    assert len(full) >= 2
+    drafts = [f for f in engine.forwards if f.num_tokens == 8 * (1 + SPECULATION.block_length)]
+    assert drafts
+    assert all(forward.is_exploration for forward in drafts)
+
+
+def test_an_exploration_of_self_speculation_verifies_a_draft() -> None:
+    """A round without a draft brings one token whatever the plan, so that it would say nothing."""
+    engine, _ = serve(ExploredPlans((SPECULATION,), 0.1), AR, [DecodingOptions()], num_each=40)
+    made = [round_made for round_made in engine.scheduler.counters.rounds if round_made.plan == SPECULATION]
+    assert {round_made.forwards for round_made in made} == {1, 2}  # a draft accepted whole, and one refused
+    assert all(round_made.tokens >= round_made.forwards for round_made in made)
+    assert sum(round_made.tokens for round_made in made) > 1.2 * sum(r.forwards for r in made)
 
 
 def test_they_take_turns() -> None:
