@@ -27,9 +27,9 @@ class Decoded:
     """token_ids: the completion; the EOS that ended it is its last token.
 
     num_forwards: all but the prefill, which gives the first token. A round of self-speculation is one; a
-    diffusion block costs its denoising forwards, but the one that is done in the commit of the block before or
-    in the prefill, and, unless the request ends in it, one commit. Its blocks are cut to the model's context
-    only, never to max_tokens.
+    diffusion block costs its denoising forwards, but the one that is done in the commit of the block before
+    or in the prefill, and, unless the request ends in it, one commit. Its blocks are cut to the model's
+    context only, never to max_tokens.
     """
 
     token_ids: tuple[int, ...]
@@ -148,7 +148,8 @@ class Reference:
     def _round(
         self, context: list[int], plan: DecodePlan, remaining: int, eos: frozenset[int], is_begun: bool
     ) -> tuple[list[int], int]:
-        """One round of ar or diffusion after `context`, whose last token is the seed: new tokens and forwards.
+        """One round of ar or diffusion after `context`, whose last token is the seed: new tokens and
+        forwards.
 
         is_begun: in the forward before, where it is diffusion.
         """
@@ -185,7 +186,8 @@ class Reference:
         return choices, self._draft([*context, *verified], plan, remaining - len(choices))
 
     def _worth(self, probs: list[float]) -> int:
-        """How many drafted tokens to verify: most expected tokens, a refusal costing those of a whole draft."""
+        """How many drafted tokens to verify: most expected tokens, a refusal costing those of a whole
+        draft."""
         whole = sum(math.prod(probs[:count]) for count in range(1, len(probs) + 1))
         best, best_value = 0, 0.0
         for count in range(1, len(probs) + 1):

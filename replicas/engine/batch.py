@@ -40,7 +40,8 @@ class Segment:
     """The tokens before start, where the sampling has penalties and any row is wanted; else empty. An array
     of int32 is the cheapest."""
     allowed: tuple[bytes, ...] = ()
-    """For each wanted index that is causal a mask of what may be sampled (engine.grammar); empty for anything."""
+    """For each wanted index that is causal a mask of what may be sampled (engine.grammar); empty for
+    anything."""
 
     @property
     def is_causal(self) -> bool:

@@ -17,8 +17,8 @@ class Exploration:
     """The plans to explore, whose turn it is, and the sequences whose round in progress explores it.
 
     All sequences that begin a round before the first exploring one has ended explore the same plan, so
-    that it is seen as it would be in force: with all of them in it. Self-speculation without a draft yet takes
-    two rounds, since the first verifies nothing.
+    that it is seen as it would be in force: with all of them in it. Self-speculation without a draft yet
+    takes two rounds, since the first verifies nothing.
     """
 
     def __init__(self, spec: ModelSpec, overlaps_blocks: bool):
@@ -57,9 +57,9 @@ class Exploration:
 
     def began(self, sequence: Sequence) -> None:
         """The sequence has begun a round of the plan that plan_for() gave."""
-        if sequence.round is not None and sequence.round.mode is Mode.SELF_SPECULATION:
-            if sequence not in self._sequences and not sequence.draft.token_ids:
-                self._opening[sequence] = None
+        is_speculation = sequence.round is not None and sequence.round.mode is Mode.SELF_SPECULATION
+        if is_speculation and sequence not in self._sequences and not sequence.draft.token_ids:
+            self._opening[sequence] = None
         self._sequences.add(sequence)
         self._has_turn = True
 

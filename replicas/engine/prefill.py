@@ -71,9 +71,9 @@ class PrefillBudget:
         wanted = (len(tokens) - 1,) if gives_first_token else ()
         return SegmentRequest(tokens, num_causal=len(tokens), adapter=False, wanted=wanted)
 
-
     def take_more(self, num_tokens: int) -> bool:
-        """Takes room for tokens behind the chunk taken last; False, and nothing taken, where there is none."""
+        """Takes room for tokens behind the chunk taken last; False, and nothing taken, where there is
+        none."""
         room = self.room()
         if num_tokens > room:
             return False

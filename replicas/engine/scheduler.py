@@ -312,11 +312,10 @@ class Scheduler:
         if taken:
             counters.made_by_mode[mode] += len(taken)
         counters.tokens_by_mode[mode] += len(taken) - (current is None)  # a prompt's token is nobody's yield
-        if current is not None:
-            if sequence.round is not current or reason is not None:
-                made = self.exploration.ended(sequence, sequence.end_round())
-                if made is not None:
-                    counters.note_round(made)
+        if current is not None and (sequence.round is not current or reason is not None):
+            made = self.exploration.ended(sequence, sequence.end_round())
+            if made is not None:
+                counters.note_round(made)
         return Progress(sequence, taken, logprobs[: len(taken)], reason)
 
 

@@ -10,7 +10,7 @@ from policies.cost import RoundStats
 from policies.modes import DecodePlan, Mode
 from replicas.engine.batch import TokenLogprob
 from replicas.engine.blocks import Key
-from replicas.engine.decoders.round import Draft, Round
+from replicas.engine.decoders.round import NO_DRAFT, Draft, Round
 from replicas.engine.grammar import Grammar
 from replicas.errors import ErrorCode
 from replicas.messages import DecodingOptions, DecodingReport, FinishReason, SamplingParams
@@ -76,7 +76,7 @@ class Sequence:
     round: Round | None = None
     """The round in progress; None at a safe point and while prefilling. A preempted sequence keeps its
     round, since part of a block may have been streamed already."""
-    draft: Draft = Draft()
+    draft: Draft = NO_DRAFT
     """What the round before has drafted of the tokens after the seed; only a hint."""
     round_plan: DecodePlan | None = None
     """The plan by which the round in progress, or the last one, was begun."""

@@ -240,8 +240,8 @@ def outputs_of(
 ) -> list[SegmentOutput]:
     """The output of each segment, from what the sampler gave for its rows, in order.
 
-    A row whose probability is not finite has no token. What has causal tokens ends before its first one, since
-    it may never come to that row; any other segment with one fails.
+    A row whose probability is not finite has no token. What has causal tokens ends before its first one,
+    since it may never come to that row; any other segment with one fails.
     """
     outputs = []
     end = 0

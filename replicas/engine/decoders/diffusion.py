@@ -5,9 +5,9 @@ whose top probability reaches the threshold (Fast-dLLM's confidence-aware parall
 2505.22618). Fixed positions never change, so the fixed prefix streams before the block is complete.
 
 Where a block follows, its masks go behind the commit in the same forward, which is its first denoising, as
-those of the first block go behind the prompt: each block costs a forward less. That one denoising is done with
-the seed still masked, since the forward is what gives it; and so it is where a block has to begin in a forward
-of its own, since the tokens must not depend on that.
+those of the first block go behind the prompt: each block costs a forward less. That one denoising is done
+with the seed still masked, since the forward is what gives it; and so it is where a block has to begin in a
+forward of its own, since the tokens must not depend on that.
 """
 
 from collections.abc import Sequence as Seq
@@ -90,8 +90,9 @@ class DiffusionRound(Round):
         )
 
     def begin(self, output: SegmentOutput) -> tuple[int, ...]:
-        self._block[0], *guesses = output.token_ids
-        return self._block[0], *self._denoised(guesses, output.probs[1:])
+        seed, *guesses = output.token_ids
+        self._block[0] = seed
+        return seed, *self._denoised(guesses, output.probs[1:])
 
     @property
     def _masked(self) -> tuple[int, ...]:

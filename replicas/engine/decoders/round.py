@@ -31,7 +31,8 @@ class SegmentRequest:
         return self.successor is None and 0 < self.num_causal < len(self.token_ids)
 
     def cut(self, num_causal: int) -> "SegmentRequest":
-        """The request with its first num_causal tokens, which are causal, and what is behind the causal ones."""
+        """The request with its first num_causal tokens, which are causal, and what is behind the causal
+        ones."""
         gone = self.num_causal - num_causal
         return replace(
             self,
@@ -65,6 +66,8 @@ class Draft:
         return cls(output.token_ids[first:], output.probs[first:])
 
 
+NO_DRAFT = Draft()
+
 
 @dataclass(frozen=True, slots=True)
 class RoundProgress:
@@ -78,7 +81,7 @@ class RoundProgress:
     """The number of tokens from the seed on that now have valid K/V; 0 until the round's end."""
     done: bool = False
     """True if the round is over: the sequence is at its next safe point, or in the request's successor."""
-    draft: Draft = Draft()
+    draft: Draft = NO_DRAFT
     """What the round has drafted of the tokens after its own; for the next round, if that can use it."""
 
 

@@ -5,11 +5,13 @@ keeps what agrees with the draft plus the first that does not. So the output is 
 at temperature 0 and, given the seed, above it too: accepting a draft d exactly when AR's own sample
 x ~ p equals d is speculative sampling (Leviathan et al., arXiv 2211.17192) with a point-mass draft.
 
-The masks of the next draft stand behind the verified tokens, bidirectional, in the same forward. They bet that
-all of these are accepted: when they are, the next round has its draft already. Else it has none, verifies the
-seed alone, which is an AR step, and drafts anew. So a round is one forward and never brings less than AR's token.
+The masks of the next draft stand behind the verified tokens, bidirectional, in the same forward. They bet
+that all of these are accepted: when they are, the next round has its draft already. Else it has none,
+verifies the seed alone, which is an AR step, and drafts anew. So a round is one forward and never brings less
+than AR's token.
 
-Such a draft is made before its own seed is known, the token after the verified ones, which is masked in it too.
+Such a draft is made before its own seed is known, the token after the verified ones, which is masked in it
+too.
 """
 
 from collections.abc import Set
@@ -19,7 +21,7 @@ from operator import mul
 
 from policies.modes import Mode
 from replicas.engine.batch import SegmentOutput
-from replicas.engine.decoders.round import Draft, Round, RoundProgress, SegmentRequest
+from replicas.engine.decoders.round import NO_DRAFT, Draft, Round, RoundProgress, SegmentRequest
 
 
 class SelfSpeculationRound(Round):
@@ -66,7 +68,7 @@ class SelfSpeculationRound(Round):
         num_accepted = min(num_accepted, len(drafted))
         # The seed and the accepted drafts are cached; the token after them, AR's own, is the next seed.
         count = num_accepted + 1
-        draft = Draft.behind(request, output) if count == request.num_causal else Draft()
+        draft = Draft.behind(request, output) if count == request.num_causal else NO_DRAFT
         return RoundProgress(chosen[:count], output.logprobs(count), num_cached=count, done=True, draft=draft)
 
 

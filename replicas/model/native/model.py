@@ -230,7 +230,10 @@ def _parts(segments: Sequence[Segment]) -> tuple[list[Segment], tuple[int, ...]]
         else:
             border, wanted = segment.num_causal, segment.wanted
             first = replace(
-                segment, token_ids=segment.token_ids[:border], wanted=tuple(at for at in wanted if at < border)
+                segment,
+                token_ids=segment.token_ids[:border],
+                adapter=False,
+                wanted=tuple(at for at in wanted if at < border),
             )
             behind = replace(
                 segment,
@@ -239,7 +242,7 @@ def _parts(segments: Sequence[Segment]) -> tuple[list[Segment], tuple[int, ...]]
                 num_causal=0,
                 wanted=tuple(at - border for at in wanted if at >= border),
             )
-            plain.append((replace(first, adapter=False), index))
+            plain.append((first, index))
             adapted.append((behind, index))
     parts, indices = zip(*adapted, *plain, strict=True)
     return list(parts), indices

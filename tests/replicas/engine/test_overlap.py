@@ -36,10 +36,9 @@ class Seen(ScriptedRunner):
     @property
     def num_overlapping(self) -> int:
         """Blocks of diffusion begun in a commit; it samples its last token alone, as no verify does."""
-        return sum(
-            s.start >= s.prompt_len and 0 < s.num_causal < len(s.token_ids) and s.wanted[0] == s.num_causal - 1 > 0
-            for s in self.segments
-        )
+        decoding = [s for s in self.segments if s.start >= s.prompt_len]
+        both = [s for s in decoding if 0 < s.num_causal < len(s.token_ids)]
+        return sum(s.wanted[0] == s.num_causal - 1 > 0 for s in both)
 
     @property
     def num_behind_prompts(self) -> int:
