@@ -135,7 +135,7 @@ def test_sampled_tokens_are_the_cpus(folder: Path, filters: dict[str, float]) ->
 
 
 def _mixed(reference: Reference, runner: CudaRunner) -> tuple[list[Segment], torch.Tensor]:
-    """A draft, a denoising block, a verify, a step and a commit with a block behind it, and their logits."""
+    """Segments of every kind, and their logits; the adapter is on in a draft, alone and behind a verify."""
     pages = Pages(60, 8)
     segments, expected = [], []
     kinds = (
@@ -144,6 +144,7 @@ def _mixed(reference: Reference, runner: CudaRunner) -> tuple[list[Segment], tor
         ("verify", 9, 4, 4),
         ("step", 20, 1, 1),
         ("", 13, 7, 3),
+        ("verify and draft", 11, 8, 5),
     )
     for seq_id, (kind, start, length, num_causal) in enumerate(kinds):
         tokens = prompt(start + length, seed=seq_id)
@@ -152,7 +153,7 @@ def _mixed(reference: Reference, runner: CudaRunner) -> tuple[list[Segment], tor
         border = start + num_causal
         known = max(num_causal, 1)
         block = [*tokens[start : start + known], *[MASK_TOKEN_ID] * (length - known)]
-        adapter = kind == "draft"
+        adapter = "draft" in kind
         wanted = range(0 if num_causal else 1, length)
         segments.append(
             segment(
