@@ -112,8 +112,8 @@ class RoundYield:
     tokens: float
     """Tokens that the request takes, so none past its end."""
     forwards: float
-    """Forwards: a draft and its verify are two, a diffusion block's commit is one; a commit that begins the
-    next block too is counted in this round alone."""
+    """Forwards: a round of self-speculation is one, as is a diffusion block's commit; a forward that begins
+    the next draft or block too is counted in this round alone."""
     num_rounds: float = 0.0
     """The number of rounds that the estimate rests on, an older one counting less; 0 is a prior."""
     rows: float | None = None

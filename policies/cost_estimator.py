@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from policies.cost import PRIOR_ACCEPTANCE, ForwardStats, RoundStats, RoundYield, StepCost, prior_yield
-from policies.modes import MAX_BLOCK_LENGTH, DecodePlan, Mode
+from policies.cost import ForwardStats, RoundStats, RoundYield, StepCost, prior_yield
+from policies.modes import DecodePlan, Mode
 
 Vector = NDArray[np.float64]
 
@@ -52,8 +52,6 @@ MAX_ROUNDS = 300.0
 """The number of rounds past which the older ones count less, however fast they came."""
 PRIOR_ROUNDS = 3.0
 """The number of measured rounds that a prior counts for."""
-SPECULATION_BLOCKS = (4, 8, 16, 32)
-"""The blocks of self-speculation whose yield is published once any of its blocks ran."""
 MAX_PLANS = 32
 """The number of diffusion plans counted at once, and so published; past it those of the fewest rounds go."""
 LEAST_MS = 1e-3
@@ -199,19 +197,13 @@ class CostEstimator:
 class YieldEstimator:
     """Estimates the tokens and forwards of a round, by plan.
 
-    Self-speculation is one curve for all blocks: the chance that the request takes one more token after j
-    of them (a product-limit estimate, so a round tells of every shorter block too, and a longer one is
-    extrapolated). Diffusion is counted by block and threshold, and only of plans that a policy may choose:
-    clients may name any number of others.
+    Rounds are counted by plan, and only of plans that a policy may choose: clients may name any number of
+    others.
     """
 
     def __init__(self, now_s: float):
         self._now_s = now_s
-        self._reached = np.zeros(MAX_BLOCK_LENGTH)  # rounds that had taken j tokens and drafted one more
-        self._passed = np.zeros(MAX_BLOCK_LENGTH)  # those of them that took it
-        self._by_block = np.zeros(MAX_BLOCK_LENGTH + 1)
-        self._chosen_blocks = np.zeros(MAX_BLOCK_LENGTH + 1)  # of these rounds, those that no client chose
-        self._diffusion: dict[DecodePlan, Vector] = {}  # rounds, tokens, forwards, rows
+        self._counts: dict[DecodePlan, Vector] = {}  # rounds, tokens, forwards, rows
 
     def update(self, rounds: Iterable[RoundStats], now_s: float) -> None:
         """Learns from the rounds since the last call."""
@@ -220,55 +212,28 @@ class YieldEstimator:
         for made in rounds:
             if not all(0 < count <= MOST_COUNTED for count in (made.tokens, made.forwards, made.rows)):
                 continue
-            if made.plan.mode is Mode.SELF_SPECULATION:
-                block = made.plan.block_length
-                self._reached[1 : min(made.tokens, block - 1) + 1] += 1
-                self._passed[1 : made.tokens] += 1
-                self._by_block[block] += 1
-                self._chosen_blocks[block] += not made.is_clients
-            elif made.plan.mode is Mode.DIFFUSION and not made.is_clients:
-                sums = self._diffusion.setdefault(made.plan, np.zeros(4))
+            if made.plan.mode is not Mode.AR and not made.is_clients:
+                sums = self._counts.setdefault(made.plan, np.zeros(4))
                 sums += (1.0, made.tokens, made.forwards, made.rows)
-        if len(self._diffusion) > MAX_PLANS:
-            most = sorted(self._diffusion, key=lambda plan: -self._diffusion[plan][0])[:MAX_PLANS]
-            self._diffusion = {plan: self._diffusion[plan] for plan in most}
+        if len(self._counts) > MAX_PLANS:
+            most = sorted(self._counts, key=lambda plan: -self._counts[plan][0])[:MAX_PLANS]
+            self._counts = {plan: self._counts[plan] for plan in most}
 
     def yields(self) -> tuple[RoundYield, ...]:
-        """Returns the yields of plans that ran, and of self-speculation's usual blocks once it ran at all."""
-        more = self._against_priors()
-        return (*self._speculation(), *(self._counted(plan, *more) for plan in self._diffusion))
+        """Returns the yields of plans that ran."""
+        more = {mode: self._against_priors(mode) for mode in {plan.mode for plan in self._counts}}
+        return tuple(self._counted(plan, *more[plan.mode]) for plan in self._counts)
 
     def _forget(self, share: float) -> None:
-        many = min(1.0, MAX_ROUNDS / max(1.0, float(self._by_block.sum())))
-        for counts in (self._reached, self._passed, self._by_block, self._chosen_blocks):
-            counts *= share * many
-        for plan, sums in list(self._diffusion.items()):
+        for plan, sums in list(self._counts.items()):
             sums *= share * min(1.0, MAX_ROUNDS / max(1.0, sums[0]))
             if sums[0] < 0.01:
-                del self._diffusion[plan]
-
-    def _speculation(self) -> Iterable[RoundYield]:
-        if self._by_block.sum() < 0.01:
-            return
-        chance, reaches, tokens = PRIOR_ACCEPTANCE, 1.0, [0.0, 1.0]
-        for passed, reached in zip(self._passed[1:], self._reached[1:], strict=True):
-            chance = (passed + PRIOR_ROUNDS * chance) / (reached + PRIOR_ROUNDS)
-            reaches *= chance
-            tokens.append(tokens[-1] + reaches)
-        ran = {int(block) for block in np.flatnonzero(self._chosen_blocks > 0.5)}
-        for block in sorted(ran.union(SPECULATION_BLOCKS)):
-            num_rounds = float(self._by_block[block:].sum())
-            yield RoundYield(
-                DecodePlan(Mode.SELF_SPECULATION, block),
-                round(float(tokens[block]), 4),
-                2.0,
-                round(num_rounds, 2),
-            )
+                del self._counts[plan]
 
     def _counted(self, plan: DecodePlan, more_tokens: float, more_forwards: float) -> RoundYield:
-        """Returns a diffusion plan's yield, its prior times these ratios counting as PRIOR_ROUNDS more."""
+        """Returns a plan's yield, its prior times these ratios counting as PRIOR_ROUNDS more."""
         prior = prior_yield(plan)
-        num_rounds, tokens, forwards, rows = map(float, self._diffusion[plan])
+        num_rounds, tokens, forwards, rows = map(float, self._counts[plan])
         rows_per_forward = rows / forwards
         tokens += PRIOR_ROUNDS * prior.tokens * more_tokens
         forwards += PRIOR_ROUNDS * prior.forwards * more_forwards
@@ -281,10 +246,12 @@ class YieldEstimator:
             max(0.01, round(rows_per_forward, 2)),
         )
 
-    def _against_priors(self) -> tuple[float, float]:
-        """Returns all diffusion's tokens and forwards as ratios to its priors, with one round of ratio 1."""
+    def _against_priors(self, mode: Mode) -> tuple[float, float]:
+        """Returns all of a mode's tokens and forwards as ratios to its priors, with one round of ratio 1."""
         made, expected = np.ones(2), np.ones(2)
-        for plan, (num_rounds, tokens, forwards, _) in self._diffusion.items():
+        for plan, (num_rounds, tokens, forwards, _) in self._counts.items():
+            if plan.mode is not mode:
+                continue
             prior = prior_yield(plan)
             made += tokens / prior.tokens, forwards / prior.forwards
             expected += num_rounds

@@ -28,14 +28,13 @@ from policies.cost import ForwardStats, ReplicaCosts, RoundStats, RoundYield, St
 from policies.cost_estimator import (
     LEAST_MS,
     MAX_PLANS,
-    SPECULATION_BLOCKS,
     CostEstimator,
     YieldEstimator,
     fit_step_cost,
     knots_up_to,
 )
 from policies.hysteresis import StabiliseParameters, WithHysteresis
-from policies.modes import MAX_BLOCK_LENGTH, DecodePlan, Mode
+from policies.modes import DecodePlan, Mode
 from policies.policy import Decision, Policy, PolicyParameters, Snapshot
 from policies.registry import PolicyError, create_policy
 from policies.replica_load import ReplicaLoad
@@ -129,14 +128,14 @@ def flood(is_clients: bool) -> YieldEstimator:
 
 def test_a_thousand_thresholds_of_clients_are_no_plan_of_anybodys():
     estimator = flood(is_clients=True)
-    assert [entry.plan.block_length for entry in estimator.yields()] == list(SPECULATION_BLOCKS)
+    assert estimator.yields() == ()
 
 
 def test_a_thousand_plans_are_counted_as_few_and_cost_a_publication_little():
     estimator = flood(is_clients=False)
-    most = MAX_PLANS + MAX_BLOCK_LENGTH
+    most = MAX_PLANS
     assert len(estimator.yields()) <= most
-    assert len(LOADS.encode(a_load(1, costs=ReplicaCosts(START, estimator.yields())))) < 150 * most
+    assert len(LOADS.encode(a_load(1, costs=ReplicaCosts(START, estimator.yields())))) < 200 * most
     took_s = []
     for _ in range(20):
         began_s = time.thread_time()

@@ -159,24 +159,19 @@ def test_before_any_round_nothing_is_said():
     assert YieldEstimator(0.0).yields() == ()
 
 
-@pytest.mark.parametrize("chance", [0.5, 0.8, 0.97])
-def test_a_round_tells_of_shorter_blocks_and_longer_ones_are_extrapolated(chance):
+def test_self_speculation_is_counted_by_its_forwards_and_rows():
+    """A round that verifies a whole draft, and now and then one without a draft: each is one forward."""
     estimator = YieldEstimator(0.0)
-    speculate(estimator, 16, chance, 300, 1.0)
-    for block, plan in SPECULATION.items():
-        expected = (1 - chance**block) / (1 - chance)
-        found = tokens_of(estimator, plan)
-        assert found.tokens == pytest.approx(expected, rel=0.12)
-        assert found.num_rounds == pytest.approx(0.0 if block > 16 else 300.0, abs=5)
-
-
-def test_blocks_of_several_lengths_make_one_curve():
-    """Short ones say nothing of what comes after them, and so bias nothing."""
-    estimator = YieldEstimator(0.0)
-    speculate(estimator, 4, 0.9, 200, 1.0)
-    speculate(estimator, 32, 0.9, 60, 1.0, seed=1)
-    for block, plan in SPECULATION.items():
-        assert tokens_of(estimator, plan).tokens == pytest.approx((1 - 0.9**block) / 0.1, rel=0.15)
+    plan = SPECULATION[16]
+    estimator.update(
+        [RoundStats(plan, 16, 1, 32), RoundStats(plan, 16, 1, 32), RoundStats(plan, 1, 1, 17)] * 80, 1.0
+    )
+    found = tokens_of(estimator, plan)
+    assert found.tokens_per_forward == pytest.approx(11, rel=0.03)
+    assert found.forwards == pytest.approx(1.0, abs=0.03)
+    assert found.rows_per_forward == pytest.approx(27, abs=0.1)
+    costs = ReplicaCosts(UNMEASURED, estimator.yields())
+    assert costs.yield_of(SPECULATION[8]).forwards == pytest.approx(1.0, abs=0.03)
 
 
 def test_diffusion_is_counted_by_block_and_near_its_prior_at_first():
