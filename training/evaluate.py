@@ -1,8 +1,8 @@
 """Measures a checkpoint on held-out prompts with the real engine: `python -m training.evaluate`.
 
 For each decoding setting and family: exact match (the family's own checker, and a proper end of text), tokens
-per forward after the first token (drafts, verifications and commits all count as forwards), mean accepted
-length (tokens a draft-and-verify round), and the share of answers equal to `ar`'s, token for token.
+per forward after the first token (those that verify nothing count too, as do commits), mean accepted length
+(tokens a round of self-speculation), and the share of answers equal to `ar`'s, token for token.
 """
 
 import argparse
@@ -54,7 +54,7 @@ class Score:
     exact: float
     tokens_per_forward: float
     accepted: float
-    """Tokens a draft-and-verify round; 1 for `ar`, 0 for `diffusion`, which accepts nothing."""
+    """Tokens a round, which is a forward; 1 for `ar`, 0 for `diffusion`, which accepts nothing."""
     same_as_ar: float
 
 
@@ -112,7 +112,7 @@ def score(
         num_tasks=len(tasks),
         exact=exact / len(tasks),
         tokens_per_forward=per_forward,
-        accepted={Mode.AR: 1.0, Mode.SELF_SPECULATION: 2 * per_forward}.get(plan.mode, 0.0),
+        accepted=0.0 if plan.mode is Mode.DIFFUSION else per_forward,
         same_as_ar=sum(a.tokens == b.tokens for a, b in zip(answers, by_ar, strict=True)) / len(tasks),
     )
 

@@ -47,7 +47,7 @@ def score(plan: DecodePlan, answers: list[Answer], by_ar: list[Answer]) -> Score
         num_prompts=len(answers),
         tokens=tokens,
         tokens_per_forward=per_forward,
-        accepted=2 * per_forward if plan.mode is Mode.SELF_SPECULATION else None,
+        accepted=per_forward if plan.mode is Mode.SELF_SPECULATION else None,
         same_as_ar=sum(a.tokens == b.tokens for a, b in zip(answers, by_ar, strict=True)) / len(answers),
     )
 
