@@ -102,11 +102,15 @@ class DecodingOptions:
     """If true, `auto` is kept to modes whose output is AR's."""
     max_steps: int | None = None
     """Denoising forwards that a block of diffusion may take; the last one fixes all that is left."""
+    factor: float | None = None
+    """Takes the place of the plan's threshold or factor (policies.modes); never beside a threshold."""
 
     @property
     def sets_parameters(self) -> bool:
         """True if the request itself says how its mode decodes, and so what a round of it brings."""
-        return (self.block_length, self.threshold, self.max_steps) != (None, None, None)
+        return any(
+            value is not None for value in (self.block_length, self.threshold, self.max_steps, self.factor)
+        )
 
 
 Prompt = tuple[Mapping[str, str], ...] | str | tuple[int, ...]

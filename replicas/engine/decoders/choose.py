@@ -34,7 +34,8 @@ def plan_for(sequence: Sequence, active: ActivePlan, spec: ModelSpec) -> ActiveP
         return ActivePlan(base, rule)
     block_length = options.block_length or base.block_length
     threshold = options.threshold or base.threshold
-    return ActivePlan(DecodePlan(base.mode, block_length, threshold), rule)
+    factor = base.factor if options.threshold is None and options.factor is None else options.factor
+    return ActivePlan(DecodePlan(base.mode, block_length, threshold, factor), rule)
 
 
 def begin_round(sequence: Sequence, plan: DecodePlan, spec: ModelSpec, overlaps_blocks: bool) -> Round:
@@ -94,6 +95,7 @@ def _diffusion_round(
         seed,
         block_length,
         plan.threshold,
+        plan.factor,
         spec.mask_token_id,
         frozenset() if sequence.sampling.ignore_eos else spec.eos_token_ids,
         sequence.decoding.max_steps or block_length,

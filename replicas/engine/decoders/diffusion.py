@@ -1,8 +1,9 @@
 """Block diffusion: bidirectional forwards fix a block's positions, then one causal forward commits it.
 
-Each denoising forward fixes, of the positions still masked, the most confident one and every other
-whose top probability reaches the threshold (Fast-dLLM's confidence-aware parallel decoding, arXiv
-2505.22618). Fixed positions never change, so the fixed prefix streams before the block is complete.
+Each denoising forward fixes, of the positions still masked, the most confident one and every other whose top
+probability reaches the threshold, or as many as a factor lets it (Fast-dLLM's confidence-aware parallel
+decoding, arXiv 2505.22618). Fixed positions never change, so the fixed prefix streams before the block is
+complete.
 
 Where a block follows, its masks go behind the commit in the same forward, which is its first denoising, as
 those of the first block go behind the prompt: each block costs a forward less. That one denoising is done
@@ -24,6 +25,7 @@ class DiffusionRound(Round):
 
     seed: None while the block before, or the prompt, which gives it, is not committed.
     eos_token_ids: the tokens that end a text; empty when the request ignores them.
+    threshold, factor: as of policies.modes.DecodePlan
     max_steps: denoising forwards at most; the last one fixes every position still masked.
     adapter: whether it is on while denoising; what is committed never has it.
     hides_seed: whether the first denoising is done with the seed masked, though it is known.
@@ -37,6 +39,7 @@ class DiffusionRound(Round):
         seed: int | None,
         block_length: int,
         threshold: float,
+        factor: float | None,
         mask_token_id: int,
         eos_token_ids: Set[int],
         max_steps: int,
@@ -44,7 +47,7 @@ class DiffusionRound(Round):
         hides_seed: bool,
     ):
         self.start = start
-        self._threshold = threshold
+        self._threshold, self._factor = threshold, factor
         self._mask_token_id = mask_token_id
         self._eos_token_ids = eos_token_ids
         self._max_steps = self._steps_left = max_steps
@@ -65,6 +68,7 @@ class DiffusionRound(Round):
             None,
             following,
             self._threshold,
+            self._factor,
             self._mask_token_id,
             self._eos_token_ids,
             self._max_steps,
@@ -112,11 +116,18 @@ class DiffusionRound(Round):
         """
         masked = self._masked[: len(token_ids)]
         self._steps_left -= 1
-        best = max(range(len(masked)), key=lambda k: probs[k], default=0)
-        for k, index in enumerate(masked):
-            if k == best or probs[k] >= self._threshold or self._steps_left <= 0:
-                self._block[index] = token_ids[k]
+        surest = sorted(range(len(masked)), key=lambda k: -probs[k])
+        count = len(masked) if self._steps_left <= 0 else max(1, self._num_sure([probs[k] for k in surest]))
+        for k in surest[:count]:
+            self._block[masked[k]] = token_ids[k]
         return tuple(self._take_final())
+
+    def _num_sure(self, probs: Seq[float]) -> int:
+        """The number of positions to fix of those with these probabilities, the highest first."""
+        if self._factor is None:
+            return sum(prob >= self._threshold for prob in probs)
+        ranked = enumerate(probs, start=1)
+        return max((count for count, p in ranked if (count + 1) * (1.0 - p) < self._factor), default=0)
 
     def _take_final(self) -> list[int]:
         """The tokens that have become final: up to the first mask, or through an end of text.
