@@ -209,7 +209,7 @@ def joined(deltas: Sequence[Delta]) -> Delta:
 class DecodingReport:
     """The decoding of a request, in counts.
 
-    A draft and its verify are two forwards. Prefill is none of these, and its token, the first, is counted to
+    A round of self-speculation is one forward. Prefill is none of these, and its token, the first, is counted to
     the mode that goes on from it.
     """
 

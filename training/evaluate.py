@@ -105,7 +105,7 @@ def score(
     )
     generated = sum(len(answer.tokens) - 1 for answer in answers)
     forwards = sum(answer.num_forwards for answer in answers)
-    per_forward = generated / forwards
+    per_forward = generated / max(1, forwards)
     return Score(
         setting=name_of(plan),
         family=family,
