@@ -209,8 +209,8 @@ def joined(deltas: Sequence[Delta]) -> Delta:
 class DecodingReport:
     """The decoding of a request, in counts.
 
-    A round of self-speculation is one forward. Prefill is none of these, and its token, the first, is counted to
-    the mode that goes on from it.
+    A round of self-speculation is one forward. Prefill is none of these, and its token, the first, is
+    counted to the mode that goes on from it.
     """
 
     tokens_by_mode: Mapping[Mode, int] = field(default_factory=dict)

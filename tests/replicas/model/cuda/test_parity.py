@@ -100,11 +100,11 @@ def test_steps_begun_ahead_change_no_token(folder: Path, reference: Reference, p
 
 
 def test_all_steps_of_a_lone_sequence_are_begun_ahead(folder: Path, reference: Reference) -> None:
-    """Where pages and max_tokens reach: past the prompt and the first draft the device waits for no host."""
+    """In ar, where pages reach: past the prompt the device waits for no host."""
     runner = make_runner(folder, Options(), page_size=64)
     engine = Engine(runner)
     sampling = SamplingParams(max_tokens=24, ignore_eos=True)
-    sequence = engine.submit("r", PROMPTS[0], sampling, decoding(PLANS[1]))
+    sequence = engine.submit("r", PROMPTS[0], sampling, decoding(PLANS[0]))
     ahead = []
     while engine.has_work:
         before = runner.num_steps_ahead, sequence.num_remaining
