@@ -86,7 +86,7 @@ def runner(folder: Path) -> TorchRunner:
 def sample(
     runner: Runner, sampling: SamplingParams, block_length: int
 ) -> tuple[Counter[tuple[int, ...]], list[int], int]:
-    """How often each beginning came, over the seeds; each completion's forwards; the longest round's tokens."""
+    """How often each beginning came; each completion's forwards; the most tokens of a round."""
     engine = Engine(runner, max_waiting=NUM_SEEDS)
     options = DecodingOptions(Mode.SELF_SPECULATION, block_length)
     sequences = [
