@@ -25,7 +25,7 @@ OUT       ?= .run/train
 URL       ?=
 REPORT    ?= .run/loadtest
 
-.PHONY: serve test test-gpu lint format bench loadtest bench-floor bench-overhead bench-memory bench-peer bench-gpu bench-policy soak fuzz evaluate train model pack-smollm2 train-smollm2 clean help
+.PHONY: serve test test-gpu lint format bench loadtest bench-floor bench-overhead bench-memory bench-peer bench-gpu bench-policy bench-door soak fuzz evaluate train model pack-smollm2 train-smollm2 clean help
 
 help:
 	@sed -n '1,2p' Makefile; echo; grep -E '^[a-z0-9-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -45,9 +45,15 @@ serve: $(READY) ## serve the embedded model, or MODEL, on http://127.0.0.1:$PORT
 	@PATH="$(CURDIR)/$(BIN):$$PATH" MODEL="$(MODEL)" DTYPE="$(DTYPE)" REPLICAS="$(REPLICAS)" PORT="$(PORT)" \
 		REDIS_URL="$(REDIS_URL)" POLICY="$(POLICY)" bash cluster/serve.sh
 
-test: $(READY) ## run every test
+# Servers, one at a time, want the machine for themselves; what starts none takes all cores.
+test: $(READY) ## run every test, or what ARGS names; ARGS=--thorough: with more random cases (docs/tests.md)
 	@echo "== tests =="
+ifdef ARGS
 	@$(BIN)/python -m pytest $(ARGS)
+else
+	@$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m "not e2e"; without=$$?; \
+		$(BIN)/python -m pytest -m e2e && exit $$without
+endif
 
 # With the allocator's cache a stray access would land in memory that is torch's all the same.
 test-gpu: $(READY) ## the kernels and the CUDA runner on a GPU, in full shapes; SANITIZER=1: under memcheck
@@ -84,8 +90,11 @@ bench-peer: $(READY) ## the whole stack against vLLM: ARGS="--checkpoint DIR --v
 bench-gpu: $(READY) ## all that is measured on a GPU, in one run of at most 9 minutes
 	@$(BIN)/python -m benchmarks.gpu $(ARGS)
 
-bench-policy: $(READY) ## policies against fixed modes over HTTP; ARGS="--part levels", ramp, square or report
+bench-policy: $(READY) ## `auto` against fixed settings over HTTP; ARGS="--quick", "--part ramp report" (docs/benchmarks.md)
 	@$(BIN)/python -m benchmarks.policy $(ARGS)
+
+bench-door: $(READY) ## the whole stack against the engine alone: tokens a second, CPU by process, memory
+	@$(BIN)/python -m benchmarks.door $(ARGS)
 
 loadtest: $(READY) ## load a running server at URL, or one of its own, and write REPORT/report.html
 	@$(BIN)/python -m loadtest $(if $(URL),--url $(URL)) --out $(REPORT) $(ARGS)

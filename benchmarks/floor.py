@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from benchmarks.modes import CHECKPOINT
 from policies.modes import Mode
+from replicas.config import EngineConfig
 from replicas.engine.batch import ScheduledBatch, Segment
 from replicas.engine.engine import Engine
 from replicas.messages import DecodingOptions, SamplingParams
@@ -119,7 +120,7 @@ def steps(num_sequences: int, num_tokens: int, page_size: int, causal: bool) -> 
 
 def generate(runner: TorchRunner, num_sequences: int) -> None:
     """Generates NUM_NEW tokens for each sequence after a prompt of 16, from submission to the last."""
-    engine = Engine(runner, max_running=num_sequences)
+    engine = Engine(runner, EngineConfig(max_running=num_sequences))
     for i in range(num_sequences):
         sampling = SamplingParams(max_tokens=NUM_NEW, ignore_eos=True)
         engine.submit(str(i), list(range(50 + i, 66 + i)), sampling, DecodingOptions(Mode.AR))

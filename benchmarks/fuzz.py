@@ -76,8 +76,8 @@ def verdict(case: Case, status: int, kind: str, body: bytes) -> str | None:
     try:
         if kind.startswith("text/event-stream"):
             *events, end = body.decode().split("\n\n")
-            last = events[-1].removeprefix("data: ")
-            if end or not all(event.startswith("data: ") for event in events):
+            last = events[-1].removeprefix("event: error\n").removeprefix("data: ")
+            if end or not all(event.startswith("data: ") for event in events[:-1]):
                 return f"no stream of events: {body[-200:]!r}"
             error = None if last == "[DONE]" else json.loads(last)["error"]
             status = status if error is None else {"deadline_exceeded": 504}.get(error["code"], 500)

@@ -8,15 +8,18 @@ import argparse
 import json
 import os
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.modes import CHECKPOINT
 from policies.modes import Mode
+from replicas.config import EngineConfig
 from replicas.engine.engine import Engine
 from replicas.messages import DecodingOptions, GenerateRequest, SamplingParams
 from replicas.model.runner import TorchRunner
-from replicas.service import ReplicaService
+from replicas.requests import RequestTable
+from replicas.stats import EngineSnapshot
 from replicas.text import TextCodec
 
 CONCURRENCY = 32
@@ -32,9 +35,10 @@ def serve(num_requests: int, num_marks: int = 10) -> Iterator[tuple[int, float]]
     """Answers the requests; yields those answered so far and resident MiB, at so many marks."""
     runner = TorchRunner.load(str(CHECKPOINT), kv_budget_bytes=KV_CACHE_MB << 20, num_threads=1)
     codec = TextCodec.load(str(CHECKPOINT))
-    engine = Engine(runner, max_running=CONCURRENCY)
-    service = ReplicaService(engine, codec, "r")
-    service._send = lambda outbox: None  # type: ignore[method-assign]
+    engine = Engine(runner, EngineConfig(max_running=CONCURRENCY))
+    requests = RequestTable(
+        engine, codec, "r", time.monotonic, is_open=lambda channel_id: True, send=lambda events: None
+    )
     rng = random.Random(1)
     num_submitted = num_ended = 0
     next_mark = 0
@@ -49,13 +53,13 @@ def serve(num_requests: int, num_marks: int = 10) -> Iterator[tuple[int, float]]
                 options = DecodingOptions(Mode.AR)
             name = str(num_submitted)
             request = GenerateRequest(name, "c", (prompt,), sampling, options)
-            service._take_in(request, [list(prompt)], [None])
+            requests.submit(request, [list(prompt)], [None])
             num_submitted += 1
-        if rng.random() < 0.1 * len(service._live) / CONCURRENCY:
-            service._cancel([rng.choice(list(service._live))])
-        service._publish(engine.step())
-        service._look_again()
-        num_ended = num_submitted - len(service._live)
+        if rng.random() < 0.1 * len(requests.request_ids) / CONCURRENCY:
+            requests.cancel([rng.choice(requests.request_ids)])
+        requests.publish(engine.step())
+        EngineSnapshot.read(engine, "r")
+        num_ended = num_submitted - len(requests.request_ids)
         if num_ended >= next_mark:
             yield num_ended, resident_mib()
             next_mark += max(1, num_requests // num_marks)

@@ -19,6 +19,7 @@ import torch
 
 from policies.modes import DecodePlan, Mode
 from replicas.calibration import calibrate
+from replicas.config import EngineConfig
 from replicas.engine.engine import Engine
 from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.checkpoint import DTYPES
@@ -73,7 +74,7 @@ def measure(
     runner: TorchRunner, plan: DecodePlan, asked: list[list[int]], concurrency: int, clock: Clock
 ) -> Measured:
     """Measures all the prompts, with so many requests running at a time."""
-    engine = Engine(runner, max_running=concurrency, max_waiting=0)
+    engine = Engine(runner, EngineConfig(max_running=concurrency, max_waiting=0))
     options = DecodingOptions(plan.mode, None if plan.mode is Mode.AR else plan.block_length)
     waiting = deque(enumerate(asked))
     times: dict[str, _Timed] = {}

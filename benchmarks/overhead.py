@@ -14,11 +14,13 @@ import torch
 
 from benchmarks.modes import CHECKPOINT
 from policies.modes import Mode
+from replicas.config import EngineConfig
 from replicas.engine.engine import Engine
 from replicas.messages import DecodingOptions, GenerateRequest, SamplingParams
 from replicas.model.native.model import NativeModel
 from replicas.model.runner import TorchRunner
-from replicas.service import ReplicaService
+from replicas.requests import RequestTable
+from replicas.stats import EngineSnapshot
 from replicas.text import TextCodec
 
 PROMPT_TOKENS = 40
@@ -61,19 +63,20 @@ def publish_ms(engine: Engine, codec: TextCodec, concurrency: int) -> float:
 
     Their text is made in the step.
     """
-    service = ReplicaService(engine, codec, "r")
-    service._send = lambda outbox: None  # type: ignore[method-assign]
+    requests = RequestTable(
+        engine, codec, "r", time.monotonic, is_open=lambda channel_id: True, send=lambda events: None
+    )
     sampling = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True)
     prompt = list(range(10, 10 + PROMPT_TOKENS))
     for number in range(concurrency):
         request = GenerateRequest(str(number), "c", (tuple(prompt),), sampling, OPTIONS[0])
-        service._take_in(request, [prompt], [None])
+        requests.submit(request, [prompt], [None])
     fastest = float("inf")
     while engine.has_work:
         progress = engine.step()
         began_s = time.process_time()
-        service._publish(progress)
-        service._look_again()
+        requests.publish(progress)
+        EngineSnapshot.read(engine, "r")
         taken_ms = (time.process_time() - began_s) * 1e3
         if len(progress) == concurrency:
             fastest = min(fastest, taken_ms)
@@ -91,10 +94,10 @@ def main() -> None:
     found = []
     for concurrency in arguments.concurrency:
         for options in OPTIONS:
-            engine = Engine(runner, max_running=concurrency, max_step_tokens=4096)
+            engine = Engine(runner, EngineConfig(max_running=concurrency, max_step_tokens=4096))
             taken_ms = engine_ms(engine, options, concurrency)
             found.append({"concurrency": concurrency, "what": str(options.mode), "ms": round(taken_ms, 3)})
-        taken_ms = publish_ms(Engine(runner, max_running=concurrency), codec, concurrency)
+        taken_ms = publish_ms(Engine(runner, EngineConfig(max_running=concurrency)), codec, concurrency)
         found.append({"concurrency": concurrency, "what": "publish ar", "ms": round(taken_ms, 3)})
     for row in found:
         print(f"{row['concurrency']:>3} {row['what']:<18} {row['ms']:>8.3f} ms")

@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.modes import CHECKPOINT
 from policies.modes import Mode
+from replicas.config import EngineConfig
 from replicas.engine.engine import Engine
 from replicas.engine.sequence import Sequence
 from replicas.messages import DecodingOptions, SamplingParams
@@ -38,7 +39,9 @@ def measure(
     overlaps: bool,
 ) -> tuple[float, float, float]:
     """Tokens a second, tokens a forward and the share of right answers."""
-    engine = Engine(runner, max_running=concurrency, max_waiting=len(tasks), overlap_blocks=overlaps)
+    engine = Engine(
+        runner, EngineConfig(max_running=concurrency, max_waiting=len(tasks), overlap_blocks=overlaps)
+    )
     options = DecodingOptions(Mode.DIFFUSION, block_length)
     sampling = SamplingParams(max_tokens=MAX_TOKENS)
     asked = [codec.encode(({"role": "user", "content": task.prompt},)) for task in tasks]

@@ -11,16 +11,17 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 ROOT = Path(__file__).parent.parent
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-STOP_TIMEOUT_S = 60.0
 KEYS_VARIABLE = "TRIAD_API_KEYS"
+
+T = TypeVar("T")
 
 
 class ServerProcess:
@@ -62,28 +63,26 @@ class ServerProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.signal(signal.SIGCONT)
-        ours = descendants(self._process.pid)
-        self._process.send_signal(signal.SIGINT)
-        try:
-            self._process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
+        # Not asked to end: nothing of it is kept. Stopped first, so that none starts another meanwhile.
+        if self._process.poll() is None:
+            self.signal(signal.SIGSTOP)
+            self.signal(signal.SIGKILL)
             self._process.wait()
-        for pid, began in ours.items():
-            if began_at(pid) == began:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def wait_until_ready(self, timeout_s: float = 300.0) -> None:
         """Waits until it is ready. Raises RuntimeError with the log's end when it ends or is not ready in
         time."""
+        self.wait_for(self._is_ready, timeout_s)
+
+    def wait_for(self, found: Callable[[], T | None], timeout_s: float = 300.0) -> T:
+        """Asks until the answer is true, and returns it. Raises as wait_until_ready does."""
         deadline_s = time.monotonic() + timeout_s
-        while not self._is_ready():
+        while not (answer := found()):
             if self._process.poll() is not None or time.monotonic() > deadline_s:
                 raise RuntimeError(f"not serving; its log:\n{self.log.read_text(errors='replace')[-5000:]}")
             time.sleep(0.2)
+        return answer
 
     @property
     def process(self) -> subprocess.Popen[bytes]:

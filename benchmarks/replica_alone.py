@@ -5,19 +5,24 @@ same load, five times a second.
 """
 
 import asyncio
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
 
-from benchmarks.load import Answered
+from benchmarks.load import LoadError
 from benchmarks.modes import CHECKPOINT
+from benchmarks.stream_client import Tally
 from policies.control.plan import ObservedPlan
 from policies.control.plan_sync import PlanFollower
 from policies.control.store import LoadStore, StoreUnavailable
+from policies.cost import ReplicaCosts
 from policies.registry import create_policy
 from policies.replica_load import ReplicaLoad
 from replicas.calibration import calibrate
+from replicas.config import EngineConfig
+from replicas.engine.batch import ModelSpec, Runner, ScheduledBatch, SegmentOutput
 from replicas.engine.engine import Engine
 from replicas.messages import (
     Accepted,
@@ -31,6 +36,7 @@ from replicas.messages import (
 from replicas.model.runner import TorchRunner
 from replicas.service import ReplicaService
 from replicas.text import TextCodec
+from replicas.yields_file import read_yields
 
 MAX_RUNNING = 64
 MAX_STEP_TOKENS = 512
@@ -51,64 +57,83 @@ class NoStore(LoadStore):
         pass
 
 
-class ReplicaAlone:
-    """A replica without Serve. Requests go in by complete(); each waits for its own last event."""
+class TimedRunner:
+    """A runner that keeps the CPU time of its forwards, of the calling thread alone."""
 
-    def __init__(self, service: ReplicaService, follower: PlanFollower):
+    def __init__(self, runner: Runner):
+        self.cpu_s = 0.0
+        self.thread_id: int | None = None
+        """The kernel's number of the thread that ran the last forward."""
+        self._runner = runner
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._runner.spec
+
+    def run(self, batch: ScheduledBatch, /) -> Sequence[SegmentOutput]:
+        began_s = time.thread_time()
+        try:
+            return self._runner.run(batch)
+        finally:
+            self.cpu_s += time.thread_time() - began_s
+            self.thread_id = threading.get_native_id()
+
+
+class ReplicaAlone:
+    """A replica without Serve. Requests go in by ask(); each waits for its own last event."""
+
+    def __init__(self, service: ReplicaService, runner: TimedRunner):
+        self.runner = runner
         self._service = service
-        self._follower = follower
         self._numbers = count()
         self._inboxes: dict[str, asyncio.Queue[Event]] = {}
-
-    def set_policy(self, name: str) -> None:
-        """Sets the policy between two windows, with nothing running. It goes on from the plan in force."""
-        self._follower.set_policy(create_policy(name, {}))
 
     async def hand_out(self, stream: AsyncIterator[tuple[Event, ...]]) -> None:
         async for events in stream:
             for event in events:
                 self._inboxes[event.request_id].put_nowait(event)
 
-    async def complete(self, prompt: str, max_tokens: int, decoding: DecodingOptions) -> Answered:
-        """Answers one prompt. Raises RuntimeError where it fails."""
+    async def ask(
+        self, prompt: str, max_tokens: int, ignore_eos: bool, decoding: DecodingOptions, tally: Tally
+    ) -> None:
+        """Answers one prompt, and notes in the tally what arrives. Raises LoadError where it fails."""
         name = str(next(self._numbers))
         inbox: asyncio.Queue[Event] = asyncio.Queue()
         self._inboxes[name] = inbox
         messages = ({"role": "user", "content": prompt},)
-        request = GenerateRequest(
-            name, CHANNEL, (messages,), SamplingParams(max_tokens=max_tokens, temperature=0.0), decoding
-        )
-        began_s = time.perf_counter()
-        reply = await self._service.submit(request)
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=ignore_eos)
+        began_s, first_s = time.perf_counter(), None
+        reply = await self._service.submit(GenerateRequest(name, CHANNEL, (messages,), sampling, decoding))
         if not isinstance(reply, Accepted):
-            raise RuntimeError(reply.message)
-        first_s: float | None = None
+            raise LoadError(reply.message)
         while isinstance(event := await inbox.get(), Delta):
             first_s = first_s or time.perf_counter()
+            tally.num_tokens += event.num_tokens
+            tally.num_chunks += 1
         del self._inboxes[name]
         if isinstance(event, Failed):
-            raise RuntimeError(event.message)
-        ended_s = time.perf_counter()
-        return Answered((first_s or ended_s) - began_s, ended_s - began_s, event.num_completion_tokens)
+            raise LoadError(event.message)
+        tally.note_end(began_s, first_s, event.num_completion_tokens)
 
 
 @asynccontextmanager
 async def replica_alone(num_threads: int) -> AsyncIterator[ReplicaAlone]:
-    runner = TorchRunner.load(str(CHECKPOINT), num_threads=num_threads)
-    engine = Engine(runner, max_running=MAX_RUNNING, max_step_tokens=MAX_STEP_TOKENS)
-    cost = calibrate(runner, max_running=MAX_RUNNING, max_step_tokens=MAX_STEP_TOKENS, budget_s=CALIBRATION_S)
-    engine.set_step_cost(cost)
-    service = ReplicaService(engine, TextCodec.load(str(CHECKPOINT)), "alone", step_cost=cost)
+    runner = TimedRunner(TorchRunner.load(str(CHECKPOINT), num_threads=num_threads))
+    engine = Engine(runner, EngineConfig(max_running=MAX_RUNNING, max_step_tokens=MAX_STEP_TOKENS))
+    step = calibrate(runner, max_running=MAX_RUNNING, max_step_tokens=MAX_STEP_TOKENS, budget_s=CALIBRATION_S)
+    costs = ReplicaCosts(step, read_yields(CHECKPOINT))
+    engine.set_step_cost(step)
+    service = ReplicaService(engine, TextCodec.load(str(CHECKPOINT)), "alone", costs=costs)
     follower = PlanFollower(
         NoStore(),
         create_policy("cost_model", {}),
         service.snapshot,
         lambda plan: service.set_plan(plan.decode, plan.rule),
-        service.set_explored_plans,
+        service.set_trial,
     )
     service.set_plan(follower.plan.decode, follower.plan.rule)
     service.start()
-    alone = ReplicaAlone(service, follower)
+    alone = ReplicaAlone(service, runner)
     stop = asyncio.Event()
     stream = service.channel(CHANNEL)
     await anext(stream)  # it is open

@@ -25,6 +25,7 @@ import torch
 
 from benchmarks.modes import CHECKPOINT, PLANS, prompts
 from policies.modes import DecodePlan, Mode
+from replicas.config import EngineConfig
 from replicas.engine.batch import ModelSpec, ScheduledBatch, Segment, SegmentOutput
 from replicas.engine.engine import Engine
 from replicas.messages import DecodingOptions, SamplingParams
@@ -134,7 +135,9 @@ class Cell:
 
     def measure(self, runner: TorchRunner, asked: Sequence[list[int]], clock: Clock) -> None:
         watched = Watched(runner, clock)
-        engine = Engine(watched, max_running=self.concurrency, max_waiting=len(asked), overlap_blocks=False)
+        engine = Engine(
+            watched, EngineConfig(max_running=self.concurrency, max_waiting=len(asked), overlap_blocks=False)
+        )
         options = DecodingOptions(
             self.plan.mode, None if self.plan.mode is Mode.AR else self.plan.block_length
         )

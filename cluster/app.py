@@ -8,23 +8,19 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import LoggingConfig
 
 from cluster.autoscaling import autoscaling_config
 from cluster.config import ClusterConfig
 from cluster.embedded_redis import EmbeddedRedis, Endpoint
-from policies.scaling import Targets
 from replicas.config import ReplicaConfig
-from router.admission_control import QueueLimits
-from router.config import AccessConfig, Bounds
-from router.ingress import AddressedRouter, Ingress, IngressConfig
+from replicas.server import Replica
+from router.config import IngressConfig
+from router.ingress import Ingress
 
 UNLIMITED = 100_000
-"""The ongoing requests an actor may have. Admission and the replica's queue are the bounds; Serve's own would
-hold back cancels and channels along with requests."""
-
-ADDRESSED_ROUTER = f"{AddressedRouter.__module__}:{AddressedRouter.__name__}"
+"""The ongoing requests an actor may have. Admission and the replica's queue are the bounds."""
 
 
 class RedisServer:
@@ -55,7 +51,7 @@ def deploy(args: ClusterConfig) -> Application:
         args.num_ingresses,
         {"num_cpus": args.ingress_cpus},
         args.drain_timeout_s,
-        (_ingress_config(args, redis_url), _replicas(args, redis_url), deployed_with),
+        (IngressConfig.of(args), redis_url, _replicas(args, redis_url), deployed_with),
         logging_config=_logging(args, access_log=args.log_format == "text"),
     )
 
@@ -65,9 +61,6 @@ def _redis_server(endpoint: Endpoint) -> Application:
 
 
 def _replicas(args: ClusterConfig, redis_url: str) -> Application:
-    # Late, because it brings torch, which nothing else here needs.
-    from replicas.server import Replica
-
     parallel: dict[str, Any] = {}
     if args.tensor_parallel > 1:
         # The replica is in the first bundle, its workers are in the others, all on one machine.
@@ -80,9 +73,7 @@ def _replicas(args: ClusterConfig, redis_url: str) -> Application:
     number: int | AutoscalingConfig = args.num_replicas
     if args.max_replicas is not None:
         number = autoscaling_config(
-            min_replicas=args.least_replicas,
-            initial_replicas=args.first_replicas,
-            max_replicas=args.max_replicas,
+            **args.replica_range._asdict(),
             upscale_delay_s=args.upscale_delay_s,
             downscale_delay_s=args.downscale_delay_s,
         )
@@ -92,10 +83,9 @@ def _replicas(args: ClusterConfig, redis_url: str) -> Application:
         number,
         {"num_cpus": args.replica_cpus, "num_gpus": args.num_gpus},
         args.drain_timeout_s,
-        (_replica_config(args, redis_url),),
+        (ReplicaConfig.of(args), redis_url),
         # The ingress asks each replica every second who it is; its own log has the requests.
         logging_config=_logging(args, access_log=False),
-        request_router_config=RequestRouterConfig.model_validate({"request_router_class": ADDRESSED_ROUTER}),
         **parallel,
     )
 
@@ -127,62 +117,3 @@ def _bind(
     )(cls)
     app: Application = deployment.bind(*arguments)
     return app
-
-
-def _ingress_config(args: ClusterConfig, redis_url: str) -> IngressConfig:
-    return IngressConfig(
-        app=args.app,
-        model_name=args.model_name,
-        redis_url=redis_url,
-        policy=args.policy,
-        policy_params=args.policy_params,
-        max_running=args.max_running,
-        queue_limits=QueueLimits(args.max_waiting, args.max_waiting_tokens, args.max_queue_s),
-        bounds=Bounds(
-            max_body_bytes=args.max_body_bytes,
-            body_timeout_s=args.body_timeout_s,
-            max_header_bytes=args.max_header_bytes,
-            max_json_depth=args.max_json_depth,
-            max_prompt_chars=args.max_prompt_chars,
-        ),
-        access=AccessConfig(
-            api_keys_file=args.api_keys_file,
-            limits_without_redis=args.limits_without_redis,
-            limits_timeout_s=args.limits_timeout_s,
-            cors_origins=args.cors_origins,
-        ),
-        stream_interval_s=args.stream_interval_ms / 1000.0,
-        shared_prefix_cache=args.shared_prefix_cache,
-        log_format=args.log_format,
-    )
-
-
-def _replica_config(args: ClusterConfig, redis_url: str) -> ReplicaConfig:
-    return ReplicaConfig(
-        checkpoint=args.checkpoint,
-        served_model_name=args.model_name,
-        app=args.app,
-        redis_url=redis_url,
-        policy=args.policy,
-        policy_params=args.policy_params,
-        device="cuda" if args.num_gpus > 0 else "cpu",
-        dtype=args.weights_dtype,
-        quantization=args.quantization,
-        forward=args.forward,
-        num_threads=args.num_threads,
-        # All on one machine is the case to be right for.
-        num_sharing=args.most_replicas * args.tensor_parallel,
-        page_size=args.page_size,
-        kv_cache_mb=args.kv_cache_mb,
-        kv_dtype=args.kv_dtype,
-        tensor_parallel=args.tensor_parallel,
-        max_running=args.max_running,
-        max_step_tokens=args.max_step_tokens,
-        max_prefill_tokens=args.max_prefill_tokens,
-        max_step_ms=args.max_step_ms,
-        overlap_blocks=args.overlap_blocks,
-        max_waiting=args.max_waiting,
-        calibration_s=args.calibration_s,
-        log_format=args.log_format,
-        targets=Targets(args.target_ttft_s, args.target_tpot_s),
-    )

@@ -17,7 +17,7 @@ LONGEST_STREAM_S = 3600
 """The time an HAProxy has to end what it has begun, once a new one runs because ingresses came or went."""
 SILENT_CLIENT_S = 120
 """The time for which a client may neither send what it owes nor take what there is for it."""
-LEAST_DRAIN_S = 1
+MIN_DRAIN_S = 1
 """The time for which an ingress that is to end still answers: HAProxy has stopped sending by then."""
 
 OWN_PORTS = (
@@ -48,7 +48,7 @@ def serving_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(SILENT_CLIENT_S),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM_S),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(LEAST_DRAIN_S),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(MIN_DRAIN_S),
     }
     # Of a cluster's own: sent to the port of another one's, a request would be answered by that.
     wanted |= dict(zip(OWN_PORTS, map(str, _free_ports(len(OWN_PORTS))), strict=True))

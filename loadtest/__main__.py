@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import json
+import math
 import os
 import platform
 import sys
@@ -71,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rates", type=float, nargs="*", default=[2, 8, 16, 32], help="open loop: requests/s")
     p.add_argument("--users", type=int, nargs="*", default=[], help="closed loop: users")
     p.add_argument("--seconds", type=float, default=10.0, help="of each level")
+    p.add_argument("--pause", type=float, default=1.0, help="seconds of silence between levels")
     p.add_argument("--burstiness", type=float, default=1.0, help="1: Poisson; below: bursts")
     p.add_argument(
         "--timeline",
@@ -134,7 +136,7 @@ async def measure(o: argparse.Namespace, url: str, policy: str | None, info: Run
         if o.timeline != "none":
             timeline = shaped("timeline", parse_shape(o.timeline), o.burstiness, o.seed + 2000)
             loads.append((timeline, targets[:1]))
-        outcome = await run(client, loads, workload, on_line=progress_to())
+        outcome = await run(client, loads, workload, on_line=progress_to(), pause_s=o.pause)
         info.model = model
         info.slos = workload.slos
         info.records += outcome.records
@@ -163,6 +165,8 @@ def check_options(o: argparse.Namespace) -> None:
         parse_shape(o.timeline)
     if o.verify and not set(o.settings) <= set(LOSSLESS):
         raise ValueError(f"--verify needs settings whose text is fixed: {', '.join(LOSSLESS)}")
+    if not 0 <= o.pause < math.inf:
+        raise ValueError(f"--pause must be 0 or more seconds, not {o.pause:g}")
     if not loads_of(o):
         raise ValueError("there is no load: give --rates, --users or --trace")
 

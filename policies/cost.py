@@ -1,8 +1,9 @@
 """The costs and yields of decoding at one replica: the figures that a decision by cost is made from.
 
-A forward of q query tokens takes L(q, ...) milliseconds (`StepCost`); a round of a plan takes F of
-them and brings y tokens (`RoundYield`). With C sequences in a plan of block B the replica makes
-C x y / (F x L(C x B)) tokens a second; policies.forecast has the whole formula.
+A forward of q query tokens takes L(q, ...) milliseconds (`StepCost`), times its mode's factor
+(`ModeFactors`); a round of a plan takes F of them and brings y tokens (`RoundYield`). With C sequences in
+a plan of block B the replica makes C x y / (F x L(C x B)) tokens a second; policies.forecast has the whole
+formula.
 """
 
 import math
@@ -15,10 +16,17 @@ from policies.modes import DecodePlan, Mode
 
 PRIOR_ACCEPTANCE = 0.9
 """The chance that the next drafted token agrees, before any is measured. 0.9 gives 5.7, 8.1 and 9.7 tokens
-a round at blocks 8, 16 and 32, where Nemotron-Labs-Diffusion-8B was measured at 5.8, 8.5 and 11.4."""
+a verified block of 8, 16 and 32, where Nemotron-Labs-Diffusion-8B was measured at 5.8, 8.5 and 11.4."""
+MAX_LOG = 50.0
+"""The largest logarithm of a factor that is one, either way."""
+PRIOR_SPREAD = 0.7
+"""The standard deviation of the log of a yield before any round was seen: 2 either way."""
 PRIOR_FIXED = 2.7
 """The positions that a denoising forward fixes at threshold 0.9, before any is measured: the 8B's 2.57
 tokens a forward (arXiv 2607.05722) at block 32, its commit left out."""
+FACTOR_SHARE = 0.2
+"""The doubt of a threshold that fixes about as much as a factor does, over the factor: triad-5m decodes alike
+with the factor 0.5 and the threshold 0.9."""
 
 
 class ForwardStats(NamedTuple):
@@ -30,11 +38,9 @@ class ForwardStats(NamedTuple):
     num_cached: int
     """Cached tokens that the forward read, over all segments."""
     ms: float
-    """The forward's latency."""
+    """The time from its step's begin to the next one's, or to the silence after it."""
     mode: Mode | None = None
-    """The mode of most of the forward's decoding tokens, None for prompts alone."""
-    is_exploration: bool = False
-    """True if the forward ran a plan that is not in force."""
+    """The mode of nearly all of the forward's decoding tokens, None for prompts alone and for mixtures."""
 
 
 class RoundStats(NamedTuple):
@@ -99,6 +105,48 @@ class StepCost:
         return knot_ms[left] + slope * (num_tokens - knots[left])
 
 
+UNKNOWN_SPREAD = 0.3
+"""The standard deviation of the log of a mode's factor that nothing is known of: 35 % either way."""
+
+
+def octave_weights(num_tokens: float, num_octaves: int) -> dict[int, float]:
+    """Returns the octaves next to a number of query tokens, with weights that sum to 1.
+
+    Octave n stands for 2^n query tokens; between two, the logarithm of the number decides.
+    """
+    place = min(max(0.0, math.log2(max(1.0, num_tokens))), num_octaves - 1.0)
+    low = min(int(place), max(0, num_octaves - 2))
+    weights = {low: 1.0 - (place - low), low + 1: place - low}
+    return {octave: weight for octave, weight in weights.items() if weight > 0.0}
+
+
+@dataclass(frozen=True, slots=True)
+class ModeFactors:
+    """The factors between a mode's forwards and the shape of all, by octaves of query tokens.
+
+    Raises ValueError for tuples of unequal lengths, or a number that is none.
+    """
+
+    logs: tuple[float, ...]
+    """The logarithm of the factor at 2^n query tokens, by n."""
+    spreads: tuple[float, ...]
+    """The standard deviation of that logarithm against the one of what runs now."""
+
+    def __post_init__(self) -> None:
+        if not self.logs or len(self.logs) != len(self.spreads):
+            raise ValueError(f"as many factors as spreads, and at least one: {self.logs}, {self.spreads}")
+        if not all(-MAX_LOG <= log <= MAX_LOG for log in self.logs):
+            raise ValueError(f"factors must be finite: {self.logs}")
+        if not all(0.0 <= spread <= MAX_LOG for spread in self.spreads):
+            raise ValueError(f"spreads must be finite and not negative: {self.spreads}")
+
+    def at(self, num_tokens: float) -> tuple[float, float]:
+        """Returns the factor for a number of query tokens, and the spread of its logarithm."""
+        weights = octave_weights(num_tokens, len(self.logs))
+        log = sum(weight * self.logs[octave] for octave, weight in weights.items())
+        return math.exp(log), sum(weight * self.spreads[octave] for octave, weight in weights.items())
+
+
 UNMEASURED = StepCost(knots=(1, 32, 512), knot_ms=(10.0, 12.0, 80.0))
 """The cost assumed of a machine nobody has measured: bound by memory up to some tens of tokens, then by
 arithmetic. Only the shape bears on a choice of mode."""
@@ -120,8 +168,9 @@ class RoundYield:
     """Query tokens a forward; None for the block's."""
 
     def __post_init__(self) -> None:
-        brought = (self.tokens, self.forwards, 1.0 if self.rows is None else self.rows)
-        if not all(0.0 < amount < math.inf for amount in brought):
+        rows = 1.0 if self.rows is None else self.rows
+        if not (0.0 < self.tokens < math.inf and 0.0 < self.forwards < math.inf and 0.0 < rows < math.inf):
+            brought = (self.tokens, self.forwards, self.rows)
             raise ValueError(f"tokens, forwards and rows must be positive and finite, got {brought}")
         if not 0.0 <= self.num_rounds < math.inf:
             raise ValueError(f"num_rounds must not be negative, got {self.num_rounds}")
@@ -134,6 +183,11 @@ class RoundYield:
     def tokens_per_forward(self) -> float:
         return self.tokens / self.forwards
 
+    @property
+    def spread(self) -> float:
+        """The standard deviation of the log of tokens_per_forward; `ar`'s is never in doubt."""
+        return 0.0 if self.plan.mode is Mode.AR else PRIOR_SPREAD / math.sqrt(1.0 + self.num_rounds)
+
 
 def prior_yield(plan: DecodePlan) -> RoundYield:
     """Returns the yield expected of a plan that has never run."""
@@ -141,9 +195,20 @@ def prior_yield(plan: DecodePlan) -> RoundYield:
     if plan.mode is Mode.AR:
         return RoundYield(plan, 1.0, 1.0)
     if plan.mode is Mode.SELF_SPECULATION:
-        return RoundYield(plan, (1.0 - PRIOR_ACCEPTANCE**block) / (1.0 - PRIOR_ACCEPTANCE), 2.0)
-    fixed = min(1.0 + (PRIOR_FIXED - 1.0) * (1.0 - plan.threshold) / 0.1, 2.0 * PRIOR_FIXED)
+        return _prior_of_speculation(plan)
+    doubt = 1.0 - plan.threshold if plan.factor is None else FACTOR_SHARE * plan.factor
+    fixed = min(1.0 + (PRIOR_FIXED - 1.0) * doubt / 0.1, 2.0 * PRIOR_FIXED)
     return RoundYield(plan, float(block), max(1.0, (block - 1) / fixed) + 1.0)
+
+
+def _prior_of_speculation(plan: DecodePlan) -> RoundYield:
+    """Returns the mean of rounds that verify a draft and of those without one, one after each refusal."""
+    block = plan.block_length
+    verified = (1.0 - PRIOR_ACCEPTANCE**block) / (1.0 - PRIOR_ACCEPTANCE)
+    refused = 1.0 - PRIOR_ACCEPTANCE ** (block - 1)
+    without = refused / (1.0 + refused)  # the share of rounds without a draft: a token of the seed's row
+    tokens = without + (1.0 - without) * verified
+    return RoundYield(plan, tokens, 1.0, rows=without * (1 + block) + (1.0 - without) * 2 * block)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,16 +216,30 @@ class ReplicaCosts:
     """The costs and yields that a replica has measured of itself."""
 
     step: StepCost
-    """The cost of a forward of any mode."""
+    """The shape of a forward's cost at the machine's present pace."""
     yields: tuple[RoundYield, ...] = ()
-    """The yields of plans that ran, or were inferred from others."""
-    own: Mapping[Mode, StepCost] = field(default_factory=dict)
-    """The cost of a forward in each mode that ran in force: for the same number of rows modes differ by what
-    else the machine does meanwhile, as sending tokens, which `ar` does after every forward."""
+    """The yields of plans that ran, were inferred from others, or were known at the start."""
+    factors: Mapping[Mode, ModeFactors] = field(default_factory=dict)
+    """The factors of the modes that have run: for the same number of rows modes differ by what else the
+    machine does meanwhile, as sending tokens, which `ar` does after every forward."""
+    left_out: float = 0.0
+    """The logarithm of the rate made over the rate foretold, as far as all plans have it in common."""
+    rates: Mapping[Mode, ModeFactors] = field(default_factory=dict)
+    """The further factors of modes between these rates, by octaves of requests in flight."""
 
-    def step_of(self, mode: Mode) -> StepCost:
-        """Returns the mode's own cost, else that of a forward of any mode."""
-        return self.own.get(mode, self.step)
+    def __post_init__(self) -> None:
+        if not -MAX_LOG <= self.left_out <= MAX_LOG:
+            raise ValueError(f"left_out must be finite, got {self.left_out}")
+
+    def rate_factor(self, mode: Mode, num_requests: float) -> float:
+        """Returns the rate to expect of a mode over the one that step costs and yields foretell."""
+        rates = self.rates.get(mode)
+        return math.exp(self.left_out) * (1.0 if rates is None else rates.at(num_requests)[0])
+
+    def factor(self, mode: Mode, num_tokens: float) -> tuple[float, float]:
+        """Returns a mode's factor on the step cost, and the spread of its logarithm."""
+        factors = self.factors.get(mode)
+        return (1.0, UNKNOWN_SPREAD) if factors is None else factors.at(num_tokens)
 
     def yield_of(self, plan: DecodePlan) -> RoundYield:
         """Returns a plan's measured yield, else one from the nearest measured plan of its mode, else a prior.
@@ -176,13 +255,16 @@ class ReplicaCosts:
         expected = prior_yield(near.plan)
         tokens = min(prior.tokens * near.tokens / expected.tokens, float(plan.block_length))
         forwards = max(1.0, prior.forwards * near.forwards / expected.forwards)
-        rows = plan.block_length * near.rows_per_forward / near.plan.block_length
+        rows = prior.rows_per_forward * near.rows_per_forward / expected.rows_per_forward
         return RoundYield(plan, max(1.0, tokens), forwards, rows=rows)
 
 
 def _nearest(plan: DecodePlan, yields: Iterable[RoundYield]) -> RoundYield | None:
-    def distance(entry: RoundYield) -> tuple[float, float]:
+    def distance(entry: RoundYield) -> tuple[bool, float, float]:
         low, high = sorted((entry.plan.block_length, plan.block_length))
-        return abs(entry.plan.threshold - plan.threshold), high / low
+        factor, own = entry.plan.factor, plan.factor
+        if factor is None or own is None:
+            return factor is not own, abs(entry.plan.threshold - plan.threshold), high / low
+        return False, abs(factor - own), high / low
 
     return min((entry for entry in yields if entry.plan.mode is plan.mode), key=distance, default=None)

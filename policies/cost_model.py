@@ -1,31 +1,24 @@
 """The default policy, `cost_model`: the plan that should bring most, by each replica's own measurements."""
 
 import math
-from dataclasses import dataclass
+import statistics
 from typing import Literal
 
 from pydantic import Field, field_validator
 
 from policies.forecast import Forecast, forecast
 from policies.modes import LOSSLESS_MODES, MAX_BLOCK_LENGTH, DecodePlan, Mode
-from policies.policy import Decision, ExploredPlans, Policy, PolicyParameters, Snapshot
+from policies.policy import Decision, Policy, PolicyParameters, Snapshot, Trial
 from policies.replica_load import ReplicaLoad
 
-NOISE = 0.35
-"""The relative difference up to which two loads may still be the same load."""
-SMOOTHED_S = 0.5
-"""The time constant of the average of the loads."""
-LASTING_S = 0.15
-"""The time for which a change larger than noise must last to count: requests that end together and come
-again at once are no change."""
-WORTH_EXPLORING = 0.7
-"""The share of the best plan's worth that a plan must be able to bring to be explored now and then."""
-HOPE = 4.0
-"""The relative amount by which a plan that never ran may exceed expectations: priors are that wrong."""
-FEW_ROUNDS = 3.0
-"""The number of rounds below which a plan worth exploring is explored more eagerly."""
-EAGER = 5.0
-"""The factor on the share of exploring forwards while a plan worth exploring has had under FEW_ROUNDS."""
+LOOKS = 5
+"""The number of looks, 0.2 s apart, whose median is the load: a change counts once most of them show it."""
+OPTIMISM = 2.0
+"""The standard deviations by which a plan may exceed what is expected of it, and is tried for that."""
+WORTH_TRYING = 0.05
+"""The gain on the best plan that must be possible for a trial."""
+MIN_LOSS = 0.1
+"""The share of a trial's tokens that is lost at the least: sequences change to its plan and back."""
 
 
 class CostModelParameters(PolicyParameters):
@@ -45,8 +38,8 @@ class CostModelParameters(PolicyParameters):
     diffusion_blocks: tuple[int, ...] = (8, 16, 32)
     """The block lengths of diffusion that are considered."""
     explore: float = Field(default=0.02, ge=0.0, le=0.1)
-    """The share of a replica's forwards that explore plans which do not run but are not far behind, or not
-    well known; EAGER times that while one is hardly known at all; 0 explores nothing."""
+    """The largest share of a replica's tokens that is lost by trials of plans that may be better than is
+    known; 0 tries nothing."""
 
     @field_validator("speculation_blocks", "diffusion_blocks")
     @classmethod
@@ -65,19 +58,11 @@ class CostModelParameters(PolicyParameters):
         return plans
 
 
-@dataclass(frozen=True, slots=True)
-class Smoothed:
-    """A replica's number of `auto` requests without its noise."""
+class CostModelPolicy(Policy[tuple[int, ...]]):
+    """Chooses the plan of most goodput by policies.forecast; `stabilise` keeps noise from shifting it.
 
-    num_auto: float
-    at_s: float
-    """The time as of which the number holds."""
-    changed_s: float | None = None
-    """The time since when the load's own number has differed by more than noise; None if it does not."""
-
-
-class CostModelPolicy(Policy[Smoothed | None]):
-    """Chooses the plan of most goodput by policies.forecast; `stabilise` keeps noise from shifting it."""
+    Its memory of a replica is the number of `auto` requests at the last looks.
+    """
 
     name = "cost_model"
     Parameters = CostModelParameters
@@ -86,14 +71,16 @@ class CostModelPolicy(Policy[Smoothed | None]):
         super().__init__(parameters)
         self._bounds = parameters
 
-    def resume(self, current: DecodePlan | None, held_s: float, now_s: float) -> None:
-        return None
+    def resume(self, current: DecodePlan | None, held_s: float, now_s: float) -> tuple[int, ...]:
+        return ()
 
-    def decide(self, snapshot: Snapshot, state: Smoothed | None, now_s: float) -> tuple[Decision, Smoothed]:
+    def decide(
+        self, snapshot: Snapshot, state: tuple[int, ...], now_s: float
+    ) -> tuple[Decision, tuple[int, ...]]:
         load, current = snapshot.load, snapshot.current
-        state = _smooth(state, load.num_auto, now_s)
-        candidates = self._bounds.candidates(load.modes)
-        forecasts = [forecast(load, plan, state.num_auto) for plan in candidates]
+        state = (*state, load.num_auto)[-LOOKS:] if load.num_auto else ()
+        num_auto = statistics.median(state or (0,))
+        forecasts = [forecast(load, plan, num_auto) for plan in self._bounds.candidates(load.modes)]
         scores = {f.plan: self._score(load, f, is_running=f.plan == current) for f in forecasts}
         best = max(forecasts, key=lambda expected: scores[expected.plan])
         if not load.num_auto and load.num_in_flight and current in scores:
@@ -104,31 +91,26 @@ class CostModelPolicy(Policy[Smoothed | None]):
             gain = _gain(scores[best.plan], scores[current])
         return Decision(best.plan, _reason(load, forecasts), gain), state
 
-    def explored_plans(self, load: ReplicaLoad, running: DecodePlan) -> ExploredPlans | None:
-        """Returns each plan that may be near the best, so that no estimate is stale for ever at little loss.
+    def trial(self, load: ReplicaLoad, running: DecodePlan) -> Trial | None:
+        """Returns the plan that may exceed the best one by most, if any may by enough.
 
-        A plan may bring up to 1 + HOPE times what is expected of it, the less the more of its rounds have
-        been seen lately. A plan that no request may run is left out: the others would wait for its turn.
+        A plan that no request may run is left out.
         """
         if not self._bounds.explore or load.costs is None or load.num_auto == 0:
             return None
         modes = load.modes
         if load.num_lossless >= load.num_auto:
             modes = tuple(mode for mode in modes if mode in LOSSLESS_MODES)
-        candidates = self._bounds.candidates(modes)
-        worths = {plan: self._worth(forecast(load, plan)) for plan in candidates}
-        least = WORTH_EXPLORING * max(worths.values())
-        num_rounds = {plan: load.costs.yield_of(plan).num_rounds for plan in candidates}
-        num_rounds[candidates[0]] = math.inf  # ar's yield is never in doubt
-        plans = tuple(
-            plan
-            for plan in candidates
-            if plan != running and worths[plan] * (1.0 + HOPE / (1.0 + num_rounds[plan])) >= least
-        )
-        if not plans:
+        forecasts = [forecast(load, plan) for plan in self._bounds.candidates(modes)]
+        best = max(map(self._worth, forecasts))
+        others = [expected for expected in forecasts if expected.plan != running]
+        tried = max(others, key=self._hope, default=None)
+        if tried is None or self._hope(tried) < best * (1.0 + WORTH_TRYING):
             return None
-        is_eager = min(num_rounds[plan] for plan in plans) < FEW_ROUNDS
-        return ExploredPlans(plans, self._bounds.explore * (EAGER if is_eager else 1.0))
+        return Trial(tried.plan, max(MIN_LOSS, 1.0 - self._worth(tried) / best), self._bounds.explore)
+
+    def _hope(self, expected: Forecast) -> float:
+        return self._worth(expected) * math.exp(OPTIMISM * expected.spread)
 
     def _score(self, load: ReplicaLoad, expected: Forecast, is_running: bool) -> tuple[float, float]:
         """Returns a plan's score: plans compare by its first number, where that is equal by its second."""
@@ -139,19 +121,6 @@ class CostModelPolicy(Policy[Smoothed | None]):
         if expected.plan.mode in LOSSLESS_MODES:
             return expected.tokens_per_s
         return expected.tokens_per_s / (1.0 + self._bounds.diffusion_gain)
-
-
-def _smooth(state: Smoothed | None, num_auto: int, now_s: float) -> Smoothed:
-    """Averages noise out; a change larger than noise is taken as it is once it lasts, or if none ran."""
-    if state is None or state.num_auto < 1.0:
-        return Smoothed(float(num_auto), now_s)
-    if abs(num_auto - state.num_auto) > NOISE * max(num_auto, state.num_auto):
-        changed_s = now_s if state.changed_s is None else state.changed_s
-        if now_s - changed_s >= LASTING_S:
-            return Smoothed(float(num_auto), now_s)
-        return Smoothed(state.num_auto, now_s, changed_s)
-    fresh = 1.0 - math.exp(-max(0.0, now_s - state.at_s) / SMOOTHED_S)
-    return Smoothed(state.num_auto + fresh * (num_auto - state.num_auto), now_s)
 
 
 def _gain(best: tuple[float, float], current: tuple[float, float]) -> float:

@@ -6,6 +6,7 @@ sum n_g y_g / F_g tokens (policies.cost has L, y, F and B: the block, or more wh
 one too).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -31,6 +32,9 @@ class Forecast:
     """The latency of a forward."""
     num_prefill: float
     """Prompt tokens in a forward."""
+    spread: float
+    """The standard deviation of the log of tokens_per_s against that of what runs now, as far as a trial can
+    tell."""
     tpots: tuple[tuple[float, float], ...]
     """The number of requests in each group that decodes alike, and the seconds a token that each of them
     takes while it runs; the first group is the one that follows the plan."""
@@ -56,19 +60,33 @@ def forecast(load: ReplicaLoad, plan: DecodePlan, num_auto: float | None = None)
     pool_tokens = load.num_pages * load.page_size
     places = min(1.0, load.max_running / num_requests, pool_tokens / max(1.0, held_tokens))
     num_tokens = places * sum(count * group.rows_per_forward for count, group in groups)
-    budget = load.max_step_tokens * (1.0 - PREFILL_SHARE if load.prefill_per_token else 1.0)
-    turns = min(1.0, budget / num_tokens)
-    num_tokens = min(num_tokens, budget)
+    unbounded = places * sum(count * _pace(load, group) for count, group in groups)
+    turns = _turns(load, num_tokens, unbounded)
+    num_tokens *= turns
 
     paces = [(count, turns * _pace(load, group)) for count, group in groups]
-    made = places * sum(count * pace for count, pace in paces)
+    made = turns * unbounded
     num_prefill = min(load.prefill_per_token * made, load.max_step_tokens - num_tokens)
     num_segments = places * turns * num_requests
     _, most = max(groups, key=lambda entry: entry[0])
-    step = costs.step_of(most.plan.mode)
-    step_ms = step.ms(num_tokens + num_prefill, num_segments, num_segments * load.mean_context)
+    factor, spread = costs.factor(most.plan.mode, num_tokens + num_prefill)
+    num_cached = num_segments * load.mean_context
+    step_ms = factor * costs.step.ms(num_tokens + num_prefill, num_segments, num_cached)
     tpots = tuple((count, step_ms / pace / 1000.0) for count, pace in paces)
-    return Forecast(plan, 1000.0 * made / step_ms, step_ms, num_prefill, tpots)
+    tokens_per_s = costs.rate_factor(most.plan.mode, num_requests) * 1000.0 * made / step_ms
+    spread = math.hypot(spread, most.spread)
+    return Forecast(plan, tokens_per_s, step_ms, num_prefill, spread, tpots)
+
+
+def _turns(load: ReplicaLoad, num_tokens: float, made: float) -> float:
+    """Returns the share of a forward's blocks that its tokens have room for, beside the prompts.
+
+    num_tokens, made: of a forward with all of them. Prompts keep their share only while any wait, the less
+    often the fewer there are: on average they take what they need of it.
+    """
+    most = min(1.0, load.max_step_tokens / num_tokens)
+    num_prefill = min(load.prefill_per_token * made * most, PREFILL_SHARE * load.max_step_tokens)
+    return min(1.0, (load.max_step_tokens - num_prefill) / num_tokens)
 
 
 def _groups(load: ReplicaLoad, plan: DecodePlan, num_auto: float) -> Iterator[tuple[float, DecodePlan]]:

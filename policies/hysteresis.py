@@ -8,7 +8,7 @@ from pydantic import Field
 
 from policies.failures import Failures
 from policies.modes import DecodePlan, Mode, available_plan, default_plan
-from policies.policy import Decision, ExploredPlans, Policy, PolicyParameters, Snapshot
+from policies.policy import Decision, Policy, PolicyParameters, Snapshot, Trial
 from policies.replica_load import ReplicaLoad
 
 logger = logging.getLogger(__name__)
@@ -91,12 +91,10 @@ class WithHysteresis(Policy[StableState]):
             return wanted, replace(state, current=wanted.decode, shifts_s=recent)
         return wanted, replace(state, current=wanted.decode, since_s=now_s, shifts_s=(*recent, now_s))
 
-    def explored_plans(self, load: ReplicaLoad, running: DecodePlan) -> ExploredPlans | None:
-        try:
-            return self._inner.explored_plans(load, running)
-        except Exception as error:
-            self._failures.note(error)
-            return None
+    def trial(self, load: ReplicaLoad, running: DecodePlan) -> Trial | None:
+        with self._failures:
+            return self._inner.trial(load, running)
+        return None
 
     def _obstacle(self, wanted: Decision, held_s: float, num_recent: int) -> str | None:
         patience = 0.5 ** (max(0.0, held_s) / self._bounds.margin_half_life_s)

@@ -35,12 +35,14 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
-class ExploredPlans:
-    """Plans to explore now and then, in turn, beside the one in force, so that their yield stays known."""
+class Trial:
+    """A plan to run for a short span beside the one in force, so that what it brings is known."""
 
-    plans: tuple[DecodePlan, ...]
+    plan: DecodePlan
+    loss: float
+    """The share of the tokens that is expected to be lost while it runs, above 0."""
     share: float
-    """The largest share of a replica's forwards that explore."""
+    """The largest share of a replica's tokens that all trials may lose."""
 
 
 class PolicyParameters(BaseModel):
@@ -71,9 +73,9 @@ class Policy(ABC, Generic[State]):
     def decide(self, snapshot: Snapshot, state: State, now_s: float) -> tuple[Decision, State]:
         """Returns the plan that the replica should run, and the state to pass next time. No side effects."""
 
-    def explored_plans(self, load: ReplicaLoad, running: DecodePlan) -> ExploredPlans | None:
-        """Returns the plans that a replica which runs `running` should explore, None for none.
+    def trial(self, load: ReplicaLoad, running: DecodePlan) -> Trial | None:
+        """Returns what a replica that runs `running` should try next, None for nothing.
 
-        To explore shifts no plan. The replica asks with its own load, every period. No side effects.
+        A trial shifts no plan. The replica asks with its own load, every period. No side effects.
         """
         return None

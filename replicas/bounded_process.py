@@ -23,7 +23,7 @@ from typing import Any
 
 _FROM_OUTSIDE = (signal.SIGTERM, signal.SIGKILL, signal.SIGHUP)
 """Signals that say nothing of a call."""
-LEAST_STACK_BYTES = 2 * 2**20
+MIN_STACK_BYTES = 2 * 2**20
 """The stack that glibc gives a thread where the stack's limit is none."""
 
 
@@ -148,7 +148,7 @@ def _main(connection: Connection, target: str) -> None:
         signal.signal(timer, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF, signal.SIGALRM})
     soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
-    threading.stack_size((LEAST_STACK_BYTES if soft == resource.RLIM_INFINITY else soft) // 2)
+    threading.stack_size((MIN_STACK_BYTES if soft == resource.RLIM_INFINITY else soft) // 2)
     serving = threading.Thread(target=_serve, args=(connection, target))
     serving.start()
     serving.join()

@@ -1,13 +1,12 @@
 """The sweep a replica makes before it serves: what forwards of some shapes take, through its Runner."""
 
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import chain
 
 from policies.cost import UNMEASURED, ForwardStats, StepCost
-from policies.cost_estimator import fit_step_cost, knots_up_to
+from policies.cost_fit import fit_step_cost, knots_up_to
 from replicas.engine.batch import ModelSpec, Runner, ScheduledBatch, Segment
 from replicas.messages import SamplingParams
 
@@ -15,8 +14,7 @@ NUM_CACHED = (0, 256)
 NUM_SEQUENCES = (4, 16, 64)
 BLOCKS = (1, 8, 16)
 MANY_CACHED = 64
-SLOWEST = ForwardStats(1, 1, 0, math.inf)
-LEAST_SHAPES = 4
+MIN_SHAPES = 4
 """The number of shapes below which no line is fitted: the usual one is scaled to them."""
 
 
@@ -42,7 +40,22 @@ def calibrate(
     budget_s: float,
     clock: Callable[[], float] = time.perf_counter,
 ) -> StepCost:
-    """Measures for about budget_s seconds, a forward of one token at the least.
+    """Returns the cost of a forward as sweep() finds it here and now."""
+    forwards = sweep(
+        runner, max_running=max_running, max_step_tokens=max_step_tokens, budget_s=budget_s, clock=clock
+    )
+    return forward_cost(forwards, max_step_tokens)
+
+
+def sweep(
+    runner: Runner,
+    *,
+    max_running: int,
+    max_step_tokens: int,
+    budget_s: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[ForwardStats, ...]:
+    """Measures for about budget_s seconds, a forward of one token at the least; the least of each shape.
 
     Before anything is served: it writes garbage into the K/V pages. Small shapes come first, every
     shape before any comes again, and one that would by the last one's pace overrun is left out.
@@ -63,10 +76,23 @@ def calibrate(
             ms = max(1000.0 * (clock() - began_s), 1e-3)
             num_cached = shape.num_segments * shape.num_cached
             measured.append(ForwardStats(shape.total, shape.num_segments, num_cached, ms))
-    # The least of each shape: whatever else the machine does, and compiling at first, only adds.
-    forwards = [min(same, key=lambda forward: forward.ms) for same in zip_longest(*turns, fillvalue=SLOWEST)]
-    if len({forward.num_tokens for forward in forwards}) < LEAST_SHAPES:
-        last = forwards[-1]
+    return merged(*turns)
+
+
+def merged(*turns: Iterable[ForwardStats]) -> tuple[ForwardStats, ...]:
+    """Returns the least of each shape: whatever else the machine does, and compiling at first, only adds."""
+    least: dict[tuple[int, int, int], ForwardStats] = {}
+    for forward in chain(*turns):
+        shape = forward.num_tokens, forward.num_segments, forward.num_cached
+        if shape not in least or forward.ms < least[shape].ms:
+            least[shape] = forward
+    return tuple(least.values())
+
+
+def forward_cost(forwards: Sequence[ForwardStats], max_step_tokens: int) -> StepCost:
+    """Fits a cost to a sweep; where it has too few shapes for that, scales the usual one."""
+    if len({forward.num_tokens for forward in forwards}) < MIN_SHAPES:
+        last = max(forwards, key=lambda forward: forward.num_tokens)
         usual = UNMEASURED.scaled(last.ms / UNMEASURED.ms(last.num_tokens))
         knots = knots_up_to(max_step_tokens)
         return StepCost(knots, tuple(usual.ms(knot) for knot in knots))

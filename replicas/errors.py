@@ -30,3 +30,15 @@ class TriadError(Exception):
 
     def __reduce__(self) -> tuple[type, tuple[ErrorCode, str, str | None]]:
         return type(self), (self.code, self.message, self.param)
+
+
+def context_exceeded(max_context: int, counted: str, param: str) -> TriadError:
+    """The error for a prompt that leaves no room, in OpenAI's words, by which clients find a longer model.
+
+    counted: what follows "your request", as "has 1200 input tokens"
+    """
+    message = (
+        f"This model's maximum context length is {max_context} tokens. However, your request {counted}. "
+        "Please reduce the length of the input."
+    )
+    return TriadError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, param)

@@ -1,6 +1,7 @@
-"""JSON schemas as grammars over token ids, by llguidance: the replica's implementation of engine.grammar."""
+"""Forms of answers as grammars over token ids, by llguidance: the implementation of engine.grammar."""
 
 import hashlib
+import logging
 import re
 import resource
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from queue import LifoQueue
 from random import Random
+from typing import Any
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -18,7 +20,10 @@ from replicas.bounded_process import BoundedProcess, CallExceeded, CallLimits, C
 from replicas.engine.grammar import GrammarFailed
 from replicas.errors import ErrorCode, TriadError
 from replicas.json_schema import SchemaRefused, enforceable
-from replicas.messages import JsonFormat
+from replicas.messages import GrammarFormat, GrammarKind, JsonFormat
+from replicas.text_grammar import grammar_text
+
+logger = logging.getLogger(__name__)
 
 MAX_CACHED = 64
 MAX_CACHED_BYTES = 256 * 2**20
@@ -31,21 +36,24 @@ MAX_DRAFT_MASKS_S = 0.02
 """CPU time after which a draft's further masks are not asked for."""
 NUM_WALKS = 4
 WALK_LEN = 32
-_WHITESPACE = r"[ \n\r\t]{1,32}"
-"""Whitespace between tokens of JSON; without a bound a model may go on with it for ever."""
 _ESCAPES = 'nrbtf\\"'
 """Characters after a backslash; \\u is left out unless a string of the schema needs it, since a key could
 come again, spelled with it."""
+WHITESPACE = r" |\n {0,4}"
+"""The white space between two tokens of JSON, where there is any: a blank, or a line end with its indent."""
 _LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 _STATE = re.compile(r"<state>|<backtrace>|<non-verbose/>")
 _SCHEMA = "response_format.json_schema.schema"
+Asked = JsonFormat | GrammarFormat
 
 
 class JsonGrammar:
     """Implements engine.grammar.Grammar."""
 
-    def __init__(self, matcher: LLMatcher):
+    def __init__(self, matcher: LLMatcher, warning: str | None = None):
         self._matcher = matcher
+        self.warning = warning
+        """What of the order it does not keep to."""
         self._failure: str | None = None
 
     @property
@@ -119,26 +127,14 @@ class Vocabulary:
             raise TriadError(ErrorCode.INVALID_REQUEST, message, "response_format") from error
 
 
-def compile_schema(tokenizer: LLTokenizer, asked: JsonFormat) -> LLMatcher:
-    """Compiles a schema to a matcher at its beginning, tried on some beginnings of answers.
+def compile_schema(tokenizer: LLTokenizer, asked: Asked) -> LLMatcher:
+    """Compiles an order to a matcher at its beginning, tried on some beginnings of answers.
 
     SchemaRefused says what is wrong. Not bounded in time or memory, so a schema that is new is for a
     BoundedProcess first.
     """
     try:
-        checked = enforceable(asked.schema, asked.best_effort)
-        grammar = LLMatcher.grammar_from_json_schema(
-            checked.schema,
-            overrides={
-                "item_separator": ",",
-                "key_separator": ":",
-                "whitespace_pattern": _WHITESPACE,
-                "whitespace_flexible": True,
-                "lenient": asked.best_effort,
-                "coerce_one_of": asked.best_effort,
-                "json_allowed_escapes": _ESCAPES + "u" * checked.has_controls,
-            },
-        )
+        grammar = grammar_text(asked) if isinstance(asked, GrammarFormat) else _of_schema(asked)
         matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise SchemaRefused(_in_short(matcher.get_error()))
@@ -148,6 +144,35 @@ def compile_schema(tokenizer: LLTokenizer, asked: JsonFormat) -> LLMatcher:
     except BaseException as error:
         raise SchemaRefused(_text_of(error)) from error
     return matcher
+
+
+def _of_schema(asked: JsonFormat) -> str:
+    """The grammar of a schema, with little white space unless the request says otherwise.
+
+    Where it is free a small model may go on with it for ever.
+    """
+    checked = enforceable(asked.schema, asked.best_effort)
+    options: Any = {
+        "item_separator": ",",
+        "key_separator": ":",
+        "whitespace_flexible": True,
+        "whitespace_pattern": WHITESPACE if asked.whitespace is None else asked.whitespace,
+        "lenient": asked.best_effort,
+        "coerce_one_of": asked.best_effort,
+        "json_allowed_escapes": _ESCAPES + "u" * checked.has_controls,
+    }
+    return str(LLMatcher.grammar_from_json_schema(checked.schema, overrides=options))
+
+
+def compile_order(tokenizer: LLTokenizer, asked: Asked) -> tuple[LLMatcher, str | None]:
+    """As compile_schema, with a warning where something had to be left out of what is not strict."""
+    warning = None
+    if isinstance(asked, JsonFormat) and asked.best_effort:
+        try:
+            return compile_schema(tokenizer, replace(asked, best_effort=False)), None
+        except SchemaRefused as refused:
+            warning = f"the schema is enforced in part: {refused}"
+    return compile_schema(tokenizer, asked), warning
 
 
 def _try_walks(matcher: LLMatcher, vocab_size: int) -> None:
@@ -184,14 +209,14 @@ class Verdict:
     """True if a limit was the problem."""
 
 
-def prover(vocabulary: Vocabulary) -> Callable[[JsonFormat], Verdict]:
+def prover(vocabulary: Vocabulary) -> Callable[[Asked], Verdict]:
     """Makes the function that tries schemas; the target of a BoundedProcess."""
     tokenizer = vocabulary.load()
 
-    def prove(asked: JsonFormat) -> Verdict:
+    def prove(asked: Asked) -> Verdict:
         before = _resident_bytes()
         try:
-            matcher = compile_schema(tokenizer, asked)
+            matcher, _ = compile_order(tokenizer, asked)
         except SchemaRefused as refused:
             return Verdict(str(refused))
         num_bytes = max(0, _resident_bytes() - before)
@@ -210,6 +235,7 @@ def _resident_bytes() -> int:
 class _Compiled:
     matcher: LLMatcher
     num_bytes: int
+    warning: str | None = None
 
 
 class GrammarCompiler:
@@ -232,7 +258,7 @@ class GrammarCompiler:
         self._vocabulary = Vocabulary(tokenizer_json, vocab_size, tuple(sorted(eos_token_ids)))
         self._limits = limits = limits or CallLimits()
         self._tokenizer: LLTokenizer | None = None
-        self._compiled: OrderedDict[JsonFormat, _Compiled] = OrderedDict()
+        self._compiled: OrderedDict[Asked, _Compiled] = OrderedDict()
         self._refused: OrderedDict[bytes, str] = OrderedDict()  # by a digest, since a schema may be long
         self._lock = threading.Lock()  # of the two above
         self._loading = threading.Lock()
@@ -252,20 +278,20 @@ class GrammarCompiler:
         finally:
             self._idle.put(process)
 
-    def known(self, asked: JsonFormat) -> JsonGrammar | None:
+    def known(self, asked: Asked) -> JsonGrammar | None:
         """The grammar or the TriadError of compile(), where it is known at once; None where it takes a
         compile."""
         with self._lock:
             problem = self._refused.get(_digest(asked))
             if problem is not None:
-                raise TriadError(ErrorCode.INVALID_REQUEST, problem, _SCHEMA)
+                raise TriadError(ErrorCode.INVALID_REQUEST, problem, _field(asked))
             kept = self._compiled.get(asked)
             if kept is None:
                 return None
             self._compiled.move_to_end(asked)
-            return JsonGrammar(kept.matcher.deep_copy())
+            return JsonGrammar(kept.matcher.deep_copy(), kept.warning)
 
-    def compile(self, asked: JsonFormat) -> JsonGrammar:
+    def compile(self, asked: Asked) -> JsonGrammar:
         """Compiles a schema to a grammar at its beginning. TriadError says what is wrong with a schema.
 
         Takes milliseconds as a rule, and at most what the limits allow, twice where a schema is refused.
@@ -278,7 +304,7 @@ class GrammarCompiler:
             verdict = self._prove(process, asked)
             if verdict.problem is not None:
                 hint = self._hint(process, asked, verdict)
-                raise self._refuse(asked, f"the schema can't be enforced: {verdict.problem}{hint}")
+                raise self._refuse(asked, f"{_name(asked)} can't be enforced: {verdict.problem}{hint}")
             return self._keep(asked, verdict.num_bytes)
         finally:
             self._idle.put(process)
@@ -288,7 +314,7 @@ class GrammarCompiler:
         for process in self._processes:
             process.close()
 
-    def _prove(self, process: BoundedProcess, asked: JsonFormat) -> Verdict:
+    def _prove(self, process: BoundedProcess, asked: Asked) -> Verdict:
         limits = self._limits
         try:
             verdict = process.call(asked)
@@ -310,9 +336,9 @@ class GrammarCompiler:
             )
         return verdict
 
-    def _hint(self, process: BoundedProcess, asked: JsonFormat, verdict: Verdict) -> str:
+    def _hint(self, process: BoundedProcess, asked: Asked, verdict: Verdict) -> str:
         """The advice to set strict to false, where the schema then compiles; else empty."""
-        if asked.best_effort or verdict.is_too_complex:
+        if isinstance(asked, GrammarFormat) or asked.best_effort or verdict.is_too_complex:
             return ""
         if self._prove(process, replace(asked, best_effort=True)).problem is not None:
             return ""
@@ -324,28 +350,40 @@ class GrammarCompiler:
                 self._tokenizer = self._vocabulary.load()
             return self._tokenizer
 
-    def _refuse(self, asked: JsonFormat, problem: str) -> TriadError:
+    def _refuse(self, asked: Asked, problem: str) -> TriadError:
         with self._lock:
             self._refused[_digest(asked)] = problem
             if len(self._refused) > MAX_REFUSALS:
                 self._refused.popitem(last=False)
-        return TriadError(ErrorCode.INVALID_REQUEST, problem, _SCHEMA)
+        return TriadError(ErrorCode.INVALID_REQUEST, problem, _field(asked))
 
-    def _keep(self, asked: JsonFormat, num_bytes: int) -> JsonGrammar:
+    def _keep(self, asked: Asked, num_bytes: int) -> JsonGrammar:
         try:
-            matcher = compile_schema(self._load_tokenizer(), asked)
+            matcher, warning = compile_order(self._load_tokenizer(), asked)
         except SchemaRefused as refused:  # though it was not in the other process
-            message = f"the schema can't be enforced: {refused}"
-            raise TriadError(ErrorCode.INVALID_REQUEST, message, _SCHEMA) from refused
+            message = f"{_name(asked)} can't be enforced: {refused}"
+            raise TriadError(ErrorCode.INVALID_REQUEST, message, _field(asked)) from refused
+        if warning is not None:
+            logger.warning("%s", warning)
         with self._lock:
-            self._compiled[asked] = _Compiled(matcher, num_bytes)
+            self._compiled[asked] = _Compiled(matcher, num_bytes, warning)
             while len(self._compiled) > MAX_CACHED or (
                 len(self._compiled) > 1
                 and sum(kept.num_bytes for kept in self._compiled.values()) > MAX_CACHED_BYTES
             ):
                 self._compiled.popitem(last=False)
-        return JsonGrammar(matcher.deep_copy())
+        return JsonGrammar(matcher.deep_copy(), warning)
 
 
-def _digest(asked: JsonFormat) -> bytes:
+def _field(asked: Asked) -> str:
+    if isinstance(asked, JsonFormat):
+        return _SCHEMA
+    return "bad_words" if asked.kind is GrammarKind.WITHOUT_WORDS else f"structured_outputs.{asked.kind}"
+
+
+def _name(asked: Asked) -> str:
+    return "the schema" if isinstance(asked, JsonFormat) else f"the form '{asked.kind}'"
+
+
+def _digest(asked: Asked) -> bytes:
     return hashlib.sha256(repr(asked).encode()).digest()

@@ -5,6 +5,7 @@ the kernel's numbers for the whole machine do not tell of it. root: '/', or wher
 """
 
 import os
+import platform
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,14 @@ def usable_cores(root: Path = ROOT) -> float:
     return min([float(cores), *_quotas(root)])
 
 
+def processor(root: Path = ROOT) -> tuple[str, ...]:
+    """The names of the processor and of any NVIDIA GPU, the processor's features, and the usable cores."""
+    about = re.findall(r"^(?:model name|flags|Features)\s*:.*$", _text(root / "proc/cpuinfo"), re.MULTILINE)
+    gpus = sorted((root / "proc/driver/nvidia/gpus").glob("*/information"))
+    models = [line for path in gpus for line in re.findall(r"^Model:.*$", _text(path), re.MULTILINE)]
+    return (platform.machine(), *dict.fromkeys(about), *models, f"{usable_cores(root):g} cores")
+
+
 def available_bytes(root: Path = ROOT) -> int:
     """Memory this process may still take: the machine's free memory, or its control groups' if less.
 
@@ -40,11 +49,11 @@ def available_bytes(root: Path = ROOT) -> int:
             ("memory.max", "memory.current", "inactive_file"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
         ):
-            most, taken = _number(group / limit), _number(group / usage)
-            if most is None or taken is None:
+            limit_bytes, used_bytes = _number(group / limit), _number(group / usage)
+            if limit_bytes is None or used_bytes is None:
                 continue
             found = re.search(rf"^{reclaimable} (\d+)$", _text(group / "memory.stat"), re.MULTILINE)
-            left.append(most - taken + (int(found[1]) if found else 0))
+            left.append(limit_bytes - used_bytes + (int(found[1]) if found else 0))
     return max(0, min(left))
 
 

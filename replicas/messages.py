@@ -25,6 +25,38 @@ class JsonFormat:
     """JSON text; properties come in its order."""
     best_effort: bool = False
     """If true, what of the schema can't be enforced is left out; otherwise it is an error."""
+    whitespace: str | None = None
+    """A pattern of the white space that may stand between tokens of JSON; None: one blank after each comma
+    and colon, and none elsewhere."""
+
+    @property
+    def decides_on_end(self) -> bool:
+        return True
+
+
+class GrammarKind(StrEnum):
+    REGEX = "regex"
+    CHOICE = "choice"
+    """A JSON list of strings, one of which the completion is."""
+    LARK = "grammar"
+    """A grammar in llguidance's dialect of Lark."""
+    STRUCTURAL_TAG = "structural_tag"
+    """JSON: text in which triggers begin structures that have a schema."""
+    WITHOUT_WORDS = "bad_words"
+    """A JSON list of strings, none of which the completion has."""
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarFormat:
+    """The order for a completion of a form that is not one JSON schema."""
+
+    kind: GrammarKind
+    text: str
+
+    @property
+    def decides_on_end(self) -> bool:
+        """True if the completion ends where the form does; otherwise anywhere."""
+        return self.kind is not GrammarKind.WITHOUT_WORDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +64,7 @@ class SamplingParams:
     """The sampling options of a request."""
 
     max_tokens: int | None = None
-    """The most tokens; None is up to the context's end."""
+    """The most tokens; None is up to the context's end, and 0 reads the prompt alone."""
     temperature: float = 0.0
     """0 is greedy."""
     top_p: float = 1.0
@@ -43,7 +75,13 @@ class SamplingParams:
     """The random numbers of a request depend on its seed and the token's position alone, so the same request
     gives the same tokens in any batch, and in `ar` and `self_speculation` alike."""
     stop: tuple[str, ...] = ()
-    """Strings that end the text, themselves left out."""
+    """Strings that end the text, themselves left out unless includes_stop."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the text as an end of text does, and that ignore_eos does not ignore."""
+    includes_stop: bool = False
+    """If true, the text has the stop string, or the token of stop_token_ids, that ended it."""
+    shows_special_tokens: bool = False
+    """If true, the text has the names of control tokens, but for an end of text that ends it."""
     ignore_eos: bool = False
     """If true, only max_tokens ends the text."""
     min_p: float = 0.0
@@ -61,7 +99,9 @@ class SamplingParams:
     """No end of text comes before so many tokens."""
     logprobs: int | None = None
     """The number of most probable tokens to report with each token; 0 reports the token itself alone."""
-    response_format: JsonFormat | None = None
+    scores_prompt: bool = False
+    """If true, the prompt's tokens are reported as well, with their log-probabilities; only with logprobs."""
+    response_format: JsonFormat | GrammarFormat | None = None
     """The form that the completion is to have; None for any text."""
 
     @property
@@ -118,6 +158,21 @@ Prompt = tuple[Mapping[str, str], ...] | str | tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
+class TemplateOptions:
+    """What a request says of how the chat template renders its messages."""
+
+    add_generation_prompt: bool = True
+    """If false, the text ends with the last message, where the assistant's turn does not begin."""
+    continue_final_message: bool = False
+    """If true, the text ends within the last message, which the completion goes on with."""
+    kwargs: str = ""
+    """Further variables of the template: a JSON object, or nothing."""
+
+
+TEMPLATE_DEFAULTS = TemplateOptions()
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """A request for completions: num_choices of each prompt.
 
@@ -139,6 +194,16 @@ class GenerateRequest:
     """The ingress's span, as headers of the propagators in force; empty without tracing."""
     cache_salt: str = ""
     """Prompts share the prefix cache with those of the same salt alone."""
+    template: TemplateOptions = TEMPLATE_DEFAULTS
+    truncate_prompt_tokens: int | None = None
+    """The last so many tokens of each prompt are taken; -1: as many as leave room for max_tokens, or for one
+    token where it is None."""
+    tokens_per_delta: int | None = None
+    """The tokens of a choice from one Delta to the next, after a first Delta of one token; None leaves it to
+    the steps."""
+    return_token_ids: bool = False
+    echo: bool = False
+    """If true, the text of each choice begins with its prompt's."""
 
     @property
     def num_indices(self) -> int:
@@ -152,6 +217,10 @@ class Accepted:
     request_id: str
     num_prompt_tokens: int
     """Tokens of all its prompts, each counted once however many choices it has."""
+    prompt_token_ids: tuple[tuple[int, ...], ...] = ()
+    """Each prompt's token ids, where return_token_ids asks for them."""
+    warning: str | None = None
+    """What of the request is not kept to, as a part of a schema that is not strict; None where all is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +239,10 @@ class TextLogprob:
     """A token's bytes, which may be part of a character only, and its log-probability by the model."""
 
     bytes: bytes
-    logprob: float
-    """The log-probability before penalties, temperature and filters."""
+    logprob: float | None
+    """The log-probability before penalties, temperature and filters; None for a prompt's first token."""
     offset: int = 0
-    """The place where the token's text begins in the completion, in characters; 0 in `top`."""
+    """The place where the token's text begins in the choice's text, in characters; 0 in `top`."""
     top: tuple["TextLogprob", ...] = ()
 
 
@@ -191,6 +260,10 @@ class Delta:
     index: int = 0
     reason: FinishReason | None = None
     """Set on the last Delta of a choice, and there is always a last one."""
+    token_ids: tuple[int, ...] = ()
+    """The num_tokens tokens, where return_token_ids asks for them."""
+    stop_reason: str | int | None = None
+    """On the last Delta, the stop string or the token of stop_token_ids that ended the text, if one did."""
 
 
 def joined(deltas: Sequence[Delta]) -> Delta:
@@ -202,6 +275,8 @@ def joined(deltas: Sequence[Delta]) -> Delta:
         tuple(entry for delta in deltas for entry in delta.logprobs),
         deltas[0].index,
         deltas[-1].reason,
+        tuple(token for delta in deltas for token in delta.token_ids),
+        deltas[-1].stop_reason,
     )
 
 

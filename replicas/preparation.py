@@ -12,8 +12,8 @@ from typing import TypeVar
 
 from replicas.engine.grammar import Grammar
 from replicas.errors import ErrorCode, TriadError
-from replicas.grammar import GrammarCompiler
-from replicas.messages import GenerateRequest, JsonFormat, Prompt
+from replicas.grammar import Asked, GrammarCompiler, JsonGrammar
+from replicas.messages import GenerateRequest, Prompt
 from replicas.text import TextCodec
 
 T = TypeVar("T")
@@ -35,6 +35,12 @@ class Prepared:
     """Token ids of each prompt."""
     grammars: Sequence[Grammar | None]
     """One for each choice of each prompt, by index."""
+
+    @property
+    def warning(self) -> str | None:
+        """What of the request's form is not kept to."""
+        first = self.grammars[0]
+        return first.warning if isinstance(first, JsonGrammar) else None
 
 
 @dataclass(slots=True)
@@ -131,16 +137,22 @@ class Preparation:
         return Prepared(prompts, grammars)
 
     def _encode(self, request: GenerateRequest) -> list[list[int]]:
-        return [self._codec.encode(prompt, self._max_context) for prompt in request.prompts]
+        most = request.truncate_prompt_tokens
+        if most is None:
+            encode = self._codec.encode
+            return [encode(prompt, self._max_context, request.template) for prompt in request.prompts]
+        if most < 0:
+            most = max(1, self._max_context - (request.sampling.max_tokens or 1))
+        return [self._codec.encode(prompt, None, request.template)[-most:] for prompt in request.prompts]
 
-    def _known(self, wanted: JsonFormat | None, count: int) -> Sequence[Grammar | None] | None:
+    def _known(self, wanted: Asked | None, count: int) -> Sequence[Grammar | None] | None:
         """The grammars of so many choices where they are known at once; None where it takes a compile."""
         if wanted is None:
             return (None,) * count
         grammars = [grammar for _ in range(count) if (grammar := self._grammars.known(wanted)) is not None]
         return grammars if len(grammars) == count else None
 
-    def _compile(self, wanted: JsonFormat, count: int) -> Sequence[Grammar]:
+    def _compile(self, wanted: Asked, count: int) -> Sequence[Grammar]:
         return [self._grammars.compile(wanted) for _ in range(count)]
 
 

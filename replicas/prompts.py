@@ -7,20 +7,28 @@ the tokenizer that reads what the template renders. Nothing is searched or cut o
 what templates do to them makes no difference, nor does it matter where two of them meet.
 """
 
+import inspect
 import json
 import re
 import secrets
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from replicas.errors import ErrorCode, TriadError
+from replicas.errors import ErrorCode, TriadError, context_exceeded
+from replicas.messages import TEMPLATE_DEFAULTS, TemplateOptions
 from replicas.model.config import CheckpointError
 from replicas.prompt_length import chars_per_token, fewest_tokens
 
+_RESERVED = frozenset(inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters) | {
+    "messages",
+    "raise_exception",
+    "strftime_now",
+}
+"""Names by which transformers itself takes options, or gives a template what it works with."""
 _CONTROL_NAME = re.compile(r"<[|｜].*[|｜]>")
 """The spelling of control tokens that a tokenizer.json does not call special, as some of DeepSeek's."""
 _PROBES: tuple[tuple[Mapping[str, str], ...], ...] = (
@@ -77,27 +85,44 @@ class PromptEncoder:
         """
         return self._encode(text, "prompt", max_tokens, adds_tokens=True)
 
-    def of_chat(self, messages: Sequence[Mapping[str, str]], max_tokens: int | None = None) -> list[int]:
-        """The ids of a chat by its template, ready for the assistant's turn.
+    def of_chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        max_tokens: int | None = None,
+        options: TemplateOptions = TEMPLATE_DEFAULTS,
+    ) -> list[int]:
+        """The ids of a chat by its template, ready for the assistant's turn if `options` says nothing else.
 
         TriadError when the template refuses the messages, or they are too long, as of_text says.
         """
         if max_tokens is not None and len(messages) > max_tokens:
-            raise _too_long(f"{len(messages)} messages", max_tokens, "messages")
+            raise context_exceeded(
+                max_tokens, f"has {len(messages)} messages, which are more tokens", "messages"
+            )
         if self._template is None:
             message = "this model has no chat template; use /v1/completions with a prompt"
             raise TriadError(ErrorCode.INVALID_REQUEST, message, "messages")
+        variables = self._checked(options.kwargs)
         try:
-            text = self._render([dict(message) for message in messages])
+            text = self._render([dict(message) for message in messages], options, variables)
         except Exception as error:  # the template is the checkpoint's own program and may raise anything
             said = _any_of(self._names).sub(lambda found: self._names[found[0]], str(error))
             message = f"the model's chat template refuses these messages: {said or type(error).__name__}"
             raise TriadError(ErrorCode.INVALID_REQUEST, message, "messages") from error
         return self._encode(text, "messages", max_tokens, adds_tokens=False)
 
+    def _checked(self, kwargs: str) -> dict[str, Any]:
+        """A request's variables for the template. TriadError where one is the renderer's own."""
+        variables: dict[str, Any] = json.loads(kwargs) if kwargs else {}
+        for name in variables:
+            if name in _RESERVED or name in self._variables:
+                message = f"{name!r} is not a variable that a request may set; leave it out"
+                raise TriadError(ErrorCode.INVALID_REQUEST, message, f"chat_template_kwargs.{name}")
+        return variables
+
     def _encode(self, text: str, param: str, max_tokens: int | None, adds_tokens: bool) -> list[int]:
         if max_tokens is not None and fewest_tokens(len(text), self._chars_per_token) > max_tokens:
-            raise _too_long(f"{len(text)} characters", max_tokens, param)
+            raise context_exceeded(max_tokens, f"has {len(text)} characters, which are more tokens", param)
         try:
             # Unlike encode(), it gives up the GIL.
             (encoded,) = self._backend.encode_batch_fast([text], add_special_tokens=adds_tokens)
@@ -108,20 +133,27 @@ class PromptEncoder:
             message = f"the model's tokenizer can't read this text: {error}"
             raise TriadError(ErrorCode.INVALID_REQUEST, message, param) from error
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
+    def _render(
+        self, messages: list[dict[str, str]], options: TemplateOptions, variables: dict[str, Any]
+    ) -> str:
         """Renders a chat to a text in which the template's control tokens have their aliases."""
+        turn = {
+            "add_generation_prompt": options.add_generation_prompt,
+            "continue_final_message": options.continue_final_message,
+        }
         if not self._joins_names:
-            return _rendered(self._tokenizer, messages, chat_template=self._template, **self._variables)
+            more = self._variables | variables
+            return _rendered(self._tokenizer, messages, chat_template=self._template, **turn, **more)
         # This template puts names together from parts, so they can be told in what it renders alone;
         # whole names that users spell are kept out of that.
         stand_ins = {name: f"␟{self._secret}={index}␟" for index, name in enumerate(self._aliases)}
         hidden = {stand_in: name for name, stand_in in stand_ins.items()}
-        masked = [
-            {key: self._known.sub(lambda found: stand_ins[found[0]], value) for key, value in message.items()}
-            for message in messages
-        ]
-        text = self._known.sub(self._alias, _rendered(self._tokenizer, masked))
-        return _any_of(hidden).sub(lambda found: hidden[found[0]], text)
+
+        def masked(text: str) -> str:
+            return self._known.sub(lambda found: stand_ins[found[0]], text)
+
+        text = _rendered(self._tokenizer, _mapped(masked, messages), **turn, **_mapped(masked, variables))
+        return _any_of(hidden).sub(lambda found: hidden[found[0]], self._known.sub(self._alias, text))
 
     def _alias(self, found: re.Match[str]) -> str:
         return self._aliases[found[0]]
@@ -147,11 +179,6 @@ class PromptEncoder:
         return True
 
 
-def _too_long(what: str, max_tokens: int, param: str) -> TriadError:
-    message = f"the context is {max_tokens} tokens, and a prompt of {what} has more; shorten the prompt"
-    return TriadError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, param)
-
-
 def _own_template(tokenizer: PreTrainedTokenizerFast) -> str | None:
     if tokenizer.chat_template is None:
         return None
@@ -163,7 +190,19 @@ def _own_template(tokenizer: PreTrainedTokenizerFast) -> str | None:
 
 
 def _rendered(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], **options: Any) -> str:
-    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options))
+    given = {"add_generation_prompt": True} | options
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, **given))
+
+
+def _mapped(change: Callable[[str], str], value: Any) -> Any:
+    """The value of JSON with each of its texts changed, but for names of members."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [_mapped(change, item) for item in value]
+    if isinstance(value, dict):
+        return {name: _mapped(change, item) for name, item in value.items()}
+    return value
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str]:

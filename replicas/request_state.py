@@ -1,19 +1,24 @@
-"""The state that the service keeps of the requests it has accepted, and of a step's events."""
+"""The state that replicas.requests keeps of each request, and a step's events."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
+from replicas.engine.batch import TokenLogprob
 from replicas.engine.sequence import Progress, Sequence
 from replicas.errors import ErrorCode
 from replicas.messages import (
     DecodingReport,
+    Delta,
     Event,
     Failed,
     Finished,
+    FinishReason,
     GenerateRequest,
     Prompt,
     TextLogprob,
 )
-from replicas.text import TextCodec, TextStream
+from replicas.text import TextCodec
+from replicas.text_stream import TextStream
 from replicas.timeline import Timeline
 
 
@@ -57,21 +62,85 @@ class RequestState:
 class ChoiceState:
     """One choice of a request, that has not ended."""
 
-    live: RequestState
+    request_state: RequestState
     index: int
     sequence: Sequence
     text: TextStream
-    num_unsent: int = 0
-    """Tokens whose text is still held back."""
+    unsent_ids: list[int] = field(default_factory=list)
+    """Tokens that no Delta has told of yet."""
+    unsent_text: str = ""
     unsent_logprobs: list[TextLogprob] = field(default_factory=list)
+    num_sent: int = 0
+    """Tokens that Deltas have told of."""
+    echoed: "Echo | None" = None
+    """Its prompt, still to be sent before its own text; None where it was, or is not asked for."""
+    num_before: int = 0
+    """Characters of the prompt before its own text."""
     timeline: Timeline | None = None
 
-    def take(self, made: Progress, codec: TextCodec, now_s: float) -> str:
-        """The text that a step's tokens set free; the engine has had the stream accept them."""
+    def take(self, made: Progress, codec: TextCodec, now_s: float) -> list[Delta]:
+        """The Deltas that a step's tokens bring; the engine has had the stream accept them."""
         if self.text.failure is not None:
             raise self.text.failure
+        self._note(made, codec, now_s)
+        self.unsent_text += self.text.take()
+        reason = FinishReason.STOP if self.text.stopped else made.reason
+        if made.reason is not None:
+            self.unsent_text += self.text.finish()
+        deltas = self._echo(codec)
+        for num_tokens in self._intervals():
+            deltas.append(self._delta(num_tokens, self.text.releases[self.num_sent + num_tokens - 1]))
+        is_due = bool(self.unsent_text) and self.request_state.request.tokens_per_delta is None
+        if reason is not None or is_due:
+            deltas.append(self._delta(len(self.unsent_ids), self.text.num_released, reason))
+        return deltas
+
+    def _echo(self, codec: TextCodec) -> list[Delta]:
+        """The Delta that has the prompt, before the first of its own text."""
+        echoed, self.echoed = self.echoed, None
+        if echoed is None:
+            return []
+        self.num_before = len(echoed.text)
+        request = self.request_state.request
+        logprobs: tuple[TextLogprob, ...] = ()
+        if request.sampling.scores_prompt:
+            logprobs = echoed.logprobs(codec, self.sequence.prompt_logprobs)
+        return [Delta(request.request_id, echoed.text, 0, logprobs, self.index)]
+
+    def _intervals(self) -> Iterator[int]:
+        """The tokens of each Delta that is due by the request's tokens_per_delta."""
+        per_delta = self.request_state.request.tokens_per_delta
+        if per_delta is None:
+            return
+        while len(self.unsent_ids) >= (wanted := per_delta if self.num_sent else 1):
+            yield wanted
+
+    def _delta(self, num_tokens: int, num_released: int, reason: FinishReason | None = None) -> Delta:
+        """A Delta of the first unsent tokens, of the text up to num_released characters of the completion,
+        and of the log-probabilities of the tokens whose text begins in it."""
+        num_chars = num_released - (self.text.num_released - len(self.unsent_text))
+        text, self.unsent_text = self.unsent_text[:num_chars], self.unsent_text[num_chars:]
+        ids, self.unsent_ids = self.unsent_ids[:num_tokens], self.unsent_ids[num_tokens:]
+        self.num_sent += num_tokens
+        released = sum(entry.offset < num_released for entry in self.unsent_logprobs)
+        if reason is not None and self.request_state.request.sampling.scores_prompt:
+            released = len(self.unsent_logprobs)  # whoever scores counts tokens, not text
+        logprobs, self.unsent_logprobs = self.unsent_logprobs[:released], self.unsent_logprobs[released:]
+        request = self.request_state.request
+        return Delta(
+            request.request_id,
+            text,
+            num_tokens,
+            tuple(replace(entry, offset=entry.offset + self.num_before) for entry in logprobs),
+            self.index,
+            reason,
+            tuple(ids) if request.return_token_ids else (),
+            None if reason is None else self.text.stop_reason,
+        )
+
+    def _note(self, made: Progress, codec: TextCodec, now_s: float) -> None:
         count = len(made.token_ids)
-        self.num_unsent += count
+        self.unsent_ids += made.token_ids
         if self.timeline is not None and count:
             self.timeline.note(self.sequence, count, now_s)
         begin = self.text.num_tokens - count
@@ -79,8 +148,28 @@ class ChoiceState:
             self.unsent_logprobs.append(
                 codec.logprob(entry, self.text.starts[index], is_first=index == self.text.first)
             )
-        text = self.text.take()
-        return text if made.reason is None else text + self.text.finish()
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt as a choice's text begins with it."""
+
+    ids: list[int]
+    text: str
+    starts: list[int]
+    """For each id, how many characters of the text come before its own."""
+
+    @classmethod
+    def of(cls, prompt: Prompt, ids: list[int], codec: TextCodec) -> "Echo":
+        stream = codec.stream()
+        text = stream.push(tuple(ids)) + stream.finish()
+        return cls(ids, prompt if isinstance(prompt, str) else text, stream.starts)
+
+    def logprobs(self, codec: TextCodec, made: list[TokenLogprob]) -> tuple[TextLogprob, ...]:
+        """Of each id but the first, before which there was nothing to go by, what the model made of it."""
+        first = TextLogprob(codec.token_bytes(self.ids[0], is_first=True), None)
+        rest = zip(made, self.starts[1:], strict=True)
+        return (first, *(codec.logprob(entry, start) for entry, start in rest))
 
 
 @dataclass(slots=True)
@@ -97,5 +186,5 @@ def is_chat(prompt: Prompt) -> bool:
     return not isinstance(prompt, str) and not all(isinstance(item, int) for item in prompt)
 
 
-def choice_name(live: RequestState, index: int) -> str:
-    return f"{live.request.request_id}#{index}"
+def choice_name(state: RequestState, index: int) -> str:
+    return f"{state.request.request_id}#{index}"

@@ -17,8 +17,8 @@ def load_runner(config: ReplicaConfig) -> Runner:
 
         return CudaRunner.load(
             config.checkpoint,
-            dtype=config.dtype,
-            kv_budget_bytes=config.kv_cache_mb * 2**20,
+            dtype=config.weights_dtype,
+            kv_budget_bytes=config.kv_budget_bytes,
             kv_dtype=config.kv_dtype,
             page_size=config.page_size,
         )
@@ -28,8 +28,8 @@ def load_runner(config: ReplicaConfig) -> Runner:
         num_threads = default_num_threads(config.num_sharing)
     return TorchRunner.load(
         config.checkpoint,
-        dtype=config.dtype,
-        kv_budget_bytes=config.kv_cache_mb * 2**20,
+        dtype=config.weights_dtype,
+        kv_budget_bytes=config.kv_budget_bytes,
         page_size=config.page_size,
         num_threads=num_threads,
         forward=config.forward,

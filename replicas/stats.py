@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from policies.cost import ForwardStats, ReplicaCosts, RoundStats, StepCost
-from policies.cost_estimator import CostEstimator, YieldEstimator
+from policies.cost import ForwardStats, ReplicaCosts, RoundStats
+from policies.cost_estimator import CostEstimator
+from policies.failures import Failures
 from policies.modes import Mode
+from policies.rate_estimator import RateEstimator
 from policies.replica_load import ReplicaLoad
+from policies.yield_estimator import YieldEstimator
 from replicas.engine.engine import Engine
-from replicas.net import Net
 
 T = TypeVar("T")
 
@@ -68,7 +70,7 @@ class DecodingStats:
 class CostMeter:
     """Learns the costs of forwards and rounds from an engine's two queues, which another thread fills.
 
-    start: the cost from the sweep (replicas.calibration)
+    start: the cost from the sweep (replicas.calibration), with factors and yields known before
     clock: seconds
 
     A reading that the estimators can't take leaves what was learned as it was.
@@ -76,7 +78,7 @@ class CostMeter:
 
     def __init__(
         self,
-        start: StepCost,
+        start: ReplicaCosts,
         forwards: deque[ForwardStats],
         rounds: deque[RoundStats],
         clock: Callable[[], float],
@@ -84,20 +86,20 @@ class CostMeter:
         self._clock = clock
         self._forwards = forwards
         self._rounds = rounds
-        self._step = CostEstimator(start, clock())
-        self._yields = YieldEstimator(clock())
-        self._step_net = Net("learning what forwards cost")
-        self._yields_net = Net("learning what rounds bring")
-        self._costs = ReplicaCosts(start)
+        self._step = CostEstimator(start.step, clock(), start.factors)
+        self._yields = YieldEstimator(clock(), start.yields)
+        self._step_failures = Failures("learning what forwards cost")
+        self._yield_failures = Failures("learning what rounds bring")
+        self._costs = start
 
     def update(self) -> ReplicaCosts:
         """Takes what has come since the last call into account. Never raises."""
         now_s = self._clock()
         forwards, rounds = list(_taken(self._forwards)), list(_taken(self._rounds))
-        with self._step_net:
+        with self._step_failures:
             self._step.update([forward for forward in forwards if forward.ms > 0], now_s)
-            self._costs = replace(self._costs, step=self._step.cost, own=self._step.own)
-        with self._yields_net:
+            self._costs = replace(self._costs, step=self._step.cost, factors=self._step.factors)
+        with self._yield_failures:
             self._yields.update(rounds, now_s)
             self._costs = replace(self._costs, yields=self._yields.yields())
         return self._costs
@@ -112,7 +114,7 @@ def _taken(queue: deque[T]) -> Iterator[T]:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class EngineSnapshot:
     """An engine's load and totals since its start at one moment, for other threads to read."""
 
     load: ReplicaLoad
@@ -123,50 +125,80 @@ class Seen:
     """Tokens of rounds."""
     forwards_by_mode: Mapping[Mode, int]
     """Forwards of rounds."""
+    num_tried: int
+    """Forwards in trials."""
+
+    @classmethod
+    def read(cls, engine: Engine, replica_id: str) -> "EngineSnapshot":
+        """Reads it off the engine. Called on the engine's thread."""
+        counters = engine.scheduler.counters
+        return cls(
+            engine.snapshot(replica_id),
+            dict(counters.made_by_mode),
+            counters.num_prefilled,
+            dict(counters.tokens_by_mode),
+            dict(counters.forwards_by_mode),
+            engine.scheduler.trials.num_forwards,
+        )
 
     @property
     def num_tokens(self) -> int:
         return sum(self.made_by_mode.values())
 
 
-def look(engine: Engine, replica_id: str) -> Seen:
-    """Reads the engine's load and totals. Called on the engine's thread."""
-    counters = engine.scheduler.counters
-    return Seen(
-        engine.snapshot(replica_id),
-        dict(counters.made_by_mode),
-        counters.num_prefilled,
-        dict(counters.tokens_by_mode),
-        dict(counters.forwards_by_mode),
-    )
-
-
 class LoadMeter:
     """Measures the load that a replica publishes. Not on the engine's thread, but on one other alone.
 
-    step_cost: the cost of a forward as first measured; None publishes no costs
+    costs: as first measured and known; None publishes none
     clock: seconds
     """
 
-    def __init__(self, engine: Engine, clock: Callable[[], float], step_cost: StepCost | None):
+    def __init__(self, engine: Engine, clock: Callable[[], float], costs: ReplicaCosts | None):
         self._stats = DecodingStats(clock)
-        self._stats_net = Net("averaging rates")
+        self._stats_failures = Failures("averaging rates")
+        self._clock = clock
+        self._rates = RateEstimator(clock(), None if costs is None else costs.rates)
+        self._rate_failures = Failures("comparing rates with forecasts")
+        self._published = costs
         self._costs = None
-        if step_cost is not None:
-            self._costs = CostMeter(step_cost, engine.forwards, engine.scheduler.counters.rounds, clock)
+        if costs is not None:
+            self._costs = CostMeter(costs, engine.forwards, engine.scheduler.counters.rounds, clock)
 
-    def load(self, seen: Seen, silent_s: float) -> ReplicaLoad:
-        """The load to publish. Never raises: what can't be learned is left as it was."""
-        with self._stats_net:
+    @property
+    def costs(self) -> ReplicaCosts | None:
+        """The costs as last published."""
+        return self._published
+
+    def measure(self, snapshot: EngineSnapshot, silent_s: float) -> ReplicaLoad:
+        """The load to publish, with rates since the last one. Never raises: what can't be learned is left as
+        it was.
+
+        silent_s: the time for which the engine has not come to a safe point.
+        """
+        with self._stats_failures:
             self._stats.update(
-                seen.num_tokens, seen.num_prefilled, seen.tokens_by_mode, seen.forwards_by_mode
+                snapshot.num_tokens,
+                snapshot.num_prefilled,
+                snapshot.tokens_by_mode,
+                snapshot.forwards_by_mode,
             )
-        return replace(
-            seen.load,
+        load = replace(
+            snapshot.load,
             tokens_per_s=self._stats.tokens_per_s,
             tokens_per_forward=dict(self._stats.tokens_per_forward),
             prefill_per_token=self._stats.prefill_per_token,
             costs=None if self._costs is None else self._costs.update(),
-            tokens_total_by_mode=seen.made_by_mode,
+            tokens_total_by_mode=snapshot.made_by_mode,
             silent_s=silent_s,
         )
+        if load.costs is not None:
+            self._published = self._with_rates(load, load.costs, snapshot)
+            load = replace(load, costs=self._published)
+        return load
+
+    def _with_rates(self, load: ReplicaLoad, costs: ReplicaCosts, snapshot: EngineSnapshot) -> ReplicaCosts:
+        """The costs with what forecasts by them have left out."""
+        with self._rate_failures:
+            self._rates.update(load, snapshot.num_tokens, snapshot.num_tried, self._clock())
+            return replace(costs, left_out=self._rates.common, rates=self._rates.factors)
+        return costs

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from policies.replica_load import ObservedLoad
 from router.completion_rate import CompletionRate
+from router.config import AdmissionConfig
 from router.placement import Candidate, OwnTraffic
 
 MIN_RETRY_AFTER_S = 1.0
@@ -38,18 +39,6 @@ Admission = Admit | Shed
 
 
 @dataclass(frozen=True, slots=True)
-class QueueLimits:
-    """Limits on the queue, beyond what runs, of each replica that can be reached."""
-
-    max_waiting: int
-    """Choices."""
-    max_waiting_tokens: int | None = None
-    """Prompt tokens, None for no limit; one request may always wait, however long."""
-    max_queue_s: float | None = None
-    """The longest expected wait for a place, None for any."""
-
-
-@dataclass(frozen=True, slots=True)
 class Occupancy:
     """The replicas that can be reached, taken together."""
 
@@ -64,7 +53,7 @@ class Occupancy:
 
 def admit(
     occupancy: Occupancy,
-    limits: QueueLimits,
+    config: AdmissionConfig,
     *,
     num: int = 1,
     num_prompt_tokens: int = 0,
@@ -82,17 +71,17 @@ def admit(
     num_ahead = occupancy.num_in_flight - occupancy.capacity + num  # who must end before all of it runs
     if num_ahead <= 0:
         # A place is free, but prompts may still wait for their prefill.
-        return _within_tokens(occupancy, limits, num_prompt_tokens, completions_per_s) or Admit(queued=False)
-    num_too_many = num_ahead - limits.max_waiting * occupancy.num_replicas
+        return _within_tokens(occupancy, config, num_prompt_tokens, completions_per_s) or Admit(queued=False)
+    num_too_many = num_ahead - config.max_waiting * occupancy.num_replicas
     if num_too_many > 0:
         return _full(num_too_many, completions_per_s, "the queue is full")
-    over = _within_tokens(occupancy, limits, num_prompt_tokens, completions_per_s)
+    over = _within_tokens(occupancy, config, num_prompt_tokens, completions_per_s)
     if over is not None:
         return over
     if completions_per_s:
         wait_s = num_ahead / completions_per_s
         patience_s = min(
-            math.inf if limits.max_queue_s is None else limits.max_queue_s,
+            math.inf if config.max_queue_s is None else config.max_queue_s,
             math.inf if deadline_s is None else deadline_s,
         )
         if wait_s > patience_s:
@@ -103,11 +92,11 @@ def admit(
 
 
 def _within_tokens(
-    occupancy: Occupancy, limits: QueueLimits, num_prompt_tokens: int, completions_per_s: float | None
+    occupancy: Occupancy, config: AdmissionConfig, num_prompt_tokens: int, completions_per_s: float | None
 ) -> Shed | None:
-    if limits.max_waiting_tokens is None or occupancy.waiting_tokens == 0:
+    if config.max_waiting_tokens is None or occupancy.waiting_tokens == 0:
         return None
-    allowed = limits.max_waiting_tokens * occupancy.num_replicas
+    allowed = config.max_waiting_tokens * occupancy.num_replicas
     if occupancy.waiting_tokens + num_prompt_tokens <= allowed:
         return None
     return _full(1, completions_per_s, f"{occupancy.waiting_tokens} prompt tokens wait already")
@@ -122,17 +111,14 @@ def _full(num_too_many: float, completions_per_s: float | None, reason: str) -> 
 class AdmissionControl:
     """One router's admission, by what it sees of the replicas and what it has sent them since.
 
-    max_running: the places of a replica that has not published its load
-
-    Everything is counted in choices, each of which takes a place. `traffic`, which is to be told of this
-    router's requests, counts at once. `now_s` is any clock that only moves forward. Not for use by several
-    threads at once.
+    A replica that has not published its load has the configured places. Everything is counted in choices,
+    each of which takes a place. `traffic`, which is to be told of this router's requests, counts at once.
+    `now_s` is any clock that only moves forward. Not for use by several threads at once.
     """
 
-    def __init__(self, max_running: int, limits: QueueLimits):
+    def __init__(self, config: AdmissionConfig):
         self.traffic = OwnTraffic()
-        self._max_running = max_running
-        self._limits = limits
+        self._config = config
         self._completions = CompletionRate()
         self._looked_s = -math.inf
         self._replica_ids: Sequence[str] = ()
@@ -142,9 +128,9 @@ class AdmissionControl:
         self._num_tokens_sent = 0
 
     @property
-    def most_choices(self) -> int:
-        """The most choices one request may have: those that a replica can have, running and waiting."""
-        return self._max_running + self._limits.max_waiting
+    def max_choices(self) -> int:
+        """The choices one request may have at most: those that a replica can have, running and waiting."""
+        return self._config.max_running + self._config.max_waiting
 
     def check(
         self,
@@ -166,7 +152,7 @@ class AdmissionControl:
             self._look(replica_ids, seen, now_s)
         return admit(
             self._occupancy_now(),
-            self._limits,
+            self._config,
             num=num,
             num_prompt_tokens=num_prompt_tokens,
             completions_per_s=self._completions.per_s,
@@ -201,4 +187,4 @@ class AdmissionControl:
         )
 
     def _places(self, candidate: Candidate) -> int:
-        return self._max_running if candidate.seen is None else candidate.seen.load.max_running
+        return self._config.max_running if candidate.seen is None else candidate.seen.load.max_running

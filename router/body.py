@@ -21,9 +21,9 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
 from replicas.errors import ErrorCode
+from router.completion import Completion
 from router.config import Bounds
 from router.errors import ApiError, bad_request, bad_value
-from router.schema import Completion
 
 INLINE_BYTES = 32 * 2**10
 """A body up to this long is read at once, which takes some milliseconds at worst."""
@@ -48,9 +48,9 @@ def read(model: type[BaseModel], body: bytes, bounds: Bounds) -> BaseModel:
     max_items = bounds.max_prompt_chars + MAX_OTHER_ITEMS
     if body.count(b",") > max_items:
         raise bad_request("invalid_value", f"The body has more than {max_items} items.")
-    most = bounds.max_json_depth
-    if body.count(b"[") + body.count(b"{") > most and json_depth(body) > most:
-        raise bad_request("invalid_json", f"The JSON is nested deeper than {most}.")
+    max_depth = bounds.max_json_depth
+    if body.count(b"[") + body.count(b"{") > max_depth and json_depth(body) > max_depth:
+        raise bad_request("invalid_json", f"The JSON is nested deeper than {max_depth}.")
     try:
         request = model.model_validate(json.loads(body))
     except ValidationError as error:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -135,15 +136,26 @@ def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | Non
     return Response(encode(body), status, headers, media_type="application/json")
 
 
+def retry_headers(after_s: int | None) -> dict[str, str]:
+    """When to come again, as headers, drawn anew for each answer from after_s to half as much again.
+
+    Clients that were refused together, and obey to the second, would otherwise come back together. OpenAI's
+    SDKs read the milliseconds.
+    """
+    if after_s is None:
+        return {}
+    wait_s = after_s + random.uniform(0.0, max(1.0, after_s / 2))
+    return {"Retry-After": str(round(wait_s)), "Retry-After-Ms": str(round(1000 * wait_s))}
+
+
 def triad_error_response(error: TriadError) -> Response:
     http = HTTP_ERRORS[error.code]
     retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else http.retry_after_s
-    headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
-    return json_response(triad_error_body(error), http.status, headers)
+    return json_response(triad_error_body(error), http.status, retry_headers(retry_after_s))
 
 
 def api_error_response(error: ApiError) -> Response:
-    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    headers = retry_headers(error.retry_after_s)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return json_response(

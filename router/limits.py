@@ -113,7 +113,7 @@ class KeyLimiter:
         if key is None or (key.requests_per_minute is None and key.tokens_per_minute is None):
             return None
         num_prompt = estimated_prompt_tokens(request)
-        num_tokens = num_prompt + request.num_indices * (request.sampling.max_tokens or DEFAULT_COMPLETION)
+        num_tokens = num_prompt + request.num_indices * _num_wanted(request)
         names = (f"limit:{key.name}:requests", f"limit:{key.name}:tokens")
         requests_us = _per_minute_us(key.requests_per_minute, 1)
         tokens_us = _per_minute_us(key.tokens_per_minute, num_tokens)
@@ -156,6 +156,12 @@ class KeyLimiter:
             raise ApiError(
                 503, "limits_unavailable", message, type_="service_unavailable_error", retry_after_s=1
             )
+
+
+def _num_wanted(request: GenerateRequest) -> int:
+    """The tokens that a choice is charged beforehand."""
+    wanted = request.sampling.max_tokens
+    return DEFAULT_COMPLETION if wanted is None else wanted
 
 
 def estimated_prompt_tokens(request: GenerateRequest) -> int:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from policies.control.loop import PERIOD_S, Clock, Sleep, run_every
 from policies.control.store import LoadStore, StoreUnavailable
+from policies.failures import Failures
 from policies.replica_load import ObservedLoad
 
 logger = logging.getLogger(__name__)
@@ -58,8 +59,8 @@ class LoadView:
             self.store_error = None
 
     async def run(self) -> None:
-        what = "reading the loads"
-        await run_every(self._period_s, self.refresh, asyncio.Event(), self._clock, self._sleep, what)
+        failures = Failures("reading the loads")
+        await run_every(self._period_s, self.refresh, asyncio.Event(), self._clock, self._sleep, failures)
 
     def _as_of_now(self, seen: ObservedLoad) -> ObservedLoad:
         return replace(seen, age_s=seen.age_s + self._clock() - self._read_at_s)

@@ -11,6 +11,7 @@ from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.metrics import CallbackOptions, Observation
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics.exposition import generate_latest as open_metrics
 from prometheus_client.registry import Collector
 
 from policies.control.store import ClusterView
@@ -20,6 +21,7 @@ from replicas.messages import DecodingReport, Finished
 from telemetry.setup import SCOPE, meter_provider
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+OPEN_METRICS = "application/openmetrics-text"
 
 DURATION_BUCKETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
 FIRST_TOKEN_BUCKETS = (
@@ -108,6 +110,12 @@ class Metrics:
         self._tokens = meter.create_counter(
             "triad.tokens", "{token}", "Tokens generated, by mode, whatever became of their requests"
         )
+        self._cancelled = meter.create_counter(
+            "triad.cancelled.tokens", "{token}", "Of these, tokens of requests that were not finished, by why"
+        )
+        self._reused = meter.create_counter(
+            "triad.reused.tokens", "{token}", "Prompt tokens that the prefix cache had, of finished requests"
+        )
         self._used = meter.create_counter("triad.key.tokens", "{token}", "Tokens used, by API key and kind")
         self._forwards = meter.create_counter(
             "triad.request.forwards", "{forward}", "Forwards of requests' rounds"
@@ -180,14 +188,18 @@ class Metrics:
         """The metrics that this ingress counts by itself."""
         return [family for family in self.families() if any(INGRESS in s.labels for s in family.samples)]
 
-    def exposition(self, others: Iterable[Metric] = ()) -> bytes:
-        """The metrics in Prometheus's text format, with those of the cluster's other ingresses."""
+    def exposition(self, others: Iterable[Metric] = (), is_open_metrics: bool = False) -> bytes:
+        """The metrics in Prometheus's text format or as OpenMetrics, with those of the cluster's other
+        ingresses."""
         merged = {family.name: family for family in self.families()}
         for other in others:
             family = merged.setdefault(other.name, other)
             if family is not other:
                 family.samples.extend(other.samples)
-        return generate_latest(_Families(tuple(merged.values())))
+        families = _Families(tuple(merged.values()))
+        if not is_open_metrics:
+            return generate_latest(families)
+        return bytes(open_metrics(families, version="1.0.0"))  # type: ignore[no-untyped-call]
 
     def answered(self, route: str, status: int) -> None:
         self._http.add(1, self._own | {"route": route, "status": str(status)})
@@ -225,6 +237,18 @@ class Metrics:
             self._forwards.add(report.num_forwards, self._own)
         if report.num_switches:
             self._switches.add(report.num_switches, self._own)
+
+    def cancelled(self, why: str, num_tokens: int) -> None:
+        """Counts the tokens that were made for a request that was not finished.
+
+        why: an error's code
+        """
+        if num_tokens:
+            self._cancelled.add(num_tokens, self._own | {"error.type": why})
+
+    def reused(self, num_tokens: int) -> None:
+        """Counts prompt tokens that cost nothing."""
+        self._reused.add(num_tokens, self._own)
 
     def used(self, key_name: str | None, num_prompt: int, num_completion: int) -> None:
         """Counts a request's tokens under the name of its API key."""

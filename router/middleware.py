@@ -17,7 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from replicas.errors import TriadError
 from router.auth import STATE_KEY, ApiKey, KeyRing
-from router.config import Bounds
+from router.config import MAX_HEADERS, Bounds
+from router.decompress import Decompression
 from router.errors import MAX_PARAM_LEN, ApiError, api_error_response, shortened, triad_error_response
 from router.metrics import Metrics
 from router.request_log import CARRIER, LOG_FIELDS, SPAN
@@ -52,25 +53,27 @@ def layers(
 
     A browser asks beforehand, without a key, so CORS precedes the check of keys.
     """
-    found = [Middleware(HeadAsGet), Middleware(AccessLog, metrics, tracer, answers_id)]
+    found = [Middleware(LenientPaths), Middleware(AccessLog, metrics, tracer, answers_id)]
     if cors_origins:
         found.append(
             Middleware(
                 CORSMiddleware,
                 allow_origins=cors_origins,
                 allow_methods=["GET", "POST"],
-                allow_headers=["Authorization", "Content-Type", REQUEST_ID_HEADER],
-                expose_headers=[REQUEST_ID_HEADER, "Retry-After"],
+                allow_headers=["*"],  # SDKs send many of their own
+                expose_headers=[REQUEST_ID_HEADER, "Retry-After", "Retry-After-Ms", "Warning"],
             )
         )
     found.append(Middleware(AuthMiddleware, keys, bounds))
     found.append(Middleware(LoadShedding, check_room))
     found.append(Middleware(BodyLimit, bounds.max_body_bytes, bounds.body_timeout_s))
+    found.append(Middleware(Decompression, bounds.max_body_bytes))
     return found
 
 
-class HeadAsGet:
-    """ASGI middleware: HEAD is answered wherever GET is, with all but the body."""
+class LenientPaths:
+    """ASGI middleware: HEAD is answered wherever GET is, with all but the body, and a slash at a path's end
+    is nothing."""
 
     def __init__(self, app: ASGIApp):
         self._app = app
@@ -79,8 +82,12 @@ class HeadAsGet:
         async def send_bare(message: Message) -> None:
             await send({**message, "body": b""} if "body" in message else message)
 
-        if scope["type"] == "http" and scope["method"] == "HEAD":
-            # A copy, since the server looks at its own to know that no body follows.
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        # A copy, since the server looks at its own to know that no body follows.
+        scope = dict(scope, path=scope["path"].rstrip("/") or "/")
+        if scope["method"] == "HEAD":
             await self._app(dict(scope, method="GET"), receive, send_bare)
         else:
             await self._app(scope, receive, send)
@@ -175,9 +182,9 @@ class AuthMiddleware:
 
     def _check_headers(self, headers: list[tuple[bytes, bytes]]) -> None:
         num_bytes = sum(len(name) + len(value) for name, value in headers)
-        if len(headers) > self._bounds.max_headers or num_bytes > self._bounds.max_header_bytes:
+        if len(headers) > MAX_HEADERS or num_bytes > self._bounds.max_header_bytes:
             message = (
-                f"At most {self._bounds.max_headers} headers of {self._bounds.max_header_bytes} bytes "
+                f"At most {MAX_HEADERS} headers of {self._bounds.max_header_bytes} bytes "
                 f"in all are taken; there are {len(headers)} of {num_bytes}."
             )
             raise ApiError(431, "headers_too_large", message)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from prometheus_client.metrics_core import Metric
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -16,10 +16,11 @@ from starlette.responses import Response
 from policies.control.loop import run_every
 from policies.control.policy_setting import PolicyChoice, PolicyWatch
 from policies.control.store import LoadStore, StoreUnavailable
+from policies.failures import Failures
 from policies.registry import PolicyError, policy_names
 from replicas.errors import ErrorCode, TriadError
 from router.errors import json_response
-from router.metrics import CONTENT_TYPE, Metrics
+from router.metrics import CONTENT_TYPE, OPEN_METRICS, Metrics
 from router.state import plain
 
 logger = logging.getLogger(__name__)
@@ -65,12 +66,14 @@ Siblings = Callable[[], Awaitable[list[Metric]]]
 
 def add_metrics_route(app: FastAPI, metrics: Metrics, store: LoadStore, siblings: Siblings | None) -> None:
     @app.get("/metrics", response_class=Response)
-    async def prometheus() -> Response:
+    async def prometheus(request: Request) -> Response:
         others: list[Metric] = []
         if siblings is not None:
             others = await siblings()
         await read_cluster(metrics, store)
-        return Response(metrics.exposition(others), headers={"content-type": CONTENT_TYPE})
+        is_open = OPEN_METRICS in request.headers.get("accept", "").lower()
+        content_type = f"{OPEN_METRICS}; version=1.0.0; charset=utf-8" if is_open else CONTENT_TYPE
+        return Response(metrics.exposition(others, is_open), headers={"content-type": content_type})
 
 
 def add_policy_routes(app: FastAPI, watch: PolicyWatch) -> None:
@@ -111,8 +114,8 @@ async def keep_reading(metrics: Metrics, store: LoadStore) -> None:
     async def step() -> None:
         await read_cluster(metrics, store)
 
-    what = "reading the metrics"
-    await run_every(READING_PERIOD_S, step, asyncio.Event(), time.monotonic, asyncio.sleep, what)
+    failures = Failures("reading the metrics")
+    await run_every(READING_PERIOD_S, step, asyncio.Event(), time.monotonic, asyncio.sleep, failures)
 
 
 def policy_state(watch: PolicyWatch) -> dict[str, Any]:

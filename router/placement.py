@@ -84,7 +84,7 @@ class Candidate:
 
 
 def choose_replica(
-    candidates: Sequence[Candidate], rng: random.Random, wish: PlacementRequest = ANY
+    candidates: Sequence[Candidate], rng: random.Random, wanted: PlacementRequest = ANY
 ) -> str | None:
     """The id of the best of the candidates, None if there are none; ties fall at random.
 
@@ -96,7 +96,7 @@ def choose_replica(
         if len(reachable) == 1:
             return reachable[0].replica_id
         if reachable:
-            return min(reachable, key=lambda candidate: (*_score(candidate, wish), rng.random())).replica_id
+            return min(reachable, key=lambda candidate: (*_score(candidate, wanted), rng.random())).replica_id
     return None
 
 
@@ -108,15 +108,15 @@ def pressure(candidate: Candidate) -> float:
     return (candidate.num_in_flight + candidate.waiting_prompt_tokens / TOKENS_A_REQUEST) / places
 
 
-def _score(candidate: Candidate, wish: PlacementRequest) -> tuple[float, float]:
+def _score(candidate: Candidate, wanted: PlacementRequest) -> tuple[float, float]:
     """The candidate's score, the lower the better; then, for ties, the share of pages in use."""
     score = pressure(candidate)
-    score -= PREFIX_WEIGHT * min(1.0, max(0.0, wish.held.get(candidate.replica_id, 0.0)))
+    score -= PREFIX_WEIGHT * min(1.0, max(0.0, wanted.held.get(candidate.replica_id, 0.0)))
     seen = candidate.seen
     if seen is None or seen.freshness is Freshness.LOST:
         return score, 0.0
-    if wish.mode is not None:
-        score += MODE_WEIGHT * _strangers(seen.load.running_by_mode, wish.mode)
+    if wanted.mode is not None:
+        score += MODE_WEIGHT * _strangers(seen.load.running_by_mode, wanted.mode)
     return score, seen.load.pages_used / max(1, seen.load.num_pages)
 
 
@@ -242,18 +242,20 @@ def place(
     seen: Callable[[str], ObservedLoad | None],
     now_s: float,
     rng: random.Random,
-    wish: PlacementRequest = ANY,
+    wanted: PlacementRequest = ANY,
 ) -> str | None:
     """The replica for one request, None if there is none. `seen` as for OwnTraffic.candidates.
 
     Looks at all of them only where they are few or none of those drawn has a fresh load.
     """
-    known = set(replica_ids) if wish.held and len(replica_ids) > MAX_COMPARED else ()
+    known = set(replica_ids) if wanted.held and len(replica_ids) > MAX_COMPARED else ()
     held = (
-        {replica_id: share for replica_id, share in wish.held.items() if replica_id in known} if known else {}
+        {replica_id: share for replica_id, share in wanted.held.items() if replica_id in known}
+        if known
+        else {}
     )
     compared = shortlist(replica_ids, held, rng)
     candidates = traffic.candidates(compared, seen, now_s)
     if len(compared) < len(replica_ids) and not any(c.freshness is Freshness.FRESH for c in candidates):
         candidates = traffic.candidates(replica_ids, seen, now_s)
-    return choose_replica(candidates, rng, wish)
+    return choose_replica(candidates, rng, wanted)

@@ -1,13 +1,13 @@
 """Estimates of a request for placement and admission, made of text since there are no tokens yet."""
 
-from replicas.errors import ErrorCode, TriadError
+from replicas.errors import context_exceeded
 from replicas.messages import Finished, GenerateRequest, ModelInfo, Prompt
 from router.placement import PlacementRequest
 from router.prefix_map import PrefixMap, prefix_keys
 
 CHARS_A_TOKEN = 4.0
 """The characters of a token until the replicas' answers say better."""
-LEAST_CHARS_A_TOKEN, MOST_CHARS_A_TOKEN = 0.5, 8.0
+MIN_CHARS_A_TOKEN, MAX_CHARS_A_TOKEN = 0.5, 8.0
 """The bounds of what is learnt: one client's odd texts are not to make nonsense of others' sizes."""
 _LEARNING_RATE = 0.05
 
@@ -23,7 +23,7 @@ class PromptEstimator:
         """The prefix keys of the request's first prompt."""
         return prefix_keys(_content(request.prompts[0]), request.cache_salt)
 
-    def wish(
+    def placement_request(
         self, request: GenerateRequest, keys: tuple[int, ...], num_prompt_tokens: int, now_s: float
     ) -> PlacementRequest:
         return PlacementRequest(request.decoding.mode, self._prefixes.held(keys, now_s), num_prompt_tokens)
@@ -43,7 +43,7 @@ class PromptEstimator:
             len(content) for content in contents if not isinstance(content, str)
         )
         if num_chars and num_tokens > 0:
-            ratio = min(max(num_chars / num_tokens, LEAST_CHARS_A_TOKEN), MOST_CHARS_A_TOKEN)
+            ratio = min(max(num_chars / num_tokens, MIN_CHARS_A_TOKEN), MAX_CHARS_A_TOKEN)
             self._chars_a_token += _LEARNING_RATE * (ratio - self._chars_a_token)
 
     def forget(self, replica_id: str) -> None:
@@ -56,19 +56,20 @@ class PromptEstimator:
 def check_fits(request: GenerateRequest, model: ModelInfo) -> None:
     """Raises TriadError for a prompt that is longer than the context whatever its tokens are, so that no
     replica reads it only to refuse it."""
+    if request.truncate_prompt_tokens is not None:
+        return
     for prompt in request.prompts:
         if isinstance(prompt, str):
-            num, most, unit, param = len(prompt), model.max_prompt_chars, "characters", "prompt"
+            num, max_num, unit, param = len(prompt), model.max_prompt_chars, "characters", "prompt"
         elif prompt and isinstance(prompt[0], int):
-            num, most, unit, param = len(prompt), model.max_context - 1, "tokens", "prompt"
+            num, max_num, unit, param = len(prompt), model.max_context - 1, "tokens", "prompt"
         else:
-            num, most, unit, param = _least_chars(prompt), model.max_prompt_chars, "characters", "messages"
-        if most is not None and num > most:
-            message = (
-                f"the context is {model.max_context} tokens, which no prompt of more than {most} {unit} "
-                f"fits, and this one has {num}; shorten it"
+            num, max_num, unit, param = _least_chars(prompt), model.max_prompt_chars, "characters", "messages"
+        if max_num is not None and num > max_num:
+            counted = (
+                f"has {num} input tokens" if unit == "tokens" else f"has {num} {unit}, which are more tokens"
             )
-            raise TriadError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, param)
+            raise context_exceeded(model.max_context, counted, param)
 
 
 def _least_chars(prompt: Prompt) -> int:

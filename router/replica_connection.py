@@ -12,12 +12,10 @@ from policies.control.loop import Clock
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import Accepted, Delta, Event, Failed, Finished, GenerateRequest, ModelInfo, Rejected
 from router.ejection import FailureWatch
+from router.inbox import Inbox
 from router.placement import OwnTraffic, Sent
 
 logger = logging.getLogger(__name__)
-
-Inbox = asyncio.Queue[Event]
-"""One request's events, in order, ending with exactly one Finished or Failed."""
 
 LastWord = Callable[[Finished | Failed | None], None]
 """A function told once how an abandoned request ended; None where its replica was lost before it said."""
@@ -67,7 +65,7 @@ class ReplicaLost(TriadError):
 
 
 @dataclass(frozen=True, slots=True)
-class LinkTimes:
+class ConnectionTimes:
     """Times of a replica's channel and calls."""
 
     silence_s: float = 15.0
@@ -93,7 +91,7 @@ class ReplicaConnection:
         client: ReplicaClient,
         traffic: OwnTraffic,
         watch: FailureWatch,
-        times: LinkTimes,
+        times: ConnectionTimes,
         on_break: Callable[[], None],
         clock: Clock,
     ):
@@ -152,7 +150,7 @@ class ReplicaConnection:
             raise TriadError(ErrorCode.UNAVAILABLE, f"Replica {self.replica_id} can't be reached.")
         request = replace(request, channel_id=self._channel_id)
         # Events may overtake the reply, so the inbox is there before the request goes out.
-        inbox: Inbox = asyncio.Queue()
+        inbox = Inbox()
         counted = (num_prompt_tokens, request.num_indices) if is_sure else (0, 0)
         sent = self._traffic.started(self.replica_id, self._clock(), *counted)
         self._inboxes[request.request_id] = inbox, sent
@@ -238,7 +236,7 @@ class ReplicaConnection:
             else:
                 inbox, sent = entry
                 self._traffic.begun(sent)
-                inbox.put_nowait(event)
+                inbox.put(event)
             return
         last_word = self._last_words.pop(event.request_id, None)
         if last_word is not None:
@@ -246,7 +244,7 @@ class ReplicaConnection:
         ended = self._forget(event.request_id)
         if ended is None:
             return
-        ended.put_nowait(event)
+        ended.put(event)
         if isinstance(event, Finished):
             self._watch.succeeded(self.replica_id)
         elif event.code in FAULTS:
@@ -258,7 +256,7 @@ class ReplicaConnection:
         for request_id in tuple(self._inboxes):
             inbox = self._forget(request_id)
             if inbox is not None:
-                inbox.put_nowait(Failed(request_id, ErrorCode.UNAVAILABLE, message))
+                inbox.put(Failed(request_id, ErrorCode.UNAVAILABLE, message))
         last_words, self._last_words = self._last_words, {}
         for last_word in last_words.values():
             last_word(None)

@@ -8,11 +8,11 @@ from typing import Any, Self
 from opentelemetry.trace import Span, Status, StatusCode
 from starlette.types import Scope
 
-from replicas.errors import TriadError
+from replicas.errors import ErrorCode, TriadError
 from replicas.messages import Failed, Finished
 from router.auth import ApiKey
-from router.dispatch import Generation
 from router.errors import ApiError
+from router.generation import Generation
 from router.limits import Charge, KeyLimiter
 from router.metrics import Metrics, Outcome
 
@@ -90,7 +90,7 @@ class RequestLog:
         num_made = 0 if generation is None else generation.num_tokens
         if self._limiter is not None and self._charge is not None:
             # What no replica has accepted has cost nothing; what one has, its prompt, however it ends.
-            num_prompt = 0 if generation is None else generation.num_prompt_tokens
+            num_prompt = 0 if generation is None else generation.accepted.num_prompt_tokens
             self._limiter.settle(self._charge, num_prompt + num_made)
         duration_s = time.monotonic() - self._began_s
         if self._metrics is not None:
@@ -109,10 +109,17 @@ class RequestLog:
             return
         for failed, num_tokens in generation.given_up:
             self._metrics.made(failed.report, num_tokens)
+            made = num_tokens if failed.report is None else failed.num_completion_tokens
+            self._metrics.cancelled(failed.code.value, made)
         self._metrics.made(None if last is None else last.report, generation.num_tokens)
         has_counted = last is not None and last.report is not None
         num_completion = last.num_completion_tokens if last and has_counted else generation.num_tokens
-        self._metrics.used(self._key_name, generation.num_prompt_tokens, num_completion)
+        if isinstance(last, Finished):
+            self._metrics.reused(last.num_reused_tokens)
+        else:
+            why = ErrorCode.UNAVAILABLE if last is None else last.code
+            self._metrics.cancelled(why.value, num_completion)
+        self._metrics.used(self._key_name, generation.accepted.num_prompt_tokens, num_completion)
 
     def _note(self, duration_s: float, num_made: int, key_name: str | None) -> None:
         generation = self._generation

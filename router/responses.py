@@ -3,26 +3,41 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from replicas.errors import TriadError
-from router.dispatch import Generation
+from router.errors import shortened
+from router.generation import Generation, Interval
 from router.request_log import RequestLog
 from router.sse import Answer, Counts, delta_event, error_event, whole_body
 
+MAX_WARNING_LEN = 500
 EVENT_STREAM = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
     "x-accel-buffering": "no",
 }
 
+FEW_STREAMS = 4
+"""Streams of an ingress up to which each step of the engine is a chunk."""
+MAX_CHUNKS_PER_S = 2000.0
+"""Chunks a second that an ingress sends of more streams than those: about a fifth of a core."""
+MAX_INTERVAL_S = 0.04
+"""The longest time for which chunks are held back to be sent as one."""
+
+
+def chunk_interval_s(num_streams: int) -> float:
+    """Returns the least time between two chunks of a stream, where so many run at an ingress."""
+    return min(MAX_INTERVAL_S, max(0, num_streams - FEW_STREAMS) / MAX_CHUNKS_PER_S)
+
 
 class GenerationResponse(Response):
     """Runs a generation while it answers; a TriadError before the first byte leaves as an exception.
 
-    interval_s: the least time between two pieces of a stream
+    interval_s: gives the least time between two pieces of a stream
     as_sent: gives an error in the names that the client used
     """
 
@@ -32,7 +47,7 @@ class GenerationResponse(Response):
         answer: Answer,
         stream: bool,
         record: RequestLog,
-        interval_s: float = 0.0,
+        interval_s: Interval = lambda: 0.0,
         as_sent: Callable[[TriadError], TriadError] = lambda error: error,
     ):
         super().__init__()
@@ -56,9 +71,11 @@ class GenerationResponse(Response):
             self._record.first_token()
             choices = await generation.whole()
             assert generation.finished is not None
-            pieces = await whole_body(self._answer, choices, generation.finished)
+            answer = replace(self._answer, prompt_token_ids=generation.accepted.prompt_token_ids)
+            pieces = await whole_body(answer, choices, generation.finished)
         num_bytes = sum(map(len, pieces))
-        await _start(send, {"content-type": "application/json", "content-length": str(num_bytes)})
+        headers = {"content-type": "application/json", "content-length": str(num_bytes)}
+        await _start(send, headers | _warning(generation))
         for piece in pieces[:-1]:
             await _send_part(send, piece)
         await send({"type": "http.response.body", "body": pieces[-1]})
@@ -66,29 +83,30 @@ class GenerationResponse(Response):
     async def _reply_in_events(self, send: Send) -> None:
         async with self._generation as generation, aclosing(generation.deltas(self._interval_s)) as news:
             self._record.first_token()
-            so_far = Counts(generation.num_prompt_tokens)
-            head = self._answer.head(so_far)
-            num_open = self._answer.num_choices
-            await _start(send, EVENT_STREAM)
+            so_far = Counts(generation.accepted.num_prompt_tokens)
+            answer = replace(self._answer, prompt_token_ids=generation.accepted.prompt_token_ids)
+            head = answer.head(so_far)
+            num_open = answer.num_choices
+            await _start(send, EVENT_STREAM | _warning(generation))
             try:
                 async for deltas in news:
                     part = head
                     head = b""
                     for delta in deltas:
                         so_far = Counts(so_far.num_prompt, so_far.num_completion + delta.num_tokens)
-                        if delta.text:
-                            part += await delta_event(self._answer, delta, so_far)
+                        if answer.shows(delta):
+                            part += await delta_event(answer, delta, so_far)
                         if delta.reason is None:
                             continue
                         num_open -= 1
                         if num_open:
-                            part += self._answer.end(delta.index, delta.reason, so_far)
+                            part += answer.end(delta, so_far)
                         else:  # with the tail
-                            last_index, last_reason = delta.index, delta.reason
+                            last_delta = delta
                     if part:
                         await _send_part(send, part)
                 assert generation.finished is not None
-                last = head + self._answer.tail(last_index, last_reason, generation.finished)
+                last = head + answer.tail(last_delta, generation.finished)
             except TriadError as error:
                 self._record.failed(error)
                 last = head + error_event(self._as_sent(error))
@@ -112,6 +130,15 @@ async def run_until_disconnect(receive: Receive, work: Callable[[], Awaitable[No
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def _warning(generation: Generation) -> dict[str, str]:
+    """The header of RFC 7234 that says what of a request is not kept to, if anything."""
+    if generation.accepted.warning is None:
+        return {}
+    text = shortened(generation.accepted.warning, MAX_WARNING_LEN).encode("ascii", "replace").decode()
+    plain = "".join(char if char.isprintable() and char not in '"\\' else "'" for char in text)
+    return {"warning": f'199 triad "{plain}"'}
 
 
 async def _start(send: Send, headers: Mapping[str, str]) -> None:

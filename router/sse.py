@@ -15,7 +15,7 @@ NUM_AT_ONCE = 256
 """Log-probabilities written in one go; after each the loop sees to its other streams."""
 _NO_LOGPROBS = b'"logprobs":null'
 """A mark to split at, which stands in no text, where JSON escapes the quotes."""
-LEAST_LOGPROB = -9999.0
+MIN_LOGPROB = -9999.0
 """OpenAI's log-probability for the impossible."""
 
 
@@ -26,7 +26,7 @@ def event(body: Any) -> bytes:
 
 def error_event(error: TriadError) -> bytes:
     """The event that ends a stream already begun with an error; no [DONE] follows."""
-    return event(triad_error_body(error))
+    return b"event: error\n" + event(triad_error_body(error))
 
 
 def decoding_report(report: DecodingReport) -> dict[str, Any]:
@@ -76,6 +76,13 @@ class Answer(ABC):
     num_choices: int = 1
     num_logprobs: int | None = None
     """Alternatives asked for with each token, None where no log-probabilities were."""
+    service_tier: str | None = None
+    """The tier to name in the body, None where the request names none."""
+    shows_each_delta: bool = False
+    """True to have a chunk for tokens that have no text, too."""
+    shows_token_ids: bool = False
+    prompt_token_ids: tuple[tuple[int, ...], ...] = ()
+    """Each prompt's token ids, where shows_token_ids asks for them."""
 
     @abstractmethod
     def head(self, so_far: Counts) -> bytes:
@@ -90,29 +97,37 @@ class Answer(ABC):
         """The body of an answer that is not streamed."""
 
     @abstractmethod
-    def _last_choice(self, index: int, reason: FinishReason) -> Mapping[str, Any]: ...
+    def _last_choice(self, last: Delta) -> Mapping[str, Any]: ...
 
     @abstractmethod
     def logprobs(self, entries: Sequence[TextLogprob]) -> dict[str, Any]:
         """A choice's `logprobs`, whose lists are those of its parts one after another."""
 
-    def end(self, index: int, reason: FinishReason, so_far: Counts) -> bytes:
-        """The last chunk of a choice that others outlast."""
-        return self._chunk(self._last_choice(index, reason), so_far)
+    def shows(self, delta: Delta) -> bool:
+        """True if the new text of a choice, or its new tokens, are worth a chunk."""
+        shows_tokens = self.shows_each_delta or self.shows_token_ids
+        return bool(delta.text) or (shows_tokens and delta.num_tokens > 0)
 
-    def tail(self, index: int, reason: FinishReason, finished: Finished) -> bytes:
+    def end(self, last: Delta, so_far: Counts) -> bytes:
+        """The last chunk of a choice that others outlast."""
+        return self._chunk(self._last_choice(last), so_far)
+
+    def tail(self, last: Delta, finished: Finished) -> bytes:
         """The end of the last choice, with the decoding report; the usage, if asked for; [DONE]."""
-        choice = self._last_choice(index, reason)
+        choice = self._last_choice(last)
         counts = Counts(finished.num_prompt_tokens, finished.num_completion_tokens)
-        last = self._chunk(choice, counts, decoding=decoding_report(finished.report))
+        chunk = self._chunk(choice, counts, decoding=decoding_report(finished.report))
         if not self.include_usage:
-            return last + DONE
+            return chunk + DONE
         body = self._envelope(self._chunk_object, []) | {"usage": usage(finished)}
-        return last + event(body) + DONE
+        return chunk + event(body) + DONE
 
     @property
     @abstractmethod
     def _chunk_object(self) -> str: ...
+
+    def _token_ids(self, delta: Delta) -> dict[str, Any]:
+        return {"token_ids": delta.token_ids} if self.shows_token_ids else {}
 
     def _asked_logprobs(self, delta: Delta) -> dict[str, Any] | None:
         return None if self.num_logprobs is None else self.logprobs(delta.logprobs)
@@ -125,16 +140,17 @@ class Answer(ABC):
             body["usage"] = None
         return event(body)
 
-    def _envelope(self, object_: str, choices: list[Mapping[str, Any]]) -> dict[str, Any]:
+    def _envelope(self, object_: str, choices: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        tier = {} if self.service_tier is None else {"service_tier": self.service_tier}
         return {
             "id": self.completion_id,
             "object": object_,
             "created": self.created,
             "model": self.model,
             "choices": choices,
-        }
+        } | tier
 
-    def _body(self, object_: str, choices: list[Mapping[str, Any]], finished: Finished) -> dict[str, Any]:
+    def _body(self, object_: str, choices: Sequence[Mapping[str, Any]], finished: Finished) -> dict[str, Any]:
         report = {"usage": usage(finished), "decoding": decoding_report(finished.report)}
         return self._envelope(object_, choices) | report
 
@@ -194,14 +210,21 @@ class ChatAnswer(Answer):
 
     def head(self, so_far: Counts) -> bytes:
         role = {"role": "assistant", "content": ""}
-        return b"".join(self._chunk(_chat_chunk(index, role), so_far) for index in range(self.num_choices))
+        first, *others = (_chat_chunk(index, role) for index in range(self.num_choices))
+        chunks = [self._chunk(first, so_far, **self._prompt_ids)]
+        return b"".join(chunks + [self._chunk(other, so_far) for other in others])
 
     def delta(self, delta: Delta, so_far: Counts) -> bytes:
         choice = _chat_chunk(delta.index, {"content": delta.text}, self._asked_logprobs(delta))
-        return self._chunk(choice, so_far)
+        return self._chunk(choice | self._token_ids(delta), so_far)
 
     def whole(self, choices: Sequence[Delta], finished: Finished) -> dict[str, Any]:
-        return self._body("chat.completion", [self._choice(choice) for choice in choices], finished)
+        body = self._body("chat.completion", [self._choice(choice) for choice in choices], finished)
+        return body | self._prompt_ids
+
+    @property
+    def _prompt_ids(self) -> dict[str, Any]:
+        return {"prompt_token_ids": self.prompt_token_ids[0]} if self.shows_token_ids else {}
 
     def _choice(self, whole: Delta) -> dict[str, Any]:
         return {
@@ -209,10 +232,12 @@ class ChatAnswer(Answer):
             "message": {"role": "assistant", "content": whole.text, "refusal": None},
             "logprobs": self._asked_logprobs(whole),
             "finish_reason": whole.reason,
+            **_stop_reason(whole),
+            **self._token_ids(whole),
         }
 
-    def _last_choice(self, index: int, reason: FinishReason) -> Mapping[str, Any]:
-        return _chat_chunk(index, {}, None, reason)
+    def _last_choice(self, last: Delta) -> Mapping[str, Any]:
+        return _chat_chunk(last.index, {}, None, last.reason) | _stop_reason(last)
 
     def logprobs(self, entries: Sequence[TextLogprob]) -> dict[str, Any]:
         content = [
@@ -230,13 +255,20 @@ class TextAnswer(Answer):
         return "text_completion"
 
     def head(self, so_far: Counts) -> bytes:
-        return b""
+        if not self.shows_token_ids:
+            return b""
+        choices = ({**_empty_text(index), **self._prompt_ids(index)} for index in range(self.num_choices))
+        return b"".join(self._chunk(choice, so_far) for choice in choices)
 
     def delta(self, delta: Delta, so_far: Counts) -> bytes:
         return self._chunk(self._choice(delta), so_far)
 
     def whole(self, choices: Sequence[Delta], finished: Finished) -> dict[str, Any]:
-        return self._body(self._chunk_object, [self._choice(c, c.reason) for c in choices], finished)
+        whole = [
+            self._choice(choice, choice.reason) | _stop_reason(choice) | self._prompt_ids(choice.index)
+            for choice in choices
+        ]
+        return self._body(self._chunk_object, whole, finished)
 
     def _choice(self, delta: Delta, reason: FinishReason | None = None) -> dict[str, Any]:
         return {
@@ -244,10 +276,19 @@ class TextAnswer(Answer):
             "text": delta.text,
             "logprobs": self._asked_logprobs(delta),
             "finish_reason": reason,
+            **self._token_ids(delta),
         }
 
-    def _last_choice(self, index: int, reason: FinishReason) -> Mapping[str, Any]:
-        return {"index": index, "text": "", "logprobs": None, "finish_reason": reason}
+    def _prompt_ids(self, index: int) -> dict[str, Any]:
+        """The prompt of a choice: choices of one prompt follow one another."""
+        if not self.shows_token_ids:
+            return {}
+        return {
+            "prompt_token_ids": self.prompt_token_ids[index * len(self.prompt_token_ids) // self.num_choices]
+        }
+
+    def _last_choice(self, last: Delta) -> Mapping[str, Any]:
+        return _empty_text(last.index) | {"finish_reason": last.reason} | _stop_reason(last)
 
     def logprobs(self, entries: Sequence[TextLogprob]) -> dict[str, Any]:
         """The older API's log-probabilities: parallel lists, and the chosen token among the most probable."""
@@ -257,6 +298,15 @@ class TextAnswer(Answer):
             "top_logprobs": [_text_alternatives(entry) for entry in entries] if self.num_logprobs else None,
             "text_offset": [entry.offset for entry in entries],
         }
+
+
+def _stop_reason(last: Delta) -> dict[str, Any]:
+    """What ended a text, as vLLM tells it; nothing where the model itself or the length did."""
+    return {} if last.stop_reason is None else {"stop_reason": last.stop_reason}
+
+
+def _empty_text(index: int) -> dict[str, Any]:
+    return {"index": index, "text": "", "logprobs": None, "finish_reason": None}
 
 
 def _chat_chunk(
@@ -280,7 +330,9 @@ def _text_token(entry: TextLogprob) -> str:
     return _text_of(entry) or f"bytes:{_escaped(entry)}"
 
 
-def _text_alternatives(entry: TextLogprob) -> dict[str, float]:
+def _text_alternatives(entry: TextLogprob) -> dict[str, float | None] | None:
+    if entry.logprob is None:
+        return None
     found = {_text_token(other): _finite(other.logprob) for other in entry.top}
     return found | {_text_token(entry): _finite(entry.logprob)}
 
@@ -298,6 +350,6 @@ def _escaped(entry: TextLogprob) -> str:
     return "".join(f"\\x{byte:02x}" for byte in entry.bytes)
 
 
-def _finite(logprob: float) -> float:
+def _finite(logprob: float | None) -> float | None:
     """The log-probability made finite, as JSON has no infinity."""
-    return max(logprob, LEAST_LOGPROB)
+    return None if logprob is None else max(logprob, MIN_LOGPROB)

@@ -9,7 +9,9 @@ from typing import Any
 
 from policies.control.plan import ObservedPlan
 from policies.control.store import LoadStore, StoreUnavailable
-from policies.replica_load import ObservedLoad
+from policies.cost_model import CostModelParameters
+from policies.forecast import forecast
+from policies.replica_load import ObservedLoad, ReplicaLoad
 from router.dispatch import Dispatcher
 from router.load_view import LoadView
 
@@ -50,7 +52,24 @@ def _replica(seen: ObservedLoad, plan: ObservedPlan | None) -> dict[str, Any]:
         "age_s": plain(seen.age_s),
         "freshness": seen.freshness.value,
         "plan": None if plan is None else plain(plan) | {"stale": plan.is_stale},
+        "forecasts": _forecasts(seen.load),
     }
+
+
+def _forecasts(load: ReplicaLoad) -> list[dict[str, Any]]:
+    """What each plan that `cost_model` considers by default should bring under this load; nothing where no
+    request has room."""
+    if not (load.max_running and load.num_pages and load.page_size and load.max_step_tokens):
+        return []
+    expected = (forecast(load, plan) for plan in CostModelParameters().candidates(load.modes))
+    return [
+        {
+            "decode": plain(entry.plan),
+            "tokens_per_s": plain(entry.tokens_per_s),
+            "step_ms": plain(entry.step_ms),
+        }
+        for entry in expected
+    ]
 
 
 def plain(value: Any) -> Any:

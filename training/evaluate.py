@@ -2,7 +2,8 @@
 
 For each decoding setting and family: exact match (the family's own checker, and a proper end of text), tokens
 per forward after the first token (those that verify nothing count too, as do commits), mean accepted length
-(tokens a round of self-speculation), and the share of answers equal to `ar`'s, token for token.
+(tokens a round of self-speculation), and the share of answers equal to `ar`'s, token for token. With
+`--yields` what rounds brought goes into the checkpoint's folder, for a server's policy to start from.
 """
 
 import argparse
@@ -10,16 +11,20 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 
 from tqdm import tqdm
 
+from policies.cost import RoundStats, RoundYield
 from policies.modes import DecodePlan, Mode
+from replicas.config import EngineConfig
 from replicas.engine.engine import Engine
 from replicas.engine.sequence import Sequence
 from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.runner import TorchRunner
 from replicas.text import TextCodec
+from replicas.yields_file import YIELDS_FILE, write_yields
 from training.tasks.family import Task
 from training.tasks.registry import FAMILIES, held_out_tasks
 
@@ -27,6 +32,7 @@ DEFAULT_CHECKPOINT = Path(__file__).parents[1] / "replicas" / "checkpoints" / "t
 MAX_TOKENS = 320
 SETTINGS = (
     DecodePlan(Mode.AR),
+    *(DecodePlan(Mode.DIFFUSION, block, factor=0.1) for block in (8, 16, 32)),
     *(DecodePlan(Mode.DIFFUSION, block, t) for t in (0.7, 0.9, 0.95) for block in (8, 16, 32)),
     *(DecodePlan(Mode.SELF_SPECULATION, block) for block in (4, 8, 16, 32)),
 )
@@ -63,7 +69,8 @@ def name_of(plan: DecodePlan) -> str:
         return "ar"
     if plan.mode is Mode.SELF_SPECULATION:
         return f"self_speculation B={plan.block_length}"
-    return f"diffusion t={plan.threshold} B={plan.block_length}"
+    setting = f"t={plan.threshold}" if plan.factor is None else f"f={plan.factor}"
+    return f"diffusion {setting} B={plan.block_length}"
 
 
 def decode(
@@ -72,10 +79,15 @@ def decode(
     prompts: Iterable[str],
     plan: DecodePlan,
     on_answer: Callable[[], object] = lambda: None,
+    on_round: Callable[[RoundStats], object] = lambda _: None,
 ) -> list[Answer]:
-    """Greedy answers to the prompts, all submitted at once, in the prompts' order."""
+    """Greedy answers to the prompts, all submitted at once, in the prompts' order.
+
+    on_round: called with each round of a block as it ended.
+    """
     block_length = None if plan.mode is Mode.AR else plan.block_length
-    options = DecodingOptions(plan.mode, block_length, plan.threshold)
+    threshold = plan.threshold if plan.factor is None else None
+    options = DecodingOptions(plan.mode, block_length, threshold, factor=plan.factor)
     sequences: list[Sequence] = []
     for number, prompt in enumerate(prompts):
         ids = codec.encode(({"role": "user", "content": prompt},))
@@ -86,6 +98,9 @@ def decode(
                 raise RuntimeError(f"request {made.sequence.request_id}: {made.error} {made.message}")
             if made.ended:
                 on_answer()
+        rounds = engine.scheduler.counters.rounds
+        while rounds:
+            on_round(rounds.popleft())
     return [_answer(engine, codec, sequence) for sequence in sequences]
 
 
@@ -123,27 +138,44 @@ def evaluate(
     plans: tuple[DecodePlan, ...] = SETTINGS,
     num_threads: int | None = None,
     quantization: str | None = None,
-) -> list[Score]:
-    """Scores by setting and family, `ar` first; each setting's last row is "all"."""
+) -> tuple[list[Score], list[RoundYield]]:
+    """Scores by setting and family, `ar` first, each setting's last row is "all"; and the plans' yields."""
     runner = TorchRunner.load(
         str(checkpoint), dtype="float32", num_threads=num_threads, quantization=quantization
     )
     tasks = {family: list(held_out_tasks(family, per_family)) for family in FAMILIES}
     everything = [task for family in FAMILIES for task in tasks[family]]
-    engine = Engine(runner, max_waiting=len(everything))
+    engine = Engine(runner, EngineConfig(max_waiting=len(everything)))
     codec = TextCodec.load(str(checkpoint))
     scores: list[Score] = []
+    yields: list[RoundYield] = []
     by_ar: list[Answer] = []
     with tqdm(total=len(plans) * len(everything), unit="answer") as bar:
         for plan in plans:
             bar.set_description(name_of(plan))
-            answers = decode(engine, codec, (task.prompt for task in everything), plan, bar.update)
+            rounds: list[RoundStats] = []
+            prompts = (task.prompt for task in everything)
+            answers = decode(engine, codec, prompts, plan, bar.update, rounds.append)
+            if rounds:
+                yields.append(mean_yield(plan, rounds))
             by_ar = by_ar or answers
             for number, (family, its_tasks) in enumerate(tasks.items()):
                 span = slice(number * per_family, (number + 1) * per_family)
                 scores.append(score(plan, family, its_tasks, answers[span], by_ar[span]))
             scores.append(score(plan, "all", everything, answers, by_ar))
-    return scores
+    return scores, yields
+
+
+def mean_yield(plan: DecodePlan, rounds: list[RoundStats]) -> RoundYield:
+    """What a round of the plan brought on average."""
+    num, forwards = len(rounds), sum(made.forwards for made in rounds)
+    return RoundYield(
+        plan,
+        tokens=round(sum(made.tokens for made in rounds) / num, 4),
+        forwards=round(forwards / num, 4),
+        num_rounds=num,
+        rows=round(sum(made.rows for made in rounds) / forwards, 2),
+    )
 
 
 def table(scores: list[Score]) -> str:
@@ -168,10 +200,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the scores there too")
     parser.add_argument("--threads", type=int, default=None, help="torch threads")
     parser.add_argument("--quantization", choices=["int8"], help="of the weights")
+    parser.add_argument(
+        "--yields", action="store_true", help=f"write the plans' yields to {YIELDS_FILE} in the checkpoint"
+    )
     parser.add_argument("--overall", action="store_true", help="print only the rows over all families")
     arguments = parser.parse_args()
     started = time.time()
-    scores = evaluate(
+    scores, yields = evaluate(
         arguments.checkpoint,
         arguments.per_family,
         num_threads=arguments.threads,
@@ -179,6 +214,10 @@ def main() -> None:
     )
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(s) for s in scores], indent=1) + "\n")
+    if arguments.yields:
+        num_prompts = arguments.per_family * len(FAMILIES)
+        source = f"training.evaluate: greedy answers to {num_prompts} held-out prompts, {date.today()}"
+        write_yields(arguments.checkpoint, yields, source)
     print(table([s for s in scores if s.family == "all" or not arguments.overall]))
     lossless = all(s.same_as_ar == 1.0 for s in scores if s.setting.startswith("self_speculation"))
     print(f"\nself_speculation equals ar token for token: {'yes' if lossless else 'NO'}")

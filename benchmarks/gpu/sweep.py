@@ -9,6 +9,7 @@ import torch
 from benchmarks.gpu.model import Forward, Work, segments
 from benchmarks.gpu.timing import Clock, Timing
 from policies.modes import Mode
+from replicas.config import EngineConfig
 from replicas.engine.engine import Engine
 from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.cuda.graphs import GraphRecorder
@@ -68,7 +69,10 @@ def overhead_row(
     With random weights a draft is hardly ever accepted, which costs nothing here: a round is a round.
     """
     engine = Engine(
-        runner, max_running=concurrency, max_waiting=concurrency, max_step_tokens=max(4096, 64 * concurrency)
+        runner,
+        EngineConfig(
+            max_running=concurrency, max_waiting=concurrency, max_step_tokens=max(4096, 64 * concurrency)
+        ),
     )
     block = work.max_queries
     options = DecodingOptions(mode, None if mode is Mode.AR else block)

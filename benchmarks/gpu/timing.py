@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 _FLUSH_BYTES = 256 << 20
-_MOST_RUNS = 200
+_MAX_RUNS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Clock:
             return Timing((time.perf_counter() - began_s) * 1e3, 0.0, 1)
         began_s = time.perf_counter()
         times: list[float] = []
-        while len(times) < 5 or (time.perf_counter() - began_s < for_s and len(times) < _MOST_RUNS):
+        while len(times) < 5 or (time.perf_counter() - began_s < for_s and len(times) < _MAX_RUNS):
             times.extend(self._run_some(run, 5, cold))
         return Timing(statistics.median(times), statistics.pstdev(times), len(times))
 

@@ -23,7 +23,8 @@ from policies.cost import RoundYield
 from policies.modes import DecodePlan
 from policies.policy import Policy, Snapshot
 from policies.replica_load import ClusterLoad, ObservedLoad, ReplicaLoad
-from router.admission_control import AdmissionControl, Admit, QueueLimits
+from router.admission_control import AdmissionControl, Admit
+from router.config import AdmissionConfig
 from router.placement import PlacementRequest, Sent, place
 from router.prefix_map import CHUNK_CHARS, PrefixMap
 
@@ -59,7 +60,7 @@ class Setting:
 
     num_replicas: int
     hardware: Hardware
-    limits: QueueLimits
+    admission: AdmissionConfig
     start: DecodePlan
     believed_yields: Mapping[DecodePlan, RoundYield]
     """The replicas' belief of what a round of each plan brings before they have seen any."""
@@ -91,8 +92,8 @@ Decide = Callable[[SimulatedReplica, ReplicaLoad, float], DecodePlan]
 class _Router:
     """One ingress: its view of the loads, its own traffic, its memory of prompts."""
 
-    def __init__(self, limits: QueueLimits, max_running: int, seed: int):
-        self.admission = AdmissionControl(max_running, limits)
+    def __init__(self, admission: AdmissionConfig, seed: int):
+        self.admission = AdmissionControl(admission)
         self.traffic = self.admission.traffic
         self.prefixes = PrefixMap()
         self.rng = random.Random(seed)
@@ -127,10 +128,7 @@ class Cluster:
             for replica_id in self._ids
         ]
         num_routers = max(1, setting.num_replicas // REPLICAS_A_ROUTER)
-        self._routers = [
-            _Router(setting.limits, setting.hardware.max_running, seed * 1000 + number)
-            for number in range(num_routers)
-        ]
+        self._routers = [_Router(setting.admission, seed * 1000 + number) for number in range(num_routers)]
         self._states = [
             policy.resume(setting.start, 0.0, 0.0) if policy is not None else None for _ in self._replicas
         ]
@@ -231,14 +229,14 @@ class Cluster:
         pinned = requests.pinned[request]
         keys = self._keys(request)
         held = router.prefixes.held(keys, now_s) if keys else {}
-        wish = PlacementRequest(None if pinned is None else pinned.mode, held, tokens)
+        wanted = PlacementRequest(None if pinned is None else pinned.mode, held, tokens)
         chosen = place(
             self._open,
             router.traffic,
             lambda replica_id: self._seen(replica_id, now_s),
             now_s,
             router.rng,
-            wish,
+            wanted,
         )
         if chosen is None:
             self.record.unavailable += 1
@@ -294,9 +292,9 @@ class Cluster:
     def _explore(self, policy: Policy[Any]) -> None:
         for replica_id, load in self._published.items():
             replica = self._replicas[self._numbers[replica_id]]
-            explored_plans = policy.explored_plans(load, replica.plan)
-            if explored_plans is not None and explored_plans.plans:
-                replica.explore(explored_plans.plans)
+            trial = policy.trial(load, replica.plan)
+            if trial is not None:
+                replica.explore(trial.plan)
 
     def _read_view(self, now_s: float) -> None:
         """Half a period on: routers read the loads, and the controller decides from them."""

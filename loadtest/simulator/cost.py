@@ -19,7 +19,7 @@ from typing import Any
 import numpy
 
 from policies.cost import ForwardStats, StepCost
-from policies.cost_estimator import fit_step_cost, knots_up_to
+from policies.cost_fit import fit_step_cost, knots_up_to
 
 
 class TableError(ValueError):

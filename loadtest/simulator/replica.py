@@ -18,7 +18,7 @@ from loadtest.simulator.load import Requests
 from loadtest.simulator.meter import Meter
 from loadtest.simulator.parts import Decoding, Hardware, RecentPrefixes
 from loadtest.simulator.yields import Rounds
-from policies.cost import ReplicaCosts, RoundYield
+from policies.cost import ModeFactors, ReplicaCosts, RoundYield
 from policies.modes import DecodePlan, Mode
 from policies.replica_load import ReplicaLoad
 
@@ -26,6 +26,8 @@ PREFILL_SHARE = 4
 """Prompts that wait get one in so many of a step's tokens, as in the engine."""
 MAX_STRETCH = 512
 """Steps taken as one before the growth of the cache is looked at again."""
+KNOWN_FACTORS = {mode: ModeFactors((0.0,), (0.1,)) for mode in Mode}
+"""What a replica has found its modes' forwards to cost beside its step cost: nothing."""
 NUM_EXPLORING = 4
 """Requests that try a plan at a time."""
 
@@ -56,7 +58,6 @@ class SimulatedReplica:
         """Requests that have had their first token since this was last emptied, and when."""
         self.tokens_by_mode = dict.fromkeys(Mode, 0.0)
         self._meter = Meter(yields)
-        self._num_explorations = 0
         self._num_ended = 0
         self._waiting: deque[int] = deque()
         self._waiting_tokens = 0
@@ -203,14 +204,12 @@ class SimulatedReplica:
             mean_context=context,
             mean_remaining=remaining,
             prefill_per_token=self._meter.prefill_per_token,
-            costs=ReplicaCosts(hardware.believed, self._meter.yields),
+            costs=ReplicaCosts(hardware.believed, self._meter.yields, KNOWN_FACTORS),
             num_ended=self._num_ended,
         )
 
-    def explore(self, plans: Sequence[DecodePlan]) -> None:
-        """Lets some requests explore the next of these plans; the cost, 2 % at most, is not modelled."""
-        plan = plans[self._num_explorations % len(plans)]
-        self._num_explorations += 1
+    def explore(self, plan: DecodePlan) -> None:
+        """Lets some requests try a plan; the cost, 2 % at most, is not modelled."""
         if plan in self.rounds:
             pace = self.rounds[plan].pace
             explored = list(self._decoding.values())[:NUM_EXPLORING]

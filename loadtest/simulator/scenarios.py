@@ -18,7 +18,7 @@ from loadtest.simulator.yields import DATA, Acceptance, load_acceptance
 from policies.cost import RoundYield, StepCost
 from policies.modes import DecodePlan, Mode
 from policies.registry import POLICIES, create_policy
-from router.admission_control import QueueLimits
+from router.config import AdmissionConfig
 
 PLANS = (
     DecodePlan(Mode.AR),
@@ -261,7 +261,7 @@ def simulate(
             max_step_tokens=machine.max_step_tokens,
             max_prefill_tokens=machine.max_prefill_tokens,
         ),
-        limits=QueueLimits(256, 131_072),
+        admission=AdmissionConfig(max_running=machine.max_running),
         start=contender.start,
         believed_yields=believed,
         failures=_failures(scenario, duration_s),

@@ -93,8 +93,8 @@ class Controller:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Runs a round every period, store or no store, until `stop` is set; then gives the lease up."""
-        what = "a round of the controller"
-        await run_every(self._period_s, self._step_if_possible, stop, self._clock, self._sleep, what)
+        failures = Failures("a round of the controller")
+        await run_every(self._period_s, self._step_if_possible, stop, self._clock, self._sleep, failures)
         if self._lease is not None:
             try:
                 await self._store.release_lease(self._lease)
@@ -156,12 +156,10 @@ class Controller:
         for seen in view.loads.replicas:
             stored = view.plans.get(seen.load.replica_id)
             if seen.freshness is Freshness.FRESH:
-                try:
+                with self._failures:
                     self._decide_one(seen, stored, view.loads, outcome)
-                except Exception as error:
-                    self._failures.note(error)
-                    self._leave_as_it_is(seen.load.replica_id, stored, outcome)
-            elif seen.freshness is Freshness.STALE:
+                    continue
+            if seen.freshness is not Freshness.LOST:
                 self._leave_as_it_is(seen.load.replica_id, stored, outcome)
         return outcome
 

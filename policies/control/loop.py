@@ -1,7 +1,7 @@
 """The one periodic loop of the control path."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 from policies.failures import Failures
 
@@ -18,19 +18,23 @@ async def run_every(
     stop: asyncio.Event,
     clock: Clock,
     sleep: Sleep,
-    what: str = "a periodic step",
+    failures: Failures,
 ) -> None:
     """Runs `step` once a period, the first time at once, until `stop` is set.
 
     A step that takes longer than a period is followed by the next without a pause; missed periods
-    are not made up for. A step that fails is logged, once a kind, and the next is run all the same.
-    what: the step's name in the log.
+    are not made up for. A step that fails is noted in `failures`, and the next is run all the same.
     """
-    failures = Failures(what)
     while not stop.is_set():
         started_s = clock()
-        try:
+        with failures:
             await step()
-        except Exception as error:
-            failures.note(error)
         await sleep(max(0.0, started_s + period_s - clock()))
+
+
+def check_running(loops: Iterable["asyncio.Task[None]"]) -> None:
+    """Raises RuntimeError where one of the loops has ended, whatever it ended by."""
+    for loop in loops:
+        if loop.done():
+            error = None if loop.cancelled() else loop.exception()
+            raise RuntimeError(f"{loop.get_name()} has ended: {error!r}") from error

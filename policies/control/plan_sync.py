@@ -10,11 +10,16 @@ from typing import Any
 from policies.control.loop import PERIOD_S, Clock, Sleep, run_every
 from policies.control.plan import ObservedPlan, ReplicaPlan, told
 from policies.control.store import LoadStore, PolicyEntry, StoreUnavailable
+from policies.failures import Failures
 from policies.modes import DecodePlan
-from policies.policy import ExploredPlans, Policy, Snapshot
+from policies.policy import Policy, Snapshot, Trial
 from policies.replica_load import ReplicaLoad
 
 logger = logging.getLogger(__name__)
+
+MAX_FAILED_STEPS = 25
+"""Steps that have failed in a row when the loop counts as broken: in these 5 s a load that is not published
+anew is lost. No step fails for want of the store."""
 
 
 class PlanFollower:
@@ -24,8 +29,8 @@ class PlanFollower:
     the same policy from its own load, going on from the plan in force; `rule` then says so.
     read_load: returns the load now; `plan_version`, `decode` and `decode_held_s` are filled in here.
     on_plan: called with each plan that differs from the one before in what to run or by which rule.
-    on_explored_plans: called with the plans that the policy has the replica explore, when they change.
-    on_policy_entry: awaited with the policy setting that came with each plan (PolicyWatch.heed).
+    on_trial: called with what the policy has the replica try next, when it changes.
+    on_policy_entry: awaited with the policy setting that came with each plan (PolicyWatch.apply).
     """
 
     def __init__(
@@ -34,7 +39,7 @@ class PlanFollower:
         policy: Policy[Any],
         read_load: Callable[[], ReplicaLoad],
         on_plan: Callable[[ReplicaPlan], None] | None = None,
-        on_explored_plans: Callable[[ExploredPlans | None], None] | None = None,
+        on_trial: Callable[[Trial | None], None] | None = None,
         on_policy_entry: Callable[[PolicyEntry], Awaitable[None]] | None = None,
         *,
         period_s: float = PERIOD_S,
@@ -45,12 +50,13 @@ class PlanFollower:
         self._policy = policy
         self._read_load = read_load
         self._on_plan = on_plan
-        self._on_explored_plans = on_explored_plans
+        self._on_trial = on_trial
         self._on_policy_entry = on_policy_entry
-        self._explored_plans: ExploredPlans | None = None
+        self._trial: Trial | None = None
         self._period_s = period_s
         self._clock = clock
         self._sleep = sleep
+        self._failures = Failures("publishing the load and following the plan")
         self._held_since_s = clock()
         self._state = policy.resume(None, 0.0, self._held_since_s)
         load = read_load()
@@ -77,12 +83,20 @@ class PlanFollower:
 
         A step that fails, by a load that can't be read or a policy that raises, leaves the plan as it is.
         """
-        what = "publishing the load and following the plan"
-        await run_every(self._period_s, self.step, stop, self._clock, self._sleep, what)
+        await run_every(self._period_s, self.step, stop, self._clock, self._sleep, self._failures)
         try:
             await self._store.withdraw(self._replica_id)
         except StoreUnavailable as error:
             logger.info("the replica's load expires by itself: %s", error)
+
+    def check(self) -> None:
+        """Raises RuntimeError where MAX_FAILED_STEPS steps in a row have failed.
+
+        The loop runs, but nobody sees the replica's load.
+        """
+        num_failed = self._failures.num_in_row
+        if num_failed >= MAX_FAILED_STEPS:
+            raise RuntimeError(f"publishing the load has failed {num_failed} times in a row; see the log")
 
     async def step(self) -> ReplicaPlan:
         """Publishes the load and puts in force the plan that follows; never raises StoreUnavailable."""
@@ -101,7 +115,7 @@ class PlanFollower:
                 await self._on_policy_entry(self._store.policy_entry)
             plan = self._follow(load, seen)
         self._put_in_force(plan)
-        self._explore(load, plan)
+        self._try(load, plan)
         return plan
 
     def _follow(self, load: ReplicaLoad, seen: ObservedPlan | None) -> ReplicaPlan:
@@ -128,10 +142,10 @@ class PlanFollower:
         rule = f"{self._policy.name} (local: {why_alone})"
         return ReplicaPlan(version, decision.decode, rule, told(decision.reason))
 
-    def _explore(self, load: ReplicaLoad, plan: ReplicaPlan) -> None:
-        before, self._explored_plans = self._explored_plans, self._policy.explored_plans(load, plan.decode)
-        if self._on_explored_plans is not None and self._explored_plans != before:
-            self._on_explored_plans(self._explored_plans)
+    def _try(self, load: ReplicaLoad, plan: ReplicaPlan) -> None:
+        before, self._trial = self._trial, self._policy.trial(load, plan.decode)
+        if self._on_trial is not None and self._trial != before:
+            self._on_trial(self._trial)
 
     def _put_in_force(self, plan: ReplicaPlan) -> None:
         before, self._plan = self._plan, plan

@@ -1,6 +1,6 @@
 """The policy an operator has set while the cluster runs: kept in the store, followed by all.
 
-Every process that decides has a PolicyWatch. A replica's heeds the setting that comes with each
+Every process that decides has a PolicyWatch. A replica's applies the setting that comes with each
 publication of its load, an ingress's polls the store. A store that has lost its data is given the setting
 back by any process that remembers it.
 """
@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 
 from policies.control.loop import run_every
 from policies.control.store import POLICY_KEY, LoadStore, PolicyEntry, StoreUnavailable
+from policies.failures import Failures
 from policies.policy import Policy
 from policies.registry import PolicyError, create_policy
 
@@ -150,19 +151,19 @@ class PolicyWatch:
 
     async def run(self) -> None:
         """Polls the store until cancelled."""
-        what = "reading the policy setting"
-        await run_every(WATCH_PERIOD_S, self.step, asyncio.Event(), time.monotonic, asyncio.sleep, what)
+        failures = Failures("reading the policy setting")
+        await run_every(WATCH_PERIOD_S, self.step, asyncio.Event(), time.monotonic, asyncio.sleep, failures)
 
     async def step(self) -> None:
-        """Reads the setting and heeds it. Never raises StoreUnavailable: the setting then stays."""
+        """Reads the setting and applies it. Never raises StoreUnavailable: the setting then stays."""
         try:
             entry = await _read(self._store)
         except StoreUnavailable:
             return
-        await self.heed(entry)
+        await self.apply(entry)
 
-    async def heed(self, entry: PolicyEntry) -> None:
-        """Follows a setting that was read; writes only to a store that has lost the one known here."""
+    async def apply(self, entry: PolicyEntry) -> None:
+        """Takes over a setting that was read; writes only to a store that has lost the one known here."""
         stored, known = self._readable(entry), self._setting
         if known is not None and (stored is None or stored.version < known.version):
             body = _BODY.dump_json(known.choice).decode()

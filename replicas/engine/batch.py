@@ -6,6 +6,7 @@ from math import inf, log
 from typing import Protocol
 
 from policies.modes import Mode
+from replicas.engine.history import NO_TOKENS, Prefix
 from replicas.messages import SamplingParams
 
 
@@ -36,9 +37,9 @@ class Segment:
     sampling: SamplingParams
     prompt_len: int = 0
     """Tokens of the sequence's prompt."""
-    history: Seq[int] = ()
-    """The tokens before start, where the sampling has penalties and any row is wanted; else empty. An array
-    of int32 is the cheapest."""
+    history: Prefix = NO_TOKENS
+    """The tokens before start and maybe some of token_ids, where the sampling has penalties and any row is
+    wanted; else empty."""
     allowed: tuple[bytes, ...] = ()
     """For each wanted index that is causal a mask of what may be sampled (engine.grammar); empty for
     anything."""
@@ -69,9 +70,7 @@ class ScheduledBatch:
 
     segments: tuple[Segment, ...]
     mode: Mode | None = None
-    """The mode of most of the sequences that decode in it; None for prompts alone. No runner looks at it."""
-    explores: bool = False
-    """True if any of its sequences explores a plan that is not in force."""
+    """The mode of nearly all that decodes in it; None for prompts alone, and mixtures. No runner needs it."""
 
     @property
     def num_tokens(self) -> int:

@@ -1,6 +1,6 @@
 """The engine: sequences in, tokens out, one forward a step. No torch, no text, no threads.
 
-Not thread-safe: one thread calls all of it. Other threads reach it through replicas.service.
+Not thread-safe: one thread calls all of it. Other threads reach it through replicas.engine_thread.
 """
 
 import logging
@@ -10,25 +10,23 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from policies.cost import ForwardStats, StepCost
-from policies.modes import MAX_BLOCK_LENGTH, DecodePlan, Mode
-from policies.policy import ExploredPlans
+from policies.modes import DecodePlan, Mode
+from policies.policy import Trial
 from policies.replica_load import ReplicaLoad
+from replicas.config import EngineConfig
 from replicas.engine.batch import Runner, RunnerLost, ScheduledBatch, SegmentOutput
 from replicas.engine.decoders.choose import ActivePlan
 from replicas.engine.grammar import Grammar
 from replicas.engine.isolate import is_sticky, nobodys_segment, run_apart
 from replicas.engine.lengths import CompletionLengths
-from replicas.engine.prefill import Limits
 from replicas.engine.scheduler import Scheduler
 from replicas.engine.sequence import Progress, Sequence, Status, Text
-from replicas.errors import ErrorCode, TriadError
+from replicas.errors import ErrorCode, TriadError, context_exceeded
 from replicas.messages import DecodingOptions, FinishReason, SamplingParams
 
 AUTO = DecodingOptions()
 PRIORITY_S = 10.0
 """A request ranks as if it had come this much earlier for each level of priority below 0."""
-MIN_STEP_TOKENS = 3 * MAX_BLOCK_LENGTH
-"""The least max_step_tokens: a block, the next one behind it, and the share that is kept for prompts."""
 MAX_FORWARDS_KEPT = 256
 REMEMBERED_S = 0.1
 MAX_FAILED = 3
@@ -44,32 +42,17 @@ class Engine:
 
     clock: seconds, for the requests' deadlines and the forwards' latencies
 
-    Raises ValueError when the limits or the pool can't hold one sequence of full context.
+    Raises ValueError when the pool can't hold one sequence of full context.
     """
 
     def __init__(
         self,
         runner: Runner,
+        config: EngineConfig = EngineConfig(),  # noqa: B008
         *,
-        max_running: int = 64,
-        max_waiting: int = 256,
-        max_step_tokens: int = 512,
-        max_prefill_tokens: int = 256,
-        max_step_ms: float | None = None,
-        overlap_blocks: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ):
         spec = runner.spec
-        if max_running < 1 or max_waiting < 0:
-            raise ValueError(
-                f"max_running must be at least 1 and max_waiting at least 0, got {max_running}, {max_waiting}"
-            )
-        if max_step_tokens < MIN_STEP_TOKENS:
-            raise ValueError(f"max_step_tokens must be at least {MIN_STEP_TOKENS}, got {max_step_tokens}")
-        if max_prefill_tokens < 1:
-            raise ValueError(f"max_prefill_tokens must be at least 1, got {max_prefill_tokens}")
-        if max_step_ms is not None and not max_step_ms > 0:
-            raise ValueError(f"max_step_ms must be above 0, or None for no bound, got {max_step_ms}")
         if spec.num_pages * spec.page_size < spec.max_context:
             raise ValueError(
                 f"{spec.num_pages} pages of {spec.page_size} tokens can't hold one sequence of "
@@ -77,24 +60,22 @@ class Engine:
             )
         self.spec = spec
         self._runner = runner
-        self._max_running = max_running
-        self._max_waiting = max_waiting
-        self._max_step_tokens = max_step_tokens
+        self._config = config
         self._clock = clock
         self._sequences: dict[str, Sequence] = {}
         self._num_submitted = 0
         self._num_failed = self._num_fruitless = 0  # steps in a row, as for MAX_FAILED and MAX_FRUITLESS
         self._lengths = CompletionLengths()
+        self._cycle: tuple[float, ScheduledBatch] | None = None  # when the last forward's step began
         self._remaining: float | None = None
         self._remaining_s = 0.0
         self.forwards: deque[ForwardStats] = deque(maxlen=MAX_FORWARDS_KEPT)
         """The last steps' forwards, for whoever learns from them to take; safe from another thread."""
         self._scheduler = Scheduler(
             spec,
-            Limits(max_running, max_step_tokens, max_prefill_tokens, max_step_ms),
+            config,
             ActivePlan(DecodePlan(Mode.AR), "start"),
             clock,
-            overlap_blocks,
         )
 
     @property
@@ -104,7 +85,7 @@ class Engine:
     @property
     def capacity(self) -> int:
         """Sequences it holds at most, running or waiting."""
-        return self._max_running + self._max_waiting
+        return self._config.max_running + self._config.max_waiting
 
     @property
     def active_plan(self) -> ActivePlan:
@@ -115,16 +96,17 @@ class Engine:
         return self._scheduler
 
     def set_step_cost(self, cost: StepCost) -> None:
-        """Sets the cost of a forward here, by which chunks of prompts are sized for max_step_ms."""
+        """Sets the cost of a forward here, by which chunks of prompts are sized."""
         self._scheduler.step_cost = cost
 
     def set_plan(self, decode: DecodePlan, rule: str) -> None:
         """Sets the plan that `auto` sequences follow from their next safe point on."""
         self._scheduler.active = ActivePlan(decode, rule)
+        self._scheduler.trials.stop()
 
-    def set_explored_plans(self, explored_plans: ExploredPlans | None) -> None:
-        """Sets the plans that rounds of `auto` sequences explore."""
-        self._scheduler.exploration.explored_plans = explored_plans
+    def set_trial(self, trial: Trial | None) -> None:
+        """Sets the trial that `auto` sequences make next."""
+        self._scheduler.trials.wanted = trial
 
     def submit(
         self,
@@ -147,9 +129,8 @@ class Engine:
         """
         self._check(request_id, prompt_ids, sampling, decoding)
         now_s = self._clock()
-        max_tokens = sampling.max_tokens
-        if max_tokens is None:
-            max_tokens = self.spec.max_context - len(prompt_ids)
+        left = self.spec.max_context - len(prompt_ids)
+        max_tokens = left if sampling.max_tokens is None else min(sampling.max_tokens, left)
         sequence = Sequence(
             seq_id=self._num_submitted,
             request_id=request_id,
@@ -180,22 +161,24 @@ class Engine:
 
         Raises RunnerLost.
         """
-        expired = self._expire()
         began_s = self._clock()
+        self._note_cycle(began_s)
+        expired = self._expire()
         batch = self._scheduler.schedule()
         ended = expired + self._end_failed()
         if not batch.segments:
             return ended
         outputs, is_one_forward = self._run(batch)
-        elapsed_s = self._clock() - began_s
         progress = self._scheduler.commit(batch, outputs)
         if is_one_forward:
-            self._note_forward(batch, elapsed_s)
+            self._cycle = (began_s, batch)
         for made in progress:
             if made.ended:
                 del self._sequences[made.sequence.request_id]
-            if made.reason is not None:
+            if made.reason is not None and made.sequence.num_completion_tokens:
                 self._lengths.note(made.sequence.num_completion_tokens, made.reason is FinishReason.STOP)
+        if not self.has_work:
+            self._note_cycle(self._clock())  # what follows is silence
         return ended + progress
 
     def _run(self, batch: ScheduledBatch) -> tuple[Seq[SegmentOutput | None], bool]:
@@ -260,22 +243,18 @@ class Engine:
             message = f"token id {self.spec.mask_token_id} is the mask of diffusion, which no prompt may have"
             raise TriadError(ErrorCode.INVALID_REQUEST, message, "prompt")
         self._check_vocabulary("logit_bias", [token for token, _ in sampling.logit_bias])
+        self._check_vocabulary("stop_token_ids", list(sampling.stop_token_ids))
+        if sampling.max_tokens is not None and sampling.max_tokens < 0:
+            raise TriadError(ErrorCode.INVALID_REQUEST, "max_tokens must be at least 0", "max_tokens")
         if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
             raise TriadError(ErrorCode.INVALID_REQUEST, "min_tokens is above max_tokens", "min_tokens")
-        if sampling.max_tokens is not None and sampling.max_tokens < 1:
-            raise TriadError(ErrorCode.INVALID_REQUEST, "max_tokens must be at least 1", "max_tokens")
-        if sampling.response_format is not None and (sampling.ignore_eos or sampling.min_tokens):
+        form = sampling.response_format
+        if form is not None and (sampling.ignore_eos or (sampling.min_tokens and form.decides_on_end)):
             field = "ignore_eos" if sampling.ignore_eos else "min_tokens"
-            message = f"{field} does not go with response_format, which decides on the end; leave it out"
+            message = f"{field} does not go with a form of the answer, which decides on its end; leave it out"
             raise TriadError(ErrorCode.INVALID_REQUEST, message, field)
-        num_tokens = len(prompt_ids) + (sampling.max_tokens or 1)
-        if num_tokens > context:
-            raise TriadError(
-                ErrorCode.CONTEXT_LENGTH_EXCEEDED,
-                f"the context is {context} tokens, but the prompt has {len(prompt_ids)} and max_tokens "
-                f"asks for {sampling.max_tokens or 1} more; shorten the prompt or lower max_tokens",
-                "max_tokens" if len(prompt_ids) < context else "messages",
-            )
+        if len(prompt_ids) >= context:
+            raise context_exceeded(context, f"has {len(prompt_ids)} input tokens", "prompt")
         if decoding.mode is not None and decoding.mode not in self.spec.modes:
             raise TriadError(
                 ErrorCode.INVALID_REQUEST,
@@ -293,7 +272,7 @@ class Engine:
         if len(self._sequences) >= self.capacity:
             raise TriadError(
                 ErrorCode.QUEUE_FULL,
-                f"the replica's queue of {self._max_waiting} requests is full; retry later",
+                f"the replica's queue of {self._config.max_waiting} requests is full; retry later",
             )
 
     def _check_vocabulary(self, param: str, token_ids: list[int]) -> None:
@@ -323,10 +302,13 @@ class Engine:
         code = ErrorCode.INTERNAL
         return [Progress(sequence, error=code, message=sequence.failure or "") for sequence in failed]
 
-    def _note_forward(self, batch: ScheduledBatch, elapsed_s: float) -> None:
-        num_cached = sum(segment.start for segment in batch.segments)
-        ms, shape = 1000.0 * elapsed_s, (batch.num_tokens, len(batch.segments), num_cached)
-        self.forwards.append(ForwardStats(*shape, ms, batch.mode, batch.explores))
+    def _note_cycle(self, now_s: float) -> None:
+        """Ends the cycle of the last forward: what is done until the next begins is a part of its cost."""
+        if self._cycle is not None:
+            (began_s, batch), self._cycle = self._cycle, None
+            num_cached = sum(segment.start for segment in batch.segments)
+            shape = (batch.num_tokens, len(batch.segments), num_cached)
+            self.forwards.append(ForwardStats(*shape, 1000.0 * (now_s - began_s), batch.mode))
 
     def _mean_remaining(self) -> float | None:
         """The mean of what running sequences are still expected to generate, REMEMBERED_S old at most.
@@ -353,16 +335,17 @@ class Engine:
             num_running=len(running),
             num_waiting=len(waiting),
             num_auto=len(auto),
-            max_running=self._max_running,
+            max_running=self._config.max_running,
             pages_used=self._scheduler.pages_used,
             num_pages=self.spec.num_pages,
             waiting_prompt_tokens=sum(sequence.num_prompt_tokens for sequence in waiting),
             running_by_mode=Counter(sequence.last_mode for sequence in running if sequence.last_mode),
             modes=self.spec.modes,
+            decode=self._scheduler.active.decode,
             num_lossless=sum(sequence.is_kept_lossless for sequence in auto),
             pinned_by_mode=pinned,
             page_size=self.spec.page_size,
-            max_step_tokens=self._max_step_tokens,
+            max_step_tokens=self._config.max_step_tokens,
             mean_context=sum(sequence.num_cached for sequence in running) / num_running,
             mean_remaining=self._mean_remaining(),
             num_ended=self._num_submitted - len(self._sequences),

@@ -2,9 +2,9 @@
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from policies.cost import StepCost
+from replicas.config import EngineConfig
 from replicas.engine.decoders.round import SegmentRequest
 from replicas.engine.sequence import Sequence
 
@@ -12,31 +12,15 @@ MIN_TOKENS = 16
 """Prompt tokens that a step takes, whatever its bound in ms, so that prompts always go on."""
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """The bounds of a step. The last two are of a step that runs rounds too: they bound how long a prompt
-    makes the streams beside it wait."""
-
-    max_running: int
-    """Sequences in a step."""
-    max_step_tokens: int
-    """Query tokens in a step."""
-    max_prefill_tokens: int
-    """Prompt tokens in a step that runs rounds too."""
-    max_step_ms: float | None = None
-    """Milliseconds of such a step by the measured cost of a forward, prompts making up what rounds leave of
-    them; None for no bound. Where the rounds alone take longer, prompts go on by MIN_TOKENS a step."""
-
-
 class PrefillBudget:
     """The room for prompts in one step, after its rounds have been chosen."""
 
     def __init__(
-        self, limits: Limits, cost: StepCost, num_tokens: int, rounds: Mapping[Sequence, SegmentRequest]
+        self, config: EngineConfig, cost: StepCost, num_tokens: int, rounds: Mapping[Sequence, SegmentRequest]
     ):
         """num_tokens: query tokens that the step may still take."""
-        self._num_left = min(num_tokens, limits.max_prefill_tokens) if rounds else num_tokens
-        self._max_ms = limits.max_step_ms if rounds else None
+        self._num_left = min(num_tokens, config.max_prefill_tokens) if rounds else num_tokens
+        self._max_ms = config.max_step_ms if rounds else None
         self._cost = cost
         self._num_tokens = sum(len(request.token_ids) for request in rounds.values())
         self._num_segments = len(rounds)
@@ -68,7 +52,8 @@ class PrefillBudget:
         self._num_cached += sequence.num_cached
         self._has_none = False
         gives_first_token = sequence.num_completion_tokens == 0 and end == len(sequence.tokens)
-        wanted = (len(tokens) - 1,) if gives_first_token else ()
+        num_wanted = len(tokens) if sequence.is_scored else int(gives_first_token)
+        wanted = tuple(range(len(tokens) - num_wanted, len(tokens)))
         return SegmentRequest(tokens, num_causal=len(tokens), adapter=False, wanted=wanted)
 
     def take_more(self, num_tokens: int) -> bool:
@@ -104,5 +89,8 @@ def is_coming(sequence: Sequence, running: Iterable[Sequence], page_size: int) -
 
 
 def reusable_len(sequence: Sequence) -> int:
-    """Leading tokens whose K/V may come from the cache; a first token needs its prompt's last logits."""
+    """Leading tokens whose K/V may come from the cache; a first token needs its prompt's last logits, and a
+    prompt that is scored all of them."""
+    if sequence.is_scored:
+        return 0
     return sequence.prefill_end - (1 if sequence.num_completion_tokens == 0 else 0)

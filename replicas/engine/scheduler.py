@@ -3,8 +3,8 @@
 A step has a budget of tokens. Rounds in progress come first, the longest unserved before others; prompts are
 prefilled in chunks with what is left, at least a reserved share and, while rounds run, within the bounds on
 the streams' delay (engine.prefill). Sequences are ranked by arrival and priority (Sequence.rank): in this
-order they are admitted and prefilled. When pages run out the last of them gives up its own and is recomputed
-later; the first always goes on, so something always does.
+order they are admitted, once pages suffice for a round of each (engine.page_budget), and prefilled. When
+pages run out the last of them gives up its own and is recomputed later; the first always goes on.
 """
 
 import logging
@@ -15,7 +15,9 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from policies.cost import UNMEASURED
-from replicas.engine.batch import ModelSpec, ScheduledBatch, Segment, SegmentOutput
+from policies.modes import Mode
+from replicas.config import EngineConfig
+from replicas.engine.batch import ModelSpec, ScheduledBatch, Segment, SegmentOutput, TokenLogprob
 from replicas.engine.blocks import PagePool
 from replicas.engine.constrain import constrained
 from replicas.engine.counters import Counters
@@ -27,14 +29,17 @@ from replicas.engine.decoders.choose import (
     plan_for,
 )
 from replicas.engine.decoders.round import Draft, SegmentRequest
-from replicas.engine.exploration import Exploration
-from replicas.engine.prefill import Limits, PrefillBudget, is_coming
+from replicas.engine.page_budget import PageBudget
+from replicas.engine.prefill import PrefillBudget, is_coming
 from replicas.engine.sequence import Progress, Sequence, Status
 from replicas.engine.sequence_pages import SequencePages
+from replicas.engine.trials import Trials
 from replicas.errors import ErrorCode
 
 logger = logging.getLogger(__name__)
 
+MIXED_SHARE = 0.1
+"""The share of a forward's decoding that may be of other modes than its own."""
 PREFILL_SHARE = 4
 """One in this many tokens of a step is left to prompts by rounds, while prompts wait."""
 
@@ -43,16 +48,14 @@ class Scheduler:
     def __init__(
         self,
         spec: ModelSpec,
-        limits: Limits,
+        config: EngineConfig,
         active: ActivePlan,
         clock: Callable[[], float] = time.monotonic,
-        overlaps_blocks: bool = True,
     ):
-        """overlaps_blocks: a block of diffusion is begun in the forward that commits the one before."""
         self._clock = clock
-        self._overlaps_blocks = overlaps_blocks
+        self._overlaps_blocks = config.overlap_blocks
         self._spec = spec
-        self._limits = limits
+        self._config = config
         self._pool = PagePool(spec.num_pages, spec.page_size)
         self._pages = SequencePages(self._pool)
         self._running: list[Sequence] = []  # both by rank
@@ -62,7 +65,7 @@ class Scheduler:
         self.active = active
         self.step_cost = UNMEASURED
         """The latency of a forward, by which prompts beside rounds are bounded."""
-        self.exploration = Exploration(spec, self._overlaps_blocks)
+        self.trials = Trials(self._overlaps_blocks)
         self.counters = Counters()
 
     @property
@@ -88,7 +91,7 @@ class Scheduler:
             self._waiting.remove(sequence)
         sequence.status = Status.ENDED
         self._pages.release(sequence)
-        self.exploration.removed(sequence)
+        self.trials.removed(sequence)
 
     def spare_page(self) -> int | None:
         """A page of nobody's, to be written before anything else is scheduled; None where all are taken."""
@@ -100,13 +103,14 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch:
         """The next forward; without segments when there is nothing to do."""
+        self.trials.step(self._clock())
         requests = self._pick()
         segments = []
         scheduled = []
         for sequence in [running for running in self._running if running in requests]:
             if sequence.status is not Status.RUNNING:
                 continue  # preempted for one before it, earlier in this loop
-            request, allowed = constrained(sequence, requests[sequence])
+            request, allowed = constrained(sequence, requests[sequence], self._spec.vocab_size)
             if sequence.failure is not None:
                 continue
             start = sequence.num_cached
@@ -127,21 +131,13 @@ class Scheduler:
                     wanted=request.wanted,
                     sampling=sequence.sampling,
                     prompt_len=sequence.num_prompt_tokens,
-                    history=sequence.history[:start] if request.wanted else (),
+                    history=sequence.history_for(request),
                     allowed=allowed,
                 )
             )
         self._num_steps += 1
         self._scheduled = tuple(scheduled)
-        if scheduled:
-            self.exploration.count_forward(sequence for sequence, _ in scheduled)
-        decoding = [s for s, _ in scheduled if s.round is not None and not s.is_prefilling]
-        modes = Counter(sequence.round.mode for sequence in decoding if sequence.round is not None)
-        return ScheduledBatch(
-            tuple(segments),
-            mode=modes.most_common(1)[0][0] if modes else None,
-            explores=any(map(self.exploration.explores, decoding)),
-        )
+        return ScheduledBatch(tuple(segments), mode=_mode_of(scheduled))
 
     def commit(self, batch: ScheduledBatch, outputs: Seq[SegmentOutput | None]) -> list[Progress]:
         """Applies the outputs of the batch that schedule() gave last; what is new, by sequence.
@@ -170,7 +166,7 @@ class Scheduler:
         self._pool.check_integrity([page for sequence in self._running for page in sequence.pages])
         assert self._running == sorted(self._running, key=_rank)
         assert self._waiting == sorted(self._waiting, key=_rank)
-        assert len(self._running) <= self._limits.max_running
+        assert len(self._running) <= self._config.max_running
         for sequence in self._running:
             assert sequence.status is Status.RUNNING
             assert sequence.num_cached <= len(sequence.pages) * self._spec.page_size
@@ -182,19 +178,19 @@ class Scheduler:
 
     def _pick(self) -> dict[Sequence, SegmentRequest]:
         """The segments to run within the token budget, pages aside."""
-        limits = self._limits
-        budget = limits.max_step_tokens
+        config = self._config
+        budget = config.max_step_tokens
         prefilling = [sequence for sequence in self._running if sequence.is_prefilling]
         rounds = [sequence for sequence in self._running if not sequence.is_prefilling]
-        can_admit = bool(self._waiting) and len(self._running) < limits.max_running
-        reserved = min(budget // PREFILL_SHARE, limits.max_prefill_tokens) if prefilling or can_admit else 0
+        can_admit = bool(self._waiting) and len(self._running) < config.max_running
+        reserved = min(budget // PREFILL_SHARE, config.max_prefill_tokens) if prefilling or can_admit else 0
         requests: dict[Sequence, SegmentRequest] = {}
         for sequence in sorted(rounds, key=lambda item: item.last_step):
             request = self._next_segment(sequence, budget - reserved)
             if request is not None:
                 requests[sequence] = request
                 budget -= len(request.token_ids)
-        prefill = PrefillBudget(limits, self.step_cost, budget, requests)
+        prefill = PrefillBudget(config, self.step_cost, budget, requests)
         for sequence in prefilling:
             if (request := self._chunk(sequence, prefill)) is not None:
                 requests[sequence] = request
@@ -203,19 +199,18 @@ class Scheduler:
 
     def _admit(self, requests: dict[Sequence, SegmentRequest], prefill: PrefillBudget) -> None:
         """Lets waiting sequences run, and adds their first chunks, while the budget and the pages last."""
-        num_promised = 0
+        pages = PageBudget(self._pool, self._spec, self.active, self._running)
         for sequence in tuple(self._waiting):
-            if prefill.room() <= 0 or len(self._running) == self._limits.max_running:
+            if prefill.room() <= 0 or len(self._running) == self._config.max_running:
                 return
             self._pages.reuse(sequence)
-            num_pages = self._pool.pages_for(sequence.prefill_end + 1) - len(sequence.pages)
-            if num_promised + num_pages > self._pool.num_free:
+            if not pages.has_room(sequence):
                 self._pages.release(sequence)
                 return
             if is_coming(sequence, self._running, self._spec.page_size):
                 self._pages.release(sequence)
                 continue
-            num_promised += num_pages
+            pages.promise(sequence)
             self._waiting.remove(sequence)
             sequence.status = Status.RUNNING
             if sequence.began_s is None:
@@ -227,9 +222,9 @@ class Scheduler:
     def _chunk(self, sequence: Sequence, prefill: PrefillBudget) -> SegmentRequest | None:
         """The next chunk of a prompt; the first round begins behind the last one, where there is room."""
         request = prefill.take(sequence)
-        if request is None or not request.wanted or self.exploration.plan_for(sequence) is not None:
+        if request is None or not request.wanted or sequence.is_scored:
             return request
-        plan = plan_for(sequence, self.active, self._spec).decode
+        plan = plan_for(sequence, self.trials.plan(self.active), self._spec).decode
         begun = begun_behind_prompt(sequence, request, plan, self._spec, self._overlaps_blocks)
         num_behind = len(begun.token_ids) - len(request.token_ids)
         return begun if prefill.take_more(num_behind) else request
@@ -239,22 +234,20 @@ class Scheduler:
         later."""
         if sequence.round is not None:
             following = 0
-            if self._overlaps_blocks and not self.exploration.needs_safe_point(sequence):
-                following = following_block(sequence, self.active, self._spec)
+            if self._overlaps_blocks:
+                following = following_block(sequence, self.trials.plan(self.active), self._spec)
             request = sequence.round.next_segment(following)
             return request if len(request.token_ids) <= budget else None
-        in_force = plan_for(sequence, self.active, self._spec)
-        explored = self.exploration.plan_for(sequence)
-        decode = in_force.decode if explored is None else explored
-        begun = begin_round(sequence, decode, self._spec, self._overlaps_blocks)
+        plan = plan_for(sequence, self.trials.plan(self.active), self._spec)
+        begun = begin_round(sequence, plan.decode, self._spec, self._overlaps_blocks)
         request = begun.next_segment()
         if len(request.token_ids) > budget:
             return None
-        sequence.begin_round(begun, decode)
-        if explored is None:
-            sequence.note_mode(begun.mode, in_force.rule)
+        if self.trials.is_tried_by(sequence):
+            self.trials.begins(sequence, begun.mode)
         else:
-            self.exploration.began(sequence)
+            sequence.note_mode(begun.mode, plan.rule)
+        sequence.begin_round(begun, plan.decode)
         return request
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -286,18 +279,9 @@ class Scheduler:
     def _apply(self, sequence: Sequence, request: SegmentRequest, output: SegmentOutput) -> Progress:
         counters, current = self.counters, sequence.round
         if current is None or sequence.is_prefilling:
-            sequence.num_cached += request.num_causal
-            counters.num_prefilled += request.num_causal
-            if not request.wanted:
+            if (prefilled := self._apply_chunk(sequence, request, output)) is None:
                 return Progress(sequence)
-            plan = plan_for(sequence, self.active, self._spec)
-            sequence.note_mode(plan.decode.mode, plan.rule)
-            mode, tokens, logprobs = plan.decode.mode, output.token_ids[:1], output.logprobs(1)
-            if request.successor is not None:
-                tokens = request.successor.begin(output)
-                sequence.begin_round(request.successor, plan.decode, num_coming=1)
-            elif request.drafts:
-                sequence.draft = Draft.behind(request, output)
+            mode, tokens, logprobs = prefilled
         else:
             progress = current.apply_output(request, output)
             sequence.num_forwards += 1
@@ -311,12 +295,51 @@ class Scheduler:
         taken, reason = sequence.append(tokens, mode, self._spec.eos_token_ids)
         if taken:
             counters.made_by_mode[mode] += len(taken)
-        counters.tokens_by_mode[mode] += len(taken) - (current is None)  # a prompt's token is nobody's yield
+            # A prompt's token is nobody's yield.
+            counters.tokens_by_mode[mode] += len(taken) - (current is None)
         if current is not None and (sequence.round is not current or reason is not None):
-            made = self.exploration.ended(sequence, sequence.end_round())
+            made = self.trials.ended(sequence, sequence.end_round())
             if made is not None:
                 counters.note_round(made)
         return Progress(sequence, taken, logprobs[: len(taken)], reason)
+
+    def _apply_chunk(
+        self, sequence: Sequence, request: SegmentRequest, output: SegmentOutput
+    ) -> tuple[Mode, tuple[int, ...], tuple[TokenLogprob, ...]] | None:
+        """Takes a chunk of a prompt. The completion's first tokens, and their mode; None before its end."""
+        tokens, logprobs = output.token_ids, output.logprobs(len(output.token_ids))
+        if sequence.is_scored:
+            if len(tokens) < len(request.wanted):
+                raise ValueError("the logits of the prompt are not finite")
+            num_scored = min(len(tokens), sequence.num_prompt_tokens - 1 - sequence.num_cached)
+            del sequence.prompt_logprobs[sequence.num_cached :]  # from before it was preempted
+            sequence.prompt_logprobs += logprobs[:num_scored]
+            tokens, logprobs = tokens[num_scored:], logprobs[num_scored:]
+        sequence.num_cached += request.num_causal
+        self.counters.num_prefilled += request.num_causal
+        if not tokens:
+            return None
+        in_force = plan_for(sequence, self.active, self._spec)
+        sequence.note_mode(in_force.decode.mode, in_force.rule)
+        decode = plan_for(sequence, self.trials.plan(self.active), self._spec).decode
+        if request.successor is not None:
+            sequence.begin_round(request.successor, decode, num_coming=1)
+            return decode.mode, request.successor.begin(output), ()
+        if request.drafts:
+            sequence.draft = Draft.behind(request, output)
+        return decode.mode, tokens[:1], logprobs[:1]
+
+
+def _mode_of(scheduled: Seq[tuple[Sequence, SegmentRequest]]) -> Mode | None:
+    """The mode of nearly all query tokens of rounds; None without rounds, and for a mixture."""
+    rows: Counter[Mode] = Counter()
+    for sequence, request in scheduled:
+        if sequence.round is not None and not sequence.is_prefilling:
+            rows[sequence.round.mode] += len(request.token_ids)
+    for mode, num_rows in rows.most_common(1):
+        if num_rows >= (1.0 - MIXED_SHARE) * rows.total():
+            return mode
+    return None
 
 
 def _rank(sequence: Sequence) -> tuple[float, int]:

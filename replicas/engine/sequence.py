@@ -1,6 +1,5 @@
 """A request inside the engine: the sole owner of its tokens, counters, page table and status."""
 
-from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -10,8 +9,9 @@ from policies.cost import RoundStats
 from policies.modes import DecodePlan, Mode
 from replicas.engine.batch import TokenLogprob
 from replicas.engine.blocks import Key
-from replicas.engine.decoders.round import NO_DRAFT, Draft, Round
+from replicas.engine.decoders.round import NO_DRAFT, Draft, Round, SegmentRequest
 from replicas.engine.grammar import Grammar
+from replicas.engine.history import NO_TOKENS, History, Prefix
 from replicas.errors import ErrorCode
 from replicas.messages import DecodingOptions, DecodingReport, FinishReason, SamplingParams
 
@@ -57,8 +57,8 @@ class Sequence:
     """Its text, which has accepted the completion's tokens; None where nobody reads it."""
     failure: str | None = None
     """The reason why it can't go on; the engine then ends it."""
-    history: "array[int] | tuple[()]" = field(init=False, default=())
-    """The tokens again, as an array of int32, where the sampling has penalties; else empty."""
+    history: History | None = field(init=False, default=None)
+    """The tokens again, to be counted, where the sampling has penalties."""
     num_prompt_tokens: int = field(init=False)
     status: Status = Status.WAITING
     num_cached: int = 0
@@ -71,6 +71,8 @@ class Sequence:
     """It shares pages with sequences of the same salt alone."""
     key_number: Key = field(init=False)
     """The pool's number of the prefix that the kept pages hold."""
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Of the prompt's tokens but the first, as far as they are cached, where sampling.scores_prompt."""
     num_reused: int = 0
     """Prompt tokens whose K/V another request had left."""
     round: Round | None = None
@@ -83,7 +85,7 @@ class Sequence:
     _round_began: tuple[int, int, int] = (0, 0, 0)
     """Completion tokens, forwards and rows at the beginning of the round in progress."""
     last_mode: Mode | None = None
-    """The mode last chosen for it; rounds that explore a plan leave it as it was."""
+    """The mode last chosen for it; a trial leaves it as it was."""
     rule: str = ""
     """The rule that chose it."""
     tokens_by_mode: Counter[Mode] = field(default_factory=Counter)
@@ -103,7 +105,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.tokens)
         if self.sampling.has_penalties:
-            self.history = array("i", self.tokens)
+            self.history = History(self.tokens, self.num_prompt_tokens)
         self.key_number = self.cache_salt
 
     @property
@@ -132,6 +134,11 @@ class Sequence:
         return len(self.tokens) - (1 if self.num_completion_tokens else 0)
 
     @property
+    def is_scored(self) -> bool:
+        """True while the prompt's tokens are to be reported and their logits are still to come."""
+        return self.sampling.scores_prompt and self.num_completion_tokens == 0
+
+    @property
     def is_prefilling(self) -> bool:
         return self.num_cached < self.prefill_end
 
@@ -153,6 +160,16 @@ class Sequence:
             self.decoding.sets_parameters,
         )
 
+    def history_for(self, request: SegmentRequest) -> Prefix:
+        """The tokens that all rows wanted of its next segment see, where its sampling has penalties.
+
+        A causal row sees the segment up to itself, a bidirectional one the seed alone.
+        """
+        if self.history is None or not request.wanted:
+            return NO_TOKENS
+        first = request.wanted[0]
+        return self.history.first(self.num_cached + (first + 1 if first < request.num_causal else 1))
+
     def note_mode(self, mode: Mode, rule: str) -> None:
         """A round or the prefill begins in this mode, chosen by this rule."""
         if self.last_mode is not None and mode is not self.last_mode:
@@ -167,9 +184,11 @@ class Sequence:
 
         Returns those that were taken, and why the sequence ends; None where it goes on.
         """
+        if self.max_tokens == 0:
+            return (), FinishReason.LENGTH
         for count, token in enumerate(tokens, start=1):
             self.tokens.append(token)
-            if isinstance(self.history, array):
+            if self.history is not None:
                 self.history.append(token)
             self.tokens_by_mode[mode] += 1
             is_stop = self.text is not None and self.text.accept(token)

@@ -34,8 +34,8 @@ def add_adapter(
         return
     row_tiles, rank_tiles = triton.cdiv(len(rows), _BLOCK_ROWS), triton.cdiv(rank, _BLOCK_RANK)
     num_blocks = triton.cdiv(size_in, _BLOCK_IN)
-    most = min(_MAX_SPLITS, 1 << num_blocks.bit_length() - 1)
-    num_splits = splits_to_fill(row_tiles * rank_tiles, x.device, most)
+    max_splits = min(_MAX_SPLITS, 1 << num_blocks.bit_length() - 1)
+    num_splits = splits_to_fill(row_tiles * rank_tiles, x.device, max_splits)
     parts = torch.empty(num_splits, len(rows), rank, dtype=torch.float32, device=x.device)
     _project_down[(row_tiles, rank_tiles, num_splits)](
         x, down, rows, parts, len(rows),

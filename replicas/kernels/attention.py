@@ -225,9 +225,9 @@ def _attend(
     visible = tl.where(is_row, tl.where(query < num_causal, start + query + 1, total), 0)
     # Later queries never see less, so a tile's first and last ones bound what its rows see.
     end_query = tl.minimum(first_query + BLOCK_Q, length)
-    most_visible = tl.where(end_query <= num_causal, start + end_query, total)
+    max_visible = tl.where(end_query <= num_causal, start + end_query, total)
     least_visible = tl.where(first_query < num_causal, start + first_query + 1, total)
-    num_blocks = tl.cdiv(most_visible, BLOCK_N)
+    num_blocks = tl.cdiv(max_visible, BLOCK_N)
     split_blocks = tl.maximum(tl.cdiv(num_blocks, NUM_SPLITS), MIN_SPLIT_BLOCKS)
     first_block = split * split_blocks
     end_block = tl.minimum(first_block + split_blocks, num_blocks)
@@ -239,13 +239,13 @@ def _attend(
     sums = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for block in range(first_block, full_end):
         largest, total_weight, sums = _attend_block(
-            q, cache, table, block, kv_head, visible, most_visible, softmax_scale,
+            q, cache, table, block, kv_head, visible, max_visible, softmax_scale,
             largest, total_weight, sums,
             NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D, DOT_DTYPE, False,
         )  # fmt: skip
     for block in range(tl.maximum(first_block, full_end), end_block):
         largest, total_weight, sums = _attend_block(
-            q, cache, table, block, kv_head, visible, most_visible, softmax_scale,
+            q, cache, table, block, kv_head, visible, max_visible, softmax_scale,
             largest, total_weight, sums,
             NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D, DOT_DTYPE, True,
         )  # fmt: skip
@@ -272,7 +272,7 @@ def _attend_block(
     block,
     kv_head,
     visible,
-    most_visible,
+    max_visible,
     softmax_scale,
     largest,
     total_weight,
@@ -290,8 +290,8 @@ def _attend_block(
     dim = tl.arange(0, BLOCK_D)
     is_element = (dim < HEAD_DIM)[None, :]
     if MASKED:
-        page = tl.load(table + key // PAGE_SIZE, mask=key < most_visible, other=0)
-        is_element = is_element & (key < most_visible)[:, None]
+        page = tl.load(table + key // PAGE_SIZE, mask=key < max_visible, other=0)
+        is_element = is_element & (key < max_visible)[:, None]
     else:
         page = tl.load(table + key // PAGE_SIZE)
     key_row = (page.to(tl.int64) * 2 * NUM_KV_HEADS + kv_head) * PAGE_SIZE + key % PAGE_SIZE

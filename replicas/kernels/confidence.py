@@ -52,8 +52,8 @@ def confidence(logits: torch.Tensor, mask_token_id: int | None, num_splits: int 
     block = min(_BLOCK, triton.next_power_of_2(vocab))
     num_blocks = triton.cdiv(vocab, block)
     if num_splits is None:
-        most = min(_MAX_SPLITS, 1 << num_blocks.bit_length() - 1)
-        num_splits = splits_to_fill(num_rows, device, most)
+        max_splits = min(_MAX_SPLITS, 1 << num_blocks.bit_length() - 1)
+        num_splits = splits_to_fill(num_rows, device, max_splits)
     shape = (num_rows, num_splits) if num_splits > 1 else (0,)
     largest = torch.empty(shape, dtype=torch.float32, device=device)
     sums, ids = torch.empty_like(largest), torch.empty(shape, dtype=torch.int32, device=device)

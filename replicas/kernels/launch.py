@@ -31,10 +31,10 @@ def num_sms(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def splits_to_fill(num_programs: int, device: torch.device, most: int, per_sm: int = 2) -> int:
-    """The number of parts, a power of two up to `most`, into which to split each program's work.
+def splits_to_fill(num_programs: int, device: torch.device, max_splits: int, per_sm: int = 2) -> int:
+    """The number of parts, a power of two up to `max_splits`, into which to split each program's work.
 
     per_sm: programs to give each streaming multiprocessor
     """
     wanted = per_sm * num_sms(device) // max(num_programs, 1)
-    return min(most, 1 << max(wanted, 1).bit_length() - 1)
+    return min(max_splits, 1 << max(wanted, 1).bit_length() - 1)

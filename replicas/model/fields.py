@@ -52,10 +52,10 @@ class Fields:
             raise self.error(key, f"must be a positive integer, got {value!r}")
         return value
 
-    def number(self, key: str, default: float | None, least: float, most: float = math.inf) -> float:
+    def number(self, key: str, default: float | None, min_value: float, max_value: float = math.inf) -> float:
         """The number of a field.
 
-        least, most: inclusive. default None: there must be a number.
+        min_value, max_value: inclusive. default None: there must be a number.
         """
         value = self._raw.get(key)
         if value is None:
@@ -64,8 +64,10 @@ class Fields:
         if isinstance(value, int | float) and not isinstance(value, bool):
             with suppress(OverflowError):  # JSON's integers have no end
                 number = float(value)
-        if not math.isfinite(number) or not least <= number <= most:
-            bound = f"of at least {least:g}" + ("" if math.isinf(most) else f" and at most {most:g}")
+        if not math.isfinite(number) or not min_value <= number <= max_value:
+            bound = f"of at least {min_value:g}" + (
+                "" if math.isinf(max_value) else f" and at most {max_value:g}"
+            )
             raise self.error(key, f"must be a number {bound}, got {value!r}")
         return number
 

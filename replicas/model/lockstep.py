@@ -14,7 +14,7 @@ JOIN_TIMEOUT = timedelta(seconds=120)
 STEP_TIMEOUT = timedelta(seconds=100)
 """A process waits this long in a step for another that lives but does not come; compiling kernels counts."""
 IDLE_TIMEOUT = timedelta(days=365)
-"""Followers wait this long for a plan: a replica may idle. A dead leader's connection closes at once."""
+"""Followers wait this long for a batch: a replica may idle. A dead leader's connection closes at once."""
 
 
 class Meeting:
@@ -43,7 +43,7 @@ def join(meeting: Meeting | int, rank: int, size: int, device: str) -> None:
 
     meeting: rank 0's own for itself, its port for the others
 
-    Steps are computed over NCCL on 'cuda'; plans go by gloo.
+    Steps are computed over NCCL on 'cuda'; batches go by gloo.
     """
     if isinstance(meeting, Meeting):
         store = meeting.store
@@ -53,15 +53,15 @@ def join(meeting: Meeting | int, rank: int, size: int, device: str) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=STEP_TIMEOUT)
 
 
-def plans_group() -> dist.ProcessGroup:
-    """The group in which plans travel; made by all of the processes at once."""
+def batch_group() -> dist.ProcessGroup:
+    """The group in which batches travel; made by all of the processes at once."""
     group = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
     assert isinstance(group, dist.ProcessGroup)
     return group
 
 
 class Leader:
-    """Rank 0's runner. Every plan goes to the followers before it runs; `close` lets them end.
+    """Rank 0's runner. Every batch goes to the followers before it runs; `close` lets them end.
 
     After a step that failed on any process nobody knows what the others have done, so it is the last one:
     RunnerLost, and all of the processes are to be started again.
@@ -69,7 +69,7 @@ class Leader:
 
     def __init__(self, runner: Runner):
         self._runner = runner
-        self._plans = plans_group()
+        self._batches = batch_group()
         self._is_lost = False
 
     @property
@@ -78,7 +78,7 @@ class Leader:
 
     def run(self, batch: ScheduledBatch) -> Sequence[SegmentOutput]:
         try:
-            dist.broadcast_object_list([batch], src=0, group=self._plans)
+            dist.broadcast_object_list([batch], src=0, group=self._batches)
             return self._runner.run(batch)
         except Exception as error:
             self._is_lost = True
@@ -87,15 +87,15 @@ class Leader:
     def close(self) -> None:
         """Ends the followers. Does nothing after RunnerLost, when they may never come for it."""
         if not self._is_lost:
-            dist.broadcast_object_list([None], src=0, group=self._plans)
+            dist.broadcast_object_list([None], src=0, group=self._batches)
 
 
 def follow(runner: Runner) -> None:
     """Runs on every other rank what the leader runs, until it closes. Raises what a step raises."""
-    plans = plans_group()
+    batches = batch_group()
     while True:
         received: list[ScheduledBatch | None] = [None]
-        dist.broadcast_object_list(received, src=0, group=plans)
+        dist.broadcast_object_list(received, src=0, group=batches)
         batch = received[0]
         if batch is None:
             return

@@ -35,8 +35,8 @@ class Parallel:
             dist.all_reduce(partial)
         return partial
 
-    def least(self, number: int) -> int:
-        """The least of the processes' numbers."""
+    def min(self, number: int) -> int:
+        """The smallest of the processes' numbers."""
         if self.size == 1:
             return number
         numbers = [0] * self.size

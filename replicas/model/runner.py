@@ -17,6 +17,7 @@ from replicas.model.logit_rules import Row
 from replicas.model.native.build import NativeUnavailable
 from replicas.model.native.model import NativeModel, native_page_bytes, require_native
 from replicas.model.parallel import ALONE, Parallel, shard, shard_config
+from replicas.model.penalties import Penalise, penalise
 from replicas.model.sampler import Choose, choose, sample
 from replicas.model.transformer import Batch, Transformer
 
@@ -31,6 +32,7 @@ class TorchModel:
     """The forward in torch: the reference of the native one, and its stand-in where there is no compiler."""
 
     choose: Choose = staticmethod(choose)
+    penalise: Penalise = staticmethod(penalise)
 
     def __init__(
         self,
@@ -179,7 +181,8 @@ class TorchRunner:
         if not rows or not self._leads:  # nobody asks the others for their tokens
             return outputs
         spec = self._spec
-        sampled = sample(logits, rows, spec.mask_token_id, spec.eos_token_ids, self._model.choose)
+        model = self._model
+        sampled = sample(logits, rows, spec.mask_token_id, spec.eos_token_ids, model.choose, model.penalise)
         for index, output in zip(order, outputs_of(segments, *sampled), strict=True):
             outputs[index] = output
         return outputs
@@ -223,11 +226,12 @@ def rows_of(segment: Segment) -> list[Row]:
     the seed where there are none.
     """
     rows = []
+    num_seen = len(segment.history) - segment.start
     masks = chain(segment.allowed, repeat(None))
     for index, position, allowed in zip(segment.wanted, segment.sampled_positions, masks, strict=False):
         then: tuple[int, ...] = ()
         if segment.sampling.has_penalties:
-            then = segment.token_ids[: min(index + 1, max(segment.num_causal, 1))]
+            then = segment.token_ids[num_seen : min(index + 1, max(segment.num_causal, 1))]
         rows.append(Row(segment.sampling, position, segment.prompt_len, segment.history, allowed, then))
     return rows
 

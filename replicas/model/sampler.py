@@ -14,10 +14,11 @@ import torch
 
 from replicas.engine.batch import TokenProb
 from replicas.model.logit_rules import Row, apply_rules, runs_of
+from replicas.model.penalties import Penalise, penalise
 
-LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-5, 1e30
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-5, 1e30
 """The bounds of any temperature above 0, so that all of float32's arithmetic with it is finite."""
-_MOST_TOP_K = 2**31 - 1
+_MAX_TOP_K = 2**31 - 1
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -50,7 +51,7 @@ class SampledRows:
             (bounded_temperature(p.temperature), _share(p.top_p, 1.0), _share(p.min_p, 0.0)) for p in params
         ]
         temperature, top_p, min_p = torch.tensor(numbers, dtype=torch.float32, device=device).unbind(1)
-        top_k = [min(max(p.top_k, 0), _MOST_TOP_K) for p in params]
+        top_k = [min(max(p.top_k, 0), _MAX_TOP_K) for p in params]
         return cls(
             rows=torch.tensor(picked, device=device),
             temperature=temperature,
@@ -63,7 +64,7 @@ class SampledRows:
 
 def bounded_temperature(temperature: float) -> float:
     """The temperature within the bounds; 0 for a greedy choice."""
-    return min(max(temperature, LEAST_TEMPERATURE), MOST_TEMPERATURE) if temperature > 0 else 0.0
+    return min(max(temperature, MIN_TEMPERATURE), MAX_TEMPERATURE) if temperature > 0 else 0.0
 
 
 def _share(number: float, neutral: float) -> float:
@@ -117,6 +118,7 @@ def sample(
     mask_token_id: int | None,
     eos_token_ids: Set[int] = frozenset(),
     choose: Choose = choose,
+    penalise: Penalise = penalise,
 ) -> tuple[list[int], list[float], dict[int, tuple[TokenProb, ...]]]:
     """logits [W, vocab] -> W token ids, W probabilities, and by row the most probable tokens asked for.
 
@@ -129,13 +131,14 @@ def sample(
     tokens, normalisers = choose(logits, mask_token_id)
     most_probable = _most_probable(logits, normalisers, rows)
     ruled = [index for index, row in enumerate(rows) if row.has_rules]
-    overwritten = apply_rules(logits, rows, ruled, eos_token_ids) if ruled else []
+    overwritten = apply_rules(logits, rows, ruled, eos_token_ids, penalise) if ruled else []
     greedy = [index for index in ruled if not rows[index].sampling.temperature > 0]
     if greedy:
         changed = _lines(logits, greedy)
         found = _argmax(changed)
-        tokens[greedy] = found
-        normalisers[greedy] = _nan_unless_finite(normalisers[greedy], changed.gather(1, found[:, None]))
+        at = torch.tensor(greedy, device=logits.device)
+        tokens[at] = found
+        normalisers[at] = _nan_unless_finite(normalisers[at], changed.gather(1, found[:, None]))
     sampled = SampledRows.build(rows, logits.device)
     if sampled is not None:
         tokens[sampled.rows], largest = _pick(_lines(logits, sampled.rows.tolist()), sampled)
@@ -173,9 +176,9 @@ def _most_probable(
     if not asking:
         return {}
     lines = _lines(logits, asking)
-    most = min(max(rows[index].sampling.logprobs or 0 for index in asking), logits.shape[1])
+    num_ranked = min(max(rows[index].sampling.logprobs or 0 for index in asking), logits.shape[1])
     # One more than asked for shows whether others equal the last, of which topk may have taken any.
-    values, ids = lines.topk(min(most + 1, logits.shape[1]))
+    values, ids = lines.topk(min(num_ranked + 1, logits.shape[1]))
     logprobs = (values - normalisers[asking, None]).tolist()
     found = {}
     for line, index, row_ids, row_values, row_logprobs in zip(
@@ -184,12 +187,12 @@ def _most_probable(
         ranked = sorted(
             zip(row_values, row_ids, row_logprobs, strict=True), key=lambda item: (-item[0], item[1])
         )
-        if 0 < most < len(ranked) and ranked[most][0] == ranked[most - 1][0]:
-            equal = (line == ranked[most][0]).nonzero().flatten()[:most].tolist()
-            greater = [item for item in ranked if item[0] > ranked[most][0]]
-            ranked = greater + [(ranked[most][0], token, ranked[most][2]) for token in equal]
+        if 0 < num_ranked < len(ranked) and ranked[num_ranked][0] == ranked[num_ranked - 1][0]:
+            equal = (line == ranked[num_ranked][0]).nonzero().flatten()[:num_ranked].tolist()
+            greater = [item for item in ranked if item[0] > ranked[num_ranked][0]]
+            ranked = greater + [(ranked[num_ranked][0], token, ranked[num_ranked][2]) for token in equal]
         count = rows[index].sampling.logprobs or 0
-        found[index] = tuple((token, logprob) for _, token, logprob in ranked[: min(count, most)])
+        found[index] = tuple((token, logprob) for _, token, logprob in ranked[: min(count, num_ranked)])
     return found
 
 

@@ -1,3 +1,4 @@
+import inspect
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,7 @@ def test_an_error_names_the_key_and_what_to_change(argument, words):
 )
 def test_the_numbers_of_replicas(given, numbers):
     config = ClusterConfig(**given)
-    assert (config.least_replicas, config.first_replicas, config.most_replicas) == numbers
+    assert config.replica_range == numbers
 
 
 @pytest.mark.parametrize("arguments", [(3, 1, 2), (1, 3, 2), (2, 1, 4)])
@@ -150,3 +151,9 @@ def test_the_password_is_not_shown():
 def test_it_does_not_change():
     with pytest.raises(ValidationError):
         ClusterConfig().num_replicas = 3  # type: ignore[misc]
+
+
+def test_each_key_is_declared_once():
+    annotated = [key for record in ClusterConfig.__mro__ for key in inspect.get_annotations(record)]
+    declared = [key for key in annotated if key in ClusterConfig.model_fields]
+    assert sorted(declared) == sorted(ClusterConfig.model_fields)

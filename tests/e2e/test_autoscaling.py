@@ -1,13 +1,13 @@
 """Serve starts a replica where requests would be late, and stops one after the rush; no stream breaks."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import httpx
 import pytest
 
-from benchmarks.processes import Triad
 from tests.e2e.clients import Streamed, chat, complete, state_of, stream, text_of
+from tests.e2e.host import Host
 from tests.eventually import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -18,9 +18,9 @@ REPLICA = "ServeReplica:triad:Replica"
 
 
 @pytest.fixture
-def scaled_server() -> Iterator[Triad]:
+def scaled_server(host: Host) -> Host:
     """One replica, or two where more run than one has places for; a pace that no CPU misses."""
-    with Triad(
+    return host.serve(
         "max_replicas=2",
         "target_ttft_s=60",
         "target_tpot_s=10",
@@ -29,18 +29,17 @@ def scaled_server() -> Iterator[Triad]:
         f"max_running={MAX_RUNNING}",
         "calibration_s=0.2",
         "policy=ar",
-    ) as server:
-        yield server
+    )
 
 
 @pytest.fixture
-async def scaled_client(scaled_server: Triad) -> AsyncIterator[httpx.AsyncClient]:
+async def scaled_client(scaled_server: Host) -> AsyncIterator[httpx.AsyncClient]:
     async with httpx.AsyncClient(base_url=scaled_server.url, timeout=120.0) as client:
         yield client
 
 
 async def test_the_number_of_replicas_follows_the_load_and_streams_go_on(
-    scaled_client: httpx.AsyncClient, scaled_server: Triad
+    scaled_client: httpx.AsyncClient, scaled_server: Host
 ) -> None:
     body = chat(PROMPT, max_tokens=700)
     expected = text_of(await complete(scaled_client, body))

@@ -1,12 +1,11 @@
 """No request hurts another: bad and extreme requests of every kind, beside answers that must not change."""
 
 import asyncio
-from collections.abc import Iterator
 
 import pytest
 
 from benchmarks.fuzz import BYSTANDERS, barrage
-from benchmarks.processes import Triad
+from tests.e2e.host import Host
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -15,14 +14,13 @@ LONGEST_GAP_S = 5.0
 """Of a stream beside them all, on two cores that the clients share; a link is given up after 15 s."""
 
 
-@pytest.fixture(scope="module")
-def lone_server() -> Iterator[Triad]:
+@pytest.fixture
+def lone_server(host: Host) -> Host:
     """The default one: a single replica, so that whatever hurts it hurts every bystander."""
-    with Triad() as server:
-        yield server
+    return host.serve()
 
 
-def test_nobody_notices_bad_and_extreme_requests_of_others(lone_server: Triad) -> None:
+def test_nobody_notices_bad_and_extreme_requests_of_others(lone_server: Host) -> None:
     found = asyncio.run(barrage(lone_server.url, lone_server, NUM_CASES))
     assert found.problems == []
     assert sum(found.statuses.values()) >= NUM_CASES

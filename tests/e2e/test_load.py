@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import httpx
 import pytest
 
-from benchmarks.processes import Triad
 from tests.e2e.clients import Streamed, all_fresh, chat, complete, state_of, stream, text_of
+from tests.e2e.host import Host
 from tests.eventually import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
@@ -106,7 +106,7 @@ async def test_auto_shifts_with_the_load_and_back(client: httpx.AsyncClient) -> 
 
 
 async def test_a_killed_valkey_fails_no_request_and_the_loop_resumes(
-    client: httpx.AsyncClient, server: Triad
+    client: httpx.AsyncClient, server: Host
 ) -> None:
     body = chat(PROMPTS[1], max_tokens=64, decoding={"lossless": True})
     (expected,) = await texts_alone(client, [body])
@@ -132,9 +132,7 @@ async def test_a_killed_valkey_fails_no_request_and_the_loop_resumes(
     assert server.pids("valkey-server") not in ([], [valkey])
 
 
-async def test_a_killed_replica_harms_only_what_it_had_begun(
-    client: httpx.AsyncClient, server: Triad
-) -> None:
+async def test_a_killed_replica_harms_only_what_it_had_begun(client: httpx.AsyncClient, server: Host) -> None:
     body = chat(PROMPTS[2], max_tokens=900, decoding={"mode": "ar"})
     whole = chat(PROMPTS[3], max_tokens=100, decoding={"mode": "ar"})
     expected, expected_whole = await texts_alone(client, [body, whole])
@@ -184,7 +182,7 @@ async def streamed_until_cut(client: httpx.AsyncClient, body: dict) -> Streamed 
 
 
 async def test_a_killed_ingress_cuts_its_connections_and_leaves_nothing_behind(
-    client: httpx.AsyncClient, server: Triad
+    client: httpx.AsyncClient, server: Host
 ) -> None:
     await eventually(lambda: all_fresh(client), within_s=60, every_s=0.1)
     body = chat(PROMPTS[2], max_tokens=900, decoding={"mode": "ar"})

@@ -7,20 +7,31 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.processes import Triad
 from loadtest.records import read_records
+from tests.e2e.host import Host
 
 ROOT = Path(__file__).parents[2]
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 
-def loadtest(server: Triad, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "loadtest", "--url", server.url, "--out", str(out), *options]
+def loadtest(server: Host, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "loadtest",
+        "--url",
+        server.url,
+        "--out",
+        str(out),
+        "--pause",
+        "0.2",
+        *options,
+    ]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
 
 
-def test_a_whole_report_of_a_load_that_keeps_its_gates(server: Triad, tmp_path: Path) -> None:
+def test_a_whole_report_of_a_load_that_keeps_its_gates(server: Host, tmp_path: Path) -> None:
     done = loadtest(
         *(server, tmp_path, "--rates", "2", "6", "--seconds", "2", "--settings", "auto", "ar", "diffusion"),
         *("--timeline", "spike:low=2,high=12,duration_s=6", "--gate", "errors<=0,correct>=0.6"),
@@ -52,7 +63,7 @@ def test_a_whole_report_of_a_load_that_keeps_its_gates(server: Triad, tmp_path: 
     assert f"[{len(rows)}/{len(rows)}] auto timeline" in done.stderr
 
 
-def test_a_broken_gate_fails_it_and_texts_are_those_of_requests_alone(server: Triad, tmp_path: Path) -> None:
+def test_a_broken_gate_fails_it_and_texts_are_those_of_requests_alone(server: Host, tmp_path: Path) -> None:
     done = loadtest(
         *(server, tmp_path, "--rates", "8", "--seconds", "2", "--settings", "lossless", "ar"),
         *("--timeline", "none", "--verify", "3", "--gate", "errors<=0,e2e_p50<=0.001"),

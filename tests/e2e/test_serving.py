@@ -7,8 +7,8 @@ import httpx
 import openai
 import pytest
 
-from benchmarks.processes import Triad
 from tests.e2e.clients import MODEL, PATH, all_fresh, chat, complete, state_of, stream, text_of, total
+from tests.e2e.host import Host
 from tests.eventually import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -53,7 +53,7 @@ async def test_self_speculation_is_ar_token_for_token(client: httpx.AsyncClient)
         assert ar == speculated
 
 
-async def test_the_openai_client_works_unchanged(server: Triad) -> None:
+async def test_the_openai_client_works_unchanged(server: Host) -> None:
     client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     messages = [{"role": "user", "content": PROMPT}]
     whole = await client.chat.completions.create(
@@ -128,7 +128,7 @@ PERSON = {
 }
 
 
-async def test_choices_logprobs_and_structured_output(server: Triad) -> None:
+async def test_choices_logprobs_and_structured_output(server: Host) -> None:
     client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
     schema = {"name": "person", "schema": PERSON, "strict": True}
     asked = {

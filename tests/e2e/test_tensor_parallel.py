@@ -3,13 +3,14 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import httpx
 import pytest
 
-from benchmarks.processes import Triad
 from tests.e2e.clients import Streamed, all_fresh, chat, complete, state_of, stream, text_of, total
+from tests.e2e.conftest import TWO_REPLICAS
+from tests.e2e.host import Host
 from tests.eventually import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -18,36 +19,51 @@ PROMPTS = ["Sort these numbers from small to large: 41, 7, 23, 5, 98.", "Write a
 WORKER = "ray::TensorParallelWorker"
 
 
+MODES = ["ar", "diffusion", "self_speculation"]
+GREEDY: dict[str, object] = {}
+SAMPLED: dict[str, object] = {"temperature": 0.7, "seed": 3, "max_tokens": 20}
+
+
 @pytest.fixture(scope="module")
-def split_server() -> Iterator[Triad]:
-    """One replica, in two processes."""
-    with Triad("tensor_parallel=2", "calibration_s=0.2", "num_threads=1") as server:
-        yield server
+def texts_of_one(host: Host) -> dict[str, list[str]]:
+    """What replicas of one process say, by mode, asked before they give way to the split one."""
+
+    async def ask() -> dict[str, list[str]]:
+        async with httpx.AsyncClient(base_url=host.url, timeout=120.0) as client:
+            return {mode: await texts(client, mode) for mode in MODES}
+
+    host.serve(*TWO_REPLICAS)
+    return asyncio.run(ask())
 
 
 @pytest.fixture
-async def split_client(split_server: Triad) -> AsyncIterator[httpx.AsyncClient]:
+def split_server(host: Host, texts_of_one: dict[str, list[str]]) -> Host:
+    """One replica, in two processes."""
+    return host.serve("tensor_parallel=2", "calibration_s=0.2", "num_threads=1")
+
+
+@pytest.fixture
+async def split_client(split_server: Host) -> AsyncIterator[httpx.AsyncClient]:
     async with httpx.AsyncClient(base_url=split_server.url, timeout=120.0) as client:
         yield client
 
 
-async def texts(client: httpx.AsyncClient, mode: str, **more: object) -> list[str]:
-    bodies = [chat(prompt, decoding={"mode": mode}, **more) for prompt in PROMPTS]
+async def texts(client: httpx.AsyncClient, mode: str) -> list[str]:
+    """The texts of all prompts, greedy and sampled."""
+    bodies = [chat(p, decoding={"mode": mode}, **more) for more in (GREEDY, SAMPLED) for p in PROMPTS]
     return [text_of(answer) for answer in await asyncio.gather(*(complete(client, b) for b in bodies))]
 
 
-@pytest.mark.parametrize("mode", ["ar", "diffusion", "self_speculation"])
+@pytest.mark.parametrize("mode", MODES)
 async def test_two_processes_give_the_tokens_of_one(
-    client: httpx.AsyncClient, split_client: httpx.AsyncClient, split_server: Triad, mode: str
+    texts_of_one: dict[str, list[str]], split_client: httpx.AsyncClient, split_server: Host, mode: str
 ) -> None:
     assert len(split_server.pids(WORKER)) == 1
-    assert await texts(split_client, mode) == await texts(client, mode)
-    sampled = {"temperature": 0.7, "seed": 3, "max_tokens": 20}
-    assert await texts(split_client, mode, **sampled) == await texts(client, mode, **sampled)
+    assert await texts(split_client, mode) == texts_of_one[mode]
 
 
 async def test_a_dead_worker_ends_its_replica_and_another_takes_over(
-    split_client: httpx.AsyncClient, split_server: Triad
+    split_client: httpx.AsyncClient, split_server: Host
 ) -> None:
     ask = chat(PROMPTS[0], decoding={"mode": "ar"})
     expected = text_of(await complete(split_client, ask))

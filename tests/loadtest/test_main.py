@@ -13,7 +13,9 @@ from loadtest.client import KEY_VARIABLE
 from loadtest.records import read_records
 from tests.loadtest.openai_server import OpenAiServer
 
-QUICK = ("--rates", "20", "40", "--seconds", "0.5", "--workload", "long_answer")
+BRIEF = ("--seconds", "0.5", "--pause", "0", "--workload", "long_answer")
+QUICK = ("--rates", "20", "40", *BRIEF)
+ONE_LEVEL = ("--rates", "40", *BRIEF)
 TIMELINE = ("--timeline", "spike:low=10,high=60,duration_s=0.9")
 
 
@@ -66,7 +68,7 @@ def test_a_trace_and_users_are_loads_too(openai_server: OpenAiServer, tmp_path: 
     (row,) = json.loads((tmp_path / "a" / "summary.json").read_text())
     assert row["summary"]["attained"] == 0.5  # gold misses its own SLO, tin meets that of all
     assert "gold: TTFT 0.001 ms; tin: E2E 60000 ms" in (tmp_path / "a" / "report.html").read_text()
-    users = ["--workload", "long_answer", "--rates", "--users", "2", "3", "--seconds", "0.3"]
+    users = ["--workload", "long_answer", "--rates", "--users", "2", "3", "--seconds", "0.3", "--pause", "0"]
     assert main([*common, "--out", str(tmp_path / "b"), *users]) == 0
     assert openai_server.peak == 3
     assert {r.stage for r in read_records(tmp_path / "b" / "records.jsonl")} == {"2 users", "3 users"}
@@ -82,6 +84,7 @@ def test_a_trace_and_users_are_loads_too(openai_server: OpenAiServer, tmp_path: 
         (("--slo", "ttft=fast"), "write seconds of ttft"),
         (("--rates",), "there is no load"),
         (("--trace", "/nowhere.jsonl"), "/nowhere.jsonl"),
+        (("--pause", "-1"), "--pause must be 0 or more seconds, not -1"),
         (("--burstiness", "0"), "burstiness must be above 0"),
         (("--verify", "2"), "--verify needs settings whose text is fixed"),
         (("--url", "http://127.0.0.1:9"), "/v1/models does not answer"),
@@ -102,7 +105,8 @@ def test_the_key_is_shown_on_whatever_is_asked_for(
     given = {"option": ["--api-key", "sk-secret"], "option=": ["--api-key=sk-secret"], "environment": []}[way]
     if way == "environment":
         monkeypatch.setenv(KEY_VARIABLE, "sk-secret")
-    options = ["--out", str(tmp_path), *QUICK, "--timeline", "none", "--gate", "errors<=0", *given]
+    load = [*ONE_LEVEL, "--settings", "auto", "ar", "--timeline", "none", "--gate", "errors<=0"]
+    options = ["--out", str(tmp_path), *load, *given]
     with server.running_on_loopback() as url:
         assert main(["--url", url, *options]) == 0
     assert server.refused == []
@@ -123,7 +127,7 @@ def test_a_server_that_wants_a_key_is_told_apart_from_one_that_is_no_server(
 
 def test_texts_are_verified_against_those_of_a_request_alone(tmp_path: Path) -> None:
     server = OpenAiServer(alters_after=4)
-    options = ["--settings", "ar", "--timeline", "none", "--verify", "2", "--gate", "errors<=0", *QUICK]
+    options = ["--settings", "ar", "--timeline", "none", "--verify", "2", "--gate", "errors<=0", *ONE_LEVEL]
     with server.running_on_loopback() as url:
         assert main(["--url", url, "--out", str(tmp_path), *options]) == 1
     kinds = {r.error for r in read_records(tmp_path / "records.jsonl")}

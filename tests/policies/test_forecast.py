@@ -1,6 +1,8 @@
+import math
+
 import pytest
 
-from policies.cost import ReplicaCosts, RoundYield, StepCost
+from policies.cost import ModeFactors, ReplicaCosts, RoundYield, StepCost
 from policies.forecast import forecast
 from policies.modes import DecodePlan, Mode
 from tests.policies.helpers import a_load
@@ -43,7 +45,7 @@ def test_forwards_that_begin_the_next_block_too_have_more_rows():
 
 def test_a_forward_takes_what_the_mode_of_most_requests_takes():
     slow = STEP.scaled(3.0)
-    costs = ReplicaCosts(STEP, COSTS.yields, {Mode.AR: slow})
+    costs = ReplicaCosts(STEP, COSTS.yields, {Mode.AR: ModeFactors((math.log(3.0),), (0.1,))})
     assert forecast(a_replica(4, costs=costs), AR).step_ms == pytest.approx(slow.ms(4))
     assert forecast(a_replica(4, costs=costs), SPECULATION).step_ms == pytest.approx(STEP.ms(32))
     crowded = a_replica(2, costs=costs, pinned_by_mode={Mode.AR: 6})
@@ -63,7 +65,8 @@ def test_pinned_requests_take_their_share_of_every_forward():
 
 def test_lossless_requests_do_not_follow_into_diffusion():
     mixed = forecast(a_replica(2, num_lossless=1), DIFFUSION)
-    assert mixed.step_ms == pytest.approx(10.0 + 0.5 * (16 + 16 - 1))
+    rows = COSTS.yield_of(DecodePlan(Mode.SELF_SPECULATION, 16)).rows_per_forward
+    assert mixed.step_ms == pytest.approx(10.0 + 0.5 * (16 + rows - 1))
     pure = forecast(a_replica(2, num_lossless=1), AR)
     assert pure.tpots == ((1, 0.0105), (1, 0.0105))
     assert pure.tokens_per_s == forecast(a_replica(2), AR).tokens_per_s
@@ -80,6 +83,15 @@ def test_blocks_beyond_the_tokens_of_a_step_take_turns():
     assert expected.step_ms == pytest.approx(10.0 + 0.5 * 511)
     assert expected.tokens_per_s == pytest.approx(1000 * 32 * 4 / expected.step_ms)
     assert expected.tpot_s == pytest.approx(2 * expected.step_ms / 4 / 1000)
+
+
+@pytest.mark.parametrize(("per_token", "room"), [(0.05, 512 - 0.05 * 128), (0.5, 512 - 64), (9.0, 384)])
+def test_prompts_take_what_they_need_from_blocks_up_to_their_share(per_token, room):
+    """Full forwards of 32 blocks bring 128 tokens."""
+    expected = forecast(a_replica(64, prefill_per_token=per_token), DIFFUSION)
+    step_ms = 10.0 + 0.5 * (room + min(per_token * room / 4, 512 - room) - 1)
+    assert expected.step_ms == pytest.approx(step_ms)
+    assert expected.tokens_per_s == pytest.approx(1000 * room / 16 * 4 / step_ms)
 
 
 def test_memory_bounds_long_blocks_before_short_ones():

@@ -9,12 +9,14 @@ from typing import Any, TypeVar
 
 import pytest
 
-from policies.cost import StepCost
+from policies.cost import ReplicaCosts, StepCost
 from policies.modes import DecodePlan, Mode
-from policies.policy import ExploredPlans
+from policies.policy import Trial
 from policies.replica_load import Freshness, ObservedLoad, ReplicaLoad
+from replicas.config import EngineConfig
 from replicas.engine.batch import RunnerLost, ScheduledBatch, SegmentOutput
 from replicas.engine.engine import MAX_FAILED, Engine
+from replicas.engine_thread import WEDGED_S
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import (
     Accepted,
@@ -27,7 +29,7 @@ from replicas.messages import (
     Rejected,
     SamplingParams,
 )
-from replicas.service import WEDGED_S, ReplicaService
+from replicas.service import ReplicaService
 from replicas.timeline import Timeline
 from tests.replicas.codec import byte_codec
 from tests.replicas.engine.scripted import ScriptedRunner
@@ -193,7 +195,7 @@ async def test_a_channel_that_closes_while_a_request_is_made_ready_leaves_no_orp
         asked = request("a")
         await stream.aclose()
         with pytest.raises(TriadError, match="has closed") as caught:
-            await service._call(lambda: service._submit(asked, [[5, 6]], [None]))
+            await service._thread.call(lambda: service._requests.submit(asked, [[5, 6]], [None]))
         assert caught.value.code is ErrorCode.UNAVAILABLE
         assert (await settled(service)).num_in_flight == 0
         assert runner.num_asked == 0
@@ -261,7 +263,7 @@ async def test_tokens_are_counted_that_nobody_is_told_of() -> None:
 async def test_a_failed_request_of_many_choices_tells_of_all_it_made() -> None:
     """One that had ended and two that had not; those without a token are not counted among them."""
     runner = StepwiseRunner()
-    engine = Engine(runner, max_running=3)
+    engine = Engine(runner, EngineConfig(max_running=3))
     service = ReplicaService(engine, CODEC, "replica")
     service.start()
     stream = service.channel("c")
@@ -296,7 +298,7 @@ async def test_a_tracer_that_raises_ends_nothing_and_is_told_of_once(
             await service.submit(request(str(number), max_tokens=3))
             await ends(stream, {str(number)})
         service.check()
-    assert [record.name for record in caplog.records] == ["replicas.net"]
+    assert [record.name for record in caplog.records] == ["policies.failures"]
 
 
 class BuggyEngine(Engine):
@@ -304,7 +306,7 @@ class BuggyEngine(Engine):
 
     is_buggy = False
 
-    def set_explored_plans(self, explored_plans: ExploredPlans | None) -> None:
+    def set_trial(self, trial: Trial | None) -> None:
         raise KeyError("explored plans")
 
     def snapshot(self, replica_id: str) -> ReplicaLoad:
@@ -313,15 +315,15 @@ class BuggyEngine(Engine):
         return super().snapshot(replica_id)
 
 
-async def test_a_bug_in_what_is_measured_or_explored_ends_nothing() -> None:
+async def test_a_bug_in_what_is_measured_or_tried_ends_nothing() -> None:
     runner = StepwiseRunner()
     engine = BuggyEngine(runner)
-    service = ReplicaService(engine, CODEC, "replica", step_cost=StepCost((1, 512), (5.0, 9.0)))
+    service = ReplicaService(engine, CODEC, "replica", costs=ReplicaCosts(StepCost((1, 512), (5.0, 9.0))))
     service.start()
     stream = service.channel("c")
     await anext(stream)
     engine.is_buggy = True
-    service.set_explored_plans(None)
+    service.set_trial(None)
     service.set_plan(DecodePlan(Mode.AR), "rule")
     engine.forwards.append("no forward")  # type: ignore[arg-type]
     engine.scheduler.counters.rounds.append("no round")  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from policies.modes import Mode
+from replicas.config import EngineConfig
 from replicas.engine.batch import Runner, ScheduledBatch, SegmentOutput
 from replicas.engine.engine import Engine
 from replicas.messages import DecodingOptions, SamplingParams
@@ -87,7 +88,7 @@ def sample(
     runner: Runner, sampling: SamplingParams, block_length: int
 ) -> tuple[Counter[tuple[int, ...]], list[int], int]:
     """How often each beginning came; each completion's forwards; the most tokens of a round."""
-    engine = Engine(runner, max_waiting=NUM_SEEDS)
+    engine = Engine(runner, EngineConfig(max_waiting=NUM_SEEDS))
     options = DecodingOptions(Mode.SELF_SPECULATION, block_length)
     sequences = [
         engine.submit(

@@ -11,6 +11,7 @@ import pytest
 
 import replicas
 from policies.modes import DecodePlan, Mode
+from replicas.config import EngineConfig
 from replicas.engine.engine import Engine
 from replicas.engine.grammar import Grammar, GrammarFailed
 from replicas.engine.sequence import Progress, Sequence
@@ -199,7 +200,7 @@ def completion(sequence: Sequence) -> list[int]:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_every_answer_validates_and_speculation_equals_ar(runner: TorchRunner, temperature: float) -> None:
     """The embedded model, all schemas at once, with pages too few for all."""
-    engine = Engine(runner, max_running=24, max_step_tokens=192)
+    engine = Engine(runner, EngineConfig(max_running=24, max_step_tokens=192))
     engine.set_plan(DecodePlan(Mode.DIFFUSION, 8), "test")
     options = {
         "ar": DecodingOptions(Mode.AR),

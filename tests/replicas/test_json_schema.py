@@ -260,4 +260,4 @@ def test_a_schema_sets_no_options_of_the_library() -> None:
     grammar = grammar_of(
         OPEN | {"x-guidance": {"item_separator": ";", "key_separator": "=", "lenient": True}}
     )
-    assert allows(grammar, '{"name":1,"b":2}')
+    assert allows(grammar, '{"name": 1, "b": 2}')

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from policies.modes import Mode
+from replicas.config import EngineConfig
 from replicas.engine.engine import Engine
 from replicas.engine.sequence import Sequence
 from replicas.messages import DecodingOptions, SamplingParams
@@ -40,7 +41,7 @@ def num_sequences() -> int:
 def test_requests_leave_nothing_behind(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     runner = TorchRunner.load(str(make_tiny_checkpoint(tmp_path)), num_pages=60, page_size=8)
-    engine = Engine(runner, max_running=8)
+    engine = Engine(runner, EngineConfig(max_running=8))
     serve(engine, 0, 300)
     before, num_before = resident_bytes(), num_sequences()
     serve(engine, 300, 600)

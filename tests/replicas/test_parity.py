@@ -9,6 +9,7 @@ import pytest
 
 import replicas
 from policies.modes import DecodePlan, Mode
+from replicas.config import EngineConfig
 from replicas.engine.batch import TokenLogprob
 from replicas.engine.engine import Engine
 from replicas.engine.sequence import Sequence
@@ -89,7 +90,10 @@ def test_an_adapter_that_denoises_too(tmp_path: Path, tied: bool) -> None:
 
 
 def make_engine(folder: Path, num_pages: int = 128, **limits: int) -> Engine:
-    return Engine(TorchRunner.load(str(folder), dtype="float32", num_pages=num_pages, page_size=8), **limits)
+    return Engine(
+        TorchRunner.load(str(folder), dtype="float32", num_pages=num_pages, page_size=8),
+        EngineConfig(**limits),
+    )
 
 
 def prompts(count: int, seed: int = 0) -> list[list[int]]:
@@ -156,7 +160,7 @@ def test_int8_weights_are_as_lossless(folder: Path, dtype: str) -> None:
         sequence = engine.submit(f"r{index}", prompt, sampling, pinned(PLANS[0]))
         finish(engine)
         wanted.append(completion(sequence))
-    engine = Engine(runner, max_running=12)
+    engine = Engine(runner, EngineConfig(max_running=12))
     sequences = [
         engine.submit(f"r{index}", prompt, sampling, pinned(PLANS[1 + index % 3]))
         for index, prompt in enumerate(prompts(12))
@@ -284,7 +288,7 @@ def test_the_embedded_checkpoint_in_one_mixed_batch() -> None:
     reference = Reference(folder)
     codec = TextCodec.load(str(folder))
     runner = TorchRunner.load(str(folder), dtype="float32", num_pages=80, page_size=16)
-    engine = Engine(runner, max_running=6, max_step_tokens=192)
+    engine = Engine(runner, EngineConfig(max_running=6, max_step_tokens=192))
     plans = [
         DecodePlan(Mode.AR),
         DecodePlan(Mode.SELF_SPECULATION, 8),

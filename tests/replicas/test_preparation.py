@@ -188,7 +188,7 @@ async def test_a_channel_that_closes_while_a_request_is_prepared_leaves_nothing(
         assert isinstance(await other, Accepted)
         codec.gate.release()
         await service.state()
-        assert set(service._live) <= {"other"}
+        assert set(service._requests.request_ids) <= {"other"}
         await stays.aclose()
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -12,6 +12,7 @@ from replicas.errors import ErrorCode, TriadError
 from replicas.model.config import CheckpointError
 from replicas.text import TextCodec
 from tests.replicas.codec import tiny_tokenizer
+from tests.thorough import examples
 from tests.tiny_checkpoint import byte_fallback_tokenizer
 from training.tasks.registry import FAMILIES, held_out_tasks
 
@@ -112,7 +113,7 @@ SPELLED = st.sampled_from(
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=150, deadline=None)
+@examples(50)
 @given(
     contents=st.lists(
         st.lists(st.text(max_size=8) | SPELLED, max_size=5).map("".join), min_size=1, max_size=3
@@ -143,7 +144,7 @@ def test_what_a_user_spells_is_text(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=100, deadline=None)
+@examples(35)
 @given(data=st.data())
 def test_names_in_any_place_are_text(name: str, data: st.DataObject) -> None:
     names = st.sampled_from([token.content for token in CONTROL[name]])

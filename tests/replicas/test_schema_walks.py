@@ -5,11 +5,12 @@ from random import Random
 from typing import Any
 
 import jsonschema
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from replicas.errors import ErrorCode, TriadError
 from tests.replicas.test_grammar import CODEC, EOS, grammar_of, text_of, tokens_in
+from tests.thorough import examples
 
 MAX_WALK = 200
 ENDS = frozenset({b'"', b"}", b"]"})
@@ -111,7 +112,7 @@ def walk(schema: dict[str, Any], seed: int) -> str | None:
     return None
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@examples(60, suppress_health_check=[HealthCheck.too_slow])
 @given(schemas, st.integers(0, 2**32))
 def test_what_a_schema_allows_validates_or_it_is_refused(schema: dict[str, Any], seed: int) -> None:
     refused = refusal_of(schema)

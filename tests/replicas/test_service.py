@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 
 import pytest
 
-from policies.cost import StepCost
+from policies.cost import ReplicaCosts, StepCost
 from policies.modes import DecodePlan, Mode
 from policies.replica_load import ReplicaLoad
+from replicas.config import EngineConfig
 from replicas.engine.batch import ScheduledBatch
 from replicas.engine.engine import Engine
 from replicas.errors import ErrorCode
@@ -52,7 +53,7 @@ class GatedRunner(ScriptedRunner):
 
 @asynccontextmanager
 async def serving(runner: ScriptedRunner | None = None, **limits: int) -> AsyncIterator[ReplicaService]:
-    service = ReplicaService(Engine(runner or ScriptedRunner(), **limits), CODEC, "replica")
+    service = ReplicaService(Engine(runner or ScriptedRunner(), EngineConfig(**limits)), CODEC, "replica")
     service.start()
     try:
         yield service
@@ -195,10 +196,10 @@ async def test_a_closed_channel_cancels_its_requests_only() -> None:
 async def test_refusals_name_the_field() -> None:
     async with serving() as service:
         stream = await opened(service)
-        answer = await service.submit(request("r", "x" * 90, max_tokens=30))
+        answer = await service.submit(request("r", "x" * 96, max_tokens=30))
         await stream.aclose()
         assert isinstance(answer, Rejected)
-        assert (answer.code, answer.param) == (ErrorCode.CONTEXT_LENGTH_EXCEEDED, "max_tokens")
+        assert (answer.code, answer.param) == (ErrorCode.CONTEXT_LENGTH_EXCEEDED, "prompt")
         assert "96" in answer.message
 
 
@@ -361,7 +362,7 @@ async def test_logprobs_belong_to_the_text_they_come_with() -> None:
 
 async def test_what_forwards_come_to_cost_reaches_the_engine() -> None:
     engine = Engine(ScriptedRunner())
-    service = ReplicaService(engine, CODEC, "replica", step_cost=StepCost((1, 512), (5e3, 9e3)))
+    service = ReplicaService(engine, CODEC, "replica", costs=ReplicaCosts(StepCost((1, 512), (5e3, 9e3))))
     service.start()
     stream = await opened(service)
     assert isinstance(await service.submit(request("a")), Accepted)
@@ -371,4 +372,5 @@ async def test_what_forwards_come_to_cost_reaches_the_engine() -> None:
     assert learned is not None
     assert engine.scheduler.step_cost == learned.step
     assert learned.step.ms(1) < 5e3
+    assert service.costs == learned
     await service.stop()

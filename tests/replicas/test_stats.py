@@ -1,7 +1,12 @@
 import pytest
 
-from policies.modes import Mode
-from replicas.stats import WINDOW_S, DecodingStats
+from policies.cost import ReplicaCosts, StepCost
+from policies.modes import DecodePlan, Mode
+from policies.policy import Trial
+from replicas.engine.engine import Engine
+from replicas.messages import SamplingParams
+from replicas.stats import WINDOW_S, DecodingStats, EngineSnapshot, LoadMeter
+from tests.replicas.engine.scripted import ScriptedRunner
 
 
 def test_rates_follow_and_fade() -> None:
@@ -27,3 +32,44 @@ def test_a_second_reading_at_the_same_time_changes_nothing() -> None:
     stats = DecodingStats(lambda: 1.0)
     stats.update(10, 0, {Mode.AR: 10}, {Mode.AR: 10})
     assert stats.tokens_per_s == 0.0
+
+
+def serve(meter_costs: ReplicaCosts, trial: Trial | None, num_steps: int = 400) -> LoadMeter:
+    """One `ar` request after another, a step in 25 ms, measured five times a second."""
+    now_s = 0.0
+
+    def clock() -> float:
+        return now_s
+
+    engine = Engine(ScriptedRunner(num_pages=400), clock=clock)
+    engine.set_plan(DecodePlan(Mode.AR), "rule")
+    engine.set_trial(trial)
+    meter = LoadMeter(engine, clock, meter_costs)
+    for step in range(num_steps):
+        if not engine.has_work:
+            engine.submit(str(step), [5, 6], SamplingParams(max_tokens=60, ignore_eos=True))
+        engine.step()
+        now_s += 0.025
+        if step % 8 == 7:
+            load = meter.measure(EngineSnapshot.read(engine, "r"), 0.0)
+            assert load.costs == meter.costs
+    return meter
+
+
+def test_costs_and_rates_are_learned_from_what_was_served() -> None:
+    """Forwards take 25 ms and not 10, and a token comes with each of them but those that prefill."""
+    costs = serve(ReplicaCosts(StepCost((1, 512), (10.0, 20.0))), None).costs
+    assert costs is not None
+    assert costs.factor(Mode.AR, 1)[0] * costs.step.ms(1) == pytest.approx(25.0, rel=0.1)
+    assert set(costs.rates) == {Mode.AR}
+    foretold = costs.rate_factor(Mode.AR, 1) * 1000.0 / (costs.factor(Mode.AR, 1)[0] * costs.step.ms(1))
+    assert foretold == pytest.approx(40.0, rel=0.1)
+
+
+def test_a_trial_teaches_of_its_mode() -> None:
+    start = ReplicaCosts(StepCost((1, 512), (10.0, 20.0)))
+    trial = Trial(DecodePlan(Mode.SELF_SPECULATION, 8), 0.1, 0.1)
+    costs = serve(start, trial).costs
+    assert costs is not None
+    assert set(costs.factors) == {Mode.AR, Mode.SELF_SPECULATION}
+    assert any(entry.plan == trial.plan and entry.num_rounds > 1 for entry in costs.yields)

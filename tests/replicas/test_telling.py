@@ -3,6 +3,7 @@
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,8 @@ from replicas.messages import (
 )
 from replicas.model.runner import TorchRunner
 from replicas.service import ReplicaService
-from replicas.text import TextCodec, TextStream
+from replicas.text import TextCodec
+from replicas.text_stream import TextStream
 from replicas.timeline import Timeline
 from tests.replicas.codec import byte_codec, tiny_tokenizer
 from tests.replicas.engine.scripted import EOS, PINNED, ScriptedRunner, expected
@@ -52,10 +54,10 @@ class SickCodec(TextCodec):
     """Breaks for requests with a stop string that says so."""
 
     def stream(
-        self, stop: tuple[str, ...] = (), min_tokens: int = 0, continues_text: bool = False
+        self, stop: tuple[str, ...] = (), min_tokens: int = 0, continues_text: bool = False, **more: Any
     ) -> TextStream:
         kind = SickStream if "sick text" in stop else TextStream
-        return kind(self._bytes, stop, {}, min_tokens, continues_text)
+        return kind(self._bytes, dict.fromkeys(stop, ""), {}, min_tokens, continues_text)
 
     def logprob(self, made: TokenLogprob, offset: int, is_first: bool = False) -> TextLogprob:
         raise KeyError(made.token_id)

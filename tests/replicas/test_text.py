@@ -2,15 +2,17 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from replicas.errors import ErrorCode, TriadError
 from replicas.model.config import CheckpointError
-from replicas.text import TextCodec, TextStream
+from replicas.text import TextCodec
+from replicas.text_stream import TextStream
 from tests.replicas.codec import byte_codec, tiny_tokenizer
+from tests.thorough import examples
 from tests.tiny_checkpoint import BYTE_FALLBACK_KINDS, byte_fallback_tokenizer
 
 CODEC = byte_codec()
@@ -30,13 +32,13 @@ def pieces(text: str, stop: tuple[str, ...] = ()) -> tuple[list[str], bool, int]
     return [*released, stream.finish()], stream.stopped, stream.num_tokens
 
 
-@settings(max_examples=200, deadline=None)
+@examples(70)
 @given(st.text(max_size=40))
 def test_any_text_streams_back_whole(text: str) -> None:
     assert "".join(pieces(text)[0]) == text
 
 
-@settings(max_examples=300, deadline=None)
+@examples(100)
 @given(
     text=st.text(alphabet="abé€", max_size=20),
     stop=st.lists(st.text(alphabet="abé€", min_size=1, max_size=4), max_size=3),
@@ -72,7 +74,7 @@ def test_half_a_character_waits_for_its_other_bytes_and_special_tokens_are_silen
     assert lone.finish() == "\ufffd"
 
 
-@settings(max_examples=200, deadline=None)
+@examples(70)
 @given(text=st.text(alphabet="aé€😀", max_size=12), stop=st.text(alphabet="aé", min_size=1, max_size=2))
 def test_each_token_begins_where_its_text_does(text: str, stop: str) -> None:
     """starts against the characters that are whole before each byte; released are those before the stop."""
@@ -143,7 +145,7 @@ def spans(raw: bytes) -> list[int]:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=250, deadline=None)
+@examples(80)
 @given(data=st.data(), continues_text=st.booleans())
 def test_any_tokens_in_any_parts_are_one_text(name: str, data: st.DataObject, continues_text: bool) -> None:
     tokens = RandomTokens(name)
@@ -177,7 +179,7 @@ def test_any_tokens_in_any_parts_are_one_text(name: str, data: st.DataObject, co
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=60, deadline=None)
+@examples(20)
 @given(text=st.text(alphabet=st.characters(codec="utf-8", exclude_characters="▁"), max_size=30))
 def test_what_is_encoded_comes_back(name: str, text: str) -> None:
     codec = CODECS[name]
@@ -186,7 +188,7 @@ def test_what_is_encoded_comes_back(name: str, text: str) -> None:
     assert stream.push(tuple(ids)) + stream.finish() == TOKENIZERS[name].decode(ids, skip_special_tokens=True)
 
 
-@settings(max_examples=400, deadline=None)
+@examples(130)
 @given(
     st.lists(st.sampled_from(b"A\x7f\x80\x90\x9f\xa0\xbf\xc0\xc2\xe0\xe2\xed\xf0\xf4\xf5\xff"), max_size=8)
 )
@@ -243,7 +245,7 @@ def reference_stop(pieces: list[str], stop: list[str], min_tokens: int) -> tuple
     return text[:begin], next(n for n in range(len(pieces) + 1) if len("".join(pieces[:n])) >= end)
 
 
-@settings(max_examples=400, deadline=None)
+@examples(130)
 @given(
     pieces=st.lists(st.sampled_from(["a", "b", "é"]), max_size=14),
     stop=st.lists(st.text(alphabet="abé", min_size=1, max_size=4), min_size=1, max_size=3),

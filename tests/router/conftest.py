@@ -9,15 +9,16 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from router.admission_control import AdmissionControl, QueueLimits
+from router.admission_control import AdmissionControl
 from router.api import AppState
+from router.config import AdmissionConfig
 from router.dispatch import Dispatcher
 from router.load_view import LoadView
-from router.replica_connection import LinkTimes
+from router.replica_connection import ConnectionTimes
 from tests.eventually import eventually
 from tests.router.fakes import MODEL, FakeDirectory, FakeStore, ScriptedReplica
 
-QUICK = LinkTimes(silence_s=5.0, call_s=1.0, reopen_s=0.001, max_reopen_s=0.01)
+QUICK = ConnectionTimes(silence_s=5.0, call_s=1.0, reopen_s=0.001, max_reopen_s=0.01)
 
 StartDispatcher = Callable[..., Awaitable[Dispatcher]]
 
@@ -41,14 +42,17 @@ async def start() -> AsyncIterator[StartDispatcher]:
             *replicas: ScriptedReplica,
             store: FakeStore | None = None,
             directory: FakeDirectory | None = None,
-            times: LinkTimes = QUICK,
+            times: ConnectionTimes = QUICK,
             max_waiting: int = 8,
             max_waiting_tokens: int | None = None,
         ) -> Dispatcher:
             directory = directory or FakeDirectory(list(replicas))
             view = LoadView(store or FakeStore())
             await view.refresh()
-            admission = AdmissionControl(4, QueueLimits(max_waiting, max_waiting_tokens))
+            config = AdmissionConfig(
+                max_running=4, max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens
+            )
+            admission = AdmissionControl(config)
             dispatcher = Dispatcher(directory, view, admission, times=times, discovery_period_s=0.005)
             await stack.enter_async_context(running(dispatcher.run()))
             await eventually(lambda: all(replica.num_channels for replica in replicas))

@@ -1,20 +1,23 @@
 """The door over real replica services in this process: real engine, channels and dispatcher; no Ray."""
 
-import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from policies.control.store import LoadStore
+from replicas.config import EngineConfig
 from replicas.engine.engine import Engine
-from replicas.messages import Accepted, Event, GenerateRequest, ModelInfo, Rejected
+from replicas.messages import ModelInfo
 from replicas.service import ReplicaService
-from router.admission_control import AdmissionControl, QueueLimits
+from replicas.socket_server import SocketServer
+from router.admission_control import AdmissionControl
 from router.api import AppState
+from router.config import AdmissionConfig
 from router.dispatch import Dispatcher
 from router.load_view import LoadView
-from router.replica_connection import LinkTimes, ReplicaClient, Roster
+from router.replica_connection import ConnectionTimes, Roster
+from router.socket_client import SocketReplicaClient
 from tests.eventually import eventually
 from tests.replicas.codec import byte_codec
 from tests.replicas.engine.scripted import ScriptedRunner
@@ -22,59 +25,22 @@ from tests.router.conftest import running
 from tests.router.fakes import MODEL, FakeStore
 
 
-class LocalReplica(ReplicaClient):
-    """A service called as Serve would call it. gone: its transport fails, as for a killed process."""
+class LocalReplica(SocketReplicaClient):
+    """A service behind its socket. Once killed, it is gone as a killed process is."""
 
     def __init__(self, service: ReplicaService, engine: Engine):
         self.service = service
         self.engine = engine
+        self.sockets = SocketServer(service, "127.0.0.1")
+        self.is_gone = False
         spec = engine.spec
         max_chars = byte_codec().max_prompt_chars(spec.max_context)
-        self._info = ModelInfo(
-            MODEL, spec.modes, spec.max_context, spec.vocab_size, service.replica_id, max_chars
-        )
-        self._gone = asyncio.Event()
-
-    @property
-    def info(self) -> ModelInfo:
-        return self._info
-
-    async def submit(self, request: GenerateRequest) -> Accepted | Rejected:
-        self._check()
-        return await self.service.submit(request)
-
-    async def cancel(self, request_ids: tuple[str, ...]) -> None:
-        self._check()
-        await self.service.cancel(request_ids)
-
-    async def channel(self, channel_id: str) -> AsyncGenerator[tuple[Event, ...], None]:
-        self._check()
-        stream = self.service.channel(channel_id)
-        gone = asyncio.ensure_future(self._gone.wait())
-        item: asyncio.Future[tuple[Event, ...]] = gone  # type: ignore[assignment]
-        try:
-            while True:
-                item = asyncio.ensure_future(anext(stream))  # type: ignore[arg-type]
-                await asyncio.wait({item, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if gone.done():
-                    raise ConnectionError("the replica is gone")
-                try:
-                    events = item.result()
-                except StopAsyncIteration:
-                    return
-                yield events
-        finally:
-            gone.cancel()
-            item.cancel()
-            await asyncio.gather(gone, item, return_exceptions=True)
-            await stream.aclose()  # type: ignore[attr-defined]
+        info = ModelInfo(MODEL, spec.modes, spec.max_context, spec.vocab_size, service.replica_id, max_chars)
+        super().__init__(info, self.sockets.address)
 
     def kill(self) -> None:
-        self._gone.set()
-
-    def _check(self) -> None:
-        if self._gone.is_set():
-            raise ConnectionError("the replica is gone")
+        self.is_gone = True
+        self.sockets.close()
 
 
 @dataclass
@@ -82,7 +48,7 @@ class LocalDirectory:
     replicas: list[LocalReplica] = field(default_factory=list)
 
     async def roster(self) -> Roster:
-        return Roster([replica for replica in self.replicas if not replica._gone.is_set()])
+        return Roster([replica for replica in self.replicas if not replica.is_gone])
 
 
 @dataclass
@@ -105,29 +71,32 @@ async def a_stack(
     store: LoadStore | None = None,
     service: dict[str, Any] | None = None,
     limits: dict[str, int] | None = None,
-    times: LinkTimes | None = None,
+    times: ConnectionTimes | None = None,
     **door: Any,
 ) -> AsyncIterator[Stack]:
     """A door over one service a runner. limits: of each engine. service, door: more for each."""
-    limits = limits or {}
+    config = EngineConfig(**(limits or {}))
     async with AsyncExitStack() as stack:
         replicas = []
         for number, runner in enumerate(runners or [ScriptedRunner()]):
-            engine = Engine(runner, **limits)
+            engine = Engine(runner, config)
             made = ReplicaService(engine, byte_codec(), f"replica-{number}", **(service or {}))
             made.start()
             stack.push_async_callback(made.stop)
-            replicas.append(LocalReplica(made, engine))
+            replica = LocalReplica(made, engine)
+            await replica.sockets.start()
+            stack.callback(replica.sockets.close)
+            replicas.append(replica)
         store = store or FakeStore()
         view = LoadView(store)
         admission = AdmissionControl(
-            limits.get("max_running", 64), QueueLimits(limits.get("max_waiting", 256))
+            AdmissionConfig(max_running=config.max_running, max_waiting=config.max_waiting)
         )
         dispatcher = Dispatcher(
             LocalDirectory(replicas),
             view,
             admission,
-            times=times or LinkTimes(reopen_s=0.01, max_reopen_s=0.05),
+            times=times or ConnectionTimes(reopen_s=0.01, max_reopen_s=0.05),
             discovery_period_s=0.02,
         )
         await stack.enter_async_context(running(dispatcher.run()))

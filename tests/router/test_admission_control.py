@@ -8,16 +8,16 @@ from router.admission_control import (
     AdmissionControl,
     Admit,
     Occupancy,
-    QueueLimits,
     Shed,
     admit,
 )
 from router.completion_rate import MIN_COMPLETIONS
+from router.config import AdmissionConfig
 from tests.policies.helpers import observed
 
 
 def answer(num_in_flight, *, capacity=8, max_waiting=4, waiting_tokens=0, limits=None, **more):
-    limits = limits or QueueLimits(max_waiting)
+    limits = limits or AdmissionConfig(max_waiting=max_waiting)
     return admit(Occupancy(1, capacity, num_in_flight, waiting_tokens), limits, **more)
 
 
@@ -45,7 +45,7 @@ def test_the_wait_follows_the_rate():
 
 
 def test_prompt_tokens_that_wait_are_bounded_and_not_only_requests():
-    limits = QueueLimits(100, max_waiting_tokens=1000)
+    limits = AdmissionConfig(max_waiting=100, max_waiting_tokens=1000)
     assert answer(9, waiting_tokens=900, limits=limits, num_prompt_tokens=100) == Admit(queued=True)
     shed = answer(9, waiting_tokens=900, limits=limits, num_prompt_tokens=101)
     assert shed.contended
@@ -55,12 +55,12 @@ def test_prompt_tokens_that_wait_are_bounded_and_not_only_requests():
 
 
 def test_a_prompt_longer_than_the_limit_is_taken_where_nothing_waits():
-    limits = QueueLimits(100, max_waiting_tokens=1000)
+    limits = AdmissionConfig(max_waiting=100, max_waiting_tokens=1000)
     assert answer(2, limits=limits, num_prompt_tokens=5000) == Admit(queued=False)
 
 
 def test_a_wait_past_the_queue_deadline_is_refused_at_once():
-    limits = QueueLimits(100, max_queue_s=2.0)
+    limits = AdmissionConfig(max_waiting=100, max_queue_s=2.0)
     assert answer(27, limits=limits, completions_per_s=10.0) == Admit(queued=True)
     shed = answer(37, limits=limits, completions_per_s=10.0)
     assert (shed.contended, shed.retry_after_s) == (True, 1)
@@ -69,7 +69,7 @@ def test_a_wait_past_the_queue_deadline_is_refused_at_once():
 
 
 def test_a_request_that_would_spend_its_own_time_in_the_queue_is_told_so_now():
-    limits = QueueLimits(100)
+    limits = AdmissionConfig(max_waiting=100)
     assert answer(57, limits=limits, completions_per_s=10.0) == Admit(queued=True)
     assert isinstance(answer(57, limits=limits, completions_per_s=10.0, deadline_s=4.0), Shed)
     assert answer(57, limits=limits, completions_per_s=10.0, deadline_s=6.0) == Admit(queued=True)
@@ -89,7 +89,7 @@ def test_never_more_than_places_queue_and_tokens_allow(
 ):
     verdict = admit(
         Occupancy(1, capacity, num_in_flight, waiting_tokens),
-        QueueLimits(max_waiting, max_tokens),
+        AdmissionConfig(max_waiting=max_waiting, max_waiting_tokens=max_tokens),
         num_prompt_tokens=num_prompt_tokens,
         completions_per_s=rate,
     )
@@ -107,7 +107,7 @@ class AppState:
     """An AdmissionControl over replicas with these loads, and how often it looked at each of them."""
 
     def __init__(self, *loads, **limits):
-        self.control = AdmissionControl(8, QueueLimits(**{"max_waiting": 2, **limits}))
+        self.control = AdmissionControl(AdmissionConfig(**{"max_running": 8, "max_waiting": 2, **limits}))
         self.loads = {load.load.replica_id: load for load in loads}
         self.num_looks = 0
 
@@ -147,7 +147,7 @@ def test_a_replica_that_comes_is_seen_at_once():
 
 
 def test_a_replica_without_a_load_has_the_configured_places():
-    control = AdmissionControl(3, QueueLimits(max_waiting=0))
+    control = AdmissionControl(AdmissionConfig(max_running=3, max_waiting=0))
     for _ in range(3):
         control.traffic.started("new", 0.0)
     assert control.check(["new"], {}.get, 0.0).contended
@@ -173,7 +173,7 @@ def test_the_rate_is_that_of_the_time_all_places_are_taken():
 @pytest.mark.parametrize("num_routers", [1, 2, 4, 8])
 def test_the_wait_foretold_is_the_same_however_many_routers_share_the_cluster(num_routers):
     """64 run, 40 wait, 20 end a second in all: a place in about 2 s, and nobody's patience is over."""
-    control = AdmissionControl(64, QueueLimits(max_waiting=256, max_queue_s=2.5))
+    control = AdmissionControl(AdmissionConfig(max_running=64, max_waiting=256, max_queue_s=2.5))
     now_s = 0.0
     while now_s < 30.0:
         now_s += num_routers / 20.0  # this router's share of what comes
@@ -205,7 +205,7 @@ def test_a_replica_that_leaves_or_begins_anew_does_not_disturb_the_rate():
 @pytest.mark.parametrize(("rate", "each_s"), [(300, 0.05), (600, 0.05), (900, 0.05), (1000, 0.02)])
 def test_nobody_is_refused_while_places_are_free_however_many_came_and_went(rate, each_s):
     """A load is published and read every 0.2 s, so it is up to 0.4 s old."""
-    control = AdmissionControl(64, QueueLimits(max_waiting=0))
+    control = AdmissionControl(AdmissionConfig(max_running=64, max_waiting=0))
     live, shed, most = [], 0, 0
     published = read = (0.0, round(rate * each_s))
     next_publication_s, next_reading_s = 0.2, 0.3
@@ -231,7 +231,7 @@ def test_nobody_is_refused_while_places_are_free_however_many_came_and_went(rate
 def test_choices_are_admitted_and_not_requests():
     """64 places and no queue: one request of 64 choices, or 64 of one, and no more."""
     for num in (1, 4, 16, 64):
-        control = AdmissionControl(64, QueueLimits(max_waiting=0))
+        control = AdmissionControl(AdmissionConfig(max_running=64, max_waiting=0))
         seen, admitted = observed(0, age_s=0.0, max_running=64), 0
         for number in range(100):
             now_s = 0.001 + number * 1e-4
@@ -243,6 +243,6 @@ def test_choices_are_admitted_and_not_requests():
 
 
 def test_the_wait_of_many_choices_is_that_of_the_last():
-    limits = QueueLimits(100)
+    limits = AdmissionConfig(max_waiting=100)
     assert answer(8, limits=limits, num=20, completions_per_s=10.0, deadline_s=2.1) == Admit(queued=True)
     assert isinstance(answer(8, limits=limits, num=40, completions_per_s=10.0, deadline_s=2.1), Shed)

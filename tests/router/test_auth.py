@@ -95,7 +95,7 @@ def test_only_the_hash_is_kept():
         ("", "JSON"),
         ("[]", "keys"),
         ('{"keys": []}', "at least 1"),
-        (key_file(sha256=KEY), "sha256"),
+        pytest.param(key_file(sha256=KEY), "sha256", id="a key for its digest"),
         (key_file(name="a b"), "name"),
         (key_file(requests_per_minute=0), "requests_per_minute"),
         (key_file(amdin=True), "amdin"),

@@ -13,10 +13,11 @@ import pytest
 
 from router.api import create_app
 from router.body import INLINE_BYTES, BodyReader, json_depth, read
+from router.completion import Completion
 from router.config import Bounds
 from router.errors import ApiError
 from router.operate import PolicyBody
-from router.schema import ChatCompletionRequest, Completion, CompletionRequest
+from router.schema import ChatCompletionRequest, CompletionRequest
 from tests.router.conftest import in_process, running
 from tests.router.fakes import MODEL, TEXT, ScriptedReplica
 from tests.router.stack import a_stack

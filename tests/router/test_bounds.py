@@ -8,7 +8,7 @@ from replicas.engine.blocks import PagePool
 from replicas.errors import TriadError
 from replicas.messages import DecodingOptions, DecodingReport, Finished, GenerateRequest, SamplingParams
 from router.prefix_map import CHUNK_CHARS, MAX_ENTRIES, MAX_HOLDERS, PrefixMap, prefix_keys
-from router.prompt_estimator import LEAST_CHARS_A_TOKEN, MOST_CHARS_A_TOKEN, PromptEstimator
+from router.prompt_estimator import MAX_CHARS_A_TOKEN, MIN_CHARS_A_TOKEN, PromptEstimator
 from tests.eventually import eventually
 from tests.router.conftest import running
 from tests.router.fakes import ScriptedReplica
@@ -39,14 +39,16 @@ async def test_a_thousand_requests_of_all_kinds_leave_nothing_behind(start):
         for first in range(0, 1000, 8):
             await asyncio.gather(*(ask(number) for number in range(first, first + 8)))
         await eventually(lambda: not any(replica.live for replica in replicas))
-        await eventually(lambda: not any(link._to_cancel for link in dispatcher._links.values()))
+        await eventually(
+            lambda: not any(each._to_cancel for each in dispatcher._connections._connections.values())
+        )
     traffic = dispatcher._traffic
     assert dispatcher.in_flight() == {"a": 0, "b": 0}
     assert not any(traffic._sent.values())
     assert set(traffic._in_flight) <= {"a", "b"}
-    assert dispatcher._watch._failing == {}
+    assert dispatcher._connections._watch._failing == {}
     assert dispatcher._num_unsure == 0
-    assert len(dispatcher._wishes._prefixes) <= MAX_ENTRIES
+    assert len(dispatcher._estimator._prefixes) <= MAX_ENTRIES
 
 
 async def test_a_thousand_refusals_leave_nothing_behind(start):
@@ -88,11 +90,13 @@ def test_a_cache_knows_no_more_salts_than_it_has_pages():
 
 
 def test_odd_texts_make_no_nonsense_of_the_sizes_of_others():
-    wishes = PromptEstimator()
+    estimator = PromptEstimator()
     ordinary = replace(a_request(), prompts=("x" * 4000,))
     for _ in range(1000):
-        wishes.finished(replace(a_request(), prompts=(" " * 10**6,)), Finished("r", 1, 1, DecodingReport()))
-    assert wishes.prompt_lens(ordinary)[0] >= 4000 / MOST_CHARS_A_TOKEN - 1
+        estimator.finished(
+            replace(a_request(), prompts=(" " * 10**6,)), Finished("r", 1, 1, DecodingReport())
+        )
+    assert estimator.prompt_lens(ordinary)[0] >= 4000 / MAX_CHARS_A_TOKEN - 1
     for _ in range(1000):
-        wishes.finished(replace(a_request(), prompts=("x",)), Finished("r", 10**6, 1, DecodingReport()))
-    assert wishes.prompt_lens(ordinary)[0] <= 4000 / LEAST_CHARS_A_TOKEN + 1
+        estimator.finished(replace(a_request(), prompts=("x",)), Finished("r", 10**6, 1, DecodingReport()))
+    assert estimator.prompt_lens(ordinary)[0] <= 4000 / MIN_CHARS_A_TOKEN + 1

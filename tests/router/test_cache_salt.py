@@ -4,6 +4,7 @@ import pytest
 
 from router.api import create_app
 from router.auth import ApiKey, KeyRing, digest_of, new_key
+from router.config import IngressConfig
 from router.prefix_map import CHUNK_CHARS, PrefixMap, prefix_keys
 from tests.replicas.engine.scripted import ScriptedRunner
 from tests.router.conftest import in_process
@@ -25,7 +26,7 @@ async def cached(client, key: str | None, prompt: str) -> int:
 @pytest.mark.parametrize("is_shared", [False, True])
 async def test_each_key_has_a_prefix_cache_of_its_own_unless_configured_otherwise(is_shared):
     async with (
-        a_stack([ScriptedRunner()], keys=RING, shared_prefix_cache=is_shared) as stack,
+        a_stack([ScriptedRunner()], keys=RING, config=IngressConfig(shared_prefix_cache=is_shared)) as stack,
         in_process(create_app(stack.door)) as client,
     ):
         secret = "the merger is on Monday " * 2

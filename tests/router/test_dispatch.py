@@ -8,8 +8,9 @@ from policies.control.store import ClusterView
 from policies.replica_load import ClusterLoad, ObservedLoad
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import Delta, GenerateRequest, SamplingParams
-from router.dispatch import Dispatcher, Generation
+from router.dispatch import Dispatcher
 from router.errors import Overloaded
+from router.generation import Generation
 from tests.eventually import eventually
 from tests.router.conftest import QUICK, running
 from tests.router.fakes import TEXT, WORDS, FakeDirectory, FakeStore, ScriptedReplica, a_load
@@ -32,7 +33,7 @@ def play(replica: ScriptedReplica, request_id: str, num: int = len(WORDS) + 1) -
 
 
 async def whole(dispatcher: Dispatcher, request: GenerateRequest) -> str:
-    async with dispatcher.generate(request) as generation:
+    async with Generation(dispatcher, request) as generation:
         return text_of(await generation.whole())
 
 
@@ -45,7 +46,7 @@ def text_of(deltas: tuple[Delta, ...]) -> str:
 async def test_text_arrives_in_order_and_ends_with_the_report(start):
     replica = ScriptedReplica("a")
     dispatcher = await start(replica)
-    async with running(replica.run()), dispatcher.generate(a_request()) as generation:
+    async with running(replica.run()), Generation(dispatcher, a_request()) as generation:
         assert "".join([text_of(deltas) async for deltas in generation.deltas()]) == TEXT
         assert generation.finished is not None
         assert generation.finished.report.replica_id == "a"
@@ -56,7 +57,7 @@ async def test_text_arrives_in_order_and_ends_with_the_report(start):
 async def test_text_that_piled_up_comes_as_one(start):
     replica = ScriptedReplica("a")
     dispatcher = await start(replica)
-    generation = dispatcher.generate(a_request())
+    generation = Generation(dispatcher, a_request())
     entering = asyncio.create_task(generation.__aenter__())
     request_id = await until_submitted(replica)
     play(replica, request_id)
@@ -67,7 +68,7 @@ async def test_text_that_piled_up_comes_as_one(start):
 
 async def begun(dispatcher: Dispatcher, replica: ScriptedReplica) -> tuple[Generation, str]:
     """A generation whose first word has come, and its id at the replica."""
-    generation = dispatcher.generate(a_request())
+    generation = Generation(dispatcher, a_request())
     entering = asyncio.create_task(generation.__aenter__())
     request_id = await until_submitted(replica)
     replica.step(request_id)
@@ -79,7 +80,7 @@ async def test_with_an_interval_the_first_piece_and_the_end_do_not_wait(start):
     replica = ScriptedReplica("a")
     dispatcher = await start(replica)
     generation, request_id = await begun(dispatcher, replica)
-    news = generation.deltas(interval_s=1000.0)
+    news = generation.deltas(lambda: 1000.0)
     assert text_of(await anext(news)) == WORDS[0]
     rest = asyncio.create_task(anext(news))
     play(replica, request_id, len(WORDS))
@@ -92,7 +93,7 @@ async def test_after_its_interval_a_piece_has_what_came_meanwhile(start):
     replica = ScriptedReplica("a")
     dispatcher = await start(replica)
     generation, request_id = await begun(dispatcher, replica)
-    news = generation.deltas(interval_s=0.1)
+    news = generation.deltas(lambda: 0.1)
     assert text_of(await anext(news)) == WORDS[0]
     began_s = asyncio.get_running_loop().time()
     piece = asyncio.create_task(anext(news))
@@ -106,11 +107,11 @@ async def test_within_an_interval_a_loss_is_told_at_once_after_the_text_before_i
     replica = ScriptedReplica("a")
     dispatcher = await start(replica)
     generation, request_id = await begun(dispatcher, replica)
-    news = generation.deltas(interval_s=1000.0)
+    news = generation.deltas(lambda: 1000.0)
     await anext(news)
     piece = asyncio.create_task(anext(news))
     replica.step(request_id)
-    await eventually(lambda: generation.num_tokens == 2)
+    await eventually(lambda: len(generation._inbox) == 1)
     replica.break_channels()
     assert text_of(await piece) == WORDS[1]
     with pytest.raises(TriadError, match="was lost"):
@@ -120,7 +121,7 @@ async def test_within_an_interval_a_loss_is_told_at_once_after_the_text_before_i
 async def test_entering_waits_for_the_first_event(start):
     replica = ScriptedReplica("a")
     dispatcher = await start(replica)
-    entering = asyncio.create_task(dispatcher.generate(a_request()).__aenter__())
+    entering = asyncio.create_task(Generation(dispatcher, a_request()).__aenter__())
     request_id = await until_submitted(replica)
     await eventually(lambda: dispatcher.in_flight() == {"a": 1})
     assert not entering.done()
@@ -215,7 +216,7 @@ async def test_a_second_loss_is_an_error(start):
 async def test_lost_after_streamed_text_is_an_error_and_no_retry(start):
     replicas = [ScriptedReplica("a"), ScriptedReplica("b")]
     dispatcher = await start(*replicas)
-    generation = dispatcher.generate(a_request())
+    generation = Generation(dispatcher, a_request())
     entering = asyncio.create_task(generation.__aenter__())
     await eventually(lambda: any(r.live for r in replicas))
     (at,) = [r for r in replicas if r.live]
@@ -332,7 +333,7 @@ async def test_a_leaving_replica_ends_its_requests_and_takes_no_more(start):
     request_id = await until_submitted(old)
     directory.replicas = [new]
     await eventually(lambda: new.num_channels == 1)
-    await eventually(lambda: not dispatcher._links["old"].is_open)
+    await eventually(lambda: not dispatcher._connections["old"].is_open)
     play(old, request_id)
     assert await task == TEXT
     old.idle()
@@ -351,8 +352,8 @@ async def test_a_roster_in_trouble_removes_nobody(start, trouble):
     directory.complete = trouble != "incomplete"
     directory.error = RuntimeError("no answer") if trouble == "error" else None
     for _ in range(3):
-        dispatcher._look_again.set()
-        await eventually(lambda: not dispatcher._look_again.is_set())
+        dispatcher._connections._look_again.set()
+        await eventually(lambda: not dispatcher._connections._look_again.is_set())
     assert dispatcher.ready
 
 

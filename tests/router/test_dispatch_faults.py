@@ -7,6 +7,7 @@ import pytest
 
 from replicas.errors import ErrorCode, TriadError
 from router.dispatch import Dispatcher
+from router.generation import Generation
 from tests.eventually import eventually
 from tests.router.conftest import running
 from tests.router.fakes import TEXT, WORDS, FakeDirectory, ScriptedReplica
@@ -18,7 +19,7 @@ async def client(dispatcher: Dispatcher, name: str, rng: random.Random) -> str:
     patience = rng.choice([None, None, rng.randrange(len(WORDS))])
     text = ""
     try:
-        async with dispatcher.generate(a_request(name)) as generation:
+        async with Generation(dispatcher, a_request(name)) as generation:
             if rng.random() < 0.5:
                 text = text_of(await generation.whole())
             else:

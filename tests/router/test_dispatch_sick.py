@@ -9,9 +9,10 @@ from policies.control.store import ClusterView
 from policies.replica_load import ClusterLoad, ObservedLoad
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import Accepted, GenerateRequest, ModelInfo, Rejected, SamplingParams
-from router.dispatch import MAX_LOSSES, MAX_UNSURE
+from router.dispatch import MAX_UNSURE
 from router.ejection import MAX_FAILURES
 from router.errors import Overloaded
+from router.generation import MAX_LOSSES, Generation
 from tests.eventually import eventually
 from tests.replicas.engine.scripted import ScriptedRunner
 from tests.router.conftest import running
@@ -59,7 +60,7 @@ async def test_one_that_fails_each_stream_after_its_first_words_is_left_out_too(
     async with running(good.run()):
         for number in range(50):
             try:
-                async with dispatcher.generate(a_request(str(number))) as generation:
+                async with Generation(dispatcher, a_request(str(number))) as generation:
                     assert "".join([text_of(deltas) async for deltas in generation.deltas()]) == TEXT
             except TriadError:
                 num_failed += 1
@@ -135,11 +136,11 @@ async def test_a_request_that_lost_its_replica_is_not_refused_for_want_of_room(s
 async def test_choices_take_places_and_not_requests(start):
     replica = ScriptedReplica("a")
     dispatcher = await start(replica, max_waiting=2)
-    many = asyncio.create_task(dispatcher.generate(replace(a_request("many"), num_choices=5)).__aenter__())
+    many = asyncio.create_task(Generation(dispatcher, replace(a_request("many"), num_choices=5)).__aenter__())
     await until_submitted(replica)
     with pytest.raises(Overloaded):
         await whole(dispatcher, replace(a_request("more"), num_choices=2))
-    one = asyncio.create_task(dispatcher.generate(a_request("one")).__aenter__())
+    one = asyncio.create_task(Generation(dispatcher, a_request("one")).__aenter__())
     await until_submitted(replica, 2)
     assert dispatcher.in_flight() == {"a": 2}
     for task in (many, one):
@@ -228,7 +229,7 @@ async def test_a_prompt_that_no_tokenizer_makes_fit_is_refused_before_it_is_sent
     replica = SlowReader("a", max_prompt_chars=8 * CONTEXT)
     dispatcher = await start(replica)
     await eventually(lambda: dispatcher.model is not None)
-    with pytest.raises(TriadError, match=f"the context is {CONTEXT} tokens") as caught:
+    with pytest.raises(TriadError, match=f"context length is {CONTEXT} tokens") as caught:
         await whole(dispatcher, replace(a_request(), prompts=(prompt,)))
     assert (caught.value.code, caught.value.param) == (ErrorCode.CONTEXT_LENGTH_EXCEEDED, param)
     assert replica.num_read == 0
@@ -255,7 +256,7 @@ async def test_with_real_replicas_one_of_which_fails_each_forward_all_requests_e
     async with a_stack([Poisoned(), ScriptedRunner()]) as stack:
         for number in range(100):
             request = GenerateRequest(f"r{number}", "", ("hello",), SamplingParams(max_tokens=5))
-            async with stack.dispatcher.generate(request) as generation:
+            async with Generation(stack.dispatcher, request) as generation:
                 await generation.whole()
                 assert generation.finished is not None
                 assert generation.finished.report.replica_id != stack.replicas[0].service.replica_id

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from router.api import AppState, create_app
-from router.config import Bounds
+from router.config import IngressConfig
 from tests.router.conftest import over_http
 from tests.router.fakes import MODEL, ScriptedReplica
 
@@ -28,7 +28,7 @@ async def trickle(writer: asyncio.StreamWriter, chunked: bool) -> None:
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("goes_on", [False, True])
 async def test_a_body_that_is_never_whole_is_a_408(make_door: MakeDoor, chunked: bool, goes_on: bool) -> None:
-    door = await make_door(ScriptedReplica("a"), bounds=Bounds(body_timeout_s=TIMEOUT_S))
+    door = await make_door(ScriptedReplica("a"), config=IngressConfig(body_timeout_s=TIMEOUT_S))
     length = b"Transfer-Encoding: chunked\r\n\r\n" if chunked else b"Content-Length: 1000000\r\n\r\n"
     async with over_http(create_app(door)) as url, httpx.AsyncClient(base_url=url) as client:
         reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
@@ -48,7 +48,7 @@ async def test_a_body_that_is_never_whole_is_a_408(make_door: MakeDoor, chunked:
 
 async def test_a_whole_body_sets_no_bound_to_its_answer(make_door: MakeDoor) -> None:
     replica = ScriptedReplica("a")
-    door = await make_door(replica, bounds=Bounds(body_timeout_s=0.05))
+    door = await make_door(replica, config=IngressConfig(body_timeout_s=0.05))
     async with over_http(create_app(door)) as url, httpx.AsyncClient(base_url=url) as client:
         asking = asyncio.create_task(
             client.post(

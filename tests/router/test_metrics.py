@@ -2,10 +2,12 @@
 
 import asyncio
 import random
+import re
 from collections.abc import AsyncIterator
 
 import httpx
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics_families
 from prometheus_client.parser import text_string_to_metric_families
 
 from policies.control.store import ClusterView
@@ -258,7 +260,7 @@ async def test_a_real_replica_says_by_which_mode_a_cancelled_stream_was_made(met
         _pieces = await first_piece(response)
         await eventually(lambda: runner.num_begun == 5)  # it waits in a forward
         await response.aclose()
-        await eventually(lambda: not stack.replicas[0].service._commands.empty())  # the cancel
+        await eventually(lambda: stack.replicas[0].service._thread.has_commands)  # the cancel
         runner.allow()
         await stack.settled()
         await eventually(lambda: tokens(metrics))
@@ -266,3 +268,61 @@ async def test_a_real_replica_says_by_which_mode_a_cancelled_stream_was_made(met
     assert set(tokens(metrics)) == {mode}
     assert 0 < tokens(metrics)[mode] < 60
     assert used(metrics)["completion"] == tokens(metrics)[mode] == load.tokens_total_by_mode[mode]
+
+
+async def test_cancelled_and_reused_tokens_are_counted(metrics):
+    async with a_stack(metrics=metrics) as stack, in_process(create_app(stack.door)) as client:
+        body = {"model": MODEL, "prompt": list(range(5, 65)), "max_tokens": 2}
+        for _ in range(2):
+            assert (await client.post("/v1/completions", json=body)).status_code == 200
+    assert counted(metrics, "triad_reused_tokens_total", "ingress")["i"] > 0
+    assert not counted(metrics, "triad_cancelled_tokens_total", "error_type")
+
+
+async def test_the_tokens_of_a_failed_request_are_counted_as_cancelled(make_door, metrics):
+    replica = ScriptedReplica("a")
+    door = await make_door(replica, metrics=metrics)
+    async with in_process(create_app(door)) as client:
+        asking = asyncio.create_task(client.post(PATH, json=CHAT))
+        await eventually(lambda: replica.live)
+        (request_id,) = replica.live
+        for _ in range(3):
+            replica.step(request_id)
+        replica.fail(request_id, ErrorCode.DEADLINE_EXCEEDED, "too late")
+        await asking
+    assert counted(metrics, "triad_cancelled_tokens_total", "error_type") == {"deadline_exceeded": 3}
+
+
+async def test_openmetrics_comes_where_it_is_asked_for(make_door, metrics):
+    door = await make_door(ScriptedReplica("a"), metrics=metrics)
+    metrics.answered("/x", 200)
+    async with in_process(create_app(door)) as client:
+        accept = {"Accept": "application/openmetrics-text;version=1.0.0;q=0.6,text/plain;q=0.5"}
+        answer = await client.get("/metrics", headers=accept)
+        assert answer.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+        families = {family.name: family for family in open_metrics_families(answer.text)}
+        assert families["triad_http_requests"].type == "counter"
+        plain = await client.get("/metrics")
+        assert plain.headers["content-type"].startswith("text/plain; version=0.0.4")
+        assert not plain.text.endswith("# EOF\n")
+
+
+def test_names_are_as_promtool_would_have_them(metrics):
+    """Its lint: counters alone end in _total, units are base units, no name has a type, each has help."""
+    metrics.seen.view = ClusterView(ClusterLoad((ObservedLoad(a_load("a"), 0.1),)))
+    metrics.answered("/x", 200)
+    metrics.cancelled("cancelled", 1)
+    metrics.reused(1)
+    metrics.used(None, 1, 2)
+    metrics.made(DecodingReport({Mode.AR: 2}, 1, 1), 2)
+    families = list(text_string_to_metric_families(metrics.exposition().decode()))
+    assert len(families) > 15
+    for family in families:
+        assert family.documentation
+        assert re.fullmatch(r"[a-z][a-z0-9_]*", family.name)
+        words = family.name.split("_")
+        assert not set(words) & {"ms", "milliseconds", "minutes", "counter", "gauge", "histogram", "summary"}
+        for sample in family.samples:
+            assert sample.name.endswith("_total") == (family.type == "counter")
+        if family.type != "histogram":
+            assert words[-1] not in ("count", "sum", "bucket")

@@ -1,7 +1,7 @@
 """Header and prompt bounds, and CORS."""
 
 from router.api import create_app
-from router.config import Bounds
+from router.config import IngressConfig
 from tests.router.conftest import in_process, running
 from tests.router.fakes import ScriptedReplica
 from tests.router.test_api import CHAT, error_of
@@ -22,7 +22,7 @@ async def test_headers_have_bounds(make_door):
 
 async def test_a_long_prompt_is_refused_before_a_replica_sees_it(make_door):
     replica = ScriptedReplica("a")
-    door = await make_door(replica, bounds=Bounds(max_prompt_chars=1000))
+    door = await make_door(replica, config=IngressConfig(max_prompt_chars=1000))
     long = [{"role": "user", "content": "x" * 400}] * 3
     async with in_process(create_app(door)) as client:
         error = error_of(await client.post(PATH, json=CHAT | {"messages": long}), 400)
@@ -36,13 +36,16 @@ async def test_a_long_prompt_is_refused_before_a_replica_sees_it(make_door):
 async def test_other_sites_pages_may_not_call_unless_they_are_listed(make_door):
     site, other = "https://chat.example.com", "https://evil.example.com"
     ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    ask["Access-Control-Request-Headers"] += (
+        ",content-type,traceparent,x-stainless-lang,x-stainless-retry-count"
+    )
     replica = ScriptedReplica("a")
     door = await make_door(replica)
     async with in_process(create_app(door)) as client:
         response = await client.options(PATH, headers={"Origin": site} | ask)
         assert response.status_code == 405
         assert "access-control-allow-origin" not in response.headers
-    listed = await make_door(replica, cors_origins=(site,))
+    listed = await make_door(replica, config=IngressConfig(cors_origins=(site,)))
     async with running(replica.run()), in_process(create_app(listed)) as client:
         response = await client.options(PATH, headers={"Origin": site} | ask)
         assert (response.status_code, response.headers["access-control-allow-origin"]) == (200, site)

@@ -5,16 +5,18 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from replicas.messages import NUM_SEEDS, DecodingOptions, SamplingParams
 from router.body import read
+from router.completion import Completion
 from router.config import Bounds
 from router.errors import ApiError
 from router.operate import PolicyBody
-from router.schema import ChatCompletionRequest, Completion, CompletionRequest
+from router.schema import ChatCompletionRequest, CompletionRequest
+from tests.thorough import examples
 
 INT32 = 2**31 - 1
 BODIES: dict[type[Completion], dict[str, Any]] = {
@@ -23,7 +25,7 @@ BODIES: dict[type[Completion], dict[str, Any]] = {
 }
 BOTH = (ChatCompletionRequest, CompletionRequest)
 INTEGERS = {
-    "max_tokens": (1, INT32, BOTH),
+    "max_tokens": (1, INT32, BOTH[:1]),
     "max_completion_tokens": (1, INT32, BOTH[:1]),
     "min_tokens": (0, INT32, BOTH),
     "top_k": (-1, INT32, BOTH),
@@ -81,7 +83,7 @@ def body_with(model: type[Completion], name: str, raw: str) -> bytes:
 
 def check_bounds(sampling: SamplingParams, decoding: DecodingOptions) -> None:
     """What the sampler and the scheduler take."""
-    assert sampling.max_tokens is None or 1 <= sampling.max_tokens <= INT32
+    assert sampling.max_tokens is None or 0 <= sampling.max_tokens <= INT32
     assert 0 <= sampling.min_tokens <= INT32
     assert 0 <= sampling.top_k <= INT32
     assert 0 <= sampling.seed < NUM_SEEDS
@@ -101,7 +103,7 @@ def check_bounds(sampling: SamplingParams, decoding: DecodingOptions) -> None:
 
 
 @given(field=st.sampled_from(FIELDS), raw=RAW)
-@settings(max_examples=3000, deadline=None)
+@examples(800)
 def test_any_number_is_in_range_or_named(field: tuple[str, type[Completion]], raw: str) -> None:
     name, model = field
     least, most, _ = NUMBERS[name]
@@ -134,7 +136,7 @@ def test_the_ends_of_each_range_are_in_it_and_what_is_next_to_them_is_not(name: 
 
 
 @given(raw=RAW, key=st.one_of(st.text(max_size=12), RAW, st.just("9" * 10), st.just("2147483648")))
-@settings(max_examples=600, deadline=None)
+@examples(200)
 def test_any_bias_is_of_a_token_or_named(raw: str, key: str) -> None:
     body = json.dumps(BODIES[CompletionRequest] | {"logit_bias": {key: "HERE"}}).replace('"HERE"', raw)
     request = outcome(CompletionRequest, body.encode())
@@ -149,7 +151,7 @@ def test_any_bias_is_of_a_token_or_named(raw: str, key: str) -> None:
 
 
 @given(ids=st.lists(RAW, min_size=1, max_size=3))
-@settings(max_examples=600, deadline=None)
+@examples(200)
 def test_any_token_id_is_one_or_the_prompt_is_named(ids: list[str]) -> None:
     body = f'{{"model": "m", "prompt": [{",".join(ids)}]}}'
     request = outcome(CompletionRequest, body.encode())
@@ -161,7 +163,7 @@ def test_any_token_id_is_one_or_the_prompt_is_named(ids: list[str]) -> None:
 
 
 @given(raw=RAW)
-@settings(max_examples=300, deadline=None)
+@examples(100)
 def test_a_policys_parameters_are_numbers_that_all_can_read(raw: str) -> None:
     body = json.dumps({"policy": "threshold", "policy_params": {"stabilise": {"dwell_s": "HERE"}}})
     body = body.replace('"HERE"', raw)

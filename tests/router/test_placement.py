@@ -28,14 +28,14 @@ def candidate(replica_id, num_in_flight=0, age_s=0.1, num_own=0, num_since=0, to
     return Candidate(replica_id, seen, num_own, num_since, tokens_since)
 
 
-def chosen(*candidates, rng=RNG, wish=PlacementRequest()):  # noqa: B008
-    return choose_replica(candidates, rng, wish)
+def chosen(*candidates, rng=RNG, wanted=PlacementRequest()):  # noqa: B008
+    return choose_replica(candidates, rng, wanted)
 
 
-def placed(loads, rng, wish=PlacementRequest(), traffic=None, now_s=10.0):  # noqa: B008
+def placed(loads, rng, wanted=PlacementRequest(), traffic=None, now_s=10.0):  # noqa: B008
     """Where a request goes among replicas with these loads in sight."""
     seen = {load.load.replica_id: load for load in loads}
-    return place(list(seen), traffic or OwnTraffic(), seen.get, now_s, rng, wish)
+    return place(list(seen), traffic or OwnTraffic(), seen.get, now_s, rng, wanted)
 
 
 def test_nobody_to_choose():
@@ -72,11 +72,11 @@ def test_ties_fall_at_random():
 
 
 def test_a_replica_that_has_the_prompt_is_preferred_while_it_is_not_much_fuller():
-    wish = PlacementRequest(held={"warm": 1.0})
-    assert chosen(candidate("warm", 1), candidate("cold", 0), wish=wish) == "warm"
-    assert chosen(candidate("warm", 3), candidate("cold", 0), wish=wish) == "cold"
+    wanted = PlacementRequest(held={"warm": 1.0})
+    assert chosen(candidate("warm", 1), candidate("cold", 0), wanted=wanted) == "warm"
+    assert chosen(candidate("warm", 3), candidate("cold", 0), wanted=wanted) == "cold"
     assert (
-        chosen(candidate("warm", 1), candidate("cold", 0), wish=PlacementRequest(held={"warm": 0.1}))
+        chosen(candidate("warm", 1), candidate("cold", 0), wanted=PlacementRequest(held={"warm": 0.1}))
         == "cold"
     )
 
@@ -85,14 +85,14 @@ def test_a_request_in_ar_keeps_away_from_long_steps_and_a_long_one_from_ar():
     ar = candidate("ar", 4, running_by_mode={Mode.AR: 4})
     long = candidate("long", 3, running_by_mode={Mode.DIFFUSION: 2, Mode.SELF_SPECULATION: 1})
     assert chosen(ar, long) == "long"
-    assert chosen(ar, long, wish=PlacementRequest(Mode.AR)) == "ar"
-    assert chosen(ar, long, wish=PlacementRequest(Mode.SELF_SPECULATION)) == "long"
+    assert chosen(ar, long, wanted=PlacementRequest(Mode.AR)) == "ar"
+    assert chosen(ar, long, wanted=PlacementRequest(Mode.SELF_SPECULATION)) == "long"
 
 
 def test_company_is_no_reason_to_queue():
     full = candidate("full", 9, running_by_mode={Mode.AR: 8})
     long = candidate("long", 4, running_by_mode={Mode.DIFFUSION: 4})
-    assert chosen(full, long, wish=PlacementRequest(Mode.AR)) == "long"
+    assert chosen(full, long, wanted=PlacementRequest(Mode.AR)) == "long"
 
 
 @pytest.mark.parametrize(
@@ -159,11 +159,11 @@ def test_at_scale_a_cached_prompt_is_found_and_a_hot_one_spills_over():
     rng = random.Random(1)
     traffic = OwnTraffic()
     many = [observed(0, f"r{index}", max_running=16) for index in range(100)]
-    wish = PlacementRequest(held={"r7": 1.0, "gone": 1.0})
-    assert placed(many, rng, wish, traffic) == "r7"
+    wanted = PlacementRequest(held={"r7": 1.0, "gone": 1.0})
+    assert placed(many, rng, wanted, traffic) == "r7"
     went = Counter()
     for _ in range(200):
-        replica_id = placed(many, rng, wish, traffic)
+        replica_id = placed(many, rng, wanted, traffic)
         traffic.started(replica_id, now_s=10.0)
         went[replica_id] += 1
     assert 4 <= went["r7"] <= PREFIX_WEIGHT * 16 + 200 / 100 + 4

@@ -55,9 +55,10 @@ NAMED = {"name": "person", "schema": PERSON}
     ("given", "schema", "best_effort"),
     [
         (None, None, False),
+        ({"type": "json_schema", "json_schema": NAMED | {"strict": None}}, PERSON, True),
         ({"type": "text"}, None, False),
         ({"type": "json_object"}, {"type": "object"}, False),
-        ({"type": "json_schema", "json_schema": NAMED}, PERSON, False),
+        ({"type": "json_schema", "json_schema": NAMED}, PERSON, True),
         ({"type": "json_schema", "json_schema": NAMED | {"strict": True, "description": "x"}}, PERSON, False),
         ({"type": "json_schema", "json_schema": NAMED | {"strict": False}}, PERSON, True),
     ],

@@ -27,6 +27,9 @@ def a_delta(text: str, *logprobs: TextLogprob, index: int = 0, reason: FinishRea
     return Delta("x", text, 1, logprobs, index, reason)
 
 
+ENDED = a_delta("", reason=LENGTH)
+
+
 DECODING = {
     "tokens": {"ar": 1, "diffusion": 9},
     "forwards": 4,
@@ -49,6 +52,9 @@ def events(raw: bytes) -> list:
         return []
     assert raw.endswith(b"\n\n")
     lines = raw.decode().removesuffix("\n\n").split("\n\n")
+    if lines[-1].startswith("event: error\n"):
+        lines[-1] = lines[-1].removeprefix("event: error\n")
+        assert "error" in json.loads(lines[-1][6:])
     assert all(line.startswith("data: ") and "\n" not in line for line in lines)
     return [line[6:] if line == "data: [DONE]" else json.loads(line[6:]) for line in lines]
 
@@ -83,7 +89,7 @@ def test_any_text_is_one_event(cls, at, text):
 
 @pytest.mark.parametrize(("cls", "empty"), [(ChatAnswer, {"delta": {}}), (TextAnswer, {"text": ""})])
 def test_the_last_chunk_has_reason_and_report(cls, empty):
-    last, done = events(cls("id", "m", 5).tail(0, LENGTH, FINISHED))
+    last, done = events(cls("id", "m", 5).tail(ENDED, FINISHED))
     assert done == "[DONE]"
     assert last["choices"] == [{"index": 0, "logprobs": None, "finish_reason": "length"} | empty]
     assert last["decoding"] == DECODING
@@ -95,7 +101,7 @@ def test_usage_on_request_is_a_chunk_of_its_own(cls):
     answer = cls("id", "m", 5, include_usage=True)
     chunks = events(answer.head(SO_FAR) + answer.delta(a_delta("x"), SO_FAR))
     assert all(chunk["usage"] is None for chunk in chunks)
-    last, usage, done = events(answer.tail(0, LENGTH, FINISHED))
+    last, usage, done = events(answer.tail(ENDED, FINISHED))
     assert last["usage"] is None
     assert (usage["choices"], usage["usage"]) == ([], USAGE)
     assert usage["object"] == last["object"]
@@ -107,9 +113,9 @@ def test_usage_on_request_is_a_chunk_of_its_own(cls):
 def test_continuous_usage_is_in_every_chunk(cls, include_usage):
     answer = cls("id", "m", 5, include_usage=include_usage, continuous_usage=True)
     so_far = {"prompt_tokens": 7, "completion_tokens": 4, "total_tokens": 11}
-    chunks = events(answer.head(SO_FAR) + answer.delta(a_delta("x"), SO_FAR) + answer.end(0, LENGTH, SO_FAR))
+    chunks = events(answer.head(SO_FAR) + answer.delta(a_delta("x"), SO_FAR) + answer.end(ENDED, SO_FAR))
     assert [chunk["usage"] for chunk in chunks] == [so_far] * len(chunks)
-    last, *usage, done = events(answer.tail(0, LENGTH, FINISHED))
+    last, *usage, done = events(answer.tail(ENDED, FINISHED))
     assert last["usage"] == {"prompt_tokens": 7, "completion_tokens": 10, "total_tokens": 17}
     assert [chunk["usage"] for chunk in usage] == ([USAGE] if include_usage else [])
     assert done == "[DONE]"
@@ -205,10 +211,10 @@ def test_choices_have_their_indices_and_end_one_by_one(cls):
     )
     (chunk,) = events(answer.delta(a_delta("x", index=2), SO_FAR))
     assert chunk["choices"][0]["index"] == 2
-    (end,) = events(answer.end(1, FinishReason.STOP, SO_FAR))
+    (end,) = events(answer.end(a_delta("", index=1, reason=FinishReason.STOP), SO_FAR))
     assert (end["choices"][0]["index"], end["choices"][0]["finish_reason"]) == (1, "stop")
     assert "decoding" not in end
-    last, _ = events(answer.tail(2, LENGTH, FINISHED))
+    last, _ = events(answer.tail(a_delta("", index=2, reason=LENGTH), FINISHED))
     assert (last["choices"][0]["index"], last["choices"][0]["finish_reason"]) == (2, "length")
     whole = answer.whole([a_delta(str(i), index=i, reason=LENGTH) for i in range(3)], FINISHED)
     assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2]

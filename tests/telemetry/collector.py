@@ -23,6 +23,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
 )
 
 SPANS_PATH, METRICS_PATH = "/v1/traces", "/v1/metrics"
+END_WITHIN_S = 0.02
+"""How often a server that waits for requests asks whether it is to end."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def http_collector() -> Iterator[Collector]:
             return
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(END_WITHIN_S,), daemon=True)
     thread.start()
     collector.endpoint = f"http://127.0.0.1:{server.server_port}"
     try:

@@ -205,7 +205,7 @@ async def test_off_is_off(monkeypatch: pytest.MonkeyPatch, environment: dict[str
     assert Tracing("ingress", "i").tracer is None
     async with a_stack() as stack, in_process(create_app(stack.door)) as client:
         assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
-        assert stack.replicas[0].service._on_timeline is None
+        assert stack.replicas[0].service._requests._on_timeline is None
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import pytest
 
 from policies.modes import DecodePlan, Mode
+from replicas.yields_file import read_yields
 from training.evaluate import DEFAULT_CHECKPOINT, evaluate, table
 from training.tasks.registry import FAMILIES
 
@@ -14,8 +15,23 @@ PLANS = (
 
 
 @pytest.fixture(scope="module")
-def scores():
+def evaluated():
     return evaluate(DEFAULT_CHECKPOINT, per_family=8, plans=PLANS)
+
+
+@pytest.fixture(scope="module")
+def scores(evaluated):
+    return evaluated[0]
+
+
+def test_the_yields_beside_the_checkpoint_are_those_of_its_tasks(evaluated):
+    """Measured anew on fewer prompts, and not far off."""
+    known = {entry.plan: entry for entry in read_yields(DEFAULT_CHECKPOINT)}
+    assert [entry.plan for entry in evaluated[1]] == list(PLANS[1:])
+    for entry in evaluated[1]:
+        assert entry.tokens_per_forward == pytest.approx(known[entry.plan].tokens_per_forward, rel=0.15)
+        assert entry.rows == pytest.approx(known[entry.plan].rows, rel=0.1)
+        assert entry.num_rounds >= 100
 
 
 def test_one_row_a_family_and_one_over_all(scores):

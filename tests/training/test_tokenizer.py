@@ -1,10 +1,11 @@
 """The tokenizer: any text round-trips, and an entity is one token wherever it stands."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from tests.thorough import examples
 from training.evaluate import DEFAULT_CHECKPOINT
 from training.tasks import words
 from training.tokenizer import SPECIAL_TOKENS, train_tokenizer
@@ -23,7 +24,7 @@ def ids(tokenizer, text):
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-@settings(max_examples=300, deadline=None)
+@examples(100)
 @given(st.text().filter(lambda text: "<|" not in text))
 def test_any_text_round_trips(text):
     tokenizer = test_any_text_round_trips.tokenizer

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from policies.modes import DecodePlan, Mode
+from replicas.config import EngineConfig
 from replicas.engine.engine import Engine
 from replicas.model.runner import TorchRunner
 from replicas.text import TextCodec
@@ -64,7 +65,9 @@ def evaluate(
     if missing:
         raise ValueError(f"{checkpoint} has no {', '.join(sorted(missing))}: is its linear_spec_lora/ there?")
     codec = TextCodec.load(str(checkpoint))
-    answers = [decode(Engine(runner, max_waiting=len(prompts)), codec, prompts, plan) for plan in plans]
+    answers = [
+        decode(Engine(runner, EngineConfig(max_waiting=len(prompts))), codec, prompts, plan) for plan in plans
+    ]
     return [score(plan, made, answers[0]) for plan, made in zip(plans, answers, strict=True)], answers
 
 

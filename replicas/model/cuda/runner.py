@@ -132,7 +132,7 @@ class CudaRunner:
         if num_pages is None:
             if kv_budget_bytes is None:
                 kv_budget_bytes = _free_bytes(torch.device(device)) - MEMORY_FOR_STEPS
-            num_pages = parallel.least(max(kv_budget_bytes, 0) // page_bytes)
+            num_pages = parallel.min(max(kv_budget_bytes, 0) // page_bytes)
         if num_pages < 1:
             raise CheckpointError(
                 f"the K/V budget holds no page; one of {page_size} tokens takes {page_bytes} bytes"
@@ -221,8 +221,8 @@ class CudaRunner:
     def _prepare_graphs(self, dtype: torch.dtype, max_graphs: int) -> None:
         """Makes the tensors that graphs read from and write to, and the way they are captured."""
         device = self.device
-        most = StepSize(MAX_GRAPH_ROWS, MAX_GRAPH_ROWS, MAX_GRAPH_ROWS, (2 * MAX_GRAPH_ROWS,) * 3, True)
-        num_ints = sum(length for _, length in most.sections()) + _GRAPH_PAGE_ENTRIES
+        max_size = StepSize(MAX_GRAPH_ROWS, MAX_GRAPH_ROWS, MAX_GRAPH_ROWS, (2 * MAX_GRAPH_ROWS,) * 3, True)
+        num_ints = sum(length for _, length in max_size.sections()) + _GRAPH_PAGE_ENTRIES
         self._buffer = torch.zeros(num_ints, dtype=torch.int32, device=device)
         self._logits = torch.empty(MAX_GRAPH_ROWS, self.config.vocab_size, dtype=dtype, device=device)
         self._best = Confidence(

@@ -82,7 +82,7 @@ def choose(
         ids, values, tops = sample(logits[index], rows, mask_token_id, eos_token_ids)
         packed[:, index] = torch.tensor([ids, values], dtype=torch.float64, device=logits.device)
         tokens = packed[0].long()
-        top = {special[row]: most for row, most in tops.items()}
+        top = {special[row]: most_probable for row, most_probable in tops.items()}
     return Sampled(segments, tokens, Fetch(packed), top)
 
 

@@ -11,6 +11,7 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "penalties.h"
 #include "pool.h"
 #include "vec.h"
 
@@ -393,6 +394,11 @@ void triad_choose(void* context, float* logits, int64_t rows, int64_t ld, int64_
       choose_row(logits + row * ld, vocab, forbidden, tokens + row, normalisers + row);
     });
   });
+}
+
+// logits: [W, ld], W as the penalties have it
+void triad_penalise(void* context, float* logits, int64_t ld, const Penalty* penalties, int64_t count) {
+  penalise(static_cast<Context*>(context)->pool, logits, ld, penalties, count);
 }
 
 // Bytes of one page of one layer's keys, or of its values.

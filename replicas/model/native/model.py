@@ -16,6 +16,7 @@ from replicas.model.checkpoint import LayerWeights, ModelWeights
 from replicas.model.config import ModelConfig
 from replicas.model.native import structures as c
 from replicas.model.native.build import NativeUnavailable, load_library
+from replicas.model.native.penalties import NativePenalties
 from replicas.model.rotary import RotaryTable
 
 BLOCK = 32
@@ -104,6 +105,7 @@ class NativeModel:
         )
         self._context = self._library.triad_open(ctypes.c_int64(num_threads))
         self._logits = torch.empty(0)
+        self.penalise = NativePenalties(self._library, ctypes.c_void_p(self._context)).penalise
 
     def __del__(self) -> None:
         if hasattr(self, "_context"):

@@ -1,4 +1,4 @@
-"""The C structures of forward.cpp, field for field."""
+"""The C structures of forward.cpp and penalties.h, field for field."""
 
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 
@@ -67,4 +67,21 @@ class Step(Structure):
         ("token_ids", c_void_p),
         ("wanted", c_void_p),
         ("logits", c_void_p),
+    )
+
+
+class Penalty(Structure):
+    _fields_ = (
+        ("first_row", c_int64),
+        ("num_rows", c_int64),
+        ("num_shared", c_int64),
+        ("shared_ids", c_void_p),
+        ("shared_times", c_void_p),
+        ("own_starts", c_void_p),
+        ("own_ids", c_void_p),
+        ("own_times", c_void_p),
+        ("taken_off", c_void_p),
+        ("scale", c_float),
+        ("shared_was", c_void_p),
+        ("own_was", c_void_p),
     )

@@ -24,7 +24,7 @@ from loadtest.simulator.tables import table_lines
 from policies.cost import prior_yield
 from policies.modes import DecodePlan, Mode
 from policies.registry import create_policy
-from router.admission_control import QueueLimits
+from router.config import AdmissionConfig
 
 MACHINE = Machine.b200("8b")
 TIGHT = Slo(1.0, 0.01)
@@ -40,7 +40,7 @@ def a_cluster(requests, num_replicas=4, policy="threshold", seed=0, **changes):
     setting = Setting(
         num_replicas=num_replicas,
         hardware=Hardware(MACHINE.table, MACHINE.table.fitted, max_running=32),
-        limits=QueueLimits(64, 100_000),
+        admission=AdmissionConfig(max_running=32, max_waiting=64, max_waiting_tokens=100_000),
         start=PLANS[0],
         believed_yields={plan: prior_yield(plan) for plan in plans},
         **changes,

@@ -7,7 +7,7 @@ import redis.asyncio
 
 from policies.control.controller import Controller
 from policies.control.plan import ReplicaPlan
-from policies.control.plan_sync import PlanFollower
+from policies.control.plan_sync import MAX_FAILED_STEPS, PlanFollower
 from policies.control.policy_setting import PolicyChoice, PolicyWatch, read_setting, write_setting
 from policies.control.store import LoadStore, PlanWrite
 from policies.modes import DecodePlan, Mode
@@ -139,6 +139,55 @@ async def test_the_loop_keeps_its_period_and_withdraws_at_the_end(replica, store
     assert (await store.read_loads()).replicas == ()
 
 
+async def test_a_publisher_whose_every_step_fails_is_known_to_be_broken(store, clock):
+    """Its loop goes on for ever, so that the loop's life alone would say nothing."""
+    stop = asyncio.Event()
+    fails = [True] * MAX_FAILED_STEPS
+    steps = [False, *fails[1:], False, *fails, True, False]
+    left = iter([False, *steps])  # the first one at the beginning
+    broken = []
+
+    def read_load():
+        if next(left):
+            raise ValueError("no load")
+        return a_load()
+
+    async def sleep(seconds):
+        clock.now_s += seconds
+        try:
+            follower.check()
+        except RuntimeError as error:
+            broken.append((len(times), str(error)))
+        times.append(clock.now_s)
+        if len(times) == len(steps):
+            stop.set()
+
+    times = []
+    follower = PlanFollower(store, create_policy("ar"), read_load, clock=clock, sleep=sleep)
+    await follower.run(stop)
+    assert [step for step, _ in broken] == [len(steps) - 3, len(steps) - 2]
+    assert f"failed {MAX_FAILED_STEPS} times in a row" in broken[0][1]
+
+
+async def test_a_publisher_without_its_store_is_not_broken(clock):
+    stop = asyncio.Event()
+    lost = LoadStore("redis://127.0.0.1:1/0")
+    num_steps = 0
+
+    async def sleep(seconds):
+        nonlocal num_steps
+        clock.now_s += seconds
+        follower.check()
+        num_steps += 1
+        if num_steps == 2 * MAX_FAILED_STEPS:
+            stop.set()
+
+    follower = PlanFollower(lost, create_policy("ar"), a_load, clock=clock, sleep=sleep)
+    await follower.run(stop)
+    assert follower.plan.rule.endswith("store unavailable)")
+    await lost.close()
+
+
 async def test_a_plan_left_for_a_decision_of_its_own_is_not_gone_back_to(replica, write, raw, app, clock):
     """The store was away for a moment: its plan looks fresh again, but is from before the shift."""
     await write(1, DIFFUSION)
@@ -238,7 +287,7 @@ async def test_a_replica_sends_exactly_one_command_a_period(own_server, app, num
 
     watch = PolicyWatch(store, PolicyChoice("threshold"), policies.append)
     follower = PlanFollower(
-        store, create_policy("threshold"), lambda: a_load(1), on_policy_entry=watch.heed, sleep=sleep
+        store, create_policy("threshold"), lambda: a_load(1), on_policy_entry=watch.apply, sleep=sleep
     )
     commands, _ = await commands_while(own_server.url, follower.run(stop))
     assert len(commands) == num_periods + 1
@@ -250,7 +299,7 @@ async def test_a_replica_sends_exactly_one_command_a_period(own_server, app, num
 async def test_a_store_that_lost_its_data_is_given_the_policy_back(own_server, app):
     store = LoadStore(own_server.url, app)
     watch = PolicyWatch(store, PolicyChoice("threshold"), lambda policy: None)
-    follower = PlanFollower(store, create_policy("threshold"), lambda: a_load(1), on_policy_entry=watch.heed)
+    follower = PlanFollower(store, create_policy("threshold"), lambda: a_load(1), on_policy_entry=watch.apply)
     setting = await write_setting(store, PolicyChoice("ar"))
     await follower.step()
     assert watch.setting == setting

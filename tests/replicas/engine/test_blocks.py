@@ -3,13 +3,14 @@
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from replicas.engine.blocks import ROOT, PagePool
+from tests.thorough import examples
 
 
-@settings(max_examples=150, deadline=None)
+@examples(50)
 @given(seed=st.integers(0, 10**9), num_pages=st.integers(1, 12), page_size=st.integers(1, 3))
 def test_random_use_keeps_the_books(seed: int, num_pages: int, page_size: int) -> None:
     """content: what each page really holds, as (prefix, tokens); a found page must hold what was asked."""

@@ -2,11 +2,12 @@
 
 import random
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.cost import StepCost
 from policies.modes import DecodePlan, Mode
+from replicas.config import EngineConfig
 from replicas.engine.engine import Engine
 from replicas.engine.sequence import Progress, Sequence
 from replicas.messages import DecodingOptions, JsonFormat, SamplingParams
@@ -18,6 +19,7 @@ from tests.replicas.engine.scripted import (
     naive_ar,
     tokens_of,
 )
+from tests.thorough import examples
 
 MAX_CONTEXT = 96
 JSON = JsonFormat("{}")
@@ -41,12 +43,14 @@ class Crowd:
         self.runner = ScriptedRunner(num_pages=num_pages, page_size=4, max_context=MAX_CONTEXT)
         self.engine = Engine(
             self.runner,
-            max_running=rng.randint(1, 12),
-            max_waiting=1000,
-            max_step_tokens=step_tokens,
-            max_prefill_tokens=rng.randint(1, 60),
-            max_step_ms=rng.choice((None, 6.0, 12.0)),
-            overlap_blocks=self.overlaps_blocks,
+            EngineConfig(
+                max_running=rng.randint(1, 12),
+                max_waiting=1000,
+                max_step_tokens=step_tokens,
+                max_prefill_tokens=rng.randint(1, 60),
+                max_step_ms=rng.choice((None, 6.0, 12.0)),
+                overlap_blocks=self.overlaps_blocks,
+            ),
         )
         self.engine.set_step_cost(rng.choice(COSTS))
         self.prefixes = [[rng.randint(3, 60) for _ in range(30)] for _ in range(2)]
@@ -128,7 +132,7 @@ def run_crowd(seed: int, num_pages: int, step_tokens: int) -> Crowd:
     return crowd
 
 
-@settings(max_examples=60, deadline=None)
+@examples(20)
 @given(seed=st.integers(0, 10**9), num_pages=st.integers(24, 60), step_tokens=st.integers(192, 260))
 def test_a_crowd_gets_what_each_would_alone(seed: int, num_pages: int, step_tokens: int) -> None:
     """Arrivals, modes, grammars, choices, cancels and plan changes on a pool too small for all of them."""

@@ -3,6 +3,7 @@
 import pytest
 
 from policies.modes import DecodePlan, Mode
+from replicas.config import EngineConfig
 from replicas.engine.engine import Engine
 from replicas.engine.sequence import Progress
 from replicas.errors import ErrorCode, TriadError
@@ -36,7 +37,9 @@ def test_alone_equals_naive(kind: str, prompt_len: int) -> None:
 
 
 def test_preemption_happens_and_changes_nothing() -> None:
-    engine = Engine(ScriptedRunner(num_pages=24, page_size=4, max_context=96), max_step_tokens=512)
+    engine = Engine(
+        ScriptedRunner(num_pages=24, page_size=4, max_context=96), EngineConfig(max_step_tokens=512)
+    )
     prompts = {kind: [5 + index] * 20 for index, kind in enumerate(PINNED)}
     sequences = [
         engine.submit(kind, prompt, SamplingParams(max_tokens=70, ignore_eos=True), PINNED[kind])
@@ -84,7 +87,7 @@ def test_ar_makes_one_token_a_forward_and_speculation_more() -> None:
 
 
 def test_a_crowd_of_long_blocks_does_not_starve_a_prompt() -> None:
-    engine = Engine(ScriptedRunner(num_pages=600), max_step_tokens=192)
+    engine = Engine(ScriptedRunner(num_pages=600), EngineConfig(max_step_tokens=192))
     options = DecodingOptions(Mode.DIFFUSION, block_length=32)
     for k in range(20):
         engine.submit(f"r{k}", [5 + k] * 10, SamplingParams(max_tokens=80, ignore_eos=True), options)
@@ -147,7 +150,7 @@ class Clock:
 
 
 def test_a_lower_priority_goes_first_and_equals_in_their_order() -> None:
-    engine = Engine(ScriptedRunner(), max_running=1)
+    engine = Engine(ScriptedRunner(), EngineConfig(max_running=1))
     for name, priority in (("first", 0), ("later", 2), ("equal", 0), ("urgent", -1), ("late", 2)):
         engine.submit(name, [5, 6], SamplingParams(max_tokens=3), priority=priority)
     ended = [name for name, made in drain(engine).items() if made[-1].ended]
@@ -157,7 +160,7 @@ def test_a_lower_priority_goes_first_and_equals_in_their_order() -> None:
 def test_no_priority_starves() -> None:
     """Urgent requests come for ever, faster than they are served; the patient one waits for 30 s of them."""
     clock = Clock()
-    engine = Engine(ScriptedRunner(), max_running=1, clock=clock)
+    engine = Engine(ScriptedRunner(), EngineConfig(max_running=1), clock=clock)
     sampling = SamplingParams(max_tokens=2, ignore_eos=True)
     ended: list[str] = []
     for k in range(100):
@@ -172,7 +175,7 @@ def test_no_priority_starves() -> None:
 
 def test_a_long_prompt_holds_up_running_streams_by_no_more_than_its_cap() -> None:
     runner = ScriptedRunner(num_pages=400, max_context=900)
-    engine = Engine(runner, max_step_tokens=512, max_prefill_tokens=24)
+    engine = Engine(runner, EngineConfig(max_step_tokens=512, max_prefill_tokens=24))
     streams = [
         engine.submit(f"s{k}", [5 + k, 9], SamplingParams(max_tokens=100, ignore_eos=True)) for k in range(4)
     ]
@@ -187,7 +190,10 @@ def test_a_long_prompt_holds_up_running_streams_by_no_more_than_its_cap() -> Non
         assert runner.most_tokens <= 4 + 24
         assert {progress.sequence for progress in made} >= set(streams)
     assert num_steps == -(-700 // 24)
-    alone = Engine(ScriptedRunner(num_pages=400, max_context=900), max_step_tokens=512, max_prefill_tokens=24)
+    alone = Engine(
+        ScriptedRunner(num_pages=400, max_context=900),
+        EngineConfig(max_step_tokens=512, max_prefill_tokens=24),
+    )
     lone = alone.submit("long", [6] * 700, SamplingParams(max_tokens=4))
     alone.step()
     alone.step()
@@ -218,7 +224,7 @@ def test_cancel_frees_pages_at_once() -> None:
 
 def test_deadline_ends_waiting_and_running_requests() -> None:
     now_s = 0.0
-    engine = Engine(ScriptedRunner(), max_running=1, clock=lambda: now_s)
+    engine = Engine(ScriptedRunner(), EngineConfig(max_running=1), clock=lambda: now_s)
     for name, timeout_s in (("running", 5.0), ("waiting", 3.0), ("patient", None)):
         engine.submit(name, [5, 6], SamplingParams(max_tokens=50, ignore_eos=True), timeout_s=timeout_s)
     engine.step()
@@ -237,15 +243,15 @@ def test_deadline_ends_waiting_and_running_requests() -> None:
     ("prompt", "sampling", "decoding", "code", "param"),
     [
         ([], SamplingParams(), DecodingOptions(), ErrorCode.INVALID_REQUEST, "prompt"),
-        ([5], SamplingParams(max_tokens=0), DecodingOptions(), ErrorCode.INVALID_REQUEST, "max_tokens"),
+        ([5], SamplingParams(max_tokens=-1), DecodingOptions(), ErrorCode.INVALID_REQUEST, "max_tokens"),
         (
-            [5] * 50,
-            SamplingParams(max_tokens=47),
+            [5],
+            SamplingParams(stop_token_ids=(300,)),
             DecodingOptions(),
-            ErrorCode.CONTEXT_LENGTH_EXCEEDED,
-            "max_tokens",
+            ErrorCode.INVALID_REQUEST,
+            "stop_token_ids",
         ),
-        ([5] * 96, SamplingParams(), DecodingOptions(), ErrorCode.CONTEXT_LENGTH_EXCEEDED, "messages"),
+        ([5] * 96, SamplingParams(), DecodingOptions(), ErrorCode.CONTEXT_LENGTH_EXCEEDED, "prompt"),
         ([5, 300], SamplingParams(), DecodingOptions(), ErrorCode.INVALID_REQUEST, "prompt"),
         (
             [5],
@@ -280,7 +286,7 @@ def test_bad_requests_are_refused(prompt, sampling, decoding, code, param) -> No
 
 
 def test_a_full_queue_refuses() -> None:
-    engine = Engine(ScriptedRunner(), max_running=2, max_waiting=1)
+    engine = Engine(ScriptedRunner(), EngineConfig(max_running=2, max_waiting=1))
     for k in range(3):
         engine.submit(f"r{k}", [5], SamplingParams(max_tokens=2))
     with pytest.raises(TriadError) as caught:
@@ -295,8 +301,8 @@ def test_a_full_queue_refuses() -> None:
     [{"max_running": 0}, {"max_step_tokens": 64}, {"max_prefill_tokens": 0}, {"max_step_ms": 0.0}],
 )
 def test_limits_are_checked(limits: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=rf"{next(iter(limits))} must be (at least|above)"):
-        Engine(ScriptedRunner(), **limits)
+    with pytest.raises(ValueError, match=rf"{next(iter(limits))}\n.*should be greater than"):
+        EngineConfig(**limits)
 
 
 def test_a_pool_smaller_than_one_context_is_refused() -> None:

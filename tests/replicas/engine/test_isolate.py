@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from policies.modes import DecodePlan, Mode
-from policies.policy import ExploredPlans
+from policies.policy import Trial
+from replicas.config import EngineConfig
 from replicas.engine.batch import RunnerLost, ScheduledBatch, Segment, SegmentOutput
 from replicas.engine.engine import MAX_FAILED, MAX_FRUITLESS, Engine
 from replicas.engine.isolate import failed, is_sticky, max_forwards, nobodys_segment, run_apart
@@ -87,7 +88,7 @@ def test_a_segment_that_fails_ends_its_own_request_alone(kind: str, raises: bool
     options, is_guilty = KINDS[kind]
     runner = GuiltyRunner(raises, num_pages=400, max_context=300)
     overlaps = kind != "commit"
-    engine = Engine(runner, max_step_tokens=192, overlap_blocks=overlaps)
+    engine = Engine(runner, EngineConfig(max_step_tokens=192, overlap_blocks=overlaps))
     prompts = {name: [9 + number] * (5 + 7 * number) for number, name in enumerate(PINNED)}
     sampling = SamplingParams(max_tokens=40)
     for name, prompt in prompts.items():
@@ -174,7 +175,9 @@ def test_a_crowd_with_several_at_fault_equals_brute_force() -> None:
     rng = random.Random(2)
     for seed in range(60):
         runner = GuiltyRunner(bool(seed % 2), num_pages=rng.choice((30, 60, 400)))
-        engine = Engine(runner, max_running=rng.choice((3, 12)), max_step_tokens=rng.choice((192, 512)))
+        engine = Engine(
+            runner, EngineConfig(max_running=rng.choice((3, 12)), max_step_tokens=rng.choice((192, 512)))
+        )
         asked: dict[str, tuple[str, list[int]]] = {}
         guilty = set()
         for number in range(14):
@@ -347,11 +350,11 @@ def test_a_failed_forward_is_nothing_to_learn_a_cost_from() -> None:
     assert len(engine.forwards) == num_steps - 1
 
 
-def test_an_exploring_round_fails_alone_too() -> None:
+def test_a_trials_round_fails_alone_too() -> None:
     runner = GuiltyRunner(num_pages=400)
     engine = Engine(runner)
     engine.set_plan(DecodePlan(Mode.AR), "rule")
-    engine.set_explored_plans(ExploredPlans((DecodePlan(Mode.DIFFUSION, 8, 0.7),), 0.05))
+    engine.set_trial(Trial(DecodePlan(Mode.DIFFUSION, 8, 0.7), 0.1, 0.05))
     sampling = SamplingParams(max_tokens=60, ignore_eos=True)
     engine.submit("good", [5, 6], sampling, DecodingOptions(lossless=True))
     bad = engine.submit("bad", [7, 6], sampling, DecodingOptions())

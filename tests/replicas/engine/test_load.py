@@ -3,6 +3,7 @@
 import pytest
 
 from policies.modes import Mode
+from replicas.config import EngineConfig
 from replicas.engine.engine import Engine
 from replicas.errors import TriadError
 from replicas.messages import DecodingOptions, SamplingParams
@@ -16,7 +17,7 @@ def num_ended(engine: Engine) -> int:
 
 def test_every_end_is_counted_once_in_whatever_way_it_comes() -> None:
     clock = Clock()
-    engine = Engine(ScriptedRunner(), max_running=2, clock=clock)
+    engine = Engine(ScriptedRunner(), EngineConfig(max_running=2), clock=clock)
     long = SamplingParams(max_tokens=50, ignore_eos=True)
     engine.submit("done", [5], SamplingParams(max_tokens=1))
     engine.submit("late", [5], long, timeout_s=1.0)

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from policies.modes import DecodePlan, Mode
-from policies.policy import ExploredPlans
+from policies.policy import Trial
+from replicas.config import EngineConfig
 from replicas.engine.batch import ScheduledBatch, Segment, SegmentOutput
 from replicas.engine.engine import Engine
 from replicas.engine.sequence import Sequence
@@ -55,22 +56,11 @@ def run(engine: Engine, max_tokens: int = 80, decoding: DecodingOptions | None =
     return sequence
 
 
-def with_exploration(plan: DecodePlan, explored: DecodePlan) -> tuple[Engine, Seen]:
-    """After fifteen requests in a plan, a tenth of the forwards exploring another."""
-    runner = Seen()
-    engine = Engine(runner)
-    engine.set_plan(plan, "rule")
-    engine.set_explored_plans(ExploredPlans((explored,), 0.1))
-    for _ in range(15):
-        run(engine, decoding=DecodingOptions())
-    return engine, runner
-
-
 def test_each_block_takes_a_forward_less() -> None:
     runs = {}
     for overlaps in (True, False):
         runner = Seen()
-        engine = Engine(runner, overlap_blocks=overlaps)
+        engine = Engine(runner, EngineConfig(overlap_blocks=overlaps))
         runs[overlaps] = run(engine), runner
         assert runner.num_overlapping == (9 if overlaps else 0)  # 80 tokens: ten blocks of 8
         assert runner.num_behind_prompts == overlaps
@@ -100,7 +90,7 @@ def test_the_first_block_begins_behind_the_prompt(options: DecodingOptions) -> N
     found = {}
     for max_prefill_tokens in (64, 12):
         runner = Seen()
-        engine = Engine(runner, max_prefill_tokens=max_prefill_tokens)
+        engine = Engine(runner, EngineConfig(max_prefill_tokens=max_prefill_tokens))
         sampling = SamplingParams(max_tokens=50, ignore_eos=True)
         other = engine.submit("other", [4, 9], sampling, PINNED["ar"])
         engine.step()
@@ -150,19 +140,20 @@ def test_a_model_that_denoises_with_its_adapter_has_it_behind_a_commit_too() -> 
     assert all(segment.adapter != segment.is_causal for segment in runner.segments)
 
 
-def test_plans_are_explored_all_the_same() -> None:
-    """Blocks that begin one another leave no safe point between them, unless it is time to explore a plan."""
-    engine, runner = with_exploration(PLAN, OTHER)
-    forwards = engine.scheduler.counters.forwards_by_mode
-    assert 0.05 < forwards[OTHER.mode] / sum(forwards.values()) < 0.15
+def test_a_block_that_a_trial_begins_counts_as_if_the_one_before_had_begun_it() -> None:
+    """All blocks but the trial's first are begun so; in force nearly all are."""
+    now_s = 0.0
+    runner = Seen()
+    engine = Engine(runner, clock=lambda: now_s)
+    engine.set_plan(OTHER, "rule")
+    engine.set_trial(Trial(PLAN, 0.1, 0.1))
+    for _ in range(20):
+        engine.submit("r", PROMPT, SamplingParams(max_tokens=80, ignore_eos=True))
+        while engine.has_work:
+            engine.step()
+            now_s += 0.02
+    counters = engine.scheduler.counters
+    made = [round_made for round_made in counters.rounds if round_made.plan == PLAN]
+    num_begun = counters.forwards_by_mode[PLAN.mode] - sum(round_made.forwards for round_made in made)
+    assert len(made) > num_begun > 0
     assert runner.num_overlapping > 0
-
-
-def test_a_block_that_explores_counts_as_if_the_one_before_had_begun_it() -> None:
-    engine, runner = with_exploration(OTHER, PLAN)
-    made = [round_made for round_made in engine.scheduler.counters.rounds if round_made.plan == PLAN]
-    assert made
-    assert sum(round_made.forwards for round_made in made) == (
-        engine.scheduler.counters.forwards_by_mode[PLAN.mode] - len(made)
-    )
-    assert runner.num_overlapping == 0

@@ -3,17 +3,19 @@
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.cost import ForwardStats, StepCost
+from replicas.config import EngineConfig
 from replicas.engine.batch import ScheduledBatch
 from replicas.engine.decoders.round import SegmentRequest
 from replicas.engine.engine import Engine
-from replicas.engine.prefill import MIN_TOKENS, Limits, PrefillBudget
+from replicas.engine.prefill import MIN_TOKENS, PrefillBudget
 from replicas.engine.sequence import Sequence
 from replicas.messages import DecodingOptions, SamplingParams
 from tests.replicas.engine.scripted import ScriptedRunner, naive_ar
+from tests.thorough import examples
 
 COST = StepCost((1, 32, 512), (4.0, 8.0, 80.0), segment_ms=0.2, cached_ms=1.0)
 
@@ -25,7 +27,7 @@ def sequence_of(num_tokens: int, num_cached: int) -> Sequence:
 
 
 @given(seed=st.integers(0, 10**9))
-@settings(max_examples=200, deadline=None)
+@examples(70)
 def test_the_bound_in_ms_takes_as_many_tokens_as_brute_force_finds(seed: int) -> None:
     rng = random.Random(seed)
     knot_ms = sorted(rng.uniform(1, 60) for _ in range(4))
@@ -35,7 +37,9 @@ def test_the_bound_in_ms_takes_as_many_tokens_as_brute_force_finds(seed: int) ->
         for _ in range(rng.randint(1, 8))
     }
     most, max_ms = rng.randint(1, 120), rng.uniform(1, 90)
-    budget = PrefillBudget(Limits(64, 512, most, max_ms), cost, rng.randint(most, 512), rounds)
+    budget = PrefillBudget(
+        EngineConfig(max_prefill_tokens=most, max_step_ms=max_ms), cost, rng.randint(most, 512), rounds
+    )
     num_tokens = sum(len(request.token_ids) for request in rounds.values())
     num_cached = sum(sequence.num_cached for sequence in rounds)
     num_segments = len(rounds)
@@ -75,7 +79,7 @@ class Costed(ScriptedRunner):
 def crowd_and_a_long_prompt(max_step_ms: float | None) -> tuple[Costed, int]:
     """The runner, and how many steps the prompt of 700 took beside 8 streams, which go on at each of them."""
     runner = Costed()
-    engine = Engine(runner, max_prefill_tokens=512, max_step_ms=max_step_ms)
+    engine = Engine(runner, EngineConfig(max_prefill_tokens=512, max_step_ms=max_step_ms))
     engine.set_step_cost(COST)
     sampling = SamplingParams(max_tokens=200, ignore_eos=True)
     streams = [engine.submit(f"s{k}", [5 + k, 9], sampling) for k in range(8)]
@@ -113,7 +117,7 @@ def test_where_the_streams_alone_take_longer_prompts_go_on_by_little() -> None:
 
 def test_a_prompt_alone_delays_nobody() -> None:
     runner = Costed()
-    engine = Engine(runner, max_step_tokens=512, max_prefill_tokens=16, max_step_ms=1.0)
+    engine = Engine(runner, EngineConfig(max_step_tokens=512, max_prefill_tokens=16, max_step_ms=1.0))
     engine.set_step_cost(COST)
     engine.submit("long", [6] * 700, SamplingParams(max_tokens=1))
     while engine.has_work:

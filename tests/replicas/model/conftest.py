@@ -1,6 +1,6 @@
 """Tiny checkpoints, their reference, and plans with scattered pages for the model's tests."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,14 +15,6 @@ from tests.reference import Reference
 from tests.tiny_checkpoint import MASK_TOKEN_ID, make_tiny_checkpoint
 
 GREEDY = SamplingParams(max_tokens=1)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from replicas.engine.batch import Segment
+from replicas.engine.history import NO_TOKENS, Prefix
 from replicas.messages import JsonFormat, SamplingParams
 from replicas.model.logit_rules import Row, apply_rules, runs_of
 from replicas.model.runner import rows_of
@@ -23,7 +24,7 @@ ANY_JSON = JsonFormat("{}")
 def by_definition(logits: Sequence[float], row: Row) -> list[float]:
     """In float64."""
     sampling, changed = row.sampling, [float(value) for value in logits]
-    seen = [*row.seen, *row.then]
+    seen = [*row.seen.token_ids, *row.then]
     for token in set(seen):
         scale = sampling.repetition_penalty
         changed[token] = changed[token] / scale if changed[token] > 0 else changed[token] * scale
@@ -65,17 +66,22 @@ def random_segment(rng: np.random.Generator, sampling: SamplingParams) -> Segmen
     prompt_len = start + length if kind == "prefill" else int(rng.integers(0, start + 1))
     wanted = {"verify": range(length), "draft": range(1, length), "prefill": [length - 1]}[kind]
     num_masks = len(wanted) if sampling.response_format else 0
+    token_ids = tuple(rng.integers(0, VOCAB, length).tolist())
+    history = NO_TOKENS
+    if sampling.has_penalties:
+        num_seen = int(rng.integers(0, 2 if kind == "draft" else wanted[0] + 2))
+        history = Prefix.of((*rng.integers(0, VOCAB, start).tolist(), *token_ids[:num_seen]), prompt_len)
     return Segment(
         seq_id=0,
         start=start,
-        token_ids=tuple(rng.integers(0, VOCAB, length).tolist()),
+        token_ids=token_ids,
         pages=(),
         num_causal=0 if kind == "draft" else length,
         adapter=kind == "draft",
         wanted=tuple(wanted),
         sampling=sampling,
         prompt_len=prompt_len,
-        history=tuple(rng.integers(0, VOCAB, start).tolist()) if sampling.has_penalties else (),
+        history=history,
         allowed=tuple(rng.bytes(int(rng.integers(1, 9))) for _ in range(num_masks)),
     )
 
@@ -148,10 +154,10 @@ def operations(sampling: SamplingParams, num_segments: int, length: int, context
     rng = np.random.default_rng(0)
     rows = []
     for index in range(num_segments):
-        history = tuple(rng.integers(0, VOCAB, context).tolist()) if sampling.has_penalties else ()
+        seen = rng.integers(0, VOCAB, context).tolist() if sampling.has_penalties else ()
         tokens = tuple(rng.integers(0, VOCAB, length).tolist())
         part = Segment(
-            index, context, tokens, (), length, False, tuple(range(length)), sampling, 3, history,
+            index, context, tokens, (), length, False, tuple(range(length)), sampling, 3, Prefix.of(seen, 3),
             (b"\xff",) * length if sampling.response_format else (),
         )  # fmt: skip
         rows += rows_of(part)
@@ -170,7 +176,7 @@ RULES = {
     "biases": (BIASES, 1),
     "biases of a verify": (BIASES, 16),
     "masks": (SamplingParams(response_format=ANY_JSON), 1),
-    "min_tokens": (SamplingParams(min_tokens=9), 1),
+    "min_tokens": (SamplingParams(min_tokens=5000), 1),
 }
 
 
@@ -217,9 +223,9 @@ def test_ids_outside_the_vocabulary_have_no_effect() -> None:
         repetition_penalty=2.0, presence_penalty=1.0, min_tokens=5, logit_bias=((3, 1.0),)
     )
     raw = torch.from_numpy(np.random.default_rng(5).normal(size=(3, VOCAB))).float()
-    seen = (4, VOCAB, 7, VOCAB + 9)
+    seen, known_seen = Prefix.of((4, VOCAB, 7, VOCAB + 9), 2), Prefix.of((4, 7), 1)
     rows = [Row(sampling, 4 + k, 2, seen, then=(7, VOCAB + 1, 8)[:k]) for k in range(3)]
-    known = [Row(within, 4 + k, 1, (4, 7), then=((), (7,), (7,))[k]) for k in range(2)]
+    known = [Row(within, 4 + k, 1, known_seen, then=((), (7,), (7,))[k]) for k in range(2)]
     found, expected = raw.clone(), raw.clone()
     apply_rules(found, rows, range(3), {2, VOCAB, 5 * VOCAB})
     apply_rules(expected, known, range(2), {2})

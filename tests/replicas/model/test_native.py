@@ -4,20 +4,23 @@ import itertools
 import logging
 import platform
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from replicas.config import ReplicaConfig
 from replicas.engine.batch import Segment
+from replicas.engine.history import Prefix
+from replicas.messages import SamplingParams
 from replicas.model.checkpoint import CheckpointError
 from replicas.model.config import ModelConfig
+from replicas.model.logit_rules import Row, apply_rules
 from replicas.model.native import build
 from replicas.model.native.build import NativeUnavailable
 from replicas.model.native.model import quantize, require_native
-from replicas.model.runner import TorchModel, TorchRunner
+from replicas.model.runner import TorchModel, TorchRunner, rows_of
 from replicas.model.sampler import choose
 from replicas.runner_loader import load_runner
 from tests.replicas.model.conftest import (
@@ -29,11 +32,10 @@ from tests.replicas.model.conftest import (
     prompt,
     segment,
 )
+from tests.replicas.model.test_logit_rules import EOS, VOCAB, random_params, random_segment
 from tests.tiny_checkpoint import tiny_config
 
-CONFIG = ReplicaConfig(
-    "", "tiny", "triad", "redis://", "ar", dtype="float32", quantization="int8", kv_cache_mb=1
-)
+CONFIG = ReplicaConfig(dtype="float32", quantization="int8", kv_cache_mb=1)
 
 
 @pytest.fixture
@@ -191,6 +193,46 @@ def test_choose_tells_of_a_row_that_is_not_finite(tiny_folder: Path, width: int,
         assert not choose(sick, None)[1][1].isfinite()
 
 
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_penalties_equal_torchs_to_the_bit(tiny_folder: Path, num_threads: int) -> None:
+    """Of random steps, verifies and drafts in a batch; and any token's logits when they are restored."""
+    torch.set_num_threads(num_threads)
+    model = poisoned_runner(tiny_folder, "native")._model
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(num_threads)
+    for _ in range(60):
+        segments = [random_segment(rng, random_params(rng)) for _ in range(6)]
+        rows = [row for part in segments for row in rows_of(part)]
+        ruled = [index for index, row in enumerate(rows) if row.has_rules]
+        if not ruled:
+            continue
+        raw = torch.from_numpy(rng.normal(size=(len(rows), 48)) * 3).float()
+        raw[rng.random(raw.shape) < 0.02] = -torch.inf
+        native, expected = raw.clone()[:, :VOCAB], raw.clone()[:, :VOCAB]
+        apply_rules(expected, rows, ruled, EOS)
+        overwritten = apply_rules(native, rows, ruled, EOS, model.penalise)
+        assert torch.equal(native, expected)
+        changed = native.clone()
+        for token in range(VOCAB):
+            native.copy_(changed)
+            for part in overwritten:
+                part.restore(torch.full((len(rows),), token))
+            possible = (expected[:, token] > -torch.inf) | (raw[:, token] == -torch.inf)
+            assert torch.equal(native[possible, token], raw[possible, token])
+
+
+def test_penalties_with_nothing_to_count_change_nothing(tiny_folder: Path) -> None:
+    """As of a prompt with no id of the vocabulary."""
+    model = poisoned_runner(tiny_folder, "native")._model
+    raw = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(3))
+    row = Row(SamplingParams(repetition_penalty=2.0), 3, 3, Prefix.of([VOCAB, VOCAB + 7, VOCAB], 3))
+    for penalise in (model.penalise, TorchModel.penalise):
+        logits = raw.clone()
+        for part in apply_rules(logits, [row, row], [0, 1], EOS, penalise):
+            part.restore(torch.tensor([4, 5]))
+        assert torch.equal(logits, raw)
+
+
 def test_without_a_compiler_the_forward_is_torchs(
     tiny_folder: Path, fresh_build: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -211,12 +253,12 @@ def test_quantization_that_cannot_be_had(tiny_folder: Path) -> None:
     with pytest.raises(CheckpointError, match="must be 'int8' or None, got 'int4'"):
         TorchRunner.load(str(tiny_folder), num_pages=20, quantization="int4")
     with pytest.raises(CheckpointError, match="'int8' is for CPUs"):
-        load_runner(replace(CONFIG, checkpoint=str(tiny_folder), device="cuda"))
+        load_runner(CONFIG.model_copy(update={"model": str(tiny_folder), "num_gpus": 1.0}))
 
 
 def test_a_replica_is_quantised_as_configured(tiny_folder: Path) -> None:
     expected = poisoned_runner(tiny_folder, "native", page_size=16, num_pages=60, quantization="int8")
-    found = load_runner(replace(CONFIG, checkpoint=str(tiny_folder)))
+    found = load_runner(CONFIG.model_copy(update={"model": str(tiny_folder)}))
     one = segment(prompt(20, seed=4), (0, 1))
     assert torch.equal(LogitsProbe(found)(one)[0], LogitsProbe(expected)(one)[0])
     whole = poisoned_runner(tiny_folder, "native", page_size=16, num_pages=60)

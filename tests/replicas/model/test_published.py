@@ -48,17 +48,29 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     )
 
 
+@pytest.fixture(scope="module")
+def asked() -> list[int]:
+    return [token for token in prompt(23, seed=3, vocab=160) if token != MASK]
+
+
+@pytest.fixture(scope="module")
+def wanted(folder: Path, asked: list[int]) -> list[tuple[int, ...]]:
+    """The reference's tokens, by plan; once for all forwards, since it computes everything anew each step."""
+    reference = Reference(folder)
+    return [reference.mixed(asked, 24, lambda _, p=plan: p).token_ids for plan in PLANS]
+
+
 def test_the_layout_is_the_published_one(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()}
     assert {"model.safetensors.index.json", "linear_spec_lora", "model-00003-of-00003.safetensors"} <= names
     assert "model.safetensors" not in names
 
 
-def test_every_mode_equals_the_reference(folder: Path, forward: str) -> None:
-    reference = Reference(folder)
+def test_every_mode_equals_the_reference(
+    folder: Path, asked: list[int], wanted: list[tuple[int, ...]], forward: str
+) -> None:
     runner = TorchRunner.load(str(folder), num_pages=64, page_size=8, forward=forward)
     engine = Engine(runner)
-    asked = [token for token in prompt(23, seed=3, vocab=160) if token != MASK]
     sequences = [
         engine.submit(
             str(number),
@@ -70,9 +82,8 @@ def test_every_mode_equals_the_reference(folder: Path, forward: str) -> None:
     ]
     while engine.has_work:
         engine.step()
-    for plan, sequence in zip(PLANS, sequences, strict=True):
-        wanted = reference.mixed(asked, 24, lambda _, p=plan: p).token_ids
-        assert tuple(sequence.tokens[len(asked) :]) == wanted, plan
+    for plan, sequence, tokens in zip(PLANS, sequences, wanted, strict=True):
+        assert tuple(sequence.tokens[len(asked) :]) == tokens, plan
 
 
 def test_bfloat16_is_near(folder: Path, forward: str) -> None:

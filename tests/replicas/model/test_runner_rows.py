@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-from array import array
 from collections.abc import Sequence
 
 import pytest
 import torch
 
 from replicas.engine.batch import ScheduledBatch, SegmentOutput
+from replicas.engine.history import History, Prefix
 from replicas.messages import JsonFormat, SamplingParams
 from replicas.model.runner import TorchRunner, outputs_of
 from tests.replicas.model.conftest import Pages, commit_and_masks, prompt, segment
@@ -96,17 +96,18 @@ def test_a_draft_behind_a_verify_ends_before_a_row_without_a_token(
     ids=str,
 )
 def test_penalties_of_a_verify_are_those_of_steps(runner: TorchRunner, penalties: dict[str, float]) -> None:
-    """By the history as the engine hands it out, and as a plain tuple."""
+    """By a history that goes on, as the engine's does, and by one counted anew."""
     tokens, table = prompt(24, seed=4), Pages(120, 5).table(24)
     sampling = SamplingParams(temperature=0.8, seed=3, **penalties)
     runner.run(ScheduledBatch((segment(tokens[:16], table, wanted=()),)))
     stepped: list[int] = []
+    history = History(tokens, 10)
     for at in range(16, 24):
         step = segment(tokens[at : at + 1], table, start=at, sampling=sampling)
-        step = dataclasses.replace(step, prompt_len=10, history=tuple(tokens[:at]))
+        step = dataclasses.replace(step, prompt_len=10, history=history.first(at + 1))
         [output] = runner.run(ScheduledBatch((step,)))
         stepped += output.token_ids
     verify = segment(tokens[16:], table, start=16, sampling=sampling)
-    verify = dataclasses.replace(verify, prompt_len=10, history=array("i", tokens[:16]))
+    verify = dataclasses.replace(verify, prompt_len=10, history=Prefix.of(tokens[:16], 10))
     [output] = runner.run(ScheduledBatch((verify,)))
     assert list(output.token_ids) == stepped

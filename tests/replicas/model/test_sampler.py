@@ -5,12 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from replicas.engine.history import Prefix
 from replicas.messages import JsonFormat, SamplingParams
 from replicas.model.logit_rules import Row
 from replicas.model.sampler import sample, uniforms
+from tests.thorough import examples
 
 VOCAB = 23
 
@@ -181,7 +183,7 @@ def test_penalties_and_bias_against_their_definitions() -> None:
             expected[token] -= sampling.presence_penalty + count * sampling.frequency_penalty
         expected[3] += 1.5
         expected[4] -= 2.0
-        row = Row(sampling, len(seen), prompt_len, seen)
+        row = Row(sampling, len(seen), prompt_len, Prefix.of(seen, prompt_len))
         [token], [prob], _ = sample(logits.clone(), [row], None)
         assert token == int(np.argmax(expected))
         assert prob == pytest.approx(float(logits.softmax(-1)[0, token]), rel=1e-4)
@@ -229,7 +231,7 @@ def test_a_row_that_is_not_finite_has_no_token_and_changes_no_other(
     logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(8)) * 2
     logits[1] = torch.tensor(SICK[sick] * (VOCAB // len(SICK[sick])))
     rows = [Row(sampling, 7) for sampling in BYSTANDERS]
-    rows.insert(1, Row(SamplingParams(temperature=temperature, **given), 7, seen=(1, 2)))
+    rows.insert(1, Row(SamplingParams(temperature=temperature, **given), 7, seen=Prefix.of((1, 2))))
     tokens, probs, tops = sample(logits.clone(), rows, None)
     assert not math.isfinite(probs[1])
     assert 0 <= tokens[1] < VOCAB
@@ -248,7 +250,7 @@ def test_a_row_of_whose_tokens_the_rules_leave_none_has_no_token() -> None:
         rows = [
             Row(plain, 9),
             Row(ends, 9, prompt_len=8, allowed=b"\x04"),
-            Row(overflows, 9, seen=tuple(range(VOCAB))),
+            Row(overflows, 9, seen=Prefix.of(range(VOCAB))),
             Row(plain, 9),
         ]
         tokens, probs, _ = sample(logits.clone(), rows, None, frozenset({2}))
@@ -282,14 +284,14 @@ ROWS = st.builds(
     sampling=SAMPLING_PARAMS,
     position=st.integers(10, 20),
     prompt_len=st.integers(0, 10),
-    seen=st.lists(st.integers(0, VOCAB - 1), max_size=6).map(tuple),
+    seen=st.builds(Prefix.of, st.lists(st.integers(0, VOCAB - 1), max_size=6), st.integers(0, 9)),
     allowed=st.none() | st.binary(min_size=0, max_size=4),
     then=st.lists(st.integers(0, VOCAB - 1), max_size=3).map(tuple),
 )
 LOGITS = st.sampled_from([0.0, -3.0, 1.5, 2.0, 30.0, -1e30, 1e30]) | st.floats(-20, 20, width=32)
 
 
-@settings(deadline=None, max_examples=300)
+@examples(100)
 @given(st.lists(st.tuples(ROWS, st.lists(LOGITS, min_size=VOCAB, max_size=VOCAB)), min_size=1, max_size=5))
 def test_whatever_the_parameters_a_row_is_what_it_is_alone(items: list[tuple[Row, list[float]]]) -> None:
     """In range and far out of it: a token that may be, or none; no exception, and no other row's matter."""
@@ -308,7 +310,7 @@ def test_whatever_the_parameters_a_row_is_what_it_is_alone(items: list[tuple[Row
             assert row.allowed is None or int.from_bytes(row.allowed, "little") >> token & 1
 
 
-@settings(deadline=None, max_examples=200)
+@examples(70)
 @given(
     temperature=st.floats(0, 2) | st.sampled_from([1e-300, 1e-8, 1e300, math.inf]),
     top_p=st.floats(0, 1),
@@ -366,7 +368,7 @@ def test_top_k_ranks_as_the_log_probabilities_do() -> None:
 def test_penalties_and_biases_of_equal_logits_choose_the_lowest_id() -> None:
     logits = torch.zeros(3, VOCAB)
     rows = [
-        Row(SamplingParams(presence_penalty=1.0), 9, 0, seen=(0, 1, 3)),
+        Row(SamplingParams(presence_penalty=1.0), 9, 0, seen=Prefix.of((0, 1, 3))),
         Row(SamplingParams(logit_bias=((7, 1.0), (4, 1.0))), 9),
         Row(SamplingParams(response_format=JsonFormat("{}")), 9, allowed=b"\xc0"),
     ]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from policies.modes import DecodePlan, Mode
+from replicas.config import EngineConfig
 from replicas.engine.batch import ScheduledBatch, Segment
 from replicas.engine.engine import Engine
 from replicas.engine.sequence import Sequence
@@ -63,7 +64,7 @@ def completion(sequence: Sequence) -> tuple[int, ...]:
 
 def run_all(runner: CudaRunner, prompts: Seq[list[int]]) -> dict[tuple[int, Mode], tuple[int, ...]]:
     """Every prompt in every mode, in one crowd."""
-    engine = Engine(runner, max_running=6, max_step_tokens=192)
+    engine = Engine(runner, EngineConfig(max_running=6, max_step_tokens=192))
     sampling = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True)
     submitted = {
         (index, plan.mode): engine.submit(f"{index}-{plan.mode}", prompt, sampling, decoding(plan))

@@ -11,6 +11,7 @@ import torch
 from policies.modes import DecodePlan, Mode
 from replicas.engine.batch import Runner, Segment
 from replicas.engine.engine import Engine
+from replicas.engine.history import NO_TOKENS, Prefix
 from replicas.kernels.confidence import confidence
 from replicas.messages import DecodingOptions, JsonFormat, SamplingParams
 from replicas.model.cuda.lookahead import guess
@@ -45,7 +46,7 @@ NOT_SAMPLINGS = {"max_tokens", "stop", "ignore_eos"}
 
 def some_segments(sampling: SamplingParams) -> list[Segment]:
     """A step and a verify, with what the engine gives them of the request, and a draft."""
-    history = tuple(prompt(8, seed=1)) if sampling.has_penalties else ()
+    history = Prefix.of(prompt(8, seed=1), 5) if sampling.has_penalties else NO_TOKENS
     made = []
     for seq_id, length in enumerate((1, 4)):
         part = segment(prompt(length, seed=2 + seq_id), (1, 2), start=8, sampling=sampling, seq_id=seq_id)

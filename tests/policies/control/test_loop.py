@@ -1,11 +1,10 @@
-"""What may fail, and what is to be known of where it does."""
+"""The periodic loop outlives its steps; whoever started it can tell that it has ended."""
 
 import asyncio
-import logging
 
 import pytest
 
-from replicas.net import Net, check_running
+from policies.control.loop import check_running
 
 
 async def test_a_loop_that_has_ended_is_told_of_whatever_it_ended_by() -> None:
@@ -31,19 +30,3 @@ async def test_a_loop_that_has_ended_is_told_of_whatever_it_ended_by() -> None:
     with pytest.raises(RuntimeError, match="a bad reading"):
         check_running(ended)
     running.cancel()
-
-
-def test_a_net_keeps_exceptions_and_tells_of_the_first(caplog: pytest.LogCaptureFixture) -> None:
-    net = Net("adding up")
-    done = []
-    for number in range(3):
-        with net:
-            done.append(number)
-            raise ValueError(number)
-    assert done == [0, 1, 2]
-    (record,) = caplog.records
-    assert record.levelno == logging.ERROR
-    assert "adding up failed" in record.message
-    assert record.exc_info is not None
-    with pytest.raises(KeyboardInterrupt), net:
-        raise KeyboardInterrupt

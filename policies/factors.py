@@ -1,0 +1,105 @@
+"""Logarithms of factors that drift, learned by a Kalman filter from observations of their sums.
+
+An observation is the sum of one term that all observations share and of others, weighted. What changes for
+all at once is booked on the shared term, and the others are learned from observations close in time that
+differ in them. Every term goes back to 0, and its uncertainty to its prior's, with the time in which nothing
+tells of it.
+"""
+
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Term = TypeVar("Term", bound=Hashable)
+Vector = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Prior:
+    """The spread of a term that nothing is known of, and the time in which what is known fades to 1/e."""
+
+    spread: float
+    """The standard deviation of the logarithm: 0.3 is a factor of 1.35 either way."""
+    lasting_s: float
+
+
+class DriftingFactors(Generic[Term]):
+    """Estimates terms that each drift as an Ornstein-Uhlenbeck process about 0.
+
+    shared: the term in every observation, its prior. now_s: any clock that moves forward, the same one for
+    all calls.
+    """
+
+    def __init__(self, shared: Term, prior: Prior, now_s: float) -> None:
+        self._shared = shared
+        self._now_s = now_s
+        self._index: dict[Term, int] = {}
+        self._mean = np.zeros(0)
+        self._covariance = np.zeros((0, 0))
+        self._spreads = np.zeros(0)
+        self._lasting_s = np.zeros(0)
+        self.add(shared, prior)
+
+    def __contains__(self, term: Term) -> bool:
+        return term in self._index
+
+    def add(self, term: Term, prior: Prior, mean: float = 0.0, spread: float | None = None) -> None:
+        """Adds a term unless it is there, known as well as its prior, or as `mean` and `spread` say."""
+        if term in self._index:
+            return
+        size = len(self._mean)
+        self._index[term] = size
+        self._mean = np.append(self._mean, mean)
+        self._spreads = np.append(self._spreads, prior.spread)
+        self._lasting_s = np.append(self._lasting_s, prior.lasting_s)
+        grown = np.zeros((size + 1, size + 1))
+        grown[:size, :size] = self._covariance
+        grown[size, size] = min(prior.spread, prior.spread if spread is None else spread) ** 2
+        self._covariance = grown
+
+    def advance(self, now_s: float) -> None:
+        """Lets the time pass since the last call: what is known fades."""
+        kept = np.exp(-max(0.0, now_s - self._now_s) / self._lasting_s)
+        self._now_s = max(now_s, self._now_s)
+        self._mean *= kept
+        self._covariance *= np.outer(kept, kept)
+        self._covariance += np.diag(self._spreads**2 * (1.0 - kept**2))
+
+    def observe(self, weights: Mapping[Term, float], value: float, noise: float) -> None:
+        """Learns that the shared term and the weighted sum of others, all added before, are `value` in all.
+
+        noise: the standard deviation of the value. Where it surprises, the shared term is taken to have
+        jumped: what happens to the machine at the wrong moment is more common than a factor far from what
+        was known.
+        """
+        row = self._row({**weights, self._shared: 1.0})
+        error = value - float(row @ self._mean)
+        variance = float(row @ self._covariance @ row) + noise**2
+        jump = max(0.0, error**2 - variance)
+        self._covariance[self._index[self._shared], self._index[self._shared]] += jump
+        spread = self._covariance @ row
+        variance += jump
+        self._mean += spread * (error / variance)
+        self._covariance -= np.outer(spread, spread) / variance
+
+    def estimates(
+        self, sums: Iterable[Mapping[Term, float]], reference: Mapping[Term, float]
+    ) -> tuple[Vector, Vector]:
+        """Returns the weighted sums' values, and the standard deviations of their differences from another.
+
+        Terms that were never added count as 0, known exactly.
+        """
+        rows = np.array([self._row(weights) for weights in sums])
+        apart = rows - self._row(reference)
+        variances = ((apart @ self._covariance) * apart).sum(axis=1)
+        return rows @ self._mean, np.sqrt(np.maximum(variances, 0.0))
+
+    def _row(self, weights: Mapping[Term, float]) -> Vector:
+        row = np.zeros(len(self._mean))
+        for term, weight in weights.items():
+            if term in self._index:
+                row[self._index[term]] = weight
+        return row

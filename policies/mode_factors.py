@@ -1,0 +1,94 @@
+"""The estimator of modes' factors by octaves of a size, over what all modes have in common."""
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+from policies.cost import ModeFactors, octave_weights
+from policies.factors import DriftingFactors, Prior, Vector
+from policies.modes import Mode
+
+Term: TypeAlias = tuple[Mode | None, int | None]
+"""(None, None) for what is common, a mode's own with None, a mode's at an octave."""
+
+REFERENCE_SHARE = 0.2
+"""The share that one observation has in what counts as running, against which spreads are told."""
+
+_COMMON: Term = (None, None)
+
+
+class ModeFactorsEstimator:
+    """Estimates the logarithms of factors: a common one, a mode's own, and a mode's at each octave of a size.
+
+    known: factors learned before, as `factors` had them.
+    """
+
+    def __init__(
+        self,
+        common: Prior,
+        of_mode: Prior,
+        of_octave: Prior,
+        num_octaves: int,
+        now_s: float,
+        known: Mapping[Mode, ModeFactors] | None = None,
+    ):
+        self._of_mode, self._of_octave = of_mode, of_octave
+        self._num_octaves = num_octaves
+        self._factors: DriftingFactors[Term] = DriftingFactors(_COMMON, common, now_s)
+        self._reference: dict[Term, float] = {}
+        for mode, factors in (known or {}).items():
+            self._remember(mode, factors)
+
+    @property
+    def common(self) -> float:
+        """The logarithm of the common factor."""
+        (common,), _ = self._factors.estimates([{_COMMON: 1.0}], {})
+        return float(common)
+
+    @property
+    def factors(self) -> dict[Mode, ModeFactors]:
+        """The factors of each mode that was observed, with their spreads against what runs now."""
+        modes = [mode for mode in Mode if (mode, None) in self._factors]
+        if not modes:
+            return {}
+        sums = [_terms(mode, {octave: 1.0}) for mode in modes for octave in range(self._num_octaves)]
+        logs, spreads = self._factors.estimates(sums, self._reference)
+        found = {}
+        for number, mode in enumerate(modes):
+            own = slice(number * self._num_octaves, (number + 1) * self._num_octaves)
+            found[mode] = ModeFactors(_rounded(logs[own]), _rounded(spreads[own]))
+        return found
+
+    def advance(self, now_s: float) -> None:
+        """Lets the time pass since the last call."""
+        self._factors.advance(now_s)
+
+    def observe(self, mode: Mode, size: float, log: float, noise: float) -> None:
+        """Learns the logarithm of the common factor times a mode's at a size, give or take `noise`."""
+        self._add(mode)
+        weights = _terms(mode, octave_weights(size, self._num_octaves))
+        self._factors.observe(weights, log, noise)
+        for term in {*self._reference, *weights}:
+            before = self._reference.get(term, 0.0)
+            self._reference[term] = before + REFERENCE_SHARE * (weights.get(term, 0.0) - before)
+
+    def _add(self, mode: Mode) -> None:
+        self._factors.add((mode, None), self._of_mode)
+        for octave in range(self._num_octaves):
+            self._factors.add((mode, octave), self._of_octave)
+
+    def _remember(self, mode: Mode, factors: ModeFactors) -> None:
+        mean = sum(factors.logs) / len(factors.logs)
+        self._factors.add((mode, None), self._of_mode, mean, min(factors.spreads))
+        for octave, (log, spread) in enumerate(zip(factors.logs, factors.spreads, strict=True)):
+            if octave < self._num_octaves:
+                self._factors.add((mode, octave), self._of_octave, log - mean, spread)
+        self._add(mode)
+
+
+def _terms(mode: Mode, octaves: Mapping[int, float]) -> dict[Term, float]:
+    return {(mode, None): 1.0, **{(mode, octave): weight for octave, weight in octaves.items()}}
+
+
+def _rounded(values: Vector) -> tuple[float, ...]:
+    """Returns the values as they are published five times a second."""
+    return tuple(round(value, 4) for value in values.tolist())

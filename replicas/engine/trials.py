@@ -1,0 +1,93 @@
+"""Trials: short spans in which all `auto` sequences run a plan that is not in force, so that it is known."""
+
+from policies.cost import RoundStats
+from policies.modes import Mode
+from policies.policy import Trial
+from replicas.engine.decoders.choose import ActivePlan
+from replicas.engine.sequence import Sequence
+
+TRIAL_S = 0.3
+"""The time that a trial lasts, so long that what else the machine does for its plan is seen too."""
+TRIAL_STEPS = 12
+"""The forwards that it lasts at the least: some rounds of every mode."""
+PAUSE_S = 0.5
+"""The least time between two trials: what one has shown bears on what is tried next."""
+MAX_SAVED_S = 0.1
+"""The most time that may be lost at once: after a change of load some trials follow each other, but few."""
+SILENCE_S = 1.0
+"""The longest time between two forwards that earns a trial anything."""
+
+
+class Trials:
+    """The trial under way, and the time that trials may lose.
+
+    A trial costs the share of its time that its plan is expected to lose. Time that passes earns Trial.share
+    of itself; so trials lose that share of all tokens, as far as the expectation is right.
+    """
+
+    def __init__(self, overlaps_blocks: bool):
+        self.wanted: Trial | None = None
+        """The trial to make next; None for none."""
+        self.num_forwards = 0
+        """Forwards in trials so far."""
+        self._overlaps_blocks = overlaps_blocks
+        self._running: Trial | None = None
+        self._num_steps = 0
+        self._began_s = self._ended_s = self._now_s = -PAUSE_S
+        self._saved_s = MAX_SAVED_S
+        self._unlinked: set[Sequence] = set()  # in a round that the one before would have begun, in force
+
+    def step(self, now_s: float) -> None:
+        """Called before each forward; ends a trial that has lasted, and begins one that can be paid for."""
+        elapsed_s = min(max(0.0, now_s - self._now_s), SILENCE_S)
+        self._now_s = now_s
+        if self.wanted is not None:
+            self._saved_s = min(MAX_SAVED_S, self._saved_s + self.wanted.share * elapsed_s)
+        if self._running is not None:
+            self._saved_s -= self._running.loss * elapsed_s
+            self._num_steps += 1
+            self.num_forwards += 1
+            if now_s - self._began_s >= TRIAL_S and self._num_steps >= TRIAL_STEPS:
+                self.stop()
+        elif self._can_begin():
+            self._running, self._num_steps, self._began_s = self.wanted, 0, now_s
+
+    def _can_begin(self) -> bool:
+        if self.wanted is None or self._now_s - self._ended_s < PAUSE_S:
+            return False
+        return self._saved_s >= min(self.wanted.loss * TRIAL_S, MAX_SAVED_S)
+
+    def stop(self) -> None:
+        """Ends the trial under way: sequences leave its plan at their next safe points."""
+        self._running, self._ended_s = None, self._now_s
+
+    def plan(self, in_force: ActivePlan) -> ActivePlan:
+        """The plan that `auto` sequences begin rounds of now."""
+        return in_force if self._running is None else ActivePlan(self._running.plan, in_force.rule)
+
+    def is_tried_by(self, sequence: Sequence) -> bool:
+        """True if what the sequence begins now is a trial's, and so no switch of its mode."""
+        return self._running is not None and sequence.decoding.mode is None
+
+    def begins(self, sequence: Sequence, mode: Mode) -> None:
+        """The sequence is about to begin a round of the trial at a safe point."""
+        last = None if sequence.round_plan is None else sequence.round_plan.mode
+        has_no_draft = mode is Mode.SELF_SPECULATION and last is not mode and not sequence.draft.token_ids
+        if has_no_draft or (mode is Mode.DIFFUSION and self._overlaps_blocks):
+            self._unlinked.add(sequence)
+
+    def ended(self, sequence: Sequence, made: RoundStats) -> RoundStats | None:
+        """The stats of a round that has ended, as they are in force most of the time.
+
+        None where that can't be told: self-speculation without a draft yet verifies nothing.
+        """
+        if sequence not in self._unlinked:
+            return made
+        self._unlinked.discard(sequence)
+        if made.plan.mode is Mode.SELF_SPECULATION:
+            return None
+        return made._replace(forwards=max(1, made.forwards - 1))  # it took one of its own to begin
+
+    def removed(self, sequence: Sequence) -> None:
+        """The sequence has ended, perhaps amid a round."""
+        self._unlinked.discard(sequence)

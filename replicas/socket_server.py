@@ -1,0 +1,176 @@
+"""The replica's side of the sockets to its ingresses: calls come in, and a channel's events go out.
+
+One connection is one token channel. It goes by plain TCP, as Serve's own streams cost about 0.35 ms of CPU
+an item on each side, several times what a step's events cost otherwise.
+"""
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any, Protocol, cast
+
+from replicas.messages import Accepted, Event, GenerateRequest, Rejected
+from replicas.wire import (
+    MAX_FRAME_BYTES,
+    MAX_HELLO_BYTES,
+    CallAnswer,
+    FrameBuffer,
+    FrameError,
+    SocketAddress,
+    answer_frame,
+    events_frame,
+    read_call,
+    read_hello,
+)
+
+logger = logging.getLogger(__name__)
+
+HELLO_S = 5.0
+"""The time in which a peer must have sent its first frame."""
+SILENCE_MS = 15_000
+"""The time after which a peer that acknowledges nothing counts as gone. Something is sent every second."""
+
+
+class Service(Protocol):
+    """What is served, as replicas.service.ReplicaService has it."""
+
+    async def submit(self, request: GenerateRequest) -> Accepted | Rejected: ...
+
+    async def cancel(self, request_ids: tuple[str, ...]) -> None: ...
+
+    def channel(self, channel_id: str) -> AsyncIterator[tuple[Event, ...]]: ...
+
+
+class SocketServer:
+    """Listens for ingresses from its making on, and serves them from start() on.
+
+    host: the address of this machine by which the ingresses reach it. Raises OSError where it has no such.
+    """
+
+    def __init__(self, service: Service, host: str):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._socket = socket.create_server((host, 0), family=family)
+        self.address = SocketAddress(host, self._socket.getsockname()[1])
+        self._service = service
+        self._connections: set[_Connection] = set()
+        self._is_empty = asyncio.Event()
+        self._is_empty.set()
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(self._connection, sock=self._socket)
+
+    async def drained(self) -> None:
+        """Waits until no ingress is connected: each leaves with the last request that it has here."""
+        await self._is_empty.wait()
+
+    def close(self) -> None:
+        """Ends all connections, and with them the requests on them."""
+        if self._server is None:
+            self._socket.close()
+        else:
+            self._server.close()
+        for connection in tuple(self._connections):
+            connection.abort()
+
+    def joined(self, connection: "_Connection") -> None:
+        self._connections.add(connection)
+        self._is_empty.clear()
+
+    def left(self, connection: "_Connection") -> None:
+        self._connections.discard(connection)
+        if not self._connections:
+            self._is_empty.set()
+
+    def _connection(self) -> "_Connection":
+        return _Connection(self, self._service, self.address.secret)
+
+
+class _Connection(asyncio.Protocol):
+    """One ingress's connection."""
+
+    def __init__(self, server: SocketServer, service: Service, secret: bytes):
+        self._server = server
+        self._service = service
+        self._secret = secret
+        self._frames = FrameBuffer(MAX_HELLO_BYTES)
+        self._loop = asyncio.get_running_loop()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_greeted = False
+        self._may_write = asyncio.Event()
+        self._may_write.set()
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        peer = transport.get_extra_info("socket")
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_MS)
+        self._hello_timer = self._loop.call_later(HELLO_S, self.abort)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for frame in self._frames.feed(data):
+                if self._is_greeted:
+                    self._spawn(self._answer(frame))
+                else:
+                    self._greet(frame)
+        except FrameError as error:
+            logger.warning("a connection is closed: %s", error)
+            self.abort()
+
+    def _greet(self, frame: bytes) -> None:
+        channel_id = read_hello(frame, self._secret)
+        if channel_id is None:
+            raise FrameError("its first frame has not the secret of this replica")
+        self._hello_timer.cancel()
+        self._is_greeted = True
+        self._frames.max_bytes = MAX_FRAME_BYTES
+        self._server.joined(self)
+        self._spawn(self._send_events(channel_id))
+
+    async def _send_events(self, channel_id: str) -> None:
+        """Sends a channel's events until it ends; what waits while the peer reads nothing is joined."""
+        try:
+            async with aclosing(self._service.channel(channel_id)) as items:  # type: ignore[type-var]
+                async for events in items:
+                    self._transport.write(events_frame(events))
+                    await self._may_write.wait()
+        finally:
+            self._transport.close()
+
+    async def _answer(self, frame: bytes) -> None:
+        call = read_call(frame)
+        try:
+            value: Any = None
+            if call.method == "submit":
+                value = await self._service.submit(call.argument)
+            else:
+                await self._service.cancel(call.argument)
+            answer = CallAnswer(call.number, value)
+        except Exception as error:
+            logger.exception("a call of %s failed", call.method)
+            answer = CallAnswer(call.number, error=repr(error))
+        self._transport.write(answer_frame(answer))
+
+    def _spawn(self, work: Any) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def pause_writing(self) -> None:
+        self._may_write.clear()
+
+    def resume_writing(self) -> None:
+        self._may_write.set()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._hello_timer.cancel()
+        for task in tuple(self._tasks):
+            task.cancel()
+        self._server.left(self)

@@ -1,0 +1,42 @@
+"""The OpenAPI document against what the door takes and sends."""
+
+import jsonschema
+
+from router.api import create_app
+from tests.router.conftest import in_process
+from tests.router.test_api import CHAT
+
+
+async def test_the_openapi_document_can_be_made(make_door):
+    async with in_process(create_app(await make_door())) as client:
+        document = (await client.get("/openapi.json")).json()
+        assert (await client.get("/docs")).status_code == 404  # they would need a foreign host
+    assert "decoding" in document["components"]["schemas"]["ChatCompletionRequest"]["properties"]
+
+
+async def test_the_openapi_document_is_true(make_door):
+    """Bodies that are taken are valid by it, others are not; errors and streams are those that are sent."""
+    async with in_process(create_app(await make_door())) as client:
+        document = (await client.get("/openapi.json")).json()
+    for operations in document["paths"].values():
+        assert all("422" not in operation["responses"] for operation in operations.values())
+    chat = document["paths"]["/v1/chat/completions"]["post"]["responses"]
+    assert set(chat["200"]["content"]) == {"application/json", "text/event-stream"}
+    assert set(chat) >= {"400", "401", "404", "408", "413", "415", "429", "503", "504"}
+    assert document["components"]["securitySchemes"]["apiKey"]["scheme"] == "bearer"
+
+    schema = {"$ref": "#/components/schemas/ChatCompletionRequest", "components": document["components"]}
+    validator = jsonschema.Draft202012Validator(schema)
+    parts = [{"type": "text", "text": "Hi", "cache_control": {}}]
+    for more in (
+        {},
+        {"stop": "END"},
+        {"stop": ["a", "b"]},
+        {"messages": [{"role": "user", "content": parts}]},
+        {"tools": None},
+        {"tools": []},
+        {"tool_choice": "none"},
+    ):
+        assert validator.is_valid(CHAT | more), more
+    for more in ({"stop": 3}, {"audio": {}}, {"stopp": "x"}, {"functions": [{}]}):
+        assert not validator.is_valid(CHAT | more), more
