@@ -16,7 +16,7 @@ from policies.modes import DecodePlan, Mode
 
 PRIOR_ACCEPTANCE = 0.9
 """The chance that the next drafted token agrees, before any is measured. 0.9 gives 5.7, 8.1 and 9.7 tokens
-a round at blocks 8, 16 and 32, where Nemotron-Labs-Diffusion-8B was measured at 5.8, 8.5 and 11.4."""
+a verified block of 8, 16 and 32, where Nemotron-Labs-Diffusion-8B was measured at 5.8, 8.5 and 11.4."""
 MAX_LOG = 50.0
 """The largest logarithm of a factor that is one, either way."""
 PRIOR_SPREAD = 0.7
@@ -24,6 +24,9 @@ PRIOR_SPREAD = 0.7
 PRIOR_FIXED = 2.7
 """The positions that a denoising forward fixes at threshold 0.9, before any is measured: the 8B's 2.57
 tokens a forward (arXiv 2607.05722) at block 32, its commit left out."""
+FACTOR_SHARE = 0.2
+"""The doubt of a threshold that fixes about as much as a factor does, over the factor: triad-5m decodes alike
+with the factor 0.5 and the threshold 0.9."""
 
 
 class ForwardStats(NamedTuple):
@@ -157,8 +160,8 @@ class RoundYield:
     tokens: float
     """Tokens that the request takes, so none past its end."""
     forwards: float
-    """Forwards: a draft and its verify are two, a diffusion block's commit is one; a commit that begins the
-    next block too is counted in this round alone."""
+    """Forwards: a round of self-speculation is one, as is a diffusion block's commit; a forward that begins
+    the next draft or block too is counted in this round alone."""
     num_rounds: float = 0.0
     """The number of rounds that the estimate rests on, an older one counting less; 0 is a prior."""
     rows: float | None = None
@@ -192,9 +195,20 @@ def prior_yield(plan: DecodePlan) -> RoundYield:
     if plan.mode is Mode.AR:
         return RoundYield(plan, 1.0, 1.0)
     if plan.mode is Mode.SELF_SPECULATION:
-        return RoundYield(plan, (1.0 - PRIOR_ACCEPTANCE**block) / (1.0 - PRIOR_ACCEPTANCE), 2.0)
-    fixed = min(1.0 + (PRIOR_FIXED - 1.0) * (1.0 - plan.threshold) / 0.1, 2.0 * PRIOR_FIXED)
+        return _prior_of_speculation(plan)
+    doubt = 1.0 - plan.threshold if plan.factor is None else FACTOR_SHARE * plan.factor
+    fixed = min(1.0 + (PRIOR_FIXED - 1.0) * doubt / 0.1, 2.0 * PRIOR_FIXED)
     return RoundYield(plan, float(block), max(1.0, (block - 1) / fixed) + 1.0)
+
+
+def _prior_of_speculation(plan: DecodePlan) -> RoundYield:
+    """Returns the mean of rounds that verify a draft and of those without one, one after each refusal."""
+    block = plan.block_length
+    verified = (1.0 - PRIOR_ACCEPTANCE**block) / (1.0 - PRIOR_ACCEPTANCE)
+    refused = 1.0 - PRIOR_ACCEPTANCE ** (block - 1)
+    without = refused / (1.0 + refused)  # the share of rounds without a draft: a token of the seed's row
+    tokens = without + (1.0 - without) * verified
+    return RoundYield(plan, tokens, 1.0, rows=without * (1 + block) + (1.0 - without) * 2 * block)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,13 +255,16 @@ class ReplicaCosts:
         expected = prior_yield(near.plan)
         tokens = min(prior.tokens * near.tokens / expected.tokens, float(plan.block_length))
         forwards = max(1.0, prior.forwards * near.forwards / expected.forwards)
-        rows = plan.block_length * near.rows_per_forward / near.plan.block_length
+        rows = prior.rows_per_forward * near.rows_per_forward / expected.rows_per_forward
         return RoundYield(plan, max(1.0, tokens), forwards, rows=rows)
 
 
 def _nearest(plan: DecodePlan, yields: Iterable[RoundYield]) -> RoundYield | None:
-    def distance(entry: RoundYield) -> tuple[float, float]:
+    def distance(entry: RoundYield) -> tuple[bool, float, float]:
         low, high = sorted((entry.plan.block_length, plan.block_length))
-        return abs(entry.plan.threshold - plan.threshold), high / low
+        factor, own = entry.plan.factor, plan.factor
+        if factor is None or own is None:
+            return factor is not own, abs(entry.plan.threshold - plan.threshold), high / low
+        return False, abs(factor - own), high / low
 
     return min((entry for entry in yields if entry.plan.mode is plan.mode), key=distance, default=None)

@@ -23,6 +23,9 @@ CONSERVATIVE_ORDER = (Mode.DIFFUSION, Mode.SELF_SPECULATION, Mode.AR)
 MAX_BLOCK_LENGTH = 64
 """The most tokens in a block, the seed included."""
 
+MAX_FACTOR = float(MAX_BLOCK_LENGTH + 1)
+"""The largest factor: it fixes any block at once."""
+
 DEFAULT_BLOCK_LENGTHS: Mapping[Mode, int] = MappingProxyType(
     {Mode.AR: 1, Mode.DIFFUSION: 32, Mode.SELF_SPECULATION: 16}
 )
@@ -38,6 +41,9 @@ class DecodePlan:
     """Tokens a block, the seed included; 1 for `ar`, 2 to MAX_BLOCK_LENGTH otherwise."""
     threshold: float = 0.9
     """The top probability, in (0, 1], from which `diffusion` fixes a position."""
+    factor: float | None = None
+    """In place of the threshold: a denoising fixes the most positions n, the surest first, for which
+    (n + 1)(1 - p_n) < factor, p_n being the probability of the n-th (Fast-dLLM, arXiv 2505.22618)."""
 
     def __post_init__(self) -> None:
         low, high = (1, 1) if self.mode is Mode.AR else (2, MAX_BLOCK_LENGTH)
@@ -45,6 +51,8 @@ class DecodePlan:
             raise ValueError(f"block_length for {self.mode} must be {low} to {high}, got {self.block_length}")
         if not 0.0 < self.threshold <= 1.0:
             raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
+        if self.factor is not None and not 0.0 < self.factor <= MAX_FACTOR:
+            raise ValueError(f"factor must be above 0 and at most {MAX_FACTOR:g}, got {self.factor}")
 
 
 def default_plan(mode: Mode) -> DecodePlan:

@@ -116,11 +116,15 @@ class DecodingOptions:
     """If true, `auto` is kept to modes whose output is AR's."""
     max_steps: int | None = None
     """Denoising forwards that a block of diffusion may take; the last one fixes all that is left."""
+    factor: float | None = None
+    """Takes the place of the plan's threshold or factor (policies.modes); never beside a threshold."""
 
     @property
     def sets_parameters(self) -> bool:
         """True if the request itself says how its mode decodes, and so what a round of it brings."""
-        return (self.block_length, self.threshold, self.max_steps) != (None, None, None)
+        return any(
+            value is not None for value in (self.block_length, self.threshold, self.max_steps, self.factor)
+        )
 
 
 Message = Mapping[str, Any]
@@ -297,8 +301,8 @@ def _joined_calls(pieces: Sequence[ToolCallDelta]) -> tuple[ToolCallDelta, ...]:
 class DecodingReport:
     """The decoding of a request, in counts.
 
-    A draft and its verify are two forwards. Prefill is none of these, and its token, the first, is counted to
-    the mode that goes on from it.
+    A round of self-speculation is one forward. Prefill is none of these, and its token, the first, is
+    counted to the mode that goes on from it.
     """
 
     tokens_by_mode: Mapping[Mode, int] = field(default_factory=dict)

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from policies.modes import LOSSLESS_MODES, MAX_BLOCK_LENGTH, Mode
+from policies.modes import LOSSLESS_MODES, MAX_BLOCK_LENGTH, MAX_FACTOR, Mode
 from replicas.messages import DecodingOptions
 from router.fields import INTEGRAL, Strict, conflict
 
@@ -15,6 +15,7 @@ class Decoding(Strict):
     mode: Literal["auto", "ar", "diffusion", "self_speculation"] = "auto"
     block_length: Annotated[int, Field(ge=2, le=MAX_BLOCK_LENGTH), INTEGRAL] | None = None
     threshold: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    factor: Annotated[float, Field(gt=0.0, le=MAX_FACTOR)] | None = None
     lossless: bool = False
     max_steps: Annotated[int, Field(ge=1, le=MAX_BLOCK_LENGTH), INTEGRAL] | None = None
 
@@ -25,7 +26,9 @@ class Decoding(Strict):
             raise conflict("lossless", "diffusion is not lossless; choose another mode")
         if self.block_length is not None and mode is Mode.AR:
             raise conflict("block_length", "ar decodes one token at a time")
-        for field in ("threshold", "max_steps"):
+        if self.threshold is not None and self.factor is not None:
+            raise conflict("factor", "it takes the place of threshold; give one of them")
+        for field in ("threshold", "factor", "max_steps"):
             if getattr(self, field) is not None and (self.lossless or mode in LOSSLESS_MODES):
                 raise conflict(field, "only diffusion has one")
         return self
@@ -41,4 +44,5 @@ class Decoding(Strict):
             threshold=self.threshold,
             lossless=self.lossless,
             max_steps=self.max_steps,
+            factor=self.factor,
         )

@@ -278,9 +278,9 @@ class Metrics:
         ]
 
     def _acceptance(self) -> list[Observation]:
-        # A round is two forwards, a draft and its verify.
+        # A round is one forward.
         return [
-            Observation(2 * load.tokens_per_forward[Mode.SELF_SPECULATION], _labels(load))
+            Observation(load.tokens_per_forward[Mode.SELF_SPECULATION], _labels(load))
             for load in self._loads()
             if Mode.SELF_SPECULATION in load.tokens_per_forward
         ]

@@ -26,10 +26,10 @@ Schedule = Callable[[int], DecodePlan]
 class Decoded:
     """token_ids: the completion; the EOS that ended it is its last token.
 
-    num_forwards: all but the prefill, which gives the first token. A draft and its verify are two; a
-    diffusion block costs its denoising forwards, but the one that is done in the commit of the block before,
-    and, unless the request ends in it, one commit. Blocks are cut to the model's context only, never to
-    max_tokens.
+    num_forwards: all but the prefill, which gives the first token. A round of self-speculation is one; a
+    diffusion block costs its denoising forwards, but the one that is done in the commit of the block before
+    or in the prefill, and, unless the request ends in it, one commit. Its blocks are cut to the model's
+    context only, never to max_tokens.
     """
 
     token_ids: tuple[int, ...]
@@ -40,8 +40,8 @@ class Decoded:
 class Reference:
     """Decodes greedily from a tri-mode checkpoint folder, in float32.
 
-    overlaps_blocks: a block of diffusion behind another of the same plan has its first denoising in that
-    one's commit, so with its seed still masked.
+    overlaps_blocks: a block of diffusion behind the prompt, or another block of the same plan, has its first
+    denoising in that forward; every block has it with its seed still masked.
     """
 
     def __init__(self, folder: Path | str):
@@ -52,7 +52,7 @@ class Reference:
         self.mask_token_id: int = config["mask_token_id"]
         self.max_context: int = config["max_position_embeddings"]
         self.denoise_with_adapter: bool = config.get("denoise_with_adapter", False)
-        self.overlaps_blocks = not self.denoise_with_adapter
+        self.overlaps_blocks = True
         self.base = _load_base(folder, config)
         self.drafter = _with_adapter(self.base, folder / "linear_spec_lora")
 
@@ -114,7 +114,7 @@ class Reference:
     ) -> Decoded:
         """schedule(n) is the plan of round n, asked at the safe point before it; the prefill is no round.
 
-        apart: rounds that the one before did not begin, though they could have been.
+        apart: blocks of diffusion that the round before did not begin, though it could have.
         In tokens_by_mode the first token, which the prefill gives, counts for the first round's mode.
         """
         eos = frozenset() if ignore_eos else self.eos_token_ids
@@ -123,12 +123,19 @@ class Reference:
         by_mode = {schedule(0).mode: 1}
         num_forwards = 0
         round_index = 0
-        before: DecodePlan | None = None
+        before: DecodePlan | None = schedule(0)
+        draft = self._draft(list(prompt_ids), schedule(0), max_tokens)
         while len(tokens) < max_tokens and tokens[-1] not in eos:
             plan = schedule(round_index)
             remaining = max_tokens - len(tokens)
-            is_begun = self.overlaps_blocks and plan == before and round_index not in apart
-            new, forwards = self._round([*prompt_ids, *tokens], plan, remaining, eos, is_begun)
+            context = [*prompt_ids, *tokens]
+            if plan.mode is Mode.SELF_SPECULATION:
+                new, draft = self._speculate(context, plan, remaining, eos, draft)
+                forwards = 1
+            else:
+                is_begun = self.overlaps_blocks and plan == before and round_index not in apart
+                new, forwards = self._round(context, plan, remaining, eos, is_begun)
+                draft = []
             end = next((i + 1 for i, token in enumerate(new) if token in eos), len(new))
             new = new[: min(end, remaining)]
             tokens += new
@@ -141,9 +148,10 @@ class Reference:
     def _round(
         self, context: list[int], plan: DecodePlan, remaining: int, eos: frozenset[int], is_begun: bool
     ) -> tuple[list[int], int]:
-        """One round after `context`, whose last token is the seed: new tokens and forwards.
+        """One round of ar or diffusion after `context`, whose last token is the seed: new tokens and
+        forwards.
 
-        is_begun: in the commit of the block before, where it is diffusion.
+        is_begun: in the forward before, where it is diffusion.
         """
         prefix, seed = context[:-1], context[-1]
         length = min(plan.block_length, self.max_context - len(prefix))
@@ -155,16 +163,50 @@ class Reference:
             if ended:
                 return fixed, num_denoisings
             return fixed + self._causal_choices(prefix, block)[-1:], num_denoisings + 1
-        num_drafts = 0
-        if length > 1:
-            logits = self.block_logits(prefix, block, adapter=True)
-            block[1:] = [self._choose(row)[0] for row in logits[1:]]
-            num_drafts = 1
-        choices = self._causal_choices(prefix, block)
-        accepted = 0
-        while accepted < length - 1 and block[accepted + 1] == choices[accepted]:
-            accepted += 1
-        return choices[: accepted + 1], num_drafts + 1
+        return self._causal_choices(prefix, [seed]), 1
+
+    def _speculate(
+        self,
+        context: list[int],
+        plan: DecodePlan,
+        remaining: int,
+        eos: frozenset[int],
+        draft: list[tuple[int, float]],
+    ) -> tuple[list[int], list[tuple[int, float]]]:
+        """A forward that verifies some of the draft and makes the next one: new tokens, and that draft."""
+        most = draft[: min(plan.block_length, remaining, self.max_context - len(context) + 1) - 1]
+        end = next((i + 1 for i, (token, _) in enumerate(most) if token in eos), len(most))
+        verified = [token for token, _ in most[: self._worth([prob for _, prob in most[:end]])]]
+        choices = self._causal_choices(context[:-1], [context[-1], *verified])
+        for index, token in enumerate(verified):
+            if token != choices[index]:
+                return choices[: index + 1], []
+        if verified and verified[-1] in eos:
+            return choices, []
+        return choices, self._draft([*context, *verified], plan, remaining - len(choices))
+
+    def _worth(self, probs: list[float]) -> int:
+        """How many drafted tokens to verify: most expected tokens, a refusal costing those of a whole
+        draft."""
+        whole = sum(math.prod(probs[:count]) for count in range(1, len(probs) + 1))
+        best, best_value = 0, 0.0
+        for count in range(1, len(probs) + 1):
+            value = sum(math.prod(probs[:k]) for k in range(1, count + 1))
+            value -= (1 - math.prod(probs[:count])) * whole
+            if value >= best_value:
+                best, best_value = count, value
+        return best
+
+    def _draft(self, causal: list[int], plan: DecodePlan, remaining: int) -> list[tuple[int, float]]:
+        """The draft behind the tokens of `causal`: of those after the next one, each with its probability.
+
+        remaining: tokens still to come, the next one included
+        """
+        length = min(plan.block_length, remaining, self.max_context - len(causal))
+        if plan.mode is not Mode.SELF_SPECULATION or length < 2:
+            return []
+        logits = self.block_logits(causal, [self.mask_token_id] * length, adapter=True)
+        return [self._choose(row) for row in logits[1:]]
 
     def _denoise(
         self, prefix: list[int], block: list[int], threshold: float, eos: frozenset[int], is_begun: bool
@@ -178,8 +220,8 @@ class Reference:
             return not masked or any(token in eos for token in block[1:first_mask])
 
         while not ended():
-            is_first = is_begun and num_forwards == 0
-            seen = [self.mask_token_id, *block[1:]] if is_first else block
+            hides_seed = self.overlaps_blocks and num_forwards == 0
+            seen = [self.mask_token_id, *block[1:]] if hides_seed else block
             logits = self.block_logits(prefix, seen, adapter=self.denoise_with_adapter)
             num_forwards += 1
             choices = {index: self._choose(logits[index]) for index in sorted(masked)}

@@ -1,8 +1,8 @@
 """Measures a checkpoint on held-out prompts with the real engine: `python -m training.evaluate`.
 
 For each decoding setting and family: exact match (the family's own checker, and a proper end of text), tokens
-per forward after the first token (drafts, verifications and commits all count as forwards), mean accepted
-length (tokens a draft-and-verify round), and the share of answers equal to `ar`'s, token for token. With
+per forward after the first token (those that verify nothing count too, as do commits), mean accepted length
+(tokens a round of self-speculation), and the share of answers equal to `ar`'s, token for token. With
 `--yields` what rounds brought goes into the checkpoint's folder, for a server's policy to start from.
 """
 
@@ -32,6 +32,7 @@ DEFAULT_CHECKPOINT = Path(__file__).parents[1] / "replicas" / "checkpoints" / "t
 MAX_TOKENS = 320
 SETTINGS = (
     DecodePlan(Mode.AR),
+    *(DecodePlan(Mode.DIFFUSION, block, factor=0.1) for block in (8, 16, 32)),
     *(DecodePlan(Mode.DIFFUSION, block, t) for t in (0.7, 0.9, 0.95) for block in (8, 16, 32)),
     *(DecodePlan(Mode.SELF_SPECULATION, block) for block in (4, 8, 16, 32)),
 )
@@ -59,7 +60,7 @@ class Score:
     exact: float
     tokens_per_forward: float
     accepted: float
-    """Tokens a draft-and-verify round; 1 for `ar`, 0 for `diffusion`, which accepts nothing."""
+    """Tokens a round, which is a forward; 1 for `ar`, 0 for `diffusion`, which accepts nothing."""
     same_as_ar: float
 
 
@@ -68,7 +69,8 @@ def name_of(plan: DecodePlan) -> str:
         return "ar"
     if plan.mode is Mode.SELF_SPECULATION:
         return f"self_speculation B={plan.block_length}"
-    return f"diffusion t={plan.threshold} B={plan.block_length}"
+    setting = f"t={plan.threshold}" if plan.factor is None else f"f={plan.factor}"
+    return f"diffusion {setting} B={plan.block_length}"
 
 
 def decode(
@@ -84,7 +86,8 @@ def decode(
     on_round: called with each round of a block as it ended.
     """
     block_length = None if plan.mode is Mode.AR else plan.block_length
-    options = DecodingOptions(plan.mode, block_length, plan.threshold)
+    threshold = plan.threshold if plan.factor is None else None
+    options = DecodingOptions(plan.mode, block_length, threshold, factor=plan.factor)
     sequences: list[Sequence] = []
     for number, prompt in enumerate(prompts):
         ids = codec.encode(({"role": "user", "content": prompt},))
@@ -117,14 +120,14 @@ def score(
     )
     generated = sum(len(answer.tokens) - 1 for answer in answers)
     forwards = sum(answer.num_forwards for answer in answers)
-    per_forward = generated / forwards
+    per_forward = generated / max(1, forwards)
     return Score(
         setting=name_of(plan),
         family=family,
         num_tasks=len(tasks),
         exact=exact / len(tasks),
         tokens_per_forward=per_forward,
-        accepted={Mode.AR: 1.0, Mode.SELF_SPECULATION: 2 * per_forward}.get(plan.mode, 0.0),
+        accepted=0.0 if plan.mode is Mode.DIFFUSION else per_forward,
         same_as_ar=sum(a.tokens == b.tokens for a, b in zip(answers, by_ar, strict=True)) / len(tasks),
     )
 

@@ -12,9 +12,9 @@ from replicas.kernels.adapter import add_adapter
 from replicas.kernels.attention import TILE_SHAPES, TileShape, num_splits, ragged_paged_attention
 from replicas.kernels.confidence import confidence
 from replicas.kernels.rms_norm import rms_norm
+from replicas.kernels.sample_rows import sample_rows
 from replicas.kernels.store_kv import Rotation, store_kv
 from replicas.kernels.swiglu import swiglu
-from replicas.kernels.verify import accept, sample_rows
 from replicas.messages import SamplingParams
 from replicas.model.config import ModelConfig
 from replicas.model.cuda.inputs import HostStep, StepInputs
@@ -67,7 +67,7 @@ class KernelBench:
             yield self._confidence(count)
         yield from self._attention("prefill, causal", 1, 0, shapes.prefill, causal=True)
         for count in shapes.rows:
-            yield self._verify(count)
+            yield self._sample_rows(count)
             yield self._rms_norm(count)
             yield self._swiglu(count)
             yield self._store_kv(count)
@@ -183,18 +183,14 @@ class KernelBench:
             "confidence", f"{count} rows", num_bytes, lambda: confidence(logits, 3), "softmax, max", run_other
         )
 
-    def _verify(self, count: int) -> dict[str, object]:
-        """Verification of the rows as one segment's at a temperature, so twice over the logits."""
+    def _sample_rows(self, count: int) -> dict[str, object]:
+        """The rows' tokens at a temperature, so twice over the logits."""
         logits = self._normal(count, self._shapes.config.vocab_size)
-        first = torch.zeros(1, dtype=torch.int32, device=self._device)
-        drafts = torch.zeros(count, dtype=torch.int32, device=self._device)
-        num_drafts = torch.full_like(first, count - 1)
         ones = torch.ones(count, device=self._device)
         halves = ones / 2
 
         def run() -> None:
-            tokens = sample_rows(logits, confidence(logits, 3), ones, halves, 3)
-            accept(drafts, first, num_drafts, tokens, first)
+            sample_rows(logits, confidence(logits, 3), ones, halves, 3)
 
         def run_other() -> torch.Tensor:
             cumulative = logits.float().softmax(-1).cumsum(-1)
@@ -202,7 +198,7 @@ class KernelBench:
 
         num_bytes = 2 * logits.numel() * self._dtype.itemsize
         return self._row(
-            "verify", f"{count} rows, sampled", num_bytes, run, "softmax, cumsum, search", run_other
+            "sample_rows", f"{count} rows, sampled", num_bytes, run, "softmax, cumsum, search", run_other
         )
 
     def _rms_norm(self, count: int) -> dict[str, object]:

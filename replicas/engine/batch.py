@@ -29,9 +29,9 @@ class Segment:
     pages: tuple[int, ...]
     """The page table; pages[p // page_size] holds position p, up to start + len(token_ids) - 1."""
     num_causal: int
-    """The number of causal tokens: all, none, or fewer where a commit has the next block behind it."""
+    """The number of causal tokens: all, none, or fewer where the next block's masks are behind them."""
     adapter: bool
-    """True if the adapter is on for these rows; never with causal ones among them."""
+    """True if the adapter is on for the bidirectional tokens; it never is for causal ones."""
     wanted: tuple[int, ...]
     """Indices into token_ids whose logits are sampled, ascending; may be empty."""
     sampling: SamplingParams
@@ -41,12 +41,18 @@ class Segment:
     """The tokens before start and maybe some of token_ids, where the sampling has penalties and any row is
     wanted; else empty."""
     allowed: tuple[bytes, ...] = ()
-    """For each wanted index a mask of what may be sampled (engine.grammar); empty for anything."""
+    """For each wanted index that is causal a mask of what may be sampled (engine.grammar); empty for
+    anything."""
 
     @property
     def is_causal(self) -> bool:
         """True if all of the segment's tokens are causal."""
         return self.num_causal == len(self.token_ids)
+
+    @property
+    def num_adapted(self) -> int:
+        """The number of tokens, its last ones, for which the adapter is on."""
+        return len(self.token_ids) - self.num_causal if self.adapter else 0
 
     @property
     def sampled_positions(self) -> tuple[int, ...]:
@@ -79,7 +85,7 @@ TokenProb = tuple[int, float]
 class SegmentOutput:
     """The sampled tokens of a segment, one for each index of Segment.wanted.
 
-    They are fewer, of a verify, where nothing can be sampled from a later row.
+    They are fewer, behind causal tokens, where nothing can be sampled from a later row.
     """
 
     token_ids: tuple[int, ...]

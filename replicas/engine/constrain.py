@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence as Seq
-from dataclasses import replace
 
 from replicas.engine.decoders.round import SegmentRequest
 from replicas.engine.grammar import GrammarFailed
@@ -14,7 +13,8 @@ logger = logging.getLogger(__name__)
 def constrained(
     sequence: Sequence, request: SegmentRequest, vocab_size: int
 ) -> tuple[SegmentRequest, tuple[bytes, ...]]:
-    """The request without the drafts that the grammar refuses, and a mask for each sampled token.
+    """The request without the drafts that the grammar refuses, and a mask for each causal token
+    sampled.
 
     Without a grammar it is the request as it is, and no masks, but while a prompt is scored. A grammar that
     fails leaves its word in `sequence.failure`.
@@ -24,13 +24,10 @@ def constrained(
     if sequence.grammar is None or not request.num_causal or not request.wanted:
         return request, ()
     first = request.wanted[0]
-    allowed = _masks(sequence, request.token_ids[first + 1 :])
+    allowed = _masks(sequence, request.token_ids[first + 1 : request.num_causal])
     if not allowed:
         return request, ()
-    num_wanted = len(allowed)
-    token_ids = request.token_ids[: first + num_wanted]
-    wanted = request.wanted[:num_wanted]
-    return replace(request, token_ids=token_ids, num_causal=len(token_ids), wanted=wanted), allowed
+    return request.cut(first + len(allowed)), allowed
 
 
 def _scoring(sequence: Sequence, request: SegmentRequest, vocab_size: int) -> tuple[bytes, ...]:

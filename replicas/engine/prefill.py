@@ -56,6 +56,16 @@ class PrefillBudget:
         wanted = tuple(range(len(tokens) - num_wanted, len(tokens)))
         return SegmentRequest(tokens, num_causal=len(tokens), adapter=False, wanted=wanted)
 
+    def take_more(self, num_tokens: int) -> bool:
+        """Takes room for tokens behind the chunk taken last; False, and nothing taken, where there is
+        none."""
+        room = self.room()
+        if num_tokens > room:
+            return False
+        self._num_left -= num_tokens
+        self._num_tokens += num_tokens
+        return True
+
 
 def is_coming(sequence: Sequence, running: Iterable[Sequence], page_size: int) -> bool:
     """True if a prefill under way will leave at least half of what this prompt still needs.

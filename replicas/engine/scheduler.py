@@ -17,12 +17,18 @@ from collections.abc import Sequence as Seq
 from policies.cost import UNMEASURED
 from policies.modes import Mode
 from replicas.config import EngineConfig
-from replicas.engine.batch import ModelSpec, ScheduledBatch, Segment, SegmentOutput
+from replicas.engine.batch import ModelSpec, ScheduledBatch, Segment, SegmentOutput, TokenLogprob
 from replicas.engine.blocks import PagePool
 from replicas.engine.constrain import constrained
 from replicas.engine.counters import Counters
-from replicas.engine.decoders.choose import ActivePlan, begin_round, following_block, plan_for
-from replicas.engine.decoders.round import SegmentRequest
+from replicas.engine.decoders.choose import (
+    ActivePlan,
+    begin_round,
+    begun_behind_prompt,
+    following_block,
+    plan_for,
+)
+from replicas.engine.decoders.round import Draft, SegmentRequest
 from replicas.engine.page_budget import PageBudget
 from replicas.engine.prefill import PrefillBudget, is_coming
 from replicas.engine.sequence import Progress, Sequence, Status
@@ -47,8 +53,7 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
     ):
         self._clock = clock
-        # Where the model denoises without adapter, as it commits.
-        self._overlaps_blocks = config.overlap_blocks and not spec.denoise_with_adapter
+        self._overlaps_blocks = config.overlap_blocks
         self._spec = spec
         self._config = config
         self._pool = PagePool(spec.num_pages, spec.page_size)
@@ -109,6 +114,8 @@ class Scheduler:
             if sequence.failure is not None:
                 continue
             start = sequence.num_cached
+            if request.drafts and not self._pages.can_extend(sequence, start + len(request.token_ids)):
+                request = request.without_draft()  # a draft is worth no other sequence's pages
             if not self._grow(sequence, start + len(request.token_ids)):
                 continue
             sequence.last_step = self._num_steps
@@ -185,7 +192,7 @@ class Scheduler:
                 budget -= len(request.token_ids)
         prefill = PrefillBudget(config, self.step_cost, budget, requests)
         for sequence in prefilling:
-            if (request := prefill.take(sequence)) is not None:
+            if (request := self._chunk(sequence, prefill)) is not None:
                 requests[sequence] = request
         self._admit(requests, prefill)
         return requests
@@ -209,8 +216,18 @@ class Scheduler:
             if sequence.began_s is None:
                 sequence.began_s = self._clock()
             insort(self._running, sequence, key=_rank)
-            if sequence.is_prefilling and (request := prefill.take(sequence)) is not None:
+            if sequence.is_prefilling and (request := self._chunk(sequence, prefill)) is not None:
                 requests[sequence] = request
+
+    def _chunk(self, sequence: Sequence, prefill: PrefillBudget) -> SegmentRequest | None:
+        """The next chunk of a prompt; the first round begins behind the last one, where there is room."""
+        request = prefill.take(sequence)
+        if request is None or not request.wanted or sequence.is_scored:
+            return request
+        plan = plan_for(sequence, self.trials.plan(self.active), self._spec).decode
+        begun = begun_behind_prompt(sequence, request, plan, self._spec, self._overlaps_blocks)
+        num_behind = len(begun.token_ids) - len(request.token_ids)
+        return begun if prefill.take_more(num_behind) else request
 
     def _next_segment(self, sequence: Sequence, budget: int) -> SegmentRequest | None:
         """The next segment of a sequence; None when the budget is too small for it, which then comes
@@ -222,15 +239,15 @@ class Scheduler:
             request = sequence.round.next_segment(following)
             return request if len(request.token_ids) <= budget else None
         plan = plan_for(sequence, self.trials.plan(self.active), self._spec)
-        begun = begin_round(sequence, plan.decode, self._spec)
+        begun = begin_round(sequence, plan.decode, self._spec, self._overlaps_blocks)
         request = begun.next_segment()
         if len(request.token_ids) > budget:
             return None
-        sequence.begin_round(begun, plan.decode)
         if self.trials.is_tried_by(sequence):
-            self.trials.began(sequence)
+            self.trials.begins(sequence, begun.mode)
         else:
             sequence.note_mode(begun.mode, plan.rule)
+        sequence.begin_round(begun, plan.decode)
         return request
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -262,21 +279,9 @@ class Scheduler:
     def _apply(self, sequence: Sequence, request: SegmentRequest, output: SegmentOutput) -> Progress:
         counters, current = self.counters, sequence.round
         if current is None or sequence.is_prefilling:
-            tokens, logprobs = output.token_ids, output.logprobs(len(output.token_ids))
-            if sequence.is_scored:
-                if len(tokens) < len(request.wanted):
-                    raise ValueError("the logits of the prompt are not finite")
-                num_scored = min(len(tokens), sequence.num_prompt_tokens - 1 - sequence.num_cached)
-                del sequence.prompt_logprobs[sequence.num_cached :]  # from before it was preempted
-                sequence.prompt_logprobs += logprobs[:num_scored]
-                tokens, logprobs = tokens[num_scored:], logprobs[num_scored:]
-            sequence.num_cached += len(request.token_ids)
-            counters.num_prefilled += len(request.token_ids)
-            if not tokens:
+            if (prefilled := self._apply_chunk(sequence, request, output)) is None:
                 return Progress(sequence)
-            plan = plan_for(sequence, self.active, self._spec)
-            sequence.note_mode(plan.decode.mode, plan.rule)
-            mode = plan.decode.mode
+            mode, tokens, logprobs = prefilled
         else:
             progress = current.apply_output(request, output)
             sequence.num_forwards += 1
@@ -286,14 +291,43 @@ class Scheduler:
             if progress.done:
                 sequence.num_cached = current.start + progress.num_cached
                 sequence.round = request.successor
+                sequence.draft = progress.draft
         taken, reason = sequence.append(tokens, mode, self._spec.eos_token_ids)
         if taken:
             counters.made_by_mode[mode] += len(taken)
-        if current is not None:
-            counters.tokens_by_mode[mode] += len(taken)
-            if sequence.round is not current or reason is not None:
-                counters.note_round(self.trials.ended(sequence, sequence.end_round()))
+            # A prompt's token is nobody's yield.
+            counters.tokens_by_mode[mode] += len(taken) - (current is None)
+        if current is not None and (sequence.round is not current or reason is not None):
+            made = self.trials.ended(sequence, sequence.end_round())
+            if made is not None:
+                counters.note_round(made)
         return Progress(sequence, taken, logprobs[: len(taken)], reason)
+
+    def _apply_chunk(
+        self, sequence: Sequence, request: SegmentRequest, output: SegmentOutput
+    ) -> tuple[Mode, tuple[int, ...], tuple[TokenLogprob, ...]] | None:
+        """Takes a chunk of a prompt. The completion's first tokens, and their mode; None before its end."""
+        tokens, logprobs = output.token_ids, output.logprobs(len(output.token_ids))
+        if sequence.is_scored:
+            if len(tokens) < len(request.wanted):
+                raise ValueError("the logits of the prompt are not finite")
+            num_scored = min(len(tokens), sequence.num_prompt_tokens - 1 - sequence.num_cached)
+            del sequence.prompt_logprobs[sequence.num_cached :]  # from before it was preempted
+            sequence.prompt_logprobs += logprobs[:num_scored]
+            tokens, logprobs = tokens[num_scored:], logprobs[num_scored:]
+        sequence.num_cached += request.num_causal
+        self.counters.num_prefilled += request.num_causal
+        if not tokens:
+            return None
+        in_force = plan_for(sequence, self.active, self._spec)
+        sequence.note_mode(in_force.decode.mode, in_force.rule)
+        decode = plan_for(sequence, self.trials.plan(self.active), self._spec).decode
+        if request.successor is not None:
+            sequence.begin_round(request.successor, decode, num_coming=1)
+            return decode.mode, request.successor.begin(output), ()
+        if request.drafts:
+            sequence.draft = Draft.behind(request, output)
+        return decode.mode, tokens[:1], logprobs[:1]
 
 
 def _mode_of(scheduled: Seq[tuple[Sequence, SegmentRequest]]) -> Mode | None:

@@ -9,7 +9,7 @@ from policies.cost import RoundStats
 from policies.modes import DecodePlan, Mode
 from replicas.engine.batch import TokenLogprob
 from replicas.engine.blocks import Key
-from replicas.engine.decoders.round import Round, SegmentRequest
+from replicas.engine.decoders.round import NO_DRAFT, Draft, Round, SegmentRequest
 from replicas.engine.grammar import Grammar
 from replicas.engine.history import NO_TOKENS, History, Prefix
 from replicas.errors import ErrorCode
@@ -78,6 +78,8 @@ class Sequence:
     round: Round | None = None
     """The round in progress; None at a safe point and while prefilling. A preempted sequence keeps its
     round, since part of a block may have been streamed already."""
+    draft: Draft = NO_DRAFT
+    """What the round before has drafted of the tokens after the seed; only a hint."""
     round_plan: DecodePlan | None = None
     """The plan by which the round in progress, or the last one, was begun."""
     _round_began: tuple[int, int, int] = (0, 0, 0)
@@ -140,9 +142,10 @@ class Sequence:
     def is_prefilling(self) -> bool:
         return self.num_cached < self.prefill_end
 
-    def begin_round(self, begun: Round, plan: DecodePlan) -> None:
+    def begin_round(self, begun: Round, plan: DecodePlan, num_coming: int = 0) -> None:
+        """num_coming: tokens, not the round's, that are still to be appended."""
         self.round, self.round_plan = begun, plan
-        self._round_began = (self.num_completion_tokens, self.num_forwards, self.num_rows)
+        self._round_began = (self.num_completion_tokens + num_coming, self.num_forwards, self.num_rows)
 
     def end_round(self) -> RoundStats:
         """The stats of the round that has just ended; its successor, where it has one, begins now."""

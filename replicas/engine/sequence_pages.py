@@ -20,6 +20,10 @@ class SequencePages:
         if sequence.num_completion_tokens == 0:
             sequence.num_reused = sequence.num_cached
 
+    def can_extend(self, sequence: Sequence, num_tokens: int) -> bool:
+        """True if it has pages for num_tokens in all, or enough are free."""
+        return self._pool.pages_for(num_tokens) - len(sequence.pages) <= self._pool.num_free
+
     def extend(self, sequence: Sequence, num_tokens: int) -> bool:
         """Gives it pages for num_tokens in all; False, and nothing given, when too few are free."""
         num_missing = self._pool.pages_for(num_tokens) - len(sequence.pages)

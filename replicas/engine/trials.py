@@ -35,7 +35,7 @@ class Trials:
         self._num_steps = 0
         self._began_s = self._ended_s = self._now_s = -PAUSE_S
         self._saved_s = MAX_SAVED_S
-        self._unlinked: set[Sequence] = set()  # in a round that no block before has begun
+        self._unlinked: set[Sequence] = set()  # in a round that the one before would have begun, in force
 
     def step(self, now_s: float) -> None:
         """Called before each forward; ends a trial that has lasted, and begins one that can be paid for."""
@@ -69,17 +69,24 @@ class Trials:
         """True if what the sequence begins now is a trial's, and so no switch of its mode."""
         return self._running is not None and sequence.decoding.mode is None
 
-    def began(self, sequence: Sequence) -> None:
-        """The sequence has begun a round of the trial at a safe point."""
-        self._unlinked.add(sequence)
+    def begins(self, sequence: Sequence, mode: Mode) -> None:
+        """The sequence is about to begin a round of the trial at a safe point."""
+        last = None if sequence.round_plan is None else sequence.round_plan.mode
+        has_no_draft = mode is Mode.SELF_SPECULATION and last is not mode and not sequence.draft.token_ids
+        if has_no_draft or (mode is Mode.DIFFUSION and self._overlaps_blocks):
+            self._unlinked.add(sequence)
 
-    def ended(self, sequence: Sequence, made: RoundStats) -> RoundStats:
-        """The stats of a round that has ended, as they are in force most of the time."""
-        if sequence in self._unlinked:
-            self._unlinked.discard(sequence)
-            if made.plan.mode is Mode.DIFFUSION and self._overlaps_blocks:
-                return made._replace(forwards=max(1, made.forwards - 1))  # it took one of its own to begin
-        return made
+    def ended(self, sequence: Sequence, made: RoundStats) -> RoundStats | None:
+        """The stats of a round that has ended, as they are in force most of the time.
+
+        None where that can't be told: self-speculation without a draft yet verifies nothing.
+        """
+        if sequence not in self._unlinked:
+            return made
+        self._unlinked.discard(sequence)
+        if made.plan.mode is Mode.SELF_SPECULATION:
+            return None
+        return made._replace(forwards=max(1, made.forwards - 1))  # it took one of its own to begin
 
     def removed(self, sequence: Sequence) -> None:
         """The sequence has ended, perhaps amid a round."""

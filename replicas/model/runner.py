@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from itertools import chain, repeat
 from math import isfinite
 
 import torch
@@ -222,16 +222,16 @@ def spec_of(config: ModelConfig, *, num_pages: int, page_size: int, max_context:
 def rows_of(segment: Segment) -> list[Row]:
     """The rows of a segment whose logits are wanted.
 
-    A causal row knows, of its own segment, the tokens up to itself; a bidirectional one the seed alone: a
-    draft, to be verified. Diffusion has no penalties, so no row behind a commit is asked.
+    A causal row knows, of its own segment, the tokens up to itself; a bidirectional one the causal tokens, or
+    the seed where there are none.
     """
     rows = []
     num_seen = len(segment.history) - segment.start
-    masks = segment.allowed or (None,) * len(segment.wanted)
-    for index, position, allowed in zip(segment.wanted, segment.sampled_positions, masks, strict=True):
+    masks = chain(segment.allowed, repeat(None))
+    for index, position, allowed in zip(segment.wanted, segment.sampled_positions, masks, strict=False):
         then: tuple[int, ...] = ()
         if segment.sampling.has_penalties:
-            then = segment.token_ids[num_seen : index + 1 if index < segment.num_causal else 1]
+            then = segment.token_ids[num_seen : min(index + 1, max(segment.num_causal, 1))]
         rows.append(Row(segment.sampling, position, segment.prompt_len, segment.history, allowed, then))
     return rows
 
@@ -244,8 +244,8 @@ def outputs_of(
 ) -> list[SegmentOutput]:
     """The output of each segment, from what the sampler gave for its rows, in order.
 
-    A row whose probability is not finite has no token. A verify ends before its first one, since it may never
-    come to that row; any other segment with one fails.
+    A row whose probability is not finite has no token. What has causal tokens ends before its first one,
+    since it may never come to that row; any other segment with one fails.
     """
     outputs = []
     end = 0
@@ -254,7 +254,7 @@ def outputs_of(
         made = tuple(probs[first:end])
         if not all(map(isfinite, made)):
             count = next(index for index, prob in enumerate(made) if not isfinite(prob))
-            if not count or not segment.is_causal:
+            if not count or not segment.num_causal:
                 outputs.append(SegmentOutput((), (), failure=_failure(segment)))
                 continue
             made = made[:count]
@@ -293,8 +293,9 @@ def _batch(segments: Sequence[Segment], attention: AttentionPlan) -> Batch:
     for segment in segments:
         length = len(segment.token_ids)
         if segment.adapter:
-            adapter.extend(range(row, row + length))
-            wanted_adapter.extend(range(len(wanted), len(wanted) + len(segment.wanted)))
+            adapter.extend(range(row + segment.num_causal, row + length))
+            first = sum(index < segment.num_causal for index in segment.wanted)
+            wanted_adapter.extend(range(len(wanted) + first, len(wanted) + len(segment.wanted)))
         wanted.extend(row + index for index in segment.wanted)
         row += length
     return Batch(

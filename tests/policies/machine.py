@@ -40,22 +40,43 @@ class Machine:
 
     pace: Pace = lambda _: 1.0
     num_requests: Callable[[float], int] = lambda now_s: 4 if now_s < 30 else 64
-    shape: StepCost = field(default_factory=lambda: StepCost(KNOTS, tuple(4.0 + 0.02 * q for q in KNOTS)))
+    shape: StepCost = field(default_factory=lambda: StepCost(KNOTS, tuple(4.0 + 0.03 * q for q in KNOTS)))
     factors: dict[Mode, float] = field(default_factory=dict)
     acceptance: float = 0.8
     noise: float = 0.1
 
+    def share_without_draft(self, plan: DecodePlan) -> float:
+        """The share of rounds of self-speculation that verify nothing: one after each refusal."""
+        refused = 1.0 - self.acceptance ** (plan.block_length - 1)
+        return refused / (1.0 + refused)
+
     def forward_ms(self, plan: DecodePlan, num: int) -> tuple[int, int, float]:
         """The query tokens and segments of a forward of so many requests, and its latency."""
-        segments = min(num, MAX_STEP_TOKENS // plan.block_length)
-        rows = segments * plan.block_length
+        each = 1.0
+        if plan.mode is Mode.SELF_SPECULATION:
+            without = self.share_without_draft(plan)
+            each = without * (1 + plan.block_length) + (1.0 - without) * 2 * plan.block_length
+        segments = min(num, int(MAX_STEP_TOKENS / each))
+        rows = round(segments * each)
         return rows, segments, self.factors.get(plan.mode, 1.0) * self.shape.ms(rows)
+
+    def round_of(self, plan: DecodePlan, rng: random.Random) -> RoundStats:
+        """A round of self-speculation."""
+        if rng.random() < self.share_without_draft(plan):
+            return RoundStats(plan, 1, 1, 1 + plan.block_length)
+        tokens = 1
+        while tokens < plan.block_length and rng.random() < self.acceptance:
+            tokens += 1
+        return RoundStats(plan, tokens, 1, 2 * plan.block_length)
 
     def rate(self, plan: DecodePlan, num: int) -> float:
         """Tokens a second of a plan at a pace of 1."""
         _, segments, ms = self.forward_ms(plan, num)
-        tokens = sum(self.acceptance**n for n in range(plan.block_length))
-        return 1000.0 * segments / ms * (1.0 if plan.mode is Mode.AR else tokens / 2.0)
+        tokens = 1.0
+        if plan.mode is Mode.SELF_SPECULATION:
+            without = self.share_without_draft(plan)
+            tokens = without + (1.0 - without) * sum(self.acceptance**n for n in range(plan.block_length))
+        return 1000.0 * segments / ms * tokens
 
     def best(self, num: int) -> float:
         return max(self.rate(plan, num) for plan in PLANS)
@@ -113,11 +134,7 @@ def run(machine: Machine, seconds: float, seed: int = 0, **parameters: object) -
             ms *= machine.pace(now_s) * math.exp(rng.gauss(0.0, machine.noise))
             forwards.append(ForwardStats(rows, segments, CONTEXT * segments, ms, ran.mode))
             if ran.mode is Mode.SELF_SPECULATION:
-                for _ in range(segments // 2 or rng.random() < 0.5):
-                    tokens = 1
-                    while tokens < ran.block_length and rng.random() < machine.acceptance:
-                        tokens += 1
-                    rounds.append(RoundStats(ran, tokens, 2, 2 * ran.block_length))
+                rounds += [machine.round_of(ran, rng) for _ in range(segments)]
             lost += ms / 1000.0 * (1.0 - machine.rate(ran, num) / machine.best(num))
             now_s += ms / 1000.0
         step.update(forwards, now_s)

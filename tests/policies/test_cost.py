@@ -1,4 +1,5 @@
 import pickle
+import random
 from itertools import pairwise
 
 import pytest
@@ -6,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.control.codec import LOADS
-from policies.cost import ReplicaCosts, RoundYield, StepCost, prior_yield
+from policies.cost import PRIOR_ACCEPTANCE, ReplicaCosts, RoundYield, StepCost, prior_yield
 from policies.modes import MAX_BLOCK_LENGTH, DecodePlan, Mode
 from tests.policies.helpers import a_load
 
@@ -60,12 +61,31 @@ def test_priors_are_possible(plan):
 
 
 def test_priors_are_near_the_published_figures():
-    """accepted tokens a round of the 8B at blocks 8, 16, 32, and tokens a forward of its diffusion."""
+    """Accepted tokens a verified block of the 8B at 8, 16, 32, and tokens a forward of its diffusion."""
     for block, measured in ((8, 5.777), (16, 8.533), (32, 11.359)):
-        tokens = prior_yield(DecodePlan(Mode.SELF_SPECULATION, block)).tokens
-        assert tokens == pytest.approx(measured, rel=0.16)
+        verified = sum(PRIOR_ACCEPTANCE**place for place in range(block))
+        assert verified == pytest.approx(measured, rel=0.16)
     diffusion = prior_yield(DecodePlan(Mode.DIFFUSION, 32, 0.9))
     assert diffusion.tokens_per_forward == pytest.approx(2.57, rel=0.02)
+
+
+@pytest.mark.parametrize("block", [2, 8, 32])
+def test_the_prior_of_self_speculation_is_what_a_chain_of_rounds_brings(block):
+    """A draft accepted whole has the next one behind it; after a refusal a round has none."""
+    rng = random.Random(block)
+    tokens = rows = 0
+    has_draft = False
+    for _ in range(20_000):
+        num_accepted = 0
+        while has_draft and num_accepted < block - 1 and rng.random() < PRIOR_ACCEPTANCE:
+            num_accepted += 1
+        tokens += num_accepted + 1
+        rows += 2 * block if has_draft else 1 + block
+        has_draft = num_accepted == block - 1 if has_draft else True
+    expected = prior_yield(DecodePlan(Mode.SELF_SPECULATION, block))
+    assert expected.forwards == 1.0
+    assert expected.tokens == pytest.approx(tokens / 20_000, rel=0.03)
+    assert expected.rows_per_forward == pytest.approx(rows / 20_000, rel=0.03)
 
 
 def test_a_longer_block_brings_more_a_round_and_a_lower_threshold_costs_fewer_forwards():

@@ -69,9 +69,9 @@ def test_after_disturbances_of_any_length_the_best_plan_is_found_again(seed):
             assert ratio == pytest.approx(1.0, abs=0.1)
 
 
-@pytest.mark.parametrize("num", [1, 8, 24, 64])
+@pytest.mark.parametrize("num", [1, 4, 24, 56])
 def test_at_a_constant_load_hardly_anything_shifts_and_trials_lose_little(num):
-    """24 is where two plans are nearly equal."""
+    """4 and 56 are where two plans are nearly equal."""
     machine = Machine(num_requests=lambda _: num, factors={Mode.AR: 1.2})
     periods = run(machine, 70.0, seed=num)
     settled = [period for period in periods if period.at_s > 10.0]

@@ -65,7 +65,8 @@ def test_pinned_requests_take_their_share_of_every_forward():
 
 def test_lossless_requests_do_not_follow_into_diffusion():
     mixed = forecast(a_replica(2, num_lossless=1), DIFFUSION)
-    assert mixed.step_ms == pytest.approx(10.0 + 0.5 * (16 + 16 - 1))
+    rows = COSTS.yield_of(DecodePlan(Mode.SELF_SPECULATION, 16)).rows_per_forward
+    assert mixed.step_ms == pytest.approx(10.0 + 0.5 * (16 + rows - 1))
     pure = forecast(a_replica(2, num_lossless=1), AR)
     assert pure.tpots == ((1, 0.0105), (1, 0.0105))
     assert pure.tokens_per_s == forecast(a_replica(2), AR).tokens_per_s

@@ -17,7 +17,7 @@ def speculate(estimator, block, chance, num, now_s, seed=0):
         tokens = 1
         while tokens < block and rng.random() < chance:
             tokens += 1
-        rounds.append(RoundStats(SPECULATION[block], tokens, 2, 2 * block))
+        rounds.append(RoundStats(SPECULATION[block], tokens, 1, 2 * block))
     estimator.update(rounds, now_s)
 
 
@@ -29,24 +29,34 @@ def test_before_any_round_nothing_is_said():
     assert YieldEstimator(0.0).yields() == ()
 
 
-@pytest.mark.parametrize("chance", [0.5, 0.8, 0.97])
-def test_a_round_tells_of_shorter_blocks_and_longer_ones_are_extrapolated(chance):
+def test_self_speculation_is_counted_by_its_forwards_and_rows():
+    """A round that verifies a whole draft, and now and then one without a draft: each is one forward."""
     estimator = YieldEstimator(0.0)
-    speculate(estimator, 16, chance, 300, 1.0)
-    for block, plan in SPECULATION.items():
-        expected = (1 - chance**block) / (1 - chance)
-        found = tokens_of(estimator, plan)
-        assert found.tokens == pytest.approx(expected, rel=0.12)
-        assert found.num_rounds == pytest.approx(0.0 if block > 16 else 300.0, abs=5)
+    plan = SPECULATION[16]
+    estimator.update(
+        [RoundStats(plan, 16, 1, 32), RoundStats(plan, 16, 1, 32), RoundStats(plan, 1, 1, 17)] * 80, 1.0
+    )
+    found = tokens_of(estimator, plan)
+    assert found.tokens_per_forward == pytest.approx(11, rel=0.03)
+    assert found.forwards == pytest.approx(1.0, abs=0.03)
+    assert found.rows_per_forward == pytest.approx(27, abs=0.1)
 
 
-def test_blocks_of_several_lengths_make_one_curve():
-    """Short ones say nothing of what comes after them, and so bias nothing."""
+def test_a_block_that_never_ran_is_inferred_from_the_nearest_by_its_ratio_to_the_prior():
     estimator = YieldEstimator(0.0)
-    speculate(estimator, 4, 0.9, 200, 1.0)
-    speculate(estimator, 32, 0.9, 60, 1.0, seed=1)
-    for block, plan in SPECULATION.items():
-        assert tokens_of(estimator, plan).tokens == pytest.approx((1 - 0.9**block) / 0.1, rel=0.15)
+    speculate(estimator, 16, 0.5, 200, 1.0)
+    near = tokens_of(estimator, SPECULATION[16])
+    inferred = ReplicaCosts(UNMEASURED, estimator.yields()).yield_of(SPECULATION[8])
+    ratio = near.tokens / prior_yield(SPECULATION[16]).tokens
+    assert inferred.tokens == pytest.approx(ratio * prior_yield(SPECULATION[8]).tokens)
+    assert (inferred.forwards, inferred.num_rounds) == (1.0, 0.0)
+    assert 9 < inferred.rows_per_forward <= 18
+
+
+def test_what_clients_chose_themselves_is_not_counted():
+    estimator = YieldEstimator(0.0)
+    estimator.update([RoundStats(SPECULATION[8], 8, 1, 16, is_clients=True)] * 50, 1.0)
+    assert estimator.yields() == ()
 
 
 def test_diffusion_is_counted_by_block_and_near_its_prior_at_first():
@@ -101,14 +111,17 @@ def test_a_change_of_the_workload_is_followed_under_load():
 
 
 def known(chance, blocks=(4, 8, 16, 32)):
-    return [RoundYield(SPECULATION[b], (1 - chance**b) / (1 - chance), 2.0, 500) for b in blocks]
+    return [
+        RoundYield(SPECULATION[b], (1 - chance**b) / (1 - chance), 1.0, 500, rows=2.0 * b) for b in blocks
+    ]
 
 
 def test_what_is_known_at_the_start_is_said_before_any_round():
     entry = RoundYield(DIFFUSION, 15.0, 2.5, 400, rows=24.0)
     estimator = YieldEstimator(0.0, [*known(0.9), entry])
     for block, plan in SPECULATION.items():
-        assert tokens_of(estimator, plan).tokens == pytest.approx((1 - 0.9**block) / 0.1, rel=0.02)
+        assert tokens_of(estimator, plan).tokens == pytest.approx((1 - 0.9**block) / 0.1, rel=0.001)
+        assert tokens_of(estimator, plan).rows == 2 * block
     found = tokens_of(estimator, DIFFUSION)
     assert (found.tokens, found.forwards, found.rows) == (15.0, 2.5, 24.0)
     assert found.num_rounds == KNOWN_ROUNDS
@@ -128,10 +141,3 @@ def test_long_after_the_last_round_it_is_as_at_the_start():
     speculate(estimator, 16, 0.5, 200, 1.0)
     estimator.update([], 7200.0)
     assert tokens_of(estimator, SPECULATION[16]).tokens == pytest.approx((1 - 0.9**16) / 0.1, rel=0.02)
-
-
-@pytest.mark.parametrize("tokens", [1.0, 3.9, 4.0, 100.0])
-def test_known_yields_that_no_chance_brings_are_taken_as_near_as_can_be(tokens):
-    entries = [RoundYield(SPECULATION[4], tokens, 2.0, 9), RoundYield(SPECULATION[32], 1.0, 2.0, 9)]
-    found = tokens_of(YieldEstimator(0.0, entries), SPECULATION[4]).tokens
-    assert found == pytest.approx(min(4.0, tokens), rel=0.01)

@@ -129,16 +129,16 @@ def test_alone(engine: Engine, reference: Reference, plan: DecodePlan) -> None:
         finish(engine)
         expected = reference.mixed(prompt, MAX_TOKENS, lambda _: plan)
         assert completion(sequence) == expected.token_ids
-        # The engine cuts drafts, and ends in mid-block, when max_tokens is near; the reference does not.
+        # The engine ends in mid-block of diffusion when max_tokens is near; the reference does not.
         spared = expected.num_forwards - sequence.num_forwards
-        assert 0 <= spared < plan.block_length
+        assert 0 <= spared < (plan.block_length if plan.mode is Mode.DIFFUSION else 1)
 
 
 def test_the_tiny_model_is_a_fair_judge(reference: Reference) -> None:
     """Drafts are sometimes right and sometimes wrong, and the thresholds above matter."""
     prompt = prompts(3)[2]
-    speculated = reference.self_speculation(prompt, MAX_TOKENS, 5, ignore_eos=True)
-    assert MAX_TOKENS / 5 * 2 < speculated.num_forwards < 2 * MAX_TOKENS
+    speculated = [reference.self_speculation(p, MAX_TOKENS, 5, ignore_eos=True) for p in prompts(8)]
+    assert any(MAX_TOKENS / 5 < decoded.num_forwards < MAX_TOKENS - 2 for decoded in speculated)
     forwards = {
         t: reference.diffusion(prompt, MAX_TOKENS, 8, t, ignore_eos=True).num_forwards
         for t in (0.2, 0.6, 1.0)
@@ -167,8 +167,8 @@ def test_int8_weights_are_as_lossless(folder: Path, dtype: str) -> None:
     ]
     finish(engine)
     assert [completion(sequence) for sequence in sequences] == wanted
-    # Were no draft ever right it would be two forwards a token, but for the last ones.
-    assert any(s.num_forwards < 2 * len(completion(s)) - 10 for s in sequences)
+    # Were no draft ever right it would be a forward a token.
+    assert any(s.num_forwards < len(completion(s)) - 2 for s in sequences)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -1,7 +1,7 @@
 """Measures the adapter on held-out chat prompts with the real engine.
 
 `python -m training.smollm2.evaluate`. Greedy, every prompt under every setting: mean accepted length
-(tokens a draft-and-verify round), tokens a forward (a draft and its verify are two, a diffusion block's
+(tokens a round of self-speculation), tokens a forward (such a round is one, a diffusion block's
 commit is one) and the share of answers that are AR's token for token. --show prints answers side by side,
 since no number says whether diffusion reads well.
 """
@@ -48,7 +48,7 @@ def score(plan: DecodePlan, answers: list[Answer], by_ar: list[Answer]) -> Score
         num_prompts=len(answers),
         tokens=tokens,
         tokens_per_forward=per_forward,
-        accepted=2 * per_forward if plan.mode is Mode.SELF_SPECULATION else None,
+        accepted=per_forward if plan.mode is Mode.SELF_SPECULATION else None,
         same_as_ar=sum(a.tokens == b.tokens for a, b in zip(answers, by_ar, strict=True)) / len(answers),
     )
 

@@ -6,8 +6,8 @@ from policies.modes import DecodePlan, Mode, available_plan, default_plan, lossl
 from replicas.engine.batch import ModelSpec
 from replicas.engine.decoders.ar import ArRound
 from replicas.engine.decoders.diffusion import DiffusionRound
-from replicas.engine.decoders.round import Round
-from replicas.engine.decoders.self_speculation import SelfSpeculationRound
+from replicas.engine.decoders.round import Round, SegmentRequest
+from replicas.engine.decoders.self_speculation import SelfSpeculationRound, masks_behind, with_draft
 from replicas.engine.sequence import Sequence
 
 PINNED_RULE = "request"
@@ -34,15 +34,18 @@ def plan_for(sequence: Sequence, active: ActivePlan, spec: ModelSpec) -> ActiveP
         return ActivePlan(base, rule)
     block_length = options.block_length or base.block_length
     threshold = options.threshold or base.threshold
-    return ActivePlan(DecodePlan(base.mode, block_length, threshold), rule)
+    factor = base.factor if options.threshold is None and options.factor is None else options.factor
+    return ActivePlan(DecodePlan(base.mode, block_length, threshold, factor), rule)
 
 
-def begin_round(sequence: Sequence, plan: DecodePlan, spec: ModelSpec) -> Round:
+def begin_round(sequence: Sequence, plan: DecodePlan, spec: ModelSpec, overlaps_blocks: bool) -> Round:
     """A new round of a sequence at a safe point.
 
     A block never passes the model's context. A draft is cut to what the request may still generate;
     a diffusion block is not, since its length bears on its tokens: a completion of 10 tokens is to be
     the beginning of one of 50.
+
+    overlaps_blocks: blocks of diffusion begin in the forward before.
     """
     start = len(sequence.tokens) - 1
     seed = sequence.tokens[start]
@@ -51,19 +54,53 @@ def begin_round(sequence: Sequence, plan: DecodePlan, spec: ModelSpec) -> Round:
         return ArRound(start, seed)
     assert spec.mask_token_id is not None, "a model without a mask token has only the mode ar"
     if plan.mode is Mode.SELF_SPECULATION:
-        block_length = min(block_length, sequence.num_remaining)
-        return SelfSpeculationRound(start, seed, block_length, spec.mask_token_id)
-    eos = frozenset() if sequence.sampling.ignore_eos else spec.eos_token_ids
-    max_steps = sequence.decoding.max_steps or block_length
+        eos = frozenset() if sequence.sampling.ignore_eos else spec.eos_token_ids
+        return SelfSpeculationRound(
+            start, seed, sequence.draft, block_length, sequence.num_remaining, spec.mask_token_id, eos
+        )
+    return _diffusion_round(sequence, plan, spec, start, seed, overlaps_blocks)
+
+
+def begun_behind_prompt(
+    sequence: Sequence, request: SegmentRequest, plan: DecodePlan, spec: ModelSpec, overlaps_blocks: bool
+) -> SegmentRequest:
+    """The request of a prompt's last tokens with the masks of the first draft, or block, behind them.
+
+    It is the request as it is where the plan has none.
+    """
+    start, num_left = len(sequence.tokens), sequence.num_remaining
+    block_length = min(plan.block_length, spec.max_context - start)
+    if plan.mode is Mode.AR or num_left <= 1 or block_length <= 1:
+        return request
+    assert spec.mask_token_id is not None, "a model without a mask token has only the mode ar"
+    if plan.mode is Mode.SELF_SPECULATION:
+        return with_draft(request, masks_behind(block_length, num_left, spec.mask_token_id))
+    if not overlaps_blocks:
+        return request
+    return _diffusion_round(sequence, plan, spec, start, None, overlaps_blocks).behind(request)
+
+
+def _diffusion_round(
+    sequence: Sequence,
+    plan: DecodePlan,
+    spec: ModelSpec,
+    start: int,
+    seed: int | None,
+    overlaps_blocks: bool,
+) -> DiffusionRound:
+    assert spec.mask_token_id is not None
+    block_length = min(plan.block_length, spec.max_context - start)
     return DiffusionRound(
         start,
         seed,
         block_length,
         plan.threshold,
+        plan.factor,
         spec.mask_token_id,
-        eos,
-        max_steps,
+        frozenset() if sequence.sampling.ignore_eos else spec.eos_token_ids,
+        sequence.decoding.max_steps or block_length,
         spec.denoise_with_adapter,
+        overlaps_blocks,
     )
 
 

@@ -6,7 +6,7 @@ its next safe point. The scheduler knows nothing of modes beyond this interface.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from policies.modes import Mode
 from replicas.engine.batch import SegmentOutput, TokenLogprob
@@ -19,10 +19,54 @@ class SegmentRequest:
     token_ids: tuple[int, ...]
     num_causal: int
     adapter: bool
+    """True if the adapter is on for the bidirectional tokens."""
     wanted: tuple[int, ...]
     """Indices of the tokens to sample; this and the fields above are as in engine.batch.Segment."""
     successor: "Round | None" = None
     """The round that this segment begins behind the block that it commits; it goes on once that is done."""
+
+    @property
+    def drafts(self) -> bool:
+        """True if there are masks of a draft behind the causal tokens, which can be left out."""
+        return self.successor is None and 0 < self.num_causal < len(self.token_ids)
+
+    def cut(self, num_causal: int) -> "SegmentRequest":
+        """The request with its first num_causal tokens, which are causal, and what is behind the causal
+        ones."""
+        gone = self.num_causal - num_causal
+        return replace(
+            self,
+            token_ids=self.token_ids[:num_causal] + self.token_ids[self.num_causal :],
+            num_causal=num_causal,
+            wanted=tuple(
+                index - gone * (index >= self.num_causal)
+                for index in self.wanted
+                if not num_causal <= index < self.num_causal
+            ),
+        )
+
+    def without_draft(self) -> "SegmentRequest":
+        """The request without what is behind the causal tokens."""
+        wanted = tuple(index for index in self.wanted if index < self.num_causal)
+        return replace(self, token_ids=self.token_ids[: self.num_causal], adapter=False, wanted=wanted)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Tokens drafted for the positions after a sequence's seed; empty where there are none."""
+
+    token_ids: tuple[int, ...] = ()
+    probs: tuple[float, ...] = ()
+    """Their probability by the forward that drafted them."""
+
+    @classmethod
+    def behind(cls, request: SegmentRequest, output: SegmentOutput) -> "Draft":
+        """The draft that a segment has made behind its causal tokens."""
+        first = sum(index < request.num_causal for index in request.wanted)
+        return cls(output.token_ids[first:], output.probs[first:])
+
+
+NO_DRAFT = Draft()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +81,8 @@ class RoundProgress:
     """The number of tokens from the seed on that now have valid K/V; 0 until the round's end."""
     done: bool = False
     """True if the round is over: the sequence is at its next safe point, or in the request's successor."""
+    draft: Draft = NO_DRAFT
+    """What the round has drafted of the tokens after its own; for the next round, if that can use it."""
 
 
 class Round(ABC):
@@ -51,6 +97,13 @@ class Round(ABC):
         following: the length of the block that is to follow this one, where a decoder can begin it in the
         same forward; 0 for none.
         """
+
+    def begin(self, output: SegmentOutput) -> tuple[int, ...]:
+        """Begins the successor of a segment with that segment's output: its seed, and what is behind it.
+
+        Returns the final tokens, the seed among them.
+        """
+        raise NotImplementedError(f"a round of {self.mode} begins at a safe point")
 
     @abstractmethod
     def apply_output(self, request: SegmentRequest, output: SegmentOutput) -> RoundProgress:

@@ -1,42 +1,107 @@
-"""Self-speculation: one bidirectional forward drafts a block, one causal forward verifies it.
+"""Self-speculation: each forward verifies a draft causally and drafts the next tokens behind it.
 
 Verification samples every position as AR would, with AR's random number for that position, and
 keeps what agrees with the draft plus the first that does not. So the output is AR's token for token,
 at temperature 0 and, given the seed, above it too: accepting a draft d exactly when AR's own sample
 x ~ p equals d is speculative sampling (Leviathan et al., arXiv 2211.17192) with a point-mass draft.
+
+The masks of the next draft stand behind the verified tokens, bidirectional, in the same forward. They bet
+that all of these are accepted: when they are, the next round has its draft already. Else it has none,
+verifies the seed alone, which is an AR step, and drafts anew. So a round is one forward and never brings less
+than AR's token.
+
+Such a draft is made before its own seed is known, the token after the verified ones, which is masked in it
+too.
 """
+
+from collections.abc import Set
+from dataclasses import replace
+from itertools import accumulate
+from operator import mul
 
 from policies.modes import Mode
 from replicas.engine.batch import SegmentOutput
-from replicas.engine.decoders.round import Round, RoundProgress, SegmentRequest
+from replicas.engine.decoders.round import NO_DRAFT, Draft, Round, RoundProgress, SegmentRequest
 
 
 class SelfSpeculationRound(Round):
-    """A round of block_length 1 has nothing to draft and is an AR step."""
+    """A round of one forward.
+
+    draft: of the tokens after the seed, as the round before has left it
+    block_length: tokens verified at most, the seed included; as many are drafted behind them, the first of
+    which, the next seed, is not used
+    num_remaining: tokens that the request may still generate, at least 1
+    eos_token_ids: the tokens that end a text; empty when the request ignores them
+    """
 
     mode = Mode.SELF_SPECULATION
 
-    def __init__(self, start: int, seed: int, block_length: int, mask_token_id: int):
+    def __init__(
+        self,
+        start: int,
+        seed: int,
+        draft: Draft,
+        block_length: int,
+        num_remaining: int,
+        mask_token_id: int,
+        eos_token_ids: Set[int],
+    ):
         self.start = start
-        self._seed = seed
-        self._masks = (mask_token_id,) * (block_length - 1)
-        self._draft: tuple[int, ...] | None = None if self._masks else ()
+        most = min(block_length, num_remaining) - 1
+        ends = (at for at, token in enumerate(draft.token_ids[:most], start=1) if token in eos_token_ids)
+        most = next(ends, most)
+        count = num_worth_verifying(draft.probs[:most])
+        tokens = (seed, *draft.token_ids[:count])
+        verify = SegmentRequest(tokens, len(tokens), adapter=False, wanted=tuple(range(len(tokens))))
+        is_end = tokens[-1] in eos_token_ids
+        num_left = 0 if is_end else num_remaining - len(tokens)
+        self._request = with_draft(verify, masks_behind(block_length, num_left, mask_token_id))
 
     def next_segment(self, following: int = 0) -> SegmentRequest:
-        if self._draft is None:
-            wanted = tuple(range(1, 1 + len(self._masks)))
-            return SegmentRequest((self._seed, *self._masks), num_causal=0, adapter=True, wanted=wanted)
-        tokens = (self._seed, *self._draft)
-        return SegmentRequest(tokens, num_causal=len(tokens), adapter=False, wanted=tuple(range(len(tokens))))
+        return self._request
 
     def apply_output(self, request: SegmentRequest, output: SegmentOutput) -> RoundProgress:
-        if self._draft is None:
-            self._draft = output.token_ids
-            return RoundProgress()
-        num_accepted = 0
-        num_verified = len(output.token_ids) - 1  # fewer than were drafted where a grammar refuses the rest
-        while num_accepted < num_verified and self._draft[num_accepted] == output.token_ids[num_accepted]:
-            num_accepted += 1
+        drafted = request.token_ids[1 : request.num_causal]
+        chosen = output.token_ids[: request.num_causal]  # fewer where nothing can be sampled from a row
+        pairs = zip(drafted, chosen, strict=False)
+        num_accepted = next((at for at, (token, own) in enumerate(pairs) if token != own), len(chosen) - 1)
+        num_accepted = min(num_accepted, len(drafted))
         # The seed and the accepted drafts are cached; the token after them, AR's own, is the next seed.
         count = num_accepted + 1
-        return RoundProgress(output.token_ids[:count], output.logprobs(count), num_cached=count, done=True)
+        draft = Draft.behind(request, output) if count == request.num_causal else NO_DRAFT
+        return RoundProgress(chosen[:count], output.logprobs(count), num_cached=count, done=True, draft=draft)
+
+
+def with_draft(request: SegmentRequest, masks: tuple[int, ...]) -> SegmentRequest:
+    """The request with the masks of a draft behind its tokens."""
+    if not masks:
+        return request
+    first = len(request.token_ids)
+    wanted = (*request.wanted, *range(first + 1, first + len(masks)))
+    return replace(request, token_ids=request.token_ids + masks, adapter=True, wanted=wanted)
+
+
+def masks_behind(block_length: int, num_remaining: int, mask_token_id: int) -> tuple[int, ...]:
+    """The masks of a draft: of the next seed, then of the tokens after it; none where the text ends before.
+
+    num_remaining: tokens that the request may still generate from the next seed on, this included
+    """
+    count = min(block_length, num_remaining)
+    return (mask_token_id,) * count if count > 1 else ()
+
+
+def num_worth_verifying(probs: tuple[float, ...]) -> int:
+    """The number of drafted tokens to verify; the rest is drafted again behind them.
+
+    The one of most tokens expected of the forward, less what a refusal costs: the next forward then has no
+    draft, and brings one token instead of what a draft like this one brings.
+
+    probs: of each token, that it is accepted if those before it are
+    """
+    survivals = tuple(accumulate(probs, mul))
+    expected = tuple(accumulate(survivals, initial=0.0))
+    values = [
+        tokens - (1.0 - survival) * expected[-1]
+        for tokens, survival in zip(expected, (1.0, *survivals), strict=True)
+    ]
+    return max(range(len(values)), key=lambda count: (values[count], count))

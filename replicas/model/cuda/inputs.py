@@ -80,12 +80,8 @@ class HostStep:
         segments: Sequence[Segment],
         config: ModelConfig,
         page_size: int,
-        max_added: Sequence[int] | None = None,
     ) -> "HostStep":
-        """Lays out the segments.
-
-        max_added: the most positions by which each may begin past its start; the table has pages for them
-        """
+        """Lays out the segments."""
         lengths = np.array([len(segment.token_ids) for segment in segments])
         starts = np.array([segment.start for segment in segments])
         ends = lengths.cumsum()
@@ -94,10 +90,7 @@ class HostStep:
         segment_of_row = np.repeat(np.arange(len(segments)), lengths)
         positions = np.arange(num_rows) - (first_rows - starts)[segment_of_row]
 
-        ends_at = starts + lengths
-        if max_added is not None:
-            ends_at = ends_at + np.array(max_added)
-        num_pages = -(-ends_at // page_size)
+        num_pages = -(-(starts + lengths) // page_size)
         first_pages = num_pages.cumsum() - num_pages
         page_table = np.fromiter(
             chain.from_iterable(
@@ -114,7 +107,8 @@ class HostStep:
                 for segment, first in zip(segments, first_rows.tolist(), strict=True)
             ]
         )
-        adapted = np.array([segment.adapter for segment in segments])[segment_of_row]
+        first_adapted = ends - np.array([segment.num_adapted for segment in segments])
+        adapted = np.arange(num_rows) >= first_adapted[segment_of_row]
         has_adapter = bool(adapted.any())
         rows = np.arange(num_rows)
         wanted_rows = np.arange(len(wanted))

@@ -182,12 +182,11 @@ class CudaRunner:
         self, segments: Sequence[Segment], guessed: Guess | None = None, after: Sampled | None = None
     ) -> Sampled:
         """Queues a step's work on the device; nothing is waited for unless a row needs the host's rules."""
-        max_added = None if guessed is None else guessed.max_added
-        host = HostStep.pack(segments, self.config, self._page_size, max_added)
+        host = HostStep.pack(segments, self.config, self._page_size)
         size, graphs = self._size(host)
         buffer = self._staging.send_step(host, size, None if graphs is None else self._buffer)
         if guessed is not None and after is not None:
-            fill_in(guessed, after.tokens, sections_of(buffer, size), self._staging, self._page_size)
+            fill_in(guessed, after.tokens, sections_of(buffer, size), self._staging)
         if graphs is None:
             logits = self.model.forward(StepInputs.view(buffer, size, self.config))
             best = self._confidence(logits)
@@ -209,7 +208,7 @@ class CudaRunner:
             return None
         first_rows = sampled.first_rows()
         firsts = [first_rows[index] for index in indices]
-        return guess(segments, firsts, len(sampled.tokens), self._page_size, self._spec.mask_token_id)
+        return guess(segments, firsts, self._page_size)
 
     def _size(self, host: HostStep) -> tuple[StepSize, GraphCache | None]:
         """The size to pad to, and the graphs if the step fits one."""

@@ -9,7 +9,7 @@ import torch
 
 from replicas.engine.batch import Segment, SegmentOutput, TokenProb
 from replicas.kernels.confidence import Confidence
-from replicas.kernels.verify import sample_rows
+from replicas.kernels.sample_rows import sample_rows
 from replicas.messages import SamplingParams
 from replicas.model.cuda.staging import Fetch
 from replicas.model.logit_rules import Row

@@ -42,10 +42,12 @@ struct Model {
   const Layer* layers;
 };
 
-// Rows of the adapter come first among the segments, and so among the wanted rows.
+// Rows of the adapter come first among the segments, and so among the wanted rows. A segment whose last tokens
+// alone have it comes in two parts, which share pages and end: the first of them ends before the second starts.
 struct Step {
   int64_t num_segments, num_rows, num_wanted, num_adapter_rows, num_wanted_adapter;
-  const int64_t *starts, *lengths, *num_causal, *page_offsets;  // [num_segments]
+  // [num_segments]; ends: positions up to which tokens are stored, what bidirectional queries see
+  const int64_t *starts, *lengths, *ends, *num_causal, *page_offsets;
   const int32_t* pages;                                         // segment s: from page_offsets[s]
   const int64_t* token_ids;                                     // [num_rows]
   const int64_t* wanted;                                        // [num_wanted], ascending rows
@@ -132,15 +134,16 @@ class Forward {
     const int64_t block_length = std::max<int64_t>(1, MAX_SCORE_ROWS / per_kv);
     row_page_.reserve(step_.num_rows);
     for (int64_t s = 0, row = 0; s < step_.num_segments; s++) {
-      const int64_t start = step_.starts[s], length = step_.lengths[s];
+      const int64_t start = step_.starts[s], length = step_.lengths[s], end = step_.ends[s];
       const int32_t* pages = step_.pages + step_.page_offsets[s];
       for (int64_t q = 0; q < length; q += block_length) {
-        blocks_.push_back({pages, start + q, std::min(block_length, length - q), row + q, start + length,
+        blocks_.push_back({pages, start + q, std::min(block_length, length - q), row + q, end,
                            step_.num_causal[s] - q});
       }
       for (int64_t i = 0; i < length; i++) {
         positions_.push_back(start + i);
         row_page_.push_back(pages[(start + i) / model_.page_size]);
+        is_last_.push_back(start + i + 1 == end || (start + i + 1) % model_.page_size == 0);
       }
       row += length;
     }
@@ -235,10 +238,9 @@ class Forward {
     }
     Element* queries = (Element*)(queries_ + row * ld_attended_);
     for (int64_t i = 0; i < model_.num_heads * dim; i++) queries[i] = T::round(qkv[i]);
-    const bool is_last = row + 1 == step_.num_rows || row_page_[row + 1] != row_page_[row];
     for (int64_t h = 0; h < model_.num_kv_heads; h++) {
       store_token<T>(cache_, layer.keys, layer.values, row_page_[row], position % model_.page_size, h,
-                     qkv + (model_.num_heads + h) * dim, qkv + (num_rotated_ + h) * dim, is_last);
+                     qkv + (model_.num_heads + h) * dim, qkv + (num_rotated_ + h) * dim, is_last_[row]);
     }
   }
 
@@ -329,6 +331,7 @@ class Forward {
   uint32_t *x_, *queries_, *attended_, *wanted_attended_, *activated_, *low_rank_;
   std::vector<QueryBlock> blocks_;
   std::vector<int64_t> positions_, row_page_;
+  std::vector<bool> is_last_;  // of the tokens that this step stores in the row's page
 };
 
 // The most probable token of a row, and log(sum(exp(logits))).

@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, chain
 from typing import Any
 
@@ -115,15 +116,16 @@ class NativeModel:
 
         Segments with the adapter come first. The logits, float32, are valid until the next forward.
         """
-        order = sorted(range(len(segments)), key=lambda index: not segments[index].adapter)
-        parts = [segments[index] for index in order]
+        parts, order = _parts(segments)
         lengths = [len(part.token_ids) for part in parts]
         ends = list(accumulate(lengths))
         firsts = [end - length for end, length in zip(ends, lengths, strict=True)]
         num_pages = [len(part.pages) for part in parts]
         offsets = [end - count for end, count in zip(accumulate(num_pages), num_pages, strict=True)]
         num_causal = [part.num_causal for part in parts]
-        rows = np.array([[part.start for part in parts], lengths, num_causal, offsets])
+        starts = [part.start for part in parts]
+        stored = [segments[index].start + len(segments[index].token_ids) for index in order]
+        rows = np.array([starts, lengths, stored, num_causal, offsets])
         pages = np.fromiter(chain.from_iterable(part.pages for part in parts), np.int32, sum(num_pages))
         tokens = np.fromiter(chain.from_iterable(part.token_ids for part in parts), np.int64, ends[-1])
         wanted = np.array(
@@ -134,19 +136,23 @@ class NativeModel:
             num_segments=len(parts),
             num_rows=ends[-1],
             num_wanted=len(wanted),
-            num_adapter_rows=sum(len(part.token_ids) for part in parts if part.adapter),
+            num_adapter_rows=sum(part.num_adapted for part in parts),
             num_wanted_adapter=sum(len(part.wanted) for part in parts if part.adapter),
             starts=rows[0].ctypes.data,
             lengths=rows[1].ctypes.data,
-            num_causal=rows[2].ctypes.data,
-            page_offsets=rows[3].ctypes.data,
+            ends=rows[2].ctypes.data,
+            num_causal=rows[3].ctypes.data,
+            page_offsets=rows[4].ctypes.data,
             pages=pages.ctypes.data,
             token_ids=tokens.ctypes.data,
             wanted=wanted.ctypes.data,
             logits=logits.data_ptr(),
         )
         self._run(step)
-        return tuple(order), logits[:, : self._vocab_size]
+        logits = logits[:, : self._vocab_size]
+        if len(parts) == len(segments):
+            return order, logits
+        return tuple(range(len(segments))), logits[_rows_in_order(parts, order)]
 
     def _run(self, step: c.Step) -> None:
         """Calls the library. Every array that the step points to must outlive the call."""
@@ -212,6 +218,43 @@ class NativeModel:
     def _keep(self, tensor: torch.Tensor) -> int:
         self._kept.append(tensor)
         return tensor.data_ptr()
+
+
+def _parts(segments: Sequence[Segment]) -> tuple[list[Segment], tuple[int, ...]]:
+    """The segments with those cut in two of which some rows alone have the adapter, rows with it first; and
+    for each part its segment's index."""
+    adapted, plain = [], []
+    for index, segment in enumerate(segments):
+        if not segment.num_adapted:
+            plain.append((segment, index))
+        elif not segment.num_causal:
+            adapted.append((segment, index))
+        else:
+            border, wanted = segment.num_causal, segment.wanted
+            first = replace(
+                segment,
+                token_ids=segment.token_ids[:border],
+                adapter=False,
+                wanted=tuple(at for at in wanted if at < border),
+            )
+            behind = replace(
+                segment,
+                start=segment.start + border,
+                token_ids=segment.token_ids[border:],
+                num_causal=0,
+                wanted=tuple(at - border for at in wanted if at >= border),
+            )
+            plain.append((first, index))
+            adapted.append((behind, index))
+    parts, indices = zip(*adapted, *plain, strict=True)
+    return list(parts), indices
+
+
+def _rows_in_order(parts: Sequence[Segment], indices: Sequence[int]) -> torch.Tensor:
+    """The wanted rows of parts in the order of their segments and, within one, of positions."""
+    firsts = [0, *accumulate(len(part.wanted) for part in parts)]
+    order = sorted(range(len(parts)), key=lambda at: (indices[at], parts[at].start))
+    return torch.tensor(list(chain.from_iterable(range(firsts[at], firsts[at + 1]) for at in order)))
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:

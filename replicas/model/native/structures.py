@@ -60,6 +60,7 @@ class Step(Structure):
         ("num_wanted_adapter", c_int64),
         ("starts", c_void_p),
         ("lengths", c_void_p),
+        ("ends", c_void_p),
         ("num_causal", c_void_p),
         ("page_offsets", c_void_p),
         ("pages", c_void_p),

@@ -20,6 +20,7 @@ GARBAGE = -7
 PINNED = {
     "ar": DecodingOptions(Mode.AR),
     "diffusion": DecodingOptions(Mode.DIFFUSION, block_length=8, threshold=0.7),
+    "factored": DecodingOptions(Mode.DIFFUSION, block_length=8, factor=1.0),
     "capped": DecodingOptions(Mode.DIFFUSION, block_length=8, threshold=0.7, max_steps=2),
     "self_speculation": DecodingOptions(Mode.SELF_SPECULATION, block_length=6),
     "lossless": DecodingOptions(lossless=True),
@@ -158,27 +159,29 @@ def naive_diffusion(
     max_context: int,
     max_steps: int | None = None,
     overlaps: bool = True,
+    factor: float | None = None,
 ) -> list[int]:
     """Block diffusion by the book, one block after another; ends at EOS or max_tokens.
 
-    overlaps: every block's first denoising but the first one's is done with its seed still masked.
+    overlaps: every block's first denoising is done with its seed masked.
     """
     tokens = [next_token(tuple(prompt))]
-    is_first = True
     while len(tokens) < max_tokens and EOS not in tokens:
         prefix = (*prompt, *tokens[:-1])
         block = [tokens[-1]] + [MASK] * (min(block_length, max_context - len(prefix)) - 1)
         num_steps = 0
         while MASK in block and EOS not in block[: block.index(MASK)]:
             num_steps += 1
-            seen = [MASK, *block[1:]] if overlaps and num_steps == 1 and not is_first else block
+            seen = [MASK, *block[1:]] if overlaps and num_steps == 1 else block
             guess = denoise(prefix, tuple(seen), adapter=False)
             guess.pop(0, None)
             surest = max(guess, key=lambda index: guess[index][1])
+            ranked = sorted((prob for _, prob in guess.values()), reverse=True)
+            sure = [p for n, p in enumerate(ranked, 1) if factor is not None and (n + 1) * (1 - p) < factor]
+            least = threshold if factor is None else min(sure, default=2.0)
             for index, (token, prob) in guess.items():
-                if index == surest or prob >= threshold or num_steps == max_steps:
+                if index == surest or prob >= least or num_steps == max_steps:
                     block[index] = token
-        is_first = False
         tokens += block[1:]
         if MASK not in block:
             tokens.append(next_token((*prefix, *block)))
@@ -190,7 +193,8 @@ def expected(
     kind: str, prompt: list[int], max_tokens: int, max_context: int, overlaps: bool = True
 ) -> list[int]:
     if PINNED[kind].mode is Mode.DIFFUSION:
-        return naive_diffusion(prompt, max_tokens, 8, 0.7, max_context, PINNED[kind].max_steps, overlaps)
+        max_steps, factor = PINNED[kind].max_steps, PINNED[kind].factor
+        return naive_diffusion(prompt, max_tokens, 8, 0.7, max_context, max_steps, overlaps, factor)
     return naive_ar(prompt, max_tokens)
 
 

@@ -35,7 +35,7 @@ class HistoryCheck(ScriptedRunner):
         for segment in batch.segments:
             if segment.sampling.has_penalties and segment.wanted:
                 cached = [self._slots[segment.pages[p // size]][p % size] for p in range(segment.start)]
-                first = segment.wanted[0] if segment.is_causal else 0
+                first = segment.wanted[0] if segment.num_causal else 0
                 seen = [*cached, *segment.token_ids[: first + 1]]
                 assert segment.history.token_ids.tolist() == seen
                 assert as_dict(segment.history.counts) == by_definition(seen, segment.prompt_len)

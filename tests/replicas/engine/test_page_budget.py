@@ -134,7 +134,8 @@ def answers_as_by_brute_force(seed: int) -> list[bool]:
 
 def test_who_comes_first_waits_for_no_round_of_those_behind_it() -> None:
     """It will take their pages."""
-    engine = Engine(ScriptedRunner(num_pages=30), clock=lambda: 0.0)
+    config = EngineConfig(overlap_blocks=False)  # no block has taken its pages with the prompt
+    engine = Engine(ScriptedRunner(num_pages=30), config, clock=lambda: 0.0)
     sampling = SamplingParams(max_tokens=50, ignore_eos=True)
     for number in range(3):
         engine.submit(str(number), [3 + number] * 24, sampling, MODES["diffusion"], priority=1)

@@ -113,6 +113,16 @@ def test_blocks_of_diffusion_overlap_in_a_trial_too() -> None:
     assert made
 
 
+def test_a_trials_first_round_of_self_speculation_which_has_no_draft_is_not_counted() -> None:
+    """It brings one token whatever the plan; in force only what follows a refusal does."""
+    engine, _, _ = serve(Trial(SPECULATION, 0.1, 0.1), AR, [DecodingOptions()], seconds=20.0)
+    counters = engine.scheduler.counters
+    made = [made for made in counters.rounds if made.plan == SPECULATION]
+    num_left_out = counters.forwards_by_mode[Mode.SELF_SPECULATION] - len(made)
+    assert len(made) > 5 * num_left_out > 0
+    assert all(made.forwards == 1 for made in made)
+
+
 def test_the_answer_is_the_same_and_no_switch_is_told_of() -> None:
     _, _, ended = serve(Trial(SPECULATION, 0.1, 0.1), AR, [LOSSLESS, DecodingOptions()])
     for made in ended:

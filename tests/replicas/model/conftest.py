@@ -120,6 +120,7 @@ def commit_and_masks(
     pages: tuple[int, ...],
     *,
     start: int = 0,
+    adapter: bool = False,
     sampling: SamplingParams = GREEDY,
     seq_id: int = 0,
 ) -> Segment:
@@ -130,6 +131,7 @@ def commit_and_masks(
         pages,
         start=start,
         num_causal=border,
+        adapter=adapter,
         wanted=(border - 1, *range(border + 1, end)),
         sampling=sampling,
         seq_id=seq_id,
@@ -141,7 +143,12 @@ def in_two(both: Segment) -> tuple[Segment, Segment]:
     border = both.num_causal
     wanted = both.wanted
     return (
-        replace(both, token_ids=both.token_ids[:border], wanted=tuple(i for i in wanted if i < border)),
+        replace(
+            both,
+            token_ids=both.token_ids[:border],
+            adapter=False,
+            wanted=tuple(i for i in wanted if i < border),
+        ),
         replace(
             both,
             start=both.start + border,

@@ -85,8 +85,9 @@ def test_a_row_does_not_depend_on_the_batch(tiny_folder: Path, dtype: str, quant
     assert torch.equal(torch.cat(chunks), rows)
 
 
+@pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_masks_behind_a_commit_change_no_bit(tiny_folder: Path, dtype: str) -> None:
+def test_masks_behind_a_commit_change_no_bit(tiny_folder: Path, dtype: str, adapter: bool) -> None:
     """Of its logits and K/V, and theirs are those of a forward after it; with borders in and between the
     blocks of queries that attention takes at once."""
     together, apart = (
@@ -95,7 +96,7 @@ def test_masks_behind_a_commit_change_no_bit(tiny_folder: Path, dtype: str) -> N
     )
     for start, border, num_masks in itertools.product((0, 5, 70), (1, 7, 10, 12, 30), (1, 8, 33)):
         tokens, table = prompt(start + border, seed=border), Pages(16, 16, start).table(140)
-        both = commit_and_masks(tokens[start:], num_masks, table, start=start)
+        both = commit_and_masks(tokens[start:], num_masks, table, start=start, adapter=adapter)
         commit, block = in_two(both)
         for probe in (together, apart):
             if start:

@@ -117,24 +117,24 @@ def _mixed_step(runner: TorchRunner, reference: Reference, seed: int) -> tuple[l
     kinds = [
         ("prefill", 0, 33), ("step", 50, 1), ("draft", 20, 16), ("denoise", 35, 8), ("verify", 18, 16),
         ("step", 3, 1), ("chunk", 12, 70), ("draft", 2, 4), ("step", 17, 1), ("denoise", 60, 32),
-        ("commit and masks", 16, 31),
+        ("commit and masks", 16, 31), ("verify and draft", 21, 17),
     ]  # fmt: skip
     for seq_id, (kind, start, length) in enumerate(kinds):
         tokens = prompt(start + length, seed=seed * 100 + seq_id)
         table = pages.table(start + length)
         if start:
             runner.run(ScheduledBatch((segment(tokens[:start], table, wanted=()),)))
-        block, adapter = tokens[start:], kind == "draft"
+        block, adapter = tokens[start:], kind in ("draft", "verify and draft")
         num_causal, wanted = length, range(length) if kind != "prefill" else range(length - 1, length)
         rows = reference.causal_logits(tokens)[start:]
         if kind in ("draft", "denoise"):
             block = [block[0], *[MASK_TOKEN_ID] * (length - 1)]
             num_causal, wanted = 0, range(1, length)
             rows = reference.block_logits(tokens[:start], block, adapter=adapter)
-        elif kind == "commit and masks":
+        elif kind in ("commit and masks", "verify and draft"):
             num_causal = length // 2
             block[num_causal:] = [MASK_TOKEN_ID] * (length - num_causal)
-            behind = reference.block_logits(tokens[: start + num_causal], block[num_causal:], adapter=False)
+            behind = reference.block_logits(tokens[: start + num_causal], block[num_causal:], adapter=adapter)
             rows = torch.cat((rows[:num_causal], behind))
         segments.append(
             segment(
@@ -155,7 +155,7 @@ def _mixed_step(runner: TorchRunner, reference: Reference, seed: int) -> tuple[l
 def test_mixed_batch_of_all_kinds(
     tiny_folder: Path, reference: Reference, page_size: int, forward: str
 ) -> None:
-    runner = poisoned_runner(tiny_folder, forward, page_size=page_size, num_pages=600 // page_size)
+    runner = poisoned_runner(tiny_folder, forward, page_size=page_size, num_pages=700 // page_size)
     segments, expected = _mixed_step(runner, reference, seed=page_size)
     for found, rows in zip(LogitsProbe(runner)(*segments), expected, strict=True):
         assert_same(found, rows)
@@ -196,7 +196,9 @@ def test_a_commit_with_the_next_block_behind_it_is_two_forwards(
             tokens = prompt(start + num_causal, seed=seed * 10 + index)
             table = pages.table(start + num_causal + num_masks)
             sampling = SamplingParams(max_tokens=1, temperature=temperature, seed=index)
-            part = commit_and_masks(tokens[start:], num_masks, table, start=start, sampling=sampling)
+            part = commit_and_masks(
+                tokens[start:], num_masks, table, start=start, adapter=index % 2 == 0, sampling=sampling
+            )
             mixed.append(dataclasses.replace(part, seq_id=index))
             if start:
                 for runner in (together, apart):

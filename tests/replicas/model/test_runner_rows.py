@@ -11,8 +11,8 @@ from replicas.answer_forms import JsonFormat
 from replicas.engine.batch import ScheduledBatch, SegmentOutput
 from replicas.engine.history import History, Prefix
 from replicas.messages import SamplingParams
-from replicas.model.runner import TorchRunner
-from tests.replicas.model.conftest import Pages, prompt, segment
+from replicas.model.runner import TorchRunner, outputs_of
+from tests.replicas.model.conftest import Pages, commit_and_masks, prompt, segment
 from tests.tiny_checkpoint import MASK_TOKEN_ID
 
 
@@ -73,6 +73,19 @@ def test_a_verify_ends_before_the_row_that_has_no_token(runner: TorchRunner) -> 
     [failed] = runner.run(ScheduledBatch((draft,)))
     assert failed == SegmentOutput((), (), failure=failed.failure)
     assert "logit_bias" in str(failed.failure)
+
+
+@pytest.mark.parametrize("num_sampled", range(5))
+def test_a_draft_behind_a_verify_ends_before_a_row_without_a_token(
+    runner: TorchRunner, num_sampled: int
+) -> None:
+    """And so does the verify: what comes before is AR's, whatever is wrong with the rest."""
+    both = commit_and_masks(prompt(3, seed=1), 4, Pages(120, 5).table(7))
+    [whole] = runner.run(ScheduledBatch((both,)))
+    probs = [1.0] * num_sampled + [math.nan] * (4 - num_sampled)
+    [output] = outputs_of([both], whole.token_ids, probs, {})
+    assert output.token_ids == whole.token_ids[:num_sampled]
+    assert (output.failure is None) == (num_sampled > 0)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """Sizes, padding and guesses: what a graph replays must not depend on what it was captured with. Pure."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -111,7 +109,7 @@ def step(token: int, start: int, seq_id: int = 0, pages: tuple[int, ...] = (3,))
 
 def test_what_follows_a_step_is_a_step() -> None:
     asked = [step(9, 2, seq_id=4), step(8, 5, seq_id=6)]
-    guessed = guess(asked, [0, 1], 2, PAGE, MASK_TOKEN_ID)
+    guessed = guess(asked, [0, 1], PAGE)
     assert guessed is not None
     known = resolve(guessed, [41, 42])
     assert match(known, [step(42, 6, seq_id=6)]) == [1]
@@ -123,67 +121,31 @@ def test_what_follows_a_step_is_a_step() -> None:
     assert match(known, [commit_and_masks([41], 2, (3,), start=3, seq_id=4)]) is None
 
 
-def test_what_follows_a_draft_is_its_verify() -> None:
-    draft = segment([9, 5, 5], (3,), start=1, num_causal=0, adapter=True, wanted=(1, 2), seq_id=1)
-    guessed = guess([step(7, 0), draft], [0, 1], 3, PAGE, MASK_TOKEN_ID)
+def test_the_device_fills_in_what_the_host_would_have_packed() -> None:
+    guessed = guess([step(9, 2, seq_id=4), step(8, 5, seq_id=6)], [1, 0], PAGE)
     assert guessed is not None
-    assert guessed.sources == (0, -1, 1, 2)
-    verify = replace(draft, token_ids=(9, 31, 32), num_causal=3, adapter=False, wanted=(0, 1, 2))
-    known = resolve(guessed, [30, 31, 32])
-    assert match(known, [verify]) == [1]
-    assert match(known, [replace(verify, num_causal=2)]) is None
-
-
-@pytest.mark.parametrize("num_accepted", [0, 1, 2])
-def test_what_follows_a_verify_is_a_draft_from_where_it_stopped(num_accepted: int) -> None:
-    verify = segment([9, 31, 32], (3, 6), start=5, seq_id=1, sampling=LONG)
-    guessed = guess([step(7, 0), verify], [0, 1], 4, PAGE, MASK_TOKEN_ID)
-    assert guessed is not None
-    tokens = [30, 31, 32, 33]
-    if num_accepted < 2:
-        tokens[1 + num_accepted] = 40
-    draft = replace(
-        verify,
-        start=6 + num_accepted,
-        token_ids=(tokens[1 + num_accepted], MASK_TOKEN_ID, MASK_TOKEN_ID),
-        num_causal=0,
-        adapter=True,
-        wanted=(1, 2),
-    )
-    known = resolve(guessed, tokens)
-    assert match(known, [draft, step(30, 1)]) == [1, 0]
-    assert match(known, [replace(draft, start=draft.start + 1)]) is None
-    # On the device, from the same tokens, it becomes the step that the host would have packed.
     staging = Staging(torch.device("cpu"))
-    host = HostStep.pack(guessed.segments, CONFIG, PAGE, guessed.max_added)
+    host = HostStep.pack(guessed.segments, CONFIG, PAGE)
     size = host.size.bucketed()
     parts = sections_of(staging.send_step(host, size, None), size)
-    fill_in(guessed, torch.tensor(tokens), parts, staging, PAGE)
-    expected = HostStep.pack([step(30, 1), draft], CONFIG, PAGE, (0, 2 - num_accepted))
-    assert expected.size == host.size
+    fill_in(guessed, torch.tensor([41, 42]), parts, staging)
+    expected = HostStep.pack([step(42, 3, seq_id=4), step(41, 6, seq_id=6)], CONFIG, PAGE)
     for name, values in expected.sections.items():
         assert parts[name][: len(values)].tolist() == values.tolist(), name
-    assert parts["page_table"][:3].tolist() == [3, 3, 6]
 
 
 @pytest.mark.parametrize(
     "unknown",
     [
-        segment([9, 5, 6], (3,), start=3, sampling=LONG),  # a verify: the next draft may need a page
-        segment([9, 5, 6], (3, 4), start=3, sampling=SamplingParams(max_tokens=9)),  # or may be shorter
-        # a verify: the random numbers of the next draft belong to positions not known
-        segment([9, 5], (3,), start=1, wanted=(0, 1), sampling=replace(LONG, temperature=1.0)),
+        segment([9, 5, 6], (3,), start=1),  # a verify: of how many accepted tokens is not known
         segment([9, 5], (3,), start=1, num_causal=0, wanted=(1,)),  # a block denoised by diffusion
         commit_and_masks([9, 31], 2, (3,), start=1),  # and one committed, with the next behind it
         commit_and_masks([9], 2, (3,), start=1),
-        # whichever of its rows are wanted: as of a verify, as of a draft
-        segment([9, 31, 5], (3,), start=1, num_causal=2, sampling=LONG),
-        segment([9, 5, 5], (3,), start=1, num_causal=1, wanted=(1, 2), sampling=LONG),
+        segment([9, 5, 5], (3,), start=1, num_causal=1, adapter=True, wanted=(0, 2)),  # a seed and a draft
         segment([9, 5], (3,), start=1, wanted=()),  # a chunk of a prompt
         segment([9], (3,), start=7),  # the next token's page is not there
         segment([9], (3,), start=1, sampling=SamplingParams(presence_penalty=1.0)),
     ],
 )
 def test_nothing_is_guessed_where_anything_is_unknown(unknown: Segment) -> None:
-    num_outputs = 1 + len(unknown.wanted)
-    assert guess([step(7, 0), unknown], [0, 1], num_outputs, PAGE, MASK_TOKEN_ID) is None
+    assert guess([step(7, 0), unknown], [0, 1], PAGE) is None

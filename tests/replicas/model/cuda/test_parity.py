@@ -101,11 +101,11 @@ def test_steps_begun_ahead_change_no_token(folder: Path, reference: Reference, p
 
 
 def test_all_steps_of_a_lone_sequence_are_begun_ahead(folder: Path, reference: Reference) -> None:
-    """Where pages and max_tokens reach: past the prompt and the first draft the device waits for no host."""
+    """In ar, where pages reach: past the prompt the device waits for no host."""
     runner = make_runner(folder, Options(), page_size=64)
     engine = Engine(runner)
     sampling = SamplingParams(max_tokens=24, ignore_eos=True)
-    sequence = engine.submit("r", PROMPTS[0], sampling, decoding(PLANS[1]))
+    sequence = engine.submit("r", PROMPTS[0], sampling, decoding(PLANS[0]))
     ahead = []
     while engine.has_work:
         before = runner.num_steps_ahead, sequence.num_remaining
@@ -136,7 +136,7 @@ def test_sampled_tokens_are_the_cpus(folder: Path, filters: dict[str, float]) ->
 
 
 def _mixed(reference: Reference, runner: CudaRunner) -> tuple[list[Segment], torch.Tensor]:
-    """A draft, a denoising block, a verify, a step and a commit with a block behind it, and their logits."""
+    """Segments of every kind, and their logits; the adapter is on in a draft, alone and behind a verify."""
     pages = Pages(60, 8)
     segments, expected = [], []
     kinds = (
@@ -145,6 +145,7 @@ def _mixed(reference: Reference, runner: CudaRunner) -> tuple[list[Segment], tor
         ("verify", 9, 4, 4),
         ("step", 20, 1, 1),
         ("", 13, 7, 3),
+        ("verify and draft", 11, 8, 5),
     )
     for seq_id, (kind, start, length, num_causal) in enumerate(kinds):
         tokens = prompt(start + length, seed=seq_id)
@@ -153,7 +154,7 @@ def _mixed(reference: Reference, runner: CudaRunner) -> tuple[list[Segment], tor
         border = start + num_causal
         known = max(num_causal, 1)
         block = [*tokens[start : start + known], *[MASK_TOKEN_ID] * (length - known)]
-        adapter = kind == "draft"
+        adapter = "draft" in kind
         wanted = range(0 if num_causal else 1, length)
         segments.append(
             segment(

@@ -1,20 +1,12 @@
-"""Sampled tokens of rows, and how much of each draft they accept, on the device.
+"""Sampled tokens of rows, on the device.
 
 Each row's own token is drawn as AR would draw it: greedily, or by inverting the cumulative distribution,
 
     token = min { v : sum_{w <= v} exp((x_w - max x) / T)  >  u sum_w exp((x_w - max x) / T) }
 
-with the random number u of the row's position. A draft is accepted as far as it equals these tokens, and
-the first that differs, or the one past its end, is the bonus token:
-
-    accepted = min { i : draft_i != token_i, or i = length }    bonus = token_accepted
-
-That is speculative sampling (arXiv 2211.17192) with a point-mass draft: the output is AR's own. A row's
-token does not depend on the other rows, nor on how many there are.
+with the random number u of the row's position. A row's token does not depend on the other rows, nor on how
+many there are.
 """
-
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -23,38 +15,7 @@ import triton.language as tl
 from replicas.kernels.confidence import Confidence
 
 _BLOCK = 4096
-_MAX_DRAFT = 64
 _LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-class Accepted(NamedTuple):
-    """The verdict on each of S drafts."""
-
-    counts: torch.Tensor
-    """[S] int64, the number of tokens accepted."""
-    bonus: torch.Tensor
-    """[S] int64, the token that follows them."""
-
-
-def accept(
-    drafts: torch.Tensor,
-    first_drafts: torch.Tensor,
-    num_drafts: torch.Tensor,
-    tokens: torch.Tensor,
-    first_rows: torch.Tensor,
-) -> Accepted:
-    """Holds S drafts against the tokens of their rows.
-
-    drafts: [D] int32, one after the other, each from first_drafts [S] on, num_drafts [S] long, both int32
-    tokens: [R] int64; a draft's rows begin at first_rows [S] int32 and are one more than its tokens
-    """
-    shape = (len(first_drafts),)
-    found = Accepted(*(torch.empty(shape, dtype=torch.int64, device=tokens.device) for _ in range(2)))
-    if len(first_drafts):
-        _accept[shape](
-            drafts, first_drafts, num_drafts, tokens, first_rows, *found, BLOCK=_MAX_DRAFT, num_warps=1
-        )
-    return found
 
 
 def sample_rows(
@@ -172,24 +133,6 @@ def _invert(
         tl.store(tokens + row, token.to(tl.int64))
 
 
-@triton.jit
-def _accept(drafts, first_drafts, num_drafts, tokens, first_rows, counts, bonus, BLOCK: tl.constexpr):
-    """Judges one draft."""
-    number = tl.program_id(0)
-    first_row = tl.load(first_rows + number)
-    first_draft = tl.load(first_drafts + number)
-    length = tl.load(num_drafts + number)
-    accepted = length
-    for start in range(0, length, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        is_draft = index < length
-        draft = tl.load(drafts + first_draft + index, mask=is_draft, other=-1)
-        token = tl.load(tokens + first_row + index, mask=is_draft, other=-1)
-        accepted = tl.minimum(accepted, tl.min(tl.where(is_draft & (draft != token), index, length), 0))
-    tl.store(counts + number, accepted.to(tl.int64))
-    tl.store(bonus + number, tl.load(tokens + first_row + accepted))
-
-
 def sample_rows_reference(
     logits: torch.Tensor, temperatures: torch.Tensor, uniforms: torch.Tensor, mask_token_id: int | None
 ) -> torch.Tensor:
@@ -203,16 +146,3 @@ def sample_rows_reference(
         cumulative = scaled.exp().cumsum(0)
         tokens[row] = (cumulative > uniforms[row].double() * cumulative[-1]).int().argmax()
     return tokens
-
-
-def accept_reference(
-    drafts: Sequence[Sequence[int]], tokens: Sequence[int], first_rows: Sequence[int]
-) -> tuple[list[int], list[int]]:
-    """For each draft the number of tokens accepted, and the bonus token."""
-    counts, bonus = [], []
-    for draft, first in zip(drafts, first_rows, strict=True):
-        own = tokens[first : first + len(draft) + 1]
-        count = next((i for i, token in enumerate(draft) if token != own[i]), len(draft))
-        counts.append(count)
-        bonus.append(own[count])
-    return counts, bonus

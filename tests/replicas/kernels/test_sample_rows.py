@@ -1,12 +1,10 @@
-"""Sampling and acceptance on the device against brute force."""
-
-from collections.abc import Iterable
+"""Sampling on the device against brute force."""
 
 import pytest
 import torch
 
 from replicas.kernels.confidence import confidence
-from replicas.kernels.verify import accept, accept_reference, sample_rows, sample_rows_reference
+from replicas.kernels.sample_rows import sample_rows, sample_rows_reference
 from replicas.messages import SamplingParams
 from replicas.model.logit_rules import Row
 from replicas.model.sampler import sample, uniforms
@@ -63,39 +61,6 @@ def test_a_rows_token_does_not_depend_on_the_batch() -> None:
             logits[part], confidence(logits[part], None), temperatures[part], random[part], None
         )
         assert alone.tolist() == together[part].tolist()
-
-
-def test_accepts_the_longest_prefix_that_agrees() -> None:
-    lengths = [0, 1, 3, 7, 5, 2, 130]
-    first_rows = [0, 1, 3, 7, 15, 21, 24]
-    own = torch.randint(0, 9, (155,), generator=generator(0), device=DEVICE)
-    tokens = own.tolist()
-    drafts = [tokens[first : first + length] for first, length in zip(first_rows, lengths, strict=True)]
-    drafts[2][1] += 1  # one accepted
-    drafts[3][0] += 1  # none
-    drafts[4][4] += 1  # all but the last
-    drafts[6][100] += 1  # a draft longer than one look
-    order = [6, 2, 0, 5, 3, 1, 4]  # where they lie need not be their order
-    first_drafts = {index: sum(lengths[before] for before in order[:at]) for at, index in enumerate(order)}
-
-    def ints(values: Iterable[int]) -> torch.Tensor:
-        return torch.tensor(list(values), dtype=torch.int32, device=DEVICE)
-
-    found = accept(
-        ints(token for index in order for token in drafts[index]),
-        ints(first_drafts[index] for index in range(7)),
-        ints(lengths),
-        own,
-        ints(first_rows),
-    )
-    expected = accept_reference(drafts, tokens, first_rows)
-    assert (found.counts.tolist(), found.bonus.tolist()) == expected
-    assert expected[0] == [0, 1, 1, 0, 4, 2, 100]
-
-
-def test_no_drafts() -> None:
-    none = torch.empty(0, dtype=torch.int32, device=DEVICE)
-    assert [len(part) for part in accept(none, none, none, none.long(), none)] == [0, 0]
 
 
 def test_rows_that_are_not_finite_draw_a_token_of_the_vocabulary_and_change_no_other() -> None:
