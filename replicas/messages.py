@@ -102,6 +102,8 @@ class DecodingOptions:
     """If true, `auto` is kept to modes whose output is AR's."""
     max_steps: int | None = None
     """Denoising forwards that a block of diffusion may take; the last one fixes all that is left."""
+    trace: bool = False
+    """If true, each Delta says which forwards gave its tokens."""
 
     @property
     def sets_parameters(self) -> bool:
@@ -174,6 +176,19 @@ class TextLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class TracedTokens:
+    """Tokens of one choice that one forward let out."""
+
+    mode: Mode
+    forward: int
+    """The number of the choice's forward, from 1; 0 is its prefill. In diffusion a position that was fixed
+    earlier is let out by the forward that fixes the last one before it."""
+    num_tokens: int
+    text: str = ""
+    """The part of the Delta's text that came with them; what had been held back comes with later ones."""
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """New committed text of one choice; never taken back."""
 
@@ -187,6 +202,8 @@ class Delta:
     index: int = 0
     reason: FinishReason | None = None
     """Set on the last Delta of a choice, and there is always a last one."""
+    trace: tuple[TracedTokens, ...] = ()
+    """The tokens of num_tokens by forward, where the request asks for them."""
 
 
 def joined(deltas: Sequence[Delta]) -> Delta:
@@ -198,6 +215,7 @@ def joined(deltas: Sequence[Delta]) -> Delta:
         tuple(entry for delta in deltas for entry in delta.logprobs),
         deltas[0].index,
         deltas[-1].reason,
+        tuple(part for delta in deltas for part in delta.trace),
     )
 
 

@@ -1,6 +1,6 @@
 """The state that replicas.requests keeps of each request, and a step's events."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from replicas.engine.sequence import Progress, Sequence
 from replicas.errors import ErrorCode
@@ -12,6 +12,7 @@ from replicas.messages import (
     GenerateRequest,
     Prompt,
     TextLogprob,
+    TracedTokens,
 )
 from replicas.text import TextCodec, TextStream
 from replicas.timeline import Timeline
@@ -64,6 +65,8 @@ class ChoiceState:
     num_unsent: int = 0
     """Tokens whose text is still held back."""
     unsent_logprobs: list[TextLogprob] = field(default_factory=list)
+    unsent_trace: list[TracedTokens] = field(default_factory=list)
+    """The unsent tokens by forward, where the request asks for them."""
     timeline: Timeline | None = None
 
     def take(self, made: Progress, codec: TextCodec, now_s: float) -> str:
@@ -72,6 +75,8 @@ class ChoiceState:
             raise self.text.failure
         count = len(made.token_ids)
         self.num_unsent += count
+        if count and made.mode is not None and self.request_state.request.decoding.trace:
+            self.unsent_trace.append(TracedTokens(made.mode, made.forward, count))
         if self.timeline is not None and count:
             self.timeline.note(self.sequence, count, now_s)
         begin = self.text.num_tokens - count
@@ -89,6 +94,14 @@ class ChoiceState:
         sent = tuple(self.unsent_logprobs[:num_released])
         del self.unsent_logprobs[:num_released]
         return num_unsent, sent
+
+    def take_trace(self, text: str) -> tuple[TracedTokens, ...]:
+        """The trace of the tokens to tell of, the last with the text that they set free."""
+        if not self.unsent_trace:
+            return ()
+        *earlier, last = self.unsent_trace
+        self.unsent_trace = []
+        return (*earlier, replace(last, text=text))
 
 
 @dataclass(slots=True)

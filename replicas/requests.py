@@ -168,7 +168,9 @@ class RequestTable:
         reason = FinishReason.STOP if choice.text.stopped else made.reason
         if text or reason is not None:
             num_tokens, logprobs = choice.take_unsent()
-            outbox.add(channel_id, Delta(request_id, text, num_tokens, logprobs, choice.index, reason))
+            trace = choice.take_trace(text)
+            delta = Delta(request_id, text, num_tokens, logprobs, choice.index, reason, trace)
+            outbox.add(channel_id, delta)
         if reason is not None:
             self._end_choice(choice)
             if not state.choices:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from replicas.messages import Delta, Event, FinishReason
+from replicas.messages import Delta, Event, FinishReason, TracedTokens
 
 SECRET_BYTES = 32
 MAX_HELLO_BYTES = SECRET_BYTES + 128
@@ -125,14 +125,20 @@ def read_from_replica(frame: bytes) -> CallAnswer | tuple[Event, ...]:
 
 def _flat(delta: Delta) -> tuple[Any, ...]:
     reason = None if delta.reason is None else delta.reason.value
-    return delta.request_id, delta.text, delta.num_tokens, delta.logprobs, delta.index, reason
+    return delta.request_id, delta.text, delta.num_tokens, delta.logprobs, delta.index, reason, delta.trace
 
 
 def _delta(
-    request_id: str, text: str, num_tokens: int, logprobs: tuple[Any, ...], index: int, reason: str | None
+    request_id: str,
+    text: str,
+    num_tokens: int,
+    logprobs: tuple[Any, ...],
+    index: int,
+    reason: str | None,
+    trace: tuple[TracedTokens, ...],
 ) -> Delta:
     ended = None if reason is None else FinishReason(reason)
-    return Delta(request_id, text, num_tokens, logprobs, index, ended)
+    return Delta(request_id, text, num_tokens, logprobs, index, ended, trace)
 
 
 def _frame(payload: bytes) -> bytes:

@@ -88,7 +88,7 @@ class GenerationResponse(Response):
                     head = b""
                     for delta in deltas:
                         so_far = Counts(so_far.num_prompt, so_far.num_completion + delta.num_tokens)
-                        if delta.text:
+                        if delta.text or delta.trace:
                             part += await delta_event(self._answer, delta, so_far)
                         if delta.reason is None:
                             continue

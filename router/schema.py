@@ -94,6 +94,7 @@ class Decoding(Strict):
     threshold: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     lossless: bool = False
     max_steps: Annotated[int, Field(ge=1, le=MAX_BLOCK_LENGTH), INTEGRAL] | None = None
+    trace: bool = False
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -118,6 +119,7 @@ class Decoding(Strict):
             threshold=self.threshold,
             lossless=self.lossless,
             max_steps=self.max_steps,
+            trace=self.trace,
         )
 
 
@@ -229,6 +231,8 @@ class Completion(Strict):
     def _usage_is_streamed(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise conflict("stream_options", "only with stream: true")
+        if self.decoding is not None and self.decoding.trace and not self.stream:
+            raise conflict("decoding.trace", "only with stream: true")
         return self
 
     @property

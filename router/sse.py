@@ -41,6 +41,17 @@ def decoding_report(report: DecodingReport) -> dict[str, Any]:
     }
 
 
+def traced(delta: Delta) -> dict[str, Any]:
+    """A chunk's `decoding`, where the request asks for a trace: which forwards let its tokens out."""
+    if not delta.trace:
+        return {}
+    parts = [
+        {"mode": part.mode.value, "forward": part.forward, "tokens": part.num_tokens, "text": part.text}
+        for part in delta.trace
+    ]
+    return {"decoding": {"trace": parts}}
+
+
 @dataclass(frozen=True, slots=True)
 class Counts:
     """Tokens of a request so far: of its prompts, each counted once, and of all its choices."""
@@ -198,7 +209,7 @@ class ChatAnswer(Answer):
 
     def delta(self, delta: Delta, so_far: Counts) -> bytes:
         choice = _chat_chunk(delta.index, {"content": delta.text}, self._asked_logprobs(delta))
-        return self._chunk(choice, so_far)
+        return self._chunk(choice, so_far, **traced(delta))
 
     def whole(self, choices: Sequence[Delta], finished: Finished) -> dict[str, Any]:
         return self._body("chat.completion", [self._choice(choice) for choice in choices], finished)
@@ -233,7 +244,7 @@ class TextAnswer(Answer):
         return b""
 
     def delta(self, delta: Delta, so_far: Counts) -> bytes:
-        return self._chunk(self._choice(delta), so_far)
+        return self._chunk(self._choice(delta), so_far, **traced(delta))
 
     def whole(self, choices: Sequence[Delta], finished: Finished) -> dict[str, Any]:
         return self._body(self._chunk_object, [self._choice(c, c.reason) for c in choices], finished)

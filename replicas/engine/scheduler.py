@@ -291,7 +291,8 @@ class Scheduler:
             counters.tokens_by_mode[mode] += len(taken)
             if sequence.round is not current or reason is not None:
                 counters.note_round(self.exploration.ended(sequence, sequence.end_round()))
-        return Progress(sequence, taken, logprobs[: len(taken)], reason)
+        forward = 0 if current is None else sequence.num_forwards
+        return Progress(sequence, taken, logprobs[: len(taken)], reason, mode=mode, forward=forward)
 
 
 def _rank(sequence: Sequence) -> tuple[float, int]:
