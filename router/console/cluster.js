@@ -2,7 +2,8 @@
 import { askForKey, call, element, events, figures, milliseconds, number } from "./server.js";
 
 const MODES = ["ar", "self_speculation", "diffusion"];
-const KEPT = 300; // snapshots, one a second
+const KEPT_S = 300;
+const GAP_S = 5; // the time without a snapshot that is shown as such
 const RETRY_MS = 1000;
 const MADE_S = 10; // what a plan makes is averaged over so long after its shift
 const field = (id) => document.getElementById(id);
@@ -45,16 +46,21 @@ async function follow(signal) {
 function take(snapshot) {
   field("status").textContent = !snapshot.ready ? "no replica can serve yet"
     : snapshot.store.available ? "live" : "Redis does not answer: each replica decides for itself";
-  for (const found of snapshot.replicas) {
-    const kept = history.get(found.replica) ?? [];
-    kept.push({ at_s: snapshot.at_s, mode: found.plan?.mode ?? "none", rates: found.tokens_per_s_by_mode });
-    history.set(found.replica, kept.slice(-KEPT));
-  }
+  for (const found of snapshot.replicas) remember(found, snapshot.at_s);
   const present = new Set(snapshot.replicas.map((found) => found.replica));
   for (const name of history.keys()) if (!present.has(name)) history.delete(name);
   field("whole").replaceChildren(element("h3", { text: "All replicas" }), whole(snapshot));
   field("replicas").replaceChildren(...snapshot.replicas.map(card));
   if (chosen) tellShift(chosen);
+}
+
+function remember(found, at_s) {
+  const kept = (history.get(found.replica) ?? []).filter((seen) => seen.at_s > at_s - KEPT_S);
+  const before = kept.at(-1)?.at_s ?? at_s;
+  const nothing = { mode: "none", rates: {} };
+  if (at_s - before > GAP_S) kept.push({ at_s: before + 1, ...nothing }, { at_s: at_s - 1, ...nothing });
+  kept.push({ at_s, mode: found.plan?.mode ?? "none", rates: found.tokens_per_s_by_mode });
+  history.set(found.replica, kept);
 }
 
 const byMode = (counts) =>
@@ -110,16 +116,20 @@ const svg = (tag, attributes) => {
   return made;
 };
 
+/** The place of each snapshot in a chart KEPT_S wide, whose end is now. */
+const places = (kept) => kept.map(({ at_s }) => KEPT_S - (kept.at(-1).at_s - at_s));
+
 /** Tokens a second by mode, one on the other, over the last minutes. */
 function rateChart(kept) {
-  const chart = svg("svg", { viewBox: `0 0 ${KEPT} 100`, preserveAspectRatio: "none", role: "img" });
+  const chart = svg("svg", { viewBox: `0 0 ${KEPT_S} 100`, preserveAspectRatio: "none", role: "img" });
   const most = Math.max(1, ...kept.map(({ rates }) => sum(Object.values(rates))));
   chart.setAttribute("aria-label", `tokens a second by mode over five minutes, at most ${number(most)}`);
   const floor = kept.map(() => 0);
+  const x = places(kept);
   for (const mode of MODES) {
     const below = [...floor];
     kept.forEach(({ rates }, index) => (floor[index] += (100 * (rates[mode] ?? 0)) / most));
-    const at = (heights) => heights.map((height, index) => `${KEPT - kept.length + index},${100 - height}`);
+    const at = (heights) => heights.map((height, index) => `${x[index]},${100 - height}`);
     chart.append(svg("path", { class: mode, d: `M${[...at(floor), ...at(below).reverse()].join("L")}Z` }));
   }
   return chart;
@@ -127,11 +137,13 @@ function rateChart(kept) {
 
 /** Which mode the plan in force said, over the same minutes. */
 function strip(kept) {
-  const chart = svg("svg", { viewBox: `0 0 ${KEPT} 1`, preserveAspectRatio: "none", role: "img", class: "strip" });
+  const chart = svg("svg", { viewBox: `0 0 ${KEPT_S} 1`, preserveAspectRatio: "none", role: "img", class: "strip" });
+  const x = places(kept);
   let begin = 0;
   kept.forEach(({ mode }, index) => {
     if (index + 1 < kept.length && kept[index + 1].mode === mode) return;
-    chart.append(svg("rect", { class: mode, x: KEPT - kept.length + begin, width: index + 1 - begin, height: 1 }));
+    const end = x[index + 1] ?? KEPT_S;
+    chart.append(svg("rect", { class: mode, x: x[begin] - 1, width: end - x[begin] + 1, height: 1 }));
     begin = index + 1;
   });
   chart.setAttribute("aria-label", `mode of the plan in force, now ${kept.at(-1).mode}`);

@@ -12,7 +12,12 @@ function show(name) {
     tab.tabIndex = tab === chosen ? 0 : -1;
     document.getElementById(tab.getAttribute("aria-controls")).hidden = tab !== chosen;
   }
-  watchCluster(chosen.id === "tab-cluster");
+  look();
+}
+
+/** Watches the cluster only while somebody sees it: a page that the browser keeps hidden does not. */
+function look() {
+  watchCluster(!document.hidden && !document.getElementById("cluster").hidden);
 }
 
 for (const [index, tab] of tabs.entries()) {
@@ -29,6 +34,9 @@ for (const [index, tab] of tabs.entries()) {
     next.click();
   });
 }
+document.addEventListener("visibilitychange", look);
+addEventListener("pageshow", look);
+addEventListener("pagehide", () => watchCluster(false));
 addEventListener("popstate", () => show(location.hash.slice(1)));
 document.getElementById("key-button").addEventListener("click", () => askForKey("Another key for this tab:"));
 

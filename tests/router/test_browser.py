@@ -39,7 +39,7 @@ from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
-WITHIN_S = 30
+WITHIN_S = 20
 ALL = ["ar", "self_speculation", "diffusion", "auto"]
 
 
