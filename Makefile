@@ -17,6 +17,7 @@ REPLICAS  ?= 1
 PORT      ?= 8000
 REDIS_URL ?=
 POLICY    ?=
+LOG       ?=
 
 # make train OUT=<folder for the run; started again, it goes on from there>
 OUT       ?= .run/train
@@ -41,9 +42,8 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 serve: $(READY) ## serve the embedded model, or MODEL, on http://127.0.0.1:$PORT
-	@echo "== starting Triad on http://127.0.0.1:$(PORT) (Ctrl-C stops it) =="
 	@PATH="$(CURDIR)/$(BIN):$$PATH" MODEL="$(MODEL)" DTYPE="$(DTYPE)" REPLICAS="$(REPLICAS)" PORT="$(PORT)" \
-		REDIS_URL="$(REDIS_URL)" POLICY="$(POLICY)" bash cluster/serve.sh
+		REDIS_URL="$(REDIS_URL)" POLICY="$(POLICY)" LOG="$(LOG)" bash cluster/serve.sh
 
 # Servers, one at a time, want the machine for themselves; what starts none takes all cores.
 test: $(READY) ## run every test, or what ARGS names; ARGS=--thorough: with more random cases (docs/tests.md)

@@ -173,7 +173,7 @@ def replica(seen: ObservedLoad, plan: ObservedPlan | None, rates: Rates) -> dict
     """One replica for people, as JSON has it: its load, and the plan that it runs with its reason."""
     load = seen.load
     in_force = None if load.decode is None else plain(load.decode) | {"held_s": plain(load.decode_held_s)}
-    told = None if plan is None else {"rule": plan.plan.rule, "reason": plan.plan.reason}
+    rule, reason = (None, None) if plan is None else (plan.plan.rule, plan.plan.reason)
     return {
         "replica": load.replica_id,
         "freshness": seen.freshness.value,
@@ -187,7 +187,7 @@ def replica(seen: ObservedLoad, plan: ObservedPlan | None, rates: Rates) -> dict
         "num_pages": load.num_pages,
         "tokens_per_s_by_mode": {mode.value: round(rate, 1) for mode, rate in rates.items()},
         "tokens_per_forward": plain(load.tokens_per_forward),
-        "plan": None if in_force is None else in_force | (told or {"rule": None, "reason": None}),
+        "plan": None if in_force is None else in_force | {"rule": rule, "reason": reason},
     }
 
 

@@ -208,8 +208,8 @@ class AuthMiddleware:
 
 
 def _is_public(scope: Scope) -> bool:
-    is_page = scope["path"] == "/" or scope["path"].startswith(PUBLIC_PREFIX)
-    return is_page and scope["method"] == "GET"
+    path: str = scope["path"]
+    return scope["method"] == "GET" and (path == "/" or path.startswith(PUBLIC_PREFIX))
 
 
 class LoadShedding:
