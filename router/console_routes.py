@@ -38,12 +38,13 @@ def add_console_routes(
     burst = Burst(dispatcher, model_name, metrics)
     add_console(app)
 
-    @app.get("/v1/triad/events", response_class=Response)
+    # Not in the OpenAPI document, whose other answers end by themselves and start nothing that stays.
+    @app.get("/v1/triad/events", response_class=Response, include_in_schema=False)
     async def events() -> Response:
         feed.check_room()
         return WatchResponse(feed)
 
-    @app.post("/v1/triad/burst", response_class=Response)
+    @app.post("/v1/triad/burst", response_class=Response, include_in_schema=False)
     async def start_burst(request: Request, body: BurstBody) -> Response:
         burst.start(body, key_of(request))
         state: dict[str, Any] = {"num_requests": body.num_requests, "duration_s": body.duration_s}

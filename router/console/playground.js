@@ -34,14 +34,14 @@ class Card {
   }
 
   tell() {
-    const seconds = this.first === null ? null : (this.last - this.first) / 1000;
-    const later = this.tokens - 1;
+    // From the request on: between the first token and the last there may be no time that a browser can see.
+    const seconds = this.last === null ? null : (this.last - this.began) / 1000;
     this.told.replaceChildren(figures([
       ["forwards", number(this.forwards)],
       ["tokens", number(this.tokens)],
-      ["tokens a forward", this.forwards ? number(later / this.forwards, 2) : "–"],
+      ["tokens a forward", this.forwards ? number((this.tokens - 1) / this.forwards, 2) : "–"],
       ["first token", this.first === null ? "–" : `${number(this.first - this.began)} ms`],
-      ["tokens/s", seconds ? number(later / seconds) : "–"],
+      ["tokens/s", seconds ? number(this.tokens / seconds) : "–"],
       ["made by", Object.keys(this.byMode).join(", ") || "–"],
     ]));
   }
