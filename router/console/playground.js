@@ -1,5 +1,5 @@
 // One prompt, answered in one mode or raced in all, each token coloured by the forward that let it out.
-import { call, element, events, figures, json, milliseconds, number } from "./server.js";
+import { call, element, events, figures, json, number } from "./server.js";
 
 const MODES = ["ar", "self_speculation", "diffusion", "auto"];
 const HUE_STEP = 137.5; // the golden angle: neighbouring forwards never look alike
