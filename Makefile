@@ -17,6 +17,7 @@ REPLICAS  ?= 1
 PORT      ?= 8000
 REDIS_URL ?=
 POLICY    ?=
+LOG       ?=
 
 # make train OUT=<folder for the run; started again, it goes on from there>
 OUT       ?= .run/train
@@ -25,7 +26,7 @@ OUT       ?= .run/train
 URL       ?=
 REPORT    ?= .run/loadtest
 
-.PHONY: serve test test-gpu lint format bench loadtest bench-floor bench-overhead bench-memory bench-peer bench-gpu bench-policy bench-door soak fuzz evaluate train model pack-smollm2 train-smollm2 clean help
+.PHONY: serve test test-browser test-gpu lint format bench loadtest bench-floor bench-overhead bench-memory bench-peer bench-gpu bench-policy bench-door soak fuzz evaluate train model pack-smollm2 train-smollm2 clean help
 
 help:
 	@sed -n '1,2p' Makefile; echo; grep -E '^[a-z0-9-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -41,9 +42,8 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 serve: $(READY) ## serve the embedded model, or MODEL, on http://127.0.0.1:$PORT
-	@echo "== starting Triad on http://127.0.0.1:$(PORT) (Ctrl-C stops it) =="
 	@PATH="$(CURDIR)/$(BIN):$$PATH" MODEL="$(MODEL)" DTYPE="$(DTYPE)" REPLICAS="$(REPLICAS)" PORT="$(PORT)" \
-		REDIS_URL="$(REDIS_URL)" POLICY="$(POLICY)" bash cluster/serve.sh
+		REDIS_URL="$(REDIS_URL)" POLICY="$(POLICY)" LOG="$(LOG)" bash cluster/serve.sh
 
 # Servers, one at a time, want the machine for themselves; what starts none takes all cores.
 test: $(READY) ## run every test, or what ARGS names; ARGS=--thorough: with more random cases (docs/tests.md)
@@ -64,6 +64,10 @@ ifdef SANITIZER
 else
 	@$(BIN)/python -m pytest tests/replicas/kernels tests/replicas/model/cuda $(ARGS)
 endif
+
+# Debian: apt-get install chromium chromium-driver
+test-browser: $(READY) ## the console in a headless chromium
+	@$(BIN)/python -m pytest -m browser -rs $(ARGS)
 
 lint: $(READY) ## ruff, mypy, import contracts
 	@echo "== lint =="

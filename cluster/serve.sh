@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Serves until Ctrl-C; on SIGTERM what has begun is finished first.
-# From the environment: MODEL, DTYPE, REPLICAS, PORT, REDIS_URL, POLICY; empty is the default.
+# From the environment: MODEL, DTYPE, REPLICAS, PORT, REDIS_URL, POLICY; empty is the default. What Ray and the
+# actors say goes to a file below .run; LOG=debug has it here instead.
 set -euo pipefail
+log="$PWD/.run/serve-${PORT:-8000}.log"
 cd "$(dirname "$0")/.."
 
 port="${PORT:-8000}"
+python -m cluster.welcome check "$port"
 # The file in it may hold the password of redis_url; mktemp makes it its owner's only.
 folder="$(mktemp -d /tmp/triad-XXXXXX)"
 trap 'rm -rf "$folder"' EXIT
@@ -15,19 +18,18 @@ python -m cluster.serve_file "port=$port" "model=${MODEL:-}" "dtype=${DTYPE:-}" 
   "redis_url=${REDIS_URL:-}" "policy=${POLICY:-}" >"$file"
 
 # Behind this script, which waits and passes SIGTERM on; Ctrl-C reaches both.
-python -m cluster.serve "$file" &
-server=$!
+if [ "${LOG:-}" = debug ]; then
+  python -m cluster.serve "$file" &
+  server=$!
+else
+  mkdir -p "$(dirname "$log")"
+  python -m cluster.serve "$file" >"$log" 2>&1 &
+  server=$!
+  python -m cluster.welcome tell "$file" "$log"
+fi
 trap : INT
 trap 'kill -TERM "$server"' TERM
-
-(
-  ready="import urllib.request as r; r.urlopen('http://127.0.0.1:$port/readyz', timeout=2)"
-  until python -c "$ready" 2>/dev/null; do
-    kill -0 "$server" 2>/dev/null || exit 0
-    sleep 1
-  done
-  echo "== Triad is ready on http://127.0.0.1:$port (try /v1/models, /v1/triad/state) =="
-) &
+python -m cluster.welcome wait "$port" "$server" &
 
 # A signal ends a wait early.
 status=0
@@ -36,4 +38,8 @@ while kill -0 "$server" 2>/dev/null; do
   status=0
   wait "$server" || status=$?
 done
+if [ "$status" -ne 0 ] && [ "$status" -lt 128 ] && [ "${LOG:-}" != debug ]; then
+  echo "Triad ended with an error; the end of $log:" >&2
+  tail -n 30 "$log" >&2
+fi
 exit "$status"

@@ -118,6 +118,8 @@ class DecodingOptions:
     """Denoising forwards that a block of diffusion may take; the last one fixes all that is left."""
     factor: float | None = None
     """Takes the place of the plan's threshold or factor (policies.modes); never beside a threshold."""
+    trace: bool = False
+    """If true, each Delta says which forwards gave its tokens."""
 
     @property
     def sets_parameters(self) -> bool:
@@ -238,6 +240,19 @@ class ToolCallDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class TracedTokens:
+    """Tokens of one choice that one forward let out."""
+
+    mode: Mode
+    forward: int
+    """The number of the choice's forward, from 1; 0 is its prefill. In diffusion a position that was fixed
+    earlier is let out by the forward that fixes the last one before it."""
+    num_tokens: int
+    text: str = ""
+    """The part of the Delta's text that came with them; what had been held back comes with later ones."""
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """New committed text of one choice; never taken back."""
 
@@ -259,6 +274,8 @@ class Delta:
     reasoning: str = ""
     """Text that came between the model's marks of reasoning."""
     tool_calls: tuple[ToolCallDelta, ...] = ()
+    trace: tuple[TracedTokens, ...] = ()
+    """The tokens of num_tokens by forward, where the request asks for them."""
 
     @property
     def has_news(self) -> bool:
@@ -279,6 +296,7 @@ def joined(deltas: Sequence[Delta]) -> Delta:
         deltas[-1].stop_reason,
         "".join(delta.reasoning for delta in deltas),
         _joined_calls([piece for delta in deltas for piece in delta.tool_calls]),
+        tuple(part for delta in deltas for part in delta.trace),
     )
 
 

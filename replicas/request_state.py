@@ -17,6 +17,7 @@ from replicas.messages import (
     GenerateRequest,
     Prompt,
     TextLogprob,
+    TracedTokens,
 )
 from replicas.text import TextCodec
 from replicas.text_stream import TextStream
@@ -85,6 +86,8 @@ class ChoiceState:
     """Its prompt, still to be sent before its own text; None where it was, or is not asked for."""
     num_before: int = 0
     """Characters of the prompt before its own text."""
+    unsent_trace: list[TracedTokens] = field(default_factory=list)
+    """The unsent tokens by forward, where the request asks for them."""
     timeline: Timeline | None = None
 
     @property
@@ -158,7 +161,22 @@ class ChoiceState:
             None if reason is None else self.text.stop_reason,
             parsed.reasoning,
             parsed.calls,
+            self._take_trace(num_tokens, parsed.text),
         )
+
+    def _take_trace(self, num_tokens: int, text: str) -> tuple[TracedTokens, ...]:
+        """The trace of the first num_tokens unsent tokens, the last of them with the text that comes now."""
+        taken: list[TracedTokens] = []
+        while num_tokens > 0 and self.unsent_trace:
+            part = self.unsent_trace.pop(0)
+            if part.num_tokens > num_tokens:
+                self.unsent_trace.insert(0, replace(part, num_tokens=part.num_tokens - num_tokens))
+                part = replace(part, num_tokens=num_tokens)
+            num_tokens -= part.num_tokens
+            taken.append(part)
+        if taken:
+            taken[-1] = replace(taken[-1], text=text)
+        return tuple(taken)
 
     def _parsed(self, text: str, is_last: bool) -> Parsed:
         if self.parser is None:
@@ -169,6 +187,8 @@ class ChoiceState:
     def _note(self, made: Progress, codec: TextCodec, now_s: float) -> None:
         count = len(made.token_ids)
         self.unsent_ids += made.token_ids
+        if count and made.mode is not None and self.request_state.request.decoding.trace:
+            self.unsent_trace.append(TracedTokens(made.mode, made.forward, count))
         if self.timeline is not None and count:
             self.timeline.note(self.sequence, count, now_s)
         begin = self.text.num_tokens - count

@@ -1,8 +1,10 @@
 """The edge between text and token ids: prompts in, streamed text out. The engine knows ids only."""
 
 import json
+import logging
 import re
-from collections.abc import Collection, Set
+from collections.abc import Collection, Iterator, Set
+from contextlib import contextmanager
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -23,6 +25,31 @@ from replicas.tools.reasoning import marks_of
 
 NUM_LAST = 16
 """Tokens at a prompt's end in which the mark of reasoning's beginning may be."""
+
+
+_KNOWN_WARNINGS = (
+    "You are using a model of type `nemotron_labs_diffusion` to instantiate a model of type",
+    "Unrecognized keys in `rope_parameters`",
+)
+"""What transformers says of a config.json that only replicas.model.config reads, and reads strictly."""
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_KNOWN_WARNINGS)
+
+
+@contextmanager
+def _without_known_warnings() -> Iterator[None]:
+    loggers = [
+        logging.getLogger(f"transformers.{name}") for name in ("configuration_utils", "modeling_rope_utils")
+    ]
+    for logger in loggers:
+        logger.addFilter(_is_news)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_is_news)
 
 
 class TextCodec:
@@ -67,7 +94,8 @@ class TextCodec:
             control_ids = set(config.eos_token_ids)
             control_ids |= set() if config.mask_token_id is None else {config.mask_token_id}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder))
+            with _without_known_warnings():
+                tokenizer = AutoTokenizer.from_pretrained(str(folder))
         except Exception as error:  # what it reads is the checkpoint's, and its errors have no common class
             raise CheckpointError(f"{folder}: the tokenizer can't be loaded: {error}") from error
         if not isinstance(tokenizer, PreTrainedTokenizerFast):

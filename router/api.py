@@ -21,6 +21,7 @@ from router.auth import ApiKey, KeyRing, key_of
 from router.body import BodyReader, route_with
 from router.completion import Completion
 from router.config import Bounds, IngressConfig
+from router.console_routes import add_console_routes
 from router.dispatch import Dispatcher
 from router.errors import ApiError, add_error_handlers, json_response
 from router.generation import Generation
@@ -87,6 +88,7 @@ def create_app(app_state: AppState, lifespan: AbstractAsyncContextManager[None] 
     async def life(app: FastAPI) -> AsyncIterator[None]:
         async with lifespan or nullcontext():
             yield
+        await burst.close()
         bodies.close()
 
     app = FastAPI(
@@ -144,6 +146,14 @@ def create_app(app_state: AppState, lifespan: AbstractAsyncContextManager[None] 
     async def state() -> Response:
         return json_response(await cluster_state(app_state.dispatcher, app_state.view, app_state.store))
 
+    burst = add_console_routes(
+        app,
+        app_state.dispatcher,
+        app_state.view,
+        app_state.store,
+        app_state.model_name,
+        app_state.metrics,
+    )
     if app_state.metrics is not None:
         add_metrics_route(app, app_state.metrics, app_state.store, app_state.siblings)
     if app_state.policy is not None:

@@ -134,6 +134,8 @@ class Completion(Strict):
         for field in ("stream_options", "stream_interval"):
             if getattr(self, field) is not None and not self.stream:
                 raise conflict(field, "only with stream: true")
+        if self.decoding is not None and self.decoding.trace and not self.stream:
+            raise conflict("decoding.trace", "only with stream: true")
         return self
 
     @model_validator(mode="after")

@@ -18,6 +18,7 @@ class Decoding(Strict):
     factor: Annotated[float, Field(gt=0.0, le=MAX_FACTOR)] | None = None
     lossless: bool = False
     max_steps: Annotated[int, Field(ge=1, le=MAX_BLOCK_LENGTH), INTEGRAL] | None = None
+    trace: bool = False
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -45,4 +46,5 @@ class Decoding(Strict):
             lossless=self.lossless,
             max_steps=self.max_steps,
             factor=self.factor,
+            trace=self.trace,
         )

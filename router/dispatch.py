@@ -63,6 +63,10 @@ class Dispatcher:
         """True while a replica can take a request and new ones are wanted."""
         return not self._draining and self._connections.any_open
 
+    @property
+    def is_draining(self) -> bool:
+        return self._draining
+
     def drain(self) -> None:
         """Refuses new requests from now on; those that are here go on."""
         self._draining = True

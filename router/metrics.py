@@ -18,6 +18,7 @@ from policies.control.store import ClusterView
 from policies.modes import Mode
 from policies.replica_load import LOST_S, ReplicaLoad
 from replicas.messages import DecodingReport, Finished
+from router.latencies import RecentLatencies
 from telemetry.setup import SCOPE, meter_provider
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -82,6 +83,7 @@ class Metrics:
 
     def __init__(self, model: str, instance: str):
         self.seen = Seen()
+        self.latencies = RecentLatencies()
         self._own = {INGRESS: instance}
         self._common = self._own | {"gen_ai.provider.name": "triad", "gen_ai.request.model": model}
         self._registry = CollectorRegistry()
@@ -215,9 +217,12 @@ class Metrics:
             return
         report = finished.report
         tokens_per_choice = finished.num_completion_tokens / report.num_choices
-        if outcome.first_token_s is not None and tokens_per_choice > 1:
-            rest_s = outcome.duration_s - outcome.first_token_s
-            self._per_token.record(rest_s / (tokens_per_choice - 1), common)
+        if outcome.first_token_s is not None:
+            tpot_s = None
+            if tokens_per_choice > 1:
+                tpot_s = (outcome.duration_s - outcome.first_token_s) / (tokens_per_choice - 1)
+                self._per_token.record(tpot_s, common)
+            self.latencies.note(report.replica_id, outcome.first_token_s, tpot_s)
         if report.num_forwards:
             self._tokens_per_forward.record(report.tokens_per_forward, self._own | {"rule": report.rule})
 

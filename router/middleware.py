@@ -34,6 +34,13 @@ _NOT_PLAIN = re.compile(r"[^A-Za-z0-9_.:-]")
 OPEN_PATHS = frozenset({"/health", "/healthz", "/readyz", "/metrics"})
 """Paths for probes and scrapers, which have no key and ask every few seconds: neither traced nor logged."""
 COMPLETIONS = frozenset({"/v1/chat/completions", "/v1/completions"})
+PUBLIC_PREFIX = "/console/"
+"""The console's files, which like its page `/` hold no secret: the page itself asks for a key."""
+WATCHERS_CALLS = frozenset({("GET", "/v1/triad/events"), ("POST", "/v1/triad/burst")})
+"""Calls that need an admin key where there are keys; where there are none, anybody may do as much by other
+calls."""
+ONLY_HEAD = "triad_only_head"
+"""Set in the scope of a HEAD, of which a stream without an end must know."""
 ADMIN_CALLS = frozenset({("PUT", "/v1/triad/policy"), ("DELETE", "/v1/triad/policy")})
 
 
@@ -88,7 +95,7 @@ class LenientPaths:
         # A copy, since the server looks at its own to know that no body follows.
         scope = dict(scope, path=scope["path"].rstrip("/") or "/")
         if scope["method"] == "HEAD":
-            await self._app(dict(scope, method="GET"), receive, send_bare)
+            await self._app({**scope, "method": "GET", ONLY_HEAD: True}, receive, send_bare)
         else:
             await self._app(scope, receive, send)
 
@@ -196,15 +203,20 @@ class AuthMiddleware:
                 message = "No admin key is configured; see api_keys_file and python -m cluster.new_key."
                 raise ApiError(403, "admin_key_required", message, type_="permission_error")
             return None
-        if scope["path"] in OPEN_PATHS:
+        if scope["path"] in OPEN_PATHS or _is_public(scope):
             return None
         key = self._keys.find(_bearer(scope["headers"]))
         if key is None:
             raise ApiError(401, "invalid_api_key", "Incorrect API key provided.")
-        if is_admin_call and not key.admin:
+        if not key.admin and (is_admin_call or (scope["method"], scope["path"]) in WATCHERS_CALLS):
             message = "This needs an admin key."
             raise ApiError(403, "admin_key_required", message, type_="permission_error")
         return key
+
+
+def _is_public(scope: Scope) -> bool:
+    path: str = scope["path"]
+    return scope["method"] == "GET" and (path == "/" or path.startswith(PUBLIC_PREFIX))
 
 
 class LoadShedding:

@@ -41,6 +41,17 @@ def decoding_report(report: DecodingReport) -> dict[str, Any]:
     }
 
 
+def traced(delta: Delta) -> dict[str, Any]:
+    """A chunk's `decoding`, where the request asks for a trace: which forwards let its tokens out."""
+    if not delta.trace:
+        return {}
+    parts = [
+        {"mode": part.mode.value, "forward": part.forward, "tokens": part.num_tokens, "text": part.text}
+        for part in delta.trace
+    ]
+    return {"decoding": {"trace": parts}}
+
+
 @dataclass(frozen=True, slots=True)
 class Counts:
     """Tokens of a request so far: of its prompts, each counted once, and of all its choices."""
@@ -109,7 +120,9 @@ class Answer(ABC):
     def shows(self, delta: Delta) -> bool:
         """True if the new text of a choice, or its new tokens, are worth a chunk."""
         shows_tokens = self.shows_each_delta or self.shows_token_ids
-        return delta.has_news or bool(delta.logprobs) or (shows_tokens and delta.num_tokens > 0)
+        return (
+            delta.has_news or bool(delta.logprobs or delta.trace) or (shows_tokens and delta.num_tokens > 0)
+        )
 
     def end(self, last: Delta, so_far: Counts) -> bytes:
         """The last chunk of a choice that others outlast."""
@@ -219,7 +232,7 @@ class ChatAnswer(Answer):
 
     def delta(self, delta: Delta, so_far: Counts) -> bytes:
         choice = _chat_chunk(delta.index, _chat_delta(delta), self._asked_logprobs(delta))
-        return self._chunk(choice | self._token_ids(delta), so_far)
+        return self._chunk(choice | self._token_ids(delta), so_far, **traced(delta))
 
     def whole(self, choices: Sequence[Delta], finished: Finished) -> dict[str, Any]:
         body = self._body("chat.completion", [self._choice(choice) for choice in choices], finished)
@@ -264,7 +277,7 @@ class TextAnswer(Answer):
         return b"".join(self._chunk(choice, so_far) for choice in choices)
 
     def delta(self, delta: Delta, so_far: Counts) -> bytes:
-        return self._chunk(self._choice(delta), so_far)
+        return self._chunk(self._choice(delta), so_far, **traced(delta))
 
     def whole(self, choices: Sequence[Delta], finished: Finished) -> dict[str, Any]:
         whole = [

@@ -301,7 +301,8 @@ class Scheduler:
             made = self.trials.ended(sequence, sequence.end_round())
             if made is not None:
                 counters.note_round(made)
-        return Progress(sequence, taken, logprobs[: len(taken)], reason)
+        forward = 0 if current is None else sequence.num_forwards
+        return Progress(sequence, taken, logprobs[: len(taken)], reason, mode=mode, forward=forward)
 
     def _apply_chunk(
         self, sequence: Sequence, request: SegmentRequest, output: SegmentOutput

@@ -222,6 +222,10 @@ class Progress:
     reason: FinishReason | None = None
     error: ErrorCode | None = None
     message: str = ""
+    mode: Mode | None = None
+    """The mode that made the tokens; None where there are none."""
+    forward: int = 0
+    """The number of the sequence's forward that made them, from 1; 0 is the prefill."""
 
     @property
     def ended(self) -> bool:

@@ -1,3 +1,4 @@
+import logging
 import random
 from pathlib import Path
 
@@ -345,3 +346,17 @@ def test_bad_prompts_are_named(codec, prompt, param) -> None:
     with pytest.raises(TriadError) as caught:
         codec.encode(prompt)
     assert (caught.value.code, caught.value.param) == (ErrorCode.INVALID_REQUEST, param)
+
+
+def test_the_embedded_checkpoint_loads_without_a_warning() -> None:
+    """transformers would say that it does not know the model, which it is not asked to load."""
+    said: list[logging.LogRecord] = []
+    listener = logging.Handler(logging.WARNING)
+    listener.emit = said.append  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers")
+    logger.addHandler(listener)
+    try:
+        TextCodec.load(str(TRIAD_5M))
+    finally:
+        logger.removeHandler(listener)
+    assert [record.getMessage() for record in said] == []

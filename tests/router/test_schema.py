@@ -221,6 +221,8 @@ async def test_a_bad_value_is_named(field, value):
         ({"metadata": {"a": 1}}, "metadata.a"),
         ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
+        ({"decoding": {"trace": True}}, "decoding.trace"),
+        ({"stream": True, "decoding": {"trace": 1}}, "decoding.trace"),
         (
             {"stream": True, "stream_options": {"continuous_usage_stats": "yes"}},
             "stream_options.continuous_usage_stats",

@@ -26,6 +26,7 @@ from replicas.messages import (
     Rejected,
     SamplingParams,
     TextLogprob,
+    TracedTokens,
 )
 from replicas.socket_server import SocketServer
 from replicas.wire import (
@@ -51,6 +52,9 @@ REQUEST = GenerateRequest("request-1", "channel", ("Hello",), SamplingParams(max
 INFO = ModelInfo("model", tuple(Mode), 1024, 300, "replica-0")
 
 LOGPROBS = st.builds(TextLogprob, st.binary(max_size=4), st.floats(-50, 0), st.integers(0, 9))
+TRACES = st.builds(
+    TracedTokens, st.sampled_from(Mode), st.integers(0, 9), st.integers(1, 9), st.text(max_size=9)
+)
 DELTAS = st.builds(
     Delta,
     st.text(max_size=8),
@@ -59,6 +63,7 @@ DELTAS = st.builds(
     st.lists(LOGPROBS, max_size=2).map(tuple),
     st.integers(0, 127),
     st.sampled_from([None, *FinishReason]),
+    st.lists(TRACES, max_size=2).map(tuple),
 )
 REPORTS = st.builds(
     DecodingReport, st.dictionaries(st.sampled_from(list(Mode)), st.integers(0, 99)), st.integers(0, 9)

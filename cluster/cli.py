@@ -1,0 +1,78 @@
+"""The `triad` command: what the Makefile and `python -m` do, under one name.
+
+Beside it `serve run cluster.app:deploy` stays the entry for a cluster that is there already.
+"""
+
+import argparse
+import os
+import runpy
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+SCRIPT = Path(__file__).with_name("serve.sh")
+
+MODULES = {
+    "loadtest": ("loadtest", "load a running server, or one of its own, and write a report"),
+    "new-key": ("cluster.new_key", "make an API key, shown once, and its entry for the key file"),
+    "drain": ("cluster.drain", "end a running Triad with nothing lost"),
+    "replay": ("policies.control.replay", "what another policy would have decided"),
+}
+"""Commands that are modules with arguments of their own: `triad drain --help` is the module's help."""
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(prog="triad", description="An adaptive serving cluster.")
+    commands = found.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    serve = commands.add_parser("serve", help="serve a model on this machine until Ctrl-C")
+    serve.add_argument("--model", help="triad-5m, a folder or a hub name")
+    serve.add_argument("--dtype", help="of the weights")
+    serve.add_argument("--replicas", type=int)
+    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--redis-url", help="default: a server of its own, on loopback")
+    serve.add_argument("--policy")
+    serve.add_argument("--log", choices=["debug"], help="debug: what Ray and the actors say comes here")
+    for name, (_, what) in MODULES.items():
+        commands.add_parser(name, help=what, add_help=False)
+    doctor = commands.add_parser("doctor", help="check this machine: what would fail here, or be slow")
+    doctor.add_argument("--redis-url", help="check this one, too")
+    doctor.add_argument("--port", type=int, default=8000)
+    return found
+
+
+def serve_environment(options: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of cluster/serve.sh for these options; a model's folder by its whole path."""
+    model = options.model
+    if model is not None and Path(model).is_dir():
+        model = str(Path(model).resolve())
+    given = {
+        "MODEL": model,
+        "DTYPE": options.dtype,
+        "REPLICAS": options.replicas,
+        "PORT": options.port,
+        "REDIS_URL": options.redis_url,
+        "POLICY": options.policy,
+        "LOG": options.log,
+    }
+    path = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
+    said = {name: str(value) for name, value in given.items() if value is not None}
+    return {**environment, "PATH": path} | said
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0] in MODULES:
+        module, _ = MODULES[given[0]]
+        sys.argv = [f"triad {given[0]}", *given[1:]]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        return
+    options = parser().parse_args(given)
+    if options.command == "serve":
+        os.execvpe("bash", ["bash", str(SCRIPT)], serve_environment(options, os.environ))
+    from cluster.doctor import run  # torch takes seconds to import
+
+    sys.exit(run(options.port, options.redis_url))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""What `make serve` says: whether the port is free, what is about to serve, and when it does.
+
+python -m cluster.welcome check PORT          fails with one sentence where the port is taken
+python -m cluster.welcome tell FILE LOG       what the Serve file is going to serve
+python -m cluster.welcome wait PORT PID       waits until it is ready, or the process has gone
+"""
+
+import json
+import os
+import socket
+import sys
+import time
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from cluster.config import ClusterConfig
+from replicas.machine import default_num_threads
+from replicas.model.native.build import NativeUnavailable, load_library
+
+HOST = "127.0.0.1"
+POLL_S = 0.5
+
+
+def port_problem(port: int) -> str | None:
+    """Why nothing can listen on this port of loopback, and what to do; None where something can."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+            return None
+        except PermissionError:
+            return f"Port {port} may not be used by this user: set PORT to one above 1023."
+        except OSError:
+            pass
+    other = f"set PORT to another one, such as PORT={port + 1 if port < 65535 else 8000}"
+    if _serves_triad(port):
+        return f"Triad is serving on http://{HOST}:{port} already: use it, or {other}."
+    return f"Port {port} is in use by another program: {other}."
+
+
+def description(config: ClusterConfig, log: str) -> list[str]:
+    """The lines that say what is about to serve."""
+    threads = config.num_threads or default_num_threads(config.num_sharing)
+    if config.num_gpus:
+        device = f"{config.num_gpus:g} GPU a process, {config.tensor_parallel} a replica"
+    else:
+        device = f"CPU, {_forward(config)}, {threads} thread{'s' if threads > 1 else ''} a replica"
+    replicas = f"{config.num_replicas} replica{'s' if config.num_replicas > 1 else ''}"
+    model = config.model if config.model == config.model_name else f"{config.model_name} ({config.model})"
+    redis = "its own, on loopback" if config.redis_url is None else "as given"
+    return [
+        f"model    {model}, {replicas}",
+        f"device   {device}",
+        f"policy   {config.policy}; Redis {redis}",
+        f"log      {log} (LOG=debug shows it here)",
+    ]
+
+
+def _forward(config: ClusterConfig) -> str:
+    if config.forward == "torch":
+        return "torch's forward"
+    try:
+        load_library()
+    except NativeUnavailable as error:
+        return f"torch's forward, several times slower than the native one, which is not there: {error}"
+    return "native forward"
+
+
+def wait_until_ready(port: int, pid: int, began_s: float) -> list[str]:
+    """Waits until the server answers; the lines to say then, none where its process has gone before."""
+    while not _answers(port, "/readyz"):
+        if not _is_alive(pid):
+            return []
+        time.sleep(POLL_S)
+    return [
+        f"ready    after {time.monotonic() - began_s:.0f} s; {_modes(port)}",
+        f"API      http://{HOST}:{port}/v1",
+        f"console  http://{HOST}:{port}/",
+        "stop     Ctrl-C; SIGTERM finishes first what has begun",
+    ]
+
+
+def _modes(port: int) -> str:
+    try:
+        with urllib.request.urlopen(f"http://{HOST}:{port}/v1/models", timeout=5) as answer:
+            modes = json.load(answer)["data"][0]["modes"]
+    except (OSError, ValueError, LookupError):  # with API keys it is a 401
+        return "with API keys"
+    return f"modes {', '.join(modes or ())}"
+
+
+def _answers(port: int, path: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://{HOST}:{port}{path}", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def _serves_triad(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://{HOST}:{port}/", timeout=2) as answer:
+            return b"<title>Triad</title>" in answer.read(4096)
+    except (OSError, ValueError):
+        return False
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    match list(sys.argv[1:] if arguments is None else arguments):
+        case ["check", port] if port.isdigit() and 0 < int(port) < 65536:
+            if problem := port_problem(int(port)):
+                sys.exit(problem)
+        case ["check", port]:
+            sys.exit(f"PORT is {port!r}; it is a number from 1 to 65535.")
+        case ["tell", file, log]:
+            (application,) = yaml.safe_load(Path(file).read_text())["applications"]
+            lines = description(ClusterConfig.model_validate(application.get("args", {})), log)
+            print("\n".join(lines), flush=True)
+        case ["wait", port, pid]:
+            print("\n".join(wait_until_ready(int(port), int(pid), time.monotonic())), flush=True)
+        case _:
+            sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main()

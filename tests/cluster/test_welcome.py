@@ -1,0 +1,106 @@
+"""What `make serve` says, and what it says when it can't."""
+
+import contextlib
+import http.server
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from cluster import welcome
+from cluster.config import ClusterConfig
+from replicas.model.native.build import NativeUnavailable
+
+
+class TriadsPage(http.server.BaseHTTPRequestHandler):
+    page = b"<title>Triad</title>"
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.page)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def serving(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[int]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server.server_address[1]
+        server.shutdown()
+        thread.join()
+
+
+def test_a_free_port_is_no_problem() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    assert welcome.port_problem(port) is None
+
+
+def test_a_taken_port_says_by_whom_and_what_to_do() -> None:
+    with serving(TriadsPage) as port:
+        assert welcome.port_problem(port) == (
+            f"Triad is serving on http://127.0.0.1:{port} already: "
+            f"use it, or set PORT to another one, such as PORT={port + 1}."
+        )
+    with serving(type("Other", (TriadsPage,), {"page": b"hello"})) as port:
+        assert "in use by another program" in (welcome.port_problem(port) or "")
+
+
+@pytest.mark.parametrize("port", ["0", "eighty", "65536", "-1"])
+def test_a_port_that_is_none_is_refused(port: str) -> None:
+    with pytest.raises(SystemExit, match="a number from 1 to 65535"):
+        welcome.main(["check", port])
+
+
+def test_the_script_stops_at_a_taken_port_with_one_sentence() -> None:
+    with serving(TriadsPage) as port:
+        done = subprocess.run(
+            [sys.executable, "-m", "cluster.welcome", "check", str(port)], capture_output=True, text=True
+        )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith("Triad is serving on")
+
+
+def test_what_serves_is_told_in_few_lines() -> None:
+    config = ClusterConfig.model_validate({"num_threads": 3, "num_replicas": 2, "forward": "torch"})
+    lines = welcome.description(config, "/tmp/log")
+    assert lines == [
+        "model    triad-5m, 2 replicas",
+        "device   CPU, torch's forward, 3 threads a replica",
+        "policy   cost_model; Redis its own, on loopback",
+        "log      /tmp/log (LOG=debug shows it here)",
+    ]
+    assert "1 GPU" in welcome.description(ClusterConfig.model_validate({"num_gpus": 1}), "x")[1]
+
+
+def test_without_a_compiler_it_says_what_that_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise NativeUnavailable("no C++ compiler found (c++); install g++ or clang, or set CXX")
+
+    monkeypatch.setattr(welcome, "load_library", missing)
+    told = welcome.description(ClusterConfig(), "x")[1]
+    assert "several times slower" in told
+    assert "install g++" in told
+
+
+def test_waiting_ends_when_the_server_has_gone() -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        assert welcome.wait_until_ready(probe.getsockname()[1], ended.pid, 0.0) == []
+
+
+def test_the_lines_when_it_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(type("Ready", (TriadsPage,), {"page": b'{"data": [{"modes": ["ar"]}]}'})) as port:
+        lines = welcome.wait_until_ready(port, 1, 0.0)
+    assert lines[0].endswith("modes ar")
+    assert f"http://127.0.0.1:{port}/" in lines[2]
