@@ -11,6 +11,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 # make serve MODEL=<folder or hub name> DTYPE=bfloat16 REPLICAS=2 PORT=8000 REDIS_URL=redis://... POLICY=cost_model
+# LOG=debug shows what Ray and the actors say, which otherwise goes to .run/serve-PORT.log
 MODEL     ?=
 DTYPE     ?=
 REPLICAS  ?= 1

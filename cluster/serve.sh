@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Serves until Ctrl-C; on SIGTERM what has begun is finished first.
 # From the environment: MODEL, DTYPE, REPLICAS, PORT, REDIS_URL, POLICY; empty is the default. What Ray and the
-# actors say goes to a file below .run; LOG=debug has it here instead.
+# actors say goes to a file below .run, of which the errors come here; LOG=debug has all of it here instead.
 set -euo pipefail
 log="$PWD/.run/serve-${PORT:-8000}.log"
 cd "$(dirname "$0")/.."
@@ -21,15 +21,17 @@ python -m cluster.serve_file "port=$port" "model=${MODEL:-}" "dtype=${DTYPE:-}" 
 if [ "${LOG:-}" = debug ]; then
   python -m cluster.serve "$file" &
   server=$!
+  attended=("$port" "$server")
 else
   mkdir -p "$(dirname "$log")"
+  python -m cluster.welcome tell "$file" "$log"
   python -m cluster.serve "$file" >"$log" 2>&1 &
   server=$!
-  python -m cluster.welcome tell "$file" "$log"
+  attended=("$port" "$server" "$log")
 fi
 trap : INT
 trap 'kill -TERM "$server"' TERM
-python -m cluster.welcome wait "$port" "$server" &
+python -m cluster.welcome attend "${attended[@]}" &
 
 # A signal ends a wait early.
 status=0

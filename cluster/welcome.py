@@ -1,17 +1,19 @@
 """What `make serve` says: whether the port is free, what is about to serve, and when it does.
 
-python -m cluster.welcome check PORT          fails with one sentence where the port is taken
-python -m cluster.welcome tell FILE LOG       what the Serve file is going to serve
-python -m cluster.welcome wait PORT PID       waits until it is ready, or the process has gone
+`python -m cluster.welcome check PORT` fails with one sentence where the port is taken; `tell FILE LOG` says
+what the Serve file is going to serve; `attend PORT PID [LOG]` says when it is ready, and each error in its
+log, until the process has gone.
 """
 
 import json
 import os
+import re
 import socket
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import yaml
@@ -22,6 +24,7 @@ from replicas.model.native.build import NativeUnavailable, load_library
 
 HOST = "127.0.0.1"
 POLL_S = 0.5
+_ERROR = re.compile(r"\b(ERROR|CRITICAL)\b|^Traceback|\b\w+(Error|Exception): ")
 
 
 def port_problem(port: int) -> str | None:
@@ -69,14 +72,24 @@ def _forward(config: ClusterConfig) -> str:
     return "native forward"
 
 
-def wait_until_ready(port: int, pid: int, began_s: float) -> list[str]:
-    """Waits until the server answers; the lines to say then, none where its process has gone before."""
-    while not _answers(port, "/readyz"):
-        if not _is_alive(pid):
-            return []
-        time.sleep(POLL_S)
+def attend(port: int, pid: int, log: Path | None, say: Callable[[str], None]) -> None:
+    """Says when the server answers, and the errors of its log as they come, until its process has gone."""
+    began_s, is_ready = time.monotonic(), False
+    with ExitStack() as stack:
+        lines = None if log is None else stack.enter_context(log.open(errors="replace"))
+        while _is_alive(pid):
+            for line in lines or ():
+                if _ERROR.search(line):
+                    say(line.rstrip())
+            if not is_ready and _answers(port, "/readyz"):
+                is_ready = True
+                say("\n".join(ready_lines(port, time.monotonic() - began_s)))
+            time.sleep(POLL_S)
+
+
+def ready_lines(port: int, after_s: float) -> list[str]:
     return [
-        f"ready    after {time.monotonic() - began_s:.0f} s; {_modes(port)}",
+        f"ready    after {after_s:.0f} s; {_modes(port)}",
         f"API      http://{HOST}:{port}/v1",
         f"console  http://{HOST}:{port}/",
         "stop     Ctrl-C; SIGTERM finishes first what has begun",
@@ -127,8 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             (application,) = yaml.safe_load(Path(file).read_text())["applications"]
             lines = description(ClusterConfig.model_validate(application.get("args", {})), log)
             print("\n".join(lines), flush=True)
-        case ["wait", port, pid]:
-            print("\n".join(wait_until_ready(int(port), int(pid), time.monotonic())), flush=True)
+        case ["attend", port, pid, *log] if len(log) <= 1:
+            path = Path(log[0]) if log else None
+            attend(int(port), int(pid), path, lambda line: print(line, flush=True))
         case _:
             sys.exit(__doc__)
 

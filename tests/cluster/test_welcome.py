@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -91,16 +92,29 @@ def test_without_a_compiler_it_says_what_that_costs(monkeypatch: pytest.MonkeyPa
     assert "install g++" in told
 
 
-def test_waiting_ends_when_the_server_has_gone() -> None:
+def test_attending_ends_when_the_server_has_gone() -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        assert welcome.wait_until_ready(probe.getsockname()[1], ended.pid, 0.0) == []
+        welcome.attend(probe.getsockname()[1], ended.pid, None, lambda line: pytest.fail(line))
 
 
-def test_the_lines_when_it_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_says_when_it_is_ready_and_the_errors_of_the_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("INFO all well\nWARNING slow\nERROR 2026 the engine failed\nValueError: no\n")
+    said: list[str] = []
+    # It lives until its input ends, which is once the third thing is said.
+    server = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+
+    def say(line: str) -> None:
+        said.append(line)
+        if len(said) == 3:
+            server.communicate()
+
     with serving(type("Ready", (TriadsPage,), {"page": b'{"data": [{"modes": ["ar"]}]}'})) as port:
-        lines = welcome.wait_until_ready(port, 1, 0.0)
-    assert lines[0].endswith("modes ar")
-    assert f"http://127.0.0.1:{port}/" in lines[2]
+        welcome.attend(port, server.pid, log, say)
+    assert said[:2] == ["ERROR 2026 the engine failed", "ValueError: no"]
+    first, _, console, _ = said[2].splitlines()
+    assert first.endswith("modes ar")
+    assert console == f"console  http://127.0.0.1:{port}/"
