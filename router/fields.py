@@ -42,15 +42,17 @@ class Neutral:
         return {"enum": [*self._values, None]}
 
 
-def replaced(newer: str, value: Any) -> AfterValidator:
+class Replaced(Neutral):
     """Accepts null and the given value of a field in whose place another has come."""
 
-    def check(sent: Any) -> None:
-        if sent is not None and not _same(sent, value):
-            message = "OpenAI has replaced it; send '{newer}'."
-            raise PydanticCustomError("unsupported_parameter", message, {"newer": newer})
+    def __init__(self, newer: str, value: Any):
+        super().__init__(value)
+        self._newer = newer
 
-    return AfterValidator(check)
+    def _check(self, value: Any) -> None:
+        if value is not None and not any(_same(value, known) for known in self._values):
+            message = "OpenAI has replaced it; send '{newer}'."
+            raise PydanticCustomError("unsupported_parameter", message, {"newer": self._newer})
 
 
 def _same(value: Any, known: Any) -> bool:

@@ -39,6 +39,8 @@ PUBLIC_PREFIX = "/console/"
 WATCHERS_CALLS = frozenset({("GET", "/v1/triad/events"), ("POST", "/v1/triad/burst")})
 """Calls that need an admin key where there are keys; where there are none, anybody may do as much by other
 calls."""
+LINGER_S = 1.0
+"""The time for which an answered client may go on with a body that nobody wants."""
 ONLY_HEAD = "triad_only_head"
 """Set in the scope of a HEAD, of which a stream without an end must know."""
 ADMIN_CALLS = frozenset({("PUT", "/v1/triad/policy"), ("DELETE", "/v1/triad/policy")})
@@ -272,7 +274,30 @@ class BodyLimit:
                 raise HTTPException(413, f"the body is over {self._max_bytes} bytes")
             return message
 
-        await self._app(scope, limited if scope["type"] == "http" else receive, send)
+        async def lingering(message: Message) -> None:
+            is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
+            if is_whole or not is_last:
+                await send(message)
+                return
+            await send({**message, "more_body": True})
+            await _discard(receive)
+            await send({"type": "http.response.body", "body": b""})
+
+        if scope["type"] == "http":
+            await self._app(scope, limited, lingering)
+        else:
+            await self._app(scope, receive, send)
+
+
+async def _discard(receive: Receive) -> None:
+    """Reads what still comes of a body, for a while: a connection that is closed with bytes unread is reset,
+    and a client that is still sending may so lose the answer."""
+    try:
+        async with asyncio.timeout(LINGER_S):
+            while (message := await receive())["type"] == "http.request" and message.get("more_body", False):
+                pass
+    except TimeoutError:
+        return
 
 
 def _request_id(scope: Scope) -> str:

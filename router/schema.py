@@ -20,11 +20,11 @@ from router.fields import (
     Count,
     Neutral,
     PositiveCount,
+    Replaced,
     TextPrompt,
     Unsupported,
     conflict,
     prompts,
-    replaced,
 )
 from router.tools import ToolChoice, Tools, tool_use
 
@@ -50,8 +50,8 @@ class ChatCompletionRequest(Completion):
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    functions: Annotated[Any, replaced("tools", [])] = None
-    function_call: Annotated[Any, replaced("tool_choice", "none")] = None
+    functions: Annotated[Any, Replaced("tools", [])] = None
+    function_call: Annotated[Any, Replaced("tool_choice", "none")] = None
     modalities: Annotated[Any, Neutral(["text"])] = None
     audio: Unsupported = None
     prediction: Hint = None
