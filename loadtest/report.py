@@ -231,7 +231,7 @@ def _html(
         "<p class=about>Times in ms, counted from the intended send. TPOT = (E2E - TTFT) / (tokens - 1). "
         "Blocks of tokens arrive in bursts, so the gap between chunks is another figure than time per token. "
         f"Goodput counts requests within their SLO ({escape(slos) or 'none set'}). Tokens a forward leave "
-        "out each request's first token; a draft and its verify are two forwards.</p></html>"
+        "out each request's first token; a round of self-speculation is one forward.</p></html>"
     )
     return "\n".join(parts)
 

@@ -4,10 +4,11 @@ import math
 import statistics
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from policies.fixed import check_one_bound
 from policies.forecast import Forecast, forecast
-from policies.modes import LOSSLESS_MODES, MAX_BLOCK_LENGTH, DecodePlan, Mode
+from policies.modes import LOSSLESS_MODES, MAX_BLOCK_LENGTH, MAX_FACTOR, DecodePlan, Mode
 from policies.policy import Decision, Policy, PolicyParameters, Snapshot, Trial
 from policies.replica_load import ReplicaLoad
 
@@ -31,6 +32,8 @@ class CostModelParameters(PolicyParameters):
     threshold: float = Field(default=0.9, gt=0.0, le=1.0)
     """Diffusion's threshold. Its forwards fall and its errors rise as the threshold falls, so the bound on
     quality is also the fastest plan, and the only one considered."""
+    factor: float | None = Field(default=None, gt=0.0, le=MAX_FACTOR)
+    """Diffusion's factor, in place of a threshold (policies.modes)."""
     diffusion_gain: float = Field(default=0.05, ge=0.0)
     """The gain over the best lossless plan that diffusion must bring to be chosen (0.05 is 5 %)."""
     speculation_blocks: tuple[int, ...] = (4, 8, 16, 32)
@@ -48,13 +51,19 @@ class CostModelParameters(PolicyParameters):
             raise ValueError(f"block lengths are 2 to {MAX_BLOCK_LENGTH}")
         return tuple(sorted(set(blocks)))
 
+    @model_validator(mode="after")
+    def _has_one_bound(self) -> "CostModelParameters":
+        check_one_bound(self)
+        return self
+
     def candidates(self, modes: tuple[Mode, ...]) -> list[DecodePlan]:
         """Returns the plans that a model with these modes may run, `ar` first."""
         plans = [DecodePlan(Mode.AR)]
         if Mode.SELF_SPECULATION in modes:
             plans += [DecodePlan(Mode.SELF_SPECULATION, block) for block in self.speculation_blocks]
         if Mode.DIFFUSION in modes and self.quality == "any":
-            plans += [DecodePlan(Mode.DIFFUSION, block, self.threshold) for block in self.diffusion_blocks]
+            bound = (self.threshold, self.factor)
+            plans += [DecodePlan(Mode.DIFFUSION, block, *bound) for block in self.diffusion_blocks]
         return plans
 
 

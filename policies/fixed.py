@@ -2,8 +2,14 @@
 
 from pydantic import Field, model_validator
 
-from policies.modes import DEFAULT_BLOCK_LENGTHS, DecodePlan, Mode, available_plan
+from policies.modes import DEFAULT_BLOCK_LENGTHS, MAX_FACTOR, DecodePlan, Mode, available_plan
 from policies.policy import Decision, Policy, PolicyParameters, Snapshot
+
+
+def check_one_bound(parameters: PolicyParameters) -> None:
+    """Raises ValueError where both of diffusion's bounds on doubt are given: only one could count."""
+    if {"threshold", "factor"} <= parameters.model_fields_set:
+        raise ValueError("factor takes the place of threshold; give one of them")
 
 
 class PlanParameters(PolicyParameters):
@@ -13,15 +19,18 @@ class PlanParameters(PolicyParameters):
     block_length: int | None = None
     """Tokens a block; None for the mode's default."""
     threshold: float = Field(default=0.9, gt=0.0, le=1.0)
+    factor: float | None = Field(default=None, gt=0.0, le=MAX_FACTOR)
+    """Diffusion's factor, in place of a threshold (policies.modes)."""
 
     @model_validator(mode="after")
     def _can_be_run(self) -> "PlanParameters":
+        check_one_bound(self)
         self.decode_plan()
         return self
 
     def decode_plan(self) -> DecodePlan:
         block_length = DEFAULT_BLOCK_LENGTHS[self.mode] if self.block_length is None else self.block_length
-        return DecodePlan(self.mode, block_length, self.threshold)
+        return DecodePlan(self.mode, block_length, self.threshold, self.factor)
 
 
 class FixedPolicy(Policy[None]):

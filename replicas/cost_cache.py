@@ -23,7 +23,7 @@ from replicas.yields_file import read_yields
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 MAX_BYTES = 1 << 18
 """The size past which nothing is written or read: what is learned is bounded, so it would be a mistake."""
 MAX_FILES = 32

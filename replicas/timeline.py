@@ -17,7 +17,7 @@ class ModeSpan:
     since_s: float
     until_s: float
     num_forwards: int = 0
-    """A draft and its verify are two."""
+    """A round of self-speculation is one, a commit that begins the next block too."""
     num_tokens: int = 0
 
 

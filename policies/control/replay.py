@@ -109,11 +109,14 @@ def _num_shifts(plans: Iterable[tuple[str, DecodePlan]]) -> int:
 
 
 def describe(plan: DecodePlan) -> str:
-    """Returns a plan's short name, still unambiguous: `ar`, `self_speculation/16`, `diffusion/32@0.9`."""
+    """Returns a plan's short name, still unambiguous: `ar`, `self_speculation/16`, `diffusion/32@0.9`,
+    `diffusion/32@f0.1` by its factor."""
     if plan.block_length == 1:
         return plan.mode.value
-    threshold = f"@{plan.threshold:g}" if plan.mode.value == "diffusion" else ""
-    return f"{plan.mode.value}/{plan.block_length}{threshold}"
+    bound = ""
+    if plan.mode.value == "diffusion":
+        bound = f"@{plan.threshold:g}" if plan.factor is None else f"@f{plan.factor:g}"
+    return f"{plan.mode.value}/{plan.block_length}{bound}"
 
 
 def read_log(lines: Iterable[str], name: str) -> list[DecisionRecord]:

@@ -1,5 +1,6 @@
 import pytest
 
+from policies.cost_model import CostModelParameters
 from policies.modes import DecodePlan, Mode
 from policies.policy import Decision, Policy, PolicyParameters, Snapshot
 from policies.registry import PolicyError, create_policy, policy_names
@@ -80,3 +81,25 @@ def test_any_importable_policy():
 def test_errors_list_the_choices(name, parameters, message):
     with pytest.raises(PolicyError, match=message):
         create_policy(name, parameters)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("fixed", {"mode": "diffusion"}), ("threshold", {}), ("cost_model", {}), ("slo", {})],
+)
+def test_a_factor_takes_the_place_of_a_threshold(name, parameters):
+    if name == "threshold":
+        level = {"mode": "diffusion", "block_length": 16, "max_in_flight": 8}
+        assert first_plan(create_policy(name, {"levels": [{**level, "factor": 0.1}]})).factor == 0.1
+        return
+    policy = create_policy(name, {**parameters, "factor": 0.1})
+    if name == "fixed":
+        assert first_plan(policy).factor == 0.1
+    with pytest.raises(PolicyError, match="factor takes the place of threshold; give one of them"):
+        create_policy(name, {**parameters, "factor": 0.1, "threshold": 0.9})
+
+
+def test_the_cost_model_considers_diffusion_by_its_factor():
+    plans = CostModelParameters(factor=0.1).candidates(tuple(Mode))
+    assert {plan.factor for plan in plans if plan.mode is Mode.DIFFUSION} == {0.1}
+    assert {plan.factor for plan in plans if plan.mode is not Mode.DIFFUSION} == {None}

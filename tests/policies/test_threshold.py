@@ -106,6 +106,8 @@ def test_more_load_never_means_a_less_conservative_plan(current, low, more):
         {"levels": [{"max_in_flight": -1, "mode": "ar"}]},
         {"levels": [{"max_in_flight": 2, "mode": "ar", "block_length": 4}]},
         {"above": {"mode": "diffusion", "threshold": 0.0}},
+        {"above": {"mode": "diffusion", "factor": 0.0}},
+        {"above": {"mode": "diffusion", "factor": 0.1, "threshold": 0.9}},
         {"band": 1.0},
         {"bands": 0.2},
     ],
