@@ -89,7 +89,7 @@ class Engine:
 
     @property
     def active_plan(self) -> ActivePlan:
-        return self._scheduler.active
+        return self._scheduler.decoding.active
 
     @property
     def scheduler(self) -> Scheduler:
@@ -101,7 +101,7 @@ class Engine:
 
     def set_plan(self, decode: DecodePlan, rule: str) -> None:
         """Sets the plan that `auto` sequences follow from their next safe point on."""
-        self._scheduler.active = ActivePlan(decode, rule)
+        self._scheduler.decoding.active = ActivePlan(decode, rule)
         self._scheduler.trials.stop()
 
     def set_trial(self, trial: Trial | None) -> None:
@@ -344,7 +344,7 @@ class Engine:
             waiting_prompt_tokens=sum(sequence.num_prompt_tokens for sequence in waiting),
             running_by_mode=Counter(sequence.last_mode for sequence in running if sequence.last_mode),
             modes=self.spec.modes,
-            decode=self._scheduler.active.decode,
+            decode=self._scheduler.decoding.active.decode,
             num_lossless=sum(sequence.is_kept_lossless for sequence in auto),
             pinned_by_mode=pinned,
             page_size=self.spec.page_size,

@@ -7,39 +7,26 @@ order they are admitted, once pages suffice for a round of each (engine.page_bud
 pages run out the last of them gives up its own and is recomputed later; the first always goes on.
 """
 
-import logging
 import time
 from bisect import insort
-from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from policies.cost import UNMEASURED
-from policies.modes import Mode
 from replicas.config import EngineConfig
-from replicas.engine.batch import ModelSpec, ScheduledBatch, Segment, SegmentOutput, TokenLogprob
+from replicas.engine.batch import ModelSpec, ScheduledBatch, Segment, SegmentOutput
 from replicas.engine.blocks import PagePool
 from replicas.engine.constrain import constrained
 from replicas.engine.counters import Counters
-from replicas.engine.decoders.choose import (
-    ActivePlan,
-    begin_round,
-    begun_behind_prompt,
-    following_block,
-    plan_for,
-)
-from replicas.engine.decoders.round import Draft, SegmentRequest
+from replicas.engine.decoders.choose import ActivePlan
+from replicas.engine.decoders.round import SegmentRequest
+from replicas.engine.decoding import Decoding, mode_of
 from replicas.engine.page_budget import PageBudget
 from replicas.engine.prefill import PrefillBudget, is_coming
 from replicas.engine.sequence import Progress, Sequence, Status
 from replicas.engine.sequence_pages import SequencePages
 from replicas.engine.trials import Trials
-from replicas.errors import ErrorCode
 
-logger = logging.getLogger(__name__)
-
-MIXED_SHARE = 0.1
-"""The share of a forward's decoding that may be of other modes than its own."""
 PREFILL_SHARE = 4
 """One in this many tokens of a step is left to prompts by rounds, while prompts wait."""
 
@@ -53,7 +40,6 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
     ):
         self._clock = clock
-        self._overlaps_blocks = config.overlap_blocks
         self._spec = spec
         self._config = config
         self._pool = PagePool(spec.num_pages, spec.page_size)
@@ -62,11 +48,11 @@ class Scheduler:
         self._waiting: list[Sequence] = []
         self._scheduled: tuple[tuple[Sequence, SegmentRequest], ...] = ()  # of the batch under way
         self._num_steps = 0
-        self.active = active
         self.step_cost = UNMEASURED
         """The latency of a forward, by which prompts beside rounds are bounded."""
-        self.trials = Trials(self._overlaps_blocks)
+        self.trials = Trials(config.overlap_blocks)
         self.counters = Counters()
+        self.decoding = Decoding(spec, active, config.overlap_blocks, self.trials, self.counters)
 
     @property
     def running(self) -> Seq[Sequence]:
@@ -137,7 +123,7 @@ class Scheduler:
             )
         self._num_steps += 1
         self._scheduled = tuple(scheduled)
-        return ScheduledBatch(tuple(segments), mode=_mode_of(scheduled))
+        return ScheduledBatch(tuple(segments), mode=mode_of(scheduled))
 
     def commit(self, batch: ScheduledBatch, outputs: Seq[SegmentOutput | None]) -> list[Progress]:
         """Applies the outputs of the batch that schedule() gave last; what is new, by sequence.
@@ -149,7 +135,7 @@ class Scheduler:
         for (sequence, request), output in zip(self._scheduled, outputs, strict=True):
             if output is None:
                 continue
-            made = self._applied(sequence, request, output)
+            made = self.decoding.apply(sequence, request, output)
             if made.error is not None:
                 self._pool.forget(sequence.pages)  # it may be their content that is at fault
             else:
@@ -186,7 +172,7 @@ class Scheduler:
         reserved = min(budget // PREFILL_SHARE, config.max_prefill_tokens) if prefilling or can_admit else 0
         requests: dict[Sequence, SegmentRequest] = {}
         for sequence in sorted(rounds, key=lambda item: item.last_step):
-            request = self._next_segment(sequence, budget - reserved)
+            request = self.decoding.next_segment(sequence, budget - reserved)
             if request is not None:
                 requests[sequence] = request
                 budget -= len(request.token_ids)
@@ -199,7 +185,7 @@ class Scheduler:
 
     def _admit(self, requests: dict[Sequence, SegmentRequest], prefill: PrefillBudget) -> None:
         """Lets waiting sequences run, and adds their first chunks, while the budget and the pages last."""
-        pages = PageBudget(self._pool, self._spec, self.active, self._running)
+        pages = PageBudget(self._pool, self._spec, self.decoding.active, self._running)
         for sequence in tuple(self._waiting):
             if prefill.room() <= 0 or len(self._running) == self._config.max_running:
                 return
@@ -224,31 +210,9 @@ class Scheduler:
         request = prefill.take(sequence)
         if request is None or not request.wanted or sequence.is_scored:
             return request
-        plan = plan_for(sequence, self.trials.plan(self.active), self._spec).decode
-        begun = begun_behind_prompt(sequence, request, plan, self._spec, self._overlaps_blocks)
+        begun = self.decoding.behind_prompt(sequence, request)
         num_behind = len(begun.token_ids) - len(request.token_ids)
         return begun if prefill.take_more(num_behind) else request
-
-    def _next_segment(self, sequence: Sequence, budget: int) -> SegmentRequest | None:
-        """The next segment of a sequence; None when the budget is too small for it, which then comes
-        later."""
-        if sequence.round is not None:
-            following = 0
-            if self._overlaps_blocks:
-                following = following_block(sequence, self.trials.plan(self.active), self._spec)
-            request = sequence.round.next_segment(following)
-            return request if len(request.token_ids) <= budget else None
-        plan = plan_for(sequence, self.trials.plan(self.active), self._spec)
-        begun = begin_round(sequence, plan.decode, self._spec, self._overlaps_blocks)
-        request = begun.next_segment()
-        if len(request.token_ids) > budget:
-            return None
-        if self.trials.is_tried_by(sequence):
-            self.trials.begins(sequence, begun.mode)
-        else:
-            sequence.note_mode(begun.mode, plan.rule)
-        sequence.begin_round(begun, plan.decode)
-        return request
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Gives the sequence pages for num_tokens, taken from the last in rank if need be."""
@@ -265,82 +229,6 @@ class Scheduler:
         sequence.num_preemptions += 1
         sequence.status = Status.WAITING
         self.add(sequence)
-
-    def _applied(self, sequence: Sequence, request: SegmentRequest, output: SegmentOutput) -> Progress:
-        failure = output.failure
-        if failure is None:
-            try:
-                return self._apply(sequence, request, output)
-            except Exception as error:
-                logger.exception("what a step made of request %s can't be applied", sequence.request_id)
-                failure = f"the request's tokens can't be taken ({type(error).__name__})"
-        return Progress(sequence, error=ErrorCode.INTERNAL, message=failure)
-
-    def _apply(self, sequence: Sequence, request: SegmentRequest, output: SegmentOutput) -> Progress:
-        counters, current = self.counters, sequence.round
-        if current is None or sequence.is_prefilling:
-            if (prefilled := self._apply_chunk(sequence, request, output)) is None:
-                return Progress(sequence)
-            mode, tokens, logprobs = prefilled
-        else:
-            progress = current.apply_output(request, output)
-            sequence.num_forwards += 1
-            sequence.num_rows += len(request.token_ids)
-            counters.forwards_by_mode[current.mode] += 1
-            mode, tokens, logprobs = current.mode, progress.tokens, progress.logprobs
-            if progress.done:
-                sequence.num_cached = current.start + progress.num_cached
-                sequence.round = request.successor
-                sequence.draft = progress.draft
-        taken, reason = sequence.append(tokens, mode, self._spec.eos_token_ids)
-        if taken:
-            counters.made_by_mode[mode] += len(taken)
-            # A prompt's token is nobody's yield.
-            counters.tokens_by_mode[mode] += len(taken) - (current is None)
-        if current is not None and (sequence.round is not current or reason is not None):
-            made = self.trials.ended(sequence, sequence.end_round())
-            if made is not None:
-                counters.note_round(made)
-        forward = 0 if current is None else sequence.num_forwards
-        return Progress(sequence, taken, logprobs[: len(taken)], reason, mode=mode, forward=forward)
-
-    def _apply_chunk(
-        self, sequence: Sequence, request: SegmentRequest, output: SegmentOutput
-    ) -> tuple[Mode, tuple[int, ...], tuple[TokenLogprob, ...]] | None:
-        """Takes a chunk of a prompt. The completion's first tokens, and their mode; None before its end."""
-        tokens, logprobs = output.token_ids, output.logprobs(len(output.token_ids))
-        if sequence.is_scored:
-            if len(tokens) < len(request.wanted):
-                raise ValueError("the logits of the prompt are not finite")
-            num_scored = min(len(tokens), sequence.num_prompt_tokens - 1 - sequence.num_cached)
-            del sequence.prompt_logprobs[sequence.num_cached :]  # from before it was preempted
-            sequence.prompt_logprobs += logprobs[:num_scored]
-            tokens, logprobs = tokens[num_scored:], logprobs[num_scored:]
-        sequence.num_cached += request.num_causal
-        self.counters.num_prefilled += request.num_causal
-        if not tokens:
-            return None
-        in_force = plan_for(sequence, self.active, self._spec)
-        sequence.note_mode(in_force.decode.mode, in_force.rule)
-        decode = plan_for(sequence, self.trials.plan(self.active), self._spec).decode
-        if request.successor is not None:
-            sequence.begin_round(request.successor, decode, num_coming=1)
-            return decode.mode, request.successor.begin(output), ()
-        if request.drafts:
-            sequence.draft = Draft.behind(request, output)
-        return decode.mode, tokens[:1], logprobs[:1]
-
-
-def _mode_of(scheduled: Seq[tuple[Sequence, SegmentRequest]]) -> Mode | None:
-    """The mode of nearly all query tokens of rounds; None without rounds, and for a mixture."""
-    rows: Counter[Mode] = Counter()
-    for sequence, request in scheduled:
-        if sequence.round is not None and not sequence.is_prefilling:
-            rows[sequence.round.mode] += len(request.token_ids)
-    for mode, num_rows in rows.most_common(1):
-        if num_rows >= (1.0 - MIXED_SHARE) * rows.total():
-            return mode
-    return None
 
 
 def _rank(sequence: Sequence) -> tuple[float, int]:
