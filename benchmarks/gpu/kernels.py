@@ -193,7 +193,7 @@ class KernelBench:
         halves = ones / 2
 
         def run() -> None:
-            tokens = sample_rows(logits, confidence(logits, 3), ones, halves, 3)
+            tokens = sample_rows(logits, confidence(logits, 3), ones, halves, 3).tokens
             accept(drafts, first, num_drafts, tokens, first)
 
         def run_other() -> torch.Tensor:

@@ -51,6 +51,8 @@ class StepSize:
         yield "wanted", self.num_wanted
         yield "adapter", self.num_rows if self.has_adapter else 0
         yield "wanted_adapter", self.num_wanted if self.has_adapter else 0
+        yield "temperatures", self.num_wanted
+        yield "uniforms", self.num_wanted
         yield "segments", self.num_segments * _FIELDS
         for shape, count in enumerate(self.num_tiles):
             yield f"tiles{shape}", 2 * count
@@ -70,7 +72,7 @@ class HostStep:
 
     size: StepSize
     sections: dict[str, np.ndarray]
-    """int32 arrays by the names of StepSize.sections."""
+    """Arrays by the names of StepSize.sections: int32, or the bits of float32."""
     page_table: np.ndarray
     """[P] int32"""
 
@@ -81,10 +83,12 @@ class HostStep:
         config: ModelConfig,
         page_size: int,
         max_added: Sequence[int] | None = None,
+        draws: np.ndarray | None = None,
     ) -> "HostStep":
         """Lays out the segments.
 
         max_added: the most positions by which each may begin past its start; the table has pages for them
+        draws: [2, W] float32, the wanted rows' temperatures and random numbers; None: all are greedy
         """
         lengths = np.array([len(segment.token_ids) for segment in segments])
         starts = np.array([segment.start for segment in segments])
@@ -118,6 +122,8 @@ class HostStep:
         has_adapter = bool(adapted.any())
         rows = np.arange(num_rows)
         wanted_rows = np.arange(len(wanted))
+        if draws is None:
+            draws = np.zeros((2, len(wanted)), np.float32)
         tiles = tiles_of(lengths.tolist(), config.queries_per_kv)
         sections = {
             "token_ids": np.fromiter(
@@ -128,6 +134,8 @@ class HostStep:
             "wanted": wanted,
             "adapter": np.where(adapted, rows, -1) if has_adapter else rows[:0],
             "wanted_adapter": np.where(adapted[wanted], wanted_rows, -1) if has_adapter else rows[:0],
+            "temperatures": draws[0].view(np.int32),
+            "uniforms": draws[1].view(np.int32),
             "segments": np.stack([first_rows, starts, lengths, num_causal, first_pages], 1).ravel(),
         }
         for shape in range(len(TILE_SHAPES)):
@@ -170,7 +178,7 @@ def sections_of(buffer: torch.Tensor, size: StepSize) -> dict[str, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """A forward's inputs: views of the buffer on the device, all int32."""
+    """A step's inputs: views of the buffer on the device, int32 where nothing else is said."""
 
     token_ids: torch.Tensor
     """[T]"""
@@ -184,6 +192,10 @@ class StepInputs:
     """[T], the rows of the draft adapter, padded with -1; None where it is off."""
     wanted_adapter: torch.Tensor | None
     """[W], the same among the wanted rows."""
+    temperatures: torch.Tensor
+    """[W] float32, 0 for a row whose token is the argmax."""
+    uniforms: torch.Tensor
+    """[W] float32 in [0, 1], the random numbers of the others."""
     segments: torch.Tensor
     """[S, 5]"""
     page_table: torch.Tensor
@@ -210,6 +222,8 @@ class StepInputs:
             wanted=parts["wanted"],
             adapter=parts["adapter"] if size.has_adapter else None,
             wanted_adapter=parts["wanted_adapter"] if size.has_adapter else None,
+            temperatures=parts["temperatures"].view(torch.float32),
+            uniforms=parts["uniforms"].view(torch.float32),
             segments=parts["segments"].view(-1, _FIELDS),
             page_table=parts["page_table"],
             tiles=tuple(tiles),

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from replicas.engine.batch import ModelSpec, ScheduledBatch, Segment, SegmentOutput
-from replicas.kernels.confidence import Confidence, confidence
+from replicas.kernels.confidence import confidence
+from replicas.kernels.verify import Drawn, sample_rows
 from replicas.model.checkpoint import (
     DTYPES,
     CheckpointError,
@@ -21,7 +22,7 @@ from replicas.model.cuda.fill import fill_in
 from replicas.model.cuda.graphs import MAX_GRAPH_ROWS, MAX_GRAPHS, GraphCache, GraphRecorder, Replay
 from replicas.model.cuda.inputs import HostStep, StepInputs, StepSize, sections_of
 from replicas.model.cuda.lookahead import Guess, guess, match, resolve
-from replicas.model.cuda.sampling import Sampled, choose, is_plain
+from replicas.model.cuda.sampling import Sampled, choose, draws_of, is_plain
 from replicas.model.cuda.staging import Staging
 from replicas.model.cuda.transformer import CudaTransformer
 from replicas.model.kv_cache import KvCache
@@ -78,6 +79,8 @@ class CudaRunner:
         parallel: Parallel = ALONE,
         options: Options = Options(),
     ):
+        # Sums in bfloat16 between the parts of a product would differ by its number of rows, as modes do.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self.config = config
         self.device = weights.embedding.device
         self._page_size = page_size
@@ -183,25 +186,36 @@ class CudaRunner:
     ) -> Sampled:
         """Queues a step's work on the device; nothing is waited for unless a row needs the host's rules."""
         max_added = None if guessed is None else guessed.max_added
-        host = HostStep.pack(segments, self.config, self._page_size, max_added)
+        host = HostStep.pack(segments, self.config, self._page_size, max_added, draws_of(segments))
         size, graphs = self._size(host)
         buffer = self._staging.send_step(host, size, None if graphs is None else self._buffer)
         if guessed is not None and after is not None:
             fill_in(guessed, after.tokens, sections_of(buffer, size), self._staging, self._page_size)
         if graphs is None:
-            logits = self.model.forward(StepInputs.view(buffer, size, self.config))
-            best = self._confidence(logits)
+            logits, drawn = self._compute(StepInputs.view(buffer, size, self.config))
         else:
             graphs.run(size)
-            logits, best = self._logits, self._best
-        num_wanted = host.size.num_wanted
-        best = Confidence(*(part[:num_wanted] for part in best))
+            logits, drawn = self._outputs(size.num_wanted)
         spec = self._spec
-        sampled = logits[:num_wanted]
-        return choose(segments, sampled, best, spec.mask_token_id, spec.eos_token_ids)
+        return choose(
+            segments, logits[: host.size.num_wanted], drawn, spec.mask_token_id, spec.eos_token_ids
+        )
 
-    def _confidence(self, logits: torch.Tensor) -> Confidence:
-        return confidence(logits, self._spec.mask_token_id)
+    def _compute(
+        self, inputs: StepInputs, logits: torch.Tensor | None = None, drawn: Drawn | None = None
+    ) -> tuple[torch.Tensor, Drawn]:
+        """The logits [W, vocab] of a step and its plain tokens, into the tensors given if any."""
+        mask_token_id = self._spec.mask_token_id
+        logits = self.model.forward(inputs, logits)
+        best = confidence(logits, mask_token_id)
+        return logits, sample_rows(
+            logits, best, inputs.temperatures, inputs.uniforms, mask_token_id, drawn
+        )
+
+    def _outputs(self, num_wanted: int) -> tuple[torch.Tensor, Drawn]:
+        """Where graphs of steps with so many wanted rows leave what `_compute` gives."""
+        pairs = self._pairs[: 2 * num_wanted].view(2, num_wanted)
+        return self._logits[:num_wanted], Drawn(self._tokens[:num_wanted], pairs)
 
     def _guess(self, segments: Sequence[Segment], sampled: Sampled, indices: Sequence[int]) -> Guess | None:
         """The guess of the segments that follow these, whose outputs are at `indices` of the sampled ones."""
@@ -226,20 +240,13 @@ class CudaRunner:
         num_ints = sum(length for _, length in max_size.sections()) + _GRAPH_PAGE_ENTRIES
         self._buffer = torch.zeros(num_ints, dtype=torch.int32, device=device)
         self._logits = torch.empty(MAX_GRAPH_ROWS, self.config.vocab_size, dtype=dtype, device=device)
-        self._best = Confidence(
-            torch.empty(MAX_GRAPH_ROWS, dtype=torch.int64, device=device),
-            torch.empty(MAX_GRAPH_ROWS, dtype=torch.float32, device=device),
-            torch.empty(MAX_GRAPH_ROWS, dtype=torch.float32, device=device),
-        )
+        self._tokens = torch.empty(MAX_GRAPH_ROWS, dtype=torch.int64, device=device)
+        self._pairs = torch.empty(2 * MAX_GRAPH_ROWS, dtype=torch.float64, device=device)
         recorder = GraphRecorder(device)
 
         def capture(size: StepSize) -> Replay:
             def compute() -> None:
-                inputs = StepInputs.view(self._buffer, size, self.config)
-                logits = self.model.forward(inputs, self._logits[: size.num_wanted])
-                best = self._confidence(logits)
-                for static, part in zip(self._best, best, strict=True):
-                    static[: size.num_wanted].copy_(part)
+                self._compute(StepInputs.view(self._buffer, size, self.config), *self._outputs(size.num_wanted))
 
             return recorder.capture(compute)
 

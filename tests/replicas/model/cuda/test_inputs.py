@@ -19,6 +19,7 @@ from tests.tiny_checkpoint import MASK_TOKEN_ID, tiny_config
 
 CONFIG = ModelConfig.parse(tiny_config())
 PAGE = 8
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LONG = SamplingParams(max_tokens=100)
 
 
@@ -154,11 +155,11 @@ def test_what_follows_a_verify_is_a_draft_from_where_it_stopped(num_accepted: in
     assert match(known, [draft, step(30, 1)]) == [1, 0]
     assert match(known, [replace(draft, start=draft.start + 1)]) is None
     # On the device, from the same tokens, it becomes the step that the host would have packed.
-    staging = Staging(torch.device("cpu"))
+    staging = Staging(DEVICE)
     host = HostStep.pack(guessed.segments, CONFIG, PAGE, guessed.max_added)
     size = host.size.bucketed()
     parts = sections_of(staging.send_step(host, size, None), size)
-    fill_in(guessed, torch.tensor(tokens), parts, staging, PAGE)
+    fill_in(guessed, torch.tensor(tokens, device=DEVICE), parts, staging, PAGE)
     expected = HostStep.pack([step(30, 1), draft], CONFIG, PAGE, (0, 2 - num_accepted))
     assert expected.size == host.size
     for name, values in expected.sections.items():
