@@ -36,12 +36,13 @@ def add_adapter(
     num_blocks = triton.cdiv(size_in, _BLOCK_IN)
     max_splits = min(_MAX_SPLITS, 1 << num_blocks.bit_length() - 1)
     num_splits = splits_to_fill(row_tiles * rank_tiles, x.device, max_splits)
+    num_stages = 1 if x.dtype is torch.float32 else 3  # float32 takes twice the shared memory
     parts = torch.empty(num_splits, len(rows), rank, dtype=torch.float32, device=x.device)
     _project_down[(row_tiles, rank_tiles, num_splits)](
         x, down, rows, parts, len(rows),
         SIZE_IN=size_in, RANK=rank, BLOCKS_PER_SPLIT=triton.cdiv(num_blocks, num_splits),
         BLOCK_ROWS=_BLOCK_ROWS, BLOCK_RANK=_BLOCK_RANK, BLOCK_IN=_BLOCK_IN, DOT_DTYPE=dot_dtype(x.dtype),
-        num_warps=4, num_stages=3, enable_fp_fusion=True,
+        num_warps=4, num_stages=num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     _project_up[(row_tiles, triton.cdiv(size_out, _BLOCK_OUT))](
         y, up, rows, parts, len(rows),

@@ -25,13 +25,12 @@ from replicas.model.cuda.lookahead import Guess, guess, match, resolve
 from replicas.model.cuda.sampling import Sampled, choose, draws_of, is_plain
 from replicas.model.cuda.staging import Staging
 from replicas.model.cuda.transformer import CudaTransformer
+from replicas.model.kv_budget import check_pool, device_budget_bytes
 from replicas.model.kv_cache import KvCache
 from replicas.model.parallel import ALONE, Parallel, shard, shard_config
 from replicas.model.runner import spec_of
 
 KV_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
-MEMORY_FOR_STEPS = 2 << 30
-"""Bytes left free on the device for activations, graphs and libraries when the page pool is sized."""
 _GRAPH_PAGE_ENTRIES = 1 << 20
 _FP8_SINCE = (8, 9)
 """The first compute capability that converts fp8 in hardware, as Triton asks for."""
@@ -105,6 +104,7 @@ class CudaRunner:
         device: str = "cuda",
         num_pages: int | None = None,
         kv_budget_bytes: int | None = None,
+        device_share: float = 1.0,
         kv_dtype: str = "auto",
         page_size: int = 64,
         max_context: int | None = None,
@@ -113,8 +113,9 @@ class CudaRunner:
         """Loads a checkpoint from a folder or by its hub name. Raises CheckpointError.
 
         num_pages or kv_budget_bytes sizes the page pool, the first before the second; with neither it takes
-        what the device has left beside weights and MEMORY_FOR_STEPS. kv_dtype: 'auto' is the weights'. Under
-        torch.distributed's default group the model is split among its processes.
+        what the device, or this process's share of it, has left beside weights and steps
+        (replicas.model.kv_budget). kv_dtype: 'auto' is the weights'. Under torch.distributed's default group
+        the model is split among its processes.
         """
         if dtype not in DTYPES:
             raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -129,17 +130,17 @@ class CudaRunner:
         whole = ModelConfig.from_folder(folder)
         config = shard_config(whole, parallel)
         part = shard(whole, load_weights(folder, whole, DTYPES[dtype]), parallel)
-        weights = weights_to(part, torch.device(device))
+        weights = _placed(part, torch.device(device))
         stored = KV_DTYPES[kv_dtype] or DTYPES[dtype]
         page_bytes = KvCache.page_bytes(config, page_size, stored)
+        left = device_budget_bytes(torch.device(device), device_share)
         if num_pages is None:
-            if kv_budget_bytes is None:
-                kv_budget_bytes = _free_bytes(torch.device(device)) - MEMORY_FOR_STEPS
-            num_pages = parallel.min(max(kv_budget_bytes, 0) // page_bytes)
+            num_pages = parallel.min((left if kv_budget_bytes is None else kv_budget_bytes) // page_bytes)
         if num_pages < 1:
             raise CheckpointError(
                 f"the K/V budget holds no page; one of {page_size} tokens takes {page_bytes} bytes"
             )
+        check_pool(num_pages * page_bytes, left)
         limits = [config.max_position_embeddings, num_pages * page_size]
         return cls(
             config,
@@ -259,7 +260,10 @@ def _check_fp8(device: torch.device) -> None:
         raise CheckpointError(f"kv_dtype 'fp8' needs a GPU like Ada's or Hopper's or newer, not a {name}")
 
 
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return (512 << 20) + MEMORY_FOR_STEPS
+def _placed(weights: ModelWeights, device: torch.device) -> ModelWeights:
+    try:
+        return weights_to(weights, device)
+    except torch.OutOfMemoryError as error:
+        raise CheckpointError(
+            f"the weights do not fit {device}: use bfloat16, a smaller checkpoint, or tensor_parallel ({error})"
+        ) from error
