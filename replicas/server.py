@@ -17,7 +17,7 @@ from policies.control.store import LoadStore
 from policies.registry import create_policy
 from policies.replica_load import ReplicaLoad
 from policies.scaling import demand
-from replicas.calibration import calibrate
+from replicas.calibration import calibrate, warm_up
 from replicas.config import ReplicaConfig
 from replicas.engine.engine import Engine
 from replicas.messages import ModelInfo
@@ -63,6 +63,7 @@ class Replica:
             vocab_size=engine.spec.vocab_size,
             max_prompt_chars=codec.max_prompt_chars(engine.spec.max_context),
         )
+        warm_up(runner, max_running=config.max_running, max_step_tokens=config.max_step_tokens)
         step_cost = calibrate(
             runner,
             max_running=config.max_running,

@@ -202,7 +202,10 @@ def _invert(
     tl.store(pairs + tl.num_programs(0) + row, prob.to(tl.float64))
 
 
-@triton.jit
+# They are views into one buffer, at any offset: aligned in each way, there would be many to compile.
+@triton.jit(
+    do_not_specialize_on_alignment=["drafts", "first_drafts", "num_drafts", "tokens", "first_rows"]
+)
 def _accept(drafts, first_drafts, num_drafts, tokens, first_rows, counts, bonus, BLOCK: tl.constexpr):
     """Judges one draft."""
     number = tl.program_id(0)

@@ -1,7 +1,7 @@
 """Several processes behind one runner: each runs every step on its part of the model."""
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -75,6 +75,9 @@ class Leader:
     @property
     def spec(self) -> ModelSpec:
         return self._runner.spec
+
+    def warm_up_batches(self, max_running: int, max_step_tokens: int) -> Iterable[ScheduledBatch]:
+        return self._runner.warm_up_batches(max_running, max_step_tokens)
 
     def run(self, batch: ScheduledBatch) -> Sequence[SegmentOutput]:
         try:

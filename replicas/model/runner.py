@@ -182,6 +182,9 @@ class TorchRunner:
     def spec(self) -> ModelSpec:
         return self._spec
 
+    def warm_up_batches(self, max_running: int, max_step_tokens: int) -> Sequence[ScheduledBatch]:
+        return ()  # nothing is compiled or captured
+
     def run(self, batch: ScheduledBatch) -> Sequence[SegmentOutput]:
         if not batch.segments:
             return ()

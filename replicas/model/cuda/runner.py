@@ -1,7 +1,7 @@
 """The GPU's implementation of replicas.engine.batch.Runner."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,10 +19,11 @@ from replicas.model.checkpoint import (
 from replicas.model.config import ModelConfig
 from replicas.model.cuda.attention import PagedKv, TritonAttention
 from replicas.model.cuda.fill import fill_in
-from replicas.model.cuda.graphs import MAX_GRAPH_ROWS, MAX_GRAPHS, GraphCache, GraphRecorder, Replay
+from replicas.model.cuda.graphs import GraphCache, GraphRecorder, Replay
 from replicas.model.cuda.inputs import HostStep, StepInputs, StepSize, sections_of
 from replicas.model.cuda.lookahead import Guess, guess, match, resolve
 from replicas.model.cuda.sampling import Sampled, choose, draws_of, is_plain
+from replicas.model.cuda.sizes import MAX_GRAPH_WANTED, GraphSizes, batches, eager
 from replicas.model.cuda.staging import Staging
 from replicas.model.cuda.transformer import CudaTransformer
 from replicas.model.kv_budget import check_pool, device_budget_bytes
@@ -46,7 +47,6 @@ class Options:
     """Captures the padded steps and replays them."""
     looks_ahead: bool = True
     """Starts a step before it is asked for if its segments follow from this one's tokens."""
-    max_graphs: int = MAX_GRAPHS
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +90,11 @@ class CudaRunner:
         self._staging = Staging(self.device)
         self._ahead: _Ahead | None = None
         self.num_steps_ahead = 0
+        self._sizes = GraphSizes(config)
         self._graphs: GraphCache | None = None
         self._spec = spec_of(config, num_pages=num_pages, page_size=page_size, max_context=max_context)
-        if options.graphs and self.device.type == "cuda":
-            self._prepare_graphs(weights.embedding.dtype, options.max_graphs)
+        if options.graphs and self.device.type != "cpu":
+            self._prepare_graphs(weights.embedding.dtype)
 
     @classmethod
     def load(
@@ -176,6 +177,15 @@ class CudaRunner:
             self._ahead = _Ahead(resolve(guessed, tokens), following)
         return [outputs[index] for index in indices]
 
+    def warm_up_batches(self, max_running: int, max_step_tokens: int) -> Iterator[ScheduledBatch]:
+        """A batch for each graph that steps with these bounds can need, and for what runs beside graphs."""
+        if not self._options.pads:
+            return
+        spec, sizes = self._spec, self._sizes.up_to(max_running, max_step_tokens)
+        if max_step_tokens > sizes[-1].num_rows:
+            sizes = (*sizes, eager(replace(sizes[-1], num_rows=max_step_tokens)))
+        yield from batches(sizes, spec.page_size, spec.num_pages, spec.max_context)
+
     def forward(self, segments: Sequence[Segment]) -> torch.Tensor:
         """Logits [W, vocab] of the segments' wanted rows, without graphs; for tests and measurements."""
         host = HostStep.pack(segments, self.config, self._page_size)
@@ -228,21 +238,21 @@ class CudaRunner:
 
     def _size(self, host: HostStep) -> tuple[StepSize, GraphCache | None]:
         """The size to pad to, and the graphs if the step fits one."""
-        if not self._options.pads or host.size.num_rows > MAX_GRAPH_ROWS:
+        if not self._options.pads:
             return host.size, None
-        size = host.size.bucketed()
-        fits = len(host.page_table) <= _GRAPH_PAGE_ENTRIES
-        return size, self._graphs if fits else None
+        size = self._sizes.padded(host.size)
+        if size is None:
+            return eager(host.size), None
+        return size, self._graphs if len(host.page_table) <= _GRAPH_PAGE_ENTRIES else None
 
-    def _prepare_graphs(self, dtype: torch.dtype, max_graphs: int) -> None:
+    def _prepare_graphs(self, dtype: torch.dtype) -> None:
         """Makes the tensors that graphs read from and write to, and the way they are captured."""
         device = self.device
-        max_size = StepSize(MAX_GRAPH_ROWS, MAX_GRAPH_ROWS, MAX_GRAPH_ROWS, (2 * MAX_GRAPH_ROWS,) * 3, True)
-        num_ints = sum(length for _, length in max_size.sections()) + _GRAPH_PAGE_ENTRIES
+        num_ints = max(size.num_ints for size in self._sizes.sizes) + _GRAPH_PAGE_ENTRIES
         self._buffer = torch.zeros(num_ints, dtype=torch.int32, device=device)
-        self._logits = torch.empty(MAX_GRAPH_ROWS, self.config.vocab_size, dtype=dtype, device=device)
-        self._tokens = torch.empty(MAX_GRAPH_ROWS, dtype=torch.int64, device=device)
-        self._pairs = torch.empty(2 * MAX_GRAPH_ROWS, dtype=torch.float64, device=device)
+        self._logits = torch.empty(MAX_GRAPH_WANTED, self.config.vocab_size, dtype=dtype, device=device)
+        self._tokens = torch.empty(MAX_GRAPH_WANTED, dtype=torch.int64, device=device)
+        self._pairs = torch.empty(2 * MAX_GRAPH_WANTED, dtype=torch.float64, device=device)
         recorder = GraphRecorder(device)
 
         def capture(size: StepSize) -> Replay:
@@ -251,7 +261,7 @@ class CudaRunner:
 
             return recorder.capture(compute)
 
-        self._graphs = GraphCache(capture, max_graphs)
+        self._graphs = GraphCache(capture)
 
 
 def _check_fp8(device: torch.device) -> None:
