@@ -10,7 +10,7 @@ from itertools import zip_longest
 
 from policies.cost import UNMEASURED, ForwardStats, StepCost
 from policies.cost_estimator import fit_step_cost, knots_up_to
-from replicas.engine.batch import ModelSpec, Runner, ScheduledBatch, Segment
+from replicas.engine.batch import ModelSpec, Runner, ScheduledBatch, Segment, ServingRunner
 from replicas.messages import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Shape:
         return self.num_segments * self.num_tokens
 
 
-def warm_up(runner: Runner, *, max_running: int, max_step_tokens: int) -> None:
+def warm_up(runner: ServingRunner, *, max_running: int, max_step_tokens: int) -> None:
     """Runs what the runner needs to have run before it serves, and logs how far it has come."""
     batches = tuple(runner.warm_up_batches(max_running, max_step_tokens))
     began_s = time.perf_counter()

@@ -85,8 +85,9 @@ class ReplicaConfig(EngineConfig, SharedConfig, DemandConfig):
     kv_cache_mb: int | None = Field(
         default=None,
         ge=1,
-        description="Memory for K/V pages, in MiB, of each of a replica's processes. None: on GPUs what weights "
-        "and steps leave; on CPUs a quarter of the free memory, divided by the processes, 256 to 4096.",
+        description="Memory for K/V pages, in MiB, of each of a replica's processes. None: on GPUs what "
+        "weights and steps leave; on CPUs a quarter of the free memory, divided by the processes, "
+        "256 to 4096.",
     )
     kv_dtype: Literal["auto", "bfloat16", "fp8"] = Field(
         default="auto", description="Of K/V on GPUs: auto is dtype's; fp8 holds twice as many tokens."

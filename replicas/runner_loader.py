@@ -1,13 +1,13 @@
 """The runner that a replica's configuration asks for."""
 
 from replicas.config import ReplicaConfig
-from replicas.engine.batch import Runner
+from replicas.engine.batch import ServingRunner
 from replicas.machine import default_num_threads
 from replicas.model.checkpoint import CheckpointError
 from replicas.model.runner import TorchRunner
 
 
-def load_runner(config: ReplicaConfig) -> Runner:
+def load_runner(config: ReplicaConfig) -> ServingRunner:
     """Loads the runner; in a process of a group (replicas.model.lockstep) this one's part. Raises
     CheckpointError."""
     if config.device == "cuda":

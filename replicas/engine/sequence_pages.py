@@ -31,8 +31,8 @@ class SequencePages:
         return True
 
     def extend_ahead(self, sequence: Sequence, num_tokens: int) -> None:
-        """Gives it pages for num_tokens before it needs them, while half of the pool is free: a runner can then
-        begin the step after this one before it is asked for."""
+        """Gives it pages for num_tokens before it needs them, while half of the pool is free: a runner can
+        then begin the step after this one before it is asked for."""
         if 2 * self._pool.num_free >= self._pool.num_pages:
             self.extend(sequence, num_tokens)
 

@@ -33,8 +33,8 @@ class Drawn(NamedTuple):
     tokens: torch.Tensor
     """[R] int64"""
     pairs: torch.Tensor
-    """[2, R] float64, the tokens again, and their probabilities by the softmax of the raw logits: float64 holds
-    any token id exactly, so both leave the device in one copy."""
+    """[2, R] float64, the tokens again, and their probabilities by the softmax of the raw logits: float64
+    holds any token id exactly, so both leave the device in one copy."""
 
     @classmethod
     def empty(cls, num_rows: int, device: torch.device) -> "Drawn":
@@ -203,9 +203,7 @@ def _invert(
 
 
 # They are views into one buffer, at any offset: aligned in each way, there would be many to compile.
-@triton.jit(
-    do_not_specialize_on_alignment=["drafts", "first_drafts", "num_drafts", "tokens", "first_rows"]
-)
+@triton.jit(do_not_specialize_on_alignment=["drafts", "first_drafts", "num_drafts", "tokens", "first_rows"])
 def _accept(drafts, first_drafts, num_drafts, tokens, first_rows, counts, bonus, BLOCK: tl.constexpr):
     """Judges one draft."""
     number = tl.program_id(0)

@@ -31,8 +31,8 @@ def device_budget_bytes(device: torch.device, share: float) -> int:
 
 
 def left_for_pages(free: int, total: int, taken: int, share: float) -> int:
-    """The bytes for pages, of a device's `free` and `total` ones, of which this process has `taken` some; below 0
-    where not even steps have room."""
+    """The bytes for pages, of a device's `free` and `total` ones, of which this process has `taken` some;
+    below 0 where not even steps have room."""
     return min(free, int(share * total) - taken) - RESERVED_FOR_STEPS
 
 
@@ -40,7 +40,7 @@ def check_pool(pool_bytes: int, left_bytes: int) -> None:
     """Raises CheckpointError where pages of so many bytes don't fit."""
     if pool_bytes > left_bytes:
         raise CheckpointError(
-            f"{pool_bytes / _GIB:.1f} GiB of K/V pages do not fit the device, which has {left_bytes / _GIB:.1f} GiB "
-            f"beside the weights and the {RESERVED_FOR_STEPS / _GIB:.0f} GiB for its steps: lower kv_cache_mb, or "
-            f"leave it out to take what there is"
+            f"{pool_bytes / _GIB:.1f} GiB of K/V pages do not fit the device, which has "
+            f"{left_bytes / _GIB:.1f} GiB beside the weights and the {RESERVED_FOR_STEPS / _GIB:.0f} GiB for "
+            f"its steps: lower kv_cache_mb, or leave it out to take what there is"
         )

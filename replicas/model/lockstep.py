@@ -7,7 +7,14 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from replicas.engine.batch import ModelSpec, Runner, RunnerLost, ScheduledBatch, SegmentOutput
+from replicas.engine.batch import (
+    ModelSpec,
+    Runner,
+    RunnerLost,
+    ScheduledBatch,
+    SegmentOutput,
+    ServingRunner,
+)
 
 JOIN_TIMEOUT = timedelta(seconds=120)
 """The first of the processes waits this long for the last one."""
@@ -67,7 +74,7 @@ class Leader:
     RunnerLost, and all of the processes are to be started again.
     """
 
-    def __init__(self, runner: Runner):
+    def __init__(self, runner: ServingRunner):
         self._runner = runner
         self._batches = batch_group()
         self._is_lost = False

@@ -1,9 +1,9 @@
 """Compiles every kernel as it is launched, for GPUs that are not here: `python -m benchmarks.gpu.offline`.
 
-The steps of the 8B and 14B architectures run on meta tensors (benchmarks.gpu.offline.trace). What each kernel
+The steps of the 8B (or 14B) architecture run on meta tensors (benchmarks.gpu.offline.trace). What each kernel
 takes of each GPU is held against budget.json, and no step may wait for the device before its tokens are asked
-for. Exit status 1 where a kernel does not compile, can't be launched or takes more than its budget, or where a
-step waits. `--table PATH` writes the table of docs/gpu.md between its marks; `--write-budget` takes what is
+for. Exit status 1 where a kernel does not compile, can't be launched or takes more than its budget, or where
+a step waits. `--table PATH` writes the table of docs/gpu.md between its marks; `--write-budget` takes what is
 found as the budget.
 """
 
@@ -20,12 +20,12 @@ import torch
 
 os.environ.pop("TRITON_INTERPRET", None)  # before the kernels are imported
 
-import triton  # noqa: E402
+import triton
 
-from benchmarks.gpu.model import Work  # noqa: E402
-from benchmarks.gpu.offline.compiled import Compiled, budget_of, compile_variant, excess, one_of_each  # noqa: E402
-from benchmarks.gpu.offline.devices import DEVICES  # noqa: E402
-from benchmarks.gpu.offline.trace import Trace, trace_steps  # noqa: E402
+from benchmarks.gpu.model import Work
+from benchmarks.gpu.offline.compiled import Compiled, budget_of, compile_variant, excess, one_of_each
+from benchmarks.gpu.offline.devices import DEVICES
+from benchmarks.gpu.offline.trace import Trace, trace_steps
 
 BUDGET = Path(__file__).with_name("budget.json")
 DTYPES = {
@@ -89,9 +89,11 @@ def _range(numbers: list[int]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--targets", nargs="+", choices=DEVICES, default=list(DEVICES))
-    parser.add_argument("--models", nargs="+", choices=("8B", "14B"), default=["8B", "14B"])
+    parser.add_argument("--models", nargs="+", choices=("8B", "14B"), default=["8B"])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--write-budget", action="store_true", help="take what is found as the budget")
     parser.add_argument("--table", type=Path, help="the document to write the table into, between its marks")
@@ -111,7 +113,10 @@ def main() -> None:
     for line in wrong:
         print(line, file=sys.stderr)
     num_compiled = sum(map(len, found.values()))
-    print(f"Triton {triton.__version__}: {num_compiled} compiled in {time.monotonic() - began_s:.0f} s; {len(wrong)} wrong")
+    print(
+        f"Triton {triton.__version__}: {num_compiled} compiled in {time.monotonic() - began_s:.0f} s; "
+        f"{len(wrong)} wrong"
+    )
     sys.exit(bool(wrong))
 
 

@@ -47,11 +47,17 @@ def compile_variant(variant: Variant, device: Device) -> Compiled:
     metadata = made.metadata
     if device.target.backend == "cuda":
         text = log.getvalue()
-        registers, spilled = _number(r"Used (\d+) registers", text), _number(r"(\d+) bytes spill stores", text)
+        registers, spilled = (
+            _number(r"Used (\d+) registers", text),
+            _number(r"(\d+) bytes spill stores", text),
+        )
         kinds = [name for name, pattern in _TENSOR_CORES.items() if re.search(pattern, made.asm["ptx"])]
     else:
         text = made.asm["amdgcn"]
-        registers, spilled = _number(r"\.vgpr_count:\s+(\d+)", text), 4 * _number(r"\.vgpr_spill_count:\s+(\d+)", text)
+        registers, spilled = (
+            _number(r"\.vgpr_count:\s+(\d+)", text),
+            4 * _number(r"\.vgpr_spill_count:\s+(\d+)", text),
+        )
         kinds = ["mfma"] if re.search(r"\bv_mfma_", text) else []
     shared = int(metadata.shared)
     tensor_memory = int(getattr(metadata, "tmem_size", 0) or 0)

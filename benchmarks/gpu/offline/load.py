@@ -14,15 +14,15 @@ from dataclasses import asdict, dataclass
 
 os.environ.pop("TRITON_INTERPRET", None)  # before the kernels are imported
 
-from benchmarks.gpu.model import Work, make_runner  # noqa: E402
-from benchmarks.gpu.offline.devices import DEVICES  # noqa: E402
-from benchmarks.gpu.offline.trace import META, Trace, standing_in  # noqa: E402
-from policies.modes import Mode  # noqa: E402
-from replicas.calibration import warm_up  # noqa: E402
-from replicas.config import EngineConfig  # noqa: E402
-from replicas.engine.engine import Engine  # noqa: E402
-from replicas.messages import DecodingOptions, SamplingParams  # noqa: E402
-from replicas.model.cuda.runner import CudaRunner, Options  # noqa: E402
+from benchmarks.gpu.model import Work, make_runner
+from benchmarks.gpu.offline.devices import DEVICES
+from benchmarks.gpu.offline.trace import META, Trace, standing_in
+from policies.modes import Mode
+from replicas.calibration import warm_up
+from replicas.config import EngineConfig
+from replicas.engine.engine import Engine
+from replicas.messages import DecodingOptions, SamplingParams
+from replicas.model.cuda.runner import CudaRunner, Options
 
 MODES = {mode.value: (mode,) for mode in Mode} | {"mixed": tuple(Mode)}
 _BLOCK_LENGTH = 16
@@ -98,7 +98,13 @@ class _Starts:
 
 
 def count(
-    mode: str, concurrency: int, page_size: int = 64, *, steps: int = 400, temperature: float = 0.0, seed: int = 0
+    mode: str,
+    concurrency: int,
+    page_size: int = 64,
+    *,
+    steps: int = 400,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> Counted:
     """Runs a load of so many requests at once for so many steps, after those in which it fills."""
     trace, rng = Trace(), random.Random(seed)
@@ -142,7 +148,9 @@ def count(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["ar", "self_speculation", "mixed"])
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 8, 32, 64])
     parser.add_argument("--page-sizes", nargs="+", type=int, default=[64])

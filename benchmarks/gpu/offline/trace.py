@@ -120,15 +120,15 @@ class _Pointer:
         self._range = tensor.untyped_storage().nbytes()
 
     def data_ptr(self) -> int:
-        return self._address
+        return int(self._address)
 
     def ptr_range(self) -> int:
         return self._range
 
 
 class _Fetch:
-    """Stands where the copy to the host would. Tokens are one of a few at random, so that a draft's are accepted
-    three times out of four; each has a probability of 0.95."""
+    """Stands where the copy to the host would. Tokens are one of a few at random, so that a draft's are
+    accepted three times out of four; each has a probability of 0.95."""
 
     _random = random.Random(0)
 
@@ -140,14 +140,17 @@ class _Fetch:
         return torch.tensor([tokens, [0.95] * self._num_rows], dtype=torch.float64)
 
 
-def _sample(logits: torch.Tensor, rows: Sequence[Any], *_: Any) -> tuple[list[int], list[float], dict[int, Any]]:
+def _sample(
+    logits: torch.Tensor, rows: Sequence[Any], *_: Any
+) -> tuple[list[int], list[float], dict[int, Any]]:
     """Stands where the sampler of rows with rules would, which asks the device for values."""
-    tops = {index: ((7, -0.05),) for index in range(len(rows))}
+    tops = dict.fromkeys(range(len(rows)), ((7, -0.05),))
     return [7] * len(rows), [0.95] * len(rows), tops
 
 
 class _Recorder:
-    """Stands where the recorder of CUDA graphs would: a captured step is traced once, and is free from then on."""
+    """Stands where the recorder of CUDA graphs would: a captured step is traced once, and is free from then
+    on."""
 
     def __init__(self, _: torch.device):
         pass
@@ -157,17 +160,19 @@ class _Recorder:
         return lambda: None
 
 
-class _Waits(TorchDispatchMode):
+class _Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes copies that wait for the device's queue, and values that the host asks for."""
 
     def __init__(self, trace: Trace):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._trace = trace
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = function._schema.name
-        if name in _WAITING_CALLS or (self._is_copy(name, args, kwargs) and not _is_non_blocking(args, kwargs)):
+        if name in _WAITING_CALLS or (
+            self._is_copy(name, args, kwargs) and not _is_non_blocking(args, kwargs)
+        ):
             shape = tuple(args[-1].shape) if name == "aten::copy_" else tuple(args[0].shape)
             self._trace.waits.append(f"{self._trace.step}: {name} of {shape}")
         return function(*args, **kwargs)
@@ -265,4 +270,3 @@ def trace_steps(device: Device, trace: Trace, work: Work) -> None:
             batch = ScheduledBatch(tuple(_asked(work, *asked)))
             with _Waits(trace):
                 runner.run(batch)
-

@@ -12,8 +12,8 @@ Replay = Callable[[], object]
 class GraphCache:
     """Replays captured steps by size.
 
-    None is ever dropped: sizes are few (replicas.model.cuda.sizes), and destroying one graph may free what cuBLAS
-    has given to all that were captured on its stream.
+    None is ever dropped: sizes are few (replicas.model.cuda.sizes), and destroying one graph may free what
+    cuBLAS has given to all that were captured on its stream.
 
     capture: makes the replay of a step of a size; called once a size
     """
@@ -36,8 +36,8 @@ class GraphRecorder:
     """Captures a function of fixed addresses into CUDA graphs that share one memory pool.
 
     Only one graph runs at a time, and what it leaves for others is written to tensors from outside the
-    pool, so the graphs may all use the same memory. All are captured on one stream, as cuBLAS keeps a workspace
-    for every stream it has met.
+    pool, so the graphs may all use the same memory. All are captured on one stream, as cuBLAS keeps a
+    workspace for every stream it has met.
     """
 
     def __init__(self, device: torch.device):
@@ -52,8 +52,6 @@ class GraphRecorder:
             compute()
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             compute()
         return graph.replay

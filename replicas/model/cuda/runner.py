@@ -208,9 +208,7 @@ class CudaRunner:
             graphs.run(size)
             logits, drawn = self._outputs(size.num_wanted)
         spec = self._spec
-        return choose(
-            segments, logits[: host.size.num_wanted], drawn, spec.mask_token_id, spec.eos_token_ids
-        )
+        return choose(segments, logits[: host.size.num_wanted], drawn, spec.mask_token_id, spec.eos_token_ids)
 
     def _compute(
         self, inputs: StepInputs, logits: torch.Tensor | None = None, drawn: Drawn | None = None
@@ -219,9 +217,7 @@ class CudaRunner:
         mask_token_id = self._spec.mask_token_id
         logits = self.model.forward(inputs, logits)
         best = confidence(logits, mask_token_id)
-        return logits, sample_rows(
-            logits, best, inputs.temperatures, inputs.uniforms, mask_token_id, drawn
-        )
+        return logits, sample_rows(logits, best, inputs.temperatures, inputs.uniforms, mask_token_id, drawn)
 
     def _outputs(self, num_wanted: int) -> tuple[torch.Tensor, Drawn]:
         """Where graphs of steps with so many wanted rows leave what `_compute` gives."""
@@ -257,7 +253,9 @@ class CudaRunner:
 
         def capture(size: StepSize) -> Replay:
             def compute() -> None:
-                self._compute(StepInputs.view(self._buffer, size, self.config), *self._outputs(size.num_wanted))
+                self._compute(
+                    StepInputs.view(self._buffer, size, self.config), *self._outputs(size.num_wanted)
+                )
 
             return recorder.capture(compute)
 
@@ -275,5 +273,6 @@ def _placed(weights: ModelWeights, device: torch.device) -> ModelWeights:
         return weights_to(weights, device)
     except torch.OutOfMemoryError as error:
         raise CheckpointError(
-            f"the weights do not fit {device}: use bfloat16, a smaller checkpoint, or tensor_parallel ({error})"
+            f"the weights do not fit {device}: use bfloat16, a smaller checkpoint, or tensor_parallel "
+            f"({error})"
         ) from error

@@ -50,8 +50,8 @@ class Sampled:
 
 
 def draws_of(segments: Sequence[Segment]) -> np.ndarray | None:
-    """The temperatures and random numbers of the wanted rows in order, [2, W] float32: 0 where a row is greedy,
-    or its segment not plain. None if all are 0."""
+    """The temperatures and random numbers of the wanted rows in order, [2, W] float32: 0 where a row is
+    greedy, or its segment not plain. None if all are 0."""
     if not any(segment.sampling.temperature > 0 and is_plain(segment) for segment in segments):
         return None
     seeds: list[int] = []

@@ -1,8 +1,9 @@
 """The few sizes to which steps are padded: one CUDA graph each, at most 40 in all.
 
 A size is a kind of step and a number of rows, a power of two or three quarters of one. Its other lengths are
-the most that so many rows can have: every row a segment, up to 128, and as many tiles of each shape as these can
-be cut into. Programs of padding end at once. Kinds are told apart by what costs time where it is not needed:
+the most that so many rows can have: every row a segment, up to 128, and as many tiles of each shape as these
+can be cut into. Programs of padding end at once. Kinds are told apart by what costs time where it is not
+needed:
 
 | kind | rows | attention's tile shapes | adapter | wanted rows |
 |---|---|---|---|---|
@@ -59,7 +60,8 @@ class GraphSizes:
     def up_to(self, max_running: int, max_step_tokens: int) -> tuple[StepSize, ...]:
         """The sizes that an engine with these bounds can ask for."""
         largest = self.padded_rows(max_step_tokens)
-        # A segment of a few tokens has a tile of the smallest shape too: the end of a prompt, or a short verify.
+        # A segment of a few tokens has a tile of the smallest shape too: the end of a prompt, or a short
+        # verify.
         steps = self.padded_rows(min(max_step_tokens, max_running * self._longest_step))
         return tuple(
             size
@@ -71,7 +73,9 @@ class GraphSizes:
     def padded_rows(num_rows: int) -> int:
         return next((rows for rows in (*_STEP_ROWS[:3], *_ROWS) if rows >= num_rows), MAX_GRAPH_ROWS)
 
-    def _size(self, rows: int, wanted: int, has_adapter: bool, num_shapes: int = len(TILE_SHAPES)) -> StepSize:
+    def _size(
+        self, rows: int, wanted: int, has_adapter: bool, num_shapes: int = len(TILE_SHAPES)
+    ) -> StepSize:
         num_segments = min(rows, MAX_GRAPH_SEGMENTS)
         tiles = [min(int(rows * per_row), num_segments) for per_row in self._tiles_per_row[:-1]]
         tiles.append(int(rows * self._tiles_per_row[-1]))  # the last shape alone cuts a segment into many
@@ -80,14 +84,17 @@ class GraphSizes:
 
 
 def eager(size: StepSize) -> StepSize:
-    """The size of a step that no graph holds: rows are rounded up, so that few kernels are compiled for it."""
+    """The size of a step that no graph holds: rows are rounded up, so that few kernels are compiled for
+    it."""
     rows = -(-size.num_rows // _EAGER_ROWS) * _EAGER_ROWS
     return StepSize(rows, size.num_wanted, size.num_segments, size.num_tiles, size.has_adapter)
 
 
-def batches(sizes: tuple[StepSize, ...], page_size: int, num_pages: int, max_context: int) -> Iterator[ScheduledBatch]:
-    """A batch that is padded to each of the sizes, the largest first, as its memory is then enough for all; and
-    one whose tokens the host's rules choose. They write garbage into the first pages."""
+def batches(
+    sizes: tuple[StepSize, ...], page_size: int, num_pages: int, max_context: int
+) -> Iterator[ScheduledBatch]:
+    """A batch that is padded to each of the sizes, the largest first, as its memory is then enough for all;
+    and one whose tokens the host's rules choose. They write garbage into the first pages."""
     length = min(_SEGMENT_ROWS, max_context // 2, page_size * num_pages // 2)
     pages = tuple(range(-(-2 * length // page_size)))
 

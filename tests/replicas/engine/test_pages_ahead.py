@@ -1,4 +1,5 @@
-"""A sequence has the pages of its next step while half of the pool is free, and no more than its needs after."""
+"""A sequence has the pages of its next step while half of the pool is free, and no more than its needs
+after."""
 
 import pytest
 

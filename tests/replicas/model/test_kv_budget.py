@@ -41,7 +41,9 @@ def test_a_gpus_rest() -> None:
 
 def test_a_pool_that_does_not_fit_is_a_checkpoint_error() -> None:
     check_pool(GIB, GIB)
-    with pytest.raises(CheckpointError, match=r"12\.0 GiB of K/V pages do not fit.*11\.0 GiB.*lower kv_cache_mb"):
+    with pytest.raises(
+        CheckpointError, match=r"12\.0 GiB of K/V pages do not fit.*11\.0 GiB.*lower kv_cache_mb"
+    ):
         check_pool(12 * GIB, 11 * GIB)
 
 

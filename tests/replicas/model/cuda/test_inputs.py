@@ -40,7 +40,9 @@ def test_written_sections_are_padded_and_in_place() -> None:
     assert (buffer[used:] == 99).all()
     *places, (_, at, _) = size.places()
     parts = {name: buffer[first:end].tolist() for name, first, end in places}
-    assert all(first % 4 == 0 for _, first, _ in places), "kernels are compiled for pointers aligned to 16 bytes"
+    assert all(first % 4 == 0 for _, first, _ in places), (
+        "kernels are compiled for pointers aligned to 16 bytes"
+    )
     assert parts["token_ids"] == [7, 8, 9, 3, 0, 0]
     assert parts["positions"] == [6, 7, 8, 2, 0, 0]
     assert parts["slots"] == [4 * PAGE + 6, 4 * PAGE + 7, 2 * PAGE, 5 * PAGE + 2, -1, -1]

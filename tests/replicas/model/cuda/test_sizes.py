@@ -94,8 +94,12 @@ def test_the_warm_up_meets_every_size_that_its_bounds_allow(max_running: int, ma
             assert sizes.padded(size) in {None, *expected}
 
 
-@pytest.mark.parametrize(("page_size", "num_pages", "max_context"), [(16, 1, 16), (64, 4, 33), (8, 1000, 4096)])
-def test_the_warm_up_stays_in_the_pool_and_the_context(page_size: int, num_pages: int, max_context: int) -> None:
+@pytest.mark.parametrize(
+    ("page_size", "num_pages", "max_context"), [(16, 1, 16), (64, 4, 33), (8, 1000, 4096)]
+)
+def test_the_warm_up_stays_in_the_pool_and_the_context(
+    page_size: int, num_pages: int, max_context: int
+) -> None:
     for batch in batches(GraphSizes(CONFIG).sizes, page_size, num_pages, max_context):
         for part in batch.segments:
             assert max(part.pages) < num_pages
