@@ -1,5 +1,6 @@
 """The pages of a replica that was told no number: a share of what is free, and a clear error past it."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,16 @@ def test_too_many_pages_for_the_memory(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(checkpoint, "available_bytes", lambda: 8 * MIB)
     with pytest.raises(CheckpointError, match="kv_cache_mb"):
         TorchRunner.load(folder)
+
+
+@pytest.mark.parametrize("forward", ["torch", "native"])
+def test_pages_take_no_memory_before_they_are_used(tmp_path: Path, forward: str) -> None:
+    folder = str(make_tiny_checkpoint(tmp_path, num_hidden_layers=1))
+    before = resident_bytes()
+    runner = TorchRunner.load(folder, kv_budget_bytes=400 * MIB, num_threads=1, forward=forward)
+    assert resident_bytes() - before < 100 * MIB
+    assert all(part.data_ptr() % 64 == 0 for part in runner._model.pages)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
