@@ -3,7 +3,7 @@
 The steps of the 8B (or 14B) architecture run on meta tensors (benchmarks.gpu.offline.trace). What each kernel
 takes of each GPU is held against budget.json, and no step may wait for the device before its tokens are asked
 for. Exit status 1 where a kernel does not compile, can't be launched or takes more than its budget, or where
-a step waits. `--table PATH` writes the table of docs/gpu.md between its marks; `--write-budget` takes what is
+a step waits. `--table PATH` writes the budget as a table into docs/gpu.md; `--write-budget` takes what is
 found as the budget.
 """
 
@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import triton
 from benchmarks.gpu.model import Work
 from benchmarks.gpu.offline.compiled import Compiled, budget_of, compile_variant, excess, one_of_each
 from benchmarks.gpu.offline.devices import DEVICES
+from benchmarks.gpu.offline.table import table, write_table
 from benchmarks.gpu.offline.trace import Trace, trace_steps
 
 BUDGET = Path(__file__).with_name("budget.json")
@@ -35,8 +37,6 @@ DTYPES = {
 }
 """dtype and kv_dtype by the names of the command line."""
 _NUM_LAYERS = 2  # the first adds no residual; all others are alike
-MARKS = ("<!-- compiled: begin -->", "<!-- compiled: end -->")
-
 Found = dict[str, list[Compiled]]
 
 
@@ -55,39 +55,6 @@ def compile_for(name: str, models: list[str], dtypes: list[str]) -> tuple[list[C
     return [compile_variant(variant, device) for variant in variants], sorted(set(trace.waits))
 
 
-def table(found: Found) -> str:
-    """Markdown: by kernel and device registers, spilled bytes, shared memory, residency, tensor cores."""
-    labels = sorted({item.label for items in found.values() for item in items})
-    lines = [
-        "| kernel | " + " | ".join(f"{name} ({DEVICES[name].name})" for name in found) + " |",
-        "|---" * (len(found) + 1) + "|",
-    ]
-    for label in labels:
-        cells = [_cell([item for item in items if item.label == label]) for items in found.values()]
-        lines.append(f"| `{label}` | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _cell(same: list[Compiled]) -> str:
-    if not same:
-        return "-"
-    if any(item.error for item in same):
-        return "does not compile"
-    parts = [_range([item.registers for item in same]) + " r"]
-    if spilled := max(item.spilled_bytes for item in same):
-        parts.append(f"{spilled} B spilled")
-    if shared := max(item.shared_bytes for item in same):
-        parts.append(f"{shared / 1024:.0f} KiB" if shared >= 1024 else f"{shared} B")
-    parts.append(f"x{min(item.num_resident for item in same)}")
-    parts += sorted({item.tensor_cores for item in same} - {""})
-    return ", ".join(parts)
-
-
-def _range(numbers: list[int]) -> str:
-    least, most = min(numbers), max(numbers)
-    return str(least) if least == most else f"{least}-{most}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -96,20 +63,25 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=("8B", "14B"), default=["8B"])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--write-budget", action="store_true", help="take what is found as the budget")
-    parser.add_argument("--table", type=Path, help="the document to write the table into, between its marks")
+    parser.add_argument("--table", type=Path, help="the document to write the budget's table into")
     options = parser.parse_args()
     began_s = time.monotonic()
-    found, wrong = _compile_all(options.targets, options.models, options.dtypes)
-    print(table(found))
     budget: dict[str, Any] = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
-    if options.write_budget:
-        budget |= {name: budget_of(items) for name, items in found.items()}
-        BUDGET.write_text(json.dumps(budget, indent=1, sort_keys=True) + "\n")
+    found: Found = {}
+    wrong: list[str] = []
+    for name, items, waits in _compile_all(options.targets, options.models, options.dtypes):
+        found[name] = items
+        wrong += [f"a step waits for the device: {wait}" for wait in waits]
+        if options.write_budget:
+            budget[name] = budget_of(items)
+            BUDGET.write_text(json.dumps(budget, indent=1, sort_keys=True) + "\n")
+    print(table({name: budget_of(items) for name, items in found.items()}))
+    wrong = list(dict.fromkeys(wrong))
     for name, items in found.items():
         for item in items:
             wrong += excess(item, DEVICES[name], budget.get(name, {}).get(item.label))
     if options.table:
-        _write_table(options.table, table(found))
+        write_table(options.table, budget)
     for line in wrong:
         print(line, file=sys.stderr)
     num_compiled = sum(map(len, found.values()))
@@ -120,22 +92,14 @@ def main() -> None:
     sys.exit(bool(wrong))
 
 
-def _compile_all(targets: list[str], models: list[str], dtypes: list[str]) -> tuple[Found, list[str]]:
+def _compile_all(
+    targets: list[str], models: list[str], dtypes: list[str]
+) -> Iterator[tuple[str, list[Compiled], list[str]]]:
     triton.knobs.nvidia.dump_ptxas_log = True
-    found: Found = {}
-    wrong: list[str] = []
     with tempfile.TemporaryDirectory() as empty:  # Triton's cache has no log of the assembler
         triton.knobs.cache.dir = empty
         for name in targets:
-            found[name], waits = compile_for(name, models, dtypes)
-            wrong += [f"a step waits for the device: {wait}" for wait in waits]
-    return found, list(dict.fromkeys(wrong))
-
-
-def _write_table(document: Path, made: str) -> None:
-    before, _, rest = document.read_text().partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    document.write_text(f"{before}{MARKS[0]}\n{made}\n{MARKS[1]}{after}")
+            yield name, *compile_for(name, models, dtypes)
 
 
 if __name__ == "__main__":

@@ -72,9 +72,9 @@ def compile_variant(variant: Variant, device: Device) -> Compiled:
 
 
 def one_of_each(variants: list[Variant]) -> list[Variant]:
-    """Of the variants that differ in alignment alone the one with the most aligned pointers."""
+    """Of the variants that are alike the one of the most parts, its pointers the most aligned."""
     chosen: dict[str, Variant] = {}
-    for variant in sorted(variants, key=lambda item: (item.name, item.num_unaligned)):
+    for variant in sorted(variants, key=lambda item: (item.name, -item.num_splits, item.num_unaligned)):
         chosen.setdefault(variant.key, variant)
     return list(chosen.values())
 

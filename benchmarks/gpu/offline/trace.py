@@ -63,10 +63,20 @@ class Variant:
         return " ".join(parts)
 
     @property
+    def num_splits(self) -> int:
+        """The number of parts of which it makes or merges one; 1 for kernels that know of none."""
+        constants = {self._name(key): value for key, value in self.constants.items()}
+        return int(constants.get("NUM_SPLITS", 1))
+
+    @property
     def key(self) -> str:
-        """Equal for variants that differ in nothing but what Triton knows of their arguments' alignment."""
-        constants = sorted((self._name(key), str(value)) for key, value in self.constants.items())
-        return str((self.name, constants, sorted(self.signature.items()), sorted(self.options.items())))
+        """Equal for variants whose code is alike: they differ in what Triton knows of their arguments'
+        alignment, or in the number of parts where there are several."""
+        constants = {self._name(key): str(value) for key, value in self.constants.items()}
+        constants.pop("BLOCKS_PER_SPLIT", None)
+        constants["NUM_SPLITS"] = str(self.num_splits > 1)
+        parts = (constants, self.signature, self.options)
+        return str((self.name, *(sorted(part.items()) for part in parts)))
 
     @property
     def num_unaligned(self) -> int:

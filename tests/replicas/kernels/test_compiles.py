@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu.offline.table import MARKS, table
+
 ROOT = Path(__file__).parents[3]
 BUDGET = ROOT / "benchmarks" / "gpu" / "offline" / "budget.json"
 
@@ -60,3 +62,8 @@ def test_hopper_and_blackwell_multiply_by_their_own_instructions(rows: int) -> N
     budget = json.loads(BUDGET.read_text())
     assert budget["sm_90"][f"attend {rows} bf16"]["tensor_cores"] == "wgmma"
     assert budget["sm_100"][f"attend {rows} bf16"]["tensor_cores"] == "tcgen05"
+
+
+def test_the_documents_table_is_the_budget() -> None:
+    made = table(json.loads(BUDGET.read_text()))
+    assert f"{MARKS[0]}\n{made}\n{MARKS[1]}" in (ROOT / "docs" / "gpu.md").read_text()
