@@ -58,8 +58,10 @@ class Variant:
         parts = [self.name]
         if "BLOCK_M" in constants:
             parts.append(str(constants["BLOCK_M"]))
-        if "cache" in self.signature:
-            parts.append({"*fp8e4nv": "fp8", "*fp32": "fp32"}.get(self.signature["cache"], "bf16"))
+        # What it multiplies or stores: K/V, or an adapter.
+        kind = self.signature.get("cache") or self.signature.get("down") or self.signature.get("up")
+        if kind is not None:
+            parts.append({"*fp8e4nv": "fp8", "*fp32": "fp32"}.get(kind, "bf16"))
         return " ".join(parts)
 
     @property
