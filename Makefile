@@ -27,7 +27,7 @@ OUT       ?= .run/train
 URL       ?=
 REPORT    ?= .run/loadtest
 
-.PHONY: serve test test-browser test-gpu lint format bench loadtest bench-floor bench-overhead bench-memory bench-peer bench-gpu bench-policy bench-door soak fuzz evaluate train model pack-smollm2 train-smollm2 clean help
+.PHONY: serve test test-browser test-gpu check-gpu lint format bench loadtest bench-floor bench-overhead bench-memory bench-peer bench-gpu bench-policy bench-door soak fuzz evaluate train model pack-smollm2 train-smollm2 clean help
 
 help:
 	@sed -n '1,2p' Makefile; echo; grep -E '^[a-z0-9-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -69,6 +69,11 @@ endif
 # Debian: apt-get install chromium chromium-driver
 test-browser: $(READY) ## the console in a headless chromium
 	@$(BIN)/python -m pytest -m browser -rs $(ARGS)
+
+# The compilers come with Triton: this needs no GPU.
+check-gpu: $(READY) ## compile every kernel as launched, for five GPUs, against its budget; engine under load: graphs, kernels
+	@$(BIN)/python -m benchmarks.gpu.offline $(ARGS)
+	@$(BIN)/python -m benchmarks.gpu.offline.load --modes mixed --concurrency 8 32
 
 lint: $(READY) ## ruff, mypy, import contracts
 	@echo "== lint =="

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from cluster.config import ClusterConfig
 from cluster.welcome import port_problem
 from policies.control.store import LoadStore, StoreUnavailable
 from replicas.machine import ROOT, UNKNOWN, available_bytes, usable_cores
@@ -116,10 +115,14 @@ def processor(root: Path = ROOT, machine: str | None = None) -> Check:
 
 
 def memory(root: Path = ROOT) -> Check:
-    free, wanted = available_bytes(root), ClusterConfig().kv_cache_mb
+    from replicas.model.kv_budget import MIN_CPU_BYTES
+
+    free, wanted = available_bytes(root), MIN_CPU_BYTES // MIB
     if free >= UNKNOWN:
         return Check("memory", State.OK, "not known here")
-    told = f"{free // MIB} MiB free, of which a replica takes {wanted} MiB for K/V (kv_cache_mb)"
+    told = (
+        f"{free // MIB} MiB free, of which a replica's K/V takes a quarter, {wanted} at least (kv_cache_mb)"
+    )
     if free < 2 * wanted * MIB:
         return Check("memory", State.FAILS, f"{told}, beside weights, Ray and the ingress; lower kv_cache_mb")
     return Check("memory", State.OK, told)

@@ -1,5 +1,7 @@
-"""The sweep a replica makes before it serves: what forwards of some shapes take, through its Runner."""
+"""What a replica does before it serves, through its Runner: it warms up, then measures what forwards of some
+shapes take."""
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -7,8 +9,10 @@ from itertools import chain
 
 from policies.cost import UNMEASURED, ForwardStats, StepCost
 from policies.cost_fit import fit_step_cost, knots_up_to
-from replicas.engine.batch import ModelSpec, Runner, ScheduledBatch, Segment
+from replicas.engine.batch import ModelSpec, Runner, ScheduledBatch, Segment, ServingRunner
 from replicas.messages import SamplingParams
+
+logger = logging.getLogger(__name__)
 
 NUM_CACHED = (0, 256)
 NUM_SEQUENCES = (4, 16, 64)
@@ -30,6 +34,16 @@ class Shape:
     @property
     def total(self) -> int:
         return self.num_segments * self.num_tokens
+
+
+def warm_up(runner: ServingRunner, *, max_running: int, max_step_tokens: int) -> None:
+    """Runs what the runner needs to have run before it serves, and logs how far it has come."""
+    batches = tuple(runner.warm_up_batches(max_running, max_step_tokens))
+    began_s = time.perf_counter()
+    for number, batch in enumerate(batches, 1):
+        runner.run(batch)
+        seconds = time.perf_counter() - began_s
+        logger.info("warming up: %d of %d steps after %.0f s", number, len(batches), seconds)
 
 
 def calibrate(

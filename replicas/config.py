@@ -79,9 +79,15 @@ class ReplicaConfig(EngineConfig, SharedConfig, DemandConfig):
     num_threads: int | None = Field(
         default=None, ge=1, description="CPU threads a replica; None: its share of the cores it may use."
     )
-    page_size: int = Field(default=16, ge=1, description="Tokens a K/V page.")
-    kv_cache_mb: int = Field(
-        default=256, ge=1, description="Memory for K/V pages, in MiB, of each of a replica's processes."
+    page_size: int | None = Field(
+        default=None, ge=1, description="Tokens a K/V page. None: 16 on CPUs, 64 on GPUs."
+    )
+    kv_cache_mb: int | None = Field(
+        default=None,
+        ge=1,
+        description="Memory for K/V pages, in MiB, of each of a replica's processes. None: on GPUs what "
+        "weights and steps leave; on CPUs a quarter of the free memory, divided by the processes, "
+        "256 to 4096.",
     )
     kv_dtype: Literal["auto", "bfloat16", "fp8"] = Field(
         default="auto", description="Of K/V on GPUs: auto is dtype's; fp8 holds twice as many tokens."
@@ -124,8 +130,14 @@ class ReplicaConfig(EngineConfig, SharedConfig, DemandConfig):
         return "bfloat16" if self.num_gpus else "float32"
 
     @property
-    def kv_budget_bytes(self) -> int:
-        return self.kv_cache_mb * 2**20
+    def kv_page_size(self) -> int:
+        """Tokens a K/V page, by the device where nothing is set: the GPU's kernels read 64 keys at once."""
+        return self.page_size or (64 if self.num_gpus else 16)
+
+    @property
+    def kv_budget_bytes(self) -> int | None:
+        """Bytes for K/V pages; None for what the runner finds free."""
+        return None if self.kv_cache_mb is None else self.kv_cache_mb * 2**20
 
     @property
     def num_sharing(self) -> int:

@@ -1,13 +1,13 @@
 """The runner that a replica's configuration asks for."""
 
 from replicas.config import ReplicaConfig
-from replicas.engine.batch import Runner
+from replicas.engine.batch import ServingRunner
 from replicas.machine import default_num_threads
 from replicas.model.checkpoint import CheckpointError
 from replicas.model.runner import TorchRunner
 
 
-def load_runner(config: ReplicaConfig) -> Runner:
+def load_runner(config: ReplicaConfig) -> ServingRunner:
     """Loads the runner; in a process of a group (replicas.model.lockstep) this one's part. Raises
     CheckpointError."""
     if config.device == "cuda":
@@ -19,8 +19,9 @@ def load_runner(config: ReplicaConfig) -> Runner:
             config.checkpoint,
             dtype=config.weights_dtype,
             kv_budget_bytes=config.kv_budget_bytes,
+            device_share=config.num_gpus,
             kv_dtype=config.kv_dtype,
-            page_size=config.page_size,
+            page_size=config.kv_page_size,
         )
     num_threads = config.num_threads
     if num_threads is None:
@@ -30,8 +31,9 @@ def load_runner(config: ReplicaConfig) -> Runner:
         config.checkpoint,
         dtype=config.weights_dtype,
         kv_budget_bytes=config.kv_budget_bytes,
-        page_size=config.page_size,
+        page_size=config.kv_page_size,
         num_threads=num_threads,
+        num_sharing=config.num_sharing,
         forward=config.forward,
         quantization=config.quantization,
     )

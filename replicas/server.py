@@ -17,6 +17,7 @@ from policies.control.store import LoadStore
 from policies.registry import create_policy
 from policies.replica_load import ReplicaLoad
 from policies.scaling import demand
+from replicas.calibration import warm_up
 from replicas.config import ReplicaConfig
 from replicas.cost_cache import SAVE_S, CostCache, starting_costs
 from replicas.engine.engine import Engine
@@ -63,6 +64,7 @@ class Replica:
             vocab_size=engine.spec.vocab_size,
             max_prompt_chars=codec.max_prompt_chars(engine.spec.max_context),
         )
+        warm_up(runner, max_running=config.max_running, max_step_tokens=config.max_step_tokens)
         self._cost_cache = CostCache.of(config)
         costs = starting_costs(runner, config, self._cost_cache)
         engine.set_step_cost(costs.step)

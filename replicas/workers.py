@@ -14,7 +14,7 @@ from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from replicas.config import ReplicaConfig
-from replicas.engine.batch import Runner
+from replicas.engine.batch import ServingRunner
 from replicas.model.lockstep import Leader, Meeting, follow, join
 from replicas.runner_loader import load_runner
 
@@ -76,7 +76,7 @@ class Workers:
         finally:
             _raise_failed(joining)  # why it could not be joined
         loading = [actor.load.remote() for actor in actors]
-        runner: Runner = load_runner(config)
+        runner: ServingRunner = load_runner(config)
         ray.get(loading)
         following = [actor.follow.remote() for actor in actors]
         return cls(Leader(runner), following, actors)

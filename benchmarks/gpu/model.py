@@ -45,10 +45,15 @@ class Work:
     max_queries: int = 32
     num_rounds: int = 30
     dtype: torch.dtype = torch.bfloat16
+    kv_dtype: torch.dtype | None = None
+    """None for dtype."""
+    num_layers: int | None = None
+    """None for all the model has."""
 
 
-def published_config(name: str) -> ModelConfig:
-    """The published 8B and 14B models' configuration, or a tiny one of the same kind."""
+def published_config(name: str, num_layers: int | None = None) -> ModelConfig:
+    """The published 8B and 14B models' configuration, or a tiny one of the same kind; with as many layers, if
+    given."""
     raw: dict[str, object] = {
         "model_type": "nemotron_labs_diffusion",
         "vocab_size": 131072,
@@ -63,7 +68,10 @@ def published_config(name: str) -> ModelConfig:
         "block_size": 32,
         "eos_token_id": 2,
     }
-    return ModelConfig.parse(raw | _SHAPES[name] | (_TINY if name == "tiny" else {}))
+    raw |= _SHAPES[name] | (_TINY if name == "tiny" else {})
+    if num_layers is not None:
+        raw["num_hidden_layers"] = num_layers
+    return ModelConfig.parse(raw, has_adapter=True)
 
 
 def random_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> ModelWeights:
@@ -98,7 +106,7 @@ def random_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device
 
 def make_runner(work: Work, device: torch.device, options: Options) -> CudaRunner:
     """A runner with pages for max_concurrency sequences of num_cached tokens and a block each."""
-    config = published_config(work.name)
+    config = published_config(work.name, work.num_layers)
     per_sequence = -(-(work.num_cached + 4 * work.max_queries) // work.page_size)
     return CudaRunner(
         config,
@@ -106,6 +114,7 @@ def make_runner(work: Work, device: torch.device, options: Options) -> CudaRunne
         num_pages=work.max_concurrency * per_sequence,
         page_size=work.page_size,
         max_context=work.num_cached + 4 * work.max_queries,
+        kv_dtype=work.kv_dtype,
         options=options,
     )
 

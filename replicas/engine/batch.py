@@ -1,5 +1,6 @@
 """The data of one forward: the scheduler makes a ScheduledBatch; whatever implements Runner executes it."""
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from math import inf, log
@@ -151,4 +152,13 @@ class Runner(Protocol):
     def run(self, batch: ScheduledBatch, /) -> Seq[SegmentOutput]:
         """Runs a forward: one output a segment, in the batch's order. RunnerLost: it is of no use from now
         on."""
+        ...
+
+
+class ServingRunner(Runner, Protocol):
+    """A runner that a replica serves with."""
+
+    def warm_up_batches(self, max_running: int, max_step_tokens: int, /) -> Iterable[ScheduledBatch]:
+        """The batches after which no forward within the engine's bounds waits for a compiler; to be run
+        before anything is served, as they write garbage into the K/V pages."""
         ...

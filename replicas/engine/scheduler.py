@@ -104,6 +104,7 @@ class Scheduler:
                 request = request.without_draft()  # a draft is worth no other sequence's pages
             if not self._grow(sequence, start + len(request.token_ids)):
                 continue
+            self._pages.extend_ahead(sequence, self._num_next(sequence, start, len(request.token_ids)))
             sequence.last_step = self._num_steps
             scheduled.append((sequence, request))
             segments.append(
@@ -222,6 +223,12 @@ class Scheduler:
             if victim is sequence:
                 return False
         return True
+
+    def _num_next(self, sequence: Sequence, start: int, length: int) -> int:
+        """The most tokens that the step after one of so many from start on can need pages for."""
+        following = 1 if sequence.is_prefilling else length
+        most = min(len(sequence.tokens) + sequence.num_remaining, self._spec.max_context)
+        return min(start + length + following, most)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)

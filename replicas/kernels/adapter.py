@@ -36,18 +36,19 @@ def add_adapter(
     num_blocks = triton.cdiv(size_in, _BLOCK_IN)
     max_splits = min(_MAX_SPLITS, 1 << num_blocks.bit_length() - 1)
     num_splits = splits_to_fill(row_tiles * rank_tiles, x.device, max_splits)
+    num_stages = 1 if x.dtype is torch.float32 else 3  # float32 takes twice the shared memory
     parts = torch.empty(num_splits, len(rows), rank, dtype=torch.float32, device=x.device)
     _project_down[(row_tiles, rank_tiles, num_splits)](
         x, down, rows, parts, len(rows),
         SIZE_IN=size_in, RANK=rank, BLOCKS_PER_SPLIT=triton.cdiv(num_blocks, num_splits),
         BLOCK_ROWS=_BLOCK_ROWS, BLOCK_RANK=_BLOCK_RANK, BLOCK_IN=_BLOCK_IN, DOT_DTYPE=dot_dtype(x.dtype),
-        num_warps=4, num_stages=3,
+        num_warps=4, num_stages=num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     _project_up[(row_tiles, triton.cdiv(size_out, _BLOCK_OUT))](
         y, up, rows, parts, len(rows),
         SIZE_OUT=size_out, RANK=rank, NUM_SPLITS=num_splits,
         BLOCK_ROWS=_BLOCK_ROWS, BLOCK_RANK=_BLOCK_RANK, BLOCK_OUT=_BLOCK_OUT, DOT_DTYPE=dot_dtype(x.dtype),
-        num_warps=4, num_stages=2,
+        num_warps=4, num_stages=2, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -89,7 +90,7 @@ def _project_down(
             mask=is_rank[:, None] & is_column[None, :],
             other=0.0,
         )
-        sums = tl.dot(a.to(DOT_DTYPE), tl.trans(b.to(DOT_DTYPE)), sums, input_precision="tf32x3")
+        sums = tl.dot(a.to(DOT_DTYPE), tl.trans(b.to(DOT_DTYPE)), sums, input_precision="ieee")
     at = parts + (split.to(tl.int64) * num_rows + place)[:, None] * RANK + rank[None, :]
     tl.store(at, sums, mask=is_row[:, None] & is_rank[None, :])
 
@@ -130,7 +131,7 @@ def _project_up(
             other=0.0,
         )
         sums = tl.dot(
-            hidden.to(DOT_DTYPE), tl.trans(weight.to(DOT_DTYPE)), sums, input_precision="tf32x3"
+            hidden.to(DOT_DTYPE), tl.trans(weight.to(DOT_DTYPE)), sums, input_precision="ieee"
         )  # fmt: skip
     at = y + row.to(tl.int64)[:, None] * SIZE_OUT + column[None, :]
     is_element = is_row[:, None] & is_column[None, :]

@@ -13,7 +13,7 @@ their log-sum-exps (Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashde
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -89,6 +89,13 @@ def tile_shape(num_queries: int, queries_per_kv: int) -> int:
     return index
 
 
+def _wide(shape: TileShape) -> TileShape:
+    """The shape for float32, which no tensor core multiplies exactly: fewer keys a step and more threads, so
+    that it fits the registers, and the 64 to 99 KiB of shared memory that a block of the lesser GPUs may
+    have."""
+    return replace(shape, block_n=16, num_warps=8 if shape.block_m <= 64 else 16, num_stages=1)
+
+
 def queries_per_tile(shape: TileShape, queries_per_kv: int) -> int:
     return shape.block_m // queries_per_kv
 
@@ -117,12 +124,12 @@ def ragged_paged_attention(
     assert queries.stride()[1:] == (head_dim, 1)
     assert output.is_contiguous()
     assert cache.is_contiguous()
-    wide = queries.dtype is torch.float32  # takes twice the shared memory
+    wide = queries.dtype is torch.float32
     block_d = max(16, triton.next_power_of_2(head_dim))
     for group in tiles:
         if not len(group.index):
             continue
-        shape = group.shape
+        shape = _wide(group.shape) if wide else group.shape
         _attend[(len(group.index), num_kv_heads, group.num_splits)](
             queries,
             cache,
@@ -141,13 +148,14 @@ def ragged_paged_attention(
             HEAD_DIM=head_dim,
             PAGE_SIZE=page_size,
             BLOCK_M=shape.block_m,
-            BLOCK_N=shape.block_n // 2 if wide else shape.block_n,
+            BLOCK_N=shape.block_n,
             BLOCK_D=block_d,
             NUM_SPLITS=group.num_splits,
             MIN_SPLIT_BLOCKS=_MIN_SPLIT_BLOCKS,
             DOT_DTYPE=dot_dtype(queries.dtype),
             num_warps=shape.num_warps,
-            num_stages=2 if wide else shape.num_stages,
+            enable_fp_fusion=True,
+            num_stages=shape.num_stages,
         )
         if group.num_splits > 1:
             _merge_splits[(len(group.index), shape.block_m, num_kv_heads)](
@@ -164,6 +172,7 @@ def ragged_paged_attention(
                 BLOCK_D=block_d,
                 NUM_SPLITS=group.num_splits,
                 num_warps=4,
+                enable_fp_fusion=True,
             )
 
 
@@ -302,7 +311,7 @@ def _attend_block(
     else:
         k = tl.load(at).to(DOT_DTYPE)
         v = tl.load(at + NUM_KV_HEADS * PAGE_SIZE * HEAD_DIM).to(DOT_DTYPE)
-    scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * softmax_scale
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * softmax_scale
     if MASKED:
         scores = tl.where(key[None, :] < visible[:, None], scores, float("-inf"))
     new_largest = tl.maximum(largest, tl.max(scores, 1))
@@ -312,7 +321,7 @@ def _attend_block(
     weights = tl.exp2(scores - offset[:, None])
     total_weight = total_weight * decay + tl.sum(weights, 1)
     sums = sums * decay[:, None]
-    sums = tl.dot(weights.to(DOT_DTYPE), v, sums, input_precision="tf32x3")
+    sums = tl.dot(weights.to(DOT_DTYPE), v, sums, input_precision="ieee")
     return new_largest, total_weight, sums
 
 

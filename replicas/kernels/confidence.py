@@ -61,10 +61,12 @@ def confidence(logits: torch.Tensor, mask_token_id: int | None, num_splits: int 
         logits, largest, sums, ids, *found, logits.stride(0),
         mask_token_id=-1 if mask_token_id is None else mask_token_id,
         VOCAB=vocab, NUM_SPLITS=num_splits, BLOCKS_PER_SPLIT=triton.cdiv(num_blocks, num_splits), BLOCK=block,
-        num_warps=8,
+        num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
     if num_splits > 1:
-        _merge[(num_rows,)](largest, sums, ids, *found, NUM_SPLITS=num_splits, num_warps=1)
+        _merge[(num_rows,)](
+            largest, sums, ids, *found, NUM_SPLITS=num_splits, num_warps=1, enable_fp_fusion=True
+        )
     return found
 
 

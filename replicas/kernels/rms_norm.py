@@ -26,7 +26,15 @@ def rms_norm(
     if num_rows:
         block = triton.next_power_of_2(size)
         _rms_norm[(num_rows,)](
-            x, residual, weight, y, eps, SIZE=size, BLOCK=block, num_warps=min(16, max(1, block // 512))
+            x,
+            residual,
+            weight,
+            y,
+            eps,
+            SIZE=size,
+            BLOCK=block,
+            num_warps=min(16, max(1, block // 512)),
+            enable_fp_fusion=True,
         )
     return y
 

@@ -8,6 +8,8 @@ with the random number u of the row's position. A row's token does not depend on
 many there are.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -18,35 +20,55 @@ _BLOCK = 4096
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
+class Drawn(NamedTuple):
+    """The tokens of R rows."""
+
+    tokens: torch.Tensor
+    """[R] int64"""
+    pairs: torch.Tensor
+    """[2, R] float64, the tokens again, and their probabilities by the softmax of the raw logits: float64
+    holds any token id exactly, so both leave the device in one copy."""
+
+    @classmethod
+    def empty(cls, num_rows: int, device: torch.device) -> "Drawn":
+        return cls(
+            torch.empty(num_rows, dtype=torch.int64, device=device),
+            torch.empty(2, num_rows, dtype=torch.float64, device=device),
+        )
+
+
 def sample_rows(
     logits: torch.Tensor,
     best: Confidence,
     temperatures: torch.Tensor,
     uniforms: torch.Tensor,
     mask_token_id: int | None,
-) -> torch.Tensor:
-    """A token for each row, [R] int64; best.tokens where the temperature is 0.
+    out: Drawn | None = None,
+) -> Drawn:
+    """A token for each row, into `out` if given; best.tokens where the temperature is 0.
 
-    best: confidence(logits); temperatures, uniforms: [R] float32, uniforms in [0, 1)
+    best: confidence(logits); temperatures, uniforms: [R] float32, uniforms in [0, 1]
     """
     num_rows, vocab = logits.shape
     assert logits.stride(1) == 1
-    tokens = best.tokens.clone()
+    drawn = Drawn.empty(num_rows, logits.device) if out is None else out
+    assert drawn.pairs.is_contiguous()
     if not num_rows:
-        return tokens
+        return drawn
     block = min(_BLOCK, triton.next_power_of_2(vocab))
     num_blocks = triton.cdiv(vocab, block)
     block_sums = torch.empty(num_rows, num_blocks, dtype=torch.float32, device=logits.device)
     mask = -1 if mask_token_id is None else mask_token_id
     _sum_blocks[(num_rows, num_blocks)](
         logits, best.probs, best.log_sums, temperatures, block_sums, logits.stride(0), mask,
-        VOCAB=vocab, BLOCK=block, num_warps=8,
+        VOCAB=vocab, BLOCK=block, num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
     _invert[(num_rows,)](
-        logits, best.probs, best.log_sums, temperatures, uniforms, block_sums, tokens, logits.stride(0), mask,
-        num_blocks, VOCAB=vocab, BLOCK=block, MAX_BLOCKS=triton.next_power_of_2(num_blocks), num_warps=8,
+        logits, *best, temperatures, uniforms, block_sums, *drawn, logits.stride(0), mask,
+        num_blocks, VOCAB=vocab, BLOCK=block, MAX_BLOCKS=triton.next_power_of_2(num_blocks),
+        num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
-    return tokens
+    return drawn
 
 
 @triton.jit
@@ -95,12 +117,14 @@ def _sum_blocks(
 @triton.jit
 def _invert(
     logits,
+    best,
     probs,
     log_sums,
     temperatures,
     uniforms,
     block_sums,
     tokens,
+    pairs,
     stride,
     mask_token_id,
     num_blocks,
@@ -108,12 +132,15 @@ def _invert(
     BLOCK: tl.constexpr,
     MAX_BLOCKS: tl.constexpr,
 ):
-    """Finds the block in which the cumulative sum passes the target, then the token in it.
+    """Finds the block in which the cumulative sum passes the target, then the token in it; at temperature 0
+    the token is the best.
 
     Rounding may leave the target unpassed; the last block, or token, of positive weight is then taken.
     """
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperatures + row)
+    chosen = tl.load(best + row)
+    prob = tl.load(probs + row)
     if temperature > 0:
         number = tl.arange(0, MAX_BLOCKS)
         sums = tl.load(block_sums + row * num_blocks + number, mask=number < num_blocks, other=0.0)
@@ -130,7 +157,11 @@ def _invert(
         passed = (tl.cumsum(weights, 0) > target - before) & (weights > 0)
         first = tl.min(tl.where(passed, offset, BLOCK), 0)
         token = start + tl.minimum(first, tl.max(tl.where(weights > 0, offset, 0), 0))
-        tl.store(tokens + row, token.to(tl.int64))
+        chosen = token.to(tl.int64)
+        prob = tl.exp(tl.load(logits + row * stride + chosen).to(tl.float32) - tl.load(log_sums + row))
+    tl.store(tokens + row, chosen)
+    tl.store(pairs + row, chosen.to(tl.float64))
+    tl.store(pairs + tl.num_programs(0) + row, prob.to(tl.float64))
 
 
 def sample_rows_reference(

@@ -86,6 +86,7 @@ def store_kv(
         BLOCK_HEADS=_BLOCK_HEADS,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         num_warps=4,
+        enable_fp_fusion=True,
     )
 
 

@@ -14,7 +14,9 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     assert gate_up.is_contiguous()
     y = gate_up.new_empty(num_rows, size)
     if num_rows:
-        _swiglu[(num_rows, triton.cdiv(size, _BLOCK))](gate_up, y, SIZE=size, BLOCK=_BLOCK, num_warps=4)
+        _swiglu[(num_rows, triton.cdiv(size, _BLOCK))](
+            gate_up, y, SIZE=size, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=True
+        )
     return y
 
 

@@ -270,11 +270,17 @@ def _weight_map(index: Path) -> dict[str, str]:
     return found
 
 
-def _check_memory(config: ModelConfig, dtype: torch.dtype, reserved_bytes: int) -> None:
+def weights_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """The memory of the weights on a CPU."""
     weights = config.num_parameters * dtype.itemsize
     if config.tie_word_embeddings:
         # The prepacked head is a copy of the embedding.
         weights += config.vocab_size * config.hidden_size * dtype.itemsize
+    return weights
+
+
+def _check_memory(config: ModelConfig, dtype: torch.dtype, reserved_bytes: int) -> None:
+    weights = weights_bytes(config, dtype)
     available = available_bytes()
     if weights + reserved_bytes <= available:
         return

@@ -1,8 +1,22 @@
 """Paged keys and values."""
 
+from math import prod
+
+import numpy as np
 import torch
 
 from replicas.model.config import ModelConfig
+
+_ALIGNMENT = 64
+
+
+def zeroed_when_touched(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A CPU tensor of zeros whose memory is not resident before it is first touched, as torch.zeros's is; it
+    begins at a cache line."""
+    num_bytes = prod(shape) * dtype.itemsize
+    memory = np.zeros(num_bytes + _ALIGNMENT, np.uint8)
+    first = -memory.ctypes.data % _ALIGNMENT
+    return torch.from_numpy(memory[first : first + num_bytes]).view(dtype).view(shape)
 
 
 class KvCache:
@@ -19,7 +33,7 @@ class KvCache:
         self.num_kv_heads = config.num_kv_heads
         self.head_dim = config.head_dim
         shape = (num_pages, 2, config.num_kv_heads, page_size, config.head_dim)
-        self.layers = [torch.zeros(shape, dtype=dtype) for _ in range(config.num_layers)]
+        self.layers = [zeroed_when_touched(shape, dtype) for _ in range(config.num_layers)]
         self._rows = [layer.view(-1, self.head_dim) for layer in self.layers]
         self._block = page_size * self.head_dim
         self._pages = [layer.view(-1, self._block) for layer in self.layers]

@@ -1,13 +1,20 @@
 """Several processes behind one runner: each runs every step on its part of the model."""
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from replicas.engine.batch import ModelSpec, Runner, RunnerLost, ScheduledBatch, SegmentOutput
+from replicas.engine.batch import (
+    ModelSpec,
+    Runner,
+    RunnerLost,
+    ScheduledBatch,
+    SegmentOutput,
+    ServingRunner,
+)
 
 JOIN_TIMEOUT = timedelta(seconds=120)
 """The first of the processes waits this long for the last one."""
@@ -67,7 +74,7 @@ class Leader:
     RunnerLost, and all of the processes are to be started again.
     """
 
-    def __init__(self, runner: Runner):
+    def __init__(self, runner: ServingRunner):
         self._runner = runner
         self._batches = batch_group()
         self._is_lost = False
@@ -75,6 +82,9 @@ class Leader:
     @property
     def spec(self) -> ModelSpec:
         return self._runner.spec
+
+    def warm_up_batches(self, max_running: int, max_step_tokens: int) -> Iterable[ScheduledBatch]:
+        return self._runner.warm_up_batches(max_running, max_step_tokens)
 
     def run(self, batch: ScheduledBatch) -> Sequence[SegmentOutput]:
         try:

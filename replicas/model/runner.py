@@ -10,8 +10,16 @@ import torch
 from replicas.engine.batch import ModelSpec, ScheduledBatch, Segment, SegmentOutput, TokenProb
 from replicas.model.adapter import AdapterRows
 from replicas.model.attention import AttentionPlan, CpuAttention
-from replicas.model.checkpoint import DTYPES, CheckpointError, ModelWeights, load_weights, resolve_folder
+from replicas.model.checkpoint import (
+    DTYPES,
+    CheckpointError,
+    ModelWeights,
+    load_weights,
+    resolve_folder,
+    weights_bytes,
+)
 from replicas.model.config import ModelConfig
+from replicas.model.kv_budget import cpu_budget_bytes
 from replicas.model.kv_cache import KvCache
 from replicas.model.logit_rules import Row
 from replicas.model.native.build import NativeUnavailable
@@ -21,7 +29,6 @@ from replicas.model.penalties import Penalise, penalise
 from replicas.model.sampler import Choose, choose, sample
 from replicas.model.transformer import Batch, Transformer
 
-DEFAULT_KV_BUDGET_BYTES = 512 << 20
 FORWARDS = ("auto", "native", "torch")
 QUANTIZATIONS = (None, "int8")
 
@@ -106,14 +113,17 @@ class TorchRunner:
         page_size: int = 16,
         max_context: int | None = None,
         num_threads: int | None = None,
+        num_sharing: int = 1,
         forward: str = "auto",
         quantization: str | None = None,
     ) -> "TorchRunner":
         """Loads a checkpoint, a folder or a hub name. Raises CheckpointError.
 
         num_pages or kv_budget_bytes sizes the page pool, the first before the second; with neither it takes
-        DEFAULT_KV_BUDGET_BYTES. max_context is at most the model's own and what the pool holds.
+        a share of the free memory (replicas.model.kv_budget). max_context is at most the model's own and what
+        the pool holds.
         num_threads: None is torch's number, which is the cores'
+        num_sharing: processes like this one that share the memory
         forward: 'native', 'torch', or 'auto', which is native where that can be had
         quantization: 'int8' holds the weights of linear layers, the head among them, in 8 bits, for the
         native forward alone; embedding, adapter, activations and K/V keep the dtype
@@ -148,8 +158,9 @@ class TorchRunner:
         page_bytes_of = native_page_bytes if is_native else KvCache.page_bytes
         page_bytes = page_bytes_of(config, page_size, DTYPES[dtype])
         if num_pages is None:
-            budget = DEFAULT_KV_BUDGET_BYTES if kv_budget_bytes is None else kv_budget_bytes
-            num_pages = budget // page_bytes
+            if kv_budget_bytes is None:
+                kv_budget_bytes = cpu_budget_bytes(weights_bytes(config, DTYPES[dtype]), num_sharing)
+            num_pages = parallel.min(kv_budget_bytes // page_bytes)
         if num_pages < 1:
             raise CheckpointError(
                 f"the K/V budget holds no page; one of {page_size} tokens takes {page_bytes} bytes"
@@ -170,6 +181,9 @@ class TorchRunner:
     @property
     def spec(self) -> ModelSpec:
         return self._spec
+
+    def warm_up_batches(self, max_running: int, max_step_tokens: int) -> Sequence[ScheduledBatch]:
+        return ()  # nothing is compiled or captured
 
     def run(self, batch: ScheduledBatch) -> Sequence[SegmentOutput]:
         if not batch.segments:

@@ -3,8 +3,8 @@
 import pytest
 
 from policies.cost import UNMEASURED, StepCost
-from replicas.calibration import calibrate
-from replicas.engine.batch import ScheduledBatch
+from replicas.calibration import calibrate, warm_up
+from replicas.engine.batch import ScheduledBatch, SegmentOutput
 from tests.replicas.engine.scripted import ScriptedRunner
 
 TRUE = StepCost((1, 16, 128, 512), (3.0, 6.0, 20.0, 70.0), segment_ms=0.3, cached_ms=0.9)
@@ -76,3 +76,28 @@ def test_it_keeps_to_context_pages_and_places(num_pages: int, max_context: int, 
     sweep(runner, budget_s=30.0, max_running=max_running, max_step_tokens=128)
     assert max(num_segments for _, num_segments in runner.shapes) <= max_running
     assert max(num_tokens for num_tokens, _ in runner.shapes) <= 128
+
+
+class Compiles(ScriptedRunner):
+    """Has two batches to run before it serves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[int, int]] = []
+        self.ran: list[ScheduledBatch] = []
+        self.batches = tuple(ScheduledBatch((), explores=explores) for explores in (False, True))
+
+    def warm_up_batches(self, max_running: int, max_step_tokens: int) -> tuple[ScheduledBatch, ...]:
+        self.asked.append((max_running, max_step_tokens))
+        return self.batches
+
+    def run(self, batch: ScheduledBatch) -> list[SegmentOutput]:
+        self.ran.append(batch)
+        return []
+
+
+def test_warming_up_runs_all_that_the_runner_asks_for_by_the_engines_bounds() -> None:
+    runner = Compiles()
+    warm_up(runner, max_running=7, max_step_tokens=300)
+    assert runner.asked == [(7, 300)]
+    assert runner.ran == list(runner.batches)

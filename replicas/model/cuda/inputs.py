@@ -1,6 +1,6 @@
 """A step's segments as one buffer of int32, and its views on the device.
 
-A CUDA graph reads fixed addresses in fixed sizes, so a step is padded up to a `StepSize` of few kinds:
+A CUDA graph reads fixed addresses in fixed sizes, so a step is padded up to one of few (sizes.py):
 padded rows are token 0 at position 0 that is stored nowhere and attends to nothing, padded tiles have no
 segment, padded rows of the adapter are -1. Their results are garbage that no other row reads. The page table
 comes last, and only its used part is copied.
@@ -14,11 +14,19 @@ import numpy as np
 import torch
 
 from replicas.engine.batch import Segment
-from replicas.kernels.attention import SEGMENT_FIELDS, TILE_SHAPES, Scratch, Tiles, num_splits
+from replicas.kernels.attention import (
+    SEGMENT_FIELDS,
+    TILE_SHAPES,
+    Scratch,
+    Tiles,
+    num_splits,
+    queries_per_tile,
+)
 from replicas.kernels.tiling import tiles_of
 from replicas.model.config import ModelConfig
 
 _FIELDS = int(SEGMENT_FIELDS.value)
+_ALIGNED_INTS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +41,6 @@ class StepSize:
     has_adapter: bool
     """True if the draft adapter runs at all."""
 
-    def bucketed(self) -> "StepSize":
-        """The next size of few kinds: 1, 2, 4, 8, and then steps of a quarter to a half."""
-        return StepSize(
-            num_rows=bucket(self.num_rows),
-            num_wanted=bucket(self.num_wanted),
-            num_segments=bucket(self.num_segments),
-            num_tiles=tuple(bucket(count) for count in self.num_tiles),
-            has_adapter=self.has_adapter,
-        )
-
     def sections(self) -> Iterator[tuple[str, int]]:
         """The names and lengths of the arrays that the buffer holds before the page table, in order."""
         yield "token_ids", self.num_rows
@@ -51,17 +49,27 @@ class StepSize:
         yield "wanted", self.num_wanted
         yield "adapter", self.num_rows if self.has_adapter else 0
         yield "wanted_adapter", self.num_wanted if self.has_adapter else 0
+        yield "temperatures", self.num_wanted
+        yield "uniforms", self.num_wanted
         yield "segments", self.num_segments * _FIELDS
         for shape, count in enumerate(self.num_tiles):
             yield f"tiles{shape}", 2 * count
 
+    @property
+    def num_ints(self) -> int:
+        """The count of numbers before the page table."""
+        return list(self.places())[-1][1]
 
-def bucket(count: int) -> int:
-    """The least of 0, 1, 2, 4, 6, 8, 12, 16, 24, 32, ... that is not below count."""
-    if count <= 2:
-        return count
-    power = 1 << (count - 1).bit_length()
-    return power * 3 // 4 if count <= power * 3 // 4 else power
+    def places(self) -> Iterator[tuple[str, int, int]]:
+        """The sections with where each begins and ends, and last "page_table" with where it begins, twice.
+
+        All begin at 16 bytes: a kernel is compiled anew for a pointer that is not aligned to them.
+        """
+        at = 0
+        for name, length in self.sections():
+            yield name, at, at + length
+            at += -(-length // _ALIGNED_INTS) * _ALIGNED_INTS
+        yield "page_table", at, at
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +78,7 @@ class HostStep:
 
     size: StepSize
     sections: dict[str, np.ndarray]
-    """int32 arrays by the names of StepSize.sections."""
+    """Arrays by the names of StepSize.sections: int32, or the bits of float32."""
     page_table: np.ndarray
     """[P] int32"""
 
@@ -80,8 +88,12 @@ class HostStep:
         segments: Sequence[Segment],
         config: ModelConfig,
         page_size: int,
+        draws: np.ndarray | None = None,
     ) -> "HostStep":
-        """Lays out the segments."""
+        """Lays out the segments.
+
+        draws: [2, W] float32, the wanted rows' temperatures and random numbers; None: all are greedy
+        """
         lengths = np.array([len(segment.token_ids) for segment in segments])
         starts = np.array([segment.start for segment in segments])
         ends = lengths.cumsum()
@@ -112,6 +124,8 @@ class HostStep:
         has_adapter = bool(adapted.any())
         rows = np.arange(num_rows)
         wanted_rows = np.arange(len(wanted))
+        if draws is None:
+            draws = np.zeros((2, len(wanted)), np.float32)
         tiles = tiles_of(lengths.tolist(), config.queries_per_kv)
         sections = {
             "token_ids": np.fromiter(
@@ -122,6 +136,8 @@ class HostStep:
             "wanted": wanted,
             "adapter": np.where(adapted, rows, -1) if has_adapter else rows[:0],
             "wanted_adapter": np.where(adapted[wanted], wanted_rows, -1) if has_adapter else rows[:0],
+            "temperatures": draws[0].view(np.int32),
+            "uniforms": draws[1].view(np.int32),
             "segments": np.stack([first_rows, starts, lengths, num_causal, first_pages], 1).ravel(),
         }
         for shape in range(len(TILE_SHAPES)):
@@ -137,34 +153,29 @@ class HostStep:
 
     def num_ints(self, size: StepSize) -> int:
         """The count of numbers that `write` writes."""
-        return sum(length for _, length in size.sections()) + len(self.page_table)
+        return size.num_ints + len(self.page_table)
 
     def write(self, buffer: np.ndarray, size: StepSize) -> int:
         """Writes the step into an int32 buffer, padded to size; returns how many of its numbers are used."""
-        at = 0
-        for name, length in size.sections():
+        *places, (_, at, _) = size.places()
+        for name, first, end in places:
             values = self.sections[name]
             padding = -1 if name in ("slots", "adapter", "wanted_adapter") or name.startswith("tiles") else 0
-            buffer[at : at + len(values)] = values
-            buffer[at + len(values) : at + length] = padding
-            at += length
+            buffer[first : first + len(values)] = values
+            buffer[first + len(values) : end] = padding
         buffer[at : at + len(self.page_table)] = self.page_table
         return at + len(self.page_table)
 
 
 def sections_of(buffer: torch.Tensor, size: StepSize) -> dict[str, torch.Tensor]:
     """Views of the buffer by the names of StepSize.sections; the rest of it is "page_table"."""
-    parts = {}
-    at = 0
-    for name, length in size.sections():
-        parts[name] = buffer[at : at + length]
-        at += length
-    return parts | {"page_table": buffer[at:]}
+    *places, (last, at, _) = size.places()
+    return {name: buffer[first:end] for name, first, end in places} | {last: buffer[at:]}
 
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """A forward's inputs: views of the buffer on the device, all int32."""
+    """A step's inputs: views of the buffer on the device, int32 where nothing else is said."""
 
     token_ids: torch.Tensor
     """[T]"""
@@ -178,6 +189,10 @@ class StepInputs:
     """[T], the rows of the draft adapter, padded with -1; None where it is off."""
     wanted_adapter: torch.Tensor | None
     """[W], the same among the wanted rows."""
+    temperatures: torch.Tensor
+    """[W] float32, 0 for a row whose token is the argmax."""
+    uniforms: torch.Tensor
+    """[W] float32 in [0, 1], the random numbers of the others."""
     segments: torch.Tensor
     """[S, 5]"""
     page_table: torch.Tensor
@@ -194,7 +209,9 @@ class StepInputs:
         tiles = []
         for index, shape in enumerate(TILE_SHAPES):
             count = size.num_tiles[index]
-            splits = num_splits(shape, count, config.num_kv_heads, buffer.device)
+            # Most of a padded size's tiles may be empty, but its rows fill so many.
+            full = -(-size.num_rows // queries_per_tile(shape, config.queries_per_kv)) if index else count
+            splits = num_splits(shape, min(count, full), config.num_kv_heads, buffer.device)
             tiles.append(Tiles(shape, parts[f"tiles{index}"].view(-1, 2), splits if count else 1))
         scratch = Scratch.allocate(tiles, size.num_rows, config.num_heads, config.head_dim, buffer.device)
         return cls(
@@ -204,6 +221,8 @@ class StepInputs:
             wanted=parts["wanted"],
             adapter=parts["adapter"] if size.has_adapter else None,
             wanted_adapter=parts["wanted_adapter"] if size.has_adapter else None,
+            temperatures=parts["temperatures"].view(torch.float32),
+            uniforms=parts["uniforms"].view(torch.float32),
             segments=parts["segments"].view(-1, _FIELDS),
             page_table=parts["page_table"],
             tiles=tuple(tiles),

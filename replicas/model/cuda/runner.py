@@ -1,12 +1,13 @@
 """The GPU's implementation of replicas.engine.batch.Runner."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from replicas.engine.batch import ModelSpec, ScheduledBatch, Segment, SegmentOutput
-from replicas.kernels.confidence import Confidence, confidence
+from replicas.kernels.confidence import confidence
+from replicas.kernels.sample_rows import Drawn, sample_rows
 from replicas.model.checkpoint import (
     DTYPES,
     CheckpointError,
@@ -18,19 +19,19 @@ from replicas.model.checkpoint import (
 from replicas.model.config import ModelConfig
 from replicas.model.cuda.attention import PagedKv, TritonAttention
 from replicas.model.cuda.fill import fill_in
-from replicas.model.cuda.graphs import MAX_GRAPH_ROWS, MAX_GRAPHS, GraphCache, GraphRecorder, Replay
+from replicas.model.cuda.graphs import GraphCache, GraphRecorder, Replay
 from replicas.model.cuda.inputs import HostStep, StepInputs, StepSize, sections_of
 from replicas.model.cuda.lookahead import Guess, guess, match, resolve
-from replicas.model.cuda.sampling import Sampled, choose, is_plain
+from replicas.model.cuda.sampling import Sampled, choose, draws_of, is_plain
+from replicas.model.cuda.sizes import MAX_GRAPH_WANTED, GraphSizes, batches, eager
 from replicas.model.cuda.staging import Staging
 from replicas.model.cuda.transformer import CudaTransformer
+from replicas.model.kv_budget import check_pool, device_budget_bytes
 from replicas.model.kv_cache import KvCache
 from replicas.model.parallel import ALONE, Parallel, shard, shard_config
 from replicas.model.runner import spec_of
 
 KV_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
-MEMORY_FOR_STEPS = 2 << 30
-"""Bytes left free on the device for activations, graphs and libraries when the page pool is sized."""
 _GRAPH_PAGE_ENTRIES = 1 << 20
 _FP8_SINCE = (8, 9)
 """The first compute capability that converts fp8 in hardware, as Triton asks for."""
@@ -46,7 +47,6 @@ class Options:
     """Captures the padded steps and replays them."""
     looks_ahead: bool = True
     """Starts a step before it is asked for if its segments follow from this one's tokens."""
-    max_graphs: int = MAX_GRAPHS
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,8 @@ class CudaRunner:
         parallel: Parallel = ALONE,
         options: Options = Options(),
     ):
+        # Sums in bfloat16 between the parts of a product would differ by its number of rows, as modes do.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self.config = config
         self.device = weights.embedding.device
         self._page_size = page_size
@@ -88,10 +90,11 @@ class CudaRunner:
         self._staging = Staging(self.device)
         self._ahead: _Ahead | None = None
         self.num_steps_ahead = 0
+        self._sizes = GraphSizes(config)
         self._graphs: GraphCache | None = None
         self._spec = spec_of(config, num_pages=num_pages, page_size=page_size, max_context=max_context)
-        if options.graphs and self.device.type == "cuda":
-            self._prepare_graphs(weights.embedding.dtype, options.max_graphs)
+        if options.graphs and self.device.type != "cpu":
+            self._prepare_graphs(weights.embedding.dtype)
 
     @classmethod
     def load(
@@ -102,6 +105,7 @@ class CudaRunner:
         device: str = "cuda",
         num_pages: int | None = None,
         kv_budget_bytes: int | None = None,
+        device_share: float = 1.0,
         kv_dtype: str = "auto",
         page_size: int = 64,
         max_context: int | None = None,
@@ -110,8 +114,9 @@ class CudaRunner:
         """Loads a checkpoint from a folder or by its hub name. Raises CheckpointError.
 
         num_pages or kv_budget_bytes sizes the page pool, the first before the second; with neither it takes
-        what the device has left beside weights and MEMORY_FOR_STEPS. kv_dtype: 'auto' is the weights'. Under
-        torch.distributed's default group the model is split among its processes.
+        what the device, or this process's share of it, has left beside weights and steps
+        (replicas.model.kv_budget). kv_dtype: 'auto' is the weights'. Under torch.distributed's default group
+        the model is split among its processes.
         """
         if dtype not in DTYPES:
             raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -126,17 +131,17 @@ class CudaRunner:
         whole = ModelConfig.from_folder(folder)
         config = shard_config(whole, parallel)
         part = shard(whole, load_weights(folder, whole, DTYPES[dtype]), parallel)
-        weights = weights_to(part, torch.device(device))
+        weights = _placed(part, torch.device(device))
         stored = KV_DTYPES[kv_dtype] or DTYPES[dtype]
         page_bytes = KvCache.page_bytes(config, page_size, stored)
+        left = device_budget_bytes(torch.device(device), device_share)
         if num_pages is None:
-            if kv_budget_bytes is None:
-                kv_budget_bytes = _free_bytes(torch.device(device)) - MEMORY_FOR_STEPS
-            num_pages = parallel.min(max(kv_budget_bytes, 0) // page_bytes)
+            num_pages = parallel.min((left if kv_budget_bytes is None else kv_budget_bytes) // page_bytes)
         if num_pages < 1:
             raise CheckpointError(
                 f"the K/V budget holds no page; one of {page_size} tokens takes {page_bytes} bytes"
             )
+        check_pool(num_pages * page_bytes, left)
         limits = [config.max_position_embeddings, num_pages * page_size]
         return cls(
             config,
@@ -172,6 +177,15 @@ class CudaRunner:
             self._ahead = _Ahead(resolve(guessed, tokens), following)
         return [outputs[index] for index in indices]
 
+    def warm_up_batches(self, max_running: int, max_step_tokens: int) -> Iterator[ScheduledBatch]:
+        """A batch for each graph that steps with these bounds can need, and for what runs beside graphs."""
+        if not self._options.pads:
+            return
+        spec, sizes = self._spec, self._sizes.up_to(max_running, max_step_tokens)
+        if max_step_tokens > sizes[-1].num_rows:
+            sizes = (*sizes, eager(replace(sizes[-1], num_rows=max_step_tokens)))
+        yield from batches(sizes, spec.page_size, spec.num_pages, spec.max_context)
+
     def forward(self, segments: Sequence[Segment]) -> torch.Tensor:
         """Logits [W, vocab] of the segments' wanted rows, without graphs; for tests and measurements."""
         host = HostStep.pack(segments, self.config, self._page_size)
@@ -182,25 +196,32 @@ class CudaRunner:
         self, segments: Sequence[Segment], guessed: Guess | None = None, after: Sampled | None = None
     ) -> Sampled:
         """Queues a step's work on the device; nothing is waited for unless a row needs the host's rules."""
-        host = HostStep.pack(segments, self.config, self._page_size)
+        host = HostStep.pack(segments, self.config, self._page_size, draws_of(segments))
         size, graphs = self._size(host)
         buffer = self._staging.send_step(host, size, None if graphs is None else self._buffer)
         if guessed is not None and after is not None:
             fill_in(guessed, after.tokens, sections_of(buffer, size), self._staging)
         if graphs is None:
-            logits = self.model.forward(StepInputs.view(buffer, size, self.config))
-            best = self._confidence(logits)
+            logits, drawn = self._compute(StepInputs.view(buffer, size, self.config))
         else:
             graphs.run(size)
-            logits, best = self._logits, self._best
-        num_wanted = host.size.num_wanted
-        best = Confidence(*(part[:num_wanted] for part in best))
+            logits, drawn = self._outputs(size.num_wanted)
         spec = self._spec
-        sampled = logits[:num_wanted]
-        return choose(segments, sampled, best, spec.mask_token_id, spec.eos_token_ids)
+        return choose(segments, logits[: host.size.num_wanted], drawn, spec.mask_token_id, spec.eos_token_ids)
 
-    def _confidence(self, logits: torch.Tensor) -> Confidence:
-        return confidence(logits, self._spec.mask_token_id)
+    def _compute(
+        self, inputs: StepInputs, logits: torch.Tensor | None = None, drawn: Drawn | None = None
+    ) -> tuple[torch.Tensor, Drawn]:
+        """The logits [W, vocab] of a step and its plain tokens, into the tensors given if any."""
+        mask_token_id = self._spec.mask_token_id
+        logits = self.model.forward(inputs, logits)
+        best = confidence(logits, mask_token_id)
+        return logits, sample_rows(logits, best, inputs.temperatures, inputs.uniforms, mask_token_id, drawn)
+
+    def _outputs(self, num_wanted: int) -> tuple[torch.Tensor, Drawn]:
+        """Where graphs of steps with so many wanted rows leave what `_compute` gives."""
+        pairs = self._pairs[: 2 * num_wanted].view(2, num_wanted)
+        return self._logits[:num_wanted], Drawn(self._tokens[:num_wanted], pairs)
 
     def _guess(self, segments: Sequence[Segment], sampled: Sampled, indices: Sequence[int]) -> Guess | None:
         """The guess of the segments that follow these, whose outputs are at `indices` of the sampled ones."""
@@ -212,37 +233,32 @@ class CudaRunner:
 
     def _size(self, host: HostStep) -> tuple[StepSize, GraphCache | None]:
         """The size to pad to, and the graphs if the step fits one."""
-        if not self._options.pads or host.size.num_rows > MAX_GRAPH_ROWS:
+        if not self._options.pads:
             return host.size, None
-        size = host.size.bucketed()
-        fits = len(host.page_table) <= _GRAPH_PAGE_ENTRIES
-        return size, self._graphs if fits else None
+        size = self._sizes.padded(host.size)
+        if size is None:
+            return eager(host.size), None
+        return size, self._graphs if len(host.page_table) <= _GRAPH_PAGE_ENTRIES else None
 
-    def _prepare_graphs(self, dtype: torch.dtype, max_graphs: int) -> None:
+    def _prepare_graphs(self, dtype: torch.dtype) -> None:
         """Makes the tensors that graphs read from and write to, and the way they are captured."""
         device = self.device
-        max_size = StepSize(MAX_GRAPH_ROWS, MAX_GRAPH_ROWS, MAX_GRAPH_ROWS, (2 * MAX_GRAPH_ROWS,) * 3, True)
-        num_ints = sum(length for _, length in max_size.sections()) + _GRAPH_PAGE_ENTRIES
+        num_ints = max(size.num_ints for size in self._sizes.sizes) + _GRAPH_PAGE_ENTRIES
         self._buffer = torch.zeros(num_ints, dtype=torch.int32, device=device)
-        self._logits = torch.empty(MAX_GRAPH_ROWS, self.config.vocab_size, dtype=dtype, device=device)
-        self._best = Confidence(
-            torch.empty(MAX_GRAPH_ROWS, dtype=torch.int64, device=device),
-            torch.empty(MAX_GRAPH_ROWS, dtype=torch.float32, device=device),
-            torch.empty(MAX_GRAPH_ROWS, dtype=torch.float32, device=device),
-        )
+        self._logits = torch.empty(MAX_GRAPH_WANTED, self.config.vocab_size, dtype=dtype, device=device)
+        self._tokens = torch.empty(MAX_GRAPH_WANTED, dtype=torch.int64, device=device)
+        self._pairs = torch.empty(2 * MAX_GRAPH_WANTED, dtype=torch.float64, device=device)
         recorder = GraphRecorder(device)
 
         def capture(size: StepSize) -> Replay:
             def compute() -> None:
-                inputs = StepInputs.view(self._buffer, size, self.config)
-                logits = self.model.forward(inputs, self._logits[: size.num_wanted])
-                best = self._confidence(logits)
-                for static, part in zip(self._best, best, strict=True):
-                    static[: size.num_wanted].copy_(part)
+                self._compute(
+                    StepInputs.view(self._buffer, size, self.config), *self._outputs(size.num_wanted)
+                )
 
             return recorder.capture(compute)
 
-        self._graphs = GraphCache(capture, max_graphs)
+        self._graphs = GraphCache(capture)
 
 
 def _check_fp8(device: torch.device) -> None:
@@ -251,7 +267,11 @@ def _check_fp8(device: torch.device) -> None:
         raise CheckpointError(f"kv_dtype 'fp8' needs a GPU like Ada's or Hopper's or newer, not a {name}")
 
 
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return (512 << 20) + MEMORY_FOR_STEPS
+def _placed(weights: ModelWeights, device: torch.device) -> ModelWeights:
+    try:
+        return weights_to(weights, device)
+    except torch.OutOfMemoryError as error:
+        raise CheckpointError(
+            f"the weights do not fit {device}: use bfloat16, a smaller checkpoint, or tensor_parallel "
+            f"({error})"
+        ) from error

@@ -8,9 +8,7 @@ import numpy as np
 import torch
 
 from replicas.engine.batch import Segment, SegmentOutput, TokenProb
-from replicas.kernels.confidence import Confidence
-from replicas.kernels.sample_rows import sample_rows
-from replicas.messages import SamplingParams
+from replicas.kernels.sample_rows import Drawn
 from replicas.model.cuda.staging import Fetch
 from replicas.model.logit_rules import Row
 from replicas.model.runner import outputs_of, rows_of
@@ -37,6 +35,7 @@ class Sampled:
     tokens: torch.Tensor
     """[W] int64, on the device"""
     fetched: Fetch
+    """Drawn.pairs, with rows of padding behind the W."""
     top: dict[int, tuple[TokenProb, ...]]
 
     def first_rows(self) -> list[int]:
@@ -45,29 +44,42 @@ class Sampled:
 
     def outputs(self) -> tuple[list[int], list[SegmentOutput]]:
         """Waits for the choice; returns all the tokens, and the outputs by segment."""
-        ids, probs = self.fetched.wait().tolist()
+        ids, probs = self.fetched.wait()[:, : len(self.tokens)].tolist()
         tokens = [int(token) for token in ids]
         return tokens, outputs_of(self.segments, tokens, probs, self.top)
+
+
+def draws_of(segments: Sequence[Segment]) -> np.ndarray | None:
+    """The temperatures and random numbers of the wanted rows in order, [2, W] float32: 0 where a row is
+    greedy, or its segment not plain. None if all are 0."""
+    if not any(segment.sampling.temperature > 0 and is_plain(segment) for segment in segments):
+        return None
+    seeds: list[int] = []
+    positions: list[int] = []
+    temperatures: list[float] = []
+    for segment in segments:
+        count = len(segment.wanted)
+        temperature = bounded_temperature(segment.sampling.temperature) if is_plain(segment) else 0.0
+        seeds.extend([segment.sampling.seed] * count)
+        positions.extend(segment.sampled_positions)
+        temperatures.extend([temperature] * count)
+    return np.stack([temperatures, uniforms(seeds, positions)]).astype(np.float32)
 
 
 def choose(
     segments: Sequence[Segment],
     logits: torch.Tensor,
-    best: Confidence,
+    drawn: Drawn,
     mask_token_id: int | None,
     eos_token_ids: frozenset[int],
 ) -> Sampled:
-    """Chooses tokens from logits [W, vocab] and best, of the segments' wanted rows in order.
+    """Sends the tokens of the segments' wanted rows, W in order, to the host; those of segments that are not
+    plain are chosen here, and the host waits for them.
 
-    The logits may be overwritten. The vocabulary ends with the last id that may be sampled.
+    logits: [W, vocab], may be overwritten; the vocabulary ends with the last id that may be sampled
+    drawn: the tokens of plain segments' rows; may be overwritten, and have rows of padding behind the W
     """
-    tokens, probs = best.tokens, best.probs
-    if any(segment.sampling.temperature > 0 and is_plain(segment) for segment in segments):
-        tokens = _draw(segments, logits, best, mask_token_id)
-        chosen = logits.gather(1, tokens[:, None]).squeeze(1).float()
-        probs = torch.exp(chosen - best.log_sums)
-    # float64 holds any token id exactly, so ids and probabilities leave the device in one copy.
-    packed = torch.stack((tokens.double(), probs.double()))
+    tokens, pairs = drawn.tokens[: len(logits)], drawn.pairs
     top: dict[int, tuple[TokenProb, ...]] = {}
     special: list[int] = []
     rows: list[Row] = []
@@ -80,25 +92,7 @@ def choose(
     if special:
         index = torch.tensor(special, device=logits.device)
         ids, values, tops = sample(logits[index], rows, mask_token_id, eos_token_ids)
-        packed[:, index] = torch.tensor([ids, values], dtype=torch.float64, device=logits.device)
-        tokens = packed[0].long()
+        pairs[:, index] = torch.tensor([ids, values], dtype=torch.float64, device=logits.device)
+        tokens = pairs[0, : len(logits)].long()
         top = {special[row]: most_probable for row, most_probable in tops.items()}
-    return Sampled(segments, tokens, Fetch(packed), top)
-
-
-def _draw(
-    segments: Sequence[Segment], logits: torch.Tensor, best: Confidence, mask_token_id: int | None
-) -> torch.Tensor:
-    """The tokens [W] int64: drawn where a plain segment has a temperature, else the argmax."""
-    params: list[SamplingParams] = []
-    positions: list[int] = []
-    temperatures: list[float] = []
-    for segment in segments:
-        count = len(segment.wanted)
-        temperature = bounded_temperature(segment.sampling.temperature) if is_plain(segment) else 0.0
-        params.extend([segment.sampling] * count)
-        positions.extend(segment.sampled_positions)
-        temperatures.extend([temperature] * count)
-    numbers = np.stack([temperatures, uniforms([p.seed for p in params], positions)]).astype(np.float32)
-    on_device = torch.from_numpy(numbers).to(logits.device)
-    return sample_rows(logits, best, on_device[0], on_device[1], mask_token_id)
+    return Sampled(segments, tokens, Fetch(pairs), top)

@@ -14,6 +14,7 @@ from replicas.engine.batch import Segment
 from replicas.model.adapter import LowRank
 from replicas.model.checkpoint import LayerWeights, ModelWeights
 from replicas.model.config import ModelConfig
+from replicas.model.kv_cache import zeroed_when_touched
 from replicas.model.native import structures as c
 from replicas.model.native.build import NativeUnavailable, load_library
 from replicas.model.native.penalties import NativePenalties
@@ -81,8 +82,7 @@ class NativeModel:
         self.pages: list[torch.Tensor] = []
         for layer in layers:
             self._fill(layer, weights.layers.pop())
-            # Zeroed by the system when first touched: pages never used are not resident.
-            pages = torch.zeros(2, num_pages * page_bytes // 4, dtype=torch.int32)
+            pages = zeroed_when_touched((2, num_pages * page_bytes // 4), torch.int32)
             self.pages.append(pages)
             layer.keys, layer.values = pages[0].data_ptr(), pages[1].data_ptr()
         self._layers = layers

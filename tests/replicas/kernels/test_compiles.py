@@ -1,22 +1,69 @@
-"""Every kernel compiles for sm_90 without a GPU, within an SM's shared memory."""
+"""Every kernel compiles as it is launched, within its budget, and no step waits, without a GPU."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-_SHARED_BYTES = 227 << 10
-_MODULE = Path(__file__).with_name("compile_all.py")
+import pytest
+
+from benchmarks.gpu.offline.table import MARKS, table
+
+ROOT = Path(__file__).parents[3]
+BUDGET = ROOT / "benchmarks" / "gpu" / "offline" / "budget.json"
 
 
-def test_kernels_compile_for_hopper() -> None:
+def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
     """In a process of its own, where kernels are not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[3])
-    found = subprocess.run(
-        [sys.executable, str(_MODULE)], capture_output=True, text=True, timeout=280, env=environment
+    environment["PYTHONPATH"] = str(ROOT)
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=environment,
+        cwd=ROOT,
+    )
+
+
+def test_kernels_keep_their_budget_on_hopper() -> None:
+    """The 8B's, as its steps launch them, drawn at a temperature and begun ahead too; all GPUs: make
+    check-gpu."""
+    found = run("benchmarks.gpu.offline", "--targets", "sm_90", "--models", "8B", "--dtypes", "bf16")
+    assert found.returncode == 0, found.stderr
+
+
+def test_nothing_is_compiled_or_captured_while_serving() -> None:
+    found = run(
+        *("benchmarks.gpu.offline.load", "--modes", "mixed", "--concurrency", "3", "--steps", "150"),
+        *("--temperature", "0.7"),
     )
     assert found.returncode == 0, found.stderr
-    shared = {name: int(size) for name, size in (line.rsplit(" ", 1) for line in found.stdout.splitlines())}
-    assert len(shared) == 16, sorted(shared)
-    assert max(shared.values()) <= _SHARED_BYTES
+    counted = json.loads(found.stdout)
+    assert counted["graphs"] <= 40
+    assert counted["kernels"] <= 80
+    assert (counted["late_graphs"], counted["late_kernels"]) == (0, [])
+    assert counted["eager"] == 0
+    assert counted["ahead"] > 0
+
+
+def test_nothing_spills_on_the_gpus_it_is_for() -> None:
+    budget = json.loads(BUDGET.read_text())
+    assert set(budget) == {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942"}
+    for target in ("sm_90", "sm_100"):
+        for label, most in budget[target].items():
+            assert "fp32" in label or most["spilled_bytes"] == 0, (target, label)
+
+
+@pytest.mark.parametrize("rows", [64, 128])
+def test_hopper_and_blackwell_multiply_by_their_own_instructions(rows: int) -> None:
+    budget = json.loads(BUDGET.read_text())
+    assert budget["sm_90"][f"attend {rows} bf16"]["tensor_cores"] == "wgmma"
+    assert budget["sm_100"][f"attend {rows} bf16"]["tensor_cores"] == "tcgen05"
+
+
+def test_the_documents_table_is_the_budget() -> None:
+    made = table(json.loads(BUDGET.read_text()))
+    assert f"{MARKS[0]}\n{made}\n{MARKS[1]}" in (ROOT / "docs" / "gpu.md").read_text()

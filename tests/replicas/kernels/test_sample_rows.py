@@ -26,7 +26,14 @@ def test_rows_are_sampled_as_defined(vocab: int, dtype: torch.dtype, mask_token_
     temperatures = torch.tensor([0.0, 0.3, 0.7, 1.0, 1.5, 0.0, 3.0, 1e-5], device=DEVICE)
     random = draw(8)
     found = sample_rows(logits, confidence(logits, mask_token_id), temperatures, random, mask_token_id)
-    assert found.tolist() == sample_rows_reference(logits, temperatures, random, mask_token_id).tolist()
+    expected = sample_rows_reference(logits, temperatures, random, mask_token_id)
+    assert found.tokens.tolist() == expected.tolist()
+    assert found.pairs[0].tolist() == expected.tolist()
+    wide = logits.double()
+    if mask_token_id is not None:
+        wide[:, mask_token_id] = -torch.inf
+    probs = wide.softmax(-1).gather(1, expected[:, None]).squeeze(1)
+    torch.testing.assert_close(found.pairs[1], probs, atol=1e-6, rtol=1e-4)
 
 
 def test_sampler_and_kernel_draw_the_same_tokens() -> None:
@@ -40,27 +47,27 @@ def test_sampler_and_kernel_draw_the_same_tokens() -> None:
     temperatures = torch.tensor([row.sampling.temperature for row in rows], device=DEVICE)
     random = torch.from_numpy(numbers).float().to(DEVICE)
     found = sample_rows(logits, confidence(logits, 4), temperatures, random, 4)
-    assert found.tolist() == sample(logits.cpu().clone(), rows, 4)[0]
+    assert found.tokens.tolist() == sample(logits.cpu().clone(), rows, 4)[0]
 
 
 def test_extreme_random_numbers_land_on_possible_tokens() -> None:
     logits = torch.full((4, 9000), -torch.inf, device=DEVICE)
     logits[:, [3, 4500, 8000]] = 0.0
     random = torch.tensor([0.0, 1 - 2**-24, 1.0, 0.5], device=DEVICE)
-    tokens = sample_rows(logits, confidence(logits, None), torch.ones(4, device=DEVICE), random, None)
+    tokens = sample_rows(logits, confidence(logits, None), torch.ones(4, device=DEVICE), random, None).tokens
     assert tokens.tolist() == [3, 8000, 8000, 4500]
 
 
 def test_a_rows_token_does_not_depend_on_the_batch() -> None:
     logits, random = normal(6, 5000), draw(6)
     temperatures = torch.ones(6, device=DEVICE)
-    together = sample_rows(logits, confidence(logits, None), temperatures, random, None)
+    together = sample_rows(logits, confidence(logits, None), temperatures, random, None).tokens
     for row in range(6):
         part = slice(row, row + 1)
         alone = sample_rows(
             logits[part], confidence(logits[part], None), temperatures[part], random[part], None
         )
-        assert alone.tolist() == together[part].tolist()
+        assert alone.tokens.tolist() == together[part].tolist()
 
 
 def test_rows_that_are_not_finite_draw_a_token_of_the_vocabulary_and_change_no_other() -> None:
@@ -69,14 +76,14 @@ def test_rows_that_are_not_finite_draw_a_token_of_the_vocabulary_and_change_no_o
     logits[3] = torch.inf
     logits[5] = -torch.inf
     temperatures = torch.tensor([1.0, 1.0, 0.0, 0.5, 1e30, 1.0, 1e-5], device=DEVICE)
-    together = sample_rows(logits, confidence(logits, None), temperatures, random, None).tolist()
+    together = sample_rows(logits, confidence(logits, None), temperatures, random, None).tokens.tolist()
     assert all(0 <= token < 5000 for token in together)
     for row in (0, 2, 4, 6):
         part = slice(row, row + 1)
         alone = sample_rows(
             logits[part], confidence(logits[part], None), temperatures[part], random[part], None
         )
-        assert alone.tolist() == together[part]
+        assert alone.tokens.tolist() == together[part]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -87,4 +94,4 @@ def test_greedy_rows_of_many_equal_logits_take_the_lowest_id(dtype: torch.dtype)
     found = sample_rows(logits, confidence(logits, 5), greedy, draw(6), 5)
     rows = [Row(SamplingParams(logprobs=1), position=k) for k in range(6)]
     tokens, _, tops = sample(logits.cpu().clone(), rows, 5)
-    assert found.tolist() == tokens == [tops[row][0][0] for row in range(6)]
+    assert found.tokens.tolist() == tokens == [tops[row][0][0] for row in range(6)]

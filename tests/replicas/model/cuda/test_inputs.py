@@ -9,27 +9,21 @@ from replicas.messages import SamplingParams
 from replicas.model.config import ModelConfig
 from replicas.model.cuda.fill import fill_in
 from replicas.model.cuda.graphs import GraphCache
-from replicas.model.cuda.inputs import HostStep, StepSize, bucket, sections_of
+from replicas.model.cuda.inputs import HostStep, StepSize, sections_of
 from replicas.model.cuda.lookahead import guess, match, resolve
+from replicas.model.cuda.sizes import GraphSizes
 from replicas.model.cuda.staging import Staging
 from tests.replicas.model.conftest import commit_and_masks, segment
 from tests.tiny_checkpoint import MASK_TOKEN_ID, tiny_config
 
 CONFIG = ModelConfig.parse(tiny_config())
 PAGE = 8
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LONG = SamplingParams(max_tokens=100)
 
 
 def sizes(*counts: int) -> StepSize:
     return StepSize(*counts, num_tiles=(1, 0, 0), has_adapter=False)
-
-
-def test_buckets_cover_with_bounded_waste() -> None:
-    found = [bucket(count) for count in range(1025)]
-    assert all(count <= size <= max(2, 1.5 * count) for count, size in enumerate(found))
-    assert found == sorted(found)
-    assert len(set(found)) < 22
-    assert all(bucket(size) == size for size in found)
 
 
 def test_written_sections_are_padded_and_in_place() -> None:
@@ -42,10 +36,11 @@ def test_written_sections_are_padded_and_in_place() -> None:
     buffer = np.full(host.num_ints(size) + 3, 99, dtype=np.int32)
     used = host.write(buffer, size)
     assert (buffer[used:] == 99).all()
-    parts, at = {}, 0
-    for name, length in size.sections():
-        parts[name] = buffer[at : at + length].tolist()
-        at += length
+    *places, (_, at, _) = size.places()
+    parts = {name: buffer[first:end].tolist() for name, first, end in places}
+    assert all(first % 4 == 0 for _, first, _ in places), (
+        "kernels are compiled for pointers aligned to 16 bytes"
+    )
     assert parts["token_ids"] == [7, 8, 9, 3, 0, 0]
     assert parts["positions"] == [6, 7, 8, 2, 0, 0]
     assert parts["slots"] == [4 * PAGE + 6, 4 * PAGE + 7, 2 * PAGE, 5 * PAGE + 2, -1, -1]
@@ -72,25 +67,23 @@ def test_a_commit_and_the_block_behind_it_are_one_segment() -> None:
 def test_adapter_free_steps_have_no_adapter_sections() -> None:
     host = HostStep.pack([segment([3], (5,), start=2)], CONFIG, PAGE)
     assert dict(host.size.sections())["adapter"] == 0
-    assert not host.size.bucketed().has_adapter
+    assert not GraphSizes(CONFIG).padded(host.size).has_adapter
 
 
-def test_graphs_are_captured_once_and_the_longest_unused_goes() -> None:
+def test_graphs_are_captured_once_and_kept() -> None:
     captured, replayed = [], []
 
     def capture(size: StepSize):
         captured.append(size)
         return lambda: replayed.append(size)
 
-    cache = GraphCache(capture, max_graphs=2)
-    a, b, c = sizes(1, 1, 1), sizes(2, 2, 2), sizes(4, 4, 4)
-    for size in (a, b, a, c, a, b):
+    cache = GraphCache(capture)
+    a, b = sizes(1, 1, 1), sizes(2, 2, 2)
+    for size in (a, b, a):
         cache.run(size)
-    assert captured == [a, b, c, b]
-    assert replayed == [a, b, a, c, a, b]
+    assert captured == [a, b]
+    assert replayed == [a, b, a]
     assert len(cache) == 2
-    with pytest.raises(ValueError, match="max_graphs"):
-        GraphCache(capture, max_graphs=0)
 
 
 def test_a_failed_capture_is_not_kept() -> None:
@@ -124,11 +117,12 @@ def test_what_follows_a_step_is_a_step() -> None:
 def test_the_device_fills_in_what_the_host_would_have_packed() -> None:
     guessed = guess([step(9, 2, seq_id=4), step(8, 5, seq_id=6)], [1, 0], PAGE)
     assert guessed is not None
-    staging = Staging(torch.device("cpu"))
+    staging = Staging(DEVICE)
     host = HostStep.pack(guessed.segments, CONFIG, PAGE)
-    size = host.size.bucketed()
+    size = GraphSizes(CONFIG).padded(host.size)
+    assert size is not None
     parts = sections_of(staging.send_step(host, size, None), size)
-    fill_in(guessed, torch.tensor([41, 42]), parts, staging)
+    fill_in(guessed, torch.tensor([41, 42], device=DEVICE), parts, staging)
     expected = HostStep.pack([step(42, 3, seq_id=4), step(41, 6, seq_id=6)], CONFIG, PAGE)
     for name, values in expected.sections.items():
         assert parts[name][: len(values)].tolist() == values.tolist(), name

@@ -222,6 +222,7 @@ def kv_pages(runner: CudaRunner) -> torch.Tensor:
     return runner.model._layers[0]._attention._pages.layers
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="the CPU's transformer hands over the CPU's tensors")
 def test_triton_attention_under_the_cpus_transformer(tmp_path: Path) -> None:
     """Both devices' attention have one signature."""
     folder = make_tiny_checkpoint(tmp_path, seed=6, num_hidden_layers=1)
@@ -242,3 +243,24 @@ def test_triton_attention_under_the_cpus_transformer(tmp_path: Path) -> None:
 def test_bad_options_are_named(folder: Path, given: dict[str, object], word: str) -> None:
     with pytest.raises(CheckpointError, match=word):
         CudaRunner.load(str(folder), **{"dtype": "float32", "device": DEVICE, **given})
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU to wait for")
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_queueing_a_step_waits_for_nothing(folder: Path, temperature: float) -> None:
+    """Once its graph is captured; the tokens are waited for by an event, which is no synchronising call."""
+    runner = make_runner(folder, Options())
+    tokens = prompt(4, seed=1)
+    sampling = SamplingParams(max_tokens=9, temperature=temperature, seed=3)
+    runner.run(ScheduledBatch((segment(tokens, (0, 1), wanted=(3,)),)))
+
+    def step(number: int) -> ScheduledBatch:
+        return ScheduledBatch((replace(segment([7], (0, 1), start=4 + number), sampling=sampling),))
+
+    runner.run(step(0))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(1, 4):
+            runner.run(step(number))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

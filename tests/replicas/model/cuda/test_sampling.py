@@ -14,10 +14,11 @@ from replicas.engine.batch import Runner, Segment
 from replicas.engine.engine import Engine
 from replicas.engine.history import NO_TOKENS, Prefix
 from replicas.kernels.confidence import confidence
+from replicas.kernels.sample_rows import Drawn, sample_rows
 from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.cuda.lookahead import guess
 from replicas.model.cuda.runner import CudaRunner, Options
-from replicas.model.cuda.sampling import choose, is_plain
+from replicas.model.cuda.sampling import choose, draws_of, is_plain
 from replicas.model.runner import TorchRunner, rows_of
 from replicas.model.sampler import sample
 from tests.replicas.model.conftest import prompt, segment
@@ -68,12 +69,19 @@ def some_logits(num_rows: int) -> torch.Tensor:
     return logits
 
 
+def draw(segments: Seq[Segment], logits: torch.Tensor) -> Drawn:
+    """The plain rows' tokens, by the kernels."""
+    draws = draws_of(segments)
+    numbers = torch.zeros(2, len(logits)) if draws is None else torch.from_numpy(draws)
+    best = confidence(logits, MASK_TOKEN_ID)
+    return sample_rows(logits, best, *numbers.to(logits.device), MASK_TOKEN_ID)
+
+
 def choose_both(segments: Seq[Segment], logits: torch.Tensor) -> tuple[list[int], list[int]]:
     """By the GPU's way and by the CPU's."""
     on_device = logits.to(DEVICE)
-    tokens, _ = choose(
-        segments, on_device, confidence(on_device, MASK_TOKEN_ID), MASK_TOKEN_ID, EOS
-    ).outputs()
+    drawn = draw(segments, on_device)
+    tokens, _ = choose(segments, on_device, drawn, MASK_TOKEN_ID, EOS).outputs()
     rows = [row for part in segments for row in rows_of(part)]
     return tokens, sample(logits.clone(), rows, MASK_TOKEN_ID, EOS)[0]
 
@@ -118,8 +126,7 @@ def test_a_segment_whose_logits_are_not_finite_fails_alone(sampling: SamplingPar
     logits[3] = logits[2]
 
     def outputs() -> list:
-        best = confidence(logits, MASK_TOKEN_ID)
-        return choose(segments, logits.clone(), best, MASK_TOKEN_ID, EOS).outputs()[1]
+        return choose(segments, logits.clone(), draw(segments, logits), MASK_TOKEN_ID, EOS).outputs()[1]
 
     healthy = outputs()
     assert [output.failure for output in healthy] == [None] * 4

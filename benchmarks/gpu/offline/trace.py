@@ -1,0 +1,284 @@
+"""What the CUDA runner launches on a GPU, found without one.
+
+`CudaRunner.run` goes through on meta tensors, a stand-in for Triton's driver answers for the target, and each
+launch stops once its arguments are bound. So signature, constants, alignment and grid are those of a launch
+on that GPU, and none is written by hand.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from benchmarks.gpu.model import Work, make_runner, segments
+from benchmarks.gpu.offline.devices import Device
+from replicas.engine.batch import ScheduledBatch, Segment
+from replicas.kernels import launch
+from replicas.messages import SamplingParams
+from replicas.model.cuda import runner as runner_module
+from replicas.model.cuda import sampling
+from replicas.model.cuda.runner import Options
+
+META = torch.device("meta")
+_SAMPLED = SamplingParams(max_tokens=1000, temperature=0.7, seed=5)
+_GREEDY = SamplingParams(max_tokens=1000)
+_WAITING_CALLS = frozenset(
+    f"aten::{name}" for name in ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One specialization of a kernel that the JIT would compile."""
+
+    function: Any
+    signature: dict[str, str]
+    constants: dict[Any, Any]
+    options: dict[str, Any]
+    attributes: Any
+    step: str
+    """The kind of step that launched it first."""
+
+    @property
+    def name(self) -> str:
+        return str(self.function.__name__).lstrip("_")
+
+    @property
+    def label(self) -> str:
+        """The name, and what of its constants tells it from the others."""
+        constants = {self._name(key): value for key, value in self.constants.items()}
+        parts = [self.name]
+        if "BLOCK_M" in constants:
+            parts.append(str(constants["BLOCK_M"]))
+        # What it multiplies or stores: K/V, or an adapter.
+        kind = self.signature.get("cache") or self.signature.get("down") or self.signature.get("up")
+        if kind is not None:
+            parts.append({"*fp8e4nv": "fp8", "*fp32": "fp32"}.get(kind, "bf16"))
+        return " ".join(parts)
+
+    @property
+    def num_splits(self) -> int:
+        """The number of parts of which it makes or merges one; 1 for kernels that know of none."""
+        constants = {self._name(key): value for key, value in self.constants.items()}
+        return int(constants.get("NUM_SPLITS", 1))
+
+    @property
+    def key(self) -> str:
+        """Equal for variants whose code is alike: they differ in what Triton knows of their arguments'
+        alignment, or in the number of parts where there are several."""
+        constants = {self._name(key): str(value) for key, value in self.constants.items()}
+        constants.pop("BLOCKS_PER_SPLIT", None)
+        constants["NUM_SPLITS"] = str(self.num_splits > 1)
+        parts = (constants, self.signature, self.options)
+        return str((self.name, *(sorted(part.items()) for part in parts)))
+
+    @property
+    def num_unaligned(self) -> int:
+        """Pointers of which Triton does not know that they are aligned to 16 bytes."""
+        aligned = {
+            self._name(key)
+            for key, value in self.attributes.items()
+            if any(attribute[0] == "tt.divisibility" for attribute in value)
+        }
+        return sum(kind.startswith("*") and name not in aligned for name, kind in self.signature.items())
+
+    def _name(self, key: Any) -> str:
+        return str(self.function.arg_names[key[0]] if isinstance(key, tuple) else key)
+
+
+@dataclass
+class Trace:
+    """What was launched on one device."""
+
+    variants: dict[str, Variant] = field(default_factory=dict)
+    """By Triton's own key of the specialization."""
+    launches: list[str] = field(default_factory=list)
+    """The keys of the launches of the last step, in order."""
+    waits: list[str] = field(default_factory=list)
+    """Where the host waited for the device between the queueing of steps."""
+    step: str = ""
+
+
+class _Driver:
+    """Stands where Triton's CUDA driver would."""
+
+    def __init__(self, device: Device):
+        self._device = device
+
+    def get_current_device(self) -> int:
+        return self._device.num_sms  # JITFunction keeps what it bound by this number
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self._device.target
+
+
+class _Pointer:
+    """What Triton asks of a tensor. The allocator aligns to 512 bytes, so an offset says it all."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.dtype = tensor.dtype
+        self._address = (1 << 40) + tensor.storage_offset() * tensor.element_size()
+        self._range = tensor.untyped_storage().nbytes()
+
+    def data_ptr(self) -> int:
+        return int(self._address)
+
+    def ptr_range(self) -> int:
+        return self._range
+
+
+class _Fetch:
+    """Stands where the copy to the host would. Tokens are one of a few at random, so that a draft's are
+    accepted three times out of four; each has a probability of 0.95."""
+
+    _random = random.Random(0)
+
+    def __init__(self, tensor: torch.Tensor):
+        self._num_rows = tensor.shape[1]
+
+    def wait(self) -> torch.Tensor:
+        tokens = [7.0 if self._random.random() < 0.86 else 8.0 for _ in range(self._num_rows)]
+        return torch.tensor([tokens, [0.95] * self._num_rows], dtype=torch.float64)
+
+
+def _sample(
+    logits: torch.Tensor, rows: Sequence[Any], *_: Any
+) -> tuple[list[int], list[float], dict[int, Any]]:
+    """Stands where the sampler of rows with rules would, which asks the device for values."""
+    tops = dict.fromkeys(range(len(rows)), ((7, -0.05),))
+    return [7] * len(rows), [0.95] * len(rows), tops
+
+
+class _Recorder:
+    """Stands where the recorder of CUDA graphs would: a captured step is traced once, and is free from then
+    on."""
+
+    def __init__(self, _: torch.device):
+        pass
+
+    def capture(self, compute: Callable[[], object]) -> Callable[[], object]:
+        compute()
+        return lambda: None
+
+
+class _Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes copies that wait for the device's queue, and values that the host asks for."""
+
+    def __init__(self, trace: Trace):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._trace = trace
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = function._schema.name
+        if name in _WAITING_CALLS or (
+            self._is_copy(name, args, kwargs) and not _is_non_blocking(args, kwargs)
+        ):
+            shape = tuple(args[-1].shape) if name == "aten::copy_" else tuple(args[0].shape)
+            self._trace.waits.append(f"{self._trace.step}: {name} of {shape}")
+        return function(*args, **kwargs)
+
+    @staticmethod
+    def _is_copy(name: str, args: Any, kwargs: Any) -> bool:
+        """True if it copies between host and device."""
+        if name == "aten::copy_":
+            return bool(args[0].device != args[1].device)
+        if name in ("aten::to", "aten::_to_copy"):
+            asked = [item for item in (*args[1:], *kwargs.values()) if isinstance(item, torch.device)]
+            return bool(asked) and asked[0] != args[0].device
+        return False
+
+
+def _is_non_blocking(args: Any, kwargs: Any) -> bool:
+    return bool(kwargs.get("non_blocking")) or any(item is True for item in args[1:])
+
+
+@contextmanager
+def standing_in(device: Device, trace: Trace) -> Iterator[None]:
+    """Launches are bound as for the device and recorded; nothing is compiled."""
+    run = JITFunction.run
+
+    def bind(function: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        given = [_Pointer(item) if isinstance(item, torch.Tensor) else item for item in args]
+        run(function, *given, grid=grid, warmup=True, **kwargs)
+
+    def hook(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        function = fn.jit_function
+        key = f"{function.__name__} {key}"
+        names = ("num_warps", "num_ctas", "num_stages", "enable_fp_fusion")
+        options = {name: compile[name] for name in names if name in compile}
+        found = Variant(
+            function,
+            compile["signature"],
+            compile["constants"],
+            options,
+            compile["configs"][0],
+            trace.step,
+        )
+        trace.variants.setdefault(key, found)
+        trace.launches.append(key)
+        return True  # as if compiled already: JITFunction stops here
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(JITFunction, "run", bind))
+        stack.enter_context(patch.object(launch, "num_sms", lambda _: device.num_sms))
+        stack.enter_context(patch.object(sampling, "Fetch", _Fetch))
+        stack.enter_context(patch.object(sampling, "sample", _sample))
+        stack.enter_context(patch.object(runner_module, "GraphRecorder", _Recorder))
+        stack.callback(setattr, triton.knobs.runtime, "jit_cache_hook", None)
+        triton.knobs.runtime.jit_cache_hook = hook
+        driver.set_active(_Driver(device))
+        yield
+
+
+def _asked(work: Work, kind: str, count: int, length: int, sampled: bool) -> list[Segment]:
+    """Segments of one kind: 'causal' (a step, or a verify), 'draft', 'denoise', 'prefill'."""
+    sampling_params = _SAMPLED if sampled else _GREEDY
+    pages = tuple(range(-(-(work.num_cached + 3 * length) // work.page_size)))  # enough for what follows
+    made = [
+        replace(segment, sampling=sampling_params, pages=pages)
+        for segment in segments(work, count, length, draft=kind in ("draft", "denoise"))
+    ]
+    if kind == "denoise":
+        return [replace(segment, adapter=False) for segment in made]
+    if kind == "prefill":
+        return [replace(segment, wanted=(length - 1,)) for segment in made]
+    return made
+
+
+STEPS = {
+    "ar 1": ("causal", 1, 1, False),
+    "ar 8": ("causal", 8, 1, False),
+    "ar 33": ("causal", 33, 1, False),
+    "ar 64": ("causal", 64, 1, False),
+    "ar 64 sampled": ("causal", 64, 1, True),
+    "draft 1x32": ("draft", 1, 32, False),
+    "verify 1x32": ("causal", 1, 32, False),
+    "verify 8x16": ("causal", 8, 16, False),
+    "draft 16x8": ("draft", 16, 8, False),
+    "denoise 4x32": ("denoise", 4, 32, False),
+    "prefill 2048": ("prefill", 1, 2048, False),
+}
+"""Kinds of step: of segments, how many of them, how long, and whether at a temperature."""
+
+
+def trace_steps(device: Device, trace: Trace, work: Work) -> None:
+    """Runs every kind of step, and the one after it where that is begun ahead."""
+    with standing_in(device, trace):
+        runner = make_runner(work, META, Options())
+        for name, asked in STEPS.items():
+            trace.step, trace.launches = f"{work.name}, {name}", []
+            batch = ScheduledBatch(tuple(_asked(work, *asked)))
+            with _Waits(trace):
+                runner.run(batch)

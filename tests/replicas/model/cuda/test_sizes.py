@@ -1,0 +1,106 @@
+"""Every step of an engine finds a graph, few graphs are enough, and the warm-up meets them all. Pure."""
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from replicas.engine.batch import Segment
+from replicas.kernels.attention import TILE_SHAPES
+from replicas.model.config import ModelConfig
+from replicas.model.cuda.inputs import HostStep, StepSize
+from replicas.model.cuda.sizes import MAX_GRAPH_ROWS, MAX_GRAPHS, GraphSizes, batches, eager
+from tests.replicas.model.conftest import segment
+from tests.tiny_checkpoint import tiny_config
+
+CONFIG = ModelConfig.parse(tiny_config())
+PAGE = 64
+
+
+def config_of(queries_per_kv: int) -> ModelConfig:
+    return replace(CONFIG, num_heads=2 * queries_per_kv, num_kv_heads=2)
+
+
+def some_step(rng: random.Random) -> list[Segment]:
+    """Any mixture of segments, of up to the most rows."""
+    most, segments = rng.choice((1, 4, 60, 500, MAX_GRAPH_ROWS)), []
+    kinds = rng.sample(("step", "verify", "draft", "prompt"), rng.randint(1, 4))
+    while most > 0 and len(segments) < 128:
+        kind = rng.choice(kinds)
+        length = 1 if kind == "step" else rng.randint(1, 64 if kind != "prompt" else 700)
+        if length > most:
+            break
+        most -= length
+        wanted = (length - 1,) if kind == "prompt" else range(length)
+        made = segment([1] * length, tuple(range(12)), wanted=tuple(wanted), seq_id=len(segments))
+        segments.append(replace(made, num_causal=0, adapter=True) if kind == "draft" else made)
+    return segments or [segment([1], (0,), wanted=(0,))]
+
+
+@pytest.mark.parametrize("queries_per_kv", [1, 3, 4, 8, 32])
+def test_every_step_that_fits_is_held_by_one_of_few_sizes(queries_per_kv: int) -> None:
+    config = config_of(queries_per_kv)
+    sizes = GraphSizes(config)
+    assert len(sizes.sizes) <= MAX_GRAPHS
+    rng = random.Random(queries_per_kv)
+    for _ in range(300):
+        size = HostStep.pack(some_step(rng), config, PAGE).size
+        held = sizes.padded(size)
+        if size.num_wanted > 1024:
+            assert held is None
+            continue
+        assert held is not None, size
+        assert held.num_rows <= max(8, 2 * size.num_rows)
+        assert all(count <= most for count, most in zip(size.num_tiles, held.num_tiles, strict=True))
+
+
+def test_a_step_of_single_tokens_runs_neither_adapter_nor_large_tiles() -> None:
+    for count in (1, 3, 64, 128):
+        segments = [segment([1], (0,), wanted=(0,), seq_id=number) for number in range(count)]
+        held = GraphSizes(CONFIG).padded(HostStep.pack(segments, CONFIG, PAGE).size)
+        assert held is not None
+        assert (held.has_adapter, held.num_tiles[1:]) == (False, (0, 0))
+        assert held.num_rows < 2 * count
+
+
+def test_a_short_verify_of_a_lone_request_has_a_graph() -> None:
+    sizes = GraphSizes(CONFIG)
+    for length in (2, 3, 4):
+        short = segment([1] * length, (0,), wanted=tuple(range(length)))
+        assert sizes.padded(HostStep.pack([short], CONFIG, PAGE).size) in sizes.up_to(1, 512)
+
+
+def test_what_is_too_large_has_no_size() -> None:
+    sizes = GraphSizes(CONFIG)
+    for num_rows, num_wanted, num_segments in ((2049, 1, 1), (2048, 1025, 1), (256, 256, 129)):
+        size = StepSize(num_rows, num_wanted, num_segments, (0,) * len(TILE_SHAPES), False)
+        assert sizes.padded(size) is None
+        assert eager(size).num_rows % 256 == 0
+
+
+@pytest.mark.parametrize("max_running", [1, 20, 64, 256])
+@pytest.mark.parametrize("max_step_tokens", [96, 512, 2048, 8192])
+def test_the_warm_up_meets_every_size_that_its_bounds_allow(max_running: int, max_step_tokens: int) -> None:
+    sizes = GraphSizes(CONFIG)
+    expected = sizes.up_to(max_running, max_step_tokens)
+    made = list(batches(expected, PAGE, num_pages=40, max_context=2560))
+    met = {sizes.padded(HostStep.pack(batch.segments, CONFIG, PAGE).size) for batch in made}
+    assert met == set(expected) | {sizes.sizes[0]}
+    rng = random.Random(max_running)
+    for _ in range(100):
+        step = some_step(rng)
+        size = HostStep.pack(step, CONFIG, PAGE).size
+        if size.num_rows <= max_step_tokens and len(step) <= max_running:
+            assert sizes.padded(size) in {None, *expected}
+
+
+@pytest.mark.parametrize(
+    ("page_size", "num_pages", "max_context"), [(16, 1, 16), (64, 4, 33), (8, 1000, 4096)]
+)
+def test_the_warm_up_stays_in_the_pool_and_the_context(
+    page_size: int, num_pages: int, max_context: int
+) -> None:
+    for batch in batches(GraphSizes(CONFIG).sizes, page_size, num_pages, max_context):
+        for part in batch.segments:
+            assert max(part.pages) < num_pages
+            assert len(part.token_ids) <= min(max_context, page_size * len(part.pages))
