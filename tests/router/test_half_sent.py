@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable
 import httpx
 import pytest
 
-from router.api import AppState, create_app
+from router.api import create_app
+from router.app_state import AppState
 from router.config import IngressConfig
 from tests.router.conftest import over_http
 from tests.router.fakes import MODEL, ScriptedReplica
