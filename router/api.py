@@ -3,6 +3,7 @@
 import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from importlib.metadata import version as distribution_version
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,6 +12,7 @@ from starlette.responses import Response
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import GenerateRequest
 from router.answering import error_as_sent, generate
+from router.apis.tokens import add_token_routes
 from router.app_state import AppState
 from router.body import BodyReader, route_with
 from router.config import Bounds
@@ -21,6 +23,8 @@ from router.operate import add_metrics_route, add_policy_routes
 from router.schema import ChatCompletionRequest, CompletionRequest
 from router.sse import ChatAnswer, OpenAiAnswer, TextAnswer
 from router.state import cluster_state
+
+VERSION = distribution_version("triad-serving")
 
 
 def create_app(app_state: AppState, lifespan: AbstractAsyncContextManager[None] | None = None) -> FastAPI:
@@ -82,6 +86,15 @@ def create_app(app_state: AppState, lifespan: AbstractAsyncContextManager[None] 
     async def healthz() -> Response:
         return json_response({"status": "alive"})
 
+    @app.get("/ping", response_class=Response)  # as SageMaker asks, and vLLM answers
+    @app.post("/ping", response_class=Response)
+    async def ping() -> Response:
+        return Response()
+
+    @app.get("/version", response_class=Response, responses=OTHER_RESPONSES)
+    async def version() -> Response:
+        return json_response({"version": VERSION})
+
     @app.get("/readyz", response_class=Response, responses=OTHER_RESPONSES)
     async def readyz() -> Response:
         if not app_state.dispatcher.ready:
@@ -92,6 +105,7 @@ def create_app(app_state: AppState, lifespan: AbstractAsyncContextManager[None] 
     async def state() -> Response:
         return json_response(await cluster_state(app_state.dispatcher, app_state.view, app_state.store))
 
+    add_token_routes(app, app_state)
     if app_state.metrics is not None:
         add_metrics_route(app, app_state.metrics, app_state.store, app_state.siblings)
     if app_state.policy is not None:

@@ -1,7 +1,7 @@
 """Parts of fields: their kinds, their ranges, and how a fault in one is told."""
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import (
     AfterValidator,
@@ -131,6 +131,23 @@ class Strict(BaseModel):
         return {name: value for name, value in data.items() if name in known} if unknown else data
 
 
+class Prompted(Strict):
+    """A body with a prompt, whose length is bounded."""
+
+    prompt_field: ClassVar[str]
+    """The name of the field that holds the prompt."""
+
+    @property
+    def num_prompt_chars(self) -> int:
+        """The characters of all prompts; a token id counts as one."""
+        raise NotImplementedError
+
+    @property
+    def prompt_param(self) -> str:
+        """The name of the field that holds this body's prompt, where there are several."""
+        return self.prompt_field
+
+
 def conflict(field: str, why: str) -> PydanticCustomError:
     """The error for two fields that don't go together; `field` is the one to change."""
     return PydanticCustomError("conflict", "{why}", {"field": field, "why": why})
@@ -146,6 +163,16 @@ def prompts(value: Any) -> tuple[TextPrompt, ...]:
     if len(found) > MAX_PROMPTS:
         raise PydanticCustomError("prompt", "At most {most} prompts a request", {"most": MAX_PROMPTS})
     return tuple(_prompt(prompt) for prompt in found)
+
+
+def token_ids(value: Any) -> tuple[int, ...]:
+    """The token ids of a list, which may be empty."""
+    if value == []:
+        return ()
+    ids = _prompt(value) if isinstance(value, list) else None
+    if not isinstance(ids, tuple):
+        raise PydanticCustomError("prompt", "A list of token ids is wanted")
+    return ids
 
 
 def _prompt(value: Any) -> TextPrompt:

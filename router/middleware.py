@@ -31,7 +31,7 @@ REQUEST_ID_HEADER = "x-request-id"
 MAX_REQUEST_ID_LEN = 128
 _NOT_PLAIN = re.compile(r"[^A-Za-z0-9_.:-]")
 
-OPEN_PATHS = frozenset({"/health", "/healthz", "/readyz", "/metrics"})
+OPEN_PATHS = frozenset({"/health", "/healthz", "/ping", "/readyz", "/metrics"})
 """Paths for probes and scrapers, which have no key and ask every few seconds: neither traced nor logged."""
 COMPLETIONS = frozenset({"/v1/chat/completions", "/v1/completions"})
 ADMIN_CALLS = frozenset({("PUT", "/v1/triad/policy"), ("DELETE", "/v1/triad/policy")})

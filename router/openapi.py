@@ -112,6 +112,11 @@ OTHER_RESPONSES: Responses = _errors(401, 431, 503) | _answer(
 )
 
 
+TOKENS_RESPONSES: Responses = _errors(400, 401, 404, 408, 413, 415, 429, 431, 500, 503) | _answer(
+    {"application/json": _JSON_OBJECT}, "As docs/api.md has it."
+)
+
+
 def add_description(app: FastAPI) -> None:
     """Completes the document that FastAPI makes of the routes."""
     make = app.openapi
