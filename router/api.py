@@ -12,6 +12,7 @@ from starlette.responses import Response
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import GenerateRequest
 from router.answering import error_as_sent, generate
+from router.apis.messages import add_message_routes
 from router.apis.tokens import add_token_routes
 from router.app_state import AppState
 from router.body import BodyReader, route_with
@@ -106,6 +107,7 @@ def create_app(app_state: AppState, lifespan: AbstractAsyncContextManager[None] 
         return json_response(await cluster_state(app_state.dispatcher, app_state.view, app_state.store))
 
     add_token_routes(app, app_state)
+    add_message_routes(app, app_state)
     if app_state.metrics is not None:
         add_metrics_route(app, app_state.metrics, app_state.store, app_state.siblings)
     if app_state.policy is not None:
