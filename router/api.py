@@ -13,6 +13,7 @@ from replicas.errors import ErrorCode, TriadError
 from replicas.messages import GenerateRequest
 from router.answering import error_as_sent, generate
 from router.apis.messages import add_message_routes
+from router.apis.responses import add_response_routes
 from router.apis.tokens import add_token_routes
 from router.app_state import AppState
 from router.body import BodyReader, route_with
@@ -108,6 +109,7 @@ def create_app(app_state: AppState, lifespan: AbstractAsyncContextManager[None] 
 
     add_token_routes(app, app_state)
     add_message_routes(app, app_state)
+    add_response_routes(app, app_state)
     if app_state.metrics is not None:
         add_metrics_route(app, app_state.metrics, app_state.store, app_state.siblings)
     if app_state.policy is not None:

@@ -135,7 +135,7 @@ def add_message_routes(app: FastAPI, app_state: AppState) -> None:
     @app.post("/v1/messages", response_class=Response, responses=MESSAGES_RESPONSES)
     async def messages(request: Request, body: MessagesRequest) -> Response:
         def answer(answer_id: str, sent: GenerateRequest) -> MessageAnswer:
-            return MessageAnswer(answer_id, app_state.model_name, 0)
+            return MessageAnswer(answer_id.replace("-", "_"), app_state.model_name, 0)
 
         return await generate(app_state, request, body.chat, "msg", answer, body.error_as_sent)
 

@@ -69,7 +69,7 @@ async def test_messages_as_the_anthropic_client_takes_them(make_door) -> None:
         assert (whole.stop_reason, whole.stop_sequence, whole.role) == ("end_turn", None, "assistant")
         assert (whole.usage.input_tokens, whole.usage.output_tokens) == (5, len(WORDS))
         assert whole.decoding["tokens_per_forward"] == 1.2
-        assert whole.id.startswith("msg-")
+        assert whole.id.startswith("msg_")
 
         async with client.messages.stream(**BODY) as stream:
             names = [event.type async for event in stream]
