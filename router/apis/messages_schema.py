@@ -27,7 +27,10 @@ def _blocks(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-TextBlocks = Annotated[list[Annotated[TextBlock, one_of({"text": TextBlock})]], BeforeValidator(_blocks)]
+TextBlocks = Annotated[
+    list[Annotated[TextBlock, one_of({"text": TextBlock})]],
+    BeforeValidator(_blocks, json_schema_input_type=str | list[TextBlock]),
+]
 
 
 class ThinkingBlock(Strict):
@@ -70,7 +73,10 @@ _KINDS = {
 
 class MessageParam(Strict):
     role: Literal["user", "assistant", "system"]
-    content: Annotated[list[Annotated[Block, one_of(_KINDS)]], BeforeValidator(_blocks)]
+    content: Annotated[
+        list[Annotated[Block, one_of(_KINDS)]],
+        BeforeValidator(_blocks, json_schema_input_type=str | list[Block]),
+    ]
 
     def chat_messages(self) -> list[dict[str, Any]]:
         """The chat messages that it amounts to: each tool's result is one of its own."""
