@@ -16,6 +16,7 @@ from replicas.grammar import Asked, GrammarCompiler, JsonGrammar
 from replicas.messages import GenerateRequest, Message, Prompt
 from replicas.request_state import is_chat
 from replicas.text import TextCodec
+from replicas.token_messages import DetokenizeRequest, Tokenized, TokenRequest
 from replicas.tools.output import OutputParser
 
 T = TypeVar("T")
@@ -73,6 +74,7 @@ class Preparation:
         self._under_way: dict[str, _UnderWay] = {}
         self._short, self._long = _Threads("prompt", 1), _Threads("long-prompt", 1)
         self._compiling = _Threads("grammar", NUM_COMPILES)
+        self._num_tokenizing = 0
         self._is_closed = False
 
     def start(self) -> None:
@@ -106,6 +108,25 @@ class Preparation:
         if under_way.dropped is not None:
             raise under_way.dropped
         return under_way.task.result()
+
+    async def tokens(self, request: TokenRequest) -> Tokenized | str:
+        """Tokenizes, or detokenizes. TriadError says what is wrong, or that there is too much to do."""
+        if self._is_closed:
+            raise TriadError(ErrorCode.UNAVAILABLE, "the replica is shutting down")
+        num_chars = _num_chars(
+            request.token_ids if isinstance(request, DetokenizeRequest) else request.prompt
+        )
+        if num_chars <= MAX_INLINE_CHARS:
+            return answer(self._codec, request)
+        if self._num_tokenizing >= self._max_requests:
+            message = f"the replica has {self._max_requests} texts to tokenize; retry later"
+            raise TriadError(ErrorCode.QUEUE_FULL, message)
+        self._num_tokenizing += 1
+        try:
+            threads = self._short if num_chars <= MAX_SHORT_CHARS else self._long
+            return await threads.run(lambda: answer(self._codec, request))
+        finally:
+            self._num_tokenizing -= 1
 
     def drop(self, request_ids: Iterable[str]) -> None:
         """Ends the requests that are under way with CANCELLED."""
@@ -183,6 +204,19 @@ class Preparation:
 
     def _compile(self, wanted: Asked, count: int) -> Sequence[Grammar]:
         return [self._grammars.compile(wanted) for _ in range(count)]
+
+
+def answer(codec: TextCodec, request: TokenRequest) -> Tokenized | str:
+    """Does what a request about tokens asks. TriadError as of TextCodec.encode."""
+    if isinstance(request, DetokenizeRequest):
+        return codec.decode(request.token_ids)
+    ids = codec.encode(
+        request.prompt,
+        template=request.template,
+        tools=request.tools,
+        adds_special_tokens=request.adds_special_tokens,
+    )
+    return Tokenized(tuple(ids), tuple(map(codec.piece, ids)) if request.returns_strings else None)
 
 
 class _Threads:

@@ -88,12 +88,13 @@ class PromptEncoder:
         self._joins_names = False
         self._joins_names = self._template is not None and not self._agrees_with(tokenizer)
 
-    def of_text(self, text: str, max_tokens: int | None = None) -> list[int]:
-        """The ids of a text, with the tokens that the tokenizer itself adds to one.
+    def of_text(self, text: str, max_tokens: int | None = None, adds_tokens: bool = True) -> list[int]:
+        """The ids of a text, with the tokens that the tokenizer itself adds to one, unless adds_tokens is
+        false.
 
         TriadError, as when it must have more than max_tokens by its length alone: it is not encoded then.
         """
-        return self._encode(text, "prompt", max_tokens, adds_tokens=True)
+        return self._encode(text, "prompt", max_tokens, adds_tokens)
 
     def of_chat(
         self,
@@ -101,6 +102,7 @@ class PromptEncoder:
         max_tokens: int | None = None,
         options: TemplateOptions = TEMPLATE_DEFAULTS,
         tools: ToolUse | None = None,
+        adds_tokens: bool = False,
     ) -> list[int]:
         """The ids of a chat by its template, ready for the assistant's turn if `options` says nothing else.
 
@@ -126,7 +128,7 @@ class PromptEncoder:
             said = _any_of(self._names).sub(lambda found: self._names[found[0]], str(error))
             message = f"the model's chat template refuses these messages: {said or type(error).__name__}"
             raise TriadError(ErrorCode.INVALID_REQUEST, message, "messages") from error
-        return self._encode(text, "messages", max_tokens, adds_tokens=False)
+        return self._encode(text, "messages", max_tokens, adds_tokens)
 
     def _checked(self, kwargs: str) -> dict[str, Any]:
         """A request's variables for the template. TriadError where one is the renderer's own."""

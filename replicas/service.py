@@ -24,6 +24,7 @@ from replicas.requests import RequestTable
 from replicas.stats import LoadMeter
 from replicas.text import TextCodec
 from replicas.timeline import Timeline
+from replicas.token_messages import Refused, TokenAnswer, TokenRequest
 
 
 class ReplicaService:
@@ -83,6 +84,13 @@ class ReplicaService:
         told = tuple(map(tuple, prepared.prompts)) if request.return_token_ids else ()
         num_tokens = sum(map(len, prepared.prompts))
         return Accepted(request.request_id, num_tokens, told, prepared.warning)
+
+    async def tokens(self, request: TokenRequest) -> TokenAnswer:
+        """Tokenizes or detokenizes, beside the engine."""
+        try:
+            return await self._preparation.tokens(request)
+        except TriadError as error:
+            return Refused(error.code, error.message, error.param)
 
     async def cancel(self, request_ids: Iterable[str]) -> None:
         """Ends requests with CANCELLED, pages and all; those that have ended already stay as they are."""

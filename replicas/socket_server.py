@@ -12,6 +12,7 @@ from contextlib import aclosing
 from typing import Any, Protocol, cast
 
 from replicas.messages import Accepted, Event, GenerateRequest, Rejected
+from replicas.token_messages import TokenAnswer, TokenRequest
 from replicas.wire import (
     MAX_FRAME_BYTES,
     MAX_HELLO_BYTES,
@@ -39,6 +40,8 @@ class Service(Protocol):
     async def submit(self, request: GenerateRequest) -> Accepted | Rejected: ...
 
     async def cancel(self, request_ids: tuple[str, ...]) -> None: ...
+
+    async def tokens(self, request: TokenRequest) -> TokenAnswer: ...
 
     def channel(self, channel_id: str) -> AsyncIterator[tuple[Event, ...]]: ...
 
@@ -150,6 +153,8 @@ class _Connection(asyncio.Protocol):
             value: Any = None
             if call.method == "submit":
                 value = await self._service.submit(call.argument)
+            elif call.method == "tokens":
+                value = await self._service.tokens(call.argument)
             else:
                 await self._service.cancel(call.argument)
             answer = CallAnswer(call.number, value)

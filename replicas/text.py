@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Collection, Iterator, Set
+from collections.abc import Collection, Iterator, Sequence, Set
 from contextlib import contextmanager
 
 from tokenizers import Tokenizer
@@ -108,18 +108,31 @@ class TextCodec:
         max_tokens: int | None = None,
         template: TemplateOptions = TEMPLATE_DEFAULTS,
         tools: ToolUse | None = None,
+        adds_special_tokens: bool | None = None,
     ) -> list[int]:
         """Chat messages by the chat template, text with the tokenizer's own special tokens, ids as they are.
 
+        adds_special_tokens: whether the tokenizer adds its own; None: to texts, and not to chats, whose
+        template writes them
         What messages and texts spell is text: no control token comes of it. Safe from several threads.
         TriadError when the template refuses the messages, the tokenizer a text, or a prompt must have more
         than max_tokens by its length alone, which spares encoding it.
         """
         if isinstance(prompt, str):
-            return self._prompts.of_text(prompt, max_tokens)
+            return self._prompts.of_text(prompt, max_tokens, adds_special_tokens is not False)
         ids = [item for item in prompt if isinstance(item, int)]
         messages = [item for item in prompt if not isinstance(item, int)]
-        return self._prompts.of_chat(messages, max_tokens, template, tools) if messages else ids
+        if not messages:
+            return ids
+        return self._prompts.of_chat(messages, max_tokens, template, tools, adds_special_tokens is True)
+
+    def piece(self, token_id: int) -> str:
+        """The vocabulary's own spelling of a token; nothing for an id that it does not have."""
+        return self._backend.id_to_token(token_id) or ""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, with the names of control tokens."""
+        return str(self._backend.decode(list(token_ids), skip_special_tokens=False))
 
     def begins_in_reasoning(self, prompt_ids: list[int]) -> bool:
         """True if a chat's prompt ends with the mark of reasoning's beginning, as some templates write it."""

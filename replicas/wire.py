@@ -2,7 +2,7 @@
 
 An ingress opens one connection to each replica. Its first frame is the replica's secret and the id of its
 token channel; nothing of a peer that has not sent the secret is unpickled. After it come the ingress's calls,
-`submit` and `cancel`, and from the replica the answers to them and the channel's events, one frame a step.
+`submit`, `cancel` and `tokens`, and from the replica the answers and the channel's events, one frame a step.
 """
 
 import pickle
@@ -25,7 +25,7 @@ _LENGTH = struct.Struct(">I")
 _EVENTS, _ANSWER = b"E", b"A"
 _values_of = attrgetter(*(entry.name for entry in fields(Delta)))
 
-Method = Literal["submit", "cancel"]
+Method = Literal["submit", "cancel", "tokens"]
 
 
 class FrameError(Exception):

@@ -21,9 +21,9 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
 from replicas.errors import ErrorCode
-from router.completion import Completion
 from router.config import Bounds
 from router.errors import ApiError, bad_request, bad_value
+from router.fields import Prompted
 
 INLINE_BYTES = 32 * 2**10
 """A body up to this long is read at once, which takes some milliseconds at worst."""
@@ -59,17 +59,17 @@ def read(model: type[BaseModel], body: bytes, bounds: Bounds) -> BaseModel:
         raise bad_request("invalid_json", f"The body is not valid JSON: {error}.") from None
     except (ValueError, RecursionError) as error:  # bytes that are no text; a number of 4,300 digits
         raise bad_request("invalid_json", f"The body can't be read as JSON: {error}.") from None
-    if isinstance(request, Completion):
+    if isinstance(request, Prompted):
         _check_length(request, bounds.max_prompt_chars)
     return request
 
 
-def _check_length(request: Completion, max_chars: int) -> None:
+def _check_length(request: Prompted, max_chars: int) -> None:
     """Refuses too long a prompt before a tokenizer spends time on it."""
     num_chars = request.num_prompt_chars
     if num_chars > max_chars:
         message = f"The prompt has {num_chars} characters; at most {max_chars} are taken."
-        raise bad_request(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, request.prompt_field)
+        raise bad_request(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, request.prompt_param)
 
 
 class BodyReader:

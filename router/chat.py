@@ -6,9 +6,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from replicas.messages import TemplateOptions
 from router.fields import NoList, Strict, Text, Unsupported, conflict
 from router.tools import MAX_ID_LEN, FunctionCall, ToolCalls, calls_for_template
 
+MAX_MESSAGES = 4096
 MAX_TEMPLATE_KWARGS_LEN = 16 * 1024
 
 _PART_TEXTS = {"text": "text", "refusal": "refusal"}
@@ -115,3 +117,38 @@ def _as_json(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 TemplateKwargs = Annotated[dict[str, Any], AfterValidator(_as_json)]
 ReasoningEffort = Annotated[Text, Field(min_length=1, max_length=32)]
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+
+
+class TemplateFields(Strict):
+    """What a request says of how the chat template renders its messages."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
+    reasoning_effort: ReasoningEffort | None = None
+
+    @model_validator(mode="after")
+    def _continues_or_begins(self) -> Self:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise conflict(
+                "add_generation_prompt",
+                "the answer can't both go on with the last message and begin a new one",
+            )
+        return self
+
+    @property
+    def template(self) -> TemplateOptions:
+        kwargs: dict[str, Any] = {}
+        if self.reasoning_effort is not None:
+            kwargs["reasoning_effort"] = self.reasoning_effort
+            if self.reasoning_effort == "none":
+                kwargs["enable_thinking"] = False
+        kwargs |= self.chat_template_kwargs or {}
+        continues = bool(self.continue_final_message)
+        return TemplateOptions(
+            add_generation_prompt=not continues and self.add_generation_prompt is not False,
+            continue_final_message=continues,
+            kwargs=json.dumps(kwargs) if kwargs else "",
+        )

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -16,6 +16,7 @@ from router.fields import (
     Count,
     Off,
     PositiveCount,
+    Prompted,
     Strict,
     Text,
     at_most,
@@ -80,11 +81,8 @@ LogitBias = Annotated[
 Metadata = Annotated[dict[str, str], Field(max_length=MAX_METADATA), at_most(MAX_METADATA)]
 
 
-class Completion(Strict):
+class Completion(Prompted):
     """The fields of both kinds of completion."""
-
-    prompt_field: ClassVar[str]
-    """The name of the field that holds the prompt."""
 
     model: str
     max_tokens: PositiveCount | None = None
@@ -191,11 +189,6 @@ class Completion(Strict):
     @property
     def continuous_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.continuous_usage_stats
-
-    @property
-    def num_prompt_chars(self) -> int:
-        """The characters of all prompts; a token id counts as one."""
-        raise NotImplementedError
 
     @property
     def template(self) -> TemplateOptions:

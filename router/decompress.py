@@ -34,7 +34,8 @@ class Decompression:
             message = (
                 f"The body's Content-Encoding '{encoding}' is not supported; send it as it is, or as gzip."
             )
-            await api_error_response(ApiError(415, "unsupported_encoding", message))(scope, receive, send)
+            error = ApiError(415, "unsupported_encoding", message)
+            await api_error_response(error, scope["path"])(scope, receive, send)
 
 
 class _Gunzip:

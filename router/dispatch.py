@@ -7,6 +7,7 @@ from collections.abc import Collection
 from policies.control.loop import Clock
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import Accepted, Finished, GenerateRequest, ModelInfo
+from replicas.token_messages import Tokenized, TokenRequest
 from router.admission_control import Admission, AdmissionControl, Shed
 from router.connections import DISCOVERY_PERIOD_S, ReplicaConnections
 from router.errors import Overloaded, raise_if_shed
@@ -155,6 +156,21 @@ class Dispatcher:
             raise TriadError(ErrorCode.INVALID_REQUEST, message, "n" if request.num_choices > 1 else "prompt")
         if self.model is not None:
             check_fits(request, self.model)
+
+    async def tokens(self, request: TokenRequest) -> Tokenized | str:
+        """Has some replica tokenize or detokenize, and another where that one can't. Raises TriadError."""
+        refusal = TriadError(ErrorCode.UNAVAILABLE, "No replica can be reached.")
+        avoid: set[str] = set()
+        while usable := self._connections.usable(avoid):
+            chosen = self._rng.choice(usable)
+            try:
+                return await self._connections[chosen].tokens(request)
+            except TriadError as error:
+                if error.code not in _ELSEWHERE:
+                    raise
+                refusal = error
+                avoid.add(chosen)
+        raise refusal
 
     def can_retry(self, avoid: Collection[str]) -> bool:
         """True if another replica than these can be reached."""

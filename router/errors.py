@@ -20,6 +20,17 @@ RETRY_AFTER_S = 1
 """The wait that a contended or starting server asks of a client."""
 MAX_MESSAGE_LEN = 2000
 MAX_PARAM_LEN = 200
+ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+"""Anthropic's names of errors by status."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +137,18 @@ def triad_error_body(error: TriadError) -> dict[str, Any]:
     return error_body(HTTP_ERRORS[error.code].type, error.code, error.message, error.param)
 
 
+def anthropic_error_body(status: int, error: Mapping[str, Any]) -> dict[str, Any]:
+    """Anthropic's error object, which has no place for the field at fault but its message.
+
+    error: OpenAI's
+    """
+    type_ = _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    param, message = error["param"], error["message"]
+    if param is not None and param not in message:
+        message = f"{param}: {message}"
+    return {"type": "error", "error": {"type": type_, "message": message}}
+
+
 def encode(body: Any) -> bytes:
     """JSON in UTF-8. A lone surrogate, which UTF-8 doesn't have, becomes '?'."""
     text = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -148,19 +171,30 @@ def retry_headers(after_s: int | None) -> dict[str, str]:
     return {"Retry-After": str(round(wait_s)), "Retry-After-Ms": str(round(1000 * wait_s))}
 
 
-def triad_error_response(error: TriadError) -> Response:
+def error_response(
+    path: str, status: int, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
+) -> Response:
+    """The answer to a call of a path, in the form that its API gives errors.
+
+    body: in OpenAI's form
+    """
+    if path.startswith(ANTHROPIC_PATH):
+        body = anthropic_error_body(status, body["error"])
+    return json_response(body, status, headers)
+
+
+def triad_error_response(error: TriadError, path: str) -> Response:
     http = HTTP_ERRORS[error.code]
     retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else http.retry_after_s
-    return json_response(triad_error_body(error), http.status, retry_headers(retry_after_s))
+    return error_response(path, http.status, triad_error_body(error), retry_headers(retry_after_s))
 
 
-def api_error_response(error: ApiError) -> Response:
+def api_error_response(error: ApiError, path: str) -> Response:
     headers = retry_headers(error.retry_after_s)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return json_response(
-        error_body(error.type, error.code, error.message, error.param), error.status, headers
-    )
+    body = error_body(error.type, error.code, error.message, error.param)
+    return error_response(path, error.status, body, headers)
 
 
 def bad_request(code: str | None, message: str, param: str | None = None) -> ApiError:
@@ -211,15 +245,15 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(TriadError)
     async def on_triad_error(request: Request, error: TriadError) -> Response:
-        return triad_error_response(error)
+        return triad_error_response(error, request.url.path)
 
     @app.exception_handler(ApiError)
     async def on_api_error(request: Request, error: ApiError) -> Response:
-        return api_error_response(error)
+        return api_error_response(error, request.url.path)
 
     @app.exception_handler(RequestValidationError)
     async def on_validation_error(request: Request, error: RequestValidationError) -> Response:
-        return api_error_response(validation_error(error))
+        return api_error_response(validation_error(error), request.url.path)
 
     @app.exception_handler(HTTPException)
     async def on_http_exception(request: Request, error: HTTPException) -> Response:
@@ -228,9 +262,10 @@ def add_error_handlers(app: FastAPI) -> None:
         if error.detail != status.phrase:
             message += f" ({error.detail})"
         body = error_body("invalid_request_error", status.name.lower(), message)
-        return json_response(body, error.status_code, error.headers)
+        return error_response(request.url.path, error.status_code, body, error.headers)
 
     @app.exception_handler(Exception)
     async def on_bug(request: Request, error: Exception) -> Response:
         # Starlette raises it again once this is sent, and the server logs it.
-        return triad_error_response(TriadError(ErrorCode.INTERNAL, "The server failed; see its log."))
+        failed = TriadError(ErrorCode.INTERNAL, "The server failed; see its log.")
+        return triad_error_response(failed, request.url.path)

@@ -1,7 +1,8 @@
 """Parts of fields: their kinds, their ranges, and how a fault in one is told."""
 
 import json
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Union
 
 from pydantic import (
     AfterValidator,
@@ -11,6 +12,8 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    PlainValidator,
+    ValidationError,
     model_validator,
 )
 from pydantic_core import CoreSchema, PydanticCustomError
@@ -133,9 +136,59 @@ class Strict(BaseModel):
         return {name: value for name, value in data.items() if name in known} if unknown else data
 
 
+class Prompted(Strict):
+    """A body with a prompt, whose length is bounded."""
+
+    prompt_field: ClassVar[str]
+    """The name of the field that holds the prompt."""
+
+    @property
+    def num_prompt_chars(self) -> int:
+        """The characters of all prompts; a token id counts as one."""
+        raise NotImplementedError
+
+    @property
+    def prompt_param(self) -> str:
+        """The name of the field that holds this body's prompt, where there are several."""
+        return self.prompt_field
+
+
 def conflict(field: str, why: str) -> PydanticCustomError:
     """The error for two fields that don't go together; `field` is the one to change."""
     return PydanticCustomError("conflict", "{why}", {"field": field, "why": why})
+
+
+def nested(error: ValidationError) -> PydanticCustomError:
+    """The first fault of a part, as one of the whole: it is told by the field that has it, and not by every
+    form that the part might have had."""
+    problem = error.errors(include_url=False, include_input=False)[0]
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"])
+    field = problem.get("ctx", {}).get("field")
+    where = (place + (f".{field}" if field else "")).lstrip(".")
+    return conflict(where, problem["msg"])
+
+
+def one_of(kinds: Mapping[str, type[BaseModel]], default: str | None = None) -> PlainValidator:
+    """Takes an object of one of several kinds, by its `type`, which may be left out where there is a default.
+
+    kinds: the class of each
+    """
+
+    def check(value: Any) -> Any:
+        if isinstance(value, tuple(kinds.values())):
+            return value
+        kind = value.get("type", default) if isinstance(value, dict) else None
+        model = kinds.get(kind) if isinstance(kind, str) else None
+        if model is None:
+            known = ", ".join(f"'{name}'" for name in kinds)
+            message = "Only objects of these types are supported: {known}."
+            raise PydanticCustomError("unsupported_value", message, {"known": known})
+        try:
+            return model.model_validate(value)
+        except ValidationError as error:
+            raise nested(error) from None
+
+    return PlainValidator(check, json_schema_input_type=Union[tuple(kinds.values())])  # noqa: UP007
 
 
 TextPrompt = str | tuple[int, ...]
@@ -148,6 +201,16 @@ def prompts(value: Any) -> tuple[TextPrompt, ...]:
     if len(found) > MAX_PROMPTS:
         raise PydanticCustomError("prompt", "At most {most} prompts a request", {"most": MAX_PROMPTS})
     return tuple(_prompt(prompt) for prompt in found)
+
+
+def token_ids(value: Any) -> tuple[int, ...]:
+    """The token ids of a list, which may be empty."""
+    if value == []:
+        return ()
+    ids = _prompt(value) if isinstance(value, list) else None
+    if not isinstance(ids, tuple):
+        raise PydanticCustomError("prompt", "A list of token ids is wanted")
+    return ids
 
 
 def _prompt(value: Any) -> TextPrompt:

@@ -26,7 +26,8 @@ from policies.control.policy_setting import PolicyChoice, PolicyWatch
 from policies.control.store import LoadStore
 from policies.registry import create_policy
 from router.admission_control import AdmissionControl
-from router.api import AppState, create_app
+from router.api import create_app
+from router.app_state import AppState
 from router.auth import KeyRing
 from router.config import IngressConfig
 from router.dispatch import Dispatcher

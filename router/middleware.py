@@ -31,9 +31,9 @@ REQUEST_ID_HEADER = "x-request-id"
 MAX_REQUEST_ID_LEN = 128
 _NOT_PLAIN = re.compile(r"[^A-Za-z0-9_.:-]")
 
-OPEN_PATHS = frozenset({"/health", "/healthz", "/readyz", "/metrics"})
+OPEN_PATHS = frozenset({"/health", "/healthz", "/ping", "/readyz", "/metrics"})
 """Paths for probes and scrapers, which have no key and ask every few seconds: neither traced nor logged."""
-COMPLETIONS = frozenset({"/v1/chat/completions", "/v1/completions"})
+COMPLETIONS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"})
 PUBLIC_PREFIX = "/console/"
 """The console's files, which like its page `/` hold no secret: the page itself asks for a key."""
 WATCHERS_CALLS = frozenset({("GET", "/v1/triad/events"), ("POST", "/v1/triad/burst")})
@@ -184,7 +184,7 @@ class AuthMiddleware:
                 self._check_headers(scope["headers"])
                 key = self._let_in(scope)
             except ApiError as error:
-                await api_error_response(error)(scope, receive, send)
+                await api_error_response(error, scope["path"])(scope, receive, send)
                 return
             scope.setdefault("state", {})[STATE_KEY] = key
         await self._app(scope, receive, send)
@@ -238,7 +238,7 @@ class LoadShedding:
             try:
                 self._check()
             except TriadError as error:
-                await triad_error_response(error)(scope, receive, send)
+                await triad_error_response(error, scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -311,6 +311,9 @@ def _header(scope: Scope, name: bytes) -> str | None:
 
 def _bearer(headers: list[tuple[bytes, bytes]]) -> str:
     values = [value for name, value in headers if name == b"authorization"]
+    keys = [value for name, value in headers if name == b"x-api-key"]  # as Anthropic's clients send it
+    if not values and len(keys) == 1:
+        return keys[0].decode("latin-1").strip()
     if not values:
         message = "You didn't provide an API key. Send it as the header Authorization: Bearer <key>."
         raise ApiError(401, "missing_api_key", message)

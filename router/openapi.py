@@ -112,6 +112,25 @@ OTHER_RESPONSES: Responses = _errors(401, 431, 503) | _answer(
 )
 
 
+TOKENS_RESPONSES: Responses = _errors(400, 401, 404, 408, 413, 415, 429, 431, 500, 503) | _answer(
+    {"application/json": _JSON_OBJECT}, "As docs/api.md has it."
+)
+
+
+def streamed_responses(what: str) -> Responses:
+    """The answers of a route whose answer is whole, or a stream of named events.
+
+    what: the answer
+    """
+    errors = _errors(400, 401, 404, 408, 413, 415, 429, 431, 500, 503, 504)
+    events = {"type": "string", "description": "With `stream: true`: named events; a failure is the last."}
+    return errors | _answer({"application/json": _JSON_OBJECT, "text/event-stream": events}, what)
+
+
+MESSAGES_RESPONSES = streamed_responses("Anthropic's message, whole or as a stream; so are errors.")
+RESPONSES_RESPONSES = streamed_responses("OpenAI's response, whole or as a stream.")
+
+
 def add_description(app: FastAPI) -> None:
     """Completes the document that FastAPI makes of the routes."""
     make = app.openapi

@@ -11,6 +11,7 @@ from typing import Protocol
 from policies.control.loop import Clock
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import Accepted, Delta, Event, Failed, Finished, GenerateRequest, ModelInfo, Rejected
+from replicas.token_messages import Refused, TokenAnswer, Tokenized, TokenRequest
 from router.ejection import FailureWatch
 from router.inbox import Inbox
 from router.placement import OwnTraffic, Sent
@@ -33,6 +34,8 @@ class ReplicaClient(Protocol):
     async def submit(self, request: GenerateRequest) -> Accepted | Rejected: ...
 
     async def cancel(self, request_ids: tuple[str, ...]) -> None: ...
+
+    async def tokens(self, request: TokenRequest) -> TokenAnswer: ...
 
     def channel(self, channel_id: str) -> AsyncGenerator[tuple[Event, ...], None]:
         """The events of all requests submitted with this channel id; an empty item when it opens and
@@ -172,6 +175,18 @@ class ReplicaConnection:
             raise TriadError(reply.code, reply.message, reply.param)
         self._traffic.accepted(sent, reply.num_prompt_tokens, request.num_indices)
         return reply, inbox
+
+    async def tokens(self, request: TokenRequest) -> Tokenized | str:
+        """Has the replica tokenize or detokenize. Raises TriadError, ReplicaLost where no answer comes."""
+        try:
+            async with asyncio.timeout(self._times.call_s):
+                reply = await self._client.tokens(request)
+        except Exception as error:
+            logger.warning("replica %s: tokens failed: %r", self.replica_id, error)
+            raise ReplicaLost(self.replica_id) from error
+        if isinstance(reply, Refused):
+            raise TriadError(reply.code, reply.message, reply.param)
+        return reply
 
     def abandon(self, request_id: str, last_word: LastWord | None = None) -> None:
         """Cancels at the replica a request that nobody waits for any more, unless it has ended."""

@@ -9,10 +9,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from replicas.errors import TriadError
+from router.answer import Answer, Counts, delta_event, whole_body
 from router.errors import shortened
 from router.generation import Generation, Interval
 from router.request_log import RequestLog
-from router.sse import Answer, Counts, delta_event, error_event, whole_body
 
 MAX_WARNING_LEN = 500
 EVENT_STREAM = {
@@ -109,7 +109,7 @@ class GenerationResponse(Response):
                 last = head + answer.tail(last_delta, generation.finished)
             except TriadError as error:
                 self._record.failed(error)
-                last = head + error_event(self._as_sent(error))
+                last = head + answer.failure(self._as_sent(error))
         await send({"type": "http.response.body", "body": last})
 
 

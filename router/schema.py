@@ -4,7 +4,6 @@ A field that Triad doesn't support is accepted with its neutral value, which ask
 otherwise an error that names it. OpenAI's hints are taken without effect; docs/api.md lists them.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any, Self
@@ -12,8 +11,8 @@ from typing import Annotated, Any, Self
 from pydantic import FailFast, Field, PlainValidator, model_validator
 
 from replicas.answer_forms import GrammarFormat, ToolUse
-from replicas.messages import Prompt, SamplingParams, TemplateOptions
-from router.chat import Message, ReasoningEffort, TemplateKwargs
+from replicas.messages import Prompt, SamplingParams
+from router.chat import Messages, TemplateFields
 from router.completion import MAX_CHOICES, Completion, Hint
 from router.fields import (
     INTEGRAL,
@@ -28,22 +27,17 @@ from router.fields import (
 )
 from router.tools import ToolChoice, Tools, tool_use
 
-MAX_MESSAGES = 4096
 MAX_CHAT_LOGPROBS = 20
 MAX_TEXT_LOGPROBS = 5
 DEFAULT_TEXT_TOKENS = 16
 """The max_tokens of a text completion that names none, as OpenAI has it."""
 
 
-class ChatCompletionRequest(Completion):
+class ChatCompletionRequest(TemplateFields, Completion):
     prompt_field = "messages"
 
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[Messages, FailFast()]
     max_completion_tokens: PositiveCount | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: TemplateKwargs | None = None
-    reasoning_effort: ReasoningEffort | None = None
 
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_CHAT_LOGPROBS), INTEGRAL] | None = None
@@ -69,15 +63,6 @@ class ChatCompletionRequest(Completion):
     def _alternatives_of_something(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise conflict("top_logprobs", "only with logprobs: true")
-        return self
-
-    @model_validator(mode="after")
-    def _continues_or_begins(self) -> Self:
-        if self.continue_final_message and self.add_generation_prompt:
-            raise conflict(
-                "add_generation_prompt",
-                "the answer can't both go on with the last message and begin a new one",
-            )
         return self
 
     @model_validator(mode="after")
@@ -110,21 +95,6 @@ class ChatCompletionRequest(Completion):
     def num_prompt_chars(self) -> int:
         use = self.tool_use()
         return sum(message.num_chars for message in self.messages) + (0 if use is None else use.num_chars)
-
-    @property
-    def template(self) -> TemplateOptions:
-        kwargs: dict[str, Any] = {}
-        if self.reasoning_effort is not None:
-            kwargs["reasoning_effort"] = self.reasoning_effort
-            if self.reasoning_effort == "none":
-                kwargs["enable_thinking"] = False
-        kwargs |= self.chat_template_kwargs or {}
-        continues = bool(self.continue_final_message)
-        return TemplateOptions(
-            add_generation_prompt=not continues and self.add_generation_prompt is not False,
-            continue_final_message=continues,
-            kwargs=json.dumps(kwargs) if kwargs else "",
-        )
 
     def prompts_for_replica(self) -> tuple[Prompt, ...]:
         return (tuple(message.for_template() for message in self.messages),)

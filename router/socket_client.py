@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from typing import cast
 
 from replicas.messages import Accepted, Event, GenerateRequest, ModelInfo, Rejected
+from replicas.token_messages import TokenAnswer, TokenRequest
 from replicas.wire import (
     MAX_FRAME_BYTES,
     Call,
@@ -33,6 +34,9 @@ class SocketReplicaClient:
 
     async def cancel(self, request_ids: tuple[str, ...]) -> None:
         await self._call("cancel", request_ids)
+
+    async def tokens(self, request: TokenRequest) -> TokenAnswer:
+        return cast("TokenAnswer", await self._call("tokens", request))
 
     async def channel(self, channel_id: str) -> AsyncGenerator[tuple[Event, ...], None]:
         """As of ReplicaClient. Raises OSError where the replica can't be reached."""

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, Val
 from pydantic_core import PydanticCustomError
 
 from replicas.answer_forms import Tool, ToolUse
-from router.fields import Strict, Text, at_most, conflict, json_len
+from router.fields import Strict, Text, at_most, conflict, json_len, nested
 from router.formats import sendable
 
 MAX_TOOLS = 128
@@ -88,20 +88,14 @@ def _choice(value: Any) -> Choice:
     if isinstance(value, str) and value in ("none", "auto", "required"):
         return cast(Choice, value)
     kind = value.get("type") if isinstance(value, dict) else None
+    if kind not in ("function", "allowed_tools"):
+        raise PydanticCustomError("tool_choice", _CHOICE_FORM)
     try:
         if kind == "function":
             return NamedTool.model_validate(value)
-        if kind == "allowed_tools":
-            return AllowedToolsChoice.model_validate(value)
-        raise PydanticCustomError("tool_choice", _CHOICE_FORM)
+        return AllowedToolsChoice.model_validate(value)
     except ValidationError as error:
-        problem = error.errors()[0]
-        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"])
-        field = problem.get("ctx", {}).get("field")
-        where = (place + (f".{field}" if field else "")).lstrip(".")
-        if not where:
-            raise PydanticCustomError("tool_choice", _CHOICE_FORM) from None
-        raise conflict(where, problem["msg"]) from None
+        raise nested(error) from None
 
 
 ToolChoice = Annotated[Choice, PlainValidator(_choice, json_schema_input_type=Choice)]

@@ -10,7 +10,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from router.admission_control import AdmissionControl
-from router.api import AppState
+from router.app_state import AppState
 from router.config import AdmissionConfig
 from router.dispatch import Dispatcher
 from router.load_view import LoadView

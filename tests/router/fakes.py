@@ -22,6 +22,13 @@ from replicas.messages import (
     Rejected,
     TextLogprob,
 )
+from replicas.token_messages import (
+    DetokenizeRequest,
+    Refused,
+    TokenAnswer,
+    Tokenized,
+    TokenRequest,
+)
 from router.replica_connection import ReplicaClient, Roster
 
 MODEL = "triad-test"
@@ -67,6 +74,7 @@ class ScriptedReplica(ReplicaClient):
         self.live: dict[str, RequestState] = {}
         self.submitted: list[GenerateRequest] = []
         self.cancelled: list[str] = []
+        self.asked: list[TokenRequest] = []
         self.terminals: list[str] = []
         self.refusal: tuple[ErrorCode, str] | None = None
         self.on_submit: Callable[[], object] | None = None
@@ -99,6 +107,18 @@ class ScriptedReplica(ReplicaClient):
             if request_id in self.live:
                 self.cancelled.append(request_id)
                 self.fail(request_id, ErrorCode.CANCELLED, "cancelled")
+
+    async def tokens(self, request: TokenRequest) -> TokenAnswer:
+        """A token is a character's code."""
+        if not self.is_up:
+            raise ChannelBroke("no such replica")
+        self.asked.append(request)
+        if self.refusal is not None:
+            return Refused(*self.refusal)
+        if isinstance(request, DetokenizeRequest):
+            return "".join(map(chr, request.token_ids))
+        text = request.prompt if isinstance(request.prompt, str) else str(request.prompt)
+        return Tokenized(tuple(map(ord, text)), tuple(text) if request.returns_strings else None)
 
     async def channel(self, channel_id: str) -> AsyncGenerator[tuple[Event, ...], None]:
         if not self.is_up:

@@ -14,7 +14,7 @@ from replicas.service import ReplicaService
 from replicas.socket_server import SocketServer
 from replicas.text import TextCodec
 from router.admission_control import AdmissionControl
-from router.api import AppState
+from router.app_state import AppState
 from router.config import AdmissionConfig
 from router.dispatch import Dispatcher
 from router.load_view import LoadView

@@ -9,7 +9,8 @@ from contextlib import suppress
 import httpx
 import pytest
 
-from router.api import AppState, create_app
+from router.api import create_app
+from router.app_state import AppState
 from router.config import IngressConfig
 from tests.router.conftest import over_http
 from tests.router.fakes import MODEL, ScriptedReplica

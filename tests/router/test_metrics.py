@@ -15,7 +15,8 @@ from policies.modes import Mode
 from policies.replica_load import ClusterLoad, ObservedLoad
 from replicas.errors import ErrorCode
 from replicas.messages import DecodingReport, Delta, Finished, FinishReason
-from router.api import AppState, create_app
+from router.api import create_app
+from router.app_state import AppState
 from router.metrics import Metrics
 from tests.eventually import eventually
 from tests.router.conftest import in_process, over_http, running

@@ -29,6 +29,7 @@ from replicas.messages import (
     TracedTokens,
 )
 from replicas.socket_server import SocketServer
+from replicas.token_messages import TokenAnswer, TokenRequest
 from replicas.wire import (
     MAX_HELLO_BYTES,
     SECRET_BYTES,
@@ -96,6 +97,9 @@ class Recorded:
 
     async def cancel(self, request_ids: tuple[str, ...]) -> None:
         self.cancelled += request_ids
+
+    async def tokens(self, request: TokenRequest) -> TokenAnswer:
+        return "text"
 
     async def channel(self, channel_id: str) -> AsyncIterator[tuple[Event, ...]]:
         self.open.append(channel_id)

@@ -5,15 +5,8 @@ import pytest
 from policies.modes import Mode
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import DecodingReport, Delta, Finished, FinishReason, TextLogprob
-from router.sse import (
-    ChatAnswer,
-    Counts,
-    TextAnswer,
-    decoding_report,
-    delta_event,
-    error_event,
-    whole_body,
-)
+from router.answer import Counts, decoding_report, delta_event, error_event, whole_body
+from router.sse import ChatAnswer, TextAnswer
 from tests.router.conftest import running
 from tests.router.stall import Stall
 

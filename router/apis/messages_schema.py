@@ -1,0 +1,248 @@
+"""Anthropic's Messages: the bodies that a client may send, and the chat requests that they amount to."""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from router.apis.translated import TranslatedRequest
+from router.chat import MAX_MESSAGES
+from router.completion import Hint, Stops
+from router.fields import INTEGRAL, MAX_INT32, NoList, PositiveCount, Strict, Text, Unsupported, one_of
+from router.tools import MAX_ID_LEN, MAX_TOOLS
+
+Id = Annotated[Text, Field(min_length=1, max_length=MAX_ID_LEN)]
+
+
+class TextBlock(Strict):
+    type: Literal["text"]
+    text: Text
+    cache_control: Hint = None
+    citations: NoList = None
+
+
+def _blocks(value: Any) -> Any:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+TextBlocks = Annotated[
+    list[Annotated[TextBlock, one_of({"text": TextBlock})]],
+    BeforeValidator(_blocks, json_schema_input_type=str | list[TextBlock]),
+]
+
+
+class ThinkingBlock(Strict):
+    type: Literal["thinking"]
+    thinking: Text
+    signature: Text | None = None
+
+
+class RedactedThinkingBlock(Strict):
+    type: Literal["redacted_thinking"]
+    data: Hint = None
+
+
+class ToolUseBlock(Strict):
+    type: Literal["tool_use"]
+    id: Id
+    name: Text
+    input: dict[str, Any]
+    cache_control: Hint = None
+    caller: Hint = None
+
+
+class ToolResultBlock(Strict):
+    type: Literal["tool_result"]
+    tool_use_id: Id
+    content: TextBlocks | None = None
+    is_error: bool | None = None
+    cache_control: Hint = None
+
+
+Block = TextBlock | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock | ToolResultBlock
+_KINDS = {
+    "text": TextBlock,
+    "thinking": ThinkingBlock,
+    "redacted_thinking": RedactedThinkingBlock,
+    "tool_use": ToolUseBlock,
+    "tool_result": ToolResultBlock,
+}
+
+
+class MessageParam(Strict):
+    role: Literal["user", "assistant", "system"]
+    content: Annotated[
+        list[Annotated[Block, one_of(_KINDS)]],
+        BeforeValidator(_blocks, json_schema_input_type=str | list[Block]),
+    ]
+
+    def chat_messages(self) -> list[dict[str, Any]]:
+        """The chat messages that it amounts to: each tool's result is one of its own."""
+        found: list[dict[str, Any]] = []
+        said: dict[str, Any] = {}
+        for block in self.content:
+            match block:
+                case TextBlock():
+                    said["content"] = said.get("content", "") + block.text
+                case ThinkingBlock():
+                    said["reasoning_content"] = said.get("reasoning_content", "") + block.thinking
+                case ToolUseBlock():
+                    function = {"name": block.name, "arguments": json.dumps(block.input)}
+                    said.setdefault("tool_calls", []).append({"id": block.id, "function": function})
+                case ToolResultBlock():
+                    if said:
+                        found.append({"role": self.role} | said)
+                        said = {}
+                    text = "".join(part.text for part in block.content or ())
+                    content = f"Error: {text}" if block.is_error else text
+                    found.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": content})
+        if said or not found:
+            found.append({"role": self.role, "content": ""} | said)
+        return found
+
+
+class ToolParam(Strict):
+    name: Text
+    input_schema: dict[str, Any]
+    type: Literal["custom"] | None = None
+    description: Text | None = None
+    strict: bool | None = None
+    cache_control: Hint = None
+    eager_input_streaming: Hint = None
+    input_examples: NoList = None
+
+    def for_chat(self) -> dict[str, Any]:
+        function: dict[str, Any] = {"name": self.name, "parameters": self.input_schema}
+        optional = {"description": self.description, "strict": self.strict}
+        function |= {key: value for key, value in optional.items() if value is not None}
+        return {"type": "function", "function": function}
+
+
+class ToolChoiceParam(Strict):
+    type: Literal["auto", "any", "tool", "none"]
+    name: Text | None = None
+    disable_parallel_tool_use: bool | None = None
+
+    def for_chat(self) -> Any:
+        match self.type:
+            case "any":
+                return "required"
+            case "tool":
+                return {"type": "function", "function": {"name": self.name or ""}}
+        return self.type
+
+
+class Thinking(Strict):
+    type: Literal["enabled", "adaptive", "disabled"]
+    budget_tokens: PositiveCount | None = None
+    """A target that Triad does not enforce: max_tokens bounds thinking and answer together."""
+    display: Literal["summarized"] | None = None
+
+
+class OutputFormat(Strict):
+    type: Literal["json_schema"]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class OutputConfig(Strict):
+    effort: Text | None = None
+    format: OutputFormat | None = None
+
+
+class Conversation(TranslatedRequest):
+    """What a body says that shows in its prompt."""
+
+    prompt_field = "messages"
+
+    messages: Annotated[list[MessageParam], Field(min_length=1, max_length=MAX_MESSAGES)]
+    system: TextBlocks | None = None
+    tools: Annotated[
+        list[Annotated[ToolParam, one_of({"custom": ToolParam}, "custom")]] | None,
+        Field(max_length=MAX_TOOLS),
+    ] = None
+    tool_choice: ToolChoiceParam | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    cache_control: Hint = None
+    speed: Literal["standard"] | None = None
+    mcp_servers: NoList = None
+    container: Unsupported = None
+
+    def fields_of_chat(self) -> Mapping[str, Any]:
+        found: dict[str, Any] = {"messages": [message for message, _ in self._messages()]}
+        if self.tools:
+            found["tools"] = [tool.for_chat() for tool in self.tools]
+        if self.tool_choice is not None:
+            found["tool_choice"] = self.tool_choice.for_chat()
+            found["parallel_tool_calls"] = not self.tool_choice.disable_parallel_tool_use
+        output = self.output_config or OutputConfig()
+        if output.effort is not None:
+            found["reasoning_effort"] = output.effort
+        if output.format is not None:
+            schema = {"name": "output", "schema": output.format.schema_}
+            found["response_format"] = {"type": "json_schema", "json_schema": schema}
+        if self.thinking is not None:
+            thinks = {"enable_thinking": self.thinking.type != "disabled"}
+            found["chat_template_kwargs"] = thinks | (self.chat_template_kwargs or {})
+        return found
+
+    def own_name(self, param: str) -> str | None:
+        for pattern, name in _NAMES:
+            param, num = re.subn(pattern, name, param)
+            if num:
+                return param
+        place = re.match(r"messages\[(\d+)\]", param)
+        if place is None:
+            return param
+        return [name for _, name in self._messages()][int(place[1])]
+
+    def _messages(self) -> list[tuple[dict[str, Any], str]]:
+        """The chat's messages, each with the name of what it is made of."""
+        found: list[tuple[dict[str, Any], str]] = []
+        if self.system is not None:
+            text = "".join(block.text for block in self.system)
+            found.append(({"role": "system", "content": text}, "system"))
+        for index, message in enumerate(self.messages):
+            found += [(each, f"messages[{index}].content") for each in message.chat_messages()]
+        return found
+
+
+_NAMES = (
+    (r"^tools\[(\d+)\]\.function\.parameters", r"tools[\1].input_schema"),
+    (r"^tools\[(\d+)\]\.function", r"tools[\1]"),
+    (r"^tool_choice.*", "tool_choice"),
+    (r"^parallel_tool_calls$", "tool_choice.disable_parallel_tool_use"),
+    (r"^response_format\.json_schema", "output_config.format"),
+    (r"^response_format", "output_config.format"),
+    (r"^reasoning_effort$", "output_config.effort"),
+    (r"^stop$", "stop_sequences"),
+)
+"""Names of a chat's fields, as patterns, with those of Anthropic's."""
+
+
+class CountTokensRequest(Conversation):
+    """A conversation whose tokens are to be counted."""
+
+
+class MessagesRequest(Conversation):
+    """A conversation to go on with."""
+
+    max_tokens: PositiveCount
+    stop_sequences: Stops | None = None
+    stream: bool | None = None
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=MAX_INT32), INTEGRAL] | None = None
+    metadata: Hint = None
+    service_tier: Hint = None
+    inference_geo: Hint = None
+    diagnostics: Hint = None
+
+    def fields_of_chat(self) -> Mapping[str, Any]:
+        same = ("max_tokens", "stream", "temperature", "top_p", "top_k")
+        found = {name: value for name in same if (value := getattr(self, name)) is not None}
+        if self.stop_sequences:
+            found["stop"] = self.stop_sequences
+        return {**super().fields_of_chat(), **found}

@@ -1,0 +1,70 @@
+"""Bodies of other APIs, each turned into the chat request that it amounts to."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
+
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
+
+from replicas.errors import TriadError
+from replicas.messages import NUM_SEEDS
+from router.answering import error_as_sent
+from router.chat import TemplateKwargs
+from router.completion import MAX_CACHE_SALT_LEN, MAX_PRIORITY, MAX_TIMEOUT_S
+from router.decoding import Decoding
+from router.errors import param_name
+from router.fields import INTEGRAL, Prompted, Text, conflict
+from router.schema import ChatCompletionRequest
+
+
+class TranslatedRequest(Prompted):
+    """A body that becomes a chat request when it is read. Triad's and vLLM's further fields go with any."""
+
+    model: str
+    decoding: Decoding | None = None
+    seed: Annotated[int, Field(ge=-NUM_SEEDS, lt=NUM_SEEDS), INTEGRAL] | None = None
+    timeout_s: Annotated[float, Field(gt=0.0, le=MAX_TIMEOUT_S)] | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY), INTEGRAL] | None = None
+    cache_salt: Annotated[Text, Field(min_length=1, max_length=MAX_CACHE_SALT_LEN)] | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
+    _chat: ChatCompletionRequest = PrivateAttr()
+
+    def fields_of_chat(self) -> Mapping[str, Any]:
+        """The fields of the chat request, but for those that have the same name and meaning."""
+        raise NotImplementedError
+
+    def own_name(self, param: str) -> str | None:
+        """This body's name for the chat request's field; None if it has none."""
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _translate(self) -> Self:
+        same = {
+            name: value
+            for name in TranslatedRequest.model_fields
+            if (value := getattr(self, name)) is not None
+        }
+        try:
+            self._chat = ChatCompletionRequest.model_validate(same | dict(self.fields_of_chat()))
+        except ValidationError as error:
+            problem = error.errors(include_url=False, include_input=False)[0]
+            field = problem.get("ctx", {}).get("field")
+            param = param_name([*problem["loc"], *([field] if field else [])])
+            raise conflict(self._told(param) or self.prompt_field, problem["msg"]) from None
+        return self
+
+    @property
+    def chat(self) -> ChatCompletionRequest:
+        return self._chat
+
+    @property
+    def num_prompt_chars(self) -> int:
+        return self._chat.num_prompt_chars
+
+    def error_as_sent(self, error: TriadError) -> TriadError:
+        """The error in this body's own names."""
+        error = error_as_sent(error, self._chat)
+        param = self._told(error.param)
+        return error if param == error.param else TriadError(error.code, error.message, param)
+
+    def _told(self, param: str | None) -> str | None:
+        return None if param is None else self.own_name(param)

@@ -1,0 +1,261 @@
+"""Anthropic's Messages over HTTP, by its own client and shape by shape."""
+
+import asyncio
+import json
+from typing import Any
+
+import anthropic
+import pytest
+
+from replicas.errors import ErrorCode
+from replicas.text import TextCodec
+from router.api import create_app
+from router.auth import ApiKey, KeyRing, digest_of
+from tests.eventually import eventually
+from tests.router.conftest import in_process, over_http, running
+from tests.router.fakes import MODEL, TEXT, WORDS, ScriptedReplica
+from tests.router.stack import a_stack
+from tests.router.test_tools import SCHEMAS, WEATHER, checked, codec, runner
+
+__all__ = ["checked", "codec", "runner"]
+
+ASKED = {"role": "user", "content": "How is the weather in Oslo?"}
+BODY: dict[str, Any] = {"model": MODEL, "max_tokens": 120, "messages": [ASKED]}
+TOOLS = [
+    {"name": "get_weather", "input_schema": WEATHER, "description": "How it is.", "cache_control": {}},
+    {"name": "get_time", "type": "custom", "input_schema": SCHEMAS["get_time"], "strict": True},
+]
+CALLED = {
+    "role": "assistant",
+    "content": [
+        {"type": "thinking", "thinking": "Hm.", "signature": ""},
+        {"type": "redacted_thinking", "data": "x"},
+        {"type": "text", "text": "Let me "},
+        {"type": "text", "text": "see."},
+        {"type": "tool_use", "id": "toolu_1", "name": "get_weather", "input": {"city": "Oslo"}},
+    ],
+}
+RESULTS = {
+    "role": "user",
+    "content": [
+        {"type": "tool_result", "tool_use_id": "toolu_1", "content": [{"type": "text", "text": "Sunny."}]},
+        {"type": "tool_result", "tool_use_id": "toolu_2", "content": "no", "is_error": True},
+        {"type": "tool_result", "tool_use_id": "toolu_3"},
+        {"type": "text", "text": "So?", "cache_control": {"type": "ephemeral"}},
+    ],
+}
+
+
+def error_of(response: Any, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert (set(body), body["type"]) == ({"type", "error"}, "error")
+    assert set(body["error"]) == {"type", "message"}
+    return body["error"]
+
+
+def a_client(url: str, key: str = "any") -> anthropic.AsyncAnthropic:
+    return anthropic.AsyncAnthropic(base_url=url, api_key=key, max_retries=0)
+
+
+async def test_messages_as_the_anthropic_client_takes_them(make_door) -> None:
+    replica = ScriptedReplica("a")
+    door = await make_door(replica)
+    async with running(replica.run()), over_http(create_app(door)) as url:
+        client = a_client(url)
+        whole = await client.messages.create(**BODY)
+        (block,) = whole.content
+        assert (block.type, block.text) == ("text", TEXT)
+        assert (whole.stop_reason, whole.stop_sequence, whole.role) == ("end_turn", None, "assistant")
+        assert (whole.usage.input_tokens, whole.usage.output_tokens) == (5, len(WORDS))
+        assert whole.decoding["tokens_per_forward"] == 1.2
+        assert whole.id.startswith("msg_")
+
+        async with client.messages.stream(**BODY) as stream:
+            names = [event.type async for event in stream]
+            final = await stream.get_final_message()
+        assert (names[0], names[-1]) == ("message_start", "message_stop")
+        assert (final.content[0].text, final.stop_reason) == (TEXT, "end_turn")
+        assert final.usage.output_tokens == len(WORDS)
+        assert (await client.messages.count_tokens(model=MODEL, messages=[ASKED])).input_tokens > 5
+        with pytest.raises(anthropic.NotFoundError, match="gpt"):
+            await client.messages.create(**BODY | {"model": "gpt"})
+        with pytest.raises(anthropic.BadRequestError, match="temperature"):
+            await client.messages.create(**BODY, extra_body={"temperature": 3.0})
+
+
+async def test_calls_as_the_anthropic_client_takes_them(runner: Any, codec: TextCodec) -> None:
+    async with a_stack([runner], codec=codec) as stack, over_http(create_app(stack.door)) as url:
+        client = a_client(url)
+        body = BODY | {"tools": TOOLS, "extra_body": {"temperature": 0}}
+        for choice in ({"type": "tool", "name": "get_weather"}, {"type": "any"}):
+            asked = body | {"tool_choice": choice | {"disable_parallel_tool_use": True}}
+            whole = await client.messages.create(**asked)
+            (call,) = whole.content
+            assert (whole.stop_reason, call.type) == ("tool_use", "tool_use")
+            assert call.id.startswith("toolu_")
+            assert choice["type"] == "any" or set(call.input) == {"city", "unit", "days"}
+            async with client.messages.stream(**asked) as stream:
+                final = await stream.get_final_message()
+            (again,) = final.content
+            assert (again.name, again.input, final.stop_reason) == (call.name, call.input, "tool_use")
+
+        history = [ASKED, CALLED, RESULTS]
+        for more in ({"tools": TOOLS}, {"system": "Be brief."}, {"system": [{"type": "text", "text": "Be"}]}):
+            asked = BODY | {"messages": history, "max_tokens": 3} | more
+            usage = (await client.messages.create(**asked)).usage
+            counted = await client.messages.count_tokens(
+                **{name: value for name, value in asked.items() if name != "max_tokens"}
+            )
+            assert counted.input_tokens == usage.input_tokens + usage.cache_read_input_tokens
+        await stack.settled()
+
+
+async def test_decoding_and_the_end_of_a_text(runner: Any, codec: TextCodec) -> None:
+    async with a_stack([runner], codec=codec) as stack, in_process(create_app(stack.door)) as client:
+        body = BODY | {"temperature": 0, "max_tokens": 12}
+        for mode in ("ar", "diffusion", "self_speculation"):
+            answer = (await client.post("/v1/messages", json=body | {"decoding": {"mode": mode}})).json()
+            assert set(answer["decoding"]["tokens"]) == {mode}
+            assert answer["usage"]["output_tokens"] == 12
+            assert answer["stop_reason"] == "max_tokens"
+        text = (await client.post("/v1/messages", json=body | {"decoding": {"mode": "ar"}})).json()
+        stop = text["content"][0]["text"][3:6]
+        more = {"stop_sequences": [stop], "decoding": {"mode": "ar"}}
+        answer = (await client.post("/v1/messages", json=body | more)).json()
+        assert (answer["stop_reason"], answer["stop_sequence"]) == ("stop_sequence", stop)
+        schema = {"type": "json_schema", "schema": WEATHER}
+        more = {"output_config": {"format": schema}, "max_tokens": 120}
+        answer = (await client.post("/v1/messages", json=body | more)).json()
+        assert set(json.loads(answer["content"][0]["text"])) == {"city", "unit", "days"}
+
+
+async def test_what_is_asked_reaches_the_replica(make_door) -> None:
+    replica = ScriptedReplica("a")
+    door = await make_door(replica)
+    async with running(replica.run()), in_process(create_app(door)) as client:
+        more = {
+            "system": [
+                {"type": "text", "text": "Be ", "cache_control": {}},
+                {"type": "text", "text": "brief."},
+            ],
+            "messages": [ASKED, CALLED, RESULTS],
+            "tools": TOOLS,
+            "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
+            "stop_sequences": ["END"],
+            "top_k": 3,
+            "top_p": 0.5,
+            "seed": 7,
+            "thinking": {"type": "enabled", "budget_tokens": 1024},
+            "metadata": {"user_id": "u"},
+            "cache_control": {"type": "ephemeral"},
+        }
+        response = await client.post("/v1/messages", json=BODY | more)
+        assert response.status_code == 200, response.text
+    (sent,) = replica.submitted
+    call = {"id": "toolu_1", "type": "function"}
+    call |= {"function": {"name": "get_weather", "arguments": {"city": "Oslo"}}}
+    told = {"role": "assistant", "content": "Let me see.", "reasoning_content": "Hm.", "tool_calls": [call]}
+    assert sent.prompts == (
+        (
+            {"role": "system", "content": "Be brief."},
+            ASKED,
+            told,
+            {"role": "tool", "tool_call_id": "toolu_1", "content": "Sunny."},
+            {"role": "tool", "tool_call_id": "toolu_2", "content": "Error: no"},
+            {"role": "tool", "tool_call_id": "toolu_3", "content": ""},
+            {"role": "user", "content": "So?"},
+        ),
+    )
+    sampling = sent.sampling
+    assert (sampling.stop, sampling.top_k, sampling.top_p, sampling.seed) == (("END",), 3, 0.5, 7)
+    assert (sampling.tools.is_required, sampling.tools.is_parallel) == (True, False)
+    assert json.loads(sent.template.kwargs) == {"enable_thinking": True}
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"max_tokens": None}, "'max_tokens'"),
+        ({"messages": []}, "'messages'"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "'messages[0].role'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "'messages[0].content[0]'"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "'messages[0].content[0].text'"),
+        (
+            {"messages": [ASKED, RESULTS | {"role": "assistant"}, CALLED | {"role": "user"}]},
+            "'messages[2].content'",
+        ),
+        ({"system": 3}, "'system'"),
+        ({"tools": [{"name": "two words", "input_schema": {}}]}, "'tools[0].name'"),
+        ({"tools": [{"name": "f", "input_schema": {"type": "array"}}]}, "'tools[0].input_schema'"),
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "'tools[0]'"),
+        ({"tool_choice": {"type": "any"}}, "'tool_choice'"),
+        ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "f"}}, "'tool_choice'"),
+        ({"stop_sequences": ["x"] * 17}, "'stop_sequences'"),
+        ({"top_k": -1}, "'top_k'"),
+        ({"thinking": {"type": "always"}}, "'thinking.type'"),
+        ({"decoding": {"mode": "ar", "block_length": 4}}, "'decoding"),
+        ({"container": "x"}, "'container'"),
+        ({"max_completion_tokens": 3}, "'max_completion_tokens'"),
+    ],
+)
+async def test_what_is_wrong_is_named(make_door, more: dict[str, Any], says: str) -> None:
+    async with in_process(create_app(await make_door(ScriptedReplica("a")))) as client:
+        body = {name: value for name, value in (BODY | more).items() if value is not None}
+        error = error_of(await client.post("/v1/messages", json=body), 400)
+        assert error["type"] == "invalid_request_error"
+        assert says in error["message"]
+
+
+async def test_errors_have_anthropics_form(make_door) -> None:
+    replica = ScriptedReplica("a")
+    keys = KeyRing((ApiKey("me", digest_of("secret")),))
+    app = create_app(await make_door(replica, keys=keys))
+    async with in_process(app) as client:
+        assert error_of(await client.post("/v1/messages", json=BODY), 401)["type"] == "authentication_error"
+        client.headers["x-api-key"] = "wrong"
+        error_of(await client.post("/v1/messages", json=BODY), 401)
+        client.headers["x-api-key"] = "secret"
+        assert (await client.get("/v1/models")).status_code == 200
+        assert error_of(await client.get("/v1/messages/batches"), 404)["type"] == "not_found_error"
+        error_of(await client.get("/v1/messages"), 405)
+        error_of(await client.post("/v1/messages", content=b"{"), 400)
+        replica.refusal = ErrorCode.QUEUE_FULL, "full"
+        assert error_of(await client.post("/v1/messages", json=BODY), 429)["type"] == "rate_limit_error"
+        replica.refusal = ErrorCode.INVALID_REQUEST, "no"
+        for path in ("/v1/messages", "/v1/messages/count_tokens"):
+            body = {"model": MODEL, "messages": [ASKED]} | ({} if "count" in path else {"max_tokens": 1})
+            assert error_of(await client.post(path, json=body), 400)["message"] == "no"
+    async with in_process(create_app(await make_door())) as client:
+        assert error_of(await client.post("/v1/messages", json=BODY), 503)["type"] == "overloaded_error"
+
+
+async def test_a_stream_that_breaks_ends_with_one_error(make_door) -> None:
+    replica = ScriptedReplica("a")
+    door = await make_door(replica)
+    async with in_process(create_app(door)) as client:
+        asking = asyncio.create_task(client.post("/v1/messages", json=BODY | {"stream": True}))
+        await eventually(lambda: len(replica.live) == 1)
+        (request_id,) = replica.live
+        replica.step(request_id)
+        await eventually(lambda: door.dispatcher.num_in_flight == 1)
+        replica.fail(request_id, ErrorCode.INTERNAL, "the forward failed")
+        *_, last = [part for part in (await asking).text.split("\n\n") if part]
+    name, data = last.split("\n")
+    assert name == "event: error"
+    assert json.loads(data.removeprefix("data: ")) == {
+        "type": "error",
+        "error": {"type": "api_error", "message": "the forward failed"},
+    }
+
+
+async def test_a_client_that_goes_is_noticed(make_door) -> None:
+    replica = ScriptedReplica("a")
+    door = await make_door(replica)
+    async with over_http(create_app(door)) as url:
+        asking = asyncio.create_task(a_client(url).messages.create(**BODY, stream=True))
+        await eventually(lambda: len(replica.live) == 1)
+        (request_id,) = replica.live
+        replica.step(request_id)
+        await (await asking).close()
+        await eventually(lambda: replica.cancelled == [request_id])
