@@ -3,6 +3,7 @@
 import pytest
 
 from policies.cost import UNMEASURED, StepCost
+from policies.modes import Mode
 from replicas.calibration import calibrate, warm_up
 from replicas.engine.batch import ScheduledBatch, SegmentOutput
 from tests.replicas.engine.scripted import ScriptedRunner
@@ -85,7 +86,7 @@ class Compiles(ScriptedRunner):
         super().__init__()
         self.asked: list[tuple[int, int]] = []
         self.ran: list[ScheduledBatch] = []
-        self.batches = tuple(ScheduledBatch((), explores=explores) for explores in (False, True))
+        self.batches = tuple(ScheduledBatch((), mode=mode) for mode in (None, Mode.AR))
 
     def warm_up_batches(self, max_running: int, max_step_tokens: int) -> tuple[ScheduledBatch, ...]:
         self.asked.append((max_running, max_step_tokens))

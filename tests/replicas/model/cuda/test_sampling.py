@@ -43,7 +43,17 @@ ACTING = {
     "response_format": {"response_format": JSON},
 }
 """For every field that acts on the choice of a token, values with which it does."""
-NOT_SAMPLINGS = {"max_tokens", "stop", "ignore_eos"}
+NOT_SAMPLINGS = {
+    "max_tokens",
+    "stop",
+    "stop_token_ids",
+    "includes_stop",
+    "shows_special_tokens",
+    "ignore_eos",
+    "tools",
+    "scores_prompt",
+}
+"""Fields that act on the text, or by what the engine makes of them: a mask, rows wanted of a prompt."""
 
 
 def some_segments(sampling: SamplingParams) -> list[Segment]:
@@ -112,9 +122,11 @@ def test_a_mask_makes_a_segment_the_samplers() -> None:
 @pytest.mark.parametrize("given", [{"response_format": JSON}, {"presence_penalty": 1.0}], ids=str)
 def test_nothing_is_guessed_of_what_the_host_must_say(given: dict[str, object]) -> None:
     for part in some_segments(SamplingParams(**given)):
-        assert guess([part], [0], len(part.wanted), 8, MASK_TOKEN_ID) is None
-    for part in some_segments(SamplingParams()):
-        assert guess([part], [0], len(part.wanted), 8, MASK_TOKEN_ID) is not None
+        assert guess([part], [0], 8) is None
+    step, verify, draft = some_segments(SamplingParams())
+    assert guess([step], [0], 8) is not None
+    assert guess([verify], [0], 8) is None
+    assert guess([draft], [0], 8) is None
 
 
 @pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(temperature=1.0, seed=3)], ids=str)
