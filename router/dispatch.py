@@ -168,7 +168,8 @@ class Dispatcher:
             except TriadError as error:
                 if error.code not in _ELSEWHERE:
                     raise
-                refusal = error
+                if refusal.code is not ErrorCode.QUEUE_FULL:  # which says more than one that is gone
+                    refusal = error
                 avoid.add(chosen)
         raise refusal
 

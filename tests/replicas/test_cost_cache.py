@@ -10,7 +10,7 @@ import pytest
 from policies.cost import ForwardStats, ModeFactors, ReplicaCosts, RoundYield, StepCost
 from policies.modes import DecodePlan, Mode
 from replicas.config import ReplicaConfig
-from replicas.cost_cache import MAX_BYTES, MAX_FILES, CostCache, starting_costs
+from replicas.cost_cache import FORMAT, MAX_BYTES, MAX_FILES, CostCache, starting_costs
 from replicas.yields_file import MAX_BYTES as MAX_YIELDS_BYTES
 from replicas.yields_file import YIELDS_FILE, read_yields, write_yields
 from tests.replicas.test_calibration import TRUE, TimedRunner
@@ -59,7 +59,7 @@ def test_another_format_is_as_none(tmp_path: Path) -> None:
     cache = CostCache(tmp_path, "a")
     cache.save(COSTS)
     (path,) = tmp_path.iterdir()
-    path.write_text(path.read_text().replace('"format":1', '"format":2'))
+    path.write_text(path.read_text().replace(f'"format":{FORMAT}', f'"format":{FORMAT + 1}'))
     assert cache.load() is None
 
 

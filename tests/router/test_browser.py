@@ -182,10 +182,10 @@ async def test_the_server_s_refusal_is_shown_in_its_words(driver: Any) -> None:
         page.until(lambda: page.find("#model").text)
         page.until(lambda: page.find("#prompt").get_attribute("value"))
         page.find("#max-tokens").clear()
-        page.find("#max-tokens").send_keys("5000")
+        page.find("#max-tokens").send_keys("-1")
         page.find("#run").click()
         page.until(lambda: page.all('#answers [data-state="failed"]'))
-        assert "max_tokens is 5000" in page.find("#answers .wrong").text
+        assert "max_tokens" in page.find("#answers .wrong").text
 
     await browse(driver, scenario)
 

@@ -103,8 +103,13 @@ def check(status: int, content_type: str, body: bytes) -> None:
             assert last.startswith("event: error\ndata: ")
             assert "error" in json.loads(last.removeprefix("event: error\ndata: "))
     elif status != 200:
-        error = json.loads(body)["error"]
-        assert set(error) == {"message", "type", "param", "code"}
+        answer = json.loads(body)
+        error = answer["error"]
+        # Anthropic's form, or OpenAI's.
+        wanted = (
+            {"message", "type"} if answer.get("type") == "error" else {"message", "type", "param", "code"}
+        )
+        assert set(error) == wanted
         assert error["message"]
 
 

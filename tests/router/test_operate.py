@@ -107,7 +107,7 @@ async def test_prometheus_sees_requests_and_what_replicas_publish(make_door):
         lines = response.text.splitlines()
         for line in (
             'triad_requests_waiting{replica="r1"} 3.0',
-            'triad_acceptance_length{replica="r1"} 5.0',
+            'triad_acceptance_length{replica="r1"} 2.5',
             'triad_key_tokens_total{ingress="i",key="team",kind="completion"} 7.0',
             'triad_tokens_total{ingress="i",mode="diffusion"} 4.0',
             'triad_http_requests_total{ingress="i",route="/v1/chat/completions",status="200"} 1.0',
