@@ -67,6 +67,10 @@ class Found:
             self.problems.append(what)
 
 
+LAST_EVENTS = {"message_stop", "error", "response.completed", "response.incomplete", "response.failed"}
+"""The names of what ends a stream of Messages or Responses."""
+
+
 def verdict(case: Case, status: int, kind: str, body: bytes) -> str | None:
     """The fault of an answer; None if there is none."""
     if status == 200 and not kind.startswith("text/event-stream"):
@@ -76,6 +80,9 @@ def verdict(case: Case, status: int, kind: str, body: bytes) -> str | None:
     try:
         if kind.startswith("text/event-stream"):
             *events, end = body.decode().split("\n\n")
+            if not end and events[0].startswith(("event: message_start", "event: response.")):
+                name = events[-1].partition("\n")[0].removeprefix("event: ")
+                return None if name in LAST_EVENTS else f"a stream that ends with {name}"
             last = events[-1].removeprefix("event: error\n").removeprefix("data: ")
             if end or not all(event.startswith("data: ") for event in events[:-1]):
                 return f"no stream of events: {body[-200:]!r}"
@@ -84,7 +91,11 @@ def verdict(case: Case, status: int, kind: str, body: bytes) -> str | None:
         elif kind.startswith("text/html") and status in (400, 408):
             return None  # from HAProxy: what it can't read as a request (docs/operate.md)
         else:
-            error = json.loads(body)["error"]
+            answer = json.loads(body)
+            error = answer["error"]
+            if answer.get("type") == "error":  # Anthropic's form, which has no more
+                code = next((code for named, code in NAMED if named == status), None)
+                error = {"param": None, "code": code} | error
         if error is None:
             return None
         if set(error) != {"message", "type", "param", "code"} or not error["message"]:

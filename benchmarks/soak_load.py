@@ -167,6 +167,8 @@ class Clients:
                     continue
                 if last:
                     self._tally.wrong(f"{line!r} after {last!r}: {plan}")
+                if line == "event: error":
+                    continue
                 data = line.removeprefix("data: ")
                 chunk = {} if data == "[DONE]" else json.loads(data)
                 if data == "[DONE]" or "error" in chunk:

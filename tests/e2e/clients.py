@@ -41,7 +41,7 @@ class Streamed:
         return set(self.last["decoding"]["tokens"])
 
     def take(self, line: str) -> None:
-        if not line:
+        if line in ("", "event: error"):
             return
         assert not self.done
         assert line.startswith("data: ")
