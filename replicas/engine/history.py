@@ -108,6 +108,15 @@ class Prefix:
     def __len__(self) -> int:
         return self.length
 
+    def __eq__(self, other: object) -> bool:
+        """True for the same tokens, in another process too: ranks of one model must compare alike."""
+        if not isinstance(other, Prefix) or self.length != other.length:
+            return False
+        return self.history is other.history or self.token_ids == other.token_ids
+
+    def __hash__(self) -> int:
+        return hash(self.length)
+
     @property
     def token_ids(self) -> "array[int]":
         return self.history.token_ids(self.length)

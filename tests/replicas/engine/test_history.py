@@ -99,3 +99,11 @@ def test_a_few_more_tokens_are_counted_without_those_before() -> None:
         history.append(token)
     assert 500 in as_dict(history.first(1000 + FEW_TOKENS).counts)
     assert 500 not in as_dict(Prefix.of(history.token_ids(1000)).counts)
+
+
+@given(st.lists(st.integers(0, 99), max_size=6), st.lists(st.integers(0, 99), max_size=6))
+def test_prefixes_compare_by_their_tokens_in_another_process_too(one, other):
+    prefix = Prefix.of(one, 2)
+    assert pickle.loads(pickle.dumps(prefix)) == prefix
+    assert hash(pickle.loads(pickle.dumps(prefix))) == hash(prefix)
+    assert (Prefix.of(other) == prefix) == (one == other)
