@@ -181,6 +181,7 @@ async def test_the_server_s_refusal_is_shown_in_its_words(driver: Any) -> None:
         page.open()
         page.until(lambda: page.find("#model").text)
         page.until(lambda: page.find("#prompt").get_attribute("value"))
+        page.driver.execute_script("document.querySelector('#max-tokens').removeAttribute('min')")
         page.find("#max-tokens").clear()
         page.find("#max-tokens").send_keys("-1")
         page.find("#run").click()

@@ -99,9 +99,14 @@ async def test_in_mid_stream_the_loss_of_a_replica_is_an_error_event_to_its_own_
         over_http(create_app(stack.door)) as url,
         httpx.AsyncClient(base_url=url, timeout=60.0) as client,
     ):
-        body = chat(decoding={"mode": "ar"}, max_tokens=60)
+        # Of different prompts: the same one would follow its first to where that is cached.
         seen: list[list[str]] = [[] for _ in range(4)]
-        streams = [asyncio.create_task(streamed(client, body, lines)) for lines in seen]
+        streams = [
+            asyncio.create_task(
+                streamed(client, chat(f"stream {number}", decoding={"mode": "ar"}, max_tokens=60), lines)
+            )
+            for number, lines in enumerate(seen)
+        ]
         await eventually(lambda: list(stack.dispatcher.in_flight().values()) == [2, 2])
         for runner in runners:
             runner.allow(8)
