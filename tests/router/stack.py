@@ -105,5 +105,5 @@ async def a_stack(
         )
         await stack.enter_async_context(running(dispatcher.run()))
         await stack.enter_async_context(running(view.run()))
-        await eventually(lambda: dispatcher.ready, within_s=20.0)
+        await eventually(lambda: len(dispatcher._connections.usable(())) == len(replicas), within_s=20.0)
         yield Stack(AppState(dispatcher, view, store, MODEL, 1_700_000_000, **door), replicas, dispatcher)
