@@ -12,7 +12,8 @@ from typing import TypeVar
 
 from replicas.engine.grammar import Grammar
 from replicas.errors import ErrorCode, TriadError
-from replicas.grammar import Asked, GrammarCompiler, JsonGrammar
+from replicas.grammar import Asked, JsonGrammar
+from replicas.grammar_compiler import GrammarCompiler
 from replicas.messages import GenerateRequest, Message, Prompt
 from replicas.request_state import is_chat
 from replicas.text import TextCodec

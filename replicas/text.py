@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from replicas.answer_forms import ToolUse
 from replicas.engine.batch import TokenLogprob
-from replicas.grammar import GrammarCompiler
+from replicas.grammar_compiler import GrammarCompiler
 from replicas.messages import TEMPLATE_DEFAULTS, Prompt, SamplingParams, TemplateOptions, TextLogprob
 from replicas.model.checkpoint import resolve_folder
 from replicas.model.config import CheckpointError, ModelConfig

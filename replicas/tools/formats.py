@@ -57,6 +57,12 @@ def arguments_rules(calls: Sequence[CallSchema]) -> list[str]:
     return [f"arguments_{k}: %json {call.arguments}" for k, call in enumerate(calls)]
 
 
+def head_rules(calls: Sequence[CallSchema]) -> list[str]:
+    """A rule for each call that is a JSON object, `arguments` its last member and the object left open."""
+    heads = (literal(_head(call.name, "arguments")) for call in calls)
+    return [f"call_{k}: {head} arguments_{k}" for k, head in enumerate(heads)]
+
+
 def any_call(count: int) -> str:
     return " | ".join(f"call_{k}" for k in range(count))
 
@@ -79,10 +85,7 @@ class Hermes(ToolFormat):
         return [
             f"calls: call{more}",
             f'call: "\\n" ({any_call(len(calls))}) "}}\\n" {tag("</tool_call>")}',
-            *(
-                f"call_{k}: {literal(_head(call.name, 'arguments'))} arguments_{k}"
-                for k, call in enumerate(calls)
-            ),
+            *head_rules(calls),
             *arguments_rules(calls),
         ]
 
@@ -129,10 +132,7 @@ class MistralList(ToolFormat):
         return [
             f'calls: " "? "[" call{more} "]"',
             f'call: ({any_call(len(calls))}) "}}"',
-            *(
-                f"call_{k}: {literal(_head(call.name, 'arguments'))} arguments_{k}"
-                for k, call in enumerate(calls)
-            ),
+            *head_rules(calls),
             *arguments_rules(calls),
         ]
 

@@ -1,7 +1,6 @@
 """Anthropic's Messages: the bodies that a client may send, and the chat requests that they amount to."""
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -151,10 +150,24 @@ class OutputConfig(Strict):
     format: OutputFormat | None = None
 
 
+_NAMES = (
+    (r"^tools\[(\d+)\]\.function\.parameters", r"tools[\1].input_schema"),
+    (r"^tools\[(\d+)\]\.function", r"tools[\1]"),
+    (r"^tool_choice.*", "tool_choice"),
+    (r"^parallel_tool_calls$", "tool_choice.disable_parallel_tool_use"),
+    (r"^response_format\.json_schema", "output_config.format"),
+    (r"^response_format", "output_config.format"),
+    (r"^reasoning_effort$", "output_config.effort"),
+    (r"^stop$", "stop_sequences"),
+)
+"""Names of a chat's fields, as patterns, with those of Anthropic's."""
+
+
 class Conversation(TranslatedRequest):
     """What a body says that shows in its prompt."""
 
     prompt_field = "messages"
+    names = _NAMES
 
     messages: Annotated[list[MessageParam], Field(min_length=1, max_length=MAX_MESSAGES)]
     system: TextBlocks | None = None
@@ -188,16 +201,6 @@ class Conversation(TranslatedRequest):
             found["chat_template_kwargs"] = thinks | (self.chat_template_kwargs or {})
         return found
 
-    def own_name(self, param: str) -> str | None:
-        for pattern, name in _NAMES:
-            param, num = re.subn(pattern, name, param)
-            if num:
-                return param
-        place = re.match(r"messages\[(\d+)\]", param)
-        if place is None:
-            return param
-        return [name for _, name in self._messages()][int(place[1])]
-
     def _messages(self) -> list[tuple[dict[str, Any], str]]:
         """The chat's messages, each with the name of what it is made of."""
         found: list[tuple[dict[str, Any], str]] = []
@@ -207,19 +210,6 @@ class Conversation(TranslatedRequest):
         for index, message in enumerate(self.messages):
             found += [(each, f"messages[{index}].content") for each in message.chat_messages()]
         return found
-
-
-_NAMES = (
-    (r"^tools\[(\d+)\]\.function\.parameters", r"tools[\1].input_schema"),
-    (r"^tools\[(\d+)\]\.function", r"tools[\1]"),
-    (r"^tool_choice.*", "tool_choice"),
-    (r"^parallel_tool_calls$", "tool_choice.disable_parallel_tool_use"),
-    (r"^response_format\.json_schema", "output_config.format"),
-    (r"^response_format", "output_config.format"),
-    (r"^reasoning_effort$", "output_config.effort"),
-    (r"^stop$", "stop_sequences"),
-)
-"""Names of a chat's fields, as patterns, with those of Anthropic's."""
 
 
 class CountTokensRequest(Conversation):

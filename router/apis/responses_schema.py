@@ -1,6 +1,5 @@
 """OpenAI's Responses: the body that a client may send, and the chat request that it amounts to."""
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -198,10 +197,23 @@ def _no_id(value: Any) -> Any:
     return None
 
 
+_NAMES = (
+    (r"^tools\[(\d+)\]\.function", r"tools[\1]"),
+    (r"^tool_choice\.function", "tool_choice"),
+    (r"^tool_choice\.allowed_tools\.tools\[(\d+)\]\.function", r"tool_choice.tools[\1]"),
+    (r"^response_format\.json_schema", "text.format"),
+    (r"^response_format", "text.format"),
+    (r"^reasoning_effort$", "reasoning.effort"),
+    (r"^max_(completion_)?tokens$", "max_output_tokens"),
+)
+"""Names of a chat's fields, as patterns, with those of the Responses."""
+
+
 class ResponsesRequest(TranslatedRequest):
     """A response to make."""
 
     prompt_field = "input"
+    names = _NAMES
 
     input: Annotated[
         list[Annotated[AnyItem, one_of(_ITEMS, "message")]],
@@ -261,16 +273,6 @@ class ResponsesRequest(TranslatedRequest):
             found["reasoning_effort"] = self.reasoning.effort
         return found
 
-    def own_name(self, param: str) -> str | None:
-        for pattern, name in _NAMES:
-            param, num = re.subn(pattern, name, param)
-            if num:
-                return param
-        place = re.match(r"messages\[(\d+)\]", param)
-        if place is None:
-            return "input" if param == "messages" else param
-        return [name for _, name in self._messages()][int(place[1])]
-
     def _messages(self) -> list[tuple[dict[str, Any], str]]:
         """The chat's messages, each with the name of what it is made of.
 
@@ -315,15 +317,3 @@ def _add(turn: dict[str, Any], item: CallItem | ReasoningItem) -> None:
         turn.setdefault("tool_calls", []).append({"id": item.call_id, "function": function})
     elif text := "".join(part.text for part in item.content or item.summary or ()):
         turn["reasoning_content"] = text
-
-
-_NAMES = (
-    (r"^tools\[(\d+)\]\.function", r"tools[\1]"),
-    (r"^tool_choice\.function", "tool_choice"),
-    (r"^tool_choice\.allowed_tools\.tools\[(\d+)\]\.function", r"tool_choice.tools[\1]"),
-    (r"^response_format\.json_schema", "text.format"),
-    (r"^response_format", "text.format"),
-    (r"^reasoning_effort$", "reasoning.effort"),
-    (r"^max_(completion_)?tokens$", "max_output_tokens"),
-)
-"""Names of a chat's fields, as patterns, with those of the Responses."""

@@ -1,7 +1,8 @@
 """Bodies of other APIs, each turned into the chat request that it amounts to."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Self
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
@@ -19,6 +20,9 @@ from router.schema import ChatCompletionRequest
 class TranslatedRequest(Prompted):
     """A body that becomes a chat request when it is read. Triad's and vLLM's further fields go with any."""
 
+    names: ClassVar[Sequence[tuple[str, str]]]
+    """Names of a chat's fields, as patterns, with those of this body's."""
+
     model: str
     decoding: Decoding | None = None
     seed: Annotated[int, Field(ge=-NUM_SEEDS, lt=NUM_SEEDS), INTEGRAL] | None = None
@@ -32,9 +36,20 @@ class TranslatedRequest(Prompted):
         """The fields of the chat request, but for those that have the same name and meaning."""
         raise NotImplementedError
 
-    def own_name(self, param: str) -> str | None:
-        """This body's name for the chat request's field; None if it has none."""
+    def _messages(self) -> list[tuple[dict[str, Any], str]]:
+        """The chat's messages, each with this body's name of what it is made of."""
         raise NotImplementedError
+
+    def own_name(self, param: str) -> str:
+        """This body's name for the chat request's field."""
+        for pattern, name in self.names:
+            param, num = re.subn(pattern, name, param)
+            if num:
+                return param
+        place = re.match(r"messages\[(\d+)\]", param)
+        if place is None:
+            return self.prompt_field if param == "messages" else param
+        return [name for _, name in self._messages()][int(place[1])]
 
     @model_validator(mode="after")
     def _translate(self) -> Self:

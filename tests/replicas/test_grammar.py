@@ -17,7 +17,8 @@ from replicas.engine.engine import Engine
 from replicas.engine.grammar import Grammar, GrammarFailed
 from replicas.engine.sequence import Progress, Sequence
 from replicas.errors import ErrorCode, TriadError
-from replicas.grammar import MAX_CACHED, GrammarCompiler, JsonGrammar
+from replicas.grammar import JsonGrammar
+from replicas.grammar_compiler import MAX_CACHED, GrammarCompiler
 from replicas.messages import DecodingOptions, FinishReason, SamplingParams
 from replicas.model.runner import TorchRunner
 from replicas.text import TextCodec

@@ -9,7 +9,7 @@ import pytest
 from replicas.answer_forms import JsonFormat
 from replicas.bounded_process import CallLimits
 from replicas.errors import ErrorCode, TriadError
-from replicas.grammar import MAX_REFUSALS, GrammarCompiler
+from replicas.grammar_compiler import MAX_REFUSALS, GrammarCompiler
 from tests.replicas.codec import byte_codec, tiny_tokenizer
 from tests.replicas.test_grammar import EOS, VOCAB_SIZE, grammar_of
 

@@ -14,7 +14,7 @@ from replicas.answer_forms import JsonFormat
 from replicas.bounded_process import CallLimits
 from replicas.engine.engine import Engine
 from replicas.errors import ErrorCode, TriadError
-from replicas.grammar import GrammarCompiler
+from replicas.grammar_compiler import GrammarCompiler
 from replicas.messages import Accepted, GenerateRequest, Prompt, Rejected, SamplingParams
 from replicas.preparation import MAX_INLINE_CHARS, MAX_SHORT_CHARS, Preparation
 from replicas.service import ReplicaService
