@@ -16,6 +16,7 @@ from replicas.token_messages import TokenAnswer, TokenRequest
 from replicas.wire import (
     MAX_FRAME_BYTES,
     MAX_HELLO_BYTES,
+    Call,
     CallAnswer,
     FrameBuffer,
     FrameError,
@@ -120,7 +121,7 @@ class _Connection(asyncio.Protocol):
         try:
             for frame in self._frames.feed(data):
                 if self._is_greeted:
-                    self._spawn(self._answer(frame))
+                    self._spawn(self._answer(read_call(frame)))
                 else:
                     self._greet(frame)
         except FrameError as error:
@@ -147,8 +148,7 @@ class _Connection(asyncio.Protocol):
         finally:
             self._transport.close()
 
-    async def _answer(self, frame: bytes) -> None:
-        call = read_call(frame)
+    async def _answer(self, call: Call) -> None:
         try:
             value: Any = None
             if call.method == "submit":

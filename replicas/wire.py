@@ -103,7 +103,11 @@ def call_frame(call: Call) -> bytes:
 
 
 def read_call(frame: bytes) -> Call:
-    return Call(*pickle.loads(frame))
+    """Raises FrameError for one that this version can't read, of whom nobody waits for an answer."""
+    try:
+        return Call(*pickle.loads(frame))
+    except Exception as error:  # pickle raises whatever the classes it names do
+        raise FrameError(f"a call can't be read: {error!r}") from error
 
 
 def answer_frame(answer: CallAnswer) -> bytes:
@@ -118,11 +122,15 @@ def events_frame(events: tuple[Event, ...]) -> bytes:
 
 
 def read_from_replica(frame: bytes) -> CallAnswer | tuple[Event, ...]:
-    """Returns the answer to a call, or the events that came."""
-    message = pickle.loads(memoryview(frame)[1:])
-    if frame[:1] == _ANSWER:
-        return CallAnswer(*message)
-    return tuple(Delta(*event) if type(event) is tuple else event for event in message)
+    """Returns the answer to a call, or the events that came. Raises FrameError for what this version can't
+    read."""
+    try:
+        message = pickle.loads(memoryview(frame)[1:])
+        if frame[:1] == _ANSWER:
+            return CallAnswer(*message)
+        return tuple(Delta(*event) if type(event) is tuple else event for event in message)
+    except Exception as error:
+        raise FrameError(f"a message can't be read: {error!r}") from error
 
 
 def _frame(payload: bytes) -> bytes:

@@ -257,6 +257,27 @@ async def test_a_stranger_is_shown_out_and_others_are_served(sent):
             assert await anext(items) == ()
 
 
+async def test_a_call_of_another_version_ends_its_connection_and_no_other():
+    async with listening() as (service, server):
+        client = SocketReplicaClient(INFO, server.address)
+        async with aclosing(client.channel("channel-1")) as items:
+            assert await anext(items) == ()
+            for unread in (b"\x80\x05.", pickle.dumps((1, "submit")), b"cno_such_module\nname\n."):
+                frame = len(unread).to_bytes(4, "big") + unread
+                hello = hello_frame(server.address.secret, "channel-2")
+                await read_to_the_end(server.address, hello + frame)
+            assert "channel-1" not in service.closed
+            assert await client.submit(REQUEST) == Accepted("request-1", 5)
+
+
+@pytest.mark.parametrize(
+    "frame", [b"E\x80\x05.", b"E" + pickle.dumps([(1, 2)]), b"A" + pickle.dumps((1, 2, 3, 4))]
+)
+def test_a_message_of_another_version_is_no_frame(frame):
+    with pytest.raises(FrameError, match="can't be read"):
+        read_from_replica(frame)
+
+
 async def test_who_says_nothing_is_shown_out(monkeypatch):
     monkeypatch.setattr(socket_server, "HELLO_S", 0.05)
     async with listening() as (service, server):
