@@ -29,9 +29,15 @@ class Gated(ScriptedRunner):
     def __init__(self, **spec: int) -> None:
         super().__init__(**spec)
         self._permits = threading.Semaphore(0)
-        self.num_begun = 0
+        self.num_begun = self.num_allowed = 0
+
+    @property
+    def is_waiting(self) -> bool:
+        """True while a forward waits for a permit."""
+        return self.num_begun > self.num_allowed
 
     def allow(self, num_forwards: int = 100_000) -> None:
+        self.num_allowed += num_forwards
         self._permits.release(num_forwards)
 
     def run(self, batch: ScheduledBatch):
