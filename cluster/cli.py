@@ -4,16 +4,19 @@ Beside it `serve run cluster.app:deploy` stays the entry for a cluster that is t
 """
 
 import argparse
+import importlib
 import os
 import runpy
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import shtab
+
 SCRIPT = Path(__file__).with_name("serve.sh")
 
 MODULES = {
-    "loadtest": ("loadtest", "load a running server, or one of its own, and write a report"),
+    "loadtest": ("loadtest.__main__", "load a running server, or one of its own, and write a report"),
     "new-key": ("cluster.new_key", "make an API key, shown once, and its entry for the key file"),
     "drain": ("cluster.drain", "end a running Triad with nothing lost"),
     "replay": ("policies.control.replay", "what another policy would have decided"),
@@ -21,7 +24,11 @@ MODULES = {
 """Commands that are modules with arguments of their own: `triad drain --help` is the module's help."""
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(*, in_full: bool = False) -> argparse.ArgumentParser:
+    """The command's arguments.
+
+    in_full: with those of the modules, which takes their imports.
+    """
     found = argparse.ArgumentParser(prog="triad", description="An adaptive serving cluster.")
     commands = found.add_subparsers(dest="command", required=True, metavar="COMMAND")
     serve = commands.add_parser("serve", help="serve a model on this machine until Ctrl-C")
@@ -32,11 +39,14 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--redis-url", help="default: a server of its own, on loopback")
     serve.add_argument("--policy")
     serve.add_argument("--log", choices=["debug"], help="debug: what Ray and the actors say comes here")
-    for name, (_, what) in MODULES.items():
-        commands.add_parser(name, help=what, add_help=False)
+    for name, (module, what) in MODULES.items():
+        of_module = [importlib.import_module(module).parser()] if in_full else []
+        commands.add_parser(name, help=what, add_help=False, parents=of_module)
     doctor = commands.add_parser("doctor", help="check this machine: what would fail here, or be slow")
     doctor.add_argument("--redis-url", help="check this one, too")
     doctor.add_argument("--port", type=int, default=8000)
+    completion = commands.add_parser("completion", help="what a shell is to run to complete these commands")
+    completion.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
     return found
 
 
@@ -69,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(given)
     if options.command == "serve":
         os.execvpe("bash", ["bash", str(SCRIPT)], serve_environment(options, os.environ))
+    if options.command == "completion":
+        print(shtab.complete(parser(in_full=True), options.shell))
+        return
     from cluster.doctor import run  # torch takes seconds to import
 
     sys.exit(run(options.port, options.redis_url))

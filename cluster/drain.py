@@ -29,12 +29,16 @@ async def drain(app: str, timeout_s: float) -> int:
         await asyncio.sleep(PERIOD_S)
 
 
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(prog="python -m cluster.drain", description=__doc__.partition("\n")[0])
+    found.add_argument("--app", default="triad")
+    found.add_argument("--timeout-s", type=float, default=600.0, help="for the longest stream")
+    found.add_argument("--address", default="auto", help="of the Ray cluster")
+    return found
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m cluster.drain", description=__doc__.partition("\n")[0])
-    parser.add_argument("--app", default="triad")
-    parser.add_argument("--timeout-s", type=float, default=600.0, help="for the longest stream")
-    parser.add_argument("--address", default="auto", help="of the Ray cluster")
-    options = parser.parse_args()
+    options = parser().parse_args()
     ray.init(address=options.address, namespace="serve", log_to_driver=False)
     num_left = asyncio.run(drain(options.app, options.timeout_s))
     if num_left == 0:

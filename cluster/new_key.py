@@ -7,13 +7,17 @@ import sys
 from router.auth import digest_of, new_key, parse_keys
 
 
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(prog="python -m cluster.new_key", description=__doc__)
+    found.add_argument("name", help="whose key it is, for logs and metrics")
+    found.add_argument("--admin", action="store_true", help="may change the policy at run time")
+    found.add_argument("--requests-per-minute", type=int)
+    found.add_argument("--tokens-per-minute", type=int)
+    return found
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m cluster.new_key", description=__doc__)
-    parser.add_argument("name", help="whose key it is, for logs and metrics")
-    parser.add_argument("--admin", action="store_true", help="may change the policy at run time")
-    parser.add_argument("--requests-per-minute", type=int)
-    parser.add_argument("--tokens-per-minute", type=int)
-    given = parser.parse_args()
+    given = parser().parse_args()
     key = new_key()
     entry = {name: value for name, value in vars(given).items() if value not in (None, False)}
     text = json.dumps({"keys": [entry | {"sha256": digest_of(key).hex()}]}, indent=2)

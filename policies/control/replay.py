@@ -193,17 +193,20 @@ def main(arguments: Sequence[str] | None = None, out: TextIO | None = None) -> i
         return 2
 
 
-def _replay(arguments: Sequence[str], out: TextIO) -> int:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The arguments of a replay; those of `export` are its own."""
+    found = argparse.ArgumentParser(
         "python -m policies.control.replay", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("log", metavar="LOG", help="JSON lines, as `export` writes them; - is standard input")
-    parser.add_argument(
-        "--policy", required=True, help=f"{', '.join(policy_names())}, or a dotted class name"
-    )
-    parser.add_argument("--params", default="{}", help="the policy's parameters, a JSON object")
-    parser.add_argument("--rows", type=int, default=20, help="decisions to show of those that differ")
-    options = parser.parse_args(arguments)
+    found.add_argument("log", metavar="LOG", help="JSON lines, as `export` writes them; - is standard input")
+    found.add_argument("--policy", required=True, help=f"{', '.join(policy_names())}, or a dotted class name")
+    found.add_argument("--params", default="{}", help="the policy's parameters, a JSON object")
+    found.add_argument("--rows", type=int, default=20, help="decisions to show of those that differ")
+    return found
+
+
+def _replay(arguments: Sequence[str], out: TextIO) -> int:
+    options = parser().parse_args(arguments)
     policy = create_policy(options.policy, _parameters(options.params))
     if options.log == "-":
         records = read_log(sys.stdin, "standard input")

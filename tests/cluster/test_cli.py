@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import shutil
 import socket
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -63,6 +65,27 @@ def test_an_unknown_command_names_those_there_are(capsys: pytest.CaptureFixture[
         cli.main(["sevre"])
     said = capsys.readouterr().err
     assert all(name in said for name in ("serve", "doctor", *cli.MODULES))
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_shell_completes_the_options_of_every_command(
+    shell: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["completion", shell])
+    script = capsys.readouterr().out
+    for option in ("--redis-url", "--dtype", "--users", "--requests-per-minute", "--timeout-s", "--policy"):
+        assert option in script, option
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_bash_completes_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["completion", "bash"])
+    (tmp_path / "triad.bash").write_text(capsys.readouterr().out)
+    asked = 'source "$0"; COMP_WORDS=(triad serve --po); COMP_CWORD=2; _shtab_triad; echo "${COMPREPLY[@]}"'
+    made = subprocess.run(
+        ["bash", "-c", asked, str(tmp_path / "triad.bash")], capture_output=True, text=True, check=True
+    )
+    assert set(made.stdout.split()) == {"--port", "--policy"}
 
 
 def test_an_old_python_fails() -> None:
