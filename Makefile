@@ -34,11 +34,12 @@ help:
 
 # torch on its own and first, so that it alone may come from another index.
 $(READY): pyproject.toml constraints.txt
-	@echo "== setting up $(VENV) (minutes the first time) =="
+	@echo "== setting up $(VENV) (minutes the first time; on Linux torch alone is some 3 GB unless TORCH_INDEX_ARGS names its CPU build) =="
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Triad needs Python 3.11 or newer; set PYTHON=")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install -q --disable-pip-version-check $(TORCH_INDEX_ARGS) -c constraints.txt torch numpy
-	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@{ $(BIN)/pip install -q --disable-pip-version-check $(TORCH_INDEX_ARGS) -c constraints.txt torch numpy \
+		&& $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'; } \
+		|| { echo "$(VENV) is not set up: pip says why above (no network? PIP_INDEX_URL names another index). Run the same command again, it goes on from there." >&2; exit 1; }
 	@$(BIN)/python -m replicas.model.native.build
 	@touch $@
 
