@@ -32,7 +32,7 @@ CRD = ROOT.parent / "shared" / "data" / "kuberay-rayservice-crd.yaml.gz"
 ALL_ON = (
     "serviceMonitor.enabled=true,prometheusRule.enabled=true,grafanaDashboard.enabled=true,gateway.enabled=true,"
     "gateway.parentRefs[0].name=door,ingress.enabled=true,ingress.host=a.example,autoscaling.enabled=true,"
-    "serve.max_replicas=3,serve.target_ttft_s=2,serve.downscale_delay_s=120"
+    "serve.max_replicas=3,serve.target_ttft_s=2,serve.downscale_delay_s=120,workers.cacheClaim=a-cache"
 )
 OTHERS = {"RayService", "ServiceMonitor", "PrometheusRule", "HTTPRoute"}
 PASSWORD = "valkey.password=of-16-characters-or-more"
@@ -202,6 +202,19 @@ def test_services_and_policies_select_pods_that_there_are() -> None:
     assert sum(monitor.items() <= service["metadata"]["labels"].items() for service in services) == 1
     dns = next(rule for rule in kind(documents, "NetworkPolicy")["spec"]["egress"] if "to" not in rule)
     assert {(port["port"], port["protocol"]) for port in dns["ports"]} == {(53, "UDP"), (53, "TCP")}
+
+
+def test_workers_keep_kernels_and_costs_where_a_claim_is_named() -> None:
+    head, worker = pods(rendered(None, "workers.cacheClaim=a-cache"))[:2]
+    (container,) = worker["containers"]
+    env = {entry["name"]: entry.get("value") for entry in container["env"]}
+    (mount,) = [mount for mount in container["volumeMounts"] if mount["name"] == "cache"]
+    (volume,) = [volume for volume in worker["volumes"] if volume["name"] == "cache"]
+    assert volume["persistentVolumeClaim"] == {"claimName": "a-cache"}
+    assert env["XDG_CACHE_HOME"] == mount["mountPath"]
+    assert env["TRITON_CACHE_DIR"].startswith(mount["mountPath"])
+    for pod in (head, *pods(rendered())[:2]):
+        assert "cache" not in {volume["name"] for volume in pod["volumes"]}
 
 
 def test_an_external_redis_is_used_and_then_no_valkey_runs() -> None:
