@@ -6,6 +6,7 @@ import redis.asyncio
 
 from cluster.embedded_redis import EmbeddedRedis
 from policies.control.store import LoadStore
+from tests.stores import patient_store
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +33,7 @@ def app() -> str:
 
 @pytest.fixture
 async def store(server: EmbeddedRedis, app: str) -> AsyncIterator[LoadStore]:
-    store = LoadStore(server.url, app)
+    store = patient_store(server.url, app)
     yield store
     await store.close()
 

@@ -21,6 +21,7 @@ from tests.eventually import eventually
 from tests.router.conftest import in_process, running
 from tests.router.fakes import WORDS, ScriptedReplica
 from tests.router.test_api import CHAT, error_of
+from tests.stores import patient_store
 
 NOWHERE = "redis://127.0.0.1:1/0"
 
@@ -37,10 +38,7 @@ async def limiters(server: EmbeddedRedis) -> AsyncIterator[list[KeyLimiter]]:
     """Two, as two ingresses have."""
     app = f"test-{uuid.uuid4().hex[:8]}"
     async with AsyncExitStack() as stack:
-        made = [
-            KeyLimiter(LoadStore(server.url, app, connect_timeout_s=20.0, command_timeout_s=20.0))
-            for _ in range(2)
-        ]
+        made = [KeyLimiter(patient_store(server.url, app)) for _ in range(2)]
         for limiter in made:
             stack.push_async_callback(limiter.close)
         yield made
@@ -135,7 +133,7 @@ async def set_clock_back(server: EmbeddedRedis, app: str, seconds: int) -> None:
 
 async def test_a_clock_that_is_set_back_locks_nobody_out(server):
     app = f"test-{uuid.uuid4().hex[:8]}"
-    limiter = KeyLimiter(LoadStore(server.url, app, connect_timeout_s=20.0, command_timeout_s=20.0))
+    limiter = KeyLimiter(patient_store(server.url, app))
     key = a_key(requests_per_minute=20, tokens_per_minute=2000)
     for _ in range(20):
         assert await outcome(limiter, key, a_request()) is None
@@ -148,13 +146,13 @@ async def test_a_clock_that_is_set_back_locks_nobody_out(server):
 
 async def test_a_charge_is_settled_on_a_clock_that_was_set_back_meanwhile(server):
     app = f"test-{uuid.uuid4().hex[:8]}"
-    limiter = KeyLimiter(LoadStore(server.url, app, connect_timeout_s=20.0, command_timeout_s=20.0))
+    limiter = KeyLimiter(patient_store(server.url, app))
     key = a_key(tokens_per_minute=1000)
     charge = await limiter.charge(key, a_request(10, 990))
     await set_clock_back(server, app, 3600)
     limiter.settle(charge, 0)
     await limiter.close()
-    after = KeyLimiter(LoadStore(server.url, app, connect_timeout_s=20.0, command_timeout_s=20.0))
+    after = KeyLimiter(patient_store(server.url, app))
     assert await outcome(after, key, a_request(10, 980)) is None, "all of it has come back"
     await after.close()
 
@@ -162,7 +160,7 @@ async def test_a_charge_is_settled_on_a_clock_that_was_set_back_meanwhile(server
 async def test_a_key_that_holds_something_else_is_a_full_bucket(server):
     app = f"test-{uuid.uuid4().hex[:8]}"
     client = redis.asyncio.Redis.from_url(server.url)
-    limiter = KeyLimiter(LoadStore(server.url, app, connect_timeout_s=20.0, command_timeout_s=20.0), "closed")
+    limiter = KeyLimiter(patient_store(server.url, app), "closed")
     name = f"triad:{{{app}}}:limit:team:requests"
     for write in (client.set, client.lpush, client.sadd):
         await client.delete(name)

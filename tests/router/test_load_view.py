@@ -13,6 +13,7 @@ from tests.eventually import eventually
 from tests.policies.helpers import FakeClock, a_load
 from tests.redis_commands import commands_while
 from tests.router.faults import PATH, chat, served
+from tests.stores import patient_store
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ async def test_without_a_store_what_was_read_goes_stale_and_is_lost(later_s, fre
 async def test_a_request_costs_redis_nothing():
     """Fifty requests and none: the router sends the readings of its view alone, one a period."""
     valkey = EmbeddedRedis.start()
-    store = LoadStore(valkey.url)
+    store = patient_store(valkey.url)
     async with served(store=store) as (stack, client):
         await store.publish_and_read(stack.replicas[0].service.snapshot())
         await eventually(lambda: stack.door.view.loads())

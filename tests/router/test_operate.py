@@ -19,6 +19,7 @@ from tests.router.conftest import in_process, running
 from tests.router.fakes import MODEL, FakeStore, ScriptedReplica, a_load
 from tests.router.test_api import CHAT, error_of
 from tests.router.test_auth import ADMIN, KEY, RING, bearer
+from tests.stores import patient_store
 
 PATH = "/v1/triad/policy"
 
@@ -32,7 +33,7 @@ def server() -> Iterator[EmbeddedRedis]:
 
 @pytest.fixture
 async def store(server: EmbeddedRedis) -> AsyncIterator[LoadStore]:
-    store = LoadStore(server.url, f"test-{uuid.uuid4().hex[:8]}", command_timeout_s=10.0)
+    store = patient_store(server.url, f"test-{uuid.uuid4().hex[:8]}")
     yield store
     await store.close()
 

@@ -25,6 +25,7 @@ from policies.control.plan import DecisionRecord, ReplicaPlan
 from policies.control.store import LoadStore, PlanWrite, StoreUnavailable
 from policies.modes import DecodePlan, Mode
 from tests.policies.helpers import a_load, eventually
+from tests.stores import patient_store
 
 LIMITS = {"connect_timeout_s": 0.5, "command_timeout_s": 0.5}
 
@@ -129,7 +130,7 @@ async def test_a_cluster(tmp_path, app):
         node = await answers(port, password="secret")
         await node.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
         await eventually(lambda: node.cluster("INFO"), lambda info: info["cluster_state"] == "ok", 20.0)
-        store = LoadStore(f"redis+cluster://:secret@127.0.0.1:{port}", app)
+        store = patient_store(f"redis+cluster://:secret@127.0.0.1:{port}", app)
         await use(store)
         await store.close()
         await node.aclose()
@@ -171,7 +172,7 @@ async def test_a_sentinels_master_and_the_one_after_it(tmp_path, app):
             with pytest.raises(StoreUnavailable):
                 await locked_out.read_loads()
             await locked_out.close()
-        store = LoadStore(f"{url}?sentinel_password=other", app)
+        store = patient_store(f"{url}?sentinel_password=other", app)
         await use(store)
         master.kill()
         with pytest.raises(StoreUnavailable):
@@ -262,7 +263,7 @@ async def test_tls_with_certificates_of_both_sides_and_a_password(server, tmp_pa
         return f"{scheme}://:{password}@127.0.0.1:{port}/0" + (f"?{query}" if scheme == "rediss" else "")
 
     async with behind_tls(server.port, tmp_path) as port:
-        store = LoadStore(url(port), app)
+        store = patient_store(url(port), app)
         await use(store)
         await store.close()
         for wrong in (

@@ -14,6 +14,7 @@ from policies.modes import DecodePlan, Mode
 from policies.registry import create_policy
 from tests.policies.helpers import FakeClock, a_load, eventually
 from tests.redis_commands import commands_while
+from tests.stores import patient_store
 
 DIFFUSION = DecodePlan(Mode.DIFFUSION, 16, 0.9)
 AR = DecodePlan(Mode.AR)
@@ -275,10 +276,10 @@ async def test_with_a_hung_server_the_replica_still_follows_its_load(own_server,
 @pytest.mark.parametrize("num_periods", [1, 25])
 async def test_a_replica_sends_exactly_one_command_a_period(own_server, app, num_periods):
     """Its load, its plan and the policy set at run time in one; and one to withdraw."""
-    store = LoadStore(own_server.url, app)
+    store = patient_store(own_server.url, app)
     await write_setting(store, PolicyChoice("ar"))
     await store.close()
-    store, stop, policies = LoadStore(own_server.url, app), asyncio.Event(), []
+    store, stop, policies = patient_store(own_server.url, app), asyncio.Event(), []
     left = iter(range(num_periods - 1, -1, -1))
 
     async def sleep(_):
@@ -297,7 +298,7 @@ async def test_a_replica_sends_exactly_one_command_a_period(own_server, app, num
 
 
 async def test_a_store_that_lost_its_data_is_given_the_policy_back(own_server, app):
-    store = LoadStore(own_server.url, app)
+    store = patient_store(own_server.url, app)
     watch = PolicyWatch(store, PolicyChoice("threshold"), lambda policy: None)
     follower = PlanFollower(store, create_policy("threshold"), lambda: a_load(1), on_policy_entry=watch.apply)
     setting = await write_setting(store, PolicyChoice("ar"))

@@ -16,6 +16,7 @@ from policies.policy import Policy
 from policies.registry import PolicyError, create_policy
 from tests.eventually import eventually
 from tests.policies.helpers import a_load
+from tests.stores import patient_store
 
 AR = PolicyChoice("ar")
 SPECULATE = PolicyChoice("fixed", {"mode": "self_speculation", "block_length": 8})
@@ -78,7 +79,7 @@ async def test_garbage_in_the_store_is_no_setting(store, raw, app):
 
 
 async def test_a_store_that_lost_its_data_is_given_the_setting_back(own_server):
-    store = LoadStore(own_server.url)
+    store = patient_store(own_server.url)
     watch, changes = watch_of(store)
     setting = await watch.set(AR)
     before = own_server.pid

@@ -9,6 +9,7 @@ from policies.control.store import MAX_DECISIONS, Lease, LoadStore, PlanWrite, S
 from policies.modes import DecodePlan, Mode
 from policies.replica_load import Freshness
 from tests.policies.helpers import a_load, eventually
+from tests.stores import patient_store
 
 AR = DecodePlan(Mode.AR)
 FULL_LOAD = a_load(
@@ -251,7 +252,7 @@ async def test_a_malformed_plan_is_no_plan_and_is_written_over(store, raw, app):
 
 
 async def test_apps_do_not_see_each_other(store, server, app):
-    other = LoadStore(server.url, f"{app}-other")
+    other = patient_store(server.url, f"{app}-other")
     await store.publish_and_read(a_load())
     assert (await other.read_loads()).replicas == ()
     assert await other.acquire_lease("b") is not None
