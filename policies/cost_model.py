@@ -29,11 +29,11 @@ class CostModelParameters(PolicyParameters):
     """The modes of `auto` requests: `any` lets them run every mode, and diffusion's answers may differ from
     `ar`'s; `lossless` keeps them to `ar` and `self_speculation`, whose answers are the same. A request's own
     `lossless` holds either way."""
-    threshold: float = Field(default=0.9, gt=0.0, le=1.0)
+    threshold: float | None = Field(default=None, gt=0.0, le=1.0)
     """Diffusion's threshold. Its forwards fall and its errors rise as the threshold falls, so the bound on
     quality is also the fastest plan, and the only one considered."""
     factor: float | None = Field(default=None, gt=0.0, le=MAX_FACTOR)
-    """Diffusion's factor, in place of a threshold (policies.modes)."""
+    """Diffusion's factor, in place of a threshold; without either the default one (policies.modes)."""
     diffusion_gain: float = Field(default=0.05, ge=0.0)
     """The gain over the best lossless plan that diffusion must bring to be chosen (0.05 is 5 %)."""
     speculation_blocks: tuple[int, ...] = (4, 8, 16, 32)
@@ -53,7 +53,7 @@ class CostModelParameters(PolicyParameters):
 
     @model_validator(mode="after")
     def _has_one_bound(self) -> "CostModelParameters":
-        check_one_bound(self)
+        check_one_bound(self.threshold, self.factor)
         return self
 
     def candidates(self, modes: tuple[Mode, ...]) -> list[DecodePlan]:

@@ -28,7 +28,7 @@ def speculation(block):
 
 
 def diffusion(block):
-    return DecodePlan(Mode.DIFFUSION, block, 0.9)
+    return DecodePlan(Mode.DIFFUSION, block)
 
 
 def measured(diffusion_forwards=4.0, step=GPU, num_rounds=100.0):

@@ -33,9 +33,9 @@ def plan_for(sequence: Sequence, active: ActivePlan, spec: ModelSpec) -> ActiveP
     if base.mode is Mode.AR:
         return ActivePlan(base, rule)
     block_length = options.block_length or base.block_length
-    threshold = options.threshold or base.threshold
-    factor = base.factor if options.threshold is None and options.factor is None else options.factor
-    return ActivePlan(DecodePlan(base.mode, block_length, threshold, factor), rule)
+    has_bound = options.threshold is not None or options.factor is not None
+    bound = (options.threshold, options.factor) if has_bound else (base.threshold, base.factor)
+    return ActivePlan(DecodePlan(base.mode, block_length, *bound), rule)
 
 
 def begin_round(sequence: Sequence, plan: DecodePlan, spec: ModelSpec, overlaps_blocks: bool) -> Round:

@@ -15,7 +15,7 @@ from policies.registry import create_policy
 from tests.policies.helpers import FakeClock, a_load, eventually
 from tests.redis_commands import commands_while
 
-DIFFUSION = DecodePlan(Mode.DIFFUSION, 16, 0.9)
+DIFFUSION = DecodePlan(Mode.DIFFUSION, 16)
 AR = DecodePlan(Mode.AR)
 
 
