@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from policies.modes import DecodePlan, Mode, available_plan, default_plan, lossless_plan
+from policies.quality import bounded_plan
 from replicas.engine.batch import ModelSpec
 from replicas.engine.decoders.ar import ArRound
 from replicas.engine.decoders.diffusion import DiffusionRound
@@ -28,6 +29,8 @@ def plan_for(sequence: Sequence, active: ActivePlan, spec: ModelSpec) -> ActiveP
         base, rule = default_plan(options.mode), PINNED_RULE
     elif sequence.is_kept_lossless:
         base, rule = lossless_plan(active.decode, spec.modes), active.rule
+    elif options.max_differing is not None:
+        base, rule = bounded_plan(active.decode, sequence.diffusions, spec.modes), active.rule
     else:
         base, rule = available_plan(active.decode, spec.modes), active.rule
     if base.mode is Mode.AR:
