@@ -24,9 +24,12 @@ PRIOR_SPREAD = 0.7
 PRIOR_FIXED = 2.7
 """The positions that a denoising forward fixes at threshold 0.9, before any is measured: the 8B's 2.57
 tokens a forward (arXiv 2607.05722) at block 32, its commit left out."""
-FACTOR_SHARE = 0.2
+DOUBT_EXPONENT = 0.25
+"""The power of the doubt, one less the threshold, with which grows what is fixed beyond the surest position:
+as triad-5m's tokens a forward do from threshold 0.99 to 0.9 (docs/experiments/diffusion.md)."""
+FACTOR_SHARE = 0.1
 """The doubt of a threshold that fixes about as much as a factor does, over the factor: triad-5m decodes alike
-with the factor 0.5 and the threshold 0.9."""
+with the factor 0.1 and the threshold 0.99, and with 0.5 and 0.95."""
 
 
 class ForwardStats(NamedTuple):
@@ -166,6 +169,11 @@ class RoundYield:
     """The number of rounds that the estimate rests on, an older one counting less; 0 is a prior."""
     rows: float | None = None
     """Query tokens a forward; None for the block's."""
+    differing: float | None = None
+    """The share of answers that differ from `ar`'s in any token, measured of the checkpoint beforehand; None
+    where it was not."""
+    right: float | None = None
+    """The share of right answers, measured with it."""
 
     def __post_init__(self) -> None:
         rows = 1.0 if self.rows is None else self.rows
@@ -174,6 +182,8 @@ class RoundYield:
             raise ValueError(f"tokens, forwards and rows must be positive and finite, got {brought}")
         if not 0.0 <= self.num_rounds < math.inf:
             raise ValueError(f"num_rounds must not be negative, got {self.num_rounds}")
+        if not all(share is None or 0.0 <= share <= 1.0 for share in (self.differing, self.right)):
+            raise ValueError(f"shares of answers must be 0 to 1, got {self.differing} and {self.right}")
 
     @property
     def rows_per_forward(self) -> float:
@@ -196,9 +206,15 @@ def prior_yield(plan: DecodePlan) -> RoundYield:
         return RoundYield(plan, 1.0, 1.0)
     if plan.mode is Mode.SELF_SPECULATION:
         return _prior_of_speculation(plan)
-    doubt = 1.0 - plan.threshold if plan.factor is None else FACTOR_SHARE * plan.factor
-    fixed = min(1.0 + (PRIOR_FIXED - 1.0) * doubt / 0.1, 2.0 * PRIOR_FIXED)
+    fixed = 1.0 + (PRIOR_FIXED - 1.0) * (_doubt(plan) / 0.1) ** DOUBT_EXPONENT
     return RoundYield(plan, float(block), max(1.0, (block - 1) / fixed) + 1.0)
+
+
+def _doubt(plan: DecodePlan) -> float:
+    """Returns the doubt at which diffusion fixes a position: one less its threshold; 0 for other modes."""
+    if plan.factor is not None:
+        return FACTOR_SHARE * plan.factor
+    return 0.0 if plan.threshold is None else 1.0 - plan.threshold
 
 
 def _prior_of_speculation(plan: DecodePlan) -> RoundYield:
@@ -262,9 +278,7 @@ class ReplicaCosts:
 def _nearest(plan: DecodePlan, yields: Iterable[RoundYield]) -> RoundYield | None:
     def distance(entry: RoundYield) -> tuple[bool, float, float]:
         low, high = sorted((entry.plan.block_length, plan.block_length))
-        factor, own = entry.plan.factor, plan.factor
-        if factor is None or own is None:
-            return factor is not own, abs(entry.plan.threshold - plan.threshold), high / low
-        return False, abs(factor - own), high / low
+        is_other_kind = (entry.plan.factor is None) is not (plan.factor is None)
+        return is_other_kind, abs(_doubt(entry.plan) - _doubt(plan)), high / low
 
     return min((entry for entry in yields if entry.plan.mode is plan.mode), key=distance, default=None)

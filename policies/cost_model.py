@@ -6,10 +6,12 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from policies.cost import ReplicaCosts, prior_yield
 from policies.fixed import check_one_bound
 from policies.forecast import Forecast, forecast
 from policies.modes import LOSSLESS_MODES, MAX_BLOCK_LENGTH, MAX_FACTOR, DecodePlan, Mode
 from policies.policy import Decision, Policy, PolicyParameters, Snapshot, Trial
+from policies.quality import QualityBound, plans_within
 from policies.replica_load import ReplicaLoad
 
 LOOKS = 5
@@ -25,15 +27,17 @@ MIN_LOSS = 0.1
 class CostModelParameters(PolicyParameters):
     """The parameters of CostModelPolicy."""
 
-    quality: Literal["any", "lossless"] = "any"
+    quality: Literal["any", "lossless"] | QualityBound = "any"
     """The modes of `auto` requests: `any` lets them run every mode, and diffusion's answers may differ from
-    `ar`'s; `lossless` keeps them to `ar` and `self_speculation`, whose answers are the same. A request's own
-    `lossless` holds either way."""
-    threshold: float = Field(default=0.9, gt=0.0, le=1.0)
-    """Diffusion's threshold. Its forwards fall and its errors rise as the threshold falls, so the bound on
-    quality is also the fastest plan, and the only one considered."""
+    `ar`'s; `lossless` keeps them to `ar` and `self_speculation`, whose answers are the same; a bound on how
+    many may differ adds the settings of diffusion that keep it, as measured of the checkpoint. A request's
+    own `lossless` or bound holds either way."""
+    threshold: float | None = Field(default=None, gt=0.0, le=1.0)
+    """Diffusion's threshold. Its forwards fall and its errors rise as the threshold falls, so it is also the
+    fastest that is acceptable, and the only one considered."""
     factor: float | None = Field(default=None, gt=0.0, le=MAX_FACTOR)
-    """Diffusion's factor, in place of a threshold (policies.modes)."""
+    """Diffusion's factor, in place of a threshold; without either the default one (policies.modes), or where
+    quality is a bound any that keeps it."""
     diffusion_gain: float = Field(default=0.05, ge=0.0)
     """The gain over the best lossless plan that diffusion must bring to be chosen (0.05 is 5 %)."""
     speculation_blocks: tuple[int, ...] = (4, 8, 16, 32)
@@ -53,18 +57,33 @@ class CostModelParameters(PolicyParameters):
 
     @model_validator(mode="after")
     def _has_one_bound(self) -> "CostModelParameters":
-        check_one_bound(self)
+        check_one_bound(self.threshold, self.factor)
         return self
 
-    def candidates(self, modes: tuple[Mode, ...]) -> list[DecodePlan]:
-        """Returns the plans that a model with these modes may run, `ar` first."""
+    def candidates(self, modes: tuple[Mode, ...], costs: ReplicaCosts | None = None) -> list[DecodePlan]:
+        """Returns the plans that a model with these modes may run, `ar` first.
+
+        costs: say which settings of diffusion keep a bound on quality.
+        """
         plans = [DecodePlan(Mode.AR)]
         if Mode.SELF_SPECULATION in modes:
             plans += [DecodePlan(Mode.SELF_SPECULATION, block) for block in self.speculation_blocks]
-        if Mode.DIFFUSION in modes and self.quality == "any":
-            bound = (self.threshold, self.factor)
-            plans += [DecodePlan(Mode.DIFFUSION, block, *bound) for block in self.diffusion_blocks]
+        if Mode.DIFFUSION in modes and self.quality != "lossless":
+            plans += self._diffusions(costs)
         return plans
+
+    def _diffusions(self, costs: ReplicaCosts | None) -> list[DecodePlan]:
+        setting = (self.threshold, self.factor)
+        plans = [DecodePlan(Mode.DIFFUSION, block, *setting) for block in self.diffusion_blocks]
+        if not isinstance(self.quality, QualityBound):
+            return plans
+        kept = plans_within(self.quality.max_differing, () if costs is None else costs.yields)
+        if setting != (None, None):
+            return [plan for plan in plans if plan in kept]
+        # One a block, and by priors, which stay as they are: which plans are considered must not flicker.
+        quickest = sorted(kept, key=lambda plan: -prior_yield(plan).forwards)
+        by_block = {plan.block_length: plan for plan in quickest}
+        return [by_block[block] for block in self.diffusion_blocks if block in by_block]
 
 
 class CostModelPolicy(Policy[tuple[int, ...]]):
@@ -89,7 +108,9 @@ class CostModelPolicy(Policy[tuple[int, ...]]):
         load, current = snapshot.load, snapshot.current
         state = (*state, load.num_auto)[-LOOKS:] if load.num_auto else ()
         num_auto = statistics.median(state or (0,))
-        forecasts = [forecast(load, plan, num_auto) for plan in self._bounds.candidates(load.modes)]
+        forecasts = [
+            forecast(load, plan, num_auto) for plan in self._bounds.candidates(load.modes, load.costs)
+        ]
         scores = {f.plan: self._score(load, f, is_running=f.plan == current) for f in forecasts}
         best = max(forecasts, key=lambda expected: scores[expected.plan])
         if not load.num_auto and load.num_in_flight and current in scores:
@@ -110,7 +131,7 @@ class CostModelPolicy(Policy[tuple[int, ...]]):
         modes = load.modes
         if load.num_lossless >= load.num_auto:
             modes = tuple(mode for mode in modes if mode in LOSSLESS_MODES)
-        forecasts = [forecast(load, plan) for plan in self._bounds.candidates(modes)]
+        forecasts = [forecast(load, plan) for plan in self._bounds.candidates(modes, load.costs)]
         best = max(map(self._worth, forecasts))
         others = [expected for expected in forecasts if expected.plan != running]
         tried = max(others, key=self._hope, default=None)

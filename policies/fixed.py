@@ -6,9 +6,9 @@ from policies.modes import DEFAULT_BLOCK_LENGTHS, MAX_FACTOR, DecodePlan, Mode, 
 from policies.policy import Decision, Policy, PolicyParameters, Snapshot
 
 
-def check_one_bound(parameters: PolicyParameters) -> None:
+def check_one_bound(threshold: float | None, factor: float | None) -> None:
     """Raises ValueError where both of diffusion's bounds on doubt are given: only one could count."""
-    if {"threshold", "factor"} <= parameters.model_fields_set:
+    if threshold is not None and factor is not None:
         raise ValueError("factor takes the place of threshold; give one of them")
 
 
@@ -18,13 +18,13 @@ class PlanParameters(PolicyParameters):
     mode: Mode = Mode.AR
     block_length: int | None = None
     """Tokens a block; None for the mode's default."""
-    threshold: float = Field(default=0.9, gt=0.0, le=1.0)
+    threshold: float | None = Field(default=None, gt=0.0, le=1.0)
     factor: float | None = Field(default=None, gt=0.0, le=MAX_FACTOR)
-    """Diffusion's factor, in place of a threshold (policies.modes)."""
+    """Diffusion's factor, in place of a threshold; without either the default one (policies.modes)."""
 
     @model_validator(mode="after")
     def _can_be_run(self) -> "PlanParameters":
-        check_one_bound(self)
+        check_one_bound(self.threshold, self.factor)
         self.decode_plan()
         return self
 

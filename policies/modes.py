@@ -26,6 +26,10 @@ MAX_BLOCK_LENGTH = 64
 MAX_FACTOR = float(MAX_BLOCK_LENGTH + 1)
 """The largest factor: it fixes any block at once."""
 
+DEFAULT_FACTOR = 0.1
+"""The factor of diffusion wherever neither a factor nor a threshold is given: the largest of those measured
+with which triad-5m has `ar`'s right answers within 1 point at every block (docs/experiments/diffusion.md)."""
+
 DEFAULT_BLOCK_LENGTHS: Mapping[Mode, int] = MappingProxyType(
     {Mode.AR: 1, Mode.DIFFUSION: 32, Mode.SELF_SPECULATION: 16}
 )
@@ -34,25 +38,39 @@ DEFAULT_BLOCK_LENGTHS: Mapping[Mode, int] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
-    """A mode and its parameters. Raises ValueError for parameters out of their range."""
+    """A mode and its parameters. Raises ValueError for parameters out of their range.
+
+    Plans that decode alike are equal: `diffusion` has either a threshold or a factor, other modes neither.
+    """
 
     mode: Mode
     block_length: int = 1
     """Tokens a block, the seed included; 1 for `ar`, 2 to MAX_BLOCK_LENGTH otherwise."""
-    threshold: float = 0.9
-    """The top probability, in (0, 1], from which `diffusion` fixes a position."""
+    threshold: float | None = None
+    """The top probability, in (0, 1], from which `diffusion` fixes a position; None where it has a factor."""
     factor: float | None = None
-    """In place of the threshold: a denoising fixes the most positions n, the surest first, for which
-    (n + 1)(1 - p_n) < factor, p_n being the probability of the n-th (Fast-dLLM, arXiv 2505.22618)."""
+    """A denoising fixes the most positions n, the surest first, for which (n + 1)(1 - p_n) < factor, p_n
+    being the probability of the n-th (Fast-dLLM, arXiv 2505.22618). It takes the place of a threshold;
+    without either it is DEFAULT_FACTOR."""
 
     def __post_init__(self) -> None:
         low, high = (1, 1) if self.mode is Mode.AR else (2, MAX_BLOCK_LENGTH)
         if not low <= self.block_length <= high:
             raise ValueError(f"block_length for {self.mode} must be {low} to {high}, got {self.block_length}")
-        if not 0.0 < self.threshold <= 1.0:
+        if self.threshold is not None and not 0.0 < self.threshold <= 1.0:
             raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
         if self.factor is not None and not 0.0 < self.factor <= MAX_FACTOR:
             raise ValueError(f"factor must be above 0 and at most {MAX_FACTOR:g}, got {self.factor}")
+        if self.mode is not Mode.DIFFUSION:
+            self._set_bound(None, None)
+        elif self.factor is not None:
+            self._set_bound(None, self.factor)
+        elif self.threshold is None:
+            self._set_bound(None, DEFAULT_FACTOR)
+
+    def _set_bound(self, threshold: float | None, factor: float | None) -> None:
+        object.__setattr__(self, "threshold", threshold)
+        object.__setattr__(self, "factor", factor)
 
 
 def default_plan(mode: Mode) -> DecodePlan:

@@ -20,7 +20,7 @@ class ThresholdParameters(PolicyParameters):
     """The parameters of ThresholdPolicy."""
 
     levels: tuple[Level, ...] = (
-        Level(max_in_flight=2, mode=Mode.DIFFUSION, block_length=16, threshold=0.9),
+        Level(max_in_flight=2, mode=Mode.DIFFUSION, block_length=16),
         Level(max_in_flight=8, mode=Mode.SELF_SPECULATION, block_length=8),
     )
     """The levels, by rising max_in_flight."""

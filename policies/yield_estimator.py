@@ -91,6 +91,8 @@ class YieldEstimator:
             max(1e-4, round(forwards / total, 4)),
             round(num_rounds + (weight if plan in self._known else 0.0), 2),
             max(0.01, round(rows_per_forward, 2)),
+            prior.differing,
+            prior.right,
         )
 
     def _against_priors(self, mode: Mode) -> tuple[float, float]:

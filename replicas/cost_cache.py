@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -119,7 +119,8 @@ class CostCache:
 def starting_costs(runner: Runner, config: ReplicaConfig, cache: CostCache) -> ReplicaCosts:
     """Measures what forwards cost here, and joins what is known of this checkpoint and was learned before.
 
-    Yields are those of the checkpoint's own file, else those learned here before.
+    Yields are those of the checkpoint's own file, else those learned here before; what these say of answers
+    is left out, since it came from a file that is gone.
     """
     measured = sweep(
         runner,
@@ -133,7 +134,9 @@ def starting_costs(runner: Runner, config: ReplicaConfig, cache: CostCache) -> R
     if learned is None:
         return ReplicaCosts(step, yields)
     before = learned.costs
-    return ReplicaCosts(step, yields or before.yields, before.factors, rates=before.rates)
+    if not yields:
+        yields = tuple(replace(entry, differing=None, right=None) for entry in before.yields)
+    return ReplicaCosts(step, yields, before.factors, rates=before.rates)
 
 
 def _fingerprint(config: ReplicaConfig) -> str:

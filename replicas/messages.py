@@ -118,6 +118,9 @@ class DecodingOptions:
     """Denoising forwards that a block of diffusion may take; the last one fixes all that is left."""
     factor: float | None = None
     """Takes the place of the plan's threshold or factor (policies.modes); never beside a threshold."""
+    max_differing: float | None = None
+    """If given, `auto` is kept to these modes and to settings of diffusion of whose answers at most this
+    share differs from AR's, as measured of the checkpoint (policies.quality)."""
     trace: bool = False
     """If true, each Delta says which forwards gave its tokens."""
 

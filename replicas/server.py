@@ -68,6 +68,7 @@ class Replica:
         self._cost_cache = CostCache.of(config)
         costs = starting_costs(runner, config, self._cost_cache)
         engine.set_step_cost(costs.step)
+        engine.set_yields(costs.yields)
         configure_logs(config.log_format)
         self._tracing = Tracing("replica", replica_id)
         tracer = self._tracing.tracer

@@ -1,4 +1,4 @@
-"""The yields of a checkpoint's plans, measured before and kept in a file beside its weights.
+"""The yields of a checkpoint's plans and the answers they give, measured before and kept beside its weights.
 
 `python -m training.evaluate --yields` writes the file; a replica starts from it.
 """

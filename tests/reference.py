@@ -157,7 +157,7 @@ class Reference:
         length = min(plan.block_length, self.max_context - len(prefix))
         block = [seed] + [self.mask_token_id] * (length - 1)
         if plan.mode is Mode.DIFFUSION:
-            num_denoisings = self._denoise(prefix, block, plan.threshold, eos, is_begun)
+            num_denoisings = self._denoise(prefix, block, plan, eos, is_begun)
             fixed = block[1:]
             ended = len(fixed) >= remaining or self.mask_token_id in fixed or any(t in eos for t in fixed)
             if ended:
@@ -209,7 +209,7 @@ class Reference:
         return [self._choose(row) for row in logits[1:]]
 
     def _denoise(
-        self, prefix: list[int], block: list[int], threshold: float, eos: frozenset[int], is_begun: bool
+        self, prefix: list[int], block: list[int], plan: DecodePlan, eos: frozenset[int], is_begun: bool
     ) -> int:
         """Fill the masks of `block` in place; returns the number of forwards of its own."""
         masked = set(range(1, len(block)))
@@ -225,11 +225,18 @@ class Reference:
             logits = self.block_logits(prefix, seen, adapter=self.denoise_with_adapter)
             num_forwards += 1
             choices = {index: self._choose(logits[index]) for index in sorted(masked)}
-            surest = max(choices, key=lambda index: choices[index][1])
-            for index, (token, prob) in choices.items():
-                if index == surest or prob >= threshold:
-                    block[index] = token
-                    masked.discard(index)
+            surest = sorted(choices, key=lambda index: choices[index][1], reverse=True)
+            num_fixed = 1
+            for count, index in enumerate(surest, start=1):
+                prob = choices[index][1]
+                if plan.threshold is not None:
+                    is_fixed = prob >= plan.threshold
+                else:
+                    is_fixed = (count + 1) * (1.0 - prob) < plan.factor
+                num_fixed = count if is_fixed else num_fixed
+            for index in surest[:num_fixed]:
+                block[index] = choices[index][0]
+                masked.discard(index)
         return num_forwards - (1 if is_begun and num_forwards else 0)
 
     def _causal_choices(self, prefix: list[int], block: list[int]) -> list[int]:

@@ -3,7 +3,8 @@
 For each decoding setting and family: exact match (the family's own checker, and a proper end of text), tokens
 per forward after the first token (those that verify nothing count too, as do commits), mean accepted length
 (tokens a round of self-speculation), and the share of answers equal to `ar`'s, token for token. With
-`--yields` what rounds brought goes into the checkpoint's folder, for a server's policy to start from.
+`--yields` what rounds brought, and the shares of answers that were right and that were not `ar`'s, go into
+the checkpoint's folder, for a server's policy to start from.
 """
 
 import argparse
@@ -32,8 +33,8 @@ DEFAULT_CHECKPOINT = Path(__file__).parents[1] / "replicas" / "checkpoints" / "t
 MAX_TOKENS = 320
 SETTINGS = (
     DecodePlan(Mode.AR),
-    *(DecodePlan(Mode.DIFFUSION, block, factor=0.1) for block in (8, 16, 32)),
-    *(DecodePlan(Mode.DIFFUSION, block, t) for t in (0.7, 0.9, 0.95) for block in (8, 16, 32)),
+    *(DecodePlan(Mode.DIFFUSION, block, factor=f) for f in (0.05, 0.1, 0.2, 0.5) for block in (8, 16, 32)),
+    *(DecodePlan(Mode.DIFFUSION, block, t) for t in (0.9, 0.95, 0.99) for block in (8, 16, 32)),
     *(DecodePlan(Mode.SELF_SPECULATION, block) for block in (4, 8, 16, 32)),
 )
 
@@ -156,18 +157,21 @@ def evaluate(
             rounds: list[RoundStats] = []
             prompts = (task.prompt for task in everything)
             answers = decode(engine, codec, prompts, plan, bar.update, rounds.append)
-            if rounds:
-                yields.append(mean_yield(plan, rounds))
             by_ar = by_ar or answers
             for number, (family, its_tasks) in enumerate(tasks.items()):
                 span = slice(number * per_family, (number + 1) * per_family)
                 scores.append(score(plan, family, its_tasks, answers[span], by_ar[span]))
-            scores.append(score(plan, "all", everything, answers, by_ar))
+            overall = score(plan, "all", everything, answers, by_ar)
+            scores.append(overall)
+            yields.append(mean_yield(plan, rounds, overall))
     return scores, yields
 
 
-def mean_yield(plan: DecodePlan, rounds: list[RoundStats]) -> RoundYield:
-    """What a round of the plan brought on average."""
+def mean_yield(plan: DecodePlan, rounds: list[RoundStats], overall: Score) -> RoundYield:
+    """What a round of the plan brought on average, and how its answers were. `ar` has no rounds to count."""
+    answers = {"differing": round(1.0 - overall.same_as_ar, 6), "right": round(overall.exact, 6)}
+    if plan.mode is Mode.AR:
+        return RoundYield(plan, 1.0, 1.0, **answers)
     num, forwards = len(rounds), sum(made.forwards for made in rounds)
     return RoundYield(
         plan,
@@ -175,6 +179,7 @@ def mean_yield(plan: DecodePlan, rounds: list[RoundStats]) -> RoundYield:
         forwards=round(forwards / num, 4),
         num_rounds=num,
         rows=round(sum(made.rows for made in rounds) / forwards, 2),
+        **answers,
     )
 
 

@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     one.add_argument(
         "--params",
-        help="the policy's parameters, a JSON object; left out: as in `scenarios`, blocks with figures",
+        default="{}",
+        help="a JSON object, over the parameters that the policy has in `scenarios`: plans with figures",
     )
     one.add_argument("--failing", type=float, default=0.0, help="share of the replicas that fail on the way")
     one.add_argument("--outage", type=float, default=0.0, help="share of the run without Redis")
@@ -139,7 +140,7 @@ def _run(options: argparse.Namespace) -> None:
         raise ValueError("--replicas must be at least 1")
     slo = Slo(options.ttft, options.tpot)
     usual = {contender.name: contender.parameters for contender in contenders(slo)}
-    parameters = usual.get(options.policy, {}) if options.params is None else json.loads(options.params)
+    parameters = {**usual.get(options.policy, {}), **json.loads(options.params)}
     contender = Contender(options.policy, parameters)
     began_s, began_cpu_s = time.perf_counter(), time.process_time()
     outcome = run(

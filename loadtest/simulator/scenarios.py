@@ -18,19 +18,22 @@ from loadtest.simulator.yields import DATA, Acceptance, load_acceptance
 from policies.cost import RoundYield, StepCost
 from policies.modes import DecodePlan, Mode
 from policies.registry import POLICIES, create_policy
+from policies.threshold import ThresholdParameters
 from router.config import AdmissionConfig
 
+PUBLISHED_THRESHOLD = 0.9
+"""Diffusion's threshold in the published figures, and so here."""
 PLANS = (
     DecodePlan(Mode.AR),
     DecodePlan(Mode.SELF_SPECULATION, 8),
     DecodePlan(Mode.SELF_SPECULATION, 16),
     DecodePlan(Mode.SELF_SPECULATION, 32),
-    DecodePlan(Mode.DIFFUSION, 32),
+    DecodePlan(Mode.DIFFUSION, 32, PUBLISHED_THRESHOLD),
 )
 """The plans that have published figures."""
 _ALSO_RUN = (
-    DecodePlan(Mode.DIFFUSION, 16),
-    DecodePlan(Mode.DIFFUSION, 8),
+    DecodePlan(Mode.DIFFUSION, 16, PUBLISHED_THRESHOLD),
+    DecodePlan(Mode.DIFFUSION, 8, PUBLISHED_THRESHOLD),
     DecodePlan(Mode.SELF_SPECULATION, 4),
 )
 ORACLE = "oracle"
@@ -138,18 +141,26 @@ class Contender:
 
 def fixed(plan: DecodePlan) -> Contender:
     label = plan.mode.value if plan.block_length == 1 else f"{plan.mode.value}/{plan.block_length}"
-    return Contender(plan.mode.value, {"block_length": plan.block_length}, label, plan)
+    parameters = {"block_length": plan.block_length, "threshold": plan.threshold}
+    return Contender(plan.mode.value, parameters, label, plan)
 
 
 def contenders(slo: Slo) -> tuple[Contender, ...]:
     """Every fixed plan, every policy there is, with its defaults, and the oracle.
 
-    Those that choose among blocks are kept to the ones with published figures; `slo` knows its targets.
+    Those that choose among blocks are kept to the ones with published figures, as all are to their threshold;
+    `slo` knows its targets.
     """
-    blocks = {"speculation_blocks": [8, 16, 32], "diffusion_blocks": [32]}
+    published = {
+        "speculation_blocks": [8, 16, 32],
+        "diffusion_blocks": [32],
+        "threshold": PUBLISHED_THRESHOLD,
+    }
+    levels = ThresholdParameters().levels
     parameters: dict[str, dict[str, Any]] = {
-        "cost_model": blocks,
-        "slo": {**blocks, "ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s},
+        "cost_model": published,
+        "slo": {**published, "ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s},
+        "threshold": {"levels": [{**dict(level), "threshold": PUBLISHED_THRESHOLD} for level in levels]},
     }
     adaptive = [Contender(name, parameters.get(name, {})) for name in POLICIES if name != "fixed"]
     return (*(fixed(plan) for plan in PLANS), *adaptive, Contender(ORACLE))

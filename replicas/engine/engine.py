@@ -9,9 +9,10 @@ from collections import Counter, deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
-from policies.cost import ForwardStats, StepCost
+from policies.cost import ForwardStats, RoundYield, StepCost
 from policies.modes import DecodePlan, Mode
 from policies.policy import Trial
+from policies.quality import plans_within
 from policies.replica_load import ReplicaLoad
 from replicas.config import EngineConfig
 from replicas.engine.batch import Runner, RunnerLost, ScheduledBatch, SegmentOutput
@@ -66,6 +67,7 @@ class Engine:
         self._num_submitted = 0
         self._num_failed = self._num_fruitless = 0  # steps in a row, as for MAX_FAILED and MAX_FRUITLESS
         self._lengths = CompletionLengths()
+        self._yields: tuple[RoundYield, ...] = ()
         self._cycle: tuple[float, ScheduledBatch] | None = None  # when the last forward's step began
         self._remaining: float | None = None
         self._remaining_s = 0.0
@@ -99,6 +101,11 @@ class Engine:
         """Sets the cost of a forward here, by which chunks of prompts are sized."""
         self._scheduler.step_cost = cost
 
+    def set_yields(self, yields: tuple[RoundYield, ...]) -> None:
+        """Sets what was measured of the checkpoint's plans, by which later requests' bounds on quality are
+        kept."""
+        self._yields = yields
+
     def set_plan(self, decode: DecodePlan, rule: str) -> None:
         """Sets the plan that `auto` sequences follow from their next safe point on."""
         self._scheduler.decoding.active = ActivePlan(decode, rule)
@@ -131,6 +138,7 @@ class Engine:
         self._check(request_id, prompt_ids, sampling, decoding)
         now_s = self._clock()
         left = self.spec.max_context - len(prompt_ids)
+        bound = decoding.max_differing
         max_tokens = left if sampling.max_tokens is None else min(sampling.max_tokens, left)
         sequence = Sequence(
             seq_id=self._num_submitted,
@@ -139,6 +147,7 @@ class Engine:
             max_tokens=max_tokens,
             sampling=sampling,
             decoding=decoding,
+            diffusions=() if bound is None else plans_within(bound, self._yields),
             deadline_s=None if timeout_s is None else now_s + timeout_s,
             rank=(now_s + PRIORITY_S * priority, self._num_submitted),
             grammar=grammar,

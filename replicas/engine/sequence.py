@@ -46,6 +46,9 @@ class Sequence:
     """Tokens that it may generate in all."""
     sampling: SamplingParams
     decoding: DecodingOptions
+    diffusions: tuple[DecodePlan, ...] = ()
+    """The plans of diffusion that keep decoding.max_differing, as policies.quality.plans_within returns them;
+    of no use without such a bound."""
     deadline_s: float | None = None
     """Its end at the latest, on the engine's clock."""
     rank: tuple[float, int] = (0.0, 0)
@@ -120,7 +123,11 @@ class Sequence:
     @property
     def is_kept_lossless(self) -> bool:
         """True if a mode chosen for it must be one whose output is AR's."""
-        return self.decoding.lossless or self.sampling.needs_causal_order is not None
+        return (
+            self.decoding.lossless
+            or self.sampling.needs_causal_order is not None
+            or (self.decoding.max_differing is not None and not self.diffusions)
+        )
 
     @property
     def prefill_end(self) -> int:

@@ -88,11 +88,14 @@ const latencies = (found) => [
   ["TPOT p50 / p95", `${milliseconds(found.tpot_p50_s, 1)} / ${milliseconds(found.tpot_p95_s, 1)}`],
 ];
 
+const bound = ({ threshold, factor }) =>
+  factor ? `, factor ${factor}` : threshold ? `, threshold ${threshold}` : "";
+
 function card(found) {
   const plan = found.plan;
   const told = !plan ? "no plan yet"
     : `${plan.mode}${plan.block_length > 1 ? `, blocks of ${plan.block_length}` : ""}`
-      + `${plan.mode === "diffusion" ? `, threshold ${plan.threshold}` : ""}, for ${number(plan.held_s)} s`;
+      + `${bound(plan)}, for ${number(plan.held_s)} s`;
   const kept = history.get(found.replica);
   return element("section", { class: "card", "data-replica": found.replica },
     element("h3", { text: `${found.replica}${found.freshness === "fresh" ? "" : ` (${found.freshness})`}` }),

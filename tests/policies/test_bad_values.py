@@ -137,7 +137,7 @@ def test_a_thousand_plans_are_counted_as_few_and_cost_a_publication_little():
     estimator = flood(is_clients=False)
     most = MAX_PLANS
     assert len(estimator.yields()) <= most
-    assert len(LOADS.encode(a_load(1, costs=ReplicaCosts(START, estimator.yields())))) < 200 * most
+    assert len(LOADS.encode(a_load(1, costs=ReplicaCosts(START, estimator.yields())))) < 240 * most
 
 
 def least_cpu_ms(action: Callable[[], object]) -> float:
@@ -228,6 +228,13 @@ def test_costs_of_an_older_version_are_read_without_what_is_no_more():
     for new in ("factors", "left_out", "rates"):
         del body["body"]["costs"][new]
     assert LOADS.decode(json.dumps(body)) == load
+
+
+@pytest.mark.parametrize("value", [math.nan, -0.01, 1.01])
+@pytest.mark.parametrize("field", ["differing", "right"])
+def test_absurd_shares_of_answers_are_none(field, value):
+    with pytest.raises(ValueError, match="shares of answers must be 0 to 1"):
+        RoundYield(DecodePlan(Mode.AR), 1.0, 1.0, **{field: value})
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, -1.0])

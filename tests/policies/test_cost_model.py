@@ -28,7 +28,7 @@ def speculation(block):
 
 
 def diffusion(block):
-    return DecodePlan(Mode.DIFFUSION, block, 0.9)
+    return DecodePlan(Mode.DIFFUSION, block)
 
 
 def measured(diffusion_forwards=4.0, step=GPU, num_rounds=100.0):
@@ -275,6 +275,9 @@ def test_within_1_s_of_a_step_change_the_plan_is_right(before, after, diffusion_
     "parameters",
     [
         {"quality": "best"},
+        {"quality": 0.01},
+        {"quality": {}},
+        {"quality": {"max_differing": 0.01, "min_right": 0.9}},
         {"threshold": 0.0},
         {"speculation_blocks": [1]},
         {"diffusion_blocks": [128]},

@@ -1,6 +1,12 @@
-import pytest
+import json
 
-from policies.modes import DecodePlan, Mode, available_plan, default_plan, lossless_plan
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from policies.control.codec import PLANS
+from policies.control.plan import ReplicaPlan
+from policies.modes import DEFAULT_FACTOR, DecodePlan, Mode, available_plan, default_plan, lossless_plan
 
 DIFFUSION = DecodePlan(Mode.DIFFUSION, 32, 0.8)
 
@@ -34,3 +40,39 @@ def test_a_lossless_request_runs_the_plan_or_its_nearest_lossless_one(plan, mode
     assert lossless_plan(plan, modes).mode is expected
     if plan.mode is expected:
         assert lossless_plan(plan, modes) == plan
+
+
+bounds = st.tuples(st.none() | st.floats(0.01, 1.0), st.none() | st.floats(0.01, 65.0))
+
+
+@given(st.sampled_from(Mode), bounds)
+def test_plans_that_decode_alike_are_equal(mode, bound):
+    """Diffusion has a threshold or a factor, the default one where neither is given; other modes neither."""
+    threshold, factor = bound
+    plan = DecodePlan(mode, 1 if mode is Mode.AR else 8, threshold, factor)
+    if mode is not Mode.DIFFUSION:
+        expected = (None, None)
+    elif factor is None and threshold is not None:
+        expected = (threshold, None)
+    else:
+        expected = (None, DEFAULT_FACTOR if factor is None else factor)
+    assert (plan.threshold, plan.factor) == expected
+    assert DecodePlan(plan.mode, plan.block_length, plan.threshold, plan.factor) == plan
+
+
+@pytest.mark.parametrize("bound", [(0.0, None), (1.1, None), (None, 0.0), (None, 65.1), (2.0, 0.1)])
+@pytest.mark.parametrize("mode", Mode)
+def test_bounds_out_of_range_are_refused_in_every_mode(mode, bound):
+    with pytest.raises(ValueError, match=r"threshold|factor"):
+        DecodePlan(mode, 1 if mode is Mode.AR else 8, *bound)
+
+
+@pytest.mark.parametrize(
+    ("plan", "threshold"),
+    [(DecodePlan(Mode.DIFFUSION, 16, factor=0.2), 0.9), (default_plan(Mode.SELF_SPECULATION), 0.9)],
+)
+def test_a_plan_of_an_older_version_is_read_as_it_ran(plan, threshold):
+    """There every plan had a threshold, which counted in diffusion alone, and not beside a factor."""
+    body = json.loads(PLANS.encode(ReplicaPlan(1, plan, "rule", "reason")))
+    body["body"]["decode"]["threshold"] = threshold
+    assert PLANS.decode(json.dumps(body)).decode == plan

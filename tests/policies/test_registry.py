@@ -1,7 +1,7 @@
 import pytest
 
 from policies.cost_model import CostModelParameters
-from policies.modes import DecodePlan, Mode
+from policies.modes import DEFAULT_FACTOR, DecodePlan, Mode
 from policies.policy import Decision, Policy, PolicyParameters, Snapshot
 from policies.registry import PolicyError, create_policy, policy_names
 from tests.policies.helpers import a_load, drive
@@ -81,6 +81,20 @@ def test_any_importable_policy():
 def test_errors_list_the_choices(name, parameters, message):
     with pytest.raises(PolicyError, match=message):
         create_policy(name, parameters)
+
+
+@pytest.mark.parametrize("name", ["diffusion", "fixed", "threshold"])
+def test_a_policy_that_names_no_bound_runs_diffusion_with_the_default_factor(name):
+    policy = create_policy(name, {"mode": "diffusion"} if name == "fixed" else {})
+    assert first_plan(policy).factor == DEFAULT_FACTOR
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, (None, DEFAULT_FACTOR)), ({"threshold": 0.9}, (0.9, None))]
+)
+def test_the_cost_model_considers_the_default_factor_or_what_is_given(given, expected):
+    plans = CostModelParameters(**given).candidates(tuple(Mode))
+    assert {(p.threshold, p.factor) for p in plans if p.mode is Mode.DIFFUSION} == {expected}
 
 
 @pytest.mark.parametrize(

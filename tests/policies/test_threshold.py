@@ -10,7 +10,7 @@ from policies.threshold import Level, ThresholdParameters, ThresholdPolicy
 from tests.policies.helpers import a_load, drive
 
 POLICY = ThresholdPolicy(ThresholdParameters())
-DIFFUSION = DecodePlan(Mode.DIFFUSION, 16, 0.9)
+DIFFUSION = DecodePlan(Mode.DIFFUSION, 16)
 SPECULATION = DecodePlan(Mode.SELF_SPECULATION, 8)
 AR = DecodePlan(Mode.AR)
 RISING = [DIFFUSION, SPECULATION, AR]

@@ -7,7 +7,7 @@ from policies.modes import DecodePlan, Mode
 from policies.yield_estimator import KNOWN_ROUNDS, YieldEstimator
 
 SPECULATION = {block: DecodePlan(Mode.SELF_SPECULATION, block) for block in (4, 8, 16, 32)}
-DIFFUSION = DecodePlan(Mode.DIFFUSION, 16, 0.9)
+DIFFUSION = DecodePlan(Mode.DIFFUSION, 16)
 
 
 def speculate(estimator, block, chance, num, now_s, seed=0):
@@ -75,14 +75,12 @@ def test_rows_a_forward_are_counted_where_forwards_begin_the_next_block_too():
     estimator.update([RoundStats(DIFFUSION, 16, 3, 64)] * 50, 1.0)
     assert tokens_of(estimator, DIFFUSION).rows_per_forward == pytest.approx(64 / 3, abs=0.01)
     costs = ReplicaCosts(UNMEASURED, estimator.yields())
-    assert costs.yield_of(DecodePlan(Mode.DIFFUSION, 32, 0.9)).rows_per_forward == pytest.approx(
-        128 / 3, abs=0.01
-    )
+    assert costs.yield_of(DecodePlan(Mode.DIFFUSION, 32)).rows_per_forward == pytest.approx(128 / 3, abs=0.01)
 
 
 def test_one_diffusion_block_lends_its_neighbours_what_it_learned():
     estimator = YieldEstimator(0.0)
-    longer = DecodePlan(Mode.DIFFUSION, 32, 0.9)
+    longer = DecodePlan(Mode.DIFFUSION, 32)
     half = prior_yield(DIFFUSION).forwards / 2
     estimator.update(
         [RoundStats(DIFFUSION, 16, half, 16 * half)] * 100 + [RoundStats(longer, 32, 6, 192)], 1.0
@@ -125,6 +123,18 @@ def test_what_is_known_at_the_start_is_said_before_any_round():
     found = tokens_of(estimator, DIFFUSION)
     assert (found.tokens, found.forwards, found.rows) == (15.0, 2.5, 24.0)
     assert found.num_rounds == KNOWN_ROUNDS
+
+
+def test_what_is_known_of_answers_is_said_however_the_rounds_go():
+    estimator = YieldEstimator(0.0, [RoundYield(DIFFUSION, 15.0, 2.5, 400, 24.0, differing=0.01, right=0.98)])
+    other = DecodePlan(Mode.DIFFUSION, 16, 0.5)
+    for now_s in (1.0, 7200.0):
+        estimator.update([RoundStats(plan, 16, 3, 48) for plan in (DIFFUSION, other)] * 100, now_s)
+        assert (tokens_of(estimator, DIFFUSION).differing, tokens_of(estimator, DIFFUSION).right) == (
+            0.01,
+            0.98,
+        )
+        assert (tokens_of(estimator, other).differing, tokens_of(estimator, other).right) == (None, None)
 
 
 def test_a_workload_unlike_the_known_one_is_learned_soon():

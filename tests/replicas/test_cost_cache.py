@@ -8,15 +8,17 @@ from pathlib import Path
 import pytest
 
 from policies.cost import ForwardStats, ModeFactors, ReplicaCosts, RoundYield, StepCost
-from policies.modes import DecodePlan, Mode
+from policies.cost_model import CostModelParameters
+from policies.modes import DEFAULT_FACTOR, LOSSLESS_MODES, DecodePlan, Mode
 from replicas.config import ReplicaConfig
 from replicas.cost_cache import FORMAT, MAX_BYTES, MAX_FILES, CostCache, starting_costs
 from replicas.yields_file import MAX_BYTES as MAX_YIELDS_BYTES
 from replicas.yields_file import YIELDS_FILE, read_yields, write_yields
 from tests.replicas.test_calibration import TRUE, TimedRunner
 
+EMBEDDED = Path(__file__).parents[2] / "replicas" / "checkpoints" / "triad-5m"
 PLAN = DecodePlan(Mode.DIFFUSION, 16, 0.9)
-KNOWN = RoundYield(PLAN, 15.0, 2.5, 100.0, rows=24.0)
+KNOWN = RoundYield(PLAN, 15.0, 2.5, 100.0, 24.0, differing=0.02, right=0.97)
 COSTS = ReplicaCosts(
     StepCost((1, 512), (2.0, 30.0)),
     (KNOWN,),
@@ -122,7 +124,8 @@ def test_a_replica_starts_from_the_checkpoints_file_then_from_what_it_learned(tm
     cache.begin(())
     cache.save(COSTS)
     again = starting_costs(runner, config, CostCache(tmp_path, "a"))
-    assert (again.yields, again.factors, again.rates) == (COSTS.yields, COSTS.factors, COSTS.rates)
+    learned = replace(KNOWN, differing=None, right=None)  # what the file said of answers went with it
+    assert (again.yields, again.factors, again.rates) == ((learned,), COSTS.factors, COSTS.rates)
     other = replace(KNOWN, tokens=9.0)
     write_yields(checkpoint, [other], "a test")
     assert starting_costs(runner, config, CostCache(tmp_path, "a")).yields == (other,)
@@ -139,8 +142,21 @@ def test_yields_that_can_not_be_read_are_none(tmp_path: Path, caplog, text: str)
 
 
 def test_the_embedded_checkpoint_has_yields_of_all_plans_that_the_policy_considers() -> None:
-    yields = read_yields(Path(__file__).parents[2] / "replicas" / "checkpoints" / "triad-5m")
-    plans = {entry.plan for entry in yields}
-    assert {DecodePlan(Mode.SELF_SPECULATION, block) for block in (4, 8, 16, 32)} <= plans
-    assert {DecodePlan(Mode.DIFFUSION, block, 0.9) for block in (8, 16, 32)} <= plans
-    assert all(entry.num_rounds >= 100 for entry in yields)
+    yields = read_yields(EMBEDDED)
+    considered = CostModelParameters().candidates(tuple(Mode))
+    assert set(considered) <= {entry.plan for entry in yields}
+    assert all(entry.num_rounds >= 100 for entry in yields if entry.plan.mode is not Mode.AR)
+
+
+def test_the_default_factor_keeps_the_embedded_checkpoints_right_answers_and_a_larger_one_does_not() -> None:
+    known = {entry.plan: entry for entry in read_yields(EMBEDDED)}
+    ar = known[DecodePlan(Mode.AR)]
+    assert ar.right is not None
+    assert all(entry.differing == 0.0 for plan, entry in known.items() if plan.mode in LOSSLESS_MODES)
+    lost = {
+        plan.factor: max(ar.right - known[replace(plan, block_length=block)].right for block in (8, 16, 32))
+        for plan in known
+        if plan.factor is not None
+    }
+    assert max(factor for factor, points in lost.items() if points <= 0.01) == DEFAULT_FACTOR
+    assert max(lost) > DEFAULT_FACTOR

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import replicas
+from policies.control.replay import describe
 from policies.modes import DecodePlan, Mode
 from replicas.config import EngineConfig
 from replicas.engine.batch import TokenLogprob
@@ -23,6 +24,8 @@ from training.tasks.registry import held_out_tasks
 PLANS = [
     DecodePlan(Mode.AR),
     *(DecodePlan(Mode.SELF_SPECULATION, block) for block in (2, 5, 16)),
+    DecodePlan(Mode.DIFFUSION, 8),
+    DecodePlan(Mode.DIFFUSION, 16, factor=4.0),
     *(
         DecodePlan(Mode.DIFFUSION, block, t)
         for block, t in ((2, 0.9), (4, 0.3), (8, 0.6), (16, 0.2), (16, 1.0))
@@ -105,7 +108,7 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
 
 def pinned(plan: DecodePlan) -> DecodingOptions:
     block_length = None if plan.mode is Mode.AR else plan.block_length
-    return DecodingOptions(plan.mode, block_length, plan.threshold)
+    return DecodingOptions(plan.mode, block_length, plan.threshold, factor=plan.factor)
 
 
 def finish(engine: Engine, between: Callable[[int], None] = lambda step: None) -> None:
@@ -122,7 +125,7 @@ def completion(sequence: Sequence) -> tuple[int, ...]:
     return tuple(sequence.tokens[sequence.num_prompt_tokens :])
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: f"{plan.mode}-{plan.block_length}-{plan.threshold}")
+@pytest.mark.parametrize("plan", PLANS, ids=describe)
 def test_alone(engine: Engine, reference: Reference, plan: DecodePlan) -> None:
     for index, prompt in enumerate(prompts(4)):
         sequence = engine.submit(f"r{index}", prompt, SamplingParams(max_tokens=MAX_TOKENS), pinned(plan))
@@ -204,9 +207,9 @@ def test_mode_changes_in_the_middle(engine: Engine, reference: Reference) -> Non
             if sequence.round is None and sequence.num_completion_tokens:
                 apart.add(len(schedule))
                 schedule.append(plan)  # it begins its next round by this plan
-            elif sequence.round is not running and running is not None:
+            elif sequence.round is not running and (running is not None or not schedule):
                 assert sequence.round_plan is not None
-                schedule.append(sequence.round_plan)  # the one before has begun it
+                schedule.append(sequence.round_plan)  # the one before, or the prefill, has begun it
             running = sequence.round
             engine.step()
             engine.check_integrity()
@@ -294,6 +297,7 @@ def test_the_embedded_checkpoint_in_one_mixed_batch() -> None:
         DecodePlan(Mode.SELF_SPECULATION, 8),
         DecodePlan(Mode.SELF_SPECULATION, 32),
         DecodePlan(Mode.DIFFUSION, 8, 0.9),
+        DecodePlan(Mode.DIFFUSION, 16),
         DecodePlan(Mode.DIFFUSION, 32, 0.7),
     ]
     families = ("json", "add", "story")

@@ -216,7 +216,7 @@ async def test_the_cluster_and_a_shift_under_a_burst(driver: Any) -> None:
     def scenario(page: Page) -> None:
         page.open("#cluster")
         card = page.until(lambda: page.all('[data-replica="r1"]'))[0]
-        assert "diffusion, blocks of 16" in card.text
+        assert "diffusion, blocks of 16, factor 0.1" in card.text
         page.find("#burst-size").clear()
         page.find("#burst-size").send_keys("4")
         page.find("#burst-length").clear()

@@ -48,6 +48,7 @@ FLOATS = {
     "timeout_s": (math.nextafter(0.0, 1.0), 86400.0, BOTH),
     "logit_bias.5": (-100.0, 100.0, BOTH),
     "decoding.threshold": (math.nextafter(0.0, 1.0), 1.0, BOTH),
+    "decoding.quality.max_differing": (math.nextafter(0.0, 1.0), 1.0, BOTH),
 }
 NUMBERS = INTEGERS | FLOATS
 FIELDS = [(name, model) for name, (_, _, models) in NUMBERS.items() for model in models]
@@ -76,8 +77,9 @@ def outcome(model: type[BaseModel], body: bytes) -> BaseModel | ApiError:
 
 
 def body_with(model: type[Completion], name: str, raw: str) -> bytes:
-    head, _, inner = name.partition(".")
-    more = {head: {inner: "HERE"}} if inner else {head: "HERE"}
+    more: Any = "HERE"
+    for part in reversed(name.split(".")):
+        more = {part: more}
     return json.dumps(BODIES[model] | more).replace('"HERE"', raw).encode()
 
 
@@ -95,6 +97,7 @@ def check_bounds(sampling: SamplingParams, decoding: DecodingOptions) -> None:
     assert all(0 <= token <= INT32 and abs(bias) <= 100 for token, bias in sampling.logit_bias)
     assert sampling.logprobs is None or 0 <= sampling.logprobs <= 20
     assert decoding.threshold is None or 0 < decoding.threshold <= 1
+    assert decoding.max_differing is None or 0 < decoding.max_differing <= 1
     assert decoding.block_length is None or 2 <= decoding.block_length <= 64
     assert decoding.max_steps is None or 1 <= decoding.max_steps <= 64
     integers = [sampling.max_tokens, sampling.min_tokens, sampling.top_k, sampling.seed, sampling.logprobs]

@@ -14,6 +14,7 @@ from router.errors import add_error_handlers, json_response
 from router.schema import ChatCompletionRequest, CompletionRequest
 from tests.thorough import examples
 
+BOUND = {"max_differing": 0.01}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 TEXT = {"model": "m", "prompt": "Hi"}
 
@@ -242,6 +243,21 @@ async def test_a_bad_value_is_named(field, value):
         ({"decoding": {"mode": "diffusion", "threshold": 0.5, "factor": 0.5}}, "decoding.factor"),
         ({"decoding": {"mode": "self_speculation", "threshold": 0.5}}, "decoding.threshold"),
         ({"decoding": {"lossless": True, "threshold": 0.5}}, "decoding.threshold"),
+        ({"decoding": {"quality": "best"}}, "decoding.quality"),
+        ({"decoding": {"quality": 0.01}}, "decoding.quality"),
+        ({"decoding": {"quality": {}}}, "decoding.quality.max_differing"),
+        ({"decoding": {"quality": {"max_differing": 0}}}, "decoding.quality.max_differing"),
+        ({"decoding": {"quality": {"max_differing": "0.1"}}}, "decoding.quality.max_differing"),
+        ({"decoding": {"quality": {"max_differing": 0.1, "min": 1}}}, "decoding.quality.min"),
+        ({"decoding": {"quality": "any", "lossless": True}}, "decoding.quality"),
+        ({"decoding": {"quality": BOUND, "lossless": True}}, "decoding.quality"),
+        ({"decoding": {"quality": BOUND, "mode": "diffusion"}}, "decoding.quality"),
+        ({"decoding": {"quality": "lossless", "mode": "diffusion"}}, "decoding.quality"),
+        ({"decoding": {"quality": "lossless", "threshold": 0.5}}, "decoding.threshold"),
+        ({"decoding": {"quality": BOUND, "threshold": 0.5}}, "decoding.threshold"),
+        ({"decoding": {"quality": BOUND, "factor": 0.5}}, "decoding.factor"),
+        ({"decoding": {"quality": BOUND, "block_length": 8}}, "decoding.block_length"),
+        ({"decoding": {"quality": BOUND, "max_steps": 8}}, "decoding.max_steps"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
         ({"messages": []}, "messages"),
         ({"messages": "Hi"}, "messages"),
@@ -309,6 +325,22 @@ def test_what_is_asked_for_arrives():
     assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.top_k) == (9, 0.0, 0.5, 3)
     assert (sampling.seed, sampling.stop, sampling.ignore_eos) == (2**63 - 1, ("END",), True)
     assert request.decoding_options() == DecodingOptions(Mode.DIFFUSION, 8, 1.0, False, max_steps=5)
+
+
+@pytest.mark.parametrize(
+    ("decoding", "expected"),
+    [
+        ({"quality": "any"}, DecodingOptions()),
+        ({"quality": "lossless"}, DecodingOptions(lossless=True)),
+        ({"quality": "lossless", "lossless": True}, DecodingOptions(lossless=True)),
+        ({"quality": {"max_differing": 1}}, DecodingOptions(max_differing=1.0)),
+        ({"quality": {"max_differing": 0.01}, "mode": "ar"}, DecodingOptions(Mode.AR, max_differing=0.01)),
+        ({"quality": "lossless", "block_length": 8}, DecodingOptions(block_length=8, lossless=True)),
+    ],
+)
+def test_quality_is_a_word_or_a_bound(decoding, expected):
+    request = ChatCompletionRequest.model_validate(CHAT | {"decoding": decoding})
+    assert request.decoding_options() == expected
 
 
 def test_messages_reach_the_template_as_it_knows_them():

@@ -9,7 +9,7 @@ from training.tasks.registry import FAMILIES
 
 PLANS = (
     DecodePlan(Mode.AR),
-    DecodePlan(Mode.DIFFUSION, 16, 0.9),
+    DecodePlan(Mode.DIFFUSION, 16),
     DecodePlan(Mode.SELF_SPECULATION, 16),
 )
 
@@ -27,11 +27,19 @@ def scores(evaluated):
 def test_the_yields_beside_the_checkpoint_are_those_of_its_tasks(evaluated):
     """Measured anew on fewer prompts, and not far off."""
     known = {entry.plan: entry for entry in read_yields(DEFAULT_CHECKPOINT)}
-    assert [entry.plan for entry in evaluated[1]] == list(PLANS[1:])
-    for entry in evaluated[1]:
+    assert [entry.plan for entry in evaluated[1]] == list(PLANS)
+    for entry in evaluated[1][1:]:
         assert entry.tokens_per_forward == pytest.approx(known[entry.plan].tokens_per_forward, rel=0.15)
         assert entry.rows == pytest.approx(known[entry.plan].rows, rel=0.1)
         assert entry.num_rounds >= 100
+
+
+def test_the_yields_say_how_the_answers_were(evaluated):
+    overall = [score for score in evaluated[0] if score.family == "all"]
+    for score, entry in zip(overall, evaluated[1], strict=True):
+        assert entry.differing == pytest.approx(1.0 - score.same_as_ar, abs=1e-6)
+        assert entry.right == pytest.approx(score.exact, abs=1e-6)
+    assert [entry.differing for entry in evaluated[1] if entry.plan.mode is not Mode.DIFFUSION] == [0.0, 0.0]
 
 
 def test_one_row_a_family_and_one_over_all(scores):

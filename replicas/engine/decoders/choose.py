@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from policies.modes import DecodePlan, Mode, available_plan, default_plan, lossless_plan
+from policies.quality import bounded_plan
 from replicas.engine.batch import ModelSpec
 from replicas.engine.decoders.ar import ArRound
 from replicas.engine.decoders.diffusion import DiffusionRound
@@ -28,14 +29,16 @@ def plan_for(sequence: Sequence, active: ActivePlan, spec: ModelSpec) -> ActiveP
         base, rule = default_plan(options.mode), PINNED_RULE
     elif sequence.is_kept_lossless:
         base, rule = lossless_plan(active.decode, spec.modes), active.rule
+    elif options.max_differing is not None:
+        base, rule = bounded_plan(active.decode, sequence.diffusions, spec.modes), active.rule
     else:
         base, rule = available_plan(active.decode, spec.modes), active.rule
     if base.mode is Mode.AR:
         return ActivePlan(base, rule)
     block_length = options.block_length or base.block_length
-    threshold = options.threshold or base.threshold
-    factor = base.factor if options.threshold is None and options.factor is None else options.factor
-    return ActivePlan(DecodePlan(base.mode, block_length, threshold, factor), rule)
+    has_bound = options.threshold is not None or options.factor is not None
+    bound = (options.threshold, options.factor) if has_bound else (base.threshold, base.factor)
+    return ActivePlan(DecodePlan(base.mode, block_length, *bound), rule)
 
 
 def begin_round(sequence: Sequence, plan: DecodePlan, spec: ModelSpec, overlaps_blocks: bool) -> Round:

@@ -38,7 +38,7 @@ class DiffusionRound(Round):
         start: int,
         seed: int | None,
         block_length: int,
-        threshold: float,
+        threshold: float | None,
         factor: float | None,
         mask_token_id: int,
         eos_token_ids: Set[int],
@@ -124,10 +124,12 @@ class DiffusionRound(Round):
 
     def _num_sure(self, probs: Seq[float]) -> int:
         """The number of positions to fix of those with these probabilities, the highest first."""
-        if self._factor is None:
-            return sum(prob >= self._threshold for prob in probs)
+        threshold, factor = self._threshold, self._factor
+        if threshold is not None:
+            return sum(prob >= threshold for prob in probs)
+        assert factor is not None
         ranked = enumerate(probs, start=1)
-        return max((count for count, p in ranked if (count + 1) * (1.0 - p) < self._factor), default=0)
+        return max((count for count, p in ranked if (count + 1) * (1.0 - p) < factor), default=0)
 
     def _take_final(self) -> list[int]:
         """The tokens that have become final: up to the first mask, or through an end of text.

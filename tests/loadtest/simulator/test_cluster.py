@@ -28,7 +28,13 @@ from router.config import AdmissionConfig
 
 MACHINE = Machine.b200("8b")
 TIGHT = Slo(1.0, 0.01)
-THRESHOLD = {"stabilise": {"dwell_s": 0.4}}
+THRESHOLD = {
+    "stabilise": {"dwell_s": 0.4},
+    "levels": [
+        {"max_in_flight": 2, "mode": "diffusion", "block_length": 16, "threshold": 0.9},
+        {"max_in_flight": 8, "mode": "self_speculation", "block_length": 8},
+    ],
+}
 
 
 def some(num, rate, seed=0, profile="poisson", **mix):
@@ -36,7 +42,7 @@ def some(num, rate, seed=0, profile="poisson", **mix):
 
 
 def a_cluster(requests, num_replicas=4, policy="threshold", seed=0, **changes):
-    plans = (*PLANS, DecodePlan(Mode.DIFFUSION, 16))
+    plans = (*PLANS, DecodePlan(Mode.DIFFUSION, 16, 0.9))
     setting = Setting(
         num_replicas=num_replicas,
         hardware=Hardware(MACHINE.table, MACHINE.table.fitted, max_running=32),

@@ -7,7 +7,7 @@ from policies.modes import DecodePlan, Mode
 from policies.registry import create_policy
 from tests.policies.helpers import FakeClock, a_load
 
-DIFFUSION = DecodePlan(Mode.DIFFUSION, 16, 0.9)
+DIFFUSION = DecodePlan(Mode.DIFFUSION, 16)
 SPECULATION = DecodePlan(Mode.SELF_SPECULATION, 8)
 AR = DecodePlan(Mode.AR)
 

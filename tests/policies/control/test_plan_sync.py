@@ -16,7 +16,7 @@ from tests.policies.helpers import FakeClock, a_load, eventually
 from tests.redis_commands import commands_while
 from tests.stores import patient_store
 
-DIFFUSION = DecodePlan(Mode.DIFFUSION, 16, 0.9)
+DIFFUSION = DecodePlan(Mode.DIFFUSION, 16)
 AR = DecodePlan(Mode.AR)
 
 

@@ -48,7 +48,7 @@ def test_another_policy_differs_where_it_differs():
     summary = summarise(replay(log, create_policy("threshold", {**EIGHT, "stabilise": STILL})))
     assert (summary.num_decisions, summary.num_replicas, summary.num_different) == (4, 2, 3)
     assert (summary.num_shifts_then, summary.num_shifts_now) == (0, 2)
-    assert summary.pairs == {("ar", "diffusion/16@0.9"): 3}
+    assert summary.pairs == {("ar", "diffusion/16@f0.1"): 3}
 
 
 def test_state_carries_on_from_record_to_record():

@@ -2,13 +2,21 @@
 
 import pytest
 
-from policies.modes import DecodePlan, Mode
+from policies.modes import DEFAULT_FACTOR, DecodePlan, Mode
 from replicas.config import EngineConfig
 from replicas.engine.engine import Engine
 from replicas.engine.sequence import Progress
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import DecodingOptions, FinishReason, SamplingParams
-from tests.replicas.engine.scripted import EOS, PINNED, ScriptedRunner, expected, naive_ar, tokens_of
+from tests.replicas.engine.scripted import (
+    EOS,
+    PINNED,
+    ScriptedRunner,
+    expected,
+    naive_ar,
+    naive_diffusion,
+    tokens_of,
+)
 
 
 def drain(engine: Engine, max_steps: int = 5000) -> dict[str, list[Progress]]:
@@ -198,6 +206,26 @@ def test_a_long_prompt_holds_up_running_streams_by_no_more_than_its_cap() -> Non
     alone.step()
     alone.step()
     assert lone.num_completion_tokens == 1  # the cap is for steps that decode
+
+
+@pytest.mark.parametrize(
+    ("options", "threshold", "factor"),
+    [
+        (DecodingOptions(Mode.DIFFUSION, 8), 0.0, DEFAULT_FACTOR),
+        (DecodingOptions(Mode.DIFFUSION, 8, factor=2.0), 0.0, 2.0),
+        (DecodingOptions(Mode.DIFFUSION, 8, threshold=0.5), 0.5, None),
+        (DecodingOptions(), 0.0, 3.0),
+        (DecodingOptions(threshold=0.5), 0.5, None),
+        (DecodingOptions(factor=2.0), 0.0, 2.0),
+    ],
+)
+def test_diffusion_runs_as_the_request_says_else_the_plan_else_the_default(options, threshold, factor):
+    engine = Engine(ScriptedRunner())
+    engine.set_plan(DecodePlan(Mode.DIFFUSION, 8, factor=3.0), "rule")
+    sequence = engine.submit("r", [5, 6, 7], SamplingParams(max_tokens=40), options)
+    drain(engine)
+    alone = naive_diffusion([5, 6, 7], 40, 8, threshold, engine.spec.max_context, factor=factor)
+    assert sequence.tokens[3:] == alone
 
 
 def test_a_cap_on_denoising_steps() -> None:

@@ -17,7 +17,7 @@ from tests.replicas.engine.scripted import PINNED, ScriptedRunner, expected, nai
 MODES = {
     "ar": DecodingOptions(Mode.AR),
     "self_speculation": DecodingOptions(Mode.SELF_SPECULATION, 16),
-    "diffusion": DecodingOptions(Mode.DIFFUSION, 32),
+    "diffusion": DecodingOptions(Mode.DIFFUSION, 32, 0.9),
 }
 
 
