@@ -3,7 +3,7 @@ import json
 import pytest
 
 from loadtest.simulator.__main__ import PAGE, SCENARIO_PAGE, main
-from loadtest.simulator.capacity import carried, crossover_lines, modes_lines, winner
+from loadtest.simulator.capacity import carried, crossover_lines, modes_lines, winners
 from loadtest.simulator.load import Mix
 from loadtest.simulator.page import check_places, update
 from loadtest.simulator.scenarios import PLANS, SCENARIOS, Machine, Slo, fixed, load_outcomes
@@ -93,8 +93,8 @@ def test_the_modes_table_has_one_winner_a_column():
 
 
 def test_with_poor_acceptance_ar_wins_under_load_and_with_good_never():
-    assert winner(MACHINE, 1.5, 128)[0].mode is Mode.AR
-    assert winner(MACHINE, 10.0, 1)[0].mode is Mode.SELF_SPECULATION
+    assert winners(MACHINE, 1.5, [128])[0][0].mode is Mode.AR
+    assert winners(MACHINE, 10.0, [1])[0][0].mode is Mode.SELF_SPECULATION
     assert len(list(crossover_lines(MACHINE))) > 2
 
 
