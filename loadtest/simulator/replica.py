@@ -204,6 +204,7 @@ class SimulatedReplica:
             max_step_tokens=hardware.max_step_tokens,
             mean_context=context,
             mean_remaining=remaining,
+            mean_completion=self._meter.mean_output if self._num_ended else None,
             prefill_per_token=self._meter.prefill_per_token,
             costs=ReplicaCosts(hardware.believed, self._meter.yields, KNOWN_FACTORS),
             num_ended=self._num_ended,

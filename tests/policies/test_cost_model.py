@@ -113,7 +113,7 @@ def test_pinned_requests_prefill_and_memory_bear_on_the_choice():
     assert decided(crowded, quality="lossless").decode.block_length < alone.block_length
     prefilling = a_replica(4, prefill_per_token=20.0)
     assert decided(prefilling, quality="lossless").decode.block_length < alone.block_length
-    short = a_replica(4, mean_remaining=3.0)
+    short = a_replica(4, mean_completion=3.0)
     assert decided(short, quality="lossless").decode.block_length < alone.block_length
 
 
