@@ -205,7 +205,7 @@ def prior_yield(plan: DecodePlan) -> RoundYield:
 def speculation_round(plan: DecodePlan, verified: float, refused: float) -> RoundYield:
     """Returns the mean of rounds that verify a draft and of those without one, one after each refusal.
 
-    verified: tokens that a round with a draft brings. refused: the chance that not all of a draft is accepted.
+    verified: tokens that a round with a draft brings. refused: the chance that not all of one is accepted.
     """
     block = plan.block_length
     without = refused / (1.0 + refused)  # the share of rounds without a draft: a token of the seed's row

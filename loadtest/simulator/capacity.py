@@ -70,9 +70,7 @@ def modes_lines(machine: Machine) -> Iterator[str]:
         yield f"| `{title(plan)}` | " + " | ".join(row) + " |"
 
 
-def winners(
-    machine: Machine, tokens: float, concurrencies: Sequence[int]
-) -> list[tuple[DecodePlan, float]]:
+def winners(machine: Machine, tokens: float, concurrencies: Sequence[int]) -> list[tuple[DecodePlan, float]]:
     """The best plan at each concurrency, and how many times ar's rate it makes.
 
     tokens: brought by a verified draft at block 32; diffusion's published pace stands as it is

@@ -55,13 +55,16 @@ class Meter:
         self._at_s, self._made, self._prefilled = now_s, made, prefilled
 
     def saw(self, plan: DecodePlan, running: Sequence[tuple[float, float]]) -> None:
-        """Learns from requests that have run the plan since the last look; of each tokens and rows a forward."""
+        """Learns from requests that have run the plan since the last look.
+
+        running: tokens and rows a forward of each
+        """
         if not running or plan.block_length == 1 or self._elapsed_s <= 0:
             return
         self._learn(plan, running, 1.0 - math.exp(-self._elapsed_s / YIELD_MEMORY_S))
 
     def explored(self, plan: DecodePlan, tried: Sequence[tuple[float, float]]) -> None:
-        """Learns from a few requests that explored a plan not in force; of each tokens and rows a forward."""
+        """Learns from a few requests that explored a plan not in force: tokens and rows a forward of each."""
         if tried and plan.block_length > 1:
             self._learn(plan, tried, EXPLORED_WEIGHT)
 

@@ -27,8 +27,8 @@ class Hardware:
 
 
 class Decoding:
-    """A request that decodes: its plan, tokens and forwards, a forward's rows and wanted logits, and the count
-    of forwards when it began."""
+    """A request that decodes: its plan, tokens and forwards, a forward's rows and wanted logits, and the
+    count of forwards when it began."""
 
     __slots__ = ("began", "first_s", "forwards", "pace", "plan", "request", "rows", "tokens", "wanted")
 

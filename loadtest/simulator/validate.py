@@ -73,11 +73,13 @@ def _cell(table: StepTable, row: dict[str, Any]) -> Cell:
 
 
 def _requests(rows: Sequence[Sequence[int]], block_length: int) -> Requests:
-    """The requests of a measurement; before forwards began the next draft or block too, rows were a block's."""
+    """The requests of a measurement; one from before forwards began the next draft or block too tells no
+    rows, since they were a block's."""
     num = len(rows)
     measured = []
-    for _, _, _, forwards, *num_rows in rows:
-        measured.append((float(max(1, forwards)), num_rows[0] / max(1, forwards) if num_rows else block_length))
+    for _, _, _, num_forwards, *num_rows in rows:
+        forwards = float(max(1, num_forwards))
+        measured.append((forwards, num_rows[0] / forwards if num_rows else float(block_length)))
     return Requests(
         arrival_s=[0.0] * num,
         prompt=[row[0] for row in rows],

@@ -1,10 +1,10 @@
 """Draws the forwards that a request takes in each mode, by the published acceptance figures.
 
 Self-speculation: each drafted token agrees with chance p, which is the request's own, so a verified draft
-brings (1 - p^B) / (1 - p) tokens on average. p is drawn from a Beta distribution about its category's mean. Its
-spread is fitted to the published growth of acceptance with the block, which one p for all requests can't
-have; each mean to its category's published acceptance. Diffusion: positions fixed by a denoising as published, the
-same for every request, since nothing finer is.
+brings (1 - p^B) / (1 - p) tokens on average. p is drawn from a Beta distribution about its category's mean.
+Its spread is fitted to the published growth of acceptance with the block, which one p for all requests can't
+have; each mean to its category's published acceptance. Diffusion: positions fixed by a denoising as
+published, the same for every request, since nothing finer is.
 """
 
 import json
@@ -73,7 +73,7 @@ def load_acceptance(
 
 
 def tokens_a_round(mean: float, spread: float, block_length: int) -> float:
-    """The tokens of a verified draft: the mean of (1 - p^B) / (1 - p) = 1 + p + ... + p^(B-1) over p ~ Beta(mean, spread)."""
+    """The tokens of a verified draft: the mean of 1 + p + ... + p^(B-1) over p ~ Beta(mean, spread)."""
     alpha, total, moment = mean * spread, 1.0, 1.0
     for power in range(block_length - 1):
         moment *= (alpha + power) / (spread + power)
@@ -198,7 +198,9 @@ class _Units:
         # is not needed where the one before it has brought enough.
         overshoot = square / (2.0 * mean) - 0.5
         offset = rate * overshoot - (weights @ (made * is_refused)) / mean
-        variance = (weights @ forwards**2 - 2.0 * rate * (weights @ (forwards * tokens)) + rate**2 * square) / mean
+        variance = (
+            weights @ forwards**2 - 2.0 * rate * (weights @ (forwards * tokens)) + rate**2 * square
+        ) / mean
         return cls(
             (weights @ made).tolist(),
             (weights @ is_refused).tolist(),

@@ -62,7 +62,8 @@ def test_outcomes_of_another_time_are_refused(tmp_path):
         load_outcomes([path])
 
 
-def test_validation_recovers_a_machine_that_is_as_its_table_says(capsys, tmp_path):
+@pytest.mark.parametrize("request_row", [[8, 8, 10, 9], [8, 8, 10, 9, 9]])
+def test_validation_recovers_a_machine_that_is_as_its_table_says(capsys, tmp_path, request_row):
     """One request of 10 tokens after a prompt of 8, in ar: a prefill and 9 steps, at the table's prices."""
     table = {
         "rows": rows(counts=(1, 2)),
@@ -73,7 +74,7 @@ def test_validation_recovers_a_machine_that_is_as_its_table_says(capsys, tmp_pat
                 "block_length": 1,
                 "tokens_per_s": 10 / (0.0053 + 9 * 0.00513),
                 "turns": [1.0, 1.1],
-                "requests": [[8, 8, 10, 9]] * 3,
+                "requests": [request_row] * 3,
             }
         ],
     }

@@ -141,4 +141,6 @@ def test_forecasts_stay_where_they_are_while_completions_near_their_ends(
     assert len(foretold) > 10
     assert len(set(remaining)) > 1
     assert max(foretold) == pytest.approx(min(foretold))
-    assert foretold[0] == pytest.approx(1000 * num_clients * min(32, max_tokens) / 4 / UNMEASURED.ms(32 * num_clients))
+    assert foretold[0] == pytest.approx(
+        1000 * num_clients * min(32, max_tokens) / 4 / UNMEASURED.ms(32 * num_clients)
+    )
