@@ -128,11 +128,13 @@ def test_forecasts_stay_where_they_are_while_completions_near_their_ends(
     """Clients that ask again at once, and look at every step: nothing changes but where their texts are."""
     plan = DecodePlan(Mode.DIFFUSION, 32)
     costs = ReplicaCosts(UNMEASURED, (RoundYield(plan, 32.0, 4.0, 50.0),))
-    engine = Engine(ScriptedRunner(num_pages=400, max_context=900))
+    now_s = 0.0
+    engine = Engine(ScriptedRunner(num_pages=400, max_context=900), clock=lambda: now_s)
     sampling, foretold, remaining = SamplingParams(max_tokens=max_tokens, ignore_eos=True), [], []
     for number in range(20 * num_clients):
         engine.submit(str(number), [5, 60 + number], sampling, DecodingOptions(Mode.DIFFUSION, 32))
         while len(engine.scheduler.running) + len(engine.scheduler.waiting) >= num_clients:
+            now_s += 1.0
             engine.step()
             if number > 10 * num_clients and (load := engine.snapshot("r")).num_running == num_clients:
                 load = replace(load, costs=costs, num_auto=num_clients, pinned_by_mode={}, mean_context=50.0)
