@@ -74,7 +74,7 @@ PINNED = Mix(pinned=((DecodePlan(Mode.AR), 0.3),), prefix_share=0.7)
 
 RATES = {"poisson": 25.0, "bursty": 16.0, "diurnal": 16.0, "flash_crowd": 10.0}
 """Requests a second and replica by profile; those that vary peak above what can be served in time."""
-SIZES = (1, 8, 64, 512)
+SIZES = (1, 8, 64)
 
 SCENARIOS = (
     *(
