@@ -1,23 +1,29 @@
 """The best way to decode by concurrency and acceptance, from a sweep of forwards. Pure.
 
-A round of self-speculation with block B commits y tokens in a draft and a verify, of diffusion y in so many
-forwards, of AR one in one: tokens a second are C y / time. With each drafted token accepted with chance a,
-independently, y(B) = 1 + a + ... + a^(B-1) (Leviathan et al., arXiv 2211.17192, equation 1). a is set so that
-y(32) is the published accepted length of a kind of text, and y at shorter blocks follows.
+Rounds are the simulator's (loadtest.simulator.yields): a round of self-speculation is one forward of up to
+two blocks of rows, a block of diffusion begins in the commit of the one before. With each drafted token
+accepted with chance a, independently, a verified draft of block B brings 1 + a + ... + a^(B-1) tokens
+(Leviathan et al., arXiv 2211.17192, equation 1). a is set so that at block 32 this is the published accepted
+length of a kind of text; shorter blocks follow.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+
+import numpy
+
+from loadtest.simulator.yields import NUM_CHANCES, Rounds
+from policies.modes import DecodePlan, Mode
 
 Row = Mapping[str, object]
 
 
 def accepted(chance: float, block: int) -> float:
-    """Tokens a round of self-speculation commits."""
+    """Tokens that a verified draft of self-speculation brings."""
     return sum(chance**index for index in range(block))
 
 
 def chance_of(accepted_tokens: float, block: int = 32) -> float:
-    """The chance of acceptance at which a round of that block commits so many tokens."""
+    """The chance of acceptance at which a verified draft of that block brings so many tokens."""
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -28,21 +34,33 @@ def chance_of(accepted_tokens: float, block: int = 32) -> float:
 def rates(rows: Iterable[Row], chance: float, diffusion_tokens: float) -> dict[str, float]:
     """Tokens a second of every way to decode, from the rows of one model and concurrency.
 
-    diffusion_tokens: committed by a denoising forward at block 32
+    A forward of a number of rows that was not measured takes what the line between its neighbours says, the
+    mean of a draft's and a verify's; plans whose forwards may be longer than any measured are left out.
+
+    diffusion_tokens: of a forward as published, of blocks of 32, one after the other
     """
+    by_block = {int(_number(row["block"])): row for row in rows}
+    if 1 not in by_block:
+        return {}
+    concurrency = _number(by_block[1]["concurrency"])
+    blocks = sorted(by_block)
+    ms = [_forward_ms(by_block[block]) for block in blocks]
+    plans = [DecodePlan(Mode.AR), DecodePlan(Mode.DIFFUSION, 32)]
+    plans += [DecodePlan(Mode.SELF_SPECULATION, block) for block in blocks if block > 1]
     found: dict[str, float] = {}
-    for row in rows:
-        concurrency, block = _number(row["concurrency"]), int(_number(row["block"]))
-        verify_ms = _number(row["verify_ms"])
-        if block == 1:
-            found["ar"] = concurrency / verify_ms * 1e3
-        elif row["draft_ms"] is not None:
-            draft_ms = _number(row["draft_ms"])
-            tokens = concurrency * accepted(chance, block)
-            found[f"self_speculation {block}"] = tokens / (draft_ms + verify_ms) * 1e3
-            if block == 32:
-                found["diffusion 32"] = concurrency * diffusion_tokens / draft_ms * 1e3
+    for plan in plans:
+        most = plan.block_length if plan.mode is Mode.AR else 2 * plan.block_length
+        if most <= blocks[-1]:
+            made = Rounds(plan, diffusion_tokens).mean(min(int(chance * NUM_CHANCES), NUM_CHANCES - 1))
+            took_ms = float(numpy.interp(made.rows_per_forward, blocks, ms))
+            name = "ar" if plan.mode is Mode.AR else f"{plan.mode} {plan.block_length}"
+            found[name] = concurrency * made.tokens_per_forward / took_ms * 1e3
     return found
+
+
+def _forward_ms(row: Row) -> float:
+    times = [_number(row[key]) for key in ("draft_ms", "verify_ms") if row[key] is not None]
+    return sum(times) / len(times)
 
 
 def crossovers(rows: Sequence[Row], figures: Mapping[str, object]) -> list[dict[str, object]]:
@@ -65,7 +83,7 @@ def crossovers(rows: Sequence[Row], figures: Mapping[str, object]) -> list[dict[
             best: dict[str, str] = {}
             for kind in ("qa", "average", "multilingual"):
                 made = rates(some, chance_of(float(lengths[kind])), diffusion_tokens)
-                if "ar" not in made or len(made) < 2:
+                if len(made) < 2:
                     continue
                 for name, ways in (
                     (kind, made),

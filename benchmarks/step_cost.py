@@ -3,9 +3,8 @@
 Two measurements in turns, in one run, so that one can be held against the other, and of each the median turn.
 Forwards of so many sequences, each with so many query tokens and so many cached ones, straight through the
 runner; and the engine answering the held-out prompts of benchmarks.modes at each concurrency. The second
-gives tokens a second, what the engine spends outside the forwards, and of every request the tokens and
-forwards it took. Blocks of diffusion come one after the other, which is what the simulator models. With one
-thread `--clock cpu` leaves out what other processes took.
+gives tokens a second, what the engine spends outside the forwards, and of every request the tokens, forwards
+and rows it took. With one thread `--clock cpu` leaves out what other processes took.
 `python -m loadtest.simulator validate` predicts the rates from the rest.
 """
 
@@ -130,14 +129,13 @@ class Cell:
     """For each turn: segments and query tokens a step, and ms a step outside the forward."""
     forwards_ms: list[float] = field(default_factory=list)
     """For each turn: ms a step in the forward."""
-    requests: list[tuple[int, int, int, int]] = field(default_factory=list)
-    """For each request: prompt tokens, those of them not found cached, completion tokens, and forwards."""
+    requests: list[tuple[int, int, int, int, int]] = field(default_factory=list)
+    """For each request: prompt tokens, those of them not found cached, completion tokens, forwards, and the
+    query tokens of these."""
 
     def measure(self, runner: TorchRunner, asked: Sequence[list[int]], clock: Clock) -> None:
         watched = Watched(runner, clock)
-        engine = Engine(
-            watched, EngineConfig(max_running=self.concurrency, max_waiting=len(asked), overlap_blocks=False)
-        )
+        engine = Engine(watched, EngineConfig(max_running=self.concurrency, max_waiting=len(asked)))
         options = DecodingOptions(
             self.plan.mode, None if self.plan.mode is Mode.AR else self.plan.block_length
         )
@@ -160,6 +158,7 @@ class Cell:
                 sequence.num_prompt_tokens - sequence.num_reused,
                 sequence.num_completion_tokens,
                 sequence.num_forwards,
+                sequence.num_rows,
             )
             for sequence in sequences
         ]

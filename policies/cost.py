@@ -205,7 +205,8 @@ def prior_yield(plan: DecodePlan) -> RoundYield:
     if plan.mode is Mode.AR:
         return RoundYield(plan, 1.0, 1.0)
     if plan.mode is Mode.SELF_SPECULATION:
-        return _prior_of_speculation(plan)
+        verified = (1.0 - PRIOR_ACCEPTANCE**block) / (1.0 - PRIOR_ACCEPTANCE)
+        return speculation_round(plan, verified, 1.0 - PRIOR_ACCEPTANCE ** (block - 1))
     fixed = 1.0 + (PRIOR_FIXED - 1.0) * (_doubt(plan) / 0.1) ** DOUBT_EXPONENT
     return RoundYield(plan, float(block), max(1.0, (block - 1) / fixed) + 1.0)
 
@@ -217,11 +218,12 @@ def _doubt(plan: DecodePlan) -> float:
     return 0.0 if plan.threshold is None else 1.0 - plan.threshold
 
 
-def _prior_of_speculation(plan: DecodePlan) -> RoundYield:
-    """Returns the mean of rounds that verify a draft and of those without one, one after each refusal."""
+def speculation_round(plan: DecodePlan, verified: float, refused: float) -> RoundYield:
+    """Returns the mean of rounds that verify a draft and of those without one, one after each refusal.
+
+    verified: tokens that a round with a draft brings. refused: the chance that not all of one is accepted.
+    """
     block = plan.block_length
-    verified = (1.0 - PRIOR_ACCEPTANCE**block) / (1.0 - PRIOR_ACCEPTANCE)
-    refused = 1.0 - PRIOR_ACCEPTANCE ** (block - 1)
     without = refused / (1.0 + refused)  # the share of rounds without a draft: a token of the seed's row
     tokens = without + (1.0 - without) * verified
     return RoundYield(plan, tokens, 1.0, rows=without * (1 + block) + (1.0 - without) * 2 * block)

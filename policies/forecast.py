@@ -102,7 +102,9 @@ def _groups(load: ReplicaLoad, plan: DecodePlan, num_auto: float) -> Iterator[tu
 
 
 def _pace(load: ReplicaLoad, expected: RoundYield) -> float:
-    """Returns the tokens a forward brings to a request, none counted beyond those it still wants."""
-    if load.mean_remaining is None:
-        return expected.tokens_per_forward
-    return min(expected.tokens, max(1.0, load.mean_remaining)) / expected.forwards
+    """Returns the tokens a forward brings to a request: a round no more than a whole completion has.
+
+    By what running requests still want it would fall as they near their ends, and rise when the next begin.
+    """
+    most = math.inf if load.mean_completion is None else max(1.0, load.mean_completion)
+    return min(expected.tokens, most) / expected.forwards

@@ -101,7 +101,7 @@ class WithHysteresis(Policy[StableState]):
         margin = self._bounds.margin * max(SETTLED, patience)
         if wanted.gain is not None and not wanted.gain >= margin:  # nor is one that is no number
             return f"gain {wanted.gain:.1%} below the margin of {margin:.1%}"
-        if held_s < self._bounds.dwell_s:
+        if held_s < self._bounds.dwell_s - 1e-6:  # periods that add up to it may lack a rounding
             return f"{held_s:.1f} s of {self._bounds.dwell_s:g} s dwell"
         if num_recent >= self._bounds.max_shifts_per_minute:
             return f"{num_recent} shifts in the last minute"

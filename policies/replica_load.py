@@ -89,6 +89,8 @@ class ReplicaLoad:
     mean_remaining: float | None = None
     """Tokens that a running request is still expected to generate, by the length of recent ones and what
     max_tokens leaves it. None while none runs."""
+    mean_completion: float | None = None
+    """Tokens of a completion, an average of recent ones. None before one has ended."""
     prefill_per_token: float = 0.0
     """Prompt tokens prefilled for each token generated, a recent average."""
     costs: ReplicaCosts | None = None
@@ -105,7 +107,8 @@ class ReplicaLoad:
     less than it was under the same replica_id, which no other process ever has."""
 
     def __post_init__(self) -> None:
-        amounts = (*_AMOUNTS(self), self.mean_remaining or 0.0, *self.tokens_per_forward.values())
+        lengths = self.mean_remaining or 0.0, self.mean_completion or 0.0
+        amounts = (*_AMOUNTS(self), *lengths, *self.tokens_per_forward.values())
         if not all(0 <= amount < math.inf for amount in amounts):
             raise ValueError(f"amounts must be finite and not negative: {amounts}")
 

@@ -57,13 +57,14 @@ class Bench:
 
     def _works(self) -> "list[Work]":
         from benchmarks.gpu.model import Work
+        from benchmarks.gpu.sweep import QUERIES
 
         if self._smoke:
             tiny = Work(
                 "tiny", 16, num_cached=5, max_concurrency=1, max_queries=4, num_rounds=2, dtype=torch.float32
             )
             return [tiny]
-        return [Work("8B"), Work("14B")]
+        return [Work("8B", max_queries=QUERIES[-1]), Work("14B", max_queries=QUERIES[-1])]
 
     def _section(self, name: str, needs_s: float, run: Callable[[], None]) -> None:
         """Runs a section; one that fails is reported, and the others go on."""

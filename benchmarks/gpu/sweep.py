@@ -16,7 +16,8 @@ from replicas.model.cuda.graphs import GraphRecorder
 from replicas.model.cuda.runner import CudaRunner
 
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64, 128)
-QUERIES = (1, 4, 8, 16, 32)
+QUERIES = (1, 4, 8, 16, 32, 64)
+"""Rows of a sequence: of a forward of self-speculation up to twice the block."""
 
 
 def forward_rows(
@@ -63,10 +64,10 @@ def time_forward(
 def overhead_row(
     runner: CudaRunner, work: Work, clock: Clock, mode: Mode, concurrency: int
 ) -> dict[str, object]:
-    """Compares a round through the whole engine with the replays of its forwards alone.
+    """Compares a round, a forward, through the whole engine with the replays of such a forward alone.
 
     The prompts have num_cached tokens, so rounds run on about as many as the forwards they are compared to.
-    With random weights a draft is hardly ever accepted, which costs nothing here: a round is a round.
+    With random weights a draft is hardly ever accepted; what counts here are a round's rows, on average.
     """
     engine = Engine(
         runner,
@@ -74,7 +75,7 @@ def overhead_row(
             max_running=concurrency, max_waiting=concurrency, max_step_tokens=max(4096, 64 * concurrency)
         ),
     )
-    block = work.max_queries
+    block = work.max_queries // 2
     options = DecodingOptions(mode, None if mode is Mode.AR else block)
     most = 4 * work.max_queries  # so that no block is cut short by the end within the rounds measured
     for number in range(concurrency):
@@ -82,28 +83,27 @@ def overhead_row(
         engine.submit(str(number), tokens, SamplingParams(max_tokens=most, ignore_eos=True), options)
     while engine.scheduler.waiting or any(sequence.is_prefilling for sequence in engine.scheduler.running):
         engine.step()
-    steps_a_round = 1 if mode is Mode.AR else 2
-    for _ in range(min(4, work.num_rounds) * steps_a_round):  # graphs are captured
+    for _ in range(min(4, work.num_rounds)):  # graphs are captured
         engine.step()
     began_ahead = runner.num_steps_ahead
+    sequences = tuple(engine.scheduler.running)
+    began_rows = sum(sequence.num_rows for sequence in sequences)
     rounds: list[float] = []
     while len(engine.scheduler.running) == concurrency and len(rounds) < work.num_rounds:
         clock.wait()
         began_s = time.perf_counter()
-        for _ in range(steps_a_round):
-            engine.step()
+        engine.step()
         rounds.append((time.perf_counter() - began_s) * 1e3)
-    forwards_ms = time_forward(
-        runner, work, clock, concurrency, 1 if mode is Mode.AR else block, draft=False
-    ).ms
-    if mode is not Mode.AR:
-        forwards_ms += time_forward(runner, work, clock, concurrency, block, draft=True).ms
+    num_rows = sum(sequence.num_rows for sequence in sequences) - began_rows
+    queries = max(1, round(num_rows / (len(rounds) * concurrency)))
+    forwards_ms = time_forward(runner, work, clock, concurrency, queries, draft=False).ms
     round_ms = statistics.median(rounds)
     return {
         "model": work.name,
         "mode": mode.value,
         "block": 1 if mode is Mode.AR else block,
         "concurrency": concurrency,
+        "queries": queries,
         "round_ms": round(round_ms, 3),
         "forwards_ms": round(forwards_ms, 3),
         "overhead_ms": round(round_ms - forwards_ms, 3),

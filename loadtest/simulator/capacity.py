@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy
+
 from loadtest.simulator.cluster import needed_rounds
 from loadtest.simulator.cost import StepTable
 from loadtest.simulator.load import Mix
@@ -17,7 +19,13 @@ from loadtest.simulator.scenarios import (
     fixed,
     run,
 )
-from loadtest.simulator.yields import load_acceptance, mean_chance, tokens_a_round
+from loadtest.simulator.yields import (
+    PUBLISHED_BLOCK,
+    load_acceptance,
+    mean_chance,
+    tokens_a_round,
+)
+from policies.cost import RoundYield
 from policies.modes import DecodePlan, Mode
 
 CONTEXT = 800
@@ -32,65 +40,60 @@ def title(plan: DecodePlan) -> str:
     return fixed(plan).title
 
 
-def rate(table: StepTable, plan: DecodePlan, pace: float, concurrency: int) -> float:
-    """Tokens a second of `concurrency` requests that all decode; pace: tokens a forward."""
-    ms = table.ms(concurrency, concurrency * plan.block_length, concurrency * CONTEXT)
-    return 1000.0 * concurrency * pace / ms
+def rate(table: StepTable, made: RoundYield, concurrency: int) -> float:
+    """Tokens a second of `concurrency` requests that all decode, by their mean round."""
+    ms = table.ms(concurrency, concurrency * made.rows_per_forward, concurrency * CONTEXT)
+    return 1000.0 * concurrency * made.tokens_per_forward / ms
 
 
-def paces(machine: Machine, category: str | None = None) -> dict[DecodePlan, float]:
-    """Tokens a forward by plan, of one category or over all of them alike."""
+def mean_rounds(machine: Machine) -> dict[DecodePlan, RoundYield]:
+    """The mean round by plan, of all categories alike: each runs for as long as its tokens take."""
     acceptance = machine.acceptance
-    means = [acceptance.means[category]] if category is not None else list(acceptance.means.values())
+    densities = [acceptance.weights(mean) for mean in acceptance.means.values()]
     found = {}
-    for plan in PLANS:
-        if plan.mode is Mode.SELF_SPECULATION:
-            rounds = [tokens_a_round(mean, acceptance.spread, plan.block_length) for mean in means]
-            found[plan] = len(rounds) / sum(1.0 / tokens for tokens in rounds) / 2.0
-        else:
-            found[plan] = needed_rounds((plan,), acceptance)[plan].pace(0)
+    for plan, rounds in needed_rounds(PLANS, acceptance).items():
+        paces = numpy.array(rounds.paces)
+        running = [density / (density @ paces) for density in densities]
+        found[plan] = rounds.mean_of(numpy.sum(running, axis=0))
     return found
 
 
 def modes_lines(machine: Machine) -> Iterator[str]:
     """Tokens/s of each plan by concurrency, the best in bold."""
-    mean = paces(machine)
+    mean = mean_rounds(machine)
     yield "| tokens/s at concurrency | " + " | ".join(map(str, CONCURRENCIES)) + " |"
     yield "|" + "---|" * (1 + len(CONCURRENCIES))
-    rates = {plan: [rate(machine.table, plan, mean[plan], c) for c in CONCURRENCIES] for plan in PLANS}
+    rates = {plan: [rate(machine.table, mean[plan], c) for c in CONCURRENCIES] for plan in PLANS}
     best = [max(column) for column in zip(*rates.values(), strict=True)]
     for plan in PLANS:
         row = [f"**{r:,.0f}**" if r == top else f"{r:,.0f}" for r, top in zip(rates[plan], best, strict=True)]
         yield f"| `{title(plan)}` | " + " | ".join(row) + " |"
 
 
-def winner(machine: Machine, tokens: float, concurrency: int) -> tuple[DecodePlan, float]:
-    """The best plan and how many times ar's rate it makes.
+def winners(machine: Machine, tokens: float, concurrencies: Sequence[int]) -> list[tuple[DecodePlan, float]]:
+    """The best plan at each concurrency, and how many times ar's rate it makes.
 
-    tokens: brought by a round of self-speculation at block 32; diffusion's published pace stands as it is
+    tokens: brought by a verified draft at block 32; diffusion's published pace stands as it is
     """
     acceptance = machine.acceptance
-    mean = mean_chance(tokens, 32, acceptance.spread)
-    rates = {}
-    for plan in PLANS:
-        pace = 1.0
-        if plan.mode is Mode.SELF_SPECULATION:
-            pace = tokens_a_round(mean, acceptance.spread, plan.block_length) / 2.0
-        elif plan.mode is Mode.DIFFUSION:
-            pace = acceptance.diffusion
-        rates[plan] = rate(machine.table, plan, pace, concurrency)
-    best = max(rates, key=lambda plan: rates[plan])
-    return best, rates[best] / rates[PLANS[0]]
+    running = acceptance.weights(mean_chance(tokens, PUBLISHED_BLOCK, acceptance.spread))
+    made = [rounds.mean_of(running) for rounds in needed_rounds(PLANS, acceptance).values()]
+    found = []
+    for concurrency in concurrencies:
+        rates = {mean.plan: rate(machine.table, mean, concurrency) for mean in made}
+        best = max(rates, key=lambda plan: rates[plan])
+        found.append((best, rates[best] / rates[PLANS[0]]))
+    return found
 
 
 def crossover_lines(machine: Machine) -> Iterator[str]:
-    yield "| tokens a round at block 32 | " + " | ".join(f"C = {c}" for c in CONCURRENCIES) + " |"
+    yield "| tokens a draft at block 32 | " + " | ".join(f"C = {c}" for c in CONCURRENCIES) + " |"
     yield "|" + "---|" * (1 + len(CONCURRENCIES))
     for tokens in ACCEPTANCES:
-        cells = []
-        for concurrency in CONCURRENCIES:
-            plan, gain = winner(machine, tokens, concurrency)
-            cells.append(f"`{title(plan)}`" + ("" if plan.mode is Mode.AR else f" {gain:.1f}x"))
+        cells = [
+            f"`{title(plan)}`" + ("" if plan.mode is Mode.AR else f" {gain:.1f}x")
+            for plan, gain in winners(machine, tokens, CONCURRENCIES)
+        ]
         yield f"| {tokens:g} | " + " | ".join(cells) + " |"
 
 
@@ -150,9 +153,9 @@ def plot_modes(machines: Sequence[Machine], path: str) -> None:
 
     figure, panels = pyplot.subplots(1, len(machines), figsize=(5.5 * len(machines), 4), squeeze=False)
     for panel, machine in zip(panels[0], machines, strict=True):
-        mean = paces(machine)
+        mean = mean_rounds(machine)
         for plan in PLANS:
-            rates = [rate(machine.table, plan, mean[plan], c) for c in range(1, 129)]
+            rates = [rate(machine.table, mean[plan], c) for c in range(1, 129)]
             style = "--" if plan.mode is Mode.AR else "-"
             panel.plot(range(1, 129), rates, style, label=title(plan))
         panel.set(
@@ -182,7 +185,7 @@ def plot_crossover(machines: Sequence[Machine], path: str) -> None:
     figure, panels = pyplot.subplots(1, len(machines), figsize=(5.5 * len(machines), 4), squeeze=False)
     for panel, machine in zip(panels[0], machines, strict=True):
         panel.set_xlim(1, 128)
-        won = [[PLANS.index(winner(machine, t, c)[0]) for c in range(1, 129)] for t in tokens]
+        won = [[PLANS.index(plan) for plan, _ in winners(machine, t, range(1, 129))] for t in tokens]
         colouring = colors.ListedColormap(palette)
         panel.pcolormesh(range(1, 129), tokens, won, cmap=colouring, vmin=-0.5, vmax=len(PLANS) - 0.5)
         published = load_acceptance()
@@ -193,7 +196,7 @@ def plot_crossover(machines: Sequence[Machine], path: str) -> None:
         panel.set(
             title=f"{machine.name}: fastest plan",
             xlabel="requests decoding at once",
-            ylabel="tokens a round at block 32",
+            ylabel="tokens a verified draft at block 32",
             xscale="log",
         )
         panel.set_xticks([1, 2, 4, 8, 16, 32, 64, 128], labels=["1", "2", "4", "8", "16", "32", "64", "128"])

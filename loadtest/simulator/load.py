@@ -96,8 +96,8 @@ class Requests:
     """The common text that each begins with, -1 for none; its tokens are part of the prompt."""
     prefix_tokens: int
     max_tokens: int
-    forwards: list[int] | None = None
-    """The forwards that each takes, where that was measured; else None."""
+    measured: list[tuple[float, float]] | None = None
+    """The forwards of each and the query tokens of one of them, where that was measured; else None."""
     reused: list[int] | None = None
     """The prompt tokens found cached for each, where that was measured; else None."""
     has_pins: bool = False

@@ -54,23 +54,27 @@ class Meter:
             self.prefill_per_token += fresh * (prompts / max(1.0, tokens) - self.prefill_per_token)
         self._at_s, self._made, self._prefilled = now_s, made, prefilled
 
-    def saw(self, plan: DecodePlan, paces: Sequence[float]) -> None:
-        """Learns from requests that have run the plan since the last look; paces: their tokens a forward."""
-        if not paces or plan.block_length == 1 or self._elapsed_s <= 0:
+    def saw(self, plan: DecodePlan, running: Sequence[tuple[float, float]]) -> None:
+        """Learns from requests that have run the plan since the last look.
+
+        running: tokens and rows a forward of each
+        """
+        if not running or plan.block_length == 1 or self._elapsed_s <= 0:
             return
-        self._learn(plan, paces, 1.0 - math.exp(-self._elapsed_s / YIELD_MEMORY_S))
+        self._learn(plan, running, 1.0 - math.exp(-self._elapsed_s / YIELD_MEMORY_S))
 
-    def explored(self, plan: DecodePlan, paces: Sequence[float]) -> None:
-        """Learns from a few requests that explored a plan not in force; paces: their tokens a forward."""
-        if paces and plan.block_length > 1:
-            self._learn(plan, paces, EXPLORED_WEIGHT)
+    def explored(self, plan: DecodePlan, tried: Sequence[tuple[float, float]]) -> None:
+        """Learns from a few requests that explored a plan not in force: tokens and rows a forward of each."""
+        if tried and plan.block_length > 1:
+            self._learn(plan, tried, EXPLORED_WEIGHT)
 
-    def _learn(self, plan: DecodePlan, paces: Sequence[float], weight: float) -> None:
+    def _learn(self, plan: DecodePlan, seen: Sequence[tuple[float, float]], weight: float) -> None:
         known = self._yields[plan]
-        tokens = sum(paces) / len(paces) * known.forwards
+        pace, rows = (sum(values) / len(seen) for values in zip(*seen, strict=True))
         self._yields[plan] = RoundYield(
             plan,
-            known.tokens + weight * (tokens - known.tokens),
+            known.tokens + weight * (pace * known.forwards - known.tokens),
             known.forwards,
-            min(MAX_ROUNDS, known.num_rounds + len(paces)),
+            min(MAX_ROUNDS, known.num_rounds + len(seen)),
+            known.rows_per_forward + weight * (rows - known.rows_per_forward),
         )

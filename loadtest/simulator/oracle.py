@@ -51,9 +51,11 @@ def truth(replica: SimulatedReplica, plan: DecodePlan, tpot_s: float, now_s: flo
     for request, left, first_s in replica.progress():
         own = requests.pinned[request] or plan
         rounds = replica.rounds[own]
-        paces.append(rounds.pace(requests.chance[request]))
-        queries += own.block_length
-        wanted += rounds.wanted
+        chance = requests.chance[request]
+        rows = rounds.rows[chance]
+        paces.append(rounds.paces[chance])
+        queries += rows
+        wanted += rounds.wanted(rows)
         left_s = first_s + tpot_s * (requests.output[request] - 1) - now_s
         needed.append(left / left_s if left_s > 0 else math.inf)
     num = len(paces)

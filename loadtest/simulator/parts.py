@@ -27,9 +27,10 @@ class Hardware:
 
 
 class Decoding:
-    """A request that decodes: its plan, tokens and forwards, and the count of forwards when it began."""
+    """A request that decodes: its plan, tokens and forwards, a forward's rows and wanted logits, and the
+    count of forwards when it began."""
 
-    __slots__ = ("began", "first_s", "forwards", "pace", "plan", "request", "tokens", "wanted")
+    __slots__ = ("began", "first_s", "forwards", "pace", "plan", "request", "rows", "tokens", "wanted")
 
     def __init__(
         self,
@@ -38,12 +39,14 @@ class Decoding:
         tokens: float,
         forwards: float,
         began: float,
+        rows: float,
         wanted: float,
         first_s: float,
     ):
         self.request = request
         self.first_s = first_s
         self.plan = plan
+        self.rows = rows
         self.wanted = wanted
         self.tokens = tokens
         self.forwards = forwards

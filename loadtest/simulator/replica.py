@@ -5,8 +5,9 @@ decoding sequences run one forward each, or, where the token budget is short, th
 So a stretch of steps is one event, and no token or step costs anything by itself.
 
 A request's forwards are drawn when it begins a plan; a change of plan draws them anew for the tokens
-still to come. Not modelled: a round cut off by a change of plan (the engine finishes it first), drafts cut
-short at a request's end, and preemption (a request that starts has pages for all it will write).
+still to come. Not modelled: a round cut off by a change of plan (the engine finishes it first), the draft
+that self-speculation lacks after one, drafts cut short at a request's end, and preemption (a request that
+starts has pages for all it will write).
 """
 
 import heapq
@@ -65,7 +66,7 @@ class SimulatedReplica:
         self._decoding: dict[int, Decoding] = {}
         self._ends: list[tuple[float, int]] = []  # by count of forwards
         self._forwards = 0.0  # that every decoding sequence has had since the start
-        self._queries = 0  # of one forward of all of them
+        self._queries = 0.0  # of one forward of all of them
         self._wanted = 0.0  # logits of that
         self._pace = 0.0  # tokens that brings
         self._cached = 0.0
@@ -130,8 +131,8 @@ class SimulatedReplica:
         self._decoding.clear()
         self._ends.clear()
         self._prefixes.clear()
-        self._waiting_tokens = self._queries = self._pages = self._limits = 0
-        self._wanted = self._pace = self._cached = 0.0
+        self._waiting_tokens = self._pages = self._limits = 0
+        self._queries = self._wanted = self._pace = self._cached = 0.0
         self.next_s = math.inf
         self.version += 1
         return lost
@@ -159,7 +160,8 @@ class SimulatedReplica:
             done = self._share * min(self._num_steps, int((now_s - self._at_s) / self._step_s))
         made = self._made + self._pace * done
         self._meter.look(now_s, made, self._prefilled)
-        self._meter.saw(self.plan, [s.pace for s in self._decoding.values() if s.plan == self.plan])
+        running = [(s.pace, s.rows) for s in self._decoding.values() if s.plan == self.plan]
+        self._meter.saw(self.plan, running)
         requests, hardware = self.requests, self.hardware
         by_mode: dict[Mode, int] = {}
         pinned: dict[Mode, int] = {}
@@ -203,6 +205,7 @@ class SimulatedReplica:
             max_step_tokens=hardware.max_step_tokens,
             mean_context=context,
             mean_remaining=remaining,
+            mean_completion=self._meter.mean_output if self._num_ended else None,
             prefill_per_token=self._meter.prefill_per_token,
             costs=ReplicaCosts(hardware.believed, self._meter.yields, KNOWN_FACTORS),
             num_ended=self._num_ended,
@@ -211,9 +214,9 @@ class SimulatedReplica:
     def explore(self, plan: DecodePlan) -> None:
         """Lets some requests try a plan; the cost, 2 % at most, is not modelled."""
         if plan in self.rounds:
-            pace = self.rounds[plan].pace
-            explored = list(self._decoding.values())[:NUM_EXPLORING]
-            self._meter.explored(plan, [pace(self.requests.chance[item.request]) for item in explored])
+            rounds, chance = self.rounds[plan], self.requests.chance
+            explored = [chance[item.request] for item in list(self._decoding.values())[:NUM_EXPLORING]]
+            self._meter.explored(plan, [(rounds.paces[index], rounds.rows[index]) for index in explored])
 
     def progress(self) -> Iterator[tuple[int, float, float]]:
         """Each running request, its tokens still to come as of the last event, and its first token's time.
@@ -328,14 +331,16 @@ class SimulatedReplica:
     def _add(self, request: int, plan: DecodePlan, tokens: float, first_s: float) -> None:
         requests = self.requests
         rounds = self.rounds[plan]
-        if requests.forwards is not None:
-            forwards = float(max(1, requests.forwards[request]))
+        if requests.measured is not None:
+            forwards, rows = requests.measured[request]
         else:
-            forwards = rounds.forwards(requests.chance[request], tokens, requests.luck[request])
-        sequence = Decoding(request, plan, tokens, forwards, self._forwards, rounds.wanted, first_s)
+            chance = requests.chance[request]
+            forwards, rows = rounds.forwards(chance, tokens, requests.luck[request]), rounds.rows[chance]
+        wanted = rounds.wanted(rows)
+        sequence = Decoding(request, plan, tokens, forwards, self._forwards, rows, wanted, first_s)
         self._decoding[request] = sequence
         heapq.heappush(self._ends, (self._forwards + forwards, request))
-        self._queries += plan.block_length
+        self._queries += rows
         self._wanted += sequence.wanted
         self._pace += sequence.pace
 
@@ -346,7 +351,7 @@ class SimulatedReplica:
         while ends and ends[0][0] <= limit:
             request = heapq.heappop(ends)[1]
             sequence = self._decoding.pop(request)
-            self._queries -= sequence.plan.block_length
+            self._queries -= sequence.rows
             self._wanted -= sequence.wanted
             self._pace -= sequence.pace
             self.tokens_by_mode[sequence.plan.mode] += sequence.tokens
@@ -357,7 +362,7 @@ class SimulatedReplica:
             self._num_ended += 1
             ended.append(request)
         if not self._decoding:
-            self._wanted = self._pace = self._cached = 0.0
+            self._queries = self._wanted = self._pace = self._cached = 0.0
         return ended
 
     def _plan_anew(self) -> None:
@@ -373,7 +378,7 @@ class SimulatedReplica:
                 continue
             done = sequence.tokens * (self._forwards - sequence.began) / sequence.forwards
             self.tokens_by_mode[sequence.plan.mode] += done
-            self._queries -= sequence.plan.block_length
+            self._queries -= sequence.rows
             self._wanted -= sequence.wanted
             self._pace -= sequence.pace
             self._add(request, self.plan, max(1.0, sequence.tokens - done), sequence.first_s)

@@ -14,7 +14,7 @@ from loadtest.simulator.cost import StepTable
 from loadtest.simulator.load import Mix, Requests, generate
 from loadtest.simulator.oracle import RELIEFS, clairvoyant
 from loadtest.simulator.parts import Hardware
-from loadtest.simulator.yields import DATA, Acceptance, load_acceptance
+from loadtest.simulator.yields import DATA, NUM_CHANCES, Acceptance, load_acceptance
 from policies.cost import RoundYield, StepCost
 from policies.modes import DecodePlan, Mode
 from policies.registry import POLICIES, create_policy
@@ -77,7 +77,7 @@ PINNED = Mix(pinned=((DecodePlan(Mode.AR), 0.3),), prefix_share=0.7)
 
 RATES = {"poisson": 25.0, "bursty": 16.0, "diurnal": 16.0, "flash_crowd": 10.0}
 """Requests a second and replica by profile; those that vary peak above what can be served in time."""
-SIZES = (1, 8, 64, 512)
+SIZES = (1, 8, 64)
 
 SCENARIOS = (
     *(
@@ -257,10 +257,11 @@ def simulate(
     slo: Slo = Slo(),
 ) -> Record:
     rounds = needed_rounds((*PLANS, *_ALSO_RUN), machine.acceptance)
-    mean_chance = numpy.bincount(requests.chance, minlength=1)
+    counts = numpy.bincount(requests.chance, minlength=NUM_CHANCES)
     believed = {
-        plan: _believed_yield(plan, float(_mean_pace(rounds[plan].pace, mean_chance)), scenario.yield_error)
-        for plan in rounds
+        # Each request runs for as long as its tokens take.
+        plan: _believed(of_plan.mean_of(counts / numpy.array(of_plan.paces)), scenario.yield_error)
+        for plan, of_plan in rounds.items()
     }
     duration_s = requests.arrival_s[-1]
     setting = Setting(
@@ -355,18 +356,11 @@ def _percentiles(values: Any) -> tuple[float, float, float]:
     return float(p50), float(p95), float(p99)
 
 
-def _mean_pace(pace: Any, counts: Any) -> float:
-    """Tokens a forward of the whole mix: each request's weighted by the forwards that its tokens take."""
-    present = numpy.flatnonzero(counts)
-    paces = numpy.array([pace(int(index)) for index in present])
-    return float(counts[present].sum() / (counts[present] / paces).sum())
-
-
-def _believed_yield(plan: DecodePlan, pace: float, error: float) -> RoundYield:
-    if plan.mode is Mode.AR:
-        return RoundYield(plan, 1.0, 1.0)
-    forwards = 2.0 if plan.mode is Mode.SELF_SPECULATION else plan.block_length / pace
-    return RoundYield(plan, min(float(plan.block_length), max(1.0, pace * forwards * error)), forwards, 50.0)
+def _believed(mean: RoundYield, error: float) -> RoundYield:
+    if mean.plan.mode is Mode.AR:
+        return mean
+    tokens = min(float(mean.plan.block_length), max(1.0, mean.tokens * error))
+    return replace(mean, tokens=tokens, num_rounds=50.0)
 
 
 def _distorted(cost: StepCost, error: float) -> StepCost:

@@ -52,7 +52,7 @@ def validate(path: Path) -> list[Cell]:
 
 def _cell(table: StepTable, row: dict[str, Any]) -> Cell:
     plan = DecodePlan(Mode(row["mode"]), row["block_length"])
-    requests = _requests(row["requests"])
+    requests = _requests(row["requests"], plan.block_length)
     concurrency = row["concurrency"]
     hardware = Hardware(table, table.fitted, concurrency, MAX_STEP_TOKENS, MAX_PREFILL_TOKENS)
     yields = {plan: prior_yield(plan)}
@@ -72,12 +72,18 @@ def _cell(table: StepTable, row: dict[str, Any]) -> Cell:
     )
 
 
-def _requests(rows: Sequence[tuple[int, int, int, int]]) -> Requests:
+def _requests(rows: Sequence[Sequence[int]], block_length: int) -> Requests:
+    """The requests of a measurement; one from before forwards began the next draft or block too tells no
+    rows, since they were a block's."""
     num = len(rows)
+    measured = []
+    for _, _, _, num_forwards, *num_rows in rows:
+        forwards = float(max(1, num_forwards))
+        measured.append((forwards, num_rows[0] / forwards if num_rows else float(block_length)))
     return Requests(
         arrival_s=[0.0] * num,
-        prompt=[prompt for prompt, _, _, _ in rows],
-        output=[output for _, _, output, _ in rows],
+        prompt=[row[0] for row in rows],
+        output=[row[2] for row in rows],
         category=[0] * num,
         chance=[0] * num,
         luck=[0.0] * num,
@@ -85,8 +91,8 @@ def _requests(rows: Sequence[tuple[int, int, int, int]]) -> Requests:
         prefix=[-1] * num,
         prefix_tokens=0,
         max_tokens=200,
-        forwards=[forwards for _, _, _, forwards in rows],
-        reused=[prompt - prefilled for prompt, prefilled, _, _ in rows],
+        measured=measured,
+        reused=[row[0] - row[1] for row in rows],
     )
 
 

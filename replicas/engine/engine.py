@@ -360,6 +360,7 @@ class Engine:
             max_step_tokens=self._config.max_step_tokens,
             mean_context=sum(sequence.num_cached for sequence in running) / num_running,
             mean_remaining=self._mean_remaining(),
+            mean_completion=self._lengths.mean,
             num_ended=self._num_submitted - len(self._sequences),
         )
 

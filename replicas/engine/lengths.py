@@ -24,6 +24,7 @@ class CompletionLengths:
 
     def __init__(self) -> None:
         self._weight = 1.0  # of the next completion: it grows, rather than that all others fade
+        self._noted = [0.0, 0.0]  # completions, and their tokens
         self._reached = [0.0] * NUM_BUCKETS  # completions that became as long as the bucket's start
         self._ended = [0.0] * NUM_BUCKETS  # those that ended in it by themselves
         self._offsets = [0.0] * NUM_BUCKETS  # tokens from the bucket's start to these ends, added up
@@ -34,12 +35,19 @@ class CompletionLengths:
         self._stays = [0.0] * NUM_BUCKETS  # the tokens it is expected to have there
         self._is_reckoned = False
 
+    @property
+    def mean(self) -> float | None:
+        """The tokens of a completion on average, whole or cut; None before one has ended."""
+        count, tokens = self._noted
+        return tokens / count if count else None
+
     def note(self, num_tokens: int, is_whole: bool) -> None:
         """Notes a completion that has ended.
 
         is_whole: by itself, and not for want of max_tokens
         """
         last, weight = _bucket(num_tokens), self._weight
+        self._noted = [self._noted[0] + weight, self._noted[1] + weight * num_tokens]
         for bucket in range(last + 1):
             self._reached[bucket] += weight
         if is_whole:
@@ -47,7 +55,7 @@ class CompletionLengths:
             self._offsets[last] += weight * (num_tokens - _STARTS[last])
         self._weight *= 2.0 ** (1.0 / HALF_LIFE)
         if self._weight > MAX_WEIGHT:
-            for counts in (self._reached, self._ended, self._offsets):
+            for counts in (self._noted, self._reached, self._ended, self._offsets):
                 counts[:] = [count / self._weight for count in counts]
             self._weight = 1.0
         self._is_reckoned = False

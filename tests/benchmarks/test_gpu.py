@@ -55,17 +55,20 @@ def test_chance_of_acceptance_gives_the_length_back(tokens: float) -> None:
     assert accepted(chance_of(tokens), 8) < tokens
 
 
-def test_rates_count_draft_and_verify() -> None:
-    made = rates([row(4, 1, None, 10.0), row(4, 32, 12.0, 13.0)], chance_of(5.0), 2.5)
-    assert made == pytest.approx(
-        {"ar": 400.0, "self_speculation 32": 4 * 5 / 25e-3, "diffusion 32": 4 * 2.5 / 12e-3}
-    )
+def test_rates_are_of_one_forward_a_round() -> None:
+    """A chance of 0.5 at block 2: of three rounds two have a draft, of 4 rows and 1.5 tokens, one has 3 rows
+    and a token."""
+    sweep = [row(4, 1, None, 10.0), row(4, 2, 11.0, 13.0), row(4, 4, 18.0, 20.0)]
+    made = rates(sweep, 0.5, 2.5)
+    took_ms = 12.0 + (11 / 3 - 2) / 2 * 7.0
+    assert made == pytest.approx({"ar": 400.0, "self_speculation 2": 4 * (4 / 3) / took_ms * 1e3}, rel=1e-3)
 
 
 def test_the_best_way_turns_with_the_load() -> None:
-    few, many = [row(1, 1, None, 4.0), row(1, 32, 5.0, 5.0)], [row(64, 1, None, 6.0), row(64, 32, 60.0, 60.0)]
+    few = [row(1, 1, None, 4.0), row(1, 32, 5.0, 5.0), row(1, 64, 5.0, 5.0)]
+    many = [row(64, 1, None, 6.0), row(64, 32, 60.0, 60.0), row(64, 64, 120.0, 120.0)]
     first, last = crossovers(few + many, FIGURES)
-    assert str(first["average, lossless"]).startswith("self_speculation 32 x2.7")
+    assert str(first["average, lossless"]).startswith("self_speculation 32 x3.1")
     assert last["average"] == "ar x1.00"
 
 

@@ -199,7 +199,7 @@ def test_the_plan_that_runs_stays_known_in_a_flood_of_others():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
 @pytest.mark.parametrize(
-    "field", ["tokens_per_s", "mean_context", "silent_s", "mean_remaining", "max_running"]
+    "field", ["tokens_per_s", "mean_context", "silent_s", "mean_remaining", "mean_completion", "max_running"]
 )
 def test_an_absurd_load_is_none(field, value):
     with pytest.raises(ValueError, match="finite and not negative"):

@@ -112,8 +112,8 @@ def test_reading_the_cache_costs_by_sequence():
     assert expected.step_ms == pytest.approx(10.0 + 0.5 * 3 + 3.0 + 5.0 * 0.4)
 
 
-def test_short_remainders_make_long_blocks_worth_less():
-    assert forecast(a_replica(1, mean_remaining=2.0), SPECULATION).tokens_per_s == pytest.approx(
+def test_short_completions_make_long_blocks_worth_less():
+    assert forecast(a_replica(1, mean_completion=2.0), SPECULATION).tokens_per_s == pytest.approx(
         1000 * 2.0 / (2 * 13.5)
     )
 

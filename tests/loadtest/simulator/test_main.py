@@ -3,7 +3,7 @@ import json
 import pytest
 
 from loadtest.simulator.__main__ import PAGE, SCENARIO_PAGE, main
-from loadtest.simulator.capacity import carried, crossover_lines, modes_lines, winner
+from loadtest.simulator.capacity import carried, crossover_lines, modes_lines, winners
 from loadtest.simulator.load import Mix
 from loadtest.simulator.page import check_places, update
 from loadtest.simulator.scenarios import PLANS, SCENARIOS, Machine, Slo, fixed, load_outcomes
@@ -62,7 +62,8 @@ def test_outcomes_of_another_time_are_refused(tmp_path):
         load_outcomes([path])
 
 
-def test_validation_recovers_a_machine_that_is_as_its_table_says(capsys, tmp_path):
+@pytest.mark.parametrize("request_row", [[8, 8, 10, 9], [8, 8, 10, 9, 9]])
+def test_validation_recovers_a_machine_that_is_as_its_table_says(capsys, tmp_path, request_row):
     """One request of 10 tokens after a prompt of 8, in ar: a prefill and 9 steps, at the table's prices."""
     table = {
         "rows": rows(counts=(1, 2)),
@@ -73,7 +74,7 @@ def test_validation_recovers_a_machine_that_is_as_its_table_says(capsys, tmp_pat
                 "block_length": 1,
                 "tokens_per_s": 10 / (0.0053 + 9 * 0.00513),
                 "turns": [1.0, 1.1],
-                "requests": [[8, 8, 10, 9]] * 3,
+                "requests": [request_row] * 3,
             }
         ],
     }
@@ -93,8 +94,8 @@ def test_the_modes_table_has_one_winner_a_column():
 
 
 def test_with_poor_acceptance_ar_wins_under_load_and_with_good_never():
-    assert winner(MACHINE, 1.5, 128)[0].mode is Mode.AR
-    assert winner(MACHINE, 10.0, 1)[0].mode is Mode.SELF_SPECULATION
+    assert winners(MACHINE, 1.5, [128])[0][0].mode is Mode.AR
+    assert winners(MACHINE, 10.0, [1])[0][0].mode is Mode.SELF_SPECULATION
     assert len(list(crossover_lines(MACHINE))) > 2
 
 

@@ -90,7 +90,7 @@ class StepByStep:
         requests, hardware = self.requests, self.hardware
         now_s, first, finish = 0.0, {}, {}
         upcoming, waiting = list(range(len(requests))), []
-        prefilling, decoding = [], {}  # [request, to go]; request -> [forwards to go, pace, block, context]
+        prefilling, decoding = [], {}  # [request, to go]; request -> [forwards to go, pace, rows, context]
         while upcoming or waiting or prefilling or decoding:
             if not (waiting or prefilling or decoding):
                 now_s = max(now_s, requests.arrival_s[upcoming[0]])
@@ -106,7 +106,7 @@ class StepByStep:
             ):
                 request = waiting.pop(0)
                 prefilling.append([request, requests.prompt[request]])
-            queries = sum(block for _, _, block, _ in decoding.values())
+            queries = sum(rows for _, _, rows, _ in decoding.values())
             room = hardware.max_step_tokens
             if prefilling:
                 room -= min(room // 4, most)
@@ -133,10 +133,10 @@ class StepByStep:
                     finish[request] = now_s
                     continue
                 plan = requests.pinned[request] or self.plan
-                forwards = self.rounds[plan].forwards(
-                    requests.chance[request], tokens, requests.luck[request]
-                )
-                decoding[request] = [forwards, tokens / forwards, plan.block_length, requests.prompt[request]]
+                rounds, chance = self.rounds[plan], requests.chance[request]
+                forwards = rounds.forwards(chance, tokens, requests.luck[request])
+                rows = rounds.rows[chance]
+                decoding[request] = [forwards, tokens / forwards, rows, requests.prompt[request]]
             if prefilling and chunk >= 1:
                 prefilling[0][1] -= int(chunk)
         return first, finish

@@ -2,10 +2,13 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
-from policies.modes import Mode
+from policies.cost import UNMEASURED, ReplicaCosts, RoundYield
+from policies.forecast import forecast
+from policies.modes import DecodePlan, Mode
 from replicas.engine.engine import Engine
 from replicas.engine.lengths import CompletionLengths
 from replicas.messages import DecodingOptions, SamplingParams
@@ -104,3 +107,42 @@ def test_an_engines_load_tells_of_it() -> None:
     assert remaining is not None
     assert 20 < remaining < 80  # an end of text comes once in forty
     assert sequence.num_completion_tokens < 800
+
+
+def test_the_mean_is_of_whole_and_cut_completions_and_follows_them() -> None:
+    lengths = CompletionLengths()
+    assert lengths.mean is None
+    lengths.note(10, is_whole=True)
+    lengths.note(30, is_whole=False)
+    assert lengths.mean == pytest.approx(20.0, rel=0.02)
+    for _ in range(3000):
+        lengths.note(100, is_whole=True)
+    assert lengths.mean == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize("num_clients", [1, 2])
+@pytest.mark.parametrize("max_tokens", [12, 96])
+def test_forecasts_stay_where_they_are_while_completions_near_their_ends(
+    num_clients: int, max_tokens: int
+) -> None:
+    """Clients that ask again at once, and look at every step: nothing changes but where their texts are."""
+    plan = DecodePlan(Mode.DIFFUSION, 32)
+    costs = ReplicaCosts(UNMEASURED, (RoundYield(plan, 32.0, 4.0, 50.0),))
+    now_s = 0.0
+    engine = Engine(ScriptedRunner(num_pages=400, max_context=900), clock=lambda: now_s)
+    sampling, foretold, remaining = SamplingParams(max_tokens=max_tokens, ignore_eos=True), [], []
+    for number in range(20 * num_clients):
+        engine.submit(str(number), [5, 60 + number], sampling, DecodingOptions(Mode.DIFFUSION, 32))
+        while len(engine.scheduler.running) + len(engine.scheduler.waiting) >= num_clients:
+            now_s += 1.0
+            engine.step()
+            if number > 10 * num_clients and (load := engine.snapshot("r")).num_running == num_clients:
+                load = replace(load, costs=costs, num_auto=num_clients, pinned_by_mode={}, mean_context=50.0)
+                foretold.append(forecast(load, plan).tokens_per_s)
+                remaining.append(load.mean_remaining)
+    assert len(foretold) > 10
+    assert len(set(remaining)) > 1
+    assert max(foretold) == pytest.approx(min(foretold))
+    assert foretold[0] == pytest.approx(
+        1000 * num_clients * min(32, max_tokens) / 4 / UNMEASURED.ms(32 * num_clients)
+    )
