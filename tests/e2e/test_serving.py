@@ -43,6 +43,20 @@ async def test_auto_is_told_apart_from_a_pinned_mode(client: httpx.AsyncClient) 
     assert sum(streamed.last["decoding"]["tokens"].values()) == 48
 
 
+async def test_a_bound_on_quality_is_kept_by_what_was_measured_of_the_checkpoint(
+    client: httpx.AsyncClient,
+) -> None:
+    """The level for one request is diffusion 16 with the default factor: 0.6 % of its answers differ."""
+
+    async def is_by_diffusion(max_differing: float) -> bool:
+        decoding = {"quality": {"max_differing": max_differing}}
+        answer = await complete(client, chat(PROMPT, decoding=decoding))
+        return set(answer["decoding"]["tokens"]) == {"diffusion"}
+
+    await eventually(lambda: is_by_diffusion(0.01), within_s=30)
+    assert not await is_by_diffusion(0.0001)
+
+
 async def test_self_speculation_is_ar_token_for_token(client: httpx.AsyncClient) -> None:
     penalties = {"presence_penalty": 0.7, "repetition_penalty": 1.2, "logit_bias": {"50": 2.0}}
     for more in ({}, {"temperature": 0.8, "seed": 5}, penalties):
