@@ -186,14 +186,16 @@ def reached(
 ) -> list[speed_of_light.Reached]:
     """What samplers and oracles reach on the held-out prompts.
 
-    Steps have room for every round, so that no block has to begin in a forward of its own for want of it.
+    Steps have room for all prompts and rounds: no block begins in a forward of its own for want of it.
     """
     runner = TorchRunner.load(
         str(checkpoint), dtype="float32", num_threads=num_threads, quantization=quantization
     )
     codec = TextCodec.load(str(checkpoint))
     prompts = [task.prompt for family in FAMILIES for task in held_out_tasks(family, per_family)]
-    roomy = EngineConfig(max_waiting=len(prompts), max_running=16, max_step_tokens=4096)
+    roomy = EngineConfig(
+        max_waiting=len(prompts), max_running=32, max_step_tokens=16384, max_prefill_tokens=8192
+    )
 
     def answers(over: Runner, plan: DecodePlan) -> list[Answer]:
         return decode(Engine(over, roomy), codec, prompts, plan)
