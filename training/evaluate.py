@@ -4,7 +4,8 @@ For each decoding setting and family: exact match (the family's own checker, and
 per forward after the first token (those that verify nothing count too, as do commits), mean accepted length
 (tokens a round of self-speculation), and the share of answers equal to `ar`'s, token for token. With
 `--yields` what rounds brought, and the shares of answers that were right and that were not `ar`'s, go into
-the checkpoint's folder, for a server's policy to start from.
+the checkpoint's folder, for a server's policy to start from. With `--speed-of-light` the samplers' tokens a
+forward stand beside an oracle's (training.speed_of_light).
 """
 
 import argparse
@@ -20,12 +21,14 @@ from tqdm import tqdm
 from policies.cost import RoundStats, RoundYield
 from policies.modes import DecodePlan, Mode
 from replicas.config import EngineConfig
+from replicas.engine.batch import Runner
 from replicas.engine.engine import Engine
 from replicas.engine.sequence import Sequence
 from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.runner import TorchRunner
 from replicas.text import TextCodec
 from replicas.yields_file import YIELDS_FILE, write_yields
+from training import speed_of_light
 from training.tasks.family import Task
 from training.tasks.registry import FAMILIES, held_out_tasks
 
@@ -183,6 +186,28 @@ def mean_yield(plan: DecodePlan, rounds: list[RoundStats], overall: Score) -> Ro
     )
 
 
+def reached(
+    checkpoint: Path, per_family: int, num_threads: int | None = None, quantization: str | None = None
+) -> list[speed_of_light.Reached]:
+    """What samplers and oracles reach on the held-out prompts.
+
+    Steps have room for all prompts and rounds: no block begins in a forward of its own for want of it.
+    """
+    runner = TorchRunner.load(
+        str(checkpoint), dtype="float32", num_threads=num_threads, quantization=quantization
+    )
+    codec = TextCodec.load(str(checkpoint))
+    prompts = [task.prompt for family in FAMILIES for task in held_out_tasks(family, per_family)]
+    roomy = EngineConfig(
+        max_waiting=len(prompts), max_running=32, max_step_tokens=16384, max_prefill_tokens=8192
+    )
+
+    def answers(over: Runner, plan: DecodePlan) -> list[Answer]:
+        return decode(Engine(over, roomy), codec, prompts, plan)
+
+    return speed_of_light.measure(runner, answers)
+
+
 def table(scores: list[Score]) -> str:
     """A Markdown table by setting and family."""
     lines = [
@@ -209,8 +234,23 @@ def main() -> None:
         "--yields", action="store_true", help=f"write the plans' yields to {YIELDS_FILE} in the checkpoint"
     )
     parser.add_argument("--overall", action="store_true", help="print only the rows over all families")
+    parser.add_argument("--speed-of-light", action="store_true", help="compare samplers with an oracle")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="with --speed-of-light: plot it there")
     arguments = parser.parse_args()
+    if arguments.speed_of_light and (arguments.yields or arguments.overall):
+        parser.error("--speed-of-light has no yields and no rows by family: leave out --yields and --overall")
+    if arguments.plot and not arguments.speed_of_light:
+        parser.error("--plot goes with --speed-of-light")
     started = time.time()
+    if arguments.speed_of_light:
+        rows = reached(arguments.checkpoint, arguments.per_family, arguments.threads, arguments.quantization)
+        if arguments.json:
+            arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        if arguments.plot:
+            speed_of_light.plot(rows, arguments.plot)
+        print(speed_of_light.table(rows))
+        print(f"\n{time.time() - started:.0f} s")
+        return
     scores, yields = evaluate(
         arguments.checkpoint,
         arguments.per_family,
