@@ -27,7 +27,11 @@ OUT       ?= .run/train
 URL       ?=
 REPORT    ?= .run/loadtest
 
-.PHONY: serve test test-browser test-gpu check-gpu lint format bench loadtest bench-floor bench-overhead bench-memory bench-peer bench-gpu bench-policy bench-door soak fuzz evaluate train model pack-smollm2 train-smollm2 clean help
+# Environments of clients, which want other releases than the server does, and than each other.
+CLIENTS   := .venv-clients
+MODULES   := tests/clients/node/node_modules
+
+.PHONY: serve test test-browser test-clients test-gpu check-gpu lint format bench loadtest bench-floor bench-overhead bench-memory bench-peer bench-gpu bench-policy bench-door soak fuzz evaluate train model pack-smollm2 train-smollm2 clean help
 
 help:
 	@sed -n '1,2p' Makefile; echo; grep -E '^[a-z0-9-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -70,6 +74,19 @@ endif
 # Debian: apt-get install chromium chromium-driver
 test-browser: $(READY) ## the console in a headless chromium
 	@$(BIN)/python -m pytest -m browser -rs $(ARGS)
+
+$(CLIENTS)/%/.ready: tests/clients/%.txt
+	@echo "== setting up $(CLIENTS)/$* =="
+	@test -x $(CLIENTS)/$*/bin/python || $(PYTHON) -m venv $(CLIENTS)/$*
+	@$(CLIENTS)/$*/bin/pip install -q --disable-pip-version-check -r $<
+	@touch $@
+
+# Where there is no npm the run says that it skips these.
+$(MODULES)/.ready: tests/clients/node/package-lock.json
+	@if command -v npm >/dev/null; then npm ci --prefix tests/clients/node --no-audit --no-fund --silent && touch $@; fi
+
+test-clients: $(READY) $(CLIENTS)/openai3/.ready $(CLIENTS)/openai2/.ready $(MODULES)/.ready ## other projects' clients against a real server; ARGS="node"
+	@$(BIN)/python -m tests.clients $(ARGS)
 
 # The compilers come with Triton: this needs no GPU.
 check-gpu: $(READY) ## compile every kernel as launched, for five GPUs, against its budget; engine under load: graphs, kernels
@@ -143,4 +160,4 @@ train-smollm2: pack-smollm2 ## train SmolLM2's adapter here (20 minutes, which n
 	@cp -r $(SMOLLM2)/out/linear_spec_lora replicas/checkpoints/smollm2-135m/
 
 clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf $(VENV) $(CLIENTS) $(MODULES) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

@@ -16,6 +16,8 @@ from decimal import Decimal
 from typing import Any
 from urllib.parse import unquote
 
+from replicas.closed_objects import close_objects
+
 MAX_EXACT = 2**53
 """The largest number up to which every integer is a double."""
 MAX_BOUND = 2**63 - 1024
@@ -90,7 +92,8 @@ class Enforceable:
 
 
 def enforceable(text: str, best_effort: bool) -> Enforceable:
-    """The schema, such that each answer which llguidance then allows is one that `text` allows.
+    """The schema, such that each answer which llguidance then allows is one that `text` allows, without
+    properties that it does not speak of.
 
     Bounds beyond 2**53 move inward to the next double, by some thousands at most, and some that are excluded
     by less than one part in 2**52. What can't be enforced is left out with best_effort, and is otherwise
@@ -100,6 +103,7 @@ def enforceable(text: str, best_effort: bool) -> Enforceable:
         schema = json.loads(text)
         if isinstance(schema, dict):
             schema.pop(OPTIONS, None)  # no keyword of JSON Schema, so it has no meaning
+        close_objects(schema)
         _check_references(schema)
         for place, found in _schemas(schema, ""):
             for keyword in tuple(found):

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from replicas.messages import TemplateOptions
-from router.fields import NoList, Strict, Text, Unsupported, conflict
+from router.fields import Hint, NoList, Strict, Text, Unsupported, conflict
 from router.tools import MAX_ID_LEN, FunctionCall, ToolCalls, calls_for_template
 
 MAX_MESSAGES = 4096
@@ -56,6 +56,7 @@ class Message(Strict):
     tool_call_id: Annotated[Text, Field(min_length=1, max_length=MAX_ID_LEN)] | None = None
     audio: Unsupported = None
     annotations: NoList = None
+    cache_control: Hint = None
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:

@@ -14,6 +14,7 @@ from router.fields import (
     INTEGRAL,
     MAX_INT32,
     Count,
+    Hint,
     Off,
     PositiveCount,
     Prompted,
@@ -57,9 +58,6 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Hint = Any
-"""A field that may be taken without effect, since what it asks for shows in no answer: OpenAI's hints to its
-own caches, storage and billing."""
 Stops = Annotated[
     list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LEN)]],
     Field(max_length=MAX_STOPS),

@@ -65,6 +65,9 @@ def _same(value: Any, known: Any) -> bool:
     return bool(value == known)
 
 
+Hint = Any
+"""A field that may be taken without effect, since what it asks for shows in no answer: hints to caches,
+storage and billing."""
 Unsupported = Annotated[Any, Neutral()]
 NoList = Annotated[Any, Neutral([])]
 Off = Annotated[Any, Neutral(False)]

@@ -13,10 +13,11 @@ from pydantic import FailFast, Field, PlainValidator, model_validator
 from replicas.answer_forms import GrammarFormat, ToolUse
 from replicas.messages import Prompt, SamplingParams
 from router.chat import Messages, TemplateFields
-from router.completion import MAX_CHOICES, Completion, Hint
+from router.completion import MAX_CHOICES, Completion
 from router.fields import (
     INTEGRAL,
     Count,
+    Hint,
     Neutral,
     PositiveCount,
     Replaced,

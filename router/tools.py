@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, Val
 from pydantic_core import PydanticCustomError
 
 from replicas.answer_forms import Tool, ToolUse
-from router.fields import Strict, Text, at_most, conflict, json_len, nested
+from router.fields import Hint, Strict, Text, at_most, conflict, json_len, nested
 from router.formats import sendable
 
 MAX_TOOLS = 128
@@ -18,7 +18,8 @@ MAX_CALLS = 128
 """Of one message of the history."""
 MAX_ID_LEN = 256
 
-Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
+"""As long as Anthropic's may be; OpenAI's have 64 characters at most."""
 _CHOICE_FORM = (
     'One of \'none\', \'auto\', \'required\', {"type": "function", "function": {"name": ...}}, or '
     '{"type": "allowed_tools", "allowed_tools": {"mode": ..., "tools": [...]}} is wanted'
@@ -38,6 +39,7 @@ class FunctionTool(Strict):
     parameters: Annotated[dict[str, Any], AfterValidator(_parameters)] | None = None
     """None is a function without arguments."""
     strict: bool | None = None
+    cache_control: Hint = None
 
     def tool(self) -> Tool:
         schema = self.parameters or {"type": "object", "properties": {}, "additionalProperties": False}
@@ -47,6 +49,7 @@ class FunctionTool(Strict):
 class ToolField(Strict):
     type: Literal["function"]
     function: FunctionTool
+    cache_control: Hint = None
 
 
 def _short_enough(tools: list[ToolField]) -> list[ToolField]:
@@ -157,7 +160,7 @@ def tool_use(
     PydanticCustomError for what does not fit together.
     """
     if not tools:
-        if choice not in (None, "none"):
+        if choice not in (None, "none", "auto"):  # these ask for no call
             raise conflict("tool_choice", "only with tools; leave it out, or send the tools")
         return None
     _check_unlike(tools)

@@ -19,22 +19,6 @@ from replicas.tools.reasoning import ReasoningMarks
 CALL_WHITESPACE = " "
 """What may stand between the tokens of a call's JSON: at most one blank, as models write it."""
 _ANY = "/(?s:.*)/"
-_MORE_PROPERTIES = frozenset(
-    {
-        "additionalProperties",
-        "unevaluatedProperties",
-        "patternProperties",
-        "minProperties",
-        "$ref",
-        "if",
-        "allOf",
-        "anyOf",
-        "oneOf",
-        "dependentSchemas",
-        "dependentRequired",
-    }
-)
-"""Keywords that may speak of properties which `properties` does not declare."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,17 +125,10 @@ class AnswerGrammar:
 
 
 def _of_object(parameters: str) -> str:
-    """The schema of arguments, which are an object whether it says so or not.
-
-    Where it declares some and says nothing of others, there are no others: a function would not know them,
-    and a small model does not come to an end with them.
-    """
+    """The schema of arguments, which are an object whether it says so or not, and none where it has none."""
     schema = {**json.loads(parameters), "type": "object"}
-    properties, required = schema.get("properties"), schema.get("required", [])
-    if not isinstance(properties, dict) or not properties or not isinstance(required, list):
-        return json.dumps(schema)
-    if not _MORE_PROPERTIES & schema.keys() and set(map(str, required)) <= properties.keys():
-        schema["additionalProperties"] = False
+    if schema.get("properties") == {}:
+        schema.setdefault("additionalProperties", False)
     return json.dumps(schema)
 
 

@@ -8,8 +8,8 @@ from pydantic import BeforeValidator, Field
 
 from router.apis.translated import TranslatedRequest
 from router.chat import MAX_MESSAGES
-from router.completion import Hint, Stops
-from router.fields import INTEGRAL, MAX_INT32, NoList, PositiveCount, Strict, Text, Unsupported, one_of
+from router.completion import Stops
+from router.fields import INTEGRAL, MAX_INT32, Hint, NoList, PositiveCount, Strict, Text, Unsupported, one_of
 from router.tools import MAX_ID_LEN, MAX_TOOLS
 
 Id = Annotated[Text, Field(min_length=1, max_length=MAX_ID_LEN)]

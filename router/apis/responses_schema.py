@@ -8,8 +8,19 @@ from pydantic_core import PydanticCustomError
 
 from router.apis.translated import TranslatedRequest
 from router.chat import MAX_MESSAGES, ReasoningEffort
-from router.completion import Hint, Metadata
-from router.fields import Neutral, NoList, Off, PositiveCount, Strict, Text, Unsupported, conflict, one_of
+from router.completion import Metadata
+from router.fields import (
+    Hint,
+    Neutral,
+    NoList,
+    Off,
+    PositiveCount,
+    Strict,
+    Text,
+    Unsupported,
+    conflict,
+    one_of,
+)
 from router.tools import MAX_ID_LEN, MAX_TOOLS
 
 Id = Annotated[Text, Field(min_length=1, max_length=MAX_ID_LEN)]
@@ -265,8 +276,6 @@ class ResponsesRequest(TranslatedRequest):
         if self.tool_choice is not None:
             choice = self.tool_choice
             found["tool_choice"] = choice if isinstance(choice, str) else choice.for_chat()
-        if not self.tools and self.tool_choice == "auto":
-            del found["tool_choice"]  # OpenAI's default, which SDKs send though there are no tools
         if self.text is not None and self.text.format is not None:
             found["response_format"] = self.text.format.for_chat()
         if self.reasoning is not None and self.reasoning.effort is not None:

@@ -11,7 +11,12 @@ from replicas.json_schema import MAX_BOUND, SchemaRefused, enforceable
 from tests.replicas.test_grammar import CODEC, EOS, VOCAB_SIZE, compiler, grammar_of, tokens_in
 
 SINGLE_BYTES = {CODEC.token_bytes(token): token for token in range(VOCAB_SIZE - 1, -1, -1)}
-OPEN = {"type": "object", "properties": {"name": {"type": "integer"}}, "required": ["name"]}
+OPEN = {
+    "type": "object",
+    "properties": {"name": {"type": "integer"}},
+    "required": ["name"],
+    "additionalProperties": True,
+}
 
 
 def allows(grammar: JsonGrammar, text: str) -> bool:
@@ -153,7 +158,11 @@ def test_bounds_beyond_64_bits_are_refused_by_name_and_left_out_at_best(bound: f
 
 
 def test_a_property_named_as_a_keyword_is_a_property() -> None:
-    schema = {"type": "object", "properties": {"const": {"type": "integer"}, "maximum": {"type": "string"}}}
+    schema = {
+        "type": "object",
+        "properties": {"const": {"type": "integer"}, "maximum": {"type": "string"}},
+        "additionalProperties": False,
+    }
     assert json.loads(enforceable(json.dumps(schema), best_effort=False).schema) == schema
 
 

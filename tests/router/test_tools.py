@@ -230,7 +230,6 @@ async def test_what_the_replica_refuses_names_the_field(
         ({"tools": [tool(f"f{k}") for k in range(129)]}, "tools", "128"),
         ({"tools": [tool(f"f{k}", {"a": "x" * 60_000}) for k in range(5)]}, "tools", "bytes"),
         ({"tool_choice": "required"}, "tool_choice", "tools"),
-        ({"tool_choice": "auto"}, "tool_choice", "tools"),
         ({"tools": [], "tool_choice": NAMED}, "tool_choice", "tools"),
         ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice", "required"),
         ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice.function", "required"),
@@ -276,6 +275,36 @@ async def test_a_bad_history_is_named(make_door, message: dict, param: str) -> N
         body = CHAT | {"messages": [*CHAT["messages"], message]}
         error = error_of(await client.post("/v1/chat/completions", json=body), 400)
         assert error["param"] == f"messages[1].{param}"
+
+
+@pytest.mark.parametrize("choice", ["auto", "none"])
+@pytest.mark.parametrize("tools", [{}, {"tools": []}, {"tools": None}])
+async def test_without_tools_a_choice_that_asks_for_no_call_is_taken(
+    make_door, choice: str, tools: dict
+) -> None:
+    replica = ScriptedReplica("a")
+    door = await make_door(replica)
+    async with running(replica.run()), in_process(create_app(door)) as client:
+        response = await client.post("/v1/chat/completions", json=CHAT | tools | {"tool_choice": choice})
+        assert response.status_code == 200, response.text
+    assert replica.submitted[0].sampling.tools is None
+
+
+async def test_hints_to_caches_and_long_names_are_taken(make_door) -> None:
+    hint = {"cache_control": {"type": "ephemeral"}}
+    long = tool("n" * 128, **hint) | hint
+    replica = ScriptedReplica("a")
+    door = await make_door(replica)
+    async with running(replica.run()), in_process(create_app(door)) as client:
+        body = CHAT | {"tools": [long], "messages": [{"role": "user", "content": "x"} | hint]}
+        response = await client.post("/v1/chat/completions", json=body)
+        assert response.status_code == 200, response.text
+        longer = CHAT | {"tools": [tool("n" * 129)]}
+        error = error_of(await client.post("/v1/chat/completions", json=longer), 400)
+        assert error["param"] == "tools[0].function.name"
+    (asked,) = replica.submitted[0].sampling.tools.tools
+    assert (asked.name, asked.parameters) == ("n" * 128, json.dumps(TIME))
+    assert replica.submitted[0].prompts == (({"role": "user", "content": "x"},),)
 
 
 async def test_what_is_asked_reaches_the_replica(make_door) -> None:

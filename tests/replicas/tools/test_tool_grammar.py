@@ -208,6 +208,18 @@ def test_python_names_arguments_or_the_schema_is_refused() -> None:
             compile_schema(TOKENIZER, order("pythonic", tools=(Tool("f", json.dumps(schema)),), places=(0,)))
 
 
+def test_a_function_that_declares_no_arguments_has_none() -> None:
+    for schema, may_have in (({"properties": {}}, False), ({"type": "object"}, True)):
+        tools = (Tool("f", json.dumps(schema)),)
+        grammar = JsonGrammar(compile_schema(TOKENIZER, order(tools=tools, places=(0,))).deep_copy())
+        for token in CODEC._backend.encode(
+            '<tool_call>\n{"name": "f", "arguments": {', add_special_tokens=False
+        ).ids:
+            grammar.accept(token)
+        next_bytes = {CODEC.token_bytes(token)[:1] for token in tokens_in(grammar.masks(())[0])}
+        assert (b'"' in next_bytes) == may_have
+
+
 def test_arguments_that_are_not_declared_are_not_given_unless_the_schema_speaks_of_them() -> None:
     schema: dict[str, Any] = {"properties": {"a": {"enum": [1]}}, "required": ["a"]}
     begin = '<tool_call>\n{"name": "f", "arguments": {"a":1'
