@@ -117,9 +117,18 @@ class ServerProcess:
 
 
 class Triad(ServerProcess):
-    """`serve run` as an operator would; arguments: key=value of ClusterConfig. Entered, it is ready."""
+    """`serve run` as an operator would; arguments: key=value of ClusterConfig. Entered, it is ready.
 
-    def __init__(self, *arguments: str, port: int | None = None, env: Mapping[str, str] | None = None):
+    drains: by `python -m cluster.serve` in its place, as `make serve` does
+    """
+
+    def __init__(
+        self,
+        *arguments: str,
+        port: int | None = None,
+        env: Mapping[str, str] | None = None,
+        drains: bool = False,
+    ):
         from cluster.environment import serving_environment
         from cluster.serve_file import serve_file
 
@@ -127,7 +136,8 @@ class Triad(ServerProcess):
         folder = short_folder()
         file = folder / "serve.yaml"
         file.write_text(serve_file([f"port={port}", *arguments]))
-        command = [str(Path(sys.executable).with_name("serve")), "run", str(file)]
+        serve_run = [str(Path(sys.executable).with_name("serve")), "run"]
+        command = [*([sys.executable, "-m", "cluster.serve"] if drains else serve_run), str(file)]
         ray = {"RAY_TMPDIR": str(folder), **serving_environment(folder)}
         super().__init__(command, port, "/readyz", ray | dict(env or {}), folder)
 

@@ -13,7 +13,8 @@ from ray.serve.schema import LoggingConfig
 
 from cluster.autoscaling import autoscaling_config
 from cluster.config import ClusterConfig
-from cluster.embedded_redis import EmbeddedRedis, Endpoint
+from cluster.embedded_redis import Endpoint
+from cluster.redis_server import RedisServer
 from replicas.config import ReplicaConfig
 from replicas.server import Replica
 from router.config import IngressConfig
@@ -21,20 +22,6 @@ from router.ingress import Ingress
 
 UNLIMITED = 100_000
 """The ongoing requests an actor may have. Admission and the replica's queue are the bounds."""
-
-
-class RedisServer:
-    """Owns the embedded Redis for as long as the application runs, wherever it was deployed from.
-
-    deploy() draws the endpoint, so that everyone is told the same one, and it stays the same when
-    Serve restarts this actor.
-    """
-
-    def __init__(self, endpoint: Endpoint):
-        self._server = EmbeddedRedis.start(endpoint)
-
-    def __del__(self) -> None:
-        self._server.stop()
 
 
 def deploy(args: ClusterConfig) -> Application:

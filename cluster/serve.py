@@ -1,6 +1,7 @@
 """`python -m cluster.serve FILE` is `serve run FILE` that knows SIGTERM: it drains, and then it stops.
 
-Ctrl-C stops at once, as with `serve run`, which cuts streams. A second SIGTERM, too.
+Ctrl-C stops at once, as with `serve run`, which cuts streams. A second SIGTERM, too. A Ray that it starts is
+without Ray's dashboard, and so without `serve status`.
 """
 
 import argparse
@@ -34,8 +35,8 @@ def main() -> None:
     file = parser.parse_args().file
     (application,) = yaml.safe_load(file.read_text())["applications"]
     timeout_s = ClusterConfig.model_validate(application.get("args", {})).drain_timeout_s
-    # Before `serve run` does, since this sets a handler of SIGTERM.
-    ray.init(namespace="serve")
+    # Before `serve run` does, since this sets a handler of SIGTERM. The dashboard is ten processes more.
+    ray.init(namespace="serve", include_dashboard=False)
     signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # a shell ignores it for what it starts behind it

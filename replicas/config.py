@@ -77,7 +77,9 @@ class ReplicaConfig(EngineConfig, SharedConfig, DemandConfig):
         description="On CPUs: compiled C++, or torch alone; auto: native where there is a compiler.",
     )
     num_threads: int | None = Field(
-        default=None, ge=1, description="CPU threads a replica; None: its share of the cores it may use."
+        default=None,
+        ge=1,
+        description="The most CPU threads of a replica; None: its share of the cores it may use.",
     )
     page_size: int | None = Field(
         default=None, ge=1, description="Tokens a K/V page. None: 16 on CPUs, 64 on GPUs."

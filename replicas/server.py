@@ -67,6 +67,7 @@ class Replica:
         warm_up(runner, max_running=config.max_running, max_step_tokens=config.max_step_tokens)
         self._cost_cache = CostCache.of(config)
         costs = starting_costs(runner, config, self._cost_cache)
+        runner.settle()
         engine.set_step_cost(costs.step)
         engine.set_yields(costs.yields)
         configure_logs(config.log_format)

@@ -1,7 +1,8 @@
 """What the door costs: `python -m benchmarks.door`, the engine alone and the whole stack in turn.
 
-The engine alone is a replica in this process (engine, text, one channel); the whole stack is a server, with
-light clients in this process. Both take the same prompts and 64 tokens a request, with as many threads.
+The engine alone is a replica in this process (engine, text, one channel); the whole stack is a server as
+`make serve` starts it, with light clients in this process. Both take the same prompts and 64 tokens a
+request, with as many threads.
 The table has tokens/s of the one over the other, CPU time outside the forward by kind of process, the first
 token on an idle server against a forward, and the memory of the idle stack. Raw rows go to a JSONL file;
 `--report` makes the table of it again.
@@ -53,7 +54,7 @@ def main() -> None:
             file.write(json.dumps(row | {"run": run}) + "\n")
         found.append(row | {"run": run})
 
-    with Triad(*given) as server:
+    with Triad(*given, drains=True) as server:
         asyncio.run(measure(server, num_threads, options, note))
     print(report(found))
 

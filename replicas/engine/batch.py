@@ -162,3 +162,8 @@ class ServingRunner(Runner, Protocol):
         """The batches after which no forward within the engine's bounds waits for a compiler; to be run
         before anything is served, as they write garbage into the K/V pages."""
         ...
+
+    def settle(self) -> None:
+        """Gives back the memory that warming up and measuring took, K/V pages among it; to be called before
+        anything is served."""
+        ...

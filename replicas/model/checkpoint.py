@@ -96,7 +96,7 @@ def load_weights(
         head_name = "diffusion_head.weight" if tri_mode else "lm_head.weight"
 
         def read(name: str, *shape: int) -> torch.Tensor:
-            return reader.read(name, shape).to(dtype)
+            return _copied(reader.read(name, shape), dtype)
 
         def read_rows(name: str) -> torch.Tensor:
             stored = read(name, config.vocab_size + config.num_padded_rows, config.hidden_size)
@@ -155,7 +155,7 @@ def _read_layer(
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
 
     def read(name: str, *shape: int) -> torch.Tensor:
-        return reader.read(f"{prefix}.{name}", shape).to(dtype)
+        return _copied(reader.read(f"{prefix}.{name}", shape), dtype)
 
     def read_qkv(suffix: str, *columns: int) -> torch.Tensor:
         return torch.cat(
@@ -181,6 +181,11 @@ def _read_layer(
         gate_up=torch.cat(gate_up),
         down=read("mlp.down_proj.weight", hidden, intermediate),
     )
+
+
+def _copied(stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A copy even where the dtype is the same: one tensor left as stored keeps the whole file mapped."""
+    return stored.to(dtype, copy=True)
 
 
 def _attach_adapter(

@@ -86,6 +86,10 @@ class Leader:
     def warm_up_batches(self, max_running: int, max_step_tokens: int) -> Iterable[ScheduledBatch]:
         return self._runner.warm_up_batches(max_running, max_step_tokens)
 
+    def settle(self) -> None:
+        """Gives back this process's memory; the followers keep theirs."""
+        self._runner.settle()
+
     def run(self, batch: ScheduledBatch) -> Sequence[SegmentOutput]:
         try:
             dist.broadcast_object_list([batch], src=0, group=self._batches)

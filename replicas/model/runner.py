@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from itertools import chain, repeat
 from math import isfinite
+from pathlib import Path
 
 import torch
 
@@ -28,6 +29,7 @@ from replicas.model.parallel import ALONE, Parallel, shard, shard_config
 from replicas.model.penalties import Penalise, penalise
 from replicas.model.sampler import Choose, choose, sample
 from replicas.model.transformer import Batch, Transformer
+from replicas.resident import forget, forget_code, trim_heap
 
 FORWARDS = ("auto", "native", "torch")
 QUANTIZATIONS = (None, "int8")
@@ -184,6 +186,12 @@ class TorchRunner:
 
     def warm_up_batches(self, max_running: int, max_step_tokens: int) -> Sequence[ScheduledBatch]:
         return ()  # nothing is compiled or captured
+
+    def settle(self) -> None:
+        for pages in self._model.pages:
+            forget(pages.data_ptr(), pages.nbytes)
+        forget_code(Path(torch.__file__).parent / "lib")
+        trim_heap()
 
     def run(self, batch: ScheduledBatch) -> Sequence[SegmentOutput]:
         if not batch.segments:

@@ -12,6 +12,7 @@ import cluster.app
 from cluster.app import deploy
 from cluster.config import ClusterConfig
 from cluster.embedded_redis import EmbeddedRedis, Endpoint
+from cluster.redis_server import RedisServer
 from policies.scaling import Targets
 from replicas.config import ReplicaConfig
 from router.config import IngressConfig
@@ -196,7 +197,7 @@ def test_serve_run_tells_a_wrong_key_before_it_starts_anything():
 
 def test_the_redis_deployment_runs_its_server_at_the_endpoint():
     endpoint = Endpoint.draw()
-    server = cluster.app.RedisServer(endpoint)
+    server = RedisServer(endpoint)
     assert isinstance(server._server, EmbeddedRedis)
     assert server._server.url == endpoint.url
     assert server._server.pid is not None

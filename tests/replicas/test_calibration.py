@@ -92,6 +92,8 @@ class Compiles(ScriptedRunner):
         self.asked.append((max_running, max_step_tokens))
         return self.batches
 
+    def settle(self) -> None: ...
+
     def run(self, batch: ScheduledBatch) -> list[SegmentOutput]:
         self.ran.append(batch)
         return []

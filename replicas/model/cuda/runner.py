@@ -30,6 +30,7 @@ from replicas.model.kv_budget import check_pool, device_budget_bytes
 from replicas.model.kv_cache import KvCache
 from replicas.model.parallel import ALONE, Parallel, shard, shard_config
 from replicas.model.runner import spec_of
+from replicas.resident import trim_heap
 
 KV_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 _GRAPH_PAGE_ENTRIES = 1 << 20
@@ -185,6 +186,9 @@ class CudaRunner:
         if max_step_tokens > sizes[-1].num_rows:
             sizes = (*sizes, eager(replace(sizes[-1], num_rows=max_step_tokens)))
         yield from batches(sizes, spec.page_size, spec.num_pages, spec.max_context)
+
+    def settle(self) -> None:
+        trim_heap()  # pages are the device's, and taken for good
 
     def forward(self, segments: Sequence[Segment]) -> torch.Tensor:
         """Logits [W, vocab] of the segments' wanted rows, without graphs; for tests and measurements."""

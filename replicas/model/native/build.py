@@ -38,6 +38,7 @@ def load_library() -> ctypes.CDLL:
         raise NativeUnavailable(f"{path} can't be loaded ({error}); delete it to build it again") from error
     library.triad_open.restype = ctypes.c_void_p
     library.triad_page_bytes.restype = ctypes.c_int64
+    library.triad_team_size.restype = ctypes.c_int64
     return library
 
 

@@ -124,7 +124,7 @@ class Forward {
   }
 
   void run() {
-    pool_.run([this] { body(); });
+    pool_.run(step_.num_rows, [this] { body(); });
   }
 
  private:
@@ -375,6 +375,11 @@ void* triad_open(int64_t num_threads) { return new Context((int)num_threads); }
 
 void triad_close(void* context) { delete static_cast<Context*>(context); }
 
+// The threads that the next forward of so many rows will have.
+int64_t triad_team_size(void* context, int64_t rows) {
+  return static_cast<Context*>(context)->pool.team_of(rows).size();
+}
+
 void triad_forward(void* context, const Model* model, const Step* step) {
   auto& c = *static_cast<Context*>(context);
   if (model->is_bfloat16) {
@@ -389,7 +394,7 @@ void triad_forward(void* context, const Model* model, const Step* step) {
 void triad_choose(void* context, float* logits, int64_t rows, int64_t ld, int64_t vocab, int64_t forbidden,
                   int64_t* tokens, float* normalisers) {
   auto& pool = static_cast<Context*>(context)->pool;
-  pool.run([&] {
+  pool.run(rows, [&] {
     pool.each(rows, [&](int64_t row) {
       choose_row(logits + row * ld, vocab, forbidden, tokens + row, normalisers + row);
     });
@@ -413,7 +418,7 @@ int64_t triad_read(void* context, const char* bytes, int64_t count) {
   auto& pool = static_cast<Context*>(context)->pool;
   constexpr int64_t PART = 128 << 10;
   std::atomic<int64_t> total{0};
-  pool.run([&] {
+  pool.run(count, [&] {
     pool.each(ceil_div(count, PART), [&](int64_t part) {
       Units sums[4] = {};
       const char* end = bytes + std::min(count, (part + 1) * PART) / 256 * 256;
@@ -435,7 +440,7 @@ void triad_linear(void* context, int64_t is_bfloat16, const Matrix* w, const uin
   const auto finish = [&](int64_t row, int64_t count, int64_t column, const float* sums) {
     for (int64_t m = 0; m < count; m++) std::copy_n(sums + m * BLOCK, BLOCK, y + (row + m) * ldy + column);
   };
-  pool.run([&] {
+  pool.run(rows, [&] {
     if (is_bfloat16) {
       linear<BFloat16>(pool, *w, rows, x, w->k / 2, zero, finish);
     } else {

@@ -56,7 +56,7 @@ inline void penalise(Pool& pool, float* logits, int64_t ld, const Penalty* penal
   for (int64_t i = 0; i < count; i++) of_row.insert(of_row.end(), penalties[i].num_rows, penalties + i);
   std::vector<int64_t> firsts;  // of each row's penalty, as an index of of_row
   for (int64_t i = 0; i < count; i++) firsts.insert(firsts.end(), penalties[i].num_rows, (int64_t)firsts.size());
-  pool.run([&] {
+  pool.run((int64_t)of_row.size(), [&] {
     pool.each((int64_t)of_row.size(), [&](int64_t i) {
       const Penalty& p = *of_row[i];
       const int64_t row = i - firsts[i];
