@@ -113,6 +113,13 @@ def _items(value: Any) -> Any:
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
+def _no_reference(value: Any) -> Any:
+    if isinstance(value, dict) and value.get("type") == "item_reference":
+        message = "Responses are not stored; send the item itself, as SDKs do with store: false."
+        raise PydanticCustomError("unsupported_value", message)
+    return value
+
+
 class FunctionParam(Strict):
     type: Literal["function"]
     name: Text
@@ -227,7 +234,7 @@ class ResponsesRequest(TranslatedRequest):
     names = _NAMES
 
     input: Annotated[
-        list[Annotated[AnyItem, one_of(_ITEMS, "message")]],
+        list[Annotated[AnyItem, one_of(_ITEMS, "message"), BeforeValidator(_no_reference)]],
         Field(min_length=1, max_length=MAX_MESSAGES),
         BeforeValidator(_items, json_schema_input_type=str | list[AnyItem]),
     ]

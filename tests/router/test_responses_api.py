@@ -230,6 +230,14 @@ async def test_what_is_wrong_is_named(make_door, more: dict[str, Any], param: st
         assert error_of(await client.post("/v1/responses", json=body), 400)["param"] == param
 
 
+async def test_a_reference_to_an_item_is_told_what_to_send(make_door) -> None:
+    async with in_process(create_app(await make_door(ScriptedReplica("a")))) as client:
+        body = BODY | {"input": [{"type": "item_reference", "id": "msg_1"}]}
+        error = error_of(await client.post("/v1/responses", json=body), 400)
+    assert (error["param"], error["code"]) == ("input[0]", "unsupported_value")
+    assert "store: false" in error["message"]
+
+
 async def test_a_schema_that_the_replica_refuses_is_named(runner: Any, codec: TextCodec) -> None:
     async with a_stack([runner], codec=codec) as stack, in_process(create_app(stack.door)) as client:
         schema = {"type": "array", "uniqueItems": True}
