@@ -5,9 +5,9 @@ decoding sequences run one forward each, or, where the token budget is short, th
 So a stretch of steps is one event, and no token or step costs anything by itself.
 
 A request's forwards are drawn when it begins a plan; a change of plan draws them anew for the tokens
-still to come. Not modelled: a round cut off by a change of plan (the engine finishes it first), the draft that
-self-speculation lacks after one, drafts cut short at a request's end, and preemption (a request that starts
-has pages for all it will write).
+still to come. Not modelled: a round cut off by a change of plan (the engine finishes it first), the draft
+that self-speculation lacks after one, drafts cut short at a request's end, and preemption (a request that
+starts has pages for all it will write).
 """
 
 import heapq
