@@ -2,15 +2,18 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from replicas.messages import Delta, Finished, FinishReason, TextLogprob, ToolCallDelta
 from router.answer import Answer, Counts, decoding_report, event
+from router.errors import encode
 
 DONE = b"data: [DONE]\n\n"
 MIN_LOGPROB = -9999.0
 """OpenAI's log-probability for the impossible."""
+_MARK = "\0text\0"
+"""Stands for the text while a chunk's envelope is made; no other member of a chunk is this."""
 
 
 def traced(delta: Delta) -> dict[str, Any]:
@@ -45,6 +48,25 @@ class OpenAiAnswer(Answer):
     shows_each_delta: bool = False
     """True to have a chunk for tokens that have no text, too."""
     shows_token_ids: bool = False
+    _envelopes: dict[int, tuple[bytes, bytes]] = field(
+        init=False, default_factory=dict, repr=False, compare=False
+    )
+    """By choice, what stands before and behind the text in a chunk that has no other news."""
+
+    @abstractmethod
+    def _any_delta(self, delta: Delta, so_far: Counts) -> bytes:
+        """The chunk for whatever has come."""
+
+    def delta(self, delta: Delta, so_far: Counts) -> bytes:
+        if self.num_logprobs is not None or self.shows_token_ids or self.continuous_usage:
+            return self._any_delta(delta, so_far)
+        if not delta.text or delta.reasoning or delta.tool_calls or delta.trace:
+            return self._any_delta(delta, so_far)
+        envelope = self._envelopes.get(delta.index)
+        if envelope is None:
+            before, behind = self._any_delta(replace(delta, text=_MARK), so_far).split(encode(_MARK))
+            envelope = self._envelopes[delta.index] = before, behind
+        return encode(delta.text).join(envelope)
 
     @abstractmethod
     def _last_choice(self, last: Delta) -> Mapping[str, Any]: ...
@@ -115,7 +137,7 @@ class ChatAnswer(OpenAiAnswer):
         chunks = [self._chunk(first, so_far, **self._prompt_ids)]
         return b"".join(chunks + [self._chunk(other, so_far) for other in others])
 
-    def delta(self, delta: Delta, so_far: Counts) -> bytes:
+    def _any_delta(self, delta: Delta, so_far: Counts) -> bytes:
         choice = _chat_chunk(delta.index, _chat_delta(delta), self._asked_logprobs(delta))
         return self._chunk(choice | self._token_ids(delta), so_far, **traced(delta))
 
@@ -161,7 +183,7 @@ class TextAnswer(OpenAiAnswer):
         choices = ({**_empty_text(index), **self._prompt_ids(index)} for index in range(self.num_choices))
         return b"".join(self._chunk(choice, so_far) for choice in choices)
 
-    def delta(self, delta: Delta, so_far: Counts) -> bytes:
+    def _any_delta(self, delta: Delta, so_far: Counts) -> bytes:
         return self._chunk(self._choice(delta), so_far, **traced(delta))
 
     def whole(self, choices: Sequence[Delta], finished: Finished) -> dict[str, Any]:

@@ -1,14 +1,17 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from policies.modes import Mode
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import DecodingReport, Delta, Finished, FinishReason, TextLogprob
-from router.answer import Counts, decoding_report, delta_event, error_event, whole_body
+from router.answer import Counts, decoding_report, delta_event, error_event, event, whole_body
 from router.sse import ChatAnswer, TextAnswer
 from tests.router.conftest import running
 from tests.router.stall import Stall
+from tests.thorough import examples
 
 REPORT = DecodingReport({Mode.DIFFUSION: 9, Mode.AR: 1}, 4, 2, "threshold", "r1")
 FINISHED = Finished("x", 7, 10, REPORT, num_reused_tokens=3)
@@ -78,6 +81,50 @@ def test_any_text_is_one_event(cls, at, text):
     for key in at:
         choice = choice[key]
     assert choice == text
+
+
+ANY_TEXT = st.text() | st.text(st.characters(categories=("Cs", "Cc"))) | st.just("\0text\0")
+PIECES = st.tuples(st.integers(0, 2), ANY_TEXT, st.sampled_from(["", "", "", "because"]))
+
+
+@pytest.mark.parametrize("cls", [ChatAnswer, TextAnswer])
+@examples(200)
+@given(
+    pieces=st.lists(PIECES, max_size=6),
+    include_usage=st.booleans(),
+    continuous_usage=st.booleans(),
+    tier=st.sampled_from([None, "auto"]),
+)
+def test_each_chunk_is_what_json_makes_of_it_as_a_whole(
+    cls, pieces, include_usage, continuous_usage, tier
+) -> None:
+    answer = cls(
+        "id",
+        "m",
+        5,
+        num_choices=3,
+        include_usage=include_usage,
+        continuous_usage=continuous_usage,
+        service_tier=tier,
+    )
+    is_chat = cls is ChatAnswer
+    for index, text, reasoning in pieces:
+        news = {"reasoning_content": reasoning, "reasoning": reasoning} if reasoning else {}
+        news |= {"content": text} if text or not reasoning else {}
+        choice = {"delta": news} if is_chat else {"text": text}
+        body = {
+            "id": "id",
+            "object": "chat.completion.chunk" if is_chat else "text_completion",
+            "created": 5,
+            "model": "m",
+            "choices": [{"index": index, **choice, "logprobs": None, "finish_reason": None}],
+        }
+        body |= {"service_tier": tier} if tier else {}
+        if continuous_usage:
+            body["usage"] = {"prompt_tokens": 7, "completion_tokens": 4, "total_tokens": 11}
+        elif include_usage:
+            body["usage"] = None
+        assert answer.delta(Delta("x", text, 1, index=index, reasoning=reasoning), SO_FAR) == event(body)
 
 
 @pytest.mark.parametrize(("cls", "empty"), [(ChatAnswer, {"delta": {}}), (TextAnswer, {"text": ""})])
