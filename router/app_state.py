@@ -53,9 +53,9 @@ class AppState:
             return chunk_interval_s(self.dispatcher.num_in_flight)
         return self.config.stream_interval_ms / 1000.0
 
-    def check_model(self, name: str) -> None:
-        """Raises ApiError for a model that is not served."""
-        if name not in self.model_names:
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError for a model that is not served; None stands for the one that is."""
+        if name is not None and name not in self.model_names:
             had = ", ".join(f"'{known}'" for known in self.model_names)
             message = f"The model '{name}' does not exist; this server has {had}."
             raise ApiError(404, "model_not_found", message, "model")

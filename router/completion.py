@@ -82,7 +82,8 @@ Metadata = Annotated[dict[str, str], Field(max_length=MAX_METADATA), at_most(MAX
 class Completion(Prompted):
     """The fields of both kinds of completion."""
 
-    model: str
+    model: str | None = None
+    """None for the one served."""
     max_tokens: PositiveCount | None = None
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None

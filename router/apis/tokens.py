@@ -86,7 +86,7 @@ class DetokenizeBody(Prompted):
 def add_token_routes(app: FastAPI, app_state: AppState) -> None:
     @app.post("/tokenize", response_class=Response, responses=TOKENS_RESPONSES)
     async def tokenize(body: TokenizeBody) -> Response:
-        _check_model(app_state, body.model)
+        app_state.check_model(body.model)
         found = await app_state.dispatcher.tokens(body.request())
         assert isinstance(found, Tokenized)
         answer: dict[str, Any] = {
@@ -99,17 +99,12 @@ def add_token_routes(app: FastAPI, app_state: AppState) -> None:
 
     @app.post("/detokenize", response_class=Response, responses=TOKENS_RESPONSES)
     async def detokenize(body: DetokenizeBody) -> Response:
-        _check_model(app_state, body.model)
+        app_state.check_model(body.model)
         most = _model(app_state).vocab_size - 1
         if body.tokens and max(body.tokens) > most:
             message = f"A token id is at most {most} for this model."
             raise TriadError(ErrorCode.INVALID_REQUEST, message, "tokens")
         return json_response({"prompt": await app_state.dispatcher.tokens(DetokenizeRequest(body.tokens))})
-
-
-def _check_model(app_state: AppState, name: str | None) -> None:
-    if name is not None:
-        app_state.check_model(name)
 
 
 def _model(app_state: AppState) -> ModelInfo:

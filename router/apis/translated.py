@@ -23,7 +23,7 @@ class TranslatedRequest(Prompted):
     names: ClassVar[Sequence[tuple[str, str]]]
     """Names of a chat's fields, as patterns, with those of this body's."""
 
-    model: str
+    model: str | None = None
     decoding: Decoding | None = None
     seed: Annotated[int, Field(ge=-NUM_SEEDS, lt=NUM_SEEDS), INTEGRAL] | None = None
     timeout_s: Annotated[float, Field(gt=0.0, le=MAX_TIMEOUT_S)] | None = None

@@ -202,7 +202,7 @@ BAD = [
     ("timeout_s", 1e9),
     ("metadata", "a"),
     ("user", 5),
-    ("model", None),
+    ("model", 5),
     ("decoding", "ar"),
 ]
 

@@ -162,6 +162,10 @@ async def test_names_slashes_and_heads(make_door):
             answer = (await client.post("/v1/chat/completions/", json=body)).json()
         assert (answer["model"], answer["service_tier"]) == (MODEL, "default")
         assert answer["choices"][0]["message"]["content"] == TEXT
+        for nameless in ({k: v for k, v in body.items() if k != "model"}, body | {"model": None}):
+            async with running(replica.run()):
+                answer = await client.post("/v1/chat/completions", json=nameless)
+            assert (answer.status_code, answer.json()["model"]) == (200, MODEL)
         missing = (await client.post("/v1/chat/completions", json=body | {"model": "x"})).json()["error"]
         assert f"'{MODEL}', 'gpt-4o'" in missing["message"]
 
