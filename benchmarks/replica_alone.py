@@ -126,7 +126,7 @@ async def replica_alone(num_threads: int) -> AsyncIterator[ReplicaAlone]:
     service = ReplicaService(engine, TextCodec.load(str(CHECKPOINT)), "alone", costs=costs)
     follower = PlanFollower(
         NoStore(),
-        create_policy("cost_model", {}),
+        create_policy("cost_model", {"quality": "any"}),
         service.snapshot,
         lambda plan: service.set_plan(plan.decode, plan.rule),
         service.set_trial,

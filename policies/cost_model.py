@@ -24,12 +24,15 @@ MIN_LOSS = 0.1
 """The share of a trial's tokens that is lost at the least: sequences change to its plan and back."""
 
 
+_OF_DIFFUSION = frozenset({"threshold", "factor", "diffusion_gain", "diffusion_blocks"})
+
+
 class CostModelParameters(PolicyParameters):
     """The parameters of CostModelPolicy."""
 
-    quality: Literal["any", "lossless"] | QualityBound = "any"
-    """The modes of `auto` requests: `any` lets them run every mode, and diffusion's answers may differ from
-    `ar`'s; `lossless` keeps them to `ar` and `self_speculation`, whose answers are the same; a bound on how
+    quality: Literal["any", "lossless"] | QualityBound = "lossless"
+    """The modes of `auto` requests: `lossless` keeps them to `ar` and `self_speculation`, whose answers are
+    the same; `any` lets them run every mode, and diffusion's answers may differ from `ar`'s; a bound on how
     many may differ adds the settings of diffusion that keep it, as measured of the checkpoint. A request's
     own `lossless` or bound holds either way."""
     threshold: float | None = Field(default=None, gt=0.0, le=1.0)
@@ -56,8 +59,13 @@ class CostModelParameters(PolicyParameters):
         return tuple(sorted(set(blocks)))
 
     @model_validator(mode="after")
-    def _has_one_bound(self) -> "CostModelParameters":
+    def _fits_together(self) -> "CostModelParameters":
         check_one_bound(self.threshold, self.factor)
+        unused = self.model_fields_set & _OF_DIFFUSION
+        if unused and self.quality == "lossless":
+            raise ValueError(
+                f"{min(unused)} is of diffusion, which runs only where quality is any or a bound"
+            )
         return self
 
     def candidates(self, modes: tuple[Mode, ...], costs: ReplicaCosts | None = None) -> list[DecodePlan]:

@@ -57,11 +57,11 @@ def _replica(seen: ObservedLoad, plan: ObservedPlan | None) -> dict[str, Any]:
 
 
 def _forecasts(load: ReplicaLoad) -> list[dict[str, Any]]:
-    """What each plan that `cost_model` considers by default should bring under this load; nothing where no
-    request has room."""
+    """What each plan that `cost_model` may consider should bring under this load; nothing where no request
+    has room."""
     if not (load.max_running and load.num_pages and load.page_size and load.max_step_tokens):
         return []
-    expected = (forecast(load, plan) for plan in CostModelParameters().candidates(load.modes))
+    expected = (forecast(load, plan) for plan in CostModelParameters(quality="any").candidates(load.modes))
     return [
         {
             "decode": plain(entry.plan),

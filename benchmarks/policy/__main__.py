@@ -57,8 +57,9 @@ def main() -> None:
         usual.steady_s,
         usual.start_s,
     )
-    fixed = options.fixed or (QUICK if options.quick else tuple(FIXED))
-    contenders = (AUTO, *(name for name in fixed if options.quality == "any" or is_lossless(name)))
+    usual_fixed = QUICK if options.quick else tuple(FIXED)
+    allowed = [name for name in usual_fixed if options.quality == "any" or is_lossless(name)]
+    contenders = (AUTO, *(options.fixed or allowed))
     in_one_server = [part for part in options.part if part in PARTS and part != "start"]
     if in_one_server:
         with server(options) as triad:
@@ -95,10 +96,8 @@ async def measure(
 
 
 def server(options: argparse.Namespace) -> Triad:
-    given = [f"policy={options.policy}", *options.triad]
-    if options.quality != "any":
-        given.append(f'policy_params={{"quality": "{options.quality}"}}')
-    return Triad("num_replicas=1", *given)
+    quality = f'policy_params={{"quality": "{options.quality}"}}'
+    return Triad("num_replicas=1", f"policy={options.policy}", quality, *options.triad)
 
 
 def bench_of(options: argparse.Namespace, port: int) -> Bench:
@@ -119,7 +118,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, help=f"of an answer; by workload {MAX_TOKENS}")
     parser.add_argument("--quality", choices=("any", "lossless"), default="any", help="of cost_model or slo")
     parser.add_argument("--policy", default="cost_model", help="which policy `auto` follows")
-    parser.add_argument("--fixed", choices=list(FIXED), nargs="*", help="the settings; default all")
+    parser.add_argument(
+        "--fixed", choices=list(FIXED), nargs="*", help="the settings; default all that the quality allows"
+    )
     parser.add_argument("--levels", type=int, nargs="+", help="numbers of clients")
     parser.add_argument("--turns", type=int)
     parser.add_argument("--seconds", type=float, help="of one window; default 5")

@@ -146,12 +146,13 @@ def fixed(plan: DecodePlan) -> Contender:
 
 
 def contenders(slo: Slo) -> tuple[Contender, ...]:
-    """Every fixed plan, every policy there is, with its defaults, and the oracle.
+    """Every fixed plan, every policy there is, with its defaults but free to run diffusion, and the oracle.
 
     Those that choose among blocks are kept to the ones with published figures, as all are to their threshold;
     `slo` knows its targets.
     """
     published = {
+        "quality": "any",
         "speculation_blocks": [8, 16, 32],
         "diffusion_blocks": [32],
         "threshold": PUBLISHED_THRESHOLD,

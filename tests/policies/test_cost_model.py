@@ -48,13 +48,18 @@ def a_replica(num_auto, costs=None, **changes):
     return a_load(num_auto, **{**values, **changes})
 
 
+def free(**parameters):
+    """Parameters that let diffusion run, unless they say otherwise."""
+    return CostModelParameters(**{"quality": "any", **parameters})
+
+
 def decided(load, current=None, **parameters):
-    policy = CostModelPolicy(CostModelParameters(**parameters))
+    policy = CostModelPolicy(free(**parameters))
     return policy.decide(Snapshot(load, current), (), 0.0)[0]
 
 
 def best_of(load, **parameters):
-    plans = CostModelParameters(**parameters).candidates(load.modes)
+    plans = free(**parameters).candidates(load.modes)
     return max(forecast(load, plan).tokens_per_s for plan in plans)
 
 
@@ -74,10 +79,11 @@ def test_more_load_means_shorter_blocks_and_then_ar():
     assert (plans[0].mode, plans[-1]) == (Mode.SELF_SPECULATION, AR)
 
 
-def test_quality_lossless_never_runs_diffusion_however_fast():
+def test_quality_lossless_the_default_never_runs_diffusion_however_fast():
     fast = a_replica(1, measured(1.5))
     assert decided(fast).decode.mode is Mode.DIFFUSION
     assert decided(fast, quality="lossless").decode.mode is Mode.SELF_SPECULATION
+    assert CostModelParameters().quality == SloParameters().quality == "lossless"
     assert (
         tried(a_replica(1, measured(1.5, num_rounds=0.0)), AR, quality="lossless").plan.mode in LOSSLESS_MODES
     )
@@ -151,7 +157,7 @@ def test_a_plan_of_another_policys_is_left_at_once():
 
 
 def tried(load, running, **parameters):
-    return CostModelPolicy(CostModelParameters(**parameters)).trial(load, running)
+    return CostModelPolicy(free(**parameters)).trial(load, running)
 
 
 def sure(costs, spread=0.02):
@@ -168,7 +174,7 @@ def test_a_plan_is_tried_that_may_exceed_the_best_and_of_several_the_most_promis
     load = a_replica(1, sure(measured(num_rounds=300.0), spread=0.3))
     running = decided(load).decode
     trial = tried(load, running)
-    worths = {p: forecast(load, p).tokens_per_s for p in CostModelParameters().candidates(load.modes)}
+    worths = {p: forecast(load, p).tokens_per_s for p in free().candidates(load.modes)}
     assert trial.plan not in (running, AR)  # which is far behind at this load
     assert worths[trial.plan] >= 0.5 * max(worths.values())
     assert trial.share == 0.02
@@ -230,7 +236,9 @@ def test_noise_of_20_percent_around_any_crossover_shifts_at_most_once_a_dwell(
     """The load's noise, and one of 10 % in the costs beside it."""
     costs = measured(diffusion_forwards)
     num = data.draw(st.sampled_from(crossovers(costs)))
-    policy = create_policy("cost_model", {"stabilise": {"dwell_s": dwell_s, "max_shifts_per_minute": 1000}})
+    policy = create_policy(
+        "cost_model", {"quality": "any", "stabilise": {"dwell_s": dwell_s, "max_shifts_per_minute": 1000}}
+    )
     loads = []
     for n, error in zip(noise, errors, strict=False):
         noisy = ReplicaCosts(costs.step.scaled(1.0 + error), costs.yields)
@@ -248,7 +256,7 @@ def test_noise_of_20_percent_shifts_less_often_than_the_dwell_would_let_it(diffu
     for num in crossovers(costs):
         loads = [a_replica(max(1, round(num * rng.uniform(0.8, 1.2))), costs) for _ in range(300)]
         arrivals = [(PERIOD_S * index, load) for index, load in enumerate(loads)]
-        policy = create_policy("cost_model", {"stabilise": {"max_shifts_per_minute": 1000}})
+        policy = create_policy("cost_model", {"quality": "any", "stabilise": {"max_shifts_per_minute": 1000}})
         assert len(shifts(drive(policy, arrivals))) <= 18
 
 
@@ -270,7 +278,7 @@ def test_within_1_s_of_a_step_change_the_plan_is_right(before, after, diffusion_
     loads = [a_replica(num, costs) for num in before] + [a_replica(after, costs)] * num_after
     arrivals = [(PERIOD_S * index, load) for index, load in enumerate(loads)]
     policy = create_policy(
-        "cost_model", {"diffusion_gain": 0.0, "stabilise": {"max_shifts_per_minute": 1000}}
+        "cost_model", {"quality": "any", "diffusion_gain": 0.0, "stabilise": {"max_shifts_per_minute": 1000}}
     )
     plan = drive(policy, arrivals)[-1][1].decode
     assert forecast(loads[-1], plan).tokens_per_s * 1.1 >= best_of(loads[-1])
@@ -288,6 +296,10 @@ def test_within_1_s_of_a_step_change_the_plan_is_right(before, after, diffusion_
         {"diffusion_blocks": [128]},
         {"explore": 0.5},
         {"margin": 0.1},
+        {"threshold": 0.9},
+        {"factor": 0.1, "quality": "lossless"},
+        {"diffusion_gain": 0.0},
+        {"diffusion_blocks": [16]},
     ],
 )
 def test_bad_parameters_are_refused(parameters):
@@ -296,7 +308,7 @@ def test_bad_parameters_are_refused(parameters):
 
 
 def slo(load, current=None, **parameters):
-    policy = SloPolicy(SloParameters(**parameters))
+    policy = SloPolicy(SloParameters(**{"quality": "any", **parameters}))
     return policy.decide(Snapshot(load, current), (), 0.0)[0]
 
 
@@ -314,7 +326,7 @@ def test_where_all_requests_are_lossless_no_diffusion_is_tried():
 
 def test_a_dip_between_two_looks_is_no_change_of_load():
     """Requests that end together and come again at once."""
-    policy = create_policy("cost_model", {})
+    policy = create_policy("cost_model", {"quality": "any"})
     loads = [a_replica(1 if index % 5 == 4 else 64) for index in range(60)]
     plans = [d.decode for _, d in drive(policy, [(PERIOD_S * i, load) for i, load in enumerate(loads)])]
     steady = decided(a_replica(64)).decode

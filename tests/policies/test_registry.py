@@ -93,13 +93,18 @@ def test_a_policy_that_names_no_bound_runs_diffusion_with_the_default_factor(nam
     ("given", "expected"), [({}, (None, DEFAULT_FACTOR)), ({"threshold": 0.9}, (0.9, None))]
 )
 def test_the_cost_model_considers_the_default_factor_or_what_is_given(given, expected):
-    plans = CostModelParameters(**given).candidates(tuple(Mode))
+    plans = CostModelParameters(quality="any", **given).candidates(tuple(Mode))
     assert {(p.threshold, p.factor) for p in plans if p.mode is Mode.DIFFUSION} == {expected}
 
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("fixed", {"mode": "diffusion"}), ("threshold", {}), ("cost_model", {}), ("slo", {})],
+    [
+        ("fixed", {"mode": "diffusion"}),
+        ("threshold", {}),
+        ("cost_model", {"quality": "any"}),
+        ("slo", {"quality": "any"}),
+    ],
 )
 def test_a_factor_takes_the_place_of_a_threshold(name, parameters):
     if name == "threshold":
@@ -114,6 +119,6 @@ def test_a_factor_takes_the_place_of_a_threshold(name, parameters):
 
 
 def test_the_cost_model_considers_diffusion_by_its_factor():
-    plans = CostModelParameters(factor=0.1).candidates(tuple(Mode))
+    plans = CostModelParameters(quality="any", factor=0.1).candidates(tuple(Mode))
     assert {plan.factor for plan in plans if plan.mode is Mode.DIFFUSION} == {0.1}
     assert {plan.factor for plan in plans if plan.mode is not Mode.DIFFUSION} == {None}
