@@ -30,6 +30,8 @@ from benchmarks.policy.contenders import AUTO, FIXED, QUICK, WORKLOADS, is_lossl
 from benchmarks.policy.report import write_report
 from benchmarks.policy.windows import Bench
 from benchmarks.processes import Triad
+from policies.cost_model import CostModelPolicy
+from policies.slo import SloPolicy
 
 RESULTS = Path(__file__).parent.parent / "results"
 RAW = RESULTS / "policy-http.jsonl"
@@ -96,8 +98,10 @@ async def measure(
 
 
 def server(options: argparse.Namespace) -> Triad:
-    quality = f'policy_params={{"quality": "{options.quality}"}}'
-    return Triad("num_replicas=1", f"policy={options.policy}", quality, *options.triad)
+    given = [f"policy={options.policy}", *options.triad]
+    if options.policy in (CostModelPolicy.name, SloPolicy.name):
+        given.append(f'policy_params={{"quality": "{options.quality}"}}')
+    return Triad("num_replicas=1", *given)
 
 
 def bench_of(options: argparse.Namespace, port: int) -> Bench:
