@@ -150,6 +150,8 @@ class Soak:
         try:
             await self._settle()
             await self._load(warm_s, with_faults=False)
+            # A replica's heap grows to what its fullest steps take, and stays there.
+            await self._ask_at_once(random.Random(self._options.seed + 2))
             before = await self._settle()
             await self._load(minutes * 60, with_faults=True)
             await self._set_policy(None)
@@ -206,6 +208,9 @@ class Soak:
 
     async def _burst(self, rng: random.Random) -> None:
         self.faults.counts["burst"] += 1
+        await self._ask_at_once(rng)
+
+    async def _ask_at_once(self, rng: random.Random) -> None:
         plan = Plan(draw(rng).body | {"stream": True, "max_tokens": 32, "temperature": 0})
         plan.body.pop("timeout_s", None)
         await asyncio.gather(*(self._clients.ask(plan) for _ in range(NUM_BURST)))

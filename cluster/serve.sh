@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Serves until Ctrl-C; on SIGTERM what has begun is finished first.
-# From the environment: MODEL, DTYPE, REPLICAS, PORT, REDIS_URL, POLICY; empty is the default. What Ray and the
+# From the environment: MODEL, DTYPE, REPLICAS, PORT, REDIS_URL, POLICY; empty is the default. Arguments are further
+# settings, key=value (docs/settings.md). What Ray and the
 # actors say goes to a file below .run, of which the errors come here; LOG=debug has all of it here instead.
 set -euo pipefail
 log="$PWD/.run/serve-${PORT:-8000}.log"
@@ -15,7 +16,7 @@ file="$folder/serve.yaml"
 exports="$(python -m cluster.environment "$folder")"
 eval "$exports"
 python -m cluster.serve_file "port=$port" "model=${MODEL:-}" "dtype=${DTYPE:-}" "num_replicas=${REPLICAS:-}" \
-  "redis_url=${REDIS_URL:-}" "policy=${POLICY:-}" >"$file"
+  "redis_url=${REDIS_URL:-}" "policy=${POLICY:-}" "$@" >"$file"
 
 # Behind this script, which waits and passes SIGTERM on; Ctrl-C reaches both.
 if [ "${LOG:-}" = debug ]; then

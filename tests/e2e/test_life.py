@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from benchmarks.processes import ServerProcess, free_port, short_folder
-from benchmarks.soak import arguments, new_keys, report, soak
+from benchmarks.soak import KV_CACHE_MIB, arguments, new_keys, report, soak
 from router.auth import ENVIRONMENT
 from tests.e2e.clients import PATH, chat, complete, stream
 from tests.eventually import eventually
@@ -44,7 +44,9 @@ def server(collector: Collector) -> Iterator[ServerProcess]:
         "OTEL_BSP_SCHEDULE_DELAY": "200",
         ENVIRONMENT: ENTRIES,
     }
-    with ServerProcess(["bash", "cluster/serve.sh"], port, "/readyz", env, folder) as server:
+    # The soak allows for that many pages, which become resident as the prefix cache fills.
+    command = ["bash", "cluster/serve.sh", f"kv_cache_mb={KV_CACHE_MIB}"]
+    with ServerProcess(command, port, "/readyz", env, folder) as server:
         server.wait_until_ready()
         yield server
 
