@@ -77,7 +77,7 @@ test-browser: $(READY) ## the console in a headless chromium
 
 $(CLIENTS)/%/.ready: tests/clients/%.txt
 	@echo "== setting up $(CLIENTS)/$* =="
-	@test -x $(CLIENTS)/$*/bin/python || $(PYTHON) -m venv $(CLIENTS)/$*
+	@$(CLIENTS)/$*/bin/pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(CLIENTS)/$*
 	@$(CLIENTS)/$*/bin/pip install -q --disable-pip-version-check -r $<
 	@touch $@
 

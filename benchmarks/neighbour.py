@@ -7,14 +7,11 @@ with the neighbour and without it alternate. The neighbour is pinned to a core u
 import argparse
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from benchmarks.modes import CHECKPOINT
+from benchmarks.policy.neighbour import neighbour
 from policies.modes import Mode
 from replicas.config import EngineConfig
 from replicas.engine.engine import Engine
@@ -24,6 +21,8 @@ from replicas.model.runner import TorchRunner
 
 SAMPLING = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
 SETTLE_S = 0.2
+MAX_BUSY_S = 600.0
+"""The neighbour's end, should nobody end it."""
 
 
 def tokens_per_s(runner: TorchRunner, num_sequences: int, seconds: float) -> float:
@@ -40,19 +39,6 @@ def tokens_per_s(runner: TorchRunner, num_sequences: int, seconds: float) -> flo
             num_tokens += len(made.token_ids)
             num_running -= made.ended
     return num_tokens / (time.perf_counter() - began_s)
-
-
-@contextmanager
-def neighbour(core: str) -> Iterator[None]:
-    command = [sys.executable, "-c", "while True: pass"]
-    with subprocess.Popen(command) as process:
-        if core != "any":
-            os.sched_setaffinity(process.pid, {int(core)})
-        time.sleep(SETTLE_S)
-        try:
-            yield
-        finally:
-            process.kill()
 
 
 def main() -> None:
@@ -77,7 +63,10 @@ def main() -> None:
 
     for _ in range(options.turns):
         turn(False)
-        with neighbour(options.core):
+        with neighbour(MAX_BUSY_S) as process:
+            if options.core != "any":
+                os.sched_setaffinity(process.pid, {int(options.core)})
+            time.sleep(SETTLE_S)
             turn(True)
     print(f"tokens/s, medians of {options.turns} turns; load average {os.getloadavg()[0]:.0f}")
     for level in options.levels:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Serves until Ctrl-C; on SIGTERM what has begun is finished first.
 # From the environment: MODEL, DTYPE, REPLICAS, PORT, REDIS_URL, POLICY; empty is the default. Arguments are further
-# settings, key=value (docs/settings.md). What Ray and the
-# actors say goes to a file below .run, of which the errors come here; LOG=debug has all of it here instead.
+# settings, key=value (docs/settings.md). What Ray and the actors say goes to a file below .run, of which the errors
+# come here; LOG=debug has all of it here instead.
 set -euo pipefail
 log="$PWD/.run/serve-${PORT:-8000}.log"
 cd "$(dirname "$0")/.."

@@ -7,7 +7,7 @@ import random
 import httpx
 import pytest
 
-from benchmarks.soak import Row, allowed
+from benchmarks.soak_figures import Row, allowed
 from benchmarks.soak_load import Clients, Plan, Tally, draw
 
 BODY = {"stream": True, "messages": []}

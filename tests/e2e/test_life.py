@@ -11,7 +11,8 @@ import httpx
 import pytest
 
 from benchmarks.processes import ServerProcess, free_port, short_folder
-from benchmarks.soak import KV_CACHE_MIB, arguments, new_keys, report, soak
+from benchmarks.soak import arguments, new_keys, soak
+from benchmarks.soak_figures import KV_CACHE_MIB, report
 from router.auth import ENVIRONMENT
 from tests.e2e.clients import PATH, chat, complete, stream
 from tests.eventually import eventually

@@ -3,11 +3,31 @@
 import pytest
 
 from policies.modes import DecodePlan, Mode
+from replicas.messages import DecodingOptions
 from router.api import create_app
+from router.schema import ChatCompletionRequest
 from tests.replicas.engine.test_quality import YIELDS
 from tests.router.conftest import in_process
 from tests.router.fakes import MODEL
 from tests.router.stack import a_stack
+
+CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
+
+
+@pytest.mark.parametrize(
+    ("decoding", "expected"),
+    [
+        ({"quality": "any"}, DecodingOptions()),
+        ({"quality": "lossless"}, DecodingOptions(lossless=True)),
+        ({"quality": "lossless", "lossless": True}, DecodingOptions(lossless=True)),
+        ({"quality": {"max_differing": 1}}, DecodingOptions(max_differing=1.0)),
+        ({"quality": {"max_differing": 0.01}, "mode": "ar"}, DecodingOptions(Mode.AR, max_differing=0.01)),
+        ({"quality": "lossless", "block_length": 8}, DecodingOptions(block_length=8, lossless=True)),
+    ],
+)
+def test_quality_is_a_word_or_a_bound(decoding: dict[str, object], expected: DecodingOptions) -> None:
+    request = ChatCompletionRequest.model_validate(CHAT | {"decoding": decoding})
+    assert request.decoding_options() == expected
 
 
 @pytest.mark.parametrize(

@@ -327,22 +327,6 @@ def test_what_is_asked_for_arrives():
     assert request.decoding_options() == DecodingOptions(Mode.DIFFUSION, 8, 1.0, False, max_steps=5)
 
 
-@pytest.mark.parametrize(
-    ("decoding", "expected"),
-    [
-        ({"quality": "any"}, DecodingOptions()),
-        ({"quality": "lossless"}, DecodingOptions(lossless=True)),
-        ({"quality": "lossless", "lossless": True}, DecodingOptions(lossless=True)),
-        ({"quality": {"max_differing": 1}}, DecodingOptions(max_differing=1.0)),
-        ({"quality": {"max_differing": 0.01}, "mode": "ar"}, DecodingOptions(Mode.AR, max_differing=0.01)),
-        ({"quality": "lossless", "block_length": 8}, DecodingOptions(block_length=8, lossless=True)),
-    ],
-)
-def test_quality_is_a_word_or_a_bound(decoding, expected):
-    request = ChatCompletionRequest.model_validate(CHAT | {"decoding": decoding})
-    assert request.decoding_options() == expected
-
-
 def test_messages_reach_the_template_as_it_knows_them():
     messages = [
         {"role": "developer", "content": "Be brief."},
