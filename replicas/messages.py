@@ -336,10 +336,10 @@ class DecodingReport:
     """The number of choices whose counts are added up here."""
 
     @property
-    def tokens_per_forward(self) -> float:
-        """Tokens a forward after each choice's first token; 0 when there was no forward after it."""
+    def tokens_per_forward(self) -> float | None:
+        """Tokens a forward after each choice's first token; None where the prefill brought all there are."""
         num_tokens = sum(self.tokens_by_mode.values()) - self.num_choices
-        return num_tokens / self.num_forwards if self.num_forwards else 0.0
+        return num_tokens / self.num_forwards if self.num_forwards else None
 
     def __add__(self, later: "DecodingReport") -> "DecodingReport":
         """Adds up the reports of several choices; the rule is the later one's."""

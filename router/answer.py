@@ -28,10 +28,11 @@ def error_event(error: TriadError) -> bytes:
 
 def decoding_report(report: DecodingReport) -> dict[str, Any]:
     """Triad's `decoding` field: how the answer was made."""
+    ratio = report.tokens_per_forward
     return {
         "tokens": {mode.value: num for mode, num in sorted(report.tokens_by_mode.items())},
         "forwards": report.num_forwards,
-        "tokens_per_forward": round(report.tokens_per_forward, 3),
+        "tokens_per_forward": None if ratio is None else round(ratio, 3),
         "switches": report.num_switches,
         "rule": report.rule,
         "replica": report.replica_id,

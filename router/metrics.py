@@ -223,8 +223,9 @@ class Metrics:
                 tpot_s = (outcome.duration_s - outcome.first_token_s) / (tokens_per_choice - 1)
                 self._per_token.record(tpot_s, common)
             self.latencies.note(report.replica_id, outcome.first_token_s, tpot_s)
-        if report.num_forwards:
-            self._tokens_per_forward.record(report.tokens_per_forward, self._own | {"rule": report.rule})
+        ratio = report.tokens_per_forward
+        if ratio is not None:
+            self._tokens_per_forward.record(ratio, self._own | {"rule": report.rule})
 
     def made(self, report: DecodingReport | None, num_tokens: int) -> None:
         """Counts the tokens that a replica made for a request, complete or not.

@@ -173,8 +173,10 @@ def test_whole_answers():
         assert (body["usage"], body["decoding"]) == (USAGE, DECODING)
 
 
-def test_a_request_without_forwards_has_a_report():
-    assert decoding_report(DecodingReport())["tokens_per_forward"] == 0.0
+@pytest.mark.parametrize("tokens", [{}, {Mode.DIFFUSION: 26}])
+def test_a_request_without_forwards_has_a_report_and_no_quotient(tokens):
+    """As where the prefill brought a first block of diffusion with all the text."""
+    assert decoding_report(DecodingReport(tokens))["tokens_per_forward"] is None
 
 
 def test_an_error_in_mid_stream_is_an_event():
