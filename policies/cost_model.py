@@ -94,10 +94,10 @@ class CostModelParameters(PolicyParameters):
         return [by_block[block] for block in self.diffusion_blocks if block in by_block]
 
 
-class CostModelPolicy(Policy[tuple[int, ...]]):
+class CostModelPolicy(Policy[tuple[float, ...]]):
     """Chooses the plan of most goodput by policies.forecast; `stabilise` keeps noise from shifting it.
 
-    Its memory of a replica is the number of `auto` requests at the last looks.
+    Its memory of a replica is the number of clients with `auto` requests at the last looks.
     """
 
     name = "cost_model"
@@ -107,14 +107,15 @@ class CostModelPolicy(Policy[tuple[int, ...]]):
         super().__init__(parameters)
         self._bounds = parameters
 
-    def resume(self, current: DecodePlan | None, held_s: float, now_s: float) -> tuple[int, ...]:
+    def resume(self, current: DecodePlan | None, held_s: float, now_s: float) -> tuple[float, ...]:
         return ()
 
     def decide(
-        self, snapshot: Snapshot, state: tuple[int, ...], now_s: float
-    ) -> tuple[Decision, tuple[int, ...]]:
+        self, snapshot: Snapshot, state: tuple[float, ...], now_s: float
+    ) -> tuple[Decision, tuple[float, ...]]:
         load, current = snapshot.load, snapshot.current
-        state = (*state, load.num_auto)[-LOOKS:] if load.num_auto else ()
+        num_auto = load.num_auto_clients
+        state = (*state, num_auto)[-LOOKS:] if num_auto else ()
         num_auto = statistics.median(state or (0,))
         forecasts = [
             forecast(load, plan, num_auto) for plan in self._bounds.candidates(load.modes, load.costs)
@@ -155,10 +156,10 @@ class CostModelPolicy(Policy[tuple[int, ...]]):
         return 0.0, self._worth(expected)
 
     def _worth(self, expected: Forecast) -> float:
-        """Returns the tokens a second expected, for diffusion less the gain that it must bring."""
+        """Returns the tokens a second that clients who wait get, for diffusion less the gain it must bring."""
         if expected.plan.mode in LOSSLESS_MODES:
-            return expected.tokens_per_s
-        return expected.tokens_per_s / (1.0 + self._bounds.diffusion_gain)
+            return expected.awaited_tokens_per_s
+        return expected.awaited_tokens_per_s / (1.0 + self._bounds.diffusion_gain)
 
 
 def _gain(best: tuple[float, float], current: tuple[float, float]) -> float:

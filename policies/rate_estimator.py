@@ -1,8 +1,7 @@
 """The estimator of what forecasts leave out: the rates that plans made, against those that were foretold.
 
 What is decided is which plan makes more tokens a second, and of the plan in force that is seen. So what no
-formula has in it, as the door's share of the cores, texts, or the time between a client's two requests, is
-learned as a factor: a common one, which follows in seconds and cancels out of comparisons, and one a mode and
+formula has in it, as the door's share of the cores, or texts, is learned as a factor: a common one, which follows in seconds and cancels out of comparisons, and one a mode and
 octave of load, which lasts.
 """
 
@@ -27,7 +26,7 @@ NOISE = 0.15
 SPAN_S = 0.6
 """The time over which a rate is taken: some rounds of every mode."""
 NUM_OCTAVES = 11
-"""Octaves of load: 1 to 1,024 requests."""
+"""Octaves of load: 1 to 1,024 clients."""
 
 
 class RateEstimator:
@@ -42,7 +41,7 @@ class RateEstimator:
         self._seen_s = now_s
         self._num_seen = self._num_tried = 0
         self._rate = 0.0  # foretold for the last load
-        self._num_requests = 0
+        self._num_clients = 0
         self._begin()
 
     @property
@@ -52,7 +51,7 @@ class RateEstimator:
 
     @property
     def factors(self) -> dict[Mode, ModeFactors]:
-        """The factors of each mode that ran in force, by octaves of requests."""
+        """The factors of each mode that ran in force, by octaves of clients."""
         return self._learned.factors
 
     def update(self, load: ReplicaLoad, num_tokens: int, num_tried: int, now_s: float) -> None:
@@ -68,25 +67,21 @@ class RateEstimator:
         if plan is None or plan != self._plan or is_tried or elapsed_s > SPAN_S:
             self._plan = plan
             self._begin()
-        elif self._foresee(load, plan, made):
+        elif self._foresee(load, plan):
             self._made += made
             self._foretold += elapsed_s * self._rate
-            self._requests += elapsed_s * self._num_requests
+            self._clients += elapsed_s * self._num_clients
             self._elapsed_s += elapsed_s
             if self._elapsed_s >= SPAN_S:
                 self._end(plan, now_s)
         else:
             self._begin()
 
-    def _foresee(self, load: ReplicaLoad, plan: DecodePlan, made: int) -> bool:
-        """Notes the rate foretold for a load; False where what is made then would tell nothing of it.
-
-        Where nothing is in flight but tokens were made, a client's next request is to come: what was foretold
-        for its last one goes on.
-        """
-        if load.num_in_flight == 0:
-            return made > 0 and self._rate > 0.0
-        self._rate, self._num_requests = forecast(load, plan).tokens_per_s, load.num_in_flight
+    def _foresee(self, load: ReplicaLoad, plan: DecodePlan) -> bool:
+        """Notes the rate foretold for a load; False where what is made then would tell nothing of it."""
+        if load.num_clients == 0:
+            return False
+        self._rate, self._num_clients = forecast(load, plan).tokens_per_s, load.num_clients
         return load.num_auto == load.num_in_flight and not (load.num_lossless and plan.mode is Mode.DIFFUSION)
 
     def _end(self, plan: DecodePlan, now_s: float) -> None:
@@ -94,9 +89,9 @@ class RateEstimator:
         if self._made > 0:
             self._learned.advance(now_s)
             log = math.log(self._made / self._foretold)
-            self._learned.observe(plan.mode, self._requests / self._elapsed_s, log, NOISE)
+            self._learned.observe(plan.mode, self._clients / self._elapsed_s, log, NOISE)
         self._begin()
 
     def _begin(self) -> None:
         self._made = 0
-        self._foretold = self._requests = self._elapsed_s = 0.0
+        self._foretold = self._clients = self._elapsed_s = 0.0

@@ -47,6 +47,8 @@ _AMOUNTS = attrgetter(
     "prefill_per_token",
     "num_ended",
     "silent_s",
+    "num_between",
+    "turnaround_s",
 )
 
 
@@ -102,6 +104,11 @@ class ReplicaLoad:
     router foretells the wait for a place."""
     silent_s: float = 0.0
     """The time that the engine has spent in the forward under way, which is the load's age at publication."""
+    num_between: int = 0
+    """Clients whose last request has ended here and whose next is to come, as far as can be told
+    (policies.turnarounds)."""
+    turnaround_s: float = 0.0
+    """Seconds that a client is between two requests, on average."""
     tokens_total_by_mode: Mapping[Mode, int] = field(default_factory=dict)
     """Every token generated since the replica started, by mode, whatever became of its request; never
     less than it was under the same replica_id, which no other process ever has."""
@@ -115,6 +122,21 @@ class ReplicaLoad:
     @property
     def num_in_flight(self) -> int:
         return self.num_running + self.num_waiting
+
+    @property
+    def num_clients(self) -> int:
+        """Requests in flight, and clients between two."""
+        return self.num_in_flight + self.num_between
+
+    @property
+    def clients_per_request(self) -> float:
+        """Clients for each request in flight, whatever its kind; 1 while none is."""
+        return self.num_clients / self.num_in_flight if self.num_in_flight else 1.0
+
+    @property
+    def num_auto_clients(self) -> float:
+        """Clients whose requests' mode the policy may choose; where nothing is in flight all count as such."""
+        return self.num_auto * self.clients_per_request if self.num_in_flight else float(self.num_between)
 
 
 @dataclass(frozen=True, slots=True)

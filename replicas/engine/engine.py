@@ -14,6 +14,7 @@ from policies.modes import DecodePlan, Mode
 from policies.policy import Trial
 from policies.quality import plans_within
 from policies.replica_load import ReplicaLoad
+from policies.turnarounds import Turnarounds
 from replicas.config import EngineConfig
 from replicas.engine.batch import Runner, RunnerLost, ScheduledBatch, SegmentOutput
 from replicas.engine.decoders.choose import ActivePlan
@@ -67,6 +68,7 @@ class Engine:
         self._num_submitted = 0
         self._num_failed = self._num_fruitless = 0  # steps in a row, as for MAX_FAILED and MAX_FRUITLESS
         self._lengths = CompletionLengths()
+        self._turnarounds = Turnarounds()
         self._yields: tuple[RoundYield, ...] = ()
         self._cycle: tuple[float, ScheduledBatch] | None = None  # when the last forward's step began
         self._remaining: float | None = None
@@ -156,6 +158,7 @@ class Engine:
         )
         self._num_submitted += 1
         self._sequences[request_id] = sequence
+        self._turnarounds.arrived(now_s)
         self._scheduler.add(sequence)
         return sequence
 
@@ -185,6 +188,7 @@ class Engine:
         for made in progress:
             if made.ended:
                 del self._sequences[made.sequence.request_id]
+                self._turnarounds.ended(self._clock())
             if made.reason is not None and made.sequence.num_completion_tokens:
                 self._lengths.note(made.sequence.num_completion_tokens, made.reason is FinishReason.STOP)
         if not self.has_work:
@@ -362,6 +366,8 @@ class Engine:
             mean_remaining=self._mean_remaining(),
             mean_completion=self._lengths.mean,
             num_ended=self._num_submitted - len(self._sequences),
+            num_between=self._turnarounds.num_between(self._clock()),
+            turnaround_s=self._turnarounds.mean_s,
         )
 
     def check_integrity(self) -> None:

@@ -113,9 +113,52 @@ def test_reading_the_cache_costs_by_sequence():
 
 
 def test_short_completions_make_long_blocks_worth_less():
+    """A prompt's forward for the first token, and a round of two forwards for the other."""
     assert forecast(a_replica(1, mean_completion=2.0), SPECULATION).tokens_per_s == pytest.approx(
-        1000 * 2.0 / (2 * 13.5)
+        1000 * 2.0 / (3 * 13.5)
     )
+
+
+def test_a_prompt_has_a_forward_of_its_own_which_counts_most_where_the_rest_takes_few():
+    for plan, num_forwards in ((AR, 97), (SPECULATION, 1 + 2 * 96 / 6), (DIFFUSION, 1 + 4 * 96 / 16)):
+        expected = forecast(a_replica(3, mean_completion=97.0), plan)
+        assert expected.tokens_per_s == pytest.approx(1000 * 3 * 97 / (num_forwards * expected.step_ms))
+        assert expected.tpot_s == forecast(a_replica(3), plan).tpot_s
+
+
+def test_prompts_longer_than_a_step_have_more_forwards():
+    load = a_replica(1, mean_completion=11.0, prefill_per_token=3 * 512 / 11)
+    expected = forecast(load, AR)
+    assert expected.tokens_per_s == pytest.approx(1000 * 11 / (13 * expected.step_ms))
+
+
+@pytest.mark.parametrize("num", [1, 2, 8, 40])
+@pytest.mark.parametrize("turnaround_s", [0.0, 0.005, 0.2, 3.0])
+@pytest.mark.parametrize("plan", [AR, SPECULATION, DIFFUSION])
+def test_clients_come_back_after_a_while(num, turnaround_s, plan):
+    """By Little's law: the requests in flight and the clients between two are all there are."""
+    load = a_replica(0, num_between=num, turnaround_s=turnaround_s, mean_completion=50.0)
+    expected = forecast(load, plan)
+    num_between = expected.tokens_per_s / 50.0 * turnaround_s
+    num_waiting = num * expected.tokens_per_s / expected.awaited_tokens_per_s
+    assert num_waiting + num_between == pytest.approx(num, rel=0.02)
+    if num_waiting >= 1.0:
+        in_flight = forecast(a_replica(num_waiting, mean_completion=50.0), plan)
+        assert expected.tokens_per_s == pytest.approx(in_flight.tokens_per_s, rel=0.02)
+
+
+def test_what_clients_take_for_themselves_hides_no_plans_worth():
+    """Slow clients get all their plans' tokens late, but wait a third of the time."""
+    load = a_replica(1, turnaround_s=5.0, mean_completion=50.0)
+    ar, speculation = forecast(load, AR), forecast(load, SPECULATION)
+    assert speculation.tokens_per_s < 1.1 * ar.tokens_per_s
+    assert speculation.awaited_tokens_per_s > 2.0 * ar.awaited_tokens_per_s
+
+
+def test_clients_between_two_requests_are_of_the_kinds_in_flight():
+    load = a_replica(1, num_running=4, pinned_by_mode={Mode.AR: 3}, num_between=4)
+    double = a_replica(2, num_running=8, pinned_by_mode={Mode.AR: 6})
+    assert forecast(load, SPECULATION) == forecast(double, SPECULATION)
 
 
 def test_a_load_without_costs_is_judged_by_the_usual_shape():

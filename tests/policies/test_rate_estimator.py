@@ -49,18 +49,19 @@ def test_what_all_forecasts_leave_out_is_common_and_soon_seen(factor):
     assert served.foretold(AR, 4) == pytest.approx(factor, rel=0.15)
 
 
-def test_a_client_that_is_between_two_requests_whenever_it_is_looked_at_counts():
+def test_a_client_that_is_between_two_requests_is_in_the_forecast_and_not_left_out():
     """Of two looks one finds nothing in flight, though tokens were made: half the time is the client's."""
     served = Served()
-    load = a_load(1, costs=COSTS, decode=SPECULATION, num_pages=9999)
-    rate = forecast(load, SPECULATION).tokens_per_s
+    of_client = {"costs": COSTS, "decode": SPECULATION, "num_pages": 9999, "mean_completion": 60.0}
+    alone_s = 60.0 / forecast(a_load(1, **of_client), SPECULATION).tokens_per_s
+    busy = a_load(1, turnaround_s=alone_s, **of_client)
+    between = a_load(0, num_between=1, turnaround_s=alone_s, **of_client)
     for number in range(100):
         served.now_s += 0.2
-        served.num_tokens += 0.2 * rate / 2
-        seen = load if number % 2 else a_load(0, costs=COSTS, decode=SPECULATION, num_pages=9999)
-        served.estimator.update(seen, round(served.num_tokens), 0, served.now_s)
-    assert served.foretold(SPECULATION, 1) == pytest.approx(0.5, rel=0.15)
-    assert served.foretold(AR, 1) == pytest.approx(0.5, rel=0.2)
+        served.num_tokens += 0.2 * 60.0 / (2 * alone_s)
+        served.estimator.update(between if number % 2 else busy, round(served.num_tokens), 0, served.now_s)
+    assert served.foretold(SPECULATION, 1) == pytest.approx(1.0, rel=0.05)
+    assert served.foretold(AR, 1) == pytest.approx(1.0, rel=0.1)
 
 
 def test_what_one_mode_leaves_out_is_learned_by_load_and_lasts():
