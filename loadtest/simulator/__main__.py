@@ -207,6 +207,8 @@ def _page(options: argparse.Namespace) -> None:
     tables: dict[str, Callable[[], Iterable[str]]] = {
         "modes-8b": lambda: capacity.modes_lines(small),
         "modes-14b": lambda: capacity.modes_lines(large),
+        "split-8b": lambda: capacity.split_lines(small),
+        "split-14b": lambda: capacity.split_lines(large),
         "crossover-8b": lambda: capacity.crossover_lines(small),
         "crossover-14b": lambda: capacity.crossover_lines(large),
         "validation": lambda: lines(validate(options.table)),

@@ -70,6 +70,45 @@ def modes_lines(machine: Machine) -> Iterator[str]:
         yield f"| `{title(plan)}` | " + " | ".join(row) + " |"
 
 
+def best_splits(rates: Sequence[float]) -> list[tuple[float, int, int]]:
+    """For each mean concurrency, from 1: the most tokens/s a replica that any split of the requests among many
+    replicas brings, and the two concurrencies it is of.
+
+    rates: tokens/s of one replica by its requests, from 1; without any it makes none. What a split brings lies
+    on the line between two of these, the best on the upper hull of them all.
+    """
+    hull: list[tuple[int, float]] = []
+    for point in enumerate((0.0, *rates)):
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    found = []
+    for concurrency in range(1, len(rates) + 1):
+        right = next(number for number, (requests, _) in enumerate(hull) if requests >= concurrency)
+        low, high = hull[right - 1], hull[right]
+        made = low[1] + _slope(low, high) * (concurrency - low[0])
+        found.append((made, low[0] if concurrency < high[0] else concurrency, high[0]))
+    return found
+
+
+def _slope(left: tuple[int, float], right: tuple[int, float]) -> float:
+    return (right[1] - left[1]) / (right[0] - left[0])
+
+
+def split_lines(machine: Machine) -> Iterator[str]:
+    """What the best split of requests among replicas brings over an even one, each with its best plan."""
+    mean = mean_rounds(machine)
+    even = [
+        max(rate(machine.table, made, c) for made in mean.values()) for c in range(1, CONCURRENCIES[-1] + 1)
+    ]
+    splits = best_splits(even)
+    yield "| requests a replica, on average | " + " | ".join(map(str, CONCURRENCIES)) + " |"
+    yield "|" + "---|" * (1 + len(CONCURRENCIES))
+    chosen = [(even[c - 1], *splits[c - 1]) for c in CONCURRENCIES]
+    yield "| split as | " + " | ".join(f"{low} and {high}" if low < high else "even" for *_, low, high in chosen) + " |"
+    yield "| over an even one | " + " | ".join(f"{made / alike:.3f}" for alike, made, *_ in chosen) + " |"
+
+
 def winners(machine: Machine, tokens: float, concurrencies: Sequence[int]) -> list[tuple[DecodePlan, float]]:
     """The best plan at each concurrency, and how many times ar's rate it makes.
 
