@@ -243,7 +243,7 @@ class ReplicaCosts:
     left_out: float = 0.0
     """The logarithm of the rate made over the rate foretold, as far as all plans have it in common."""
     rates: Mapping[Mode, ModeFactors] = field(default_factory=dict)
-    """The further factors of modes between these rates, by octaves of requests in flight."""
+    """The further factors of modes between these rates, by octaves of clients."""
 
     def __post_init__(self) -> None:
         if not -MAX_LOG <= self.left_out <= MAX_LOG:

@@ -156,7 +156,7 @@ class CostModelPolicy(Policy[tuple[float, ...]]):
         return 0.0, self._worth(expected)
 
     def _worth(self, expected: Forecast) -> float:
-        """Returns the tokens a second that clients who wait get, for diffusion less the gain it must bring."""
+        """Returns the tokens a second of clients who wait, for diffusion less the gain it must bring."""
         if expected.plan.mode in LOSSLESS_MODES:
             return expected.awaited_tokens_per_s
         return expected.awaited_tokens_per_s / (1.0 + self._bounds.diffusion_gain)

@@ -20,7 +20,7 @@ PREFILL_SHARE = 0.25
 """The share of a step's tokens that is kept free of rounds while prompts wait (replicas.engine.scheduler)."""
 
 NUM_ITERATIONS = 8
-"""Iterations for the share of clients that wait, each of which leaves of its error at most the other share."""
+"""Iterations for the share of clients that wait, each of which leaves of its error at most the rest's share."""
 
 _NOTHING_MEASURED = ReplicaCosts(UNMEASURED)
 
@@ -146,7 +146,7 @@ def _counts(load: ReplicaLoad, plan: DecodePlan, num_auto: float) -> Iterator[tu
 
 
 def _pace(load: ReplicaLoad, expected: RoundYield) -> float:
-    """Returns the tokens a forward brings to a request: a round no more than a completion has after its first.
+    """Returns the tokens a forward brings to a request: a round no more than a completion's but its first.
 
     By what running requests still want it would fall as they near their ends, and rise when the next begin.
     """
@@ -155,8 +155,8 @@ def _pace(load: ReplicaLoad, expected: RoundYield) -> float:
 
 
 def _with_prompt(load: ReplicaLoad, pace: float) -> float:
-    """Returns the tokens a forward brings to a request from its prompt's on, which has one of its own or more,
-    and brings the first token."""
+    """Returns the tokens a forward brings to a request from its prompt's on, which has a forward of its own, or
+    more, and brings the first token."""
     if load.mean_completion is None:
         return pace
     length = max(1.0, load.mean_completion)

@@ -1,8 +1,8 @@
 """The estimator of what forecasts leave out: the rates that plans made, against those that were foretold.
 
 What is decided is which plan makes more tokens a second, and of the plan in force that is seen. So what no
-formula has in it, as the door's share of the cores, or texts, is learned as a factor: a common one, which follows in seconds and cancels out of comparisons, and one a mode and
-octave of load, which lasts.
+formula has in it, as the door's share of the cores, or texts, is learned as a factor: a common one, which
+follows in seconds and cancels out of comparisons, and one a mode and octave of load, which lasts.
 """
 
 import math

@@ -135,7 +135,7 @@ class ReplicaLoad:
 
     @property
     def num_auto_clients(self) -> float:
-        """Clients whose requests' mode the policy may choose; where nothing is in flight all count as such."""
+        """Clients whose requests' mode the policy may choose; all, where nothing is in flight."""
         return self.num_auto * self.clients_per_request if self.num_in_flight else float(self.num_between)
 
 

@@ -1,19 +1,23 @@
-"""What a replica has learned of its costs, kept on disk for the next start of the same model on this machine.
+"""What a replica has learned of its costs, kept for the next start of the same kind: on disk, and in Redis.
 
-The file is named by all that costs depend on: model and numerics, threads, processor or GPU, and the code
-that runs a step. Where it is missing, damaged or of another kind, a replica starts from its sweep alone.
+A kind is all that costs depend on: model and numerics, threads, processor or GPU, and the code that runs a
+step. What this machine's disk has of it goes before what the cluster's Redis has, which any replica of the
+kind wrote. Where neither has anything that can be used, a replica starts from its sweep alone.
 """
 
+import asyncio
 import hashlib
 import json
 import logging
 import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from policies.control.store import LoadStore, StoreUnavailable
 from policies.cost import ForwardStats, ReplicaCosts
 from replicas.calibration import forward_cost, merged, sweep
 from replicas.config import ReplicaConfig
@@ -62,8 +66,9 @@ _NEUTRAL = {
 class CostCache:
     """One file of costs. No method raises: a cache that fails costs knowledge, never a start."""
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self._path = folder / f"costs-{name}.json"
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.kind = kind
+        self._path = folder / f"costs-{kind}.json"
         self._sweep: tuple[ForwardStats, ...] = ()
         self._has_failed = False
 
@@ -73,33 +78,41 @@ class CostCache:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         return cls(Path(base) / "triad", _fingerprint(config))
 
-    def load(self) -> Learned | None:
-        """Reads what was learned; None where there is nothing that can be used."""
+    def load(self, pooled: str | None = None) -> Learned | None:
+        """Reads what was learned; None where there is nothing that can be used.
+
+        pooled: what Redis has of this kind, for where the disk has nothing.
+        """
         try:
-            if not self._path.is_file():
-                return None
-            if self._path.stat().st_size > MAX_BYTES:
-                raise ValueError(f"it has more than {MAX_BYTES} bytes")
-            learned = _LEARNED.validate_json(self._path.read_bytes())
-            if learned.format != FORMAT:
-                return None
+            if self._path.is_file():
+                if self._path.stat().st_size > MAX_BYTES:
+                    raise ValueError(f"it has more than {MAX_BYTES} bytes")
+                learned = _LEARNED.validate_json(self._path.read_bytes())
+                if learned.format == FORMAT:
+                    return learned
         except (OSError, ValueError, ValidationError) as error:
             logger.warning("%s can't be read; what was learned is measured anew: %s", self._path, error)
-            return None
-        return learned
+        return None if pooled is None else _parsed(pooled)
 
-    def begin(self, sweep: tuple[ForwardStats, ...]) -> tuple[tuple[ForwardStats, ...], Learned | None]:
+    def begin(
+        self, sweep: tuple[ForwardStats, ...], pooled: str | None = None
+    ) -> tuple[tuple[ForwardStats, ...], Learned | None]:
         """Returns a start's sweep with what earlier ones found faster, and what was learned since."""
-        learned = self.load()
+        learned = self.load(pooled)
         self._sweep = sweep if learned is None else merged(learned.sweep, sweep)
         return self._sweep, learned
+
+    def text(self, costs: ReplicaCosts) -> str:
+        """Returns what was learned, as it is kept. Raises ValueError where it is too long for that."""
+        text = _LEARNED.dump_json(Learned(FORMAT, self._sweep, costs))
+        if len(text) > MAX_BYTES:
+            raise ValueError(f"{len(text)} bytes are more than {MAX_BYTES}")
+        return text.decode()
 
     def save(self, costs: ReplicaCosts) -> None:
         """Writes what was learned, in one move, so that no reader ever finds half of it."""
         try:
-            text = _LEARNED.dump_json(Learned(FORMAT, self._sweep, costs))
-            if len(text) > MAX_BYTES:
-                raise ValueError(f"{len(text)} bytes are more than {MAX_BYTES}")
+            text = self.text(costs).encode()
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self._path.parent, prefix=".costs-", delete=False) as file:
                 file.write(text)
@@ -116,11 +129,43 @@ class CostCache:
             path.unlink(missing_ok=True)
 
 
-def starting_costs(runner: Runner, config: ReplicaConfig, cache: CostCache) -> ReplicaCosts:
+def _parsed(pooled: str) -> Learned | None:
+    try:
+        if len(pooled) > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES} bytes")
+        learned = _LEARNED.validate_json(pooled)
+    except (ValueError, ValidationError) as error:
+        logger.warning("what the cluster has learned can't be read: %s", error)
+        return None
+    return learned if learned.format == FORMAT else None
+
+
+def read_pooled(redis_url: str, app: str, kind: str) -> str | None:
+    """Reads what replicas of a kind have learned from Redis, also while this thread's event loop runs; None
+    where Redis has nothing or can't be reached, which is logged."""
+
+    async def read() -> str | None:
+        store = LoadStore(redis_url, app)
+        try:
+            return await store.read_learned(kind)
+        except StoreUnavailable as error:
+            logger.warning("a start without what the cluster has learned: %s", error)
+            return None
+        finally:
+            await store.close()
+
+    with ThreadPoolExecutor(1) as apart:
+        return apart.submit(asyncio.run, read()).result()
+
+
+def starting_costs(
+    runner: Runner, config: ReplicaConfig, cache: CostCache, pooled: str | None = None
+) -> ReplicaCosts:
     """Measures what forwards cost here, and joins what is known of this checkpoint and was learned before.
 
-    Yields are those of the checkpoint's own file, else those learned here before; what these say of answers
-    is left out, since it came from a file that is gone.
+    Yields are those of the checkpoint's own file, else those learned before; what these say of answers is
+    left out, since it came from a file that is gone.
+    pooled: what Redis has of this kind of replica.
     """
     measured = sweep(
         runner,
@@ -128,7 +173,7 @@ def starting_costs(runner: Runner, config: ReplicaConfig, cache: CostCache) -> R
         max_step_tokens=config.max_step_tokens,
         budget_s=config.calibration_s,
     )
-    forwards, learned = cache.begin(measured)
+    forwards, learned = cache.begin(measured, pooled)
     step = forward_cost(forwards, config.max_step_tokens)
     yields = read_yields(Path(config.checkpoint))
     if learned is None:

@@ -14,12 +14,13 @@ from policies.control.plan import ReplicaPlan
 from policies.control.plan_sync import PlanFollower
 from policies.control.policy_setting import PolicyChoice, PolicyWatch
 from policies.control.store import LoadStore
+from policies.failures import Failures
 from policies.registry import create_policy
 from policies.replica_load import ReplicaLoad
 from policies.scaling import demand
 from replicas.calibration import warm_up
 from replicas.config import ReplicaConfig
-from replicas.cost_cache import SAVE_S, CostCache, starting_costs
+from replicas.cost_cache import SAVE_S, CostCache, read_pooled, starting_costs
 from replicas.engine.engine import Engine
 from replicas.messages import ModelInfo
 from replicas.socket_server import SocketServer
@@ -66,7 +67,8 @@ class Replica:
         )
         warm_up(runner, max_running=config.max_running, max_step_tokens=config.max_step_tokens)
         self._cost_cache = CostCache.of(config)
-        costs = starting_costs(runner, config, self._cost_cache)
+        pooled = read_pooled(redis_url, config.app, self._cost_cache.kind)
+        costs = starting_costs(runner, config, self._cost_cache, pooled)
         runner.settle()
         engine.set_step_cost(costs.step)
         engine.set_yields(costs.yields)
@@ -147,9 +149,14 @@ class Replica:
 
     async def _keep_costs(self) -> None:
         """Saves what was learned now and then, for the next start; a replica may end without notice."""
+        failures = Failures("writing what was learned to Redis")
         while True:
             await asyncio.sleep(SAVE_S)
             await asyncio.to_thread(self._save_costs)
+            costs = self._service.costs
+            if costs is not None:
+                with failures:
+                    await self._store.write_learned(self._cost_cache.kind, self._cost_cache.text(costs))
 
     def _save_costs(self) -> None:
         costs = self._service.costs

@@ -71,11 +71,11 @@ def modes_lines(machine: Machine) -> Iterator[str]:
 
 
 def best_splits(rates: Sequence[float]) -> list[tuple[float, int, int]]:
-    """For each mean concurrency, from 1: the most tokens/s a replica that any split of the requests among many
-    replicas brings, and the two concurrencies it is of.
+    """Returns for each mean concurrency, from 1, the most tokens/s a replica that any split of the requests
+    among many replicas brings, and the two concurrencies it is of.
 
-    rates: tokens/s of one replica by its requests, from 1; without any it makes none. What a split brings lies
-    on the line between two of these, the best on the upper hull of them all.
+    rates: tokens/s of one replica by its requests, from 1; without any it makes none. What a split brings
+    lies on the line between two of these, the best on the upper hull of them all.
     """
     hull: list[tuple[int, float]] = []
     for point in enumerate((0.0, *rates)):
@@ -105,7 +105,11 @@ def split_lines(machine: Machine) -> Iterator[str]:
     yield "| requests a replica, on average | " + " | ".join(map(str, CONCURRENCIES)) + " |"
     yield "|" + "---|" * (1 + len(CONCURRENCIES))
     chosen = [(even[c - 1], *splits[c - 1]) for c in CONCURRENCIES]
-    yield "| split as | " + " | ".join(f"{low} and {high}" if low < high else "even" for *_, low, high in chosen) + " |"
+    yield (
+        "| split as | "
+        + " | ".join(f"{low} and {high}" if low < high else "even" for *_, low, high in chosen)
+        + " |"
+    )
     yield "| over an even one | " + " | ".join(f"{made / alike:.3f}" for alike, made, *_ in chosen) + " |"
 
 

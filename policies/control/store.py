@@ -36,6 +36,8 @@ PLAN_EXPIRY_S = 60.0
 """The time after which a plan that nobody confirms goes; its replica or every leader has left."""
 LEASE_S = 1.2
 """The time after which a silent leader is taken to be dead; with a try every 0.2 s it is replaced in 2 s."""
+LEARNED_EXPIRY_S = 30 * 86400.0
+"""The time after which what replicas of one kind have learned goes, where none of them runs any more."""
 MAX_DECISIONS = 1000
 """The number of decisions that the stream keeps."""
 POLICY_KEY = "policy"
@@ -257,6 +259,14 @@ class LoadStore:
         args += (len(confirmed), *confirmed)
         args += (len(decisions), *(DECISIONS.encode(record) for record in decisions))
         return bool(await self._eval(_COMMIT, (self._key("leader"), self._key("decisions")), *args))
+
+    async def read_learned(self, kind: str) -> str | None:
+        """Returns what replicas of a kind (replicas.cost_cache) have learned of their costs, if any has."""
+        text = await self._call(self._redis.get(self._key(f"learned:{kind}")))
+        return None if text is None else str(text)
+
+    async def write_learned(self, kind: str, text: str) -> None:
+        await self._call(self._redis.set(self._key(f"learned:{kind}"), text, px=_ms(LEARNED_EXPIRY_S)))
 
     async def run(self, script: str, names: Sequence[str], *args: str | int) -> Any:
         """Runs a script that is kept elsewhere, on this app's keys of these names."""

@@ -11,7 +11,7 @@ from policies.cost import ForwardStats, ModeFactors, ReplicaCosts, RoundYield, S
 from policies.cost_model import CostModelParameters
 from policies.modes import DEFAULT_FACTOR, LOSSLESS_MODES, DecodePlan, Mode
 from replicas.config import ReplicaConfig
-from replicas.cost_cache import FORMAT, MAX_BYTES, MAX_FILES, CostCache, starting_costs
+from replicas.cost_cache import FORMAT, MAX_BYTES, MAX_FILES, CostCache, read_pooled, starting_costs
 from replicas.yields_file import MAX_BYTES as MAX_YIELDS_BYTES
 from replicas.yields_file import YIELDS_FILE, read_yields, write_yields
 from tests.replicas.test_calibration import TRUE, TimedRunner
@@ -77,6 +77,37 @@ def test_a_file_too_long_is_neither_read_nor_written(tmp_path: Path, caplog) -> 
         cache.save(replace(COSTS, yields=many))
     assert not list(tmp_path.iterdir())
     assert len(caplog.records) == 2
+
+
+def test_a_machine_without_a_file_begins_with_what_the_cluster_has_learned(tmp_path: Path) -> None:
+    elsewhere = CostCache(tmp_path / "elsewhere", "a")
+    elsewhere.begin(SWEEP)
+    pooled = elsewhere.text(COSTS)
+    slower = (ForwardStats(1, 1, 0, 2.5), ForwardStats(512, 1, 0, 29.0))
+    here = CostCache(tmp_path / "here", "a")
+    sweep, learned = here.begin(slower, pooled)
+    assert sweep == (SWEEP[0], slower[1])
+    assert learned is not None
+    assert learned.costs == COSTS
+    here.save(replace(COSTS, yields=()))
+    _, learned = CostCache(tmp_path / "here", "a").begin(slower, pooled)
+    assert learned is not None
+    assert learned.costs.yields == (), "its own comes first"
+
+
+@pytest.mark.parametrize("pooled", ["", "[]", '{"format": 1}', "x" * (MAX_BYTES + 1)])
+def test_what_can_not_be_read_of_the_clusters_knowledge_is_as_none(
+    tmp_path: Path, caplog, pooled: str
+) -> None:
+    assert CostCache(tmp_path, "a").begin(SWEEP, pooled) == (SWEEP, None)
+    assert len(caplog.records) == 1
+    other = CostCache(tmp_path, "a").text(COSTS).replace(f'"format":{FORMAT}', f'"format":{FORMAT + 1}')
+    assert CostCache(tmp_path, "a").begin(SWEEP, other) == (SWEEP, None)
+
+
+def test_without_redis_a_start_goes_on(caplog) -> None:
+    assert read_pooled("redis://127.0.0.1:1", "app", "a") is None
+    assert len(caplog.records) == 1
 
 
 def test_a_folder_that_can_not_be_written_costs_nothing(tmp_path: Path, caplog) -> None:

@@ -5,7 +5,14 @@ import time
 import pytest
 
 from policies.control.plan import DecisionRecord, ReplicaPlan
-from policies.control.store import MAX_DECISIONS, Lease, LoadStore, PlanWrite, StoreUnavailable
+from policies.control.store import (
+    LEARNED_EXPIRY_S,
+    MAX_DECISIONS,
+    Lease,
+    LoadStore,
+    PlanWrite,
+    StoreUnavailable,
+)
 from policies.modes import DecodePlan, Mode
 from policies.replica_load import Freshness
 from tests.policies.helpers import a_load, eventually
@@ -51,6 +58,17 @@ async def test_loads_are_ordered_by_id_and_the_last_one_counts(store):
         await store.publish_and_read(a_load(num, replica_id))
     loads = (await store.read_loads()).replicas
     assert [(seen.load.replica_id, seen.load.num_in_flight) for seen in loads] == [("a", 2), ("b", 3)]
+
+
+async def test_what_one_kind_of_replica_learned_is_kept_apart_from_anothers(store, raw):
+    assert await store.read_learned("a") is None
+    await store.write_learned("a", "first")
+    await store.write_learned("a", "then")
+    await store.write_learned("b", "other")
+    assert (await store.read_learned("a"), await store.read_learned("b")) == ("then", "other")
+    keys = [key async for key in raw.scan_iter("*learned*")]
+    assert len(keys) == 2
+    assert all([0 < await raw.ttl(key) <= LEARNED_EXPIRY_S for key in keys])
 
 
 async def test_publishing_is_one_command(store, raw):
