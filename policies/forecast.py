@@ -20,7 +20,7 @@ PREFILL_SHARE = 0.25
 """The share of a step's tokens that is kept free of rounds while prompts wait (replicas.engine.scheduler)."""
 
 NUM_ITERATIONS = 8
-"""Iterations for the share of clients that wait, each of which leaves of its error at most the rest's share."""
+"""Iterations for the share of clients that wait: each leaves of its error at most the rest's share."""
 
 _NOTHING_MEASURED = ReplicaCosts(UNMEASURED)
 
@@ -155,8 +155,8 @@ def _pace(load: ReplicaLoad, expected: RoundYield) -> float:
 
 
 def _with_prompt(load: ReplicaLoad, pace: float) -> float:
-    """Returns the tokens a forward brings to a request from its prompt's on, which has a forward of its own, or
-    more, and brings the first token."""
+    """Returns the tokens a forward brings to a request from its prompt's on, which has a forward or more of its
+    own and brings the first token."""
     if load.mean_completion is None:
         return pace
     length = max(1.0, load.mean_completion)
