@@ -155,7 +155,7 @@ def _pace(load: ReplicaLoad, expected: RoundYield) -> float:
 
 
 def _with_prompt(load: ReplicaLoad, pace: float) -> float:
-    """Returns the tokens a forward brings to a request from its prompt's on, which has a forward or more of its
+    """Returns the tokens a forward brings to a request from its prompt on, which has a forward or more of its
     own and brings the first token."""
     if load.mean_completion is None:
         return pace
