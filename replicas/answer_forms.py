@@ -57,6 +57,16 @@ class GrammarFormat:
 
 
 @dataclass(frozen=True, slots=True)
+class ThinkingBudget:
+    """A bound on the reasoning of a completion, behind which its closing mark is forced."""
+
+    num_tokens: int
+    """Of the reasoning, without its marks."""
+    needs_marks: bool = True
+    """If false, it asks nothing of a model that has no marks of reasoning; otherwise it is an error there."""
+
+
+@dataclass(frozen=True, slots=True)
 class Tool:
     """A function that the model may ask its caller to run."""
 

@@ -1,13 +1,13 @@
 """The messages between the router and a replica: plain frozen records, cheap to pickle."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from policies.modes import Mode
-from replicas.answer_forms import GrammarFormat, JsonFormat, ToolUse
+from replicas.answer_forms import GrammarFormat, JsonFormat, ThinkingBudget, ToolUse
 from replicas.errors import ErrorCode
 
 NUM_SEEDS = 2**63
@@ -66,10 +66,25 @@ class SamplingParams:
     """The form that the completion is to have; None for any text."""
     tools: ToolUse | None = None
     """The tools that it may or must call; None for none."""
+    thinking_token_budget: ThinkingBudget | None = None
+    """The bound on its reasoning; None for none."""
 
     @property
     def needs_grammar(self) -> bool:
+        """True if the answer has a form, or calls."""
         return self.response_format is not None or self.tools is not None
+
+    @property
+    def has_masks(self) -> bool:
+        """True if a grammar may say at each token what may come."""
+        return self.needs_grammar or self.thinking_token_budget is not None
+
+    @property
+    def grammar_field(self) -> str:
+        """The name of the field that asks for the grammar."""
+        if self.tools is not None:
+            return "tools"
+        return "thinking_token_budget" if self.response_format is None else "response_format"
 
     @property
     def form_decides_on_end(self) -> bool:
@@ -99,6 +114,7 @@ _CAUSAL_FIELDS = {
     "logprobs": None,
     "response_format": None,
     "tools": None,
+    "thinking_token_budget": None,
 }
 
 
@@ -284,38 +300,6 @@ class Delta:
     def has_news(self) -> bool:
         """True if there is something to send besides the end."""
         return bool(self.text or self.reasoning or self.tool_calls)
-
-
-def joined(deltas: Sequence[Delta]) -> Delta:
-    """Joins consecutive Deltas of one choice into one."""
-    return Delta(
-        deltas[0].request_id,
-        "".join(delta.text for delta in deltas),
-        sum(delta.num_tokens for delta in deltas),
-        tuple(entry for delta in deltas for entry in delta.logprobs),
-        deltas[0].index,
-        deltas[-1].reason,
-        tuple(token for delta in deltas for token in delta.token_ids),
-        deltas[-1].stop_reason,
-        "".join(delta.reasoning for delta in deltas),
-        _joined_calls([piece for delta in deltas for piece in delta.tool_calls]),
-        tuple(part for delta in deltas for part in delta.trace),
-    )
-
-
-def _joined_calls(pieces: Sequence[ToolCallDelta]) -> tuple[ToolCallDelta, ...]:
-    """The pieces, those of one call that follow one another as one."""
-    calls: list[ToolCallDelta] = []
-    arguments: list[list[str]] = []
-    for piece in pieces:
-        if calls and piece.name is None and piece.index == calls[-1].index:
-            arguments[-1].append(piece.arguments)
-        else:
-            calls.append(piece)
-            arguments.append([piece.arguments])
-    return tuple(
-        replace(call, arguments="".join(parts)) for call, parts in zip(calls, arguments, strict=True)
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ template does not, but shares it.
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from replicas.engine.grammar import Grammar
@@ -42,11 +42,8 @@ class Prepared:
     parsers: Sequence[OutputParser | None]
     """What tells apart the text of each; None for one that is all answer."""
 
-    @property
-    def warning(self) -> str | None:
-        """What of the request's form is not kept to."""
-        first = self.grammars[0]
-        return first.warning if isinstance(first, JsonGrammar) else None
+    warning: str | None = None
+    """What of the request's form is not kept to."""
 
 
 @dataclass(slots=True)
@@ -82,6 +79,11 @@ class Preparation:
         """Has compiles made ready, in the background."""
         self._compiling.begin(self._grammars.warm_up)
 
+    def fitted(self, request: GenerateRequest) -> GenerateRequest:
+        """The request as this model can take it: ChatForm.fitted."""
+        sampling = self._codec.chats.fitted(request.sampling)
+        return request if sampling is request.sampling else replace(request, sampling=sampling)
+
     async def prepare(self, request: GenerateRequest) -> Prepared:
         """Prepares a request. TriadError says what is wrong with it, or that it was dropped meanwhile."""
         if self._is_closed:
@@ -90,8 +92,7 @@ class Preparation:
         if request.sampling.tools is not None:
             num_chars += request.sampling.tools.num_chars
         if num_chars <= MAX_INLINE_CHARS and not request.sampling.needs_grammar:
-            prompts = self._encode(request)
-            return Prepared(prompts, (None,) * request.num_indices, self._parsers(request, prompts))
+            return self._prepared(request, self._encode(request), (None,) * request.num_indices)
         request_id = request.request_id
         if request_id in self._under_way:
             message = f"a request {request_id!r} is running already"
@@ -168,7 +169,20 @@ class Preparation:
         if grammars is None:
             assert asked is not None
             grammars = await self._compiling.run(lambda: self._compile(asked, request.num_indices))
-        return Prepared(prompts, grammars, self._parsers(request, prompts))
+        return self._prepared(request, prompts, grammars)
+
+    def _prepared(
+        self, request: GenerateRequest, prompts: list[list[int]], grammars: Sequence[Grammar | None]
+    ) -> Prepared:
+        first, budget = grammars[0], request.sampling.thinking_token_budget
+        if budget is not None:
+            ids = [prompts[index // request.num_choices] for index in range(request.num_indices)]
+            grammars = [
+                self._codec.budgeted(grammar, budget.num_tokens, prompt)
+                for grammar, prompt in zip(grammars, ids, strict=True)
+            ]
+        warning = first.warning if isinstance(first, JsonGrammar) else None
+        return Prepared(prompts, grammars, self._parsers(request, prompts), warning)
 
     def _encode(self, request: GenerateRequest) -> list[list[int]]:
         tools, most = request.sampling.tools, request.truncate_prompt_tokens

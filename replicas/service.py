@@ -77,6 +77,7 @@ class ReplicaService:
             message = f"no channel {request.channel_id!r} is open to this replica"
             return Rejected(request.request_id, ErrorCode.UNAVAILABLE, message)
         try:
+            request = self._preparation.fitted(request)
             prepared = await self._preparation.prepare(request)
             await self._thread.call(lambda: self._requests.submit(request, prepared))
         except TriadError as error:

@@ -5,12 +5,14 @@ import logging
 import re
 from collections.abc import Collection, Iterator, Sequence, Set
 from contextlib import contextmanager
+from functools import cached_property
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from replicas.answer_forms import ToolUse
 from replicas.engine.batch import TokenLogprob
+from replicas.engine.grammar import Grammar
 from replicas.grammar_compiler import GrammarCompiler
 from replicas.messages import TEMPLATE_DEFAULTS, Prompt, SamplingParams, TemplateOptions, TextLogprob
 from replicas.model.checkpoint import resolve_folder
@@ -22,6 +24,7 @@ from replicas.token_bytes import TokenBytes
 from replicas.tools.chats import ChatForm
 from replicas.tools.families import format_of
 from replicas.tools.reasoning import marks_of
+from replicas.tools.thinking_budget import BudgetedGrammar, SpelledMarks, continuations
 
 NUM_LAST = 16
 """Tokens at a prompt's end in which the mark of reasoning's beginning may be."""
@@ -140,6 +143,38 @@ class TextCodec:
             return False
         end = str(self._backend.decode(prompt_ids[-NUM_LAST:], skip_special_tokens=False))
         return end.rstrip().endswith(self.chats.reasoning.begin)
+
+    def budgeted(self, grammar: Grammar | None, num_tokens: int, prompt_ids: list[int]) -> BudgetedGrammar:
+        """An answer's grammar with so many tokens of reasoning at most. Only for a model with marks of it."""
+        return BudgetedGrammar(grammar, self._spelled_marks, num_tokens, self.begins_in_reasoning(prompt_ids))
+
+    @cached_property
+    def _spelled_marks(self) -> SpelledMarks:
+        marks = self.chats.reasoning
+        assert marks is not None
+        tags = {
+            token_id: f"\udcff{tag}".encode(errors="surrogateescape")
+            for tag, token_id in self.chats.control_tags.items()
+        }
+
+        def spelled(mark: str) -> bytes:
+            token_id = self._special_ids.get(mark)
+            return mark.encode() if token_id is None else tags[token_id]
+
+        def bytes_of(token_id: int) -> bytes:
+            if token_id in self._bytes.special_ids:
+                return tags.get(token_id, b"")
+            return self._bytes.further(token_id)
+
+        control_id = self._special_ids.get(marks.end)
+        closing = self._backend.encode(marks.end, add_special_tokens=False).ids
+        return SpelledMarks(
+            spelled(marks.begin),
+            spelled(marks.end),
+            tuple(closing) if control_id is None else (control_id,),
+            continuations(self._bytes.of_byte),
+            bytes_of,
+        )
 
     def grammars(self, vocab_size: int, eos_token_ids: Set[int]) -> GrammarCompiler:
         """A compiler for structured output in this tokenizer's tokens.

@@ -11,6 +11,7 @@ from replicas.model.config import CheckpointError
 
 _BYTES: dict[str, int] = {char: byte for byte, char in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
 """The byte that each character stands for in byte-level tokenizers."""
+_CHARS = {byte: char for char, byte in _BYTES.items()}
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 """A single byte in a tokenizer of the SentencePiece kind, whose other pieces are text with ▁ for a space."""
 _DECODERS = frozenset({"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"})
@@ -59,6 +60,11 @@ class TokenBytes:
         if known is None:
             known = self._first[token_id] = self._find(token_id, ())
         return known
+
+    def of_byte(self, byte: int) -> int | None:
+        """The token that is this one byte, above the ASCII; None where there is none."""
+        piece = f"<0x{byte:02X}>" if not self._is_byte_level else _CHARS[byte]
+        return self._backend.token_to_id(piece)
 
     def _find(self, token_id: int, before: tuple[int, ...]) -> bytes:
         piece = self._backend.id_to_token(token_id)

@@ -91,6 +91,7 @@ def error_as_sent(error: TriadError, body: Completion) -> TriadError:
     """The error in the body's own names: a replica doesn't know which of two names a field had."""
     param = None if error.param is None else body.name_sent(error.param)
     message = re.sub(r"\bmax_tokens\b", body.limit_field, error.message)
+    message = re.sub(r"\bthinking_token_budget\b", body.budget_field, message)
     if (param, message) == (error.param, error.message):
         return error
     return TriadError(error.code, message, param)

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from replicas.messages import TemplateOptions
-from router.fields import Hint, NoList, Strict, Text, Unsupported, conflict
+from router.fields import Hint, NoList, PositiveCount, Strict, Text, Unsupported, conflict
 from router.tools import MAX_ID_LEN, FunctionCall, ToolCalls, calls_for_template
 
 MAX_MESSAGES = 4096
@@ -119,6 +119,21 @@ def _as_json(kwargs: dict[str, Any]) -> dict[str, Any]:
 TemplateKwargs = Annotated[dict[str, Any], AfterValidator(_as_json)]
 ReasoningEffort = Annotated[Text, Field(min_length=1, max_length=32)]
 
+
+class Thinking(Strict):
+    """Anthropic's word on whether a model reasons before it answers, and for how many tokens at most."""
+
+    type: Literal["enabled", "adaptive", "disabled"]
+    budget_tokens: PositiveCount | None = None
+    display: Literal["summarized"] | None = None
+
+    @model_validator(mode="after")
+    def _bounds_what_there_is(self) -> Self:
+        if self.type == "disabled" and self.budget_tokens is not None:
+            raise conflict("budget_tokens", "not with type 'disabled', where there is nothing to bound")
+        return self
+
+
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
@@ -129,6 +144,7 @@ class TemplateFields(Strict):
     continue_final_message: bool | None = None
     chat_template_kwargs: TemplateKwargs | None = None
     reasoning_effort: ReasoningEffort | None = None
+    thinking: Thinking | None = None
 
     @model_validator(mode="after")
     def _continues_or_begins(self) -> Self:
@@ -146,6 +162,8 @@ class TemplateFields(Strict):
             kwargs["reasoning_effort"] = self.reasoning_effort
             if self.reasoning_effort == "none":
                 kwargs["enable_thinking"] = False
+        if self.thinking is not None:
+            kwargs["enable_thinking"] = self.thinking.type != "disabled"
         kwargs |= self.chat_template_kwargs or {}
         continues = bool(self.continue_final_message)
         return TemplateOptions(

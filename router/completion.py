@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from replicas.answer_forms import GrammarFormat, GrammarKind, JsonFormat
+from replicas.answer_forms import GrammarFormat, GrammarKind, JsonFormat, ThinkingBudget
 from replicas.messages import NUM_SEEDS, DecodingOptions, SamplingParams, TemplateOptions
 from router.decoding import Decoding
 from router.fields import (
@@ -76,6 +76,7 @@ LogitBias = Annotated[
     Field(max_length=MAX_BIASES),
     at_most(MAX_BIASES),
 ]
+TokenBudget = Annotated[int, Field(ge=-1, le=MAX_INT32), INTEGRAL]
 Metadata = Annotated[dict[str, str], Field(max_length=MAX_METADATA), at_most(MAX_METADATA)]
 
 
@@ -115,6 +116,8 @@ class Completion(Prompted):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     bad_words: BadWords | None = None
+    thinking_token_budget: TokenBudget | None = None
+    """Tokens of reasoning at most; -1 bounds none."""
 
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), INTEGRAL] | None = None
     user: str | None = None
@@ -172,6 +175,11 @@ class Completion(Prompted):
         return self.max_tokens
 
     @property
+    def thinking_budget(self) -> ThinkingBudget | None:
+        budget = self.thinking_token_budget
+        return None if budget is None or budget < 0 else ThinkingBudget(budget)
+
+    @property
     def num_logprobs(self) -> int | None:
         """The alternatives to report with each token; None reports no log-probabilities."""
         raise NotImplementedError
@@ -198,6 +206,11 @@ class Completion(Prompted):
         """The name of the field that gives num_wanted."""
         return "max_tokens"
 
+    @property
+    def budget_field(self) -> str:
+        """The name of the field that gives thinking_budget."""
+        return "thinking_token_budget"
+
     def name_sent(self, param: str) -> str | None:
         """This body's name for a replica's param, as far down as the body has it; None if not at all."""
         head, *rest = param.split(".")
@@ -206,6 +219,8 @@ class Completion(Prompted):
             head = head.replace(name, self.prompt_field)
         elif name == "max_tokens":
             head = self.limit_field
+        elif name == "thinking_token_budget":
+            head, *rest = self.budget_field.split(".")
         elif name == "response_format" and self.form[0] != name:
             # The replica knows one name for all forms.
             head = self.form[0]
@@ -234,6 +249,7 @@ class Completion(Prompted):
             logprobs=self.num_logprobs,
             scores_prompt=self.echoes and self.num_logprobs is not None,
             response_format=self.form[1],
+            thinking_token_budget=self.thinking_budget,
         )
 
     def decoding_options(self) -> DecodingOptions:

@@ -8,7 +8,8 @@ from types import TracebackType
 from typing import Self
 
 from replicas.errors import ErrorCode, TriadError
-from replicas.messages import Accepted, Delta, Failed, Finished, FinishReason, GenerateRequest, joined
+from replicas.messages import Accepted, Delta, Failed, Finished, FinishReason, GenerateRequest
+from router.deltas import joined
 from router.dispatch import Dispatcher
 from router.inbox import Inbox
 from router.replica_connection import FAULTS, LastWord, ReplicaConnection, ReplicaLost

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import FailFast, Field, PlainValidator, model_validator
 
-from replicas.answer_forms import GrammarFormat, ToolUse
+from replicas.answer_forms import GrammarFormat, ThinkingBudget, ToolUse
 from replicas.messages import Prompt, SamplingParams
 from router.chat import Messages, TemplateFields
 from router.completion import MAX_CHOICES, Completion
@@ -72,6 +72,26 @@ class ChatCompletionRequest(TemplateFields, Completion):
         if self.tool_use() is not None and isinstance(form, GrammarFormat):
             raise conflict(field, "does not go with tools; leave one out")
         return self
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if self.thinking_token_budget is not None and self._asked_budget is not None:
+            raise conflict("thinking_token_budget", "does not go with thinking.budget_tokens; leave one out")
+        return self
+
+    @property
+    def _asked_budget(self) -> int | None:
+        return None if self.thinking is None else self.thinking.budget_tokens
+
+    @property
+    def thinking_budget(self) -> ThinkingBudget | None:
+        asked = self._asked_budget
+        # Clients of Anthropic's send it by habit, to models that do not reason too.
+        return super().thinking_budget if asked is None else ThinkingBudget(asked, needs_marks=False)
+
+    @property
+    def budget_field(self) -> str:
+        return super().budget_field if self._asked_budget is None else "thinking.budget_tokens"
 
     def tool_use(self) -> ToolUse | None:
         return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)

@@ -41,9 +41,9 @@ class Segment:
     history: Prefix = NO_TOKENS
     """The tokens before start and maybe some of token_ids, where the sampling has penalties and any row is
     wanted; else empty."""
-    allowed: tuple[bytes, ...] = ()
-    """For each wanted index that is causal a mask of what may be sampled (engine.grammar); empty for
-    anything."""
+    allowed: tuple[bytes | None, ...] = ()
+    """For each wanted index that is causal a mask of what may be sampled (engine.grammar), None for anything;
+    empty where all may be anything."""
 
     @property
     def is_causal(self) -> bool:

@@ -8,16 +8,23 @@ class GrammarFailed(Exception):
     """The grammar can't go on, as when it has become too complex; its sequence ends with an error."""
 
 
+def allows(mask: bytes | None, token_id: int) -> bool:
+    """True if a mask of Grammar.masks lets the token come."""
+    return mask is None or (token_id // 8 < len(mask) and bool(mask[token_id // 8] >> token_id % 8 & 1))
+
+
 class Grammar(Protocol):
-    """A grammar that follows one completion. Implementation: replicas.grammar."""
+    """A grammar that follows one completion. Implementations: replicas.grammar, and around it
+    replicas.tools.thinking_budget."""
 
     @property
     def is_complete(self) -> bool:
         """True if nothing but an end of text may follow what was accepted."""
         ...
 
-    def masks(self, draft: Sequence[int]) -> tuple[bytes, ...]:
-        """Masks of the tokens that may come next, then of those that may come after each token of the draft.
+    def masks(self, draft: Sequence[int]) -> tuple[bytes | None, ...]:
+        """Masks of the tokens that may come next, then of those that may come after each token of the draft;
+        None where any may.
 
         Ends before the first token of the draft that may not come, or where the rest would take too long, so
         there are 1 to len(draft) + 1.

@@ -96,7 +96,7 @@ class Scheduler:
         for sequence in [running for running in self._running if running in requests]:
             if sequence.status is not Status.RUNNING:
                 continue  # preempted for one before it, earlier in this loop
-            request, allowed = constrained(sequence, requests[sequence], self._spec.vocab_size)
+            request, allowed = constrained(sequence, requests[sequence])
             if sequence.failure is not None:
                 continue
             start = sequence.num_cached

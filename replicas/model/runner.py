@@ -295,7 +295,7 @@ def _failure(segment: Segment) -> str:
         "repetition_penalty": sampling.repetition_penalty != 1.0,
         "logit_bias": sampling.logit_bias,
         "min_tokens": sampling.min_tokens,
-        "tools" if sampling.tools is not None else "response_format": segment.allowed,
+        sampling.grammar_field: segment.allowed,
     }
     rules = ", ".join(name for name, acts in acting.items() if acts)
     if not rules:

@@ -36,6 +36,20 @@ class ChatForm:
         """The characters that stand for control tags in the text that a parser reads, by token id."""
         return {token_id: chr(FIRST_MARK + k) for k, token_id in enumerate(self.control_tags.values())}
 
+    def fitted(self, sampling: SamplingParams) -> SamplingParams:
+        """The sampling without a bound on reasoning that asks nothing of this model. TriadError where one
+        asks what the model does not do."""
+        budget = sampling.thinking_token_budget
+        if budget is None or self.reasoning is not None:
+            return sampling
+        if budget.needs_marks:
+            message = (
+                "this model has no marks of reasoning (its chat template shows none, or its configuration "
+                "has reasoning_parser=none), so there is no thinking to bound; leave it out"
+            )
+            raise TriadError(ErrorCode.INVALID_REQUEST, message, "thinking_token_budget")
+        return replace(sampling, thinking_token_budget=None)
+
     def check(self, sampling: SamplingParams) -> None:
         """Raises TriadError for what this model's formats don't allow."""
         if sampling.tools is None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from router.apis.translated import TranslatedRequest
-from router.chat import MAX_MESSAGES
+from router.chat import MAX_MESSAGES, Thinking
 from router.completion import Stops
 from router.fields import INTEGRAL, MAX_INT32, Hint, NoList, PositiveCount, Strict, Text, Unsupported, one_of
 from router.tools import MAX_ID_LEN, MAX_TOOLS
@@ -133,13 +133,6 @@ class ToolChoiceParam(Strict):
         return self.type
 
 
-class Thinking(Strict):
-    type: Literal["enabled", "adaptive", "disabled"]
-    budget_tokens: PositiveCount | None = None
-    """A target that Triad does not enforce: max_tokens bounds thinking and answer together."""
-    display: Literal["summarized"] | None = None
-
-
 class OutputFormat(Strict):
     type: Literal["json_schema"]
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
@@ -197,8 +190,7 @@ class Conversation(TranslatedRequest):
             schema = {"name": "output", "schema": output.format.schema_}
             found["response_format"] = {"type": "json_schema", "json_schema": schema}
         if self.thinking is not None:
-            thinks = {"enable_thinking": self.thinking.type != "disabled"}
-            found["chat_template_kwargs"] = thinks | (self.chat_template_kwargs or {})
+            found["thinking"] = self.thinking
         return found
 
     def _messages(self) -> list[tuple[dict[str, Any], str]]:

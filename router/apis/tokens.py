@@ -41,7 +41,7 @@ class TokenizeBody(TemplateFields, Prompted):
         if self.prompt is not None:
             if self.messages is not None:
                 raise conflict("messages", "does not go with prompt; leave one out")
-            for field in (*_OF_CHATS, "reasoning_effort"):
+            for field in (*_OF_CHATS, "reasoning_effort", "thinking"):
                 if getattr(self, field) is not None:
                     raise conflict(field, "only with messages")
         return self

@@ -10,7 +10,7 @@ from replicas.errors import TriadError
 from replicas.messages import NUM_SEEDS
 from router.answering import error_as_sent
 from router.chat import TemplateKwargs
-from router.completion import MAX_CACHE_SALT_LEN, MAX_PRIORITY, MAX_TIMEOUT_S
+from router.completion import MAX_CACHE_SALT_LEN, MAX_PRIORITY, MAX_TIMEOUT_S, TokenBudget
 from router.decoding import Decoding
 from router.errors import param_name
 from router.fields import INTEGRAL, Prompted, Text, conflict
@@ -30,6 +30,7 @@ class TranslatedRequest(Prompted):
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY), INTEGRAL] | None = None
     cache_salt: Annotated[Text, Field(min_length=1, max_length=MAX_CACHE_SALT_LEN)] | None = None
     chat_template_kwargs: TemplateKwargs | None = None
+    thinking_token_budget: TokenBudget | None = None
     _chat: ChatCompletionRequest = PrivateAttr()
 
     def fields_of_chat(self) -> Mapping[str, Any]:

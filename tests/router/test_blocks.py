@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replicas.messages import DecodingReport, Delta, Finished, FinishReason, ToolCallDelta, joined
+from replicas.messages import DecodingReport, Delta, Finished, FinishReason, ToolCallDelta
 from router.answer import Counts
 from router.api import create_app
 from router.apis.messages import MessageAnswer
 from router.apis.responses import ResponseAnswer
+from router.deltas import joined
 from tests.router.conftest import in_process, running
 from tests.router.fakes import MODEL, ScriptedReplica
 from tests.router.test_responses_api import events_of

@@ -7,6 +7,7 @@ from typing import Any
 import anthropic
 import pytest
 
+from replicas.answer_forms import ThinkingBudget
 from replicas.errors import ErrorCode
 from replicas.text import TextCodec
 from router.api import create_app
@@ -170,6 +171,7 @@ async def test_what_is_asked_reaches_the_replica(make_door) -> None:
     sampling = sent.sampling
     assert (sampling.stop, sampling.top_k, sampling.top_p, sampling.seed) == (("END",), 3, 0.5, 7)
     assert (sampling.tools.is_required, sampling.tools.is_parallel) == (True, False)
+    assert sampling.thinking_token_budget == ThinkingBudget(1024, needs_marks=False)
     assert json.loads(sent.template.kwargs) == {"enable_thinking": True}
 
 
@@ -194,6 +196,12 @@ async def test_what_is_asked_reaches_the_replica(make_door) -> None:
         ({"stop_sequences": ["x"] * 17}, "'stop_sequences'"),
         ({"top_k": -1}, "'top_k'"),
         ({"thinking": {"type": "always"}}, "'thinking.type'"),
+        ({"thinking": {"type": "disabled", "budget_tokens": 9}}, "'thinking.budget_tokens'"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 0}}, "'thinking.budget_tokens'"),
+        (
+            {"thinking": {"type": "enabled", "budget_tokens": 9}, "thinking_token_budget": 9},
+            "'thinking_token_budget'",
+        ),
         ({"decoding": {"mode": "ar", "block_length": 4}}, "'decoding"),
         ({"container": "x"}, "'container'"),
         ({"max_completion_tokens": 3}, "'max_completion_tokens'"),

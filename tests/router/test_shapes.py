@@ -87,6 +87,11 @@ def test_a_message_reaches_the_template(message, told):
             {"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}},
             TemplateOptions(kwargs='{"reasoning_effort": "none", "enable_thinking": true}'),
         ),
+        ({"thinking": {"type": "disabled"}}, TemplateOptions(kwargs='{"enable_thinking": false}')),
+        (
+            {"thinking": {"type": "enabled"}, "chat_template_kwargs": {"enable_thinking": False}},
+            TemplateOptions(kwargs='{"enable_thinking": false}'),
+        ),
     ],
 )
 def test_what_is_said_of_the_template_reaches_it(body, options):
@@ -106,6 +111,13 @@ def test_what_is_said_of_the_template_reaches_it(body, options):
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
         ({"cache_salt": ""}, "cache_salt"),
+        ({"thinking_token_budget": -2}, "thinking_token_budget"),
+        ({"thinking_token_budget": True}, "thinking_token_budget"),
+        ({"thinking": {"type": "disabled", "budget_tokens": 5}}, "thinking.budget_tokens"),
+        (
+            {"thinking": {"type": "enabled", "budget_tokens": 5}, "thinking_token_budget": 5},
+            "thinking_token_budget",
+        ),
         ({"stream_interval": 1}, "stream_interval"),
         ({"stream_interval": 0, "stream": True}, "stream_interval"),
         ({"skip_special_tokens": "no"}, "skip_special_tokens"),

@@ -8,6 +8,7 @@ import pytest
 from tokenizers import AddedToken
 
 from replicas.engine.batch import ScheduledBatch, SegmentOutput
+from replicas.engine.grammar import allows
 from replicas.text import TextCodec
 from router.api import create_app
 from tests.replicas.codec import tiny_tokenizer
@@ -22,6 +23,7 @@ MISTRAL = (
     "{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}"
     "{% if tools %}{{ tools | tojson }}{% endif %}{# [TOOL_CALLS] [ARGS] [THINK] [/THINK] #}"
 )
+THINKS = {"type": "enabled"}
 CONTROL = ("[TOOL_CALLS]", "[ARGS]", "[THINK]", "[/THINK]")
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 
@@ -43,12 +45,26 @@ class ToldRunner(ScriptedRunner):
                 place = segment.start + index - begin - (index >= segment.num_causal)
                 tokens.append(self._ids[place] if place < len(self._ids) else EOS)
             if segment.num_causal:
-                for token, mask in zip(tokens, segment.allowed, strict=False):
-                    assert int.from_bytes(mask, "little") >> token & 1, "the grammar forbids what it is told"
+                for place, mask in enumerate(segment.allowed):
+                    tokens[place] = self.choice(tokens[place], mask)
             else:
                 tokens = [t if k % 3 else 3 + k for k, t in enumerate(tokens)]
             outputs.append(SegmentOutput(tuple(tokens), (1.0,) * len(tokens)))
         return outputs
+
+    def choice(self, token: int, mask: bytes | None) -> int:
+        assert allows(mask, token), "the grammar forbids what it is told"
+        return token
+
+
+class ObedientRunner(ToldRunner):
+    """Says in the place of a token that may not come the first that may."""
+
+    def choice(self, token: int, mask: bytes | None) -> int:
+        if mask is None or allows(mask, token):
+            return token
+        bits = int.from_bytes(mask, "little")
+        return (bits & -bits).bit_length() - 1
 
 
 def codec_of(template: str, **parsers: str) -> TextCodec:
@@ -81,11 +97,13 @@ def put_together(lines: list[str]) -> dict[str, Any]:
     return made
 
 
-async def answers(codec: TextCodec, said: str, **more: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+async def answers(
+    codec: TextCodec, said: str, runner: type[ToldRunner] = ToldRunner, **more: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The answer, not streamed and streamed."""
     ids = codec._backend.encode(said, add_special_tokens=False).ids
     body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "temperature": 0} | more
-    async with a_stack([ToldRunner(ids)], codec=codec) as stack:
+    async with a_stack([runner(ids)], codec=codec) as stack:
         app = create_app(stack.door)
         async with in_process(app) as client:
             whole = await client.post("/v1/chat/completions", json=body)
@@ -213,3 +231,89 @@ async def test_tools_go_with_no_form_but_response_format() -> None:
             refused = await client.post("/v1/chat/completions", json=body | {field: value})
             assert refused.status_code == 400
             assert refused.json()["error"]["param"] == field
+
+
+@pytest.mark.parametrize("mode", ["ar", "self_speculation", "auto"])
+@pytest.mark.parametrize(
+    "budget", [{"thinking_token_budget": 5}, {"thinking": THINKS | {"budget_tokens": 5}}]
+)
+async def test_reasoning_ends_at_its_budget(mode: str, budget: dict[str, Any]) -> None:
+    said = "y" * 13 + "And so: 1 < 2."  # of which the mark takes the place of eight
+    whole, streamed = await answers(
+        codec_of(THINKING), said, ObedientRunner, decoding={"mode": mode}, **budget
+    )
+    message = whole["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("yyyyy", "And so: 1 < 2.")
+    assert whole["usage"]["completion_tokens_details"] == {"reasoning_tokens": 5 + len("</think>")}
+    assert (streamed["reasoning_content"], streamed["content"]) == ("yyyyy", "And so: 1 < 2.")
+
+
+@pytest.mark.parametrize("mode", ["ar", "self_speculation"])
+async def test_a_budget_of_nothing_closes_at_once_before_a_call(mode: str) -> None:
+    whole, streamed = await answers(
+        codec_of(MISTRAL),
+        "[THINK]" + "Hm. " * 20,
+        ObedientRunner,
+        thinking_token_budget=0,
+        tools=[TOOL],
+        tool_choice="required",
+        decoding={"mode": mode},
+    )
+    message = whole["choices"][0]["message"]
+    assert message.get("reasoning_content") is None
+    assert message["tool_calls"][0]["function"]["name"] == "f"
+    assert whole["usage"]["completion_tokens_details"] == {"reasoning_tokens": 2}
+    assert streamed["calls"][0][0] == "f"
+
+
+async def test_a_budget_that_is_not_used_up_changes_nothing() -> None:
+    for budget in (-1, 12, 100):
+        whole, _ = await answers(codec_of(THINKING), "Well, 1 < 2.</think>Yes", thinking_token_budget=budget)
+        message = whole["choices"][0]["message"]
+        assert (message["reasoning_content"], message["content"]) == ("Well, 1 < 2.", "Yes")
+
+
+async def test_a_text_completion_that_goes_on_in_reasoning_is_bounded_too() -> None:
+    codec = codec_of(MISTRAL)
+    ids = codec._backend.encode("y" * 30, add_special_tokens=False).ids
+    prompts = [codec._backend.encode(text, add_special_tokens=False).ids for text in ("a[THINK]", "a")]
+    body = {"model": MODEL, "prompt": prompts, "temperature": 0, "max_tokens": 12, "return_token_ids": True}
+    async with a_stack([ObedientRunner(ids)], codec=codec) as stack:
+        async with in_process(create_app(stack.door)) as client:
+            answer = await client.post("/v1/completions", json=body | {"thinking_token_budget": 3})
+        await stack.settled()
+    bounded, free = (choice["token_ids"] for choice in answer.json()["choices"])
+    assert bounded == [*ids[:3], codec._special_ids["[/THINK]"], *ids[4:12]]
+    assert free == ids[:12]
+
+
+async def test_a_model_that_does_not_reason_takes_anthropics_budget_and_refuses_vllms() -> None:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
+    habitual = {"thinking": THINKS | {"budget_tokens": 5}, "decoding": {"mode": "diffusion"}}
+    async with a_stack(codec=codec_of(PLAIN)) as stack, in_process(create_app(stack.door)) as client:
+        for path in ("/v1/chat/completions", "/v1/messages"):
+            assert (await client.post(path, json=body | habitual)).status_code == 200
+        refused = await client.post("/v1/chat/completions", json=body | {"thinking_token_budget": 5})
+        await stack.settled()
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"]) == (400, "thinking_token_budget")
+    assert "no marks of reasoning" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "says"),
+    [
+        ("chat/completions", {"thinking_token_budget": 5}, "thinking_token_budget"),
+        ("chat/completions", {"thinking": THINKS | {"budget_tokens": 5}}, "thinking.budget_tokens"),
+        ("messages", {"thinking": THINKS | {"budget_tokens": 5}}, "thinking.budget_tokens"),
+        ("responses", {"thinking_token_budget": 5}, "thinking_token_budget"),
+    ],
+)
+async def test_diffusion_does_not_go_with_a_budget(path: str, more: dict[str, Any], says: str) -> None:
+    prompt: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
+    body = {"input": "Hi"} if path == "responses" else prompt
+    body = body | {"model": MODEL, "decoding": {"mode": "diffusion"}} | more
+    async with a_stack(codec=codec_of(THINKING)) as stack, in_process(create_app(stack.door)) as client:
+        refused = await client.post(f"/v1/{path}", json=body)
+    assert refused.status_code == 400
+    assert f"{says} has no meaning in diffusion" in refused.json()["error"]["message"]

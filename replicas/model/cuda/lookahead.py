@@ -33,7 +33,7 @@ def guess(segments: Sequence[Segment], first_outputs: Sequence[int], page_size: 
     following = []
     for segment in segments:
         sampling = segment.sampling
-        if sampling.has_penalties or sampling.needs_grammar or not segment.wanted:
+        if sampling.has_penalties or sampling.has_masks or not segment.wanted:
             return None  # what may come next, and with what penalty, is the host's to say
         start = segment.start + 1
         if len(segment.token_ids) > 1 or not segment.is_causal or start >= len(segment.pages) * page_size:

@@ -93,8 +93,10 @@ class ScriptedRunner:
         return outputs
 
 
-def nearest(token: int, allowed: bytes) -> int:
+def nearest(token: int, allowed: bytes | None) -> int:
     """The choice, or where the mask does not have it the next token after it that it has."""
+    if allowed is None:
+        return token
     mask = int.from_bytes(allowed, "little")
     return next(other % VOCAB for other in range(token, token + VOCAB) if mask >> other % VOCAB & 1)
 
@@ -113,7 +115,7 @@ class ScriptedGrammar(Grammar):
     def is_complete(self) -> bool:
         return len(self._accepted) >= self._num_tokens
 
-    def masks(self, draft: Seq[int]) -> tuple[bytes, ...]:
+    def masks(self, draft: Seq[int]) -> tuple[bytes | None, ...]:
         masks = [self._mask(self._accepted)]
         for count, token in enumerate(draft, start=1):
             may_come = int.from_bytes(masks[-1], "little") >> token & 1

@@ -7,11 +7,13 @@ from hypothesis import strategies as st
 
 from policies.cost import StepCost
 from policies.modes import DecodePlan, Mode
-from replicas.answer_forms import JsonFormat
+from replicas.answer_forms import JsonFormat, ThinkingBudget
 from replicas.config import EngineConfig
 from replicas.engine.engine import Engine
+from replicas.engine.grammar import Grammar
 from replicas.engine.sequence import Progress, Sequence
 from replicas.messages import DecodingOptions, SamplingParams
+from replicas.tools.thinking_budget import BudgetedGrammar, SpelledMarks
 from tests.replicas.engine.scripted import (
     PINNED,
     ScriptedGrammar,
@@ -28,6 +30,11 @@ CONSTRAINED = {
     "auto with a grammar": DecodingOptions(),
     "speculation with a grammar": DecodingOptions(Mode.SELF_SPECULATION, block_length=7),
 }
+BUDGETED = {
+    "auto with a budget": DecodingOptions(),
+    "speculation with a budget": DecodingOptions(Mode.SELF_SPECULATION, block_length=7),
+}
+MARKS = SpelledMarks(b"\n", bytes((10, 23, 37)), (10, 23, 37), b"", lambda token: bytes((token,)))
 COSTS = (
     StepCost((1, 512), (10.0, 10.001)),
     StepCost((1, 512), (0.1, 51.2)),
@@ -65,15 +72,21 @@ class Crowd:
         shared = rng.choice(self.prefixes)[: rng.randint(0, 30)]
         prompt = shared + [rng.randint(3, 60) for _ in range(rng.randint(1, 20))]
         max_tokens = rng.randint(1, MAX_CONTEXT - len(prompt))
-        kind = rng.choice([*PINNED, *CONSTRAINED])
-        decoding = PINNED[kind] if kind in PINNED else CONSTRAINED[kind]
+        kind = rng.choice([*PINNED, *CONSTRAINED, *BUDGETED])
+        decoding = (PINNED | CONSTRAINED | BUDGETED)[kind]
         priority = rng.choice((0, 0, -1, 5))
         for choice in range(rng.choice((1, 1, 1, 4))):
             name = f"{kind}-{number}-{choice}"
-            grammar = None
+            grammar: Grammar | None = None
             sampling = SamplingParams(max_tokens=max_tokens, seed=choice)
             if kind in PINNED:
                 self.wanted[name] = expected(kind, prompt, max_tokens, MAX_CONTEXT, self.overlaps_blocks)
+            elif kind in BUDGETED:
+                budget, begins = rng.randint(0, 20), rng.random() < 0.8
+                grammar, naive = (BudgetedGrammar(None, MARKS, budget, begins) for _ in range(2))
+                self.wanted[name] = naive_ar(prompt, max_tokens, grammar=naive)
+                bound = ThinkingBudget(budget)
+                sampling = SamplingParams(max_tokens=max_tokens, seed=choice, thinking_token_budget=bound)
             else:
                 num_tokens = rng.randint(1, 40)
                 grammar = ScriptedGrammar(num_tokens)
@@ -150,4 +163,7 @@ def test_crowds_meet_what_they_are_for() -> None:
     assert sum(sequence.num_reused for sequence in sequences) > 100
     assert sum(sequence.num_switches for sequence in sequences) > 50
     assert sum(sequence.tokens_by_mode[Mode.SELF_SPECULATION] for sequence in constrained) > 100
+    budgeted = [sequence for sequence in constrained if sequence.sampling.thinking_token_budget is not None]
+    ends = [bytes(sequence.tokens[sequence.num_prompt_tokens :]).find(MARKS.end) for sequence in budgeted]
+    assert sum(end >= 0 for end in ends) > 10
     assert any(sequence.grammar.is_complete for sequence in constrained if sequence.grammar is not None)

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from replicas.messages import Delta, joined
+from replicas.messages import Delta
 from replicas.model.config import CheckpointError
 from replicas.text_stream import FIRST_MARK
 from replicas.tools.families import FORMATS, format_of
 from replicas.tools.output import OutputParser
 from replicas.tools.reasoning import MARKS
+from router.deltas import joined
 
 NAMES = ("f", "get_weather")
 TAGS = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_tag|>")

@@ -12,11 +12,12 @@ from replicas.answer_forms import JsonFormat, Tool
 from replicas.errors import TriadError
 from replicas.grammar import JsonGrammar, compile_schema
 from replicas.json_schema import SchemaRefused
-from replicas.messages import Delta, joined
+from replicas.messages import Delta
 from replicas.tools.families import FORMATS
 from replicas.tools.grammar import AnswerGrammar
 from replicas.tools.output import OutputParser
 from replicas.tools.reasoning import MARKS
+from router.deltas import joined
 from tests.replicas.test_grammar import CODEC, EOS, compiler, text_of, tokens_in
 from tests.replicas.tools.schemas import pydantic_model, zod_schema
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from policies.modes import DecodePlan, Mode
-from replicas.answer_forms import JsonFormat
+from replicas.answer_forms import JsonFormat, ThinkingBudget
 from replicas.engine.batch import Runner, Segment
 from replicas.engine.engine import Engine
 from replicas.engine.history import NO_TOKENS, Prefix
@@ -51,6 +51,7 @@ NOT_SAMPLINGS = {
     "shows_special_tokens",
     "ignore_eos",
     "tools",
+    "thinking_token_budget",
     "scores_prompt",
 }
 """Fields that act on the text, or by what the engine makes of them: a mask, rows wanted of a prompt."""
@@ -119,7 +120,11 @@ def test_a_mask_makes_a_segment_the_samplers() -> None:
     assert tokens[0] in (30, 41)
 
 
-@pytest.mark.parametrize("given", [{"response_format": JSON}, {"presence_penalty": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "given",
+    [{"response_format": JSON}, {"presence_penalty": 1.0}, {"thinking_token_budget": ThinkingBudget(9)}],
+    ids=str,
+)
 def test_nothing_is_guessed_of_what_the_host_must_say(given: dict[str, object]) -> None:
     for part in some_segments(SamplingParams(**given)):
         assert guess([part], [0], 8) is None
