@@ -17,7 +17,13 @@ from replicas.grammar_compiler import GrammarCompiler
 from replicas.messages import GenerateRequest, Message, Prompt
 from replicas.request_state import is_chat
 from replicas.text import TextCodec
-from replicas.token_messages import DetokenizeRequest, Tokenized, TokenRequest
+from replicas.token_messages import (
+    DescribeTokenizer,
+    DetokenizeRequest,
+    Tokenized,
+    TokenizeRequest,
+    TokenRequest,
+)
 from replicas.tools.output import OutputParser
 
 T = TypeVar("T")
@@ -112,12 +118,17 @@ class Preparation:
         return under_way.task.result()
 
     async def tokens(self, request: TokenRequest) -> Tokenized | str:
-        """Tokenizes, or detokenizes. TriadError says what is wrong, or that there is too much to do."""
+        """Tokenizes, detokenizes, or describes the tokenizer. TriadError says what is wrong, or that there is
+        too much to do."""
         if self._is_closed:
             raise TriadError(ErrorCode.UNAVAILABLE, "the replica is shutting down")
-        num_chars = _num_chars(
-            request.token_ids if isinstance(request, DetokenizeRequest) else request.prompt
-        )
+        match request:
+            case DescribeTokenizer():
+                return self._codec.description()
+            case DetokenizeRequest():
+                num_chars = len(request.token_ids)
+            case TokenizeRequest():
+                num_chars = _num_chars(request.prompt)
         if num_chars <= MAX_INLINE_CHARS:
             return answer(self._codec, request)
         if self._num_tokenizing >= self._max_requests:
@@ -221,7 +232,7 @@ class Preparation:
         return [self._grammars.compile(wanted) for _ in range(count)]
 
 
-def answer(codec: TextCodec, request: TokenRequest) -> Tokenized | str:
+def answer(codec: TextCodec, request: TokenizeRequest | DetokenizeRequest) -> Tokenized | str:
     """Does what a request about tokens asks. TriadError as of TextCodec.encode."""
     if isinstance(request, DetokenizeRequest):
         return codec.decode(request.token_ids)

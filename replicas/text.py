@@ -70,6 +70,7 @@ class TextCodec:
         tool_parser: str = "auto",
         reasoning_parser: str = "auto",
     ):
+        self._tokenizer = tokenizer
         self._backend: Tokenizer = tokenizer.backend_tokenizer
         raw = json.loads(self._backend.to_str())
         self._bytes = TokenBytes(self._backend, raw["decoder"])
@@ -136,6 +137,23 @@ class TextCodec:
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, with the names of control tokens."""
         return str(self._backend.decode(list(token_ids), skip_special_tokens=False))
+
+    def description(self) -> str:
+        """What the tokenizer is, in the words of a tokenizer_config.json: a JSON object."""
+        named = {
+            name: str(token)
+            for name, token in self._tokenizer.special_tokens_map.items()
+            if isinstance(token, str)
+        }
+        return json.dumps(
+            {
+                "tokenizer_class": type(self._tokenizer).__name__,
+                "vocab_size": len(self._tokenizer),
+                **named,
+                "additional_special_tokens": sorted(self._special_ids.keys() - named.values()),
+                "chat_template": self._prompts.template,
+            }
+        )
 
     def begins_in_reasoning(self, prompt_ids: list[int]) -> bool:
         """True if a chat's prompt ends with the mark of reasoning's beginning, as some templates write it."""

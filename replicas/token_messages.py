@@ -45,6 +45,11 @@ class Refused:
     param: str | None = None
 
 
-TokenRequest = TokenizeRequest | DetokenizeRequest
+@dataclass(frozen=True, slots=True)
+class DescribeTokenizer:
+    """The order for what the tokenizer is, as JSON text."""
+
+
+TokenRequest = TokenizeRequest | DetokenizeRequest | DescribeTokenizer
 TokenAnswer = Tokenized | str | Refused
-"""What answers a TokenizeRequest, what a DetokenizeRequest, and what either."""
+"""What answers a TokenizeRequest, what the others, and what any."""

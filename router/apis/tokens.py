@@ -1,6 +1,7 @@
-"""vLLM's routes about tokens: `/tokenize` and `/detokenize`, which a replica answers, since it has the
-tokenizer."""
+"""vLLM's routes about tokens: `/tokenize`, `/detokenize` and `/tokenizer_info`, which a replica answers,
+since it has the tokenizer."""
 
+import json
 from typing import Annotated, Any, Self
 
 from fastapi import FastAPI
@@ -10,7 +11,7 @@ from starlette.responses import Response
 from replicas.answer_forms import ToolUse
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import ModelInfo, Prompt
-from replicas.token_messages import DetokenizeRequest, Tokenized, TokenizeRequest
+from replicas.token_messages import DescribeTokenizer, DetokenizeRequest, Tokenized, TokenizeRequest
 from router.app_state import AppState
 from router.chat import Messages, TemplateFields
 from router.errors import json_response
@@ -105,6 +106,13 @@ def add_token_routes(app: FastAPI, app_state: AppState) -> None:
             message = f"A token id is at most {most} for this model."
             raise TriadError(ErrorCode.INVALID_REQUEST, message, "tokens")
         return json_response({"prompt": await app_state.dispatcher.tokens(DetokenizeRequest(body.tokens))})
+
+    @app.get("/tokenizer_info", response_class=Response, responses=TOKENS_RESPONSES)
+    async def tokenizer_info() -> Response:
+        described = await app_state.dispatcher.tokens(DescribeTokenizer())
+        assert isinstance(described, str)
+        most = {"model_max_length": _model(app_state).max_context}
+        return json_response(json.loads(described) | most)
 
 
 def _model(app_state: AppState) -> ModelInfo:

@@ -83,6 +83,20 @@ async def test_what_is_wrong_is_named(make_door, path: str, body: dict, param: s
         error_of(await client.post(path, json={"prompt": "x", "tokens": [1]} | {"model": "gpt"}), 400)
 
 
+async def test_the_tokenizer_is_described(make_door, runner, codec: TextCodec) -> None:
+    async with a_stack([runner], codec=codec) as stack, in_process(create_app(stack.door)) as client:
+        told = (await client.get("/tokenizer_info")).json()
+        assert told["tokenizer_class"]
+        assert told["model_max_length"] == stack.replicas[0].engine.spec.max_context
+        assert told["vocab_size"] == len(codec._tokenizer)
+        assert told["chat_template"] == codec._tokenizer.chat_template
+        names = {told[name] for name in ("bos_token", "eos_token", "pad_token") if name in told}
+        assert "eos_token" in told
+        assert names | set(told["additional_special_tokens"]) <= set(codec._special_ids)
+    async with in_process(create_app(await make_door())) as client:
+        error_of(await client.get("/tokenizer_info"), 503)
+
+
 async def test_another_replica_answers_for_one_that_is_lost(make_door) -> None:
     lost, busy, well = ScriptedReplica("a"), ScriptedReplica("b"), ScriptedReplica("c")
     busy.refusal = ErrorCode.QUEUE_FULL, "too many"
