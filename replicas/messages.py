@@ -197,6 +197,8 @@ class GenerateRequest:
     truncate_prompt_tokens: int | None = None
     """The last so many tokens of each prompt are taken; -1: as many as leave room for max_tokens, or for one
     token where it is None."""
+    drops_turns: bool = False
+    """If true, a chat that is longer than the context loses its first turns (replicas.truncation)."""
     tokens_per_delta: int | None = None
     """The tokens of a choice from one Delta to the next, after a first Delta of one token; None leaves it to
     the steps."""

@@ -25,6 +25,7 @@ from replicas.token_messages import (
     TokenRequest,
 )
 from replicas.tools.output import OutputParser
+from replicas.truncation import without_first_turns
 
 T = TypeVar("T")
 
@@ -198,9 +199,18 @@ class Preparation:
     def _encode(self, request: GenerateRequest) -> list[list[int]]:
         tools, most = request.sampling.tools, request.truncate_prompt_tokens
         max_tokens = self._max_context if most is None else None
-        prompts = [
-            self._codec.encode(prompt, max_tokens, request.template, tools) for prompt in request.prompts
-        ]
+
+        def encode(prompt: Prompt) -> list[int]:
+            return self._codec.encode(prompt, max_tokens, request.template, tools)
+
+        if request.drops_turns:
+            (prompt,) = request.prompts
+            messages = [item for item in prompt if not isinstance(item, int | str)]
+            num_wanted = request.sampling.max_tokens
+            return [
+                without_first_turns(messages, lambda chat: encode(tuple(chat)), self._max_context, num_wanted)
+            ]
+        prompts = [encode(prompt) for prompt in request.prompts]
         if most is None:
             return prompts
         if most < 0:

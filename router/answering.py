@@ -81,6 +81,7 @@ def _request(
         cache_salt=_cache_salt(app_state, key, body.cache_salt),
         template=body.template,
         truncate_prompt_tokens=body.truncate_prompt_tokens,
+        drops_turns=body.drops_turns,
         tokens_per_delta=body.stream_interval,
         return_token_ids=bool(body.return_token_ids),
         echo=body.echoes,

@@ -185,6 +185,11 @@ class Completion(Prompted):
         raise NotImplementedError
 
     @property
+    def drops_turns(self) -> bool:
+        """True if a chat that is too long loses its first turns."""
+        return False
+
+    @property
     def echoes(self) -> bool:
         """True if the answer begins with the prompt."""
         return False

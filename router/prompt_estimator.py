@@ -58,7 +58,7 @@ class PromptEstimator:
 def check_fits(request: GenerateRequest, model: ModelInfo) -> None:
     """Raises TriadError for a prompt that is longer than the context whatever its tokens are, so that no
     replica reads it only to refuse it."""
-    if request.truncate_prompt_tokens is not None:
+    if request.truncate_prompt_tokens is not None or request.drops_turns:
         return
     for prompt in request.prompts:
         if isinstance(prompt, str):

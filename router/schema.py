@@ -6,7 +6,7 @@ otherwise an error that names it. OpenAI's hints are taken without effect; docs/
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import FailFast, Field, PlainValidator, model_validator
 
@@ -47,6 +47,8 @@ class ChatCompletionRequest(TemplateFields, Completion):
     parallel_tool_calls: bool | None = None
     functions: Annotated[Any, Replaced("tools", [])] = None
     function_call: Annotated[Any, Replaced("tool_choice", "none")] = None
+    truncation: Literal["auto", "disabled"] | None = None
+    """`auto`: a chat that is longer than the context loses its first turns, as in OpenAI's Responses."""
     modalities: Annotated[Any, Neutral(["text"])] = None
     audio: Unsupported = None
     prediction: Hint = None
@@ -72,6 +74,16 @@ class ChatCompletionRequest(TemplateFields, Completion):
         if self.tool_use() is not None and isinstance(form, GrammarFormat):
             raise conflict(field, "does not go with tools; leave one out")
         return self
+
+    @model_validator(mode="after")
+    def _one_truncation(self) -> Self:
+        if self.drops_turns and self.truncate_prompt_tokens is not None:
+            raise conflict("truncation", "does not go with truncate_prompt_tokens; leave one out")
+        return self
+
+    @property
+    def drops_turns(self) -> bool:
+        return self.truncation == "auto"
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:

@@ -185,7 +185,7 @@ def _asked(body: ResponsesRequest) -> dict[str, Any]:
         "store": False,
         "previous_response_id": None,
         "background": False,
-        "truncation": "disabled",
+        "truncation": body.truncation or "disabled",
     } | tier
 
 

@@ -261,7 +261,7 @@ class ResponsesRequest(TranslatedRequest):
     include: list[Literal["reasoning.encrypted_content"]] | None = None
     """No reasoning is encrypted, as none is kept here: it is in the answer as it is."""
     top_logprobs: Annotated[Any, Neutral(0)] = None
-    truncation: Annotated[Any, Neutral("disabled")] = None
+    truncation: Literal["auto", "disabled"] | None = None
     prompt: Unsupported = None
     context_management: NoList = None
     max_tool_calls: Hint = None
@@ -274,7 +274,7 @@ class ResponsesRequest(TranslatedRequest):
 
     def fields_of_chat(self) -> Mapping[str, Any]:
         found: dict[str, Any] = {"messages": [message for message, _ in self._messages()]}
-        same = ("temperature", "top_p", "parallel_tool_calls", "stream")
+        same = ("temperature", "top_p", "parallel_tool_calls", "stream", "truncation")
         found |= {name: value for name in same if (value := getattr(self, name)) is not None}
         if self.max_output_tokens is not None:
             found["max_completion_tokens"] = self.max_output_tokens

@@ -208,7 +208,7 @@ async def test_what_is_asked_reaches_the_replica(make_door) -> None:
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"background": True}, "background"),
-        ({"truncation": "auto"}, "truncation"),
+        ({"truncation": "last"}, "truncation"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"include": ["message.output_text.logprobs"]}, "include[0]"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
@@ -272,3 +272,36 @@ async def test_a_client_that_goes_is_noticed(make_door) -> None:
         replica.step(request_id)
         await (await asking).close()
         await eventually(lambda: replica.cancelled == [request_id])
+
+
+@pytest.mark.parametrize("length", [20, 400, 40_000])
+async def test_a_conversation_too_long_loses_its_first_turns(runner, codec: TextCodec, length: int) -> None:
+    turns = [
+        {"role": role, "content": f"{role} {number} " + "x" * length}
+        for number in range(9)
+        for role in ("user", "assistant")
+    ]
+    last = {"role": "user", "content": "So?"}
+    body = {"model": MODEL, "instructions": "Be brief.", "max_output_tokens": 5, "input": [*turns, last]}
+    async with a_stack([runner], codec=codec) as stack, in_process(create_app(stack.door)) as client:
+        refused = await client.post("/v1/responses", json=body)
+        answer = await client.post("/v1/responses", json=body | {"truncation": "auto"})
+        assert answer.status_code == 200, answer.text
+        told = answer.json()
+        assert told["truncation"] == "auto"
+        max_context = stack.replicas[0].engine.spec.max_context
+        assert told["usage"]["input_tokens"] + 5 <= max_context
+        if length == 20:
+            assert told["usage"]["input_tokens"] == refused.json()["usage"]["input_tokens"]
+        else:
+            assert error_of(refused, 400)["code"] == "context_length_exceeded"
+        chat = [{"role": "system", "content": "Be brief."}, *turns, last]
+        asked = {"messages": chat, "model": MODEL, "max_tokens": 5, "truncation": "auto"}
+        same = await client.post("/v1/chat/completions", json=asked)
+        assert same.json()["usage"]["prompt_tokens"] == told["usage"]["input_tokens"]
+        alone = {"input": "x" * 40_000, "model": MODEL, "truncation": "auto"}
+        error = error_of(await client.post("/v1/responses", json=alone), 400)
+        assert error["code"] == "context_length_exceeded"
+        both = asked | {"truncate_prompt_tokens": 9}
+        assert error_of(await client.post("/v1/chat/completions", json=both), 400)["param"] == "truncation"
+        await stack.settled()
