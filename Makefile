@@ -29,6 +29,7 @@ REPORT    ?= .run/loadtest
 
 # Environments of clients, which want other releases than the server does, and than each other.
 CLIENTS   := .venv-clients
+CLIENT_SUITES := openai3 openai2 openai1 agents kernel
 MODULES   := tests/clients/node/node_modules
 
 .PHONY: serve test test-browser test-clients test-gpu check-gpu lint format bench loadtest bench-floor bench-overhead bench-memory bench-peer bench-gpu bench-policy bench-door soak fuzz evaluate train model pack-smollm2 train-smollm2 clean help
@@ -85,7 +86,7 @@ $(CLIENTS)/%/.ready: tests/clients/%.txt
 $(MODULES)/.ready: tests/clients/node/package-lock.json
 	@if command -v npm >/dev/null; then npm ci --prefix tests/clients/node --no-audit --no-fund --silent && touch $@; fi
 
-test-clients: $(READY) $(CLIENTS)/openai3/.ready $(CLIENTS)/openai2/.ready $(MODULES)/.ready ## other projects' clients against a real server; ARGS="node"
+test-clients: $(READY) $(CLIENT_SUITES:%=$(CLIENTS)/%/.ready) $(MODULES)/.ready ## other projects' clients against a real server; ARGS="node"
 	@$(BIN)/python -m tests.clients $(ARGS)
 
 # The compilers come with Triton: this needs no GPU.

@@ -25,6 +25,19 @@ URL = "TRIAD_CLIENTS_URL"
 SUITES = {
     "openai3": ("openai", "anthropic", "litellm", "langchain", "pydantic_ai", "openai_agents", "lm_eval"),
     "openai2": ("openai", "instructor", "llama_index"),
+    "openai1": ("aisuite",),
+    "agents": (
+        "autogen",
+        "ag2",
+        "haystack",
+        "outlines",
+        "smolagents",
+        "dspy",
+        "llm",
+        "inspect",
+        "litellm_proxy",
+    ),
+    "kernel": ("semantic_kernel",),
 }
 """Of each environment for Python, `tests/clients/<name>.txt`, the files of tests."""
 

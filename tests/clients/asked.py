@@ -50,3 +50,12 @@ def get_weather(unit: Literal["C", "F"], days: int) -> str:
         days: how many
     """
     return f"{days} days of rain at 7 {unit}"
+
+
+def get_forecast(is_metric: bool) -> str:
+    """Get the forecast.
+
+    Args:
+        is_metric: in C rather than F
+    """
+    return f"rain at 7 {'C' if is_metric else 'F'}"
