@@ -29,7 +29,7 @@ REPORT    ?= .run/loadtest
 
 # Environments of clients, which want other releases than the server does, and than each other.
 CLIENTS   := .venv-clients
-CLIENT_SUITES := openai3 openai2 openai1 agents kernel
+CLIENT_SUITES := $(patsubst tests/clients/%.txt,%,$(wildcard tests/clients/*.txt))
 MODULES   := tests/clients/node/node_modules
 
 .PHONY: serve test test-browser test-clients test-gpu check-gpu lint format bench loadtest bench-floor bench-overhead bench-memory bench-peer bench-gpu bench-policy bench-door soak fuzz evaluate train model pack-smollm2 train-smollm2 clean help
