@@ -95,4 +95,4 @@ def test_a_forced_call_validates_and_is_the_same_in_every_lossless_mode(
         if model is not None:
             TypeAdapter(model).validate_json(text)
     print(f"{maker}: {num_whole} of {count} calls whole")
-    assert num_whole > 0.8 * count
+    assert num_whole > 0.6 * count
