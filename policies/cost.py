@@ -57,8 +57,8 @@ class RoundStats(NamedTuple):
     rows: int
     """Query tokens in these forwards."""
     is_clients: bool = False
-    """True if the request itself set the plan's parameters or bounded its forwards: no policy may choose
-    such a plan."""
+    """True if the request itself set the plan's parameters or bounded its forwards, or has diffusion in a
+    form, under penalties or with log-probabilities: no policy may choose such a plan."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
+from typing import TypeVar
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -28,6 +29,7 @@ _LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 _STATE = re.compile(r"<state>|<backtrace>|<non-verbose/>|\n\s*\d+ \| ")
 """What follows an error's own text: the parser's state, or the lines of the grammar."""
 _LARK_PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
+T = TypeVar("T")
 Asked = JsonFormat | GrammarFormat | AnswerGrammar
 """The order for an answer that is one JSON value, has another form, or has calls or reasoning in it."""
 
@@ -65,6 +67,42 @@ class JsonGrammar:
         except BaseException as error:
             raise GrammarFailed(_text_of(error)) from error
         return tuple(masks)
+
+    def num_allowed(self, tokens: Sequence[int]) -> int:
+        if self._failure is not None:
+            raise GrammarFailed(self._failure)
+        try:
+            count = self._matcher.validate_tokens(list(tokens))
+        except BaseException as error:
+            raise GrammarFailed(_text_of(error)) from error
+        if self._matcher.is_error():
+            raise GrammarFailed(_in_short(self._matcher.get_error()))
+        return count
+
+    def mask_behind(self, tokens: Sequence[int]) -> bytes:
+        return self._behind(tokens, self._mask)
+
+    def forced(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        return self._behind(tokens, self._forced)
+
+    def _behind(self, tokens: Sequence[int], look: Callable[[], T]) -> T:
+        """What is seen behind these tokens."""
+        if self._failure is not None:
+            raise GrammarFailed(self._failure)
+        matcher = self._matcher
+        try:
+            if not matcher.consume_tokens(list(tokens)):
+                raise GrammarFailed(_in_short(matcher.get_error()))
+            seen = look()
+            matcher.rollback(len(tokens))
+        except GrammarFailed:
+            raise
+        except BaseException as error:
+            raise GrammarFailed(_text_of(error)) from error
+        return seen
+
+    def _forced(self) -> tuple[int, ...]:
+        return () if self._matcher.is_stopped() else tuple(self._matcher.compute_ff_tokens())
 
     def accept(self, token_id: int) -> None:
         try:

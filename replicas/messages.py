@@ -98,24 +98,10 @@ class SamplingParams:
         return penalties != (0.0, 0.0, 1.0)
 
     @property
-    def needs_causal_order(self) -> str | None:
-        """The name of a field whose meaning needs every token before the one sampled, which diffusion has not
-        got; None where there is none."""
-        for name, neutral in _CAUSAL_FIELDS.items():
-            if getattr(self, name) != neutral:
-                return name
-        return None
-
-
-_CAUSAL_FIELDS = {
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "repetition_penalty": 1.0,
-    "logprobs": None,
-    "response_format": None,
-    "tools": None,
-    "thinking_token_budget": None,
-}
+    def keeps_lossless(self) -> bool:
+        """True if a mode chosen for it must be one whose output is AR's: what it asks for depends on the
+        tokens before the one chosen, and in diffusion has a meaning of its own."""
+        return self.has_penalties or self.logprobs is not None or self.has_masks
 
 
 @dataclass(frozen=True, slots=True)

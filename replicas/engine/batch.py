@@ -41,6 +41,9 @@ class Segment:
     history: Prefix = NO_TOKENS
     """The tokens before start and maybe some of token_ids, where the sampling has penalties and any row is
     wanted; else empty."""
+    fixed: tuple[int, ...] = ()
+    """Those of the bidirectional tokens that penalties count in the rows of the others; empty without
+    penalties."""
     allowed: tuple[bytes | None, ...] = ()
     """For each wanted index that is causal a mask of what may be sampled (engine.grammar), None for anything;
     empty where all may be anything."""

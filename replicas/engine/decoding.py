@@ -10,6 +10,7 @@ from collections.abc import Sequence as Seq
 
 from policies.modes import Mode
 from replicas.engine.batch import ModelSpec, SegmentOutput, TokenLogprob
+from replicas.engine.constrain import failure_of
 from replicas.engine.counters import Counters
 from replicas.engine.decoders.choose import (
     ActivePlan,
@@ -19,6 +20,7 @@ from replicas.engine.decoders.choose import (
     plan_for,
 )
 from replicas.engine.decoders.round import Draft, SegmentRequest
+from replicas.engine.grammar import GrammarFailed
 from replicas.engine.sequence import Progress, Sequence
 from replicas.engine.trials import Trials
 from replicas.errors import ErrorCode
@@ -74,6 +76,8 @@ class Decoding:
         if failure is None:
             try:
                 return self._apply(sequence, request, output)
+            except GrammarFailed as error:
+                failure = failure_of(sequence, error)
             except Exception as error:
                 logger.exception("what a step made of request %s can't be applied", sequence.request_id)
                 failure = f"the request's tokens can't be taken ({type(error).__name__})"
@@ -128,7 +132,7 @@ class Decoding:
         decode = plan_for(sequence, self._trials.plan(self.active), self._spec).decode
         if request.successor is not None:
             sequence.begin_round(request.successor, decode, num_coming=1)
-            return decode.mode, request.successor.begin(output), ()
+            return decode.mode, request.successor.begin(output), logprobs[:1]
         if request.drafts:
             sequence.draft = Draft.behind(request, output)
         return decode.mode, tokens[:1], logprobs[:1]

@@ -277,14 +277,6 @@ class Engine:
                 f"this model has no mode {decoding.mode}; it has {', '.join(self.spec.modes)}",
                 "decoding.mode",
             )
-        causal_field = sampling.needs_causal_order
-        if decoding.mode is Mode.DIFFUSION and causal_field is not None:
-            raise TriadError(
-                ErrorCode.INVALID_REQUEST,
-                f"{causal_field} has no meaning in diffusion, which does not sample from left to right; "
-                f"leave it out, or use the mode ar, self_speculation or auto",
-                causal_field,
-            )
         if len(self._sequences) >= self.capacity:
             raise TriadError(
                 ErrorCode.QUEUE_FULL,

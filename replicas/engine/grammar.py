@@ -33,6 +33,27 @@ class Grammar(Protocol):
         """
         ...
 
+    def num_allowed(self, tokens: Sequence[int]) -> int:
+        """The number of tokens, the first of these, that may come next, one after another.
+
+        The state stays as it was. GrammarFailed when there is no telling.
+        """
+        ...
+
+    def mask_behind(self, tokens: Sequence[int]) -> bytes | None:
+        """The mask, as of masks(), of the token that may come after these, which may all come.
+
+        The state stays as it was. GrammarFailed when there is no telling.
+        """
+        ...
+
+    def forced(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        """Tokens that have to come after these, which may all come; no more than those that are told cheaply.
+
+        The state stays as it was. GrammarFailed when there is no telling.
+        """
+        ...
+
     def accept(self, token_id: int) -> None:
         """Takes one more token in, which the grammar allows."""
         ...

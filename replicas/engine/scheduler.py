@@ -119,6 +119,7 @@ class Scheduler:
                     sampling=sequence.sampling,
                     prompt_len=sequence.num_prompt_tokens,
                     history=sequence.history_for(request),
+                    fixed=request.fixed,
                     allowed=allowed,
                 )
             )

@@ -125,7 +125,7 @@ class Sequence:
         """True if a mode chosen for it must be one whose output is AR's."""
         return (
             self.decoding.lossless
-            or self.sampling.needs_causal_order is not None
+            or self.sampling.keeps_lossless
             or (self.decoding.max_differing is not None and not self.diffusions)
         )
 
@@ -159,23 +159,28 @@ class Sequence:
         assert self.round_plan is not None
         num_tokens, num_forwards, num_rows = self._round_began
         self._round_began = (self.num_completion_tokens, self.num_forwards, self.num_rows)
+        is_slowed = self.round_plan.mode is Mode.DIFFUSION and self.sampling.keeps_lossless
         return RoundStats(
             self.round_plan,
             self.num_completion_tokens - num_tokens,
             self.num_forwards - num_forwards,
             self.num_rows - num_rows,
-            self.decoding.sets_parameters,
+            self.decoding.sets_parameters or is_slowed,
         )
 
     def history_for(self, request: SegmentRequest) -> Prefix:
         """The tokens that all rows wanted of its next segment see, where its sampling has penalties.
 
-        A causal row sees the segment up to itself, a bidirectional one the seed alone.
+        A causal row sees the segment up to itself; a bidirectional one the causal tokens, or, where there are
+        none, the seed, unless that is masked.
         """
         if self.history is None or not request.wanted:
             return NO_TOKENS
         first = request.wanted[0]
-        return self.history.first(self.num_cached + (first + 1 if first < request.num_causal else 1))
+        if request.num_causal:
+            return self.history.first(self.num_cached + first + 1)
+        shows_seed = request.token_ids[0] == self.tokens[self.num_cached]
+        return self.history.first(self.num_cached + shows_seed)
 
     def note_mode(self, mode: Mode, rule: str) -> None:
         """A round or the prefill begins in this mode, chosen by this rule."""

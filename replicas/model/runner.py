@@ -244,8 +244,8 @@ def spec_of(config: ModelConfig, *, num_pages: int, page_size: int, max_context:
 def rows_of(segment: Segment) -> list[Row]:
     """The rows of a segment whose logits are wanted.
 
-    A causal row knows, of its own segment, the tokens up to itself; a bidirectional one the causal tokens, or
-    the seed where there are none.
+    A causal row knows, of its own segment, the tokens up to itself; a bidirectional one the causal tokens,
+    and those that are fixed.
     """
     rows = []
     num_seen = len(segment.history) - segment.start
@@ -253,7 +253,8 @@ def rows_of(segment: Segment) -> list[Row]:
     for index, position, allowed in zip(segment.wanted, segment.sampled_positions, masks, strict=False):
         then: tuple[int, ...] = ()
         if segment.sampling.has_penalties:
-            then = segment.token_ids[num_seen : min(index + 1, max(segment.num_causal, 1))]
+            then = segment.token_ids[num_seen : min(index + 1, segment.num_causal)]
+            then += segment.fixed if index >= segment.num_causal else ()
         rows.append(Row(segment.sampling, position, segment.prompt_len, segment.history, allowed, then))
     return rows
 

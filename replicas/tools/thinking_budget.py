@@ -98,6 +98,30 @@ class BudgetedGrammar:
             place = self._after(place, token)
         return tuple(allowed)
 
+    def num_allowed(self, tokens: Sequence[int]) -> int:
+        num_inner = len(tokens) if self._inner is None else self._inner.num_allowed(tokens)
+        place = self._place
+        for count, token in enumerate(tokens[:num_inner]):
+            if not allows(self._bound(place), token):
+                return count
+            place = self._after(place, token)
+        return num_inner
+
+    def mask_behind(self, tokens: Sequence[int]) -> bytes | None:
+        inner = None if self._inner is None else self._inner.mask_behind(tokens)
+        return _both(inner, self._bound(self._behind(tokens)))
+
+    def forced(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        forced: list[int] = []
+        place = self._behind(tokens)
+        while len(forced) < len(self._marks.closing) and (token := self._forced(place)) is not None:
+            forced.append(token)
+            place = self._after(place, token)
+        if forced or self._inner is None:
+            return tuple(forced)
+        told = self._inner.forced(tokens)
+        return told[: self.num_allowed((*tokens, *told)) - len(tokens)]
+
     def accept(self, token_id: int) -> None:
         self._place = self._after(self._place, token_id)
         if self._inner is not None:
@@ -105,6 +129,12 @@ class BudgetedGrammar:
 
     def _after(self, place: _Place, token_id: int) -> _Place:
         return place.after(token_id, self._marks, is_forced=self._forced(place) is not None)
+
+    def _behind(self, tokens: Sequence[int]) -> _Place:
+        place = self._place
+        for token in tokens:
+            place = self._after(place, token)
+        return place
 
     def _forced(self, place: _Place) -> int | None:
         """The token of the closing mark that is to come next; None where none is."""

@@ -209,16 +209,24 @@ async def test_choices_logprobs_and_structured_output(server: Host) -> None:
         assert bad.value.param == param
 
 
-async def test_penalties_are_refused_in_diffusion_and_lead_auto_away_from_it(
-    client: httpx.AsyncClient,
-) -> None:
-    body = chat(PROMPT, presence_penalty=0.5)
-    response = await client.post("/v1/chat/completions", json=body | {"decoding": {"mode": "diffusion"}})
-    assert response.status_code == 400
-    assert response.json()["error"]["param"] == "presence_penalty"
-    assert "diffusion" in response.json()["error"]["message"]
+async def test_diffusion_in_a_form_streams_json_that_the_schema_allows(client: httpx.AsyncClient) -> None:
+    schema = {"name": "person", "schema": PERSON, "strict": True}
+    form = {"type": "json_schema", "json_schema": schema}
+    body = chat(PROMPT, max_tokens=200, response_format=form, ignore_eos=False)
+    body |= {"decoding": {"mode": "diffusion"}}
+    whole = (await client.post(PATH, json=body)).json()
+    assert set(json.loads(whole["choices"][0]["message"]["content"])) == {"name", "age"}
+    assert whole["decoding"]["tokens_per_forward"] > 0
     streamed = await stream(client, body)
-    assert streamed.modes <= {"ar", "self_speculation"}
+    assert streamed.text == whole["choices"][0]["message"]["content"]
+    assert streamed.modes == {"diffusion"}
+
+
+async def test_penalties_lead_auto_away_from_diffusion(client: httpx.AsyncClient) -> None:
+    body = chat(PROMPT, presence_penalty=0.5)
+    pinned = await stream(client, body | {"decoding": {"mode": "diffusion"}})
+    assert pinned.modes == {"diffusion"}
+    assert (await stream(client, body)).modes <= {"ar", "self_speculation"}
 
 
 async def test_max_tokens_are_cut_to_what_the_context_leaves(client: httpx.AsyncClient) -> None:

@@ -245,7 +245,7 @@ JSON = JsonFormat('{"type": "object"}')
 @pytest.mark.parametrize(
     ("sampling", "decoding", "param"),
     [
-        (SamplingParams(response_format=JSON), DecodingOptions(Mode.DIFFUSION), "response_format"),
+        (SamplingParams(response_format=JSON, min_tokens=3), DecodingOptions(Mode.DIFFUSION), "min_tokens"),
         (SamplingParams(response_format=JSON, ignore_eos=True), DecodingOptions(), "ignore_eos"),
         (SamplingParams(response_format=JSON, min_tokens=3), DecodingOptions(), "min_tokens"),
     ],

@@ -97,7 +97,7 @@ def test_what_shapes_the_choice_reaches_the_replica():
     sampling = ChatCompletionRequest.model_validate(CHAT | SHAPING).sampling(lambda: 0)
     found = {field: getattr(sampling, field) for field in SHAPING}
     assert found == SHAPING | {"logit_bias": ((50, 1), (7, -2.5))}
-    assert CompletionRequest.model_validate(TEXT).sampling(lambda: 0).needs_causal_order is None
+    assert CompletionRequest.model_validate(TEXT).sampling(lambda: 0).keeps_lossless is False
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,22 @@ async def test_every_lossless_mode_gives_the_same_calls(runner: TorchRunner, cod
             assert answers[0] == answers[1] == answers[2]
 
 
+async def test_calls_in_diffusion_are_what_the_schema_allows(runner: TorchRunner, codec: TextCodec) -> None:
+    async with a_stack([runner], codec=codec) as stack, in_process(create_app(stack.door)) as client:
+        body = {
+            "model": MODEL, "messages": ASKED, "tools": TOOLS, "tool_choice": "required",
+            "temperature": 0, "max_tokens": 120, "decoding": {"mode": "diffusion"},
+        }  # fmt: skip
+        response = await client.post("/v1/chat/completions", json=body)
+        assert response.status_code == 200, response.text
+        (made,) = response.json()["choices"]
+        assert set(response.json()["decoding"]["tokens"]) == {"diffusion"}
+        assert made["finish_reason"] == "tool_calls"
+        for call in made["message"]["tool_calls"]:
+            assert call["function"]["name"] in {offered["function"]["name"] for offered in TOOLS}
+            assert isinstance(json.loads(call["function"]["arguments"]), dict)
+
+
 async def test_what_ends_a_call_early_is_told(runner: TorchRunner, codec: TextCodec) -> None:
     async with a_stack([runner], codec=codec) as stack, in_process(create_app(stack.door)) as client:
         body = {"model": MODEL, "messages": ASKED, "tools": TOOLS, "tool_choice": NAMED, "temperature": 0}
@@ -192,7 +208,6 @@ async def test_what_ends_a_call_early_is_told(runner: TorchRunner, codec: TextCo
 @pytest.mark.parametrize(
     ("more", "param", "says"),
     [
-        ({"decoding": {"mode": "diffusion"}}, "tools", "diffusion"),
         ({"ignore_eos": True}, "ignore_eos", "tools"),
         ({"min_tokens": 3}, "min_tokens", "tools"),
         ({"tools": [*TOOLS, tool("f", {"$ref": "#/no"})]}, "tools[2].function.parameters", "no"),

@@ -6,7 +6,7 @@ from policies.modes import DecodePlan, Mode, available_plan, default_plan, lossl
 from policies.quality import bounded_plan
 from replicas.engine.batch import ModelSpec
 from replicas.engine.decoders.ar import ArRound
-from replicas.engine.decoders.diffusion import DiffusionRound
+from replicas.engine.decoders.diffusion import Denoising, DiffusionRound
 from replicas.engine.decoders.round import Round, SegmentRequest
 from replicas.engine.decoders.self_speculation import SelfSpeculationRound, masks_behind, with_draft
 from replicas.engine.sequence import Sequence
@@ -93,18 +93,20 @@ def _diffusion_round(
 ) -> DiffusionRound:
     assert spec.mask_token_id is not None
     block_length = min(plan.block_length, spec.max_context - start)
-    return DiffusionRound(
-        start,
-        seed,
-        block_length,
-        plan.threshold,
-        plan.factor,
-        spec.mask_token_id,
-        frozenset() if sequence.sampling.ignore_eos else spec.eos_token_ids,
-        sequence.decoding.max_steps or block_length,
-        spec.denoise_with_adapter,
-        overlaps_blocks,
+    sampling = sequence.sampling
+    how = Denoising(
+        threshold=plan.threshold,
+        factor=plan.factor,
+        mask_token_id=spec.mask_token_id,
+        eos_token_ids=frozenset() if sampling.ignore_eos else spec.eos_token_ids,
+        max_steps=sequence.decoding.max_steps or block_length,
+        adapter=spec.denoise_with_adapter,
+        hides_seed=overlaps_blocks,
+        grammar=sequence.grammar,
+        tells_logprobs=sampling.logprobs is not None,
+        is_penalised=sampling.has_penalties,
     )
+    return DiffusionRound(start, seed, block_length, how)
 
 
 def following_block(sequence: Sequence, active: ActivePlan, spec: ModelSpec) -> int:
@@ -112,7 +114,8 @@ def following_block(sequence: Sequence, active: ActivePlan, spec: ModelSpec) -> 
     plan = sequence.round_plan
     if plan is None or plan.mode is not Mode.DIFFUSION:
         return 0
-    if sequence.num_remaining <= 1 or plan_for(sequence, active, spec).decode != plan:
+    num_untold = 0 if sequence.round is None else sequence.round.num_untold
+    if sequence.num_remaining - num_untold <= 1 or plan_for(sequence, active, spec).decode != plan:
         return 0
-    length = min(plan.block_length, spec.max_context - len(sequence.tokens))
+    length = min(plan.block_length, spec.max_context - len(sequence.tokens) - num_untold)
     return length if length > 1 else 0

@@ -9,140 +9,209 @@ Where a block follows, its masks go behind the commit in the same forward, which
 those of the first block go behind the prompt: each block costs a forward less. That one denoising is done
 with the seed still masked, since the forward is what gives it; and so it is where a block has to begin in a
 forward of its own, since the tokens must not depend on that.
+
+A grammar cuts a block before the first token that it refuses: what is before is committed, and the commit's
+causal logits, masked by the grammar, give the token in its place, as they do behind a whole block.
 """
 
+from collections.abc import Mapping, Set
 from collections.abc import Sequence as Seq
-from collections.abc import Set
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from policies.modes import Mode
 from replicas.engine.batch import SegmentOutput
 from replicas.engine.decoders.round import Round, RoundProgress, SegmentRequest
+from replicas.engine.grammar import Grammar
+
+
+@dataclass(frozen=True, slots=True)
+class Denoising:
+    """How the blocks of a sequence are filled in."""
+
+    threshold: float | None
+    factor: float | None
+    """As of policies.modes.DecodePlan."""
+    mask_token_id: int
+    eos_token_ids: Set[int]
+    """The tokens that end a text; empty when the request ignores them."""
+    max_steps: int
+    """Denoising forwards of a block at most; the last one fixes every position still masked."""
+    adapter: bool
+    """True if it is on while denoising; what is committed never has it."""
+    hides_seed: bool
+    """True if the first denoising is done with the seed masked, though it is known."""
+    grammar: Grammar | None = None
+    """What says where a block is cut; it has accepted the sequence's tokens."""
+    tells_logprobs: bool = False
+    """True if tokens are told with their log-probabilities, which the commit gives: none comes before it."""
+    is_penalised: bool = False
+    """True if penalties count the tokens that are fixed. A denoising then fixes no token twice, so that each
+    is chosen in view of all others like it."""
 
 
 class DiffusionRound(Round):
     """A round over one block.
 
     seed: None while the block before, or the prompt, which gives it, is not committed.
-    eos_token_ids: the tokens that end a text; empty when the request ignores them.
-    threshold, factor: as of policies.modes.DecodePlan
-    max_steps: denoising forwards at most; the last one fixes every position still masked.
-    adapter: whether it is on while denoising; what is committed never has it.
-    hides_seed: whether the first denoising is done with the seed masked, though it is known.
     """
 
     mode = Mode.DIFFUSION
 
-    def __init__(
-        self,
-        start: int,
-        seed: int | None,
-        block_length: int,
-        threshold: float | None,
-        factor: float | None,
-        mask_token_id: int,
-        eos_token_ids: Set[int],
-        max_steps: int,
-        adapter: bool,
-        hides_seed: bool,
-    ):
+    def __init__(self, start: int, seed: int | None, block_length: int, how: Denoising):
         self.start = start
-        self._threshold, self._factor = threshold, factor
-        self._mask_token_id = mask_token_id
-        self._eos_token_ids = eos_token_ids
-        self._max_steps = self._steps_left = max_steps
-        self._adapter = adapter
-        self._hides_seed = hides_seed
+        self._how = how
+        self._steps_left = how.max_steps
         self._block: list[int | None] = [seed] + [None] * (block_length - 1)
         self._num_final = 1  # the seed and the fixed tokens right after it
+        self._end = block_length  # of what is committed
+
+    @property
+    def num_untold(self) -> int:
+        return self._num_final - 1 if self._how.tells_logprobs else 0
 
     def next_segment(self, following: int = 0) -> SegmentRequest:
-        tokens = self._tokens
+        how, tokens = self._how, self._tokens
         if masked := self._masked:
-            return SegmentRequest(tokens, num_causal=0, adapter=self._adapter, wanted=masked)
-        length = len(tokens)
-        if not following:
-            return SegmentRequest(tokens, num_causal=length, adapter=False, wanted=(length - 1,))
-        successor = DiffusionRound(
-            self.start + length,
-            None,
-            following,
-            self._threshold,
-            self._factor,
-            self._mask_token_id,
-            self._eos_token_ids,
-            self._max_steps,
-            self._adapter,
-            self._hides_seed,
-        )
-        return successor.behind(SegmentRequest(tokens, length, adapter=False, wanted=(length - 1,)))
+            return SegmentRequest(tokens, 0, how.adapter, wanted=masked, fixed=self._counted)
+        length = self._end
+        wanted = tuple(range(length)) if how.tells_logprobs else (length - 1,)
+        commit = SegmentRequest(tokens[:length], length, False, wanted, is_given=how.tells_logprobs)
+        if not following or tokens[length - 1] in how.eos_token_ids:
+            return commit
+        return DiffusionRound(self.start + length, None, following, how).behind(commit)
 
     def apply_output(self, request: SegmentRequest, output: SegmentOutput) -> RoundProgress:
         if self._masked:
-            return RoundProgress(self._denoised(output.token_ids, output.probs))
-        tokens = output.token_ids[:1]
+            tokens = self._denoised(output.token_ids, output.probs)
+            return RoundProgress(() if self._how.tells_logprobs else tokens)
+        num_told = request.wanted.index(self._end - 1)
+        if len(output.token_ids) <= num_told:
+            raise ValueError("the logits of a block's commit are not finite")
+        tokens = output.token_ids[: num_told + 1]
+        logprobs = output.logprobs(len(tokens))
         if request.successor is not None:
-            tokens = request.successor.begin(output)
-        return RoundProgress(tokens, num_cached=len(self._block), done=True)
+            behind = SegmentOutput(output.token_ids[num_told:], output.probs[num_told:])
+            tokens = (*tokens[:-1], *request.successor.begin(behind, tokens[:-1]))
+        return RoundProgress(tokens, logprobs, num_cached=self._end, done=True)
 
     def behind(self, request: SegmentRequest) -> SegmentRequest:
         """The request, whose last token gives this round's seed, with this block's masks behind it."""
         first, (masks, masked) = len(request.token_ids), (self._tokens, self._masked)
         wanted = (*request.wanted, *(first + index for index in masked if index))
+        adapter = self._how.adapter
         return replace(
-            request, token_ids=request.token_ids + masks, adapter=self._adapter, wanted=wanted, successor=self
+            request, token_ids=request.token_ids + masks, adapter=adapter, wanted=wanted, successor=self
         )
 
-    def begin(self, output: SegmentOutput) -> tuple[int, ...]:
+    def begin(self, output: SegmentOutput, untold: tuple[int, ...] = ()) -> tuple[int, ...]:
         seed, *guesses = output.token_ids
         self._block[0] = seed
-        return seed, *self._denoised(guesses, output.probs[1:])
+        final = self._denoised(guesses, output.probs[1:], (*untold, seed))
+        return (seed,) if self._how.tells_logprobs else (seed, *final)
 
     @property
     def _masked(self) -> tuple[int, ...]:
-        return tuple(index for index, token in enumerate(self._block) if token is None)
+        return tuple(index for index, token in enumerate(self._block[: self._end]) if token is None)
 
     @property
     def _tokens(self) -> tuple[int, ...]:
-        tokens = [self._mask_token_id if token is None else token for token in self._block]
-        if self._hides_seed and self._steps_left == self._max_steps and len(tokens) > 1:
-            tokens[0] = self._mask_token_id
+        mask_token_id = self._how.mask_token_id
+        tokens = [mask_token_id if token is None else token for token in self._block]
+        if self._how.hides_seed and self._steps_left == self._how.max_steps and len(tokens) > 1:
+            tokens[0] = mask_token_id
         return tuple(tokens)
 
-    def _denoised(self, token_ids: Seq[int], probs: Seq[float]) -> tuple[int, ...]:
+    @property
+    def _counted(self) -> tuple[int, ...]:
+        """The fixed tokens that penalties count; an end of text is before no other token."""
+        if not self._how.is_penalised:
+            return ()
+        eos = self._how.eos_token_ids
+        return tuple(token for token in self._block[1:] if token is not None and token not in eos)
+
+    def _denoised(
+        self, token_ids: Seq[int], probs: Seq[float], untold: tuple[int, ...] = ()
+    ) -> tuple[int, ...]:
         """Fixes some masked positions by what a denoising forward said of them; returns the final tokens.
 
         It may have said nothing of the last ones, or of all, where nothing could be sampled from a row.
+
+        untold: tokens before these that the grammar has not accepted yet.
         """
-        masked = self._masked[: len(token_ids)]
+        guesses = dict(zip(self._masked, token_ids, strict=False))
         self._steps_left -= 1
-        surest = sorted(range(len(masked)), key=lambda k: -probs[k])
-        count = len(masked) if self._steps_left <= 0 else max(1, self._num_sure([probs[k] for k in surest]))
-        for k in surest[:count]:
-            self._block[masked[k]] = token_ids[k]
-        return tuple(self._take_final())
+        for index in self._chosen(guesses, probs):
+            self._block[index] = guesses[index]
+        num_before = self._num_final
+        self._take_final()
+        if self._how.grammar is not None:
+            self._obey(self._how.grammar, guesses, num_before, untold)
+        if self._steps_left <= 0 and (masked := self._masked):
+            self._end = masked[0]
+        return self._tokens[num_before : self._num_final]
+
+    def _chosen(self, guesses: Mapping[int, int], probs: Seq[float]) -> list[int]:
+        """The positions to fix, of those guessed with these probabilities."""
+        ranked = sorted(zip(guesses, probs, strict=True), key=lambda item: -item[1])
+        count = len(ranked) if self._steps_left <= 0 else max(1, self._num_sure([p for _, p in ranked]))
+        surest = [index for index, _ in ranked[:count]]
+        if not self._how.is_penalised:
+            return surest
+        seen: set[int] = set()
+        chosen = []
+        for index in surest:
+            token = guesses[index]
+            if token not in seen or token in self._how.eos_token_ids:
+                chosen.append(index)
+                seen.add(token)
+        return chosen
 
     def _num_sure(self, probs: Seq[float]) -> int:
         """The number of positions to fix of those with these probabilities, the highest first."""
-        threshold, factor = self._threshold, self._factor
+        threshold, factor = self._how.threshold, self._how.factor
         if threshold is not None:
             return sum(prob >= threshold for prob in probs)
         assert factor is not None
         ranked = enumerate(probs, start=1)
         return max((count for count, p in ranked if (count + 1) * (1.0 - p) < factor), default=0)
 
-    def _take_final(self) -> list[int]:
-        """The tokens that have become final: up to the first mask, or through an end of text.
+    def _take_final(self) -> None:
+        """Makes final what is fixed up to the first mask, or through an end of text.
 
         After an end of text nothing more is taken: the sequence ends there.
         """
-        taken: list[int] = []
-        while self._num_final < len(self._block):
-            token = self._block[self._num_final]
+        for token in self._block[self._num_final : self._end]:
             if token is None:
-                break
-            taken.append(token)
+                return
             self._num_final += 1
-            if token in self._eos_token_ids:
-                break
-        return taken
+            if token in self._how.eos_token_ids:
+                self._end = self._num_final
+
+    def _obey(
+        self, grammar: Grammar, guesses: Mapping[int, int], num_before: int, untold: tuple[int, ...]
+    ) -> None:
+        """Cuts the block before the first token that the grammar refuses, and fixes those that it forces.
+
+        What is looked at are the newly final tokens and the guess of the next one: a position that will be
+        refused is not waited for. Where the grammar forces other tokens in its place, the block goes on with
+        these.
+
+        num_before: tokens that were final before.
+        """
+        first = 1 if self._how.tells_logprobs else num_before
+        forced = None
+        while forced != ():
+            run = (*untold, *self._tokens[first : self._num_final])
+            coming = guesses.get(self._num_final) if self._num_final < self._end else None
+            tokens = run if coming is None else (*run, coming)
+            num_allowed = grammar.num_allowed(tokens)
+            if num_allowed < len(tokens):
+                run = run[:num_allowed]
+                self._num_final = self._end = first + len(run) - len(untold)
+                self._block[self._end :] = [None] * (len(self._block) - self._end)
+            at = self._num_final
+            forced = grammar.forced(run)[: len(self._block) - at]
+            if forced:
+                self._end = len(self._block)
+                self._block[at : at + len(forced)] = forced
+                self._take_final()

@@ -24,6 +24,11 @@ class SegmentRequest:
     """Indices of the tokens to sample; this and the fields above are as in engine.batch.Segment."""
     successor: "Round | None" = None
     """The round that this segment begins behind the block that it commits; it goes on once that is done."""
+    is_given: bool = False
+    """True if the causal tokens are final, so that all their rows but the last are to give the token that
+    follows in the segment, for its log-probability."""
+    fixed: tuple[int, ...] = ()
+    """As in engine.batch.Segment."""
 
     @property
     def drafts(self) -> bool:
@@ -90,6 +95,11 @@ class Round(ABC):
     start: int
     """The seed's position."""
 
+    @property
+    def num_untold(self) -> int:
+        """Tokens that are final, and not yet among those of any RoundProgress."""
+        return 0
+
     @abstractmethod
     def next_segment(self, following: int = 0) -> SegmentRequest:
         """The segment that the round wants next. A pure question, which may be asked any number of times.
@@ -98,9 +108,10 @@ class Round(ABC):
         same forward; 0 for none.
         """
 
-    def begin(self, output: SegmentOutput) -> tuple[int, ...]:
+    def begin(self, output: SegmentOutput, untold: tuple[int, ...] = ()) -> tuple[int, ...]:
         """Begins the successor of a segment with that segment's output: its seed, and what is behind it.
 
+        untold: the final tokens before the seed that are told in the same step.
         Returns the final tokens, the seed among them.
         """
         raise NotImplementedError(f"a round of {self.mode} begins at a safe point")

@@ -7,11 +7,12 @@ rejected draft, or a bidirectional forward's leavings gets other tokens than it 
 from collections.abc import Sequence as Seq
 from zlib import crc32
 
-from policies.modes import Mode
+from policies.modes import DecodePlan, Mode
 from replicas.engine.batch import ModelSpec, ScheduledBatch, SegmentOutput
 from replicas.engine.grammar import Grammar
 from replicas.engine.sequence import Progress
 from replicas.messages import DecodingOptions
+from tests.naive_diffusion import naive_diffusion as by_the_book
 
 MASK = 1
 EOS = 2
@@ -104,7 +105,7 @@ def nearest(token: int, allowed: bytes | None) -> int:
 class ScriptedGrammar(Grammar):
     """Neighbours differ modulo 3, the mask token never comes, and after so many tokens it is complete.
 
-    An end of text may come after every fourth token.
+    An end of text may come after every fourth token. After every sixth one two tokens are forced.
     """
 
     def __init__(self, num_tokens: int):
@@ -124,12 +125,35 @@ class ScriptedGrammar(Grammar):
             masks.append(self._mask((*self._accepted, *draft[:count])))
         return tuple(masks)
 
+    def num_allowed(self, tokens: Seq[int]) -> int:
+        made = self._accepted
+        for count, token in enumerate(tokens):
+            is_over = len(made) >= self._num_tokens or EOS in made
+            if is_over or not int.from_bytes(self._mask(made), "little") >> token & 1:
+                return count
+            made += (token,)
+        return len(tokens)
+
+    def mask_behind(self, tokens: Seq[int]) -> bytes:
+        return self._mask((*self._accepted, *tokens))
+
+    def forced(self, tokens: Seq[int]) -> tuple[int, ...]:
+        forced: list[int] = []
+        while EOS not in (made := (*self._accepted, *tokens, *forced)) and len(made) < self._num_tokens:
+            mask = int.from_bytes(self._mask(made), "little")
+            if mask.bit_count() > 1:
+                break
+            forced.append(mask.bit_length() - 1)
+        return tuple(forced)
+
     def accept(self, token_id: int) -> None:
         assert int.from_bytes(self._mask(self._accepted), "little") >> token_id & 1, "not allowed"
         self._accepted += (token_id,)
 
     @staticmethod
     def _mask(accepted: tuple[int, ...]) -> bytes:
+        if accepted and len(accepted) % 8 in (6, 7):
+            return (1 << 3 + (accepted[-1] + 8) % (VOCAB - 3)).to_bytes(8, "little")
         bits = sum(1 << t for t in range(3, VOCAB) if not accepted or t % 3 != accepted[-1] % 3)
         if accepted and len(accepted) % 4 == 0:
             bits |= 1 << EOS
@@ -189,6 +213,43 @@ def naive_diffusion(
             tokens.append(next_token((*prefix, *block)))
     cut = tokens.index(EOS) + 1 if EOS in tokens else len(tokens)
     return tokens[: min(cut, max_tokens)]
+
+
+class ScriptedModel:
+    """The scripted runner's choices, for tests.naive_diffusion."""
+
+    def next_token(self, context: tuple[int, ...], allowed: bytes | None) -> int:
+        token = next_token(context)
+        return token if allowed is None else nearest(token, allowed)
+
+    def guesses(
+        self, prefix: tuple[int, ...], block: tuple[int, ...], counted: tuple[int, ...]
+    ) -> dict[int, tuple[int, float]]:
+        return denoise(prefix, block, adapter=False)
+
+
+def formed_diffusion(
+    prompt: list[int],
+    max_tokens: int,
+    options: DecodingOptions,
+    grammar_len: int,
+    max_context: int,
+    overlaps: bool,
+) -> list[int]:
+    """Block diffusion in a ScriptedGrammar of so many tokens."""
+    assert options.block_length is not None
+    return by_the_book(
+        ScriptedModel(),
+        prompt,
+        max_tokens,
+        DecodePlan(Mode.DIFFUSION, options.block_length, options.threshold, options.factor),
+        mask=MASK,
+        eos={EOS},
+        max_context=max_context,
+        grammar=lambda: ScriptedGrammar(grammar_len),
+        max_steps=options.max_steps,
+        overlaps=overlaps,
+    )
 
 
 def expected(

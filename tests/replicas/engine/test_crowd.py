@@ -1,6 +1,7 @@
 """Whatever else runs, a request's tokens are those it gets alone: random crowds against brute force."""
 
 import random
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from tests.replicas.engine.scripted import (
     ScriptedGrammar,
     ScriptedRunner,
     expected,
+    formed_diffusion,
     naive_ar,
     tokens_of,
 )
@@ -29,6 +31,9 @@ JSON = JsonFormat("{}")
 CONSTRAINED = {
     "auto with a grammar": DecodingOptions(),
     "speculation with a grammar": DecodingOptions(Mode.SELF_SPECULATION, block_length=7),
+    "diffusion with a grammar": PINNED["diffusion"],
+    "factored with a grammar": PINNED["factored"],
+    "capped with a grammar": PINNED["capped"],
 }
 BUDGETED = {
     "auto with a budget": DecodingOptions(),
@@ -90,8 +95,15 @@ class Crowd:
             else:
                 num_tokens = rng.randint(1, 40)
                 grammar = ScriptedGrammar(num_tokens)
-                self.wanted[name] = naive_ar(prompt, max_tokens, grammar=ScriptedGrammar(num_tokens))
+                if decoding.mode is Mode.DIFFUSION:
+                    self.wanted[name] = formed_diffusion(
+                        prompt, max_tokens, decoding, num_tokens, MAX_CONTEXT, self.overlaps_blocks
+                    )
+                else:
+                    self.wanted[name] = naive_ar(prompt, max_tokens, grammar=ScriptedGrammar(num_tokens))
                 sampling = SamplingParams(max_tokens=max_tokens, seed=choice, response_format=JSON)
+            if rng.random() < 0.2:
+                sampling = replace(sampling, logprobs=0)
             self.sequences.append(
                 self.engine.submit(name, list(prompt), sampling, decoding, priority=priority, grammar=grammar)
             )
@@ -155,7 +167,7 @@ def test_a_crowd_gets_what_each_would_alone(seed: int, num_pages: int, step_toke
 
 def test_crowds_meet_what_they_are_for() -> None:
     """Preemptions, prefixes reused, drafts cut by grammars: all of it happens in some crowds."""
-    crowds = [run_crowd(seed, 24, 192) for seed in range(12)]
+    crowds = [run_crowd(seed, 24, 192) for seed in range(16)]
     sequences = [sequence for crowd in crowds for sequence in crowd.sequences]
     constrained = [sequence for sequence in sequences if sequence.grammar is not None]
     assert sum(sequence.num_preemptions for sequence in sequences) > 10
@@ -166,4 +178,5 @@ def test_crowds_meet_what_they_are_for() -> None:
     budgeted = [sequence for sequence in constrained if sequence.sampling.thinking_token_budget is not None]
     ends = [bytes(sequence.tokens[sequence.num_prompt_tokens :]).find(MARKS.end) for sequence in budgeted]
     assert sum(end >= 0 for end in ends) > 10
+    assert sum(sequence.tokens_by_mode[Mode.DIFFUSION] for sequence in constrained) > 100
     assert any(sequence.grammar.is_complete for sequence in constrained if sequence.grammar is not None)

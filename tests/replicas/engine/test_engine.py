@@ -295,14 +295,6 @@ def test_deadline_ends_waiting_and_running_requests() -> None:
             ErrorCode.INVALID_REQUEST,
             "min_tokens",
         ),
-        ([5], SamplingParams(logprobs=0), PINNED["diffusion"], ErrorCode.INVALID_REQUEST, "logprobs"),
-        (
-            [5],
-            SamplingParams(frequency_penalty=1.0),
-            PINNED["diffusion"],
-            ErrorCode.INVALID_REQUEST,
-            "frequency_penalty",
-        ),
     ],
 )
 def test_bad_requests_are_refused(prompt, sampling, decoding, code, param) -> None:

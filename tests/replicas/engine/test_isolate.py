@@ -11,6 +11,7 @@ from policies.policy import Trial
 from replicas.config import EngineConfig
 from replicas.engine.batch import RunnerLost, ScheduledBatch, Segment, SegmentOutput
 from replicas.engine.engine import MAX_FAILED, MAX_FRUITLESS, Engine
+from replicas.engine.grammar import GrammarFailed
 from replicas.engine.isolate import failed, is_sticky, max_forwards, nobodys_segment, run_apart
 from replicas.engine.sequence import Progress
 from replicas.errors import ErrorCode
@@ -307,7 +308,7 @@ def test_the_pages_of_a_failed_request_are_not_found_again(raises: bool) -> None
 
 
 class RaisingGrammar(ScriptedGrammar):
-    """Raises what no grammar should, at one of its two calls."""
+    """Raises what no grammar should, or says that it can't go on, at one of its calls."""
 
     def __init__(self, at: str):
         super().__init__(20)
@@ -318,21 +319,30 @@ class RaisingGrammar(ScriptedGrammar):
             raise RuntimeError("no mask")
         return super().masks(draft)
 
+    def forced(self, tokens):
+        if self._at == "forced" and len(self._accepted) > 3:
+            raise GrammarFailed("too complex")
+        return super().forced(tokens)
+
     def accept(self, token_id: int) -> None:
         super().accept(token_id)
         if self._at == "accept" and len(self._accepted) > 3:
             raise RuntimeError("not accepted")
 
 
-@pytest.mark.parametrize("at", ["masks", "accept"])
-def test_a_grammar_that_raises_ends_its_own_request_alone(at: str) -> None:
+@pytest.mark.parametrize(
+    ("at", "mode"), [("masks", "ar"), ("accept", "ar"), ("accept", "diffusion"), ("forced", "diffusion")]
+)
+def test_a_grammar_that_raises_ends_its_own_request_alone(at: str, mode: str) -> None:
     engine = Engine(ScriptedRunner())
     sampling = SamplingParams(max_tokens=20)
     for name, kind in (("one", "ar"), ("two", "self_speculation")):
         engine.submit(name, [5, 6], sampling, PINNED[kind])
-    engine.submit("bad", [5, 6], sampling, PINNED["ar"], grammar=RaisingGrammar(at))
+    engine.submit("bad", [5, 6], sampling, PINNED[mode], grammar=RaisingGrammar(at))
     seen = drain(engine)
     assert [made.error for made in seen["bad"] if made.ended] == [ErrorCode.INTERNAL]
+    if at == "forced":
+        assert seen["bad"][-1].message.endswith("can't go on: too complex")
     for name in ("one", "two"):
         assert tokens_of(seen[name]) == expected("ar", [5, 6], 20, 96)
 

@@ -55,9 +55,18 @@ def test_every_end_is_counted_once_in_whatever_way_it_comes() -> None:
     ],
 )
 def test_rounds_whose_parameters_a_client_has_set_say_so(options, is_clients) -> None:
+    assert clients_rounds(SamplingParams(max_tokens=20, ignore_eos=True), options) == {is_clients}
+
+
+def clients_rounds(sampling: SamplingParams, options: DecodingOptions) -> set[bool]:
     engine = Engine(ScriptedRunner())
-    engine.submit("r", [5, 6, 7], SamplingParams(max_tokens=20, ignore_eos=True), options)
+    engine.submit("r", [5, 6, 7], sampling, options)
     drain(engine)
-    rounds = engine.scheduler.counters.rounds
-    assert rounds
-    assert {made.is_clients for made in rounds} == {is_clients}
+    return {made.is_clients for made in engine.scheduler.counters.rounds}
+
+
+@pytest.mark.parametrize("mode", [Mode.DIFFUSION, Mode.SELF_SPECULATION])
+def test_rounds_of_diffusion_that_no_policy_would_choose_say_so(mode: Mode) -> None:
+    """With log-probabilities, as with penalties or a form, auto keeps to ar and self-speculation."""
+    sampling = SamplingParams(max_tokens=20, ignore_eos=True, logprobs=0)
+    assert clients_rounds(sampling, DecodingOptions(mode)) == {mode is Mode.DIFFUSION}

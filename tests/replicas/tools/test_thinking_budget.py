@@ -231,6 +231,27 @@ def test_a_model_without_marks_refuses_a_bound_or_has_none() -> None:
     assert codec(True).chats.fitted(habitual) is habitual
 
 
-def test_diffusion_has_no_bound() -> None:
-    sampling = SamplingParams(thinking_token_budget=ThinkingBudget(5))
-    assert sampling.needs_causal_order == "thinking_token_budget"
+def test_a_mode_is_chosen_that_is_lossless() -> None:
+    assert SamplingParams(thinking_token_budget=ThinkingBudget(5)).keeps_lossless
+
+
+@examples(100)
+@given(seed=st.integers(0, 10**9), is_control=st.booleans(), begins=st.booleans())
+def test_what_blocks_ask_of_it_is_what_the_masks_say(seed: int, is_control: bool, begins: bool) -> None:
+    of, rng = codec(is_control), Random(seed)
+    grammar = budgeted(of, rng.randint(0, 12), begins)
+    for _ in range(12):
+        spelled = [token for _ in range(4) for token in ids_of(of, rng.choice(SPELLINGS))]
+        coming = spelled[: rng.randint(0, 20)]
+        masks = grammar.masks(coming)
+        num_allowed = grammar.num_allowed(coming)
+        assert num_allowed == len(masks) - 1
+        allowed = coming[:num_allowed]
+        assert grammar.mask_behind(allowed) == masks[-1]
+        forced = grammar.forced(allowed)
+        for count, token in enumerate(forced):
+            mask = grammar.mask_behind([*allowed, *forced[:count]])
+            assert mask is not None
+            assert tokens_in(mask) == [token]
+        for token in (*allowed, *forced)[: rng.randint(0, 8)]:
+            grammar.accept(token)

@@ -135,6 +135,18 @@ def test_sampled_tokens_are_the_cpus(folder: Path, filters: dict[str, float]) ->
     assert made[0] == made[1] == made[2]
 
 
+def test_diffusion_under_rules_is_the_cpus(folder: Path) -> None:
+    """Penalties that count what a block has fixed, and a commit that tells of all its rows."""
+    rules = SamplingParams(max_tokens=6, ignore_eos=True, logprobs=1, presence_penalty=0.9)
+    made = []
+    for runner in (TorchRunner.load(str(folder), num_pages=64, page_size=8), make_runner(folder, Options())):
+        engine = Engine(runner)
+        sequence = engine.submit("r", PROMPTS[0], rules, decoding(PLANS[2]))
+        finish(engine)
+        made.append(completion(sequence))
+    assert made[0] == made[1]
+
+
 def _mixed(reference: Reference, runner: CudaRunner) -> tuple[list[Segment], torch.Tensor]:
     """Segments of every kind, and their logits; the adapter is on in a draft, alone and behind a verify."""
     pages = Pages(60, 8)

@@ -70,7 +70,8 @@ def some_segments(sampling: SamplingParams) -> list[Segment]:
     draft = segment(
         tokens, (3,), start=8, num_causal=0, adapter=True, wanted=(1, 2), sampling=sampling, seq_id=5
     )
-    return [*made, replace(draft, history=history, prompt_len=5)]
+    fixed = (30, 41) if sampling.has_penalties else ()
+    return [*made, replace(draft, history=history, prompt_len=5, fixed=fixed)]
 
 
 def some_logits(num_rows: int) -> torch.Tensor:
