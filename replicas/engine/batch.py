@@ -47,6 +47,20 @@ class Segment:
     allowed: tuple[bytes | None, ...] = ()
     """For each wanted index that is causal a mask of what may be sampled (engine.grammar), None for anything;
     empty where all may be anything."""
+    follows: "Segment | None" = None
+    """The sequence's segment in the step before, where this one is begun before that one's output is known.
+    The output says where it starts, which may be up to num_checked - 1 positions later, and what its causal
+    tokens are, of which there may be fewer (engine.ahead.settled); pages hold the longest outcome."""
+
+    @property
+    def num_checked(self) -> int:
+        """The number of causal tokens whose logits are sampled: 1 of a step, all of a verify."""
+        return sum(index < self.num_causal for index in self.wanted)
+
+    @property
+    def num_drafted(self) -> int:
+        """The number of tokens drafted behind these."""
+        return len(self.wanted) - self.num_checked
 
     @property
     def is_causal(self) -> bool:
@@ -140,6 +154,8 @@ class ModelSpec:
     vocab_size: int
     denoise_with_adapter: bool = False
     """True if the adapter is on in denoising forwards as well as in drafts."""
+    runs_ahead: bool = False
+    """True if the runner is an AheadRunner: it takes a step before the output of the one before is known."""
 
 
 class RunnerLost(Exception):
@@ -155,6 +171,33 @@ class Runner(Protocol):
     def run(self, batch: ScheduledBatch, /) -> Seq[SegmentOutput]:
         """Runs a forward: one output a segment, in the batch's order. RunnerLost: it is of no use from now
         on."""
+        ...
+
+
+class Begun(Protocol):
+    """A forward that has been begun."""
+
+    def outputs(self, segments: Seq[Segment], /) -> Seq[SegmentOutput]:
+        """Waits for the forward; one output a segment.
+
+        segments: those of its batch that are still of use, in any order, as they have come to be: none of
+        them follows another any more
+        """
+        ...
+
+
+class AheadRunner(Runner, Protocol):
+    """A runner whose device works on one forward while the host prepares the next."""
+
+    def begin(self, batch: ScheduledBatch, before: Begun | None, /) -> Begun:
+        """Begins a forward without waiting for it. Forwards are run in the order in which they are begun.
+
+        before: the last one begun, whose output no one has waited for, where segments follow those of it
+        """
+        ...
+
+    def can_be_followed(self, segment: Segment, /) -> bool:
+        """True if a segment may follow this one before the host has seen this one's tokens."""
         ...
 
 

@@ -18,6 +18,10 @@ class Counters:
         """Tokens of rounds alone: a prefill's token is nobody's yield."""
         self.forwards_by_mode: Counter[Mode] = Counter()
         """Forwards of rounds, one for each sequence in them."""
+        self.num_steps = self.num_ahead = 0
+        """Steps, and those of them that were begun before the output of the one before was known."""
+        self.num_segments = self.num_in_vain = 0
+        """Segments, and those begun ahead that were of no use, as their sequences had ended."""
         self.num_prefilled = 0
         """Prompt tokens computed, those computed again after a preemption included."""
         self.rounds: deque[RoundStats] = deque(maxlen=MAX_ROUNDS_KEPT)

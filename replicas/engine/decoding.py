@@ -9,9 +9,11 @@ from collections import Counter
 from collections.abc import Sequence as Seq
 
 from policies.modes import Mode
-from replicas.engine.batch import ModelSpec, SegmentOutput, TokenLogprob
+from replicas.engine.ahead import open_request, request_of
+from replicas.engine.batch import ModelSpec, Segment, SegmentOutput, TokenLogprob
 from replicas.engine.constrain import failure_of
 from replicas.engine.counters import Counters
+from replicas.engine.decoders.ar import ArRound
 from replicas.engine.decoders.choose import (
     ActivePlan,
     begin_round,
@@ -19,7 +21,8 @@ from replicas.engine.decoders.choose import (
     following_block,
     plan_for,
 )
-from replicas.engine.decoders.round import Draft, SegmentRequest
+from replicas.engine.decoders.round import Draft, Round, SegmentRequest
+from replicas.engine.decoders.self_speculation import SelfSpeculationRound
 from replicas.engine.grammar import GrammarFailed
 from replicas.engine.sequence import Progress, Sequence
 from replicas.engine.trials import Trials
@@ -63,12 +66,35 @@ class Decoding:
         request = begun.next_segment()
         if len(request.token_ids) > budget:
             return None
+        self._begin(sequence, begun, plan)
+        return request
+
+    def open_segment(self, sequence: Sequence, before: Segment, budget: int) -> SegmentRequest | None:
+        """The longest segment that a sequence may want after one whose output is not known yet; None where it
+        can't be told, as behind a forward of diffusion, and where the budget is too small."""
+        plan = plan_for(sequence, self._trials.plan(self.active), self._spec)
+        request = open_request(before, sequence.num_remaining, sequence.worth, plan.decode, self._spec)
+        return request if request is not None and len(request.token_ids) <= budget else None
+
+    def begin_settled(self, sequence: Sequence, before: Segment, segment: Segment) -> SegmentRequest:
+        """Begins the round of a segment that was begun to follow `before`, and has come to be this one."""
+        plan = plan_for(sequence, self._trials.plan(self.active), self._spec)
+        request = request_of(segment)
+        begun: Round
+        if plan.decode.mode is Mode.AR:
+            begun = ArRound(segment.start, segment.token_ids[0])
+        else:
+            begun = SelfSpeculationRound(segment.start, request)
+            sequence.worth.note(before, bool(sequence.draft.token_ids), request.num_causal - 1)
+        self._begin(sequence, begun, plan)
+        return request
+
+    def _begin(self, sequence: Sequence, begun: Round, plan: ActivePlan) -> None:
         if self._trials.is_tried_by(sequence):
             self._trials.begins(sequence, begun.mode)
         else:
             sequence.note_mode(begun.mode, plan.rule)
         sequence.begin_round(begun, plan.decode)
-        return request
 
     def apply(self, sequence: Sequence, request: SegmentRequest, output: SegmentOutput) -> Progress:
         """What a segment's output does to its sequence. One that can't be applied ends it with INTERNAL."""

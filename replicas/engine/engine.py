@@ -3,11 +3,9 @@
 Not thread-safe: one thread calls all of it. Other threads reach it through replicas.engine_thread.
 """
 
-import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from collections.abc import Sequence as Seq
 
 from policies.cost import ForwardStats, RoundYield, StepCost
 from policies.modes import DecodePlan, Mode
@@ -16,10 +14,10 @@ from policies.quality import plans_within
 from policies.replica_load import ReplicaLoad
 from policies.turnarounds import Turnarounds
 from replicas.config import EngineConfig
-from replicas.engine.batch import Runner, RunnerLost, ScheduledBatch, SegmentOutput
+from replicas.engine.batch import Runner, ScheduledBatch
 from replicas.engine.decoders.choose import ActivePlan
+from replicas.engine.forwards import Forwards
 from replicas.engine.grammar import Grammar
-from replicas.engine.isolate import is_sticky, nobodys_segment, run_apart
 from replicas.engine.lengths import CompletionLengths
 from replicas.engine.scheduler import Scheduler
 from replicas.engine.sequence import Progress, Sequence, Status, Text
@@ -31,12 +29,6 @@ PRIORITY_S = 10.0
 """A request ranks as if it had come this much earlier for each level of priority below 0."""
 MAX_FORWARDS_KEPT = 256
 REMEMBERED_S = 0.1
-MAX_FAILED = 3
-"""Steps in a row in which a runner could not even run nobody's segment, after which it is lost."""
-MAX_FRUITLESS = 32
-"""Steps in a row in which it could run nobody's segment, but none of a request, after which it is lost."""
-
-logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -61,12 +53,10 @@ class Engine:
                 f"{spec.max_context}: raise kv_cache_mb or lower max_context"
             )
         self.spec = spec
-        self._runner = runner
         self._config = config
         self._clock = clock
         self._sequences: dict[str, Sequence] = {}
         self._num_submitted = 0
-        self._num_failed = self._num_fruitless = 0  # steps in a row, as for MAX_FAILED and MAX_FRUITLESS
         self._lengths = CompletionLengths()
         self._turnarounds = Turnarounds()
         self._yields: tuple[RoundYield, ...] = ()
@@ -81,6 +71,7 @@ class Engine:
             ActivePlan(DecodePlan(Mode.AR), "start"),
             clock,
         )
+        self._forwards = Forwards(runner, self._scheduler)
 
     @property
     def has_work(self) -> bool:
@@ -172,17 +163,20 @@ class Engine:
     def step(self) -> list[Progress]:
         """Runs one step: schedule, forward, commit. Returns what is new, by sequence; each ends exactly once.
 
+        Where the runner runs ahead, the next step is scheduled and begun before this one's forward is over.
+
         Raises RunnerLost.
         """
         began_s = self._clock()
         self._note_cycle(began_s)
         expired = self._expire()
-        batch = self._scheduler.schedule()
+        batch = self._forwards.schedule()
         ended = expired + self._end_failed()
         if not batch.segments:
             return ended
-        outputs, is_one_forward = self._run(batch)
-        progress = self._scheduler.commit(batch, outputs)
+        outputs, is_one_forward = self._forwards.run(batch)
+        ended += self._end_failed()
+        progress = self._scheduler.commit(outputs)
         if is_one_forward:
             self._cycle = (began_s, batch)
         for made in progress:
@@ -194,53 +188,6 @@ class Engine:
         if not self.has_work:
             self._note_cycle(self._clock())  # what follows is silence
         return ended + progress
-
-    def _run(self, batch: ScheduledBatch) -> tuple[Seq[SegmentOutput | None], bool]:
-        """Runs a batch; returns the outputs, and whether one forward gave them all. Raises RunnerLost.
-
-        Where a forward fails, its segments are run again in parts, so that those at fault end alone. Where
-        the runner can run nothing, no segment is at fault: all are to be scheduled again.
-        """
-        try:
-            outputs = self._runner.run(batch)
-        except RunnerLost:
-            raise
-        except Exception as error:
-            logger.exception("a forward of %d sequences failed", len(batch.segments))
-            if not self._runs_at_all():
-                return (None,) * len(batch.segments), False
-            apart = run_apart(self._runner.run, batch, error)
-            if any(output is not None and output.failure is None for output in apart):
-                self._num_fruitless = 0
-            else:
-                self._num_fruitless += 1
-                if self._num_fruitless == MAX_FRUITLESS:
-                    raise RunnerLost(f"no segment of {MAX_FRUITLESS} steps could be run: {error}") from error
-            return apart, False
-        self._num_failed = self._num_fruitless = 0
-        return outputs, True
-
-    def _runs_at_all(self) -> bool:
-        """True if the runner runs a segment that is nobody's, which is tried after a failed forward.
-
-        Raises RunnerLost after MAX_FAILED steps in a row in which that failed too, and at once where the
-        device says that it will go on to.
-        """
-        page = self._scheduler.spare_page()
-        if page is None:
-            return True  # as far as can be told
-        try:
-            self._runner.run(ScheduledBatch((nobodys_segment(page),)))
-        except RunnerLost:
-            raise
-        except Exception as error:
-            self._num_failed += 1
-            if is_sticky(error) or self._num_failed == MAX_FAILED:
-                message = f"{self._num_failed} forwards in a row failed, whatever they ran: {error}"
-                raise RunnerLost(message) from error
-            return False
-        self._num_failed = 0
-        return True
 
     def _check(
         self, request_id: str, prompt_ids: list[int], sampling: SamplingParams, decoding: DecodingOptions

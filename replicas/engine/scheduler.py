@@ -5,15 +5,23 @@ prefilled in chunks with what is left, at least a reserved share and, while roun
 the streams' delay (engine.prefill). Sequences are ranked by arrival and priority (Sequence.rank): in this
 order they are admitted, once pages suffice for a round of each (engine.page_budget), and prefilled. When
 pages run out the last of them gives up its own and is recomputed later; the first always goes on.
+
+Where the runner runs ahead, a step is scheduled while the one before it runs: which sequences go on is then
+an assumption, and where it fails, as where one has ended, its segment alone is of no use. The runner has
+begun it by then, so what it writes is written before the next owner of its pages writes them, and it lies
+past all that can be found by content.
 """
 
 import time
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from policies.cost import UNMEASURED
 from replicas.config import EngineConfig
+from replicas.engine.ahead import next_start, settled
 from replicas.engine.batch import ModelSpec, ScheduledBatch, Segment, SegmentOutput
 from replicas.engine.blocks import PagePool
 from replicas.engine.constrain import constrained
@@ -31,6 +39,15 @@ PREFILL_SHARE = 4
 """One in this many tokens of a step is left to prompts by rounds, while prompts wait."""
 
 
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """What one sequence runs in a step."""
+
+    sequence: Sequence
+    request: SegmentRequest
+    segment: Segment
+
+
 class Scheduler:
     def __init__(
         self,
@@ -46,8 +63,10 @@ class Scheduler:
         self._pages = SequencePages(self._pool)
         self._running: list[Sequence] = []  # both by rank
         self._waiting: list[Sequence] = []
-        self._scheduled: tuple[tuple[Sequence, SegmentRequest], ...] = ()  # of the batch under way
-        self._num_steps = 0
+        self._scheduled: list[Scheduled] = []  # of the step under way
+        self._ahead: list[Scheduled] = []  # of the one after it, if that is begun already
+        self._is_ahead = False  # true where the step under way was
+        self._num_steps = self._num_tried = 0
         self.step_cost = UNMEASURED
         """The latency of a forward, by which prompts beside rounds are bounded."""
         self.trials = Trials(config.overlap_blocks)
@@ -88,65 +107,67 @@ class Scheduler:
         return pages[0]
 
     def schedule(self) -> ScheduledBatch:
-        """The next forward; without segments when there is nothing to do."""
-        self.trials.step(self._clock())
-        requests = self._pick()
-        segments = []
-        scheduled = []
-        for sequence in [running for running in self._running if running in requests]:
-            if sequence.status is not Status.RUNNING:
-                continue  # preempted for one before it, earlier in this loop
-            request, allowed = constrained(sequence, requests[sequence])
-            if sequence.failure is not None:
-                continue
-            start = sequence.num_cached
-            if request.drafts and not self._pages.can_extend(sequence, start + len(request.token_ids)):
-                request = request.without_draft()  # a draft is worth no other sequence's pages
-            if not self._grow(sequence, start + len(request.token_ids)):
-                continue
-            self._pages.extend_ahead(sequence, self._num_next(sequence, start, len(request.token_ids)))
-            sequence.last_step = self._num_steps
-            scheduled.append((sequence, request))
-            segments.append(
-                Segment(
-                    seq_id=sequence.seq_id,
-                    start=start,
-                    token_ids=request.token_ids,
-                    pages=tuple(sequence.pages),
-                    num_causal=request.num_causal,
-                    adapter=request.adapter,
-                    wanted=request.wanted,
-                    sampling=sequence.sampling,
-                    prompt_len=sequence.num_prompt_tokens,
-                    history=sequence.history_for(request),
-                    fixed=request.fixed,
-                    allowed=allowed,
-                )
-            )
-        self._num_steps += 1
-        self._scheduled = tuple(scheduled)
-        return ScheduledBatch(tuple(segments), mode=mode_of(scheduled))
+        """The next forward, where none is under way; without segments when there is nothing to do."""
+        self._scheduled, self._is_ahead = self._compose(None) or [], False
+        return _batch_of(self._scheduled)
 
-    def commit(self, batch: ScheduledBatch, outputs: Seq[SegmentOutput | None]) -> list[Progress]:
-        """Applies the outputs of the batch that schedule() gave last; what is new, by sequence.
+    def schedule_ahead(self, can_be_followed: Callable[[Segment], bool]) -> ScheduledBatch | None:
+        """The forward after the one under way, whose output is not known yet; None where it has to be.
+
+        A sequence whose next segment can't be told is left out of it. Where most are, or pages have to be
+        taken from one, nothing is begun.
+        """
+        decoding = [row for row in self._scheduled if row.request.wanted]
+        before = {row.sequence: _segment_before(row, can_be_followed) for row in decoding}
+        go_on = [followed for sequence, followed in before.items() if sequence.num_remaining > 1]
+        if 2 * go_on.count(None) > len(go_on):
+            return None
+        with self._chunks_taken():
+            self._ahead = self._compose(before) or []
+        return _batch_of(self._ahead) if self._ahead else None
+
+    def resume(self) -> ScheduledBatch:
+        """The forward that was begun ahead, without the segments of sequences that have ended since."""
+        live = [row for row in self._scheduled if row.sequence.status is Status.RUNNING]
+        self.counters.num_in_vain += len(self._scheduled) - len(live)
+        self._scheduled = live
+        return _batch_of(live)
+
+    def drop_ahead(self) -> None:
+        """Forgets the step begun ahead: its sequences are where they were."""
+        self._ahead = []
+
+    def commit(self, outputs: Seq[SegmentOutput | None]) -> list[Progress]:
+        """Applies the outputs of the step under way; what is new, by sequence. The one begun ahead is then
+        under way, if there is any.
 
         A segment that failed, or whose output can't be applied, ends its sequence alone. None: it was not
         run; its sequence is where it was.
         """
         progress = []
-        for (sequence, request), output in zip(self._scheduled, outputs, strict=True):
+        self.counters.num_steps += 1
+        self.counters.num_ahead += self._is_ahead
+        self.counters.num_segments += len(self._scheduled)
+        made_by = dict(zip((row.sequence for row in self._scheduled), outputs, strict=True))
+        for row, output in zip(self._scheduled, outputs, strict=True):
             if output is None:
                 continue
-            made = self.decoding.apply(sequence, request, output)
+            made = self.decoding.apply(row.sequence, row.request, output)
             if made.error is not None:
-                self._pool.forget(sequence.pages)  # it may be their content that is at fault
+                self._pool.forget(row.sequence.pages)  # it may be their content that is at fault
             else:
-                self._pages.keep(sequence)
+                self._pages.keep(row.sequence)
             if made.ended:
-                self.remove(sequence)
+                self.remove(row.sequence)
             if made.token_ids or made.ended:
                 progress.append(made)
-        self._scheduled = ()
+        ahead, self._scheduled, self._ahead, self._is_ahead = self._ahead, [], [], True
+        for row in ahead:
+            came = self._settled(row, made_by.get(row.sequence))
+            if came is None:
+                self.counters.num_in_vain += 1
+            else:
+                self._scheduled.append(came)
         return progress
 
     def check_integrity(self) -> None:
@@ -164,17 +185,102 @@ class Scheduler:
             assert sequence.status is Status.WAITING
             assert not sequence.pages
 
-    def _pick(self) -> dict[Sequence, SegmentRequest]:
+    def _compose(self, before: Mapping[Sequence, Segment | None] | None) -> list[Scheduled] | None:
+        """The segments of a step.
+
+        before: of the sequences whose output is still to come the segment to follow, None for none. While
+        there is a step under way no pages are taken from any sequence: None where too few are free.
+        """
+        is_ahead, before = before is not None, before or {}
+        if self._num_tried == self._num_steps:
+            self.trials.step(self._clock())
+            self._num_tried += 1
+        requests = self._pick(before)
+        scheduled = []
+        for sequence in [running for running in self._running if running in requests]:
+            if sequence.status is not Status.RUNNING:
+                continue  # preempted for one before it, earlier in this loop
+            request, followed = requests[sequence], before.get(sequence)
+            allowed: tuple[bytes | None, ...] = ()
+            start = end = sequence.num_cached
+            if followed is None:
+                request, allowed = constrained(sequence, request)
+                if sequence.failure is not None:
+                    continue
+            else:
+                start = next_start(followed)
+                end = start + followed.num_checked - 1
+            if request.drafts and not self._pages.can_extend(sequence, end + len(request.token_ids)):
+                request = request.without_draft()  # a draft is worth no other sequence's pages
+            if is_ahead and not self._pages.extend(sequence, end + len(request.token_ids)):
+                return None
+            if not self._grow(sequence, end + len(request.token_ids)):
+                continue
+            segment = Segment(
+                seq_id=sequence.seq_id,
+                start=start,
+                token_ids=request.token_ids,
+                pages=tuple(sequence.pages),
+                num_causal=request.num_causal,
+                adapter=request.adapter,
+                wanted=request.wanted,
+                sampling=sequence.sampling,
+                prompt_len=sequence.num_prompt_tokens,
+                history=sequence.history_for(request),
+                fixed=request.fixed,
+                allowed=allowed,
+                follows=followed,
+            )
+            scheduled.append(Scheduled(sequence, request, segment))
+        for row in scheduled:
+            row.sequence.last_step = self._num_steps
+        self._num_steps += 1
+        return scheduled
+
+    @contextmanager
+    def _chunks_taken(self) -> Iterator[None]:
+        """Chunks of prompts that are under way count as cached meanwhile: their tokens are known, and what
+        follows them is computed after them."""
+        chunks = [row for row in self._scheduled if not row.request.wanted]
+        for row in chunks:
+            row.sequence.num_cached += row.request.num_causal
+        try:
+            yield
+        finally:
+            for row in chunks:
+                row.sequence.num_cached -= row.request.num_causal
+
+    def _settled(self, row: Scheduled, output: SegmentOutput | None) -> Scheduled | None:
+        """What was begun ahead for a sequence, as it has come to be; None where it is of no use.
+
+        output: of its sequence in the step before
+        """
+        sequence = row.sequence
+        if sequence.status is not Status.RUNNING:
+            return None
+        before = row.segment.follows
+        if before is None:
+            return row if row.segment.start == sequence.num_cached else None
+        segment = None if output is None else settled(row.segment, output)
+        if segment is None or segment.start != sequence.num_cached:
+            return None
+        return Scheduled(sequence, self.decoding.begin_settled(sequence, before, segment), segment)
+
+    def _pick(self, before: Mapping[Sequence, Segment | None]) -> dict[Sequence, SegmentRequest]:
         """The segments to run within the token budget, pages aside."""
         config = self._config
         budget = config.max_step_tokens
-        prefilling = [sequence for sequence in self._running if sequence.is_prefilling]
-        rounds = [sequence for sequence in self._running if not sequence.is_prefilling]
+        prefilling = [s for s in self._running if s.is_prefilling and s not in before]
+        rounds = [s for s in self._running if not s.is_prefilling or s in before]
         can_admit = bool(self._waiting) and len(self._running) < config.max_running
         reserved = min(budget // PREFILL_SHARE, config.max_prefill_tokens) if prefilling or can_admit else 0
         requests: dict[Sequence, SegmentRequest] = {}
         for sequence in sorted(rounds, key=lambda item: item.last_step):
-            request = self.decoding.next_segment(sequence, budget - reserved)
+            request: SegmentRequest | None = None
+            if sequence not in before:
+                request = self.decoding.next_segment(sequence, budget - reserved)
+            elif (followed := before[sequence]) is not None:
+                request = self.decoding.open_segment(sequence, followed, budget - reserved)
             if request is not None:
                 requests[sequence] = request
                 budget -= len(request.token_ids)
@@ -225,12 +331,6 @@ class Scheduler:
                 return False
         return True
 
-    def _num_next(self, sequence: Sequence, start: int, length: int) -> int:
-        """The most tokens that the step after one of so many from start on can need pages for."""
-        following = 1 if sequence.is_prefilling else length
-        most = min(len(sequence.tokens) + sequence.num_remaining, self._spec.max_context)
-        return min(start + length + following, most)
-
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
         self._pages.release(sequence)
@@ -241,3 +341,14 @@ class Scheduler:
 
 def _rank(sequence: Sequence) -> tuple[float, int]:
     return sequence.rank
+
+
+def _batch_of(scheduled: Seq[Scheduled]) -> ScheduledBatch:
+    mode = mode_of([(row.sequence, row.request) for row in scheduled])
+    return ScheduledBatch(tuple(row.segment for row in scheduled), mode)
+
+
+def _segment_before(row: Scheduled, can_be_followed: Callable[[Segment], bool]) -> Segment | None:
+    """The segment of the step under way, if its sequence's next one can follow it unseen."""
+    gives_seed = row.segment.num_checked > 0 and row.request.successor is None
+    return row.segment if gives_seed and can_be_followed(row.segment) else None

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from policies.cost import RoundStats
 from policies.modes import DecodePlan, Mode
+from replicas.engine.ahead import Worth
 from replicas.engine.batch import TokenLogprob
 from replicas.engine.blocks import Key
 from replicas.engine.decoders.round import NO_DRAFT, Draft, Round, SegmentRequest
@@ -83,6 +84,8 @@ class Sequence:
     round, since part of a block may have been streamed already."""
     draft: Draft = NO_DRAFT
     """What the round before has drafted of the tokens after the seed; only a hint."""
+    worth: Worth = field(default_factory=Worth)
+    """What was worth verifying of its drafts, where steps are begun ahead."""
     round_plan: DecodePlan | None = None
     """The plan by which the round in progress, or the last one, was begun."""
     _round_began: tuple[int, int, int] = (0, 0, 0)

@@ -34,12 +34,6 @@ class SequencePages:
             sequence.pages.extend(pages)
         return True
 
-    def extend_ahead(self, sequence: Sequence, num_tokens: int) -> None:
-        """Gives it pages for num_tokens before it needs them, while half of the pool is free: a runner can
-        then begin the step after this one before it is asked for."""
-        if 2 * self._pool.num_free >= self._pool.num_pages:
-            self.extend(sequence, num_tokens)
-
     def keep(self, sequence: Sequence) -> None:
         """Makes pages findable that have become full of committed K/V."""
         size = self._pool.page_size

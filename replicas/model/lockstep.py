@@ -1,17 +1,23 @@
 """Several processes behind one runner: each runs every step on its part of the model."""
 
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple, cast
 
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from replicas.engine.batch import (
+    AheadRunner,
+    Begun,
     ModelSpec,
     Runner,
     RunnerLost,
     ScheduledBatch,
+    Segment,
     SegmentOutput,
     ServingRunner,
 )
@@ -67,6 +73,26 @@ def batch_group() -> dist.ProcessGroup:
     return group
 
 
+class Step(NamedTuple):
+    """What goes to the followers."""
+
+    batch: ScheduledBatch
+    follows: bool
+    """True if it is begun behind the step before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeadersStep:
+    """A step that is begun on all processes: an implementation of replicas.engine.batch.Begun."""
+
+    begun: Begun
+    failing: Callable[[], AbstractContextManager[None]]
+
+    def outputs(self, segments: Sequence[Segment]) -> Sequence[SegmentOutput]:
+        with self.failing():
+            return self.begun.outputs(segments)
+
+
 class Leader:
     """Rank 0's runner. Every batch goes to the followers before it runs; `close` lets them end.
 
@@ -91,9 +117,26 @@ class Leader:
         self._runner.settle()
 
     def run(self, batch: ScheduledBatch) -> Sequence[SegmentOutput]:
-        try:
-            dist.broadcast_object_list([batch], src=0, group=self._batches)
+        with self._failing():
+            self._send(batch, None)
             return self._runner.run(batch)
+
+    def begin(self, batch: ScheduledBatch, before: "LeadersStep | None") -> "LeadersStep":
+        runner = cast("AheadRunner", self._runner)
+        with self._failing():
+            self._send(batch, before)
+            return LeadersStep(runner.begin(batch, None if before is None else before.begun), self._failing)
+
+    def can_be_followed(self, segment: Segment) -> bool:
+        return cast("AheadRunner", self._runner).can_be_followed(segment)
+
+    def _send(self, batch: ScheduledBatch, before: "LeadersStep | None") -> None:
+        dist.broadcast_object_list([Step(batch, before is not None)], src=0, group=self._batches)
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:
             self._is_lost = True
             raise RunnerLost(f"a step failed on a part of the model: {error}") from error
@@ -107,10 +150,15 @@ class Leader:
 def follow(runner: Runner) -> None:
     """Runs on every other rank what the leader runs, until it closes. Raises what a step raises."""
     batches = batch_group()
+    ahead = cast("AheadRunner", runner) if runner.spec.runs_ahead else None
+    begun: Begun | None = None
     while True:
-        received: list[ScheduledBatch | None] = [None]
+        received: list[Step | None] = [None]
         dist.broadcast_object_list(received, src=0, group=batches)
-        batch = received[0]
-        if batch is None:
+        step = received[0]
+        if step is None:
             return
-        runner.run(batch)
+        if ahead is None:
+            runner.run(step.batch)
+        else:
+            begun = ahead.begin(step.batch, begun if step.follows else None)

@@ -15,7 +15,8 @@ from policies.policy import Trial
 from policies.replica_load import Freshness, ObservedLoad, ReplicaLoad
 from replicas.config import EngineConfig
 from replicas.engine.batch import RunnerLost, ScheduledBatch, SegmentOutput
-from replicas.engine.engine import MAX_FAILED, Engine
+from replicas.engine.engine import Engine
+from replicas.engine.forwards import MAX_FAILED
 from replicas.engine_thread import WEDGED_S
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import (

@@ -1,7 +1,7 @@
 """An engine under load over a model that costs nothing: `python -m benchmarks.gpu.offline.load`.
 
 The real engine and the real runner, on meta tensors (benchmarks.gpu.offline.trace), after the warm-up of a
-replica. Counted are the steps that were begun ahead, the forwards thrown away, the steps that ran without a
+replica. Counted are the steps that were begun ahead, the segments begun in vain, the steps that ran without a
 graph, and the graphs and kernels that the warm-up had not met: each would hold up all streams while it is
 captured or compiled.
 """
@@ -41,8 +41,10 @@ class Counted:
     steps: int
     ahead: float
     """The share of steps that were begun ahead of their turn."""
-    wasted: float
-    """Forwards begun ahead and thrown away, a step."""
+    in_vain: float
+    """The share of segments that were begun ahead and of no use."""
+    unused: float
+    """The share of rows that were begun ahead and not needed, as less was worth verifying or accepted."""
     eager: float
     """The share of forwards without a graph."""
     graphs: int
@@ -78,23 +80,21 @@ class _Requests:
         )
 
 
-class _Starts:
+class _Sizes:
     """Counts a runner's forwards, and those that no graph held."""
 
     def __init__(self, runner: CudaRunner):
-        self.forwards = self.eager = 0
-        start, size_of = runner._start, runner._size
+        self.forwards = self.eager = self.rows = 0
+        size_of = runner._size
 
-        def counted_start(*args: object) -> object:
-            self.forwards += 1
-            return start(*args)  # type: ignore[arg-type]
-
-        def counted_size(host: object) -> object:
+        def counted(host: object) -> object:
             size, graphs = size_of(host)  # type: ignore[arg-type]
+            self.forwards += 1
+            self.rows += host.size.num_rows  # type: ignore[attr-defined]
             self.eager += graphs is None
             return size, graphs
 
-        runner._start, runner._size = counted_start, counted_size  # type: ignore[assignment, method-assign]
+        runner._size = counted  # type: ignore[assignment, method-assign]
 
 
 def count(
@@ -121,24 +121,30 @@ def count(
         warm_up(runner, max_running=config.max_running, max_step_tokens=config.max_step_tokens)
         num_graphs, num_kernels = len(graphs), len(trace.variants)
         engine = Engine(runner, config)
+        counters = engine.scheduler.counters
         requests = _Requests(engine, mode, temperature, rng)
         for _ in range(concurrency):
             requests.submit()
+        num_needed = 0
         for step in range(-_FILLING_STEPS, steps):
             if step == 0:
-                counted, ahead = _Starts(runner), runner.num_steps_ahead
+                num_needed = 0
+                counted, before = _Sizes(runner), (counters.num_steps, counters.num_ahead)
+                engine.forwards.clear()
             for made in engine.step():
                 if made.ended:
                     requests.submit()
-        ahead = runner.num_steps_ahead - ahead
+            num_needed += sum(engine.forwards.popleft().num_tokens for _ in tuple(engine.forwards))
+        num_steps, num_ahead = counters.num_steps - before[0], counters.num_ahead - before[1]
         forwards, eager = counted.forwards, counted.eager
     return Counted(
         mode=mode,
         concurrency=concurrency,
         page_size=page_size,
         steps=steps,
-        ahead=round(ahead / steps, 3),
-        wasted=round(max(0, forwards - steps) / steps, 3),
+        ahead=round(num_ahead / num_steps, 3),
+        in_vain=round(counters.num_in_vain / counters.num_segments, 4),
+        unused=round(1 - num_needed / counted.rows, 3),
         eager=round(eager / forwards, 3),
         graphs=num_graphs,
         late_graphs=len(graphs) - num_graphs,

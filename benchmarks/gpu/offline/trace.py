@@ -274,7 +274,7 @@ STEPS = {
 
 
 def trace_steps(device: Device, trace: Trace, work: Work) -> None:
-    """Runs every kind of step, and the one after it where that is begun ahead."""
+    """Runs every kind of step, and steps that are begun ahead."""
     with standing_in(device, trace):
         runner = make_runner(work, META, Options())
         for name, asked in STEPS.items():
@@ -282,3 +282,6 @@ def trace_steps(device: Device, trace: Trace, work: Work) -> None:
             batch = ScheduledBatch(tuple(_asked(work, *asked)))
             with _Waits(trace):
                 runner.run(batch)
+        trace.step, trace.launches = f"{work.name}, begun ahead", []
+        with _Waits(trace):
+            runner.warm_up_following()

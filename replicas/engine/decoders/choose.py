@@ -8,7 +8,12 @@ from replicas.engine.batch import ModelSpec
 from replicas.engine.decoders.ar import ArRound
 from replicas.engine.decoders.diffusion import Denoising, DiffusionRound
 from replicas.engine.decoders.round import Round, SegmentRequest
-from replicas.engine.decoders.self_speculation import SelfSpeculationRound, masks_behind, with_draft
+from replicas.engine.decoders.self_speculation import (
+    SelfSpeculationRound,
+    masks_behind,
+    verify_and_draft,
+    with_draft,
+)
 from replicas.engine.sequence import Sequence
 
 PINNED_RULE = "request"
@@ -58,9 +63,10 @@ def begin_round(sequence: Sequence, plan: DecodePlan, spec: ModelSpec, overlaps_
     assert spec.mask_token_id is not None, "a model without a mask token has only the mode ar"
     if plan.mode is Mode.SELF_SPECULATION:
         eos = frozenset() if sequence.sampling.ignore_eos else spec.eos_token_ids
-        return SelfSpeculationRound(
-            start, seed, sequence.draft, block_length, sequence.num_remaining, spec.mask_token_id, eos
+        request = verify_and_draft(
+            seed, sequence.draft, block_length, sequence.num_remaining, spec.mask_token_id, eos
         )
+        return SelfSpeculationRound(start, request)
     return _diffusion_round(sequence, plan, spec, start, seed, overlaps_blocks)
 
 

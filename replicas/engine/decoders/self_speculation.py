@@ -14,48 +14,29 @@ Such a draft is made before its own seed is known, the token after the verified 
 too.
 """
 
+from collections.abc import Sequence as Seq
 from collections.abc import Set
 from dataclasses import replace
-from itertools import accumulate
-from operator import mul
 
 from policies.modes import Mode
 from replicas.engine.batch import SegmentOutput
 from replicas.engine.decoders.round import NO_DRAFT, Draft, Round, RoundProgress, SegmentRequest
 
+PROB_ONE = 1 << 20
+"""A probability of 1 where probabilities are reckoned with in whole numbers."""
+
 
 class SelfSpeculationRound(Round):
     """A round of one forward.
 
-    draft: of the tokens after the seed, as the round before has left it
-    block_length: tokens verified at most, the seed included; as many are drafted behind them, the first of
-    which, the next seed, is not used
-    num_remaining: tokens that the request may still generate, at least 1
-    eos_token_ids: the tokens that end a text; empty when the request ignores them
+    request: as verify_and_draft makes it
     """
 
     mode = Mode.SELF_SPECULATION
 
-    def __init__(
-        self,
-        start: int,
-        seed: int,
-        draft: Draft,
-        block_length: int,
-        num_remaining: int,
-        mask_token_id: int,
-        eos_token_ids: Set[int],
-    ):
+    def __init__(self, start: int, request: SegmentRequest):
         self.start = start
-        most = min(block_length, num_remaining) - 1
-        ends = (at for at, token in enumerate(draft.token_ids[:most], start=1) if token in eos_token_ids)
-        most = next(ends, most)
-        count = num_worth_verifying(draft.probs[:most])
-        tokens = (seed, *draft.token_ids[:count])
-        verify = SegmentRequest(tokens, len(tokens), adapter=False, wanted=tuple(range(len(tokens))))
-        is_end = tokens[-1] in eos_token_ids
-        num_left = 0 if is_end else num_remaining - len(tokens)
-        self._request = with_draft(verify, masks_behind(block_length, num_left, mask_token_id))
+        self._request = request
 
     def next_segment(self, following: int = 0) -> SegmentRequest:
         return self._request
@@ -70,6 +51,35 @@ class SelfSpeculationRound(Round):
         count = num_accepted + 1
         draft = Draft.behind(request, output) if count == request.num_causal else NO_DRAFT
         return RoundProgress(chosen[:count], output.logprobs(count), num_cached=count, done=True, draft=draft)
+
+
+def verify_and_draft(
+    seed: int,
+    draft: Draft,
+    block_length: int,
+    num_remaining: int,
+    mask_token_id: int,
+    eos_token_ids: Set[int],
+) -> SegmentRequest:
+    """The segment of a round: what is worth verifying of a draft, and the masks of the next.
+
+    draft: of the tokens after the seed, as the round before has left it
+    block_length: tokens verified at most, the seed included; as many are drafted behind them, the first of
+    which, the next seed, is not used
+    num_remaining: tokens that the request may still generate, at least 1
+    eos_token_ids: the tokens that end a text; empty when the request ignores them
+    """
+    most = min(block_length, num_remaining) - 1
+    ends = (at for at, token in enumerate(draft.token_ids[:most], start=1) if token in eos_token_ids)
+    most = next(ends, most)
+    tokens = (seed, *draft.token_ids[: num_worth_verifying(draft.probs[:most])])
+    num_left = 0 if tokens[-1] in eos_token_ids else num_remaining - len(tokens)
+    return with_draft(verify(tokens), masks_behind(block_length, num_left, mask_token_id))
+
+
+def verify(token_ids: tuple[int, ...]) -> SegmentRequest:
+    """The segment that verifies a seed and what is drafted after it."""
+    return SegmentRequest(token_ids, len(token_ids), adapter=False, wanted=tuple(range(len(token_ids))))
 
 
 def with_draft(request: SegmentRequest, masks: tuple[int, ...]) -> SegmentRequest:
@@ -90,18 +100,25 @@ def masks_behind(block_length: int, num_remaining: int, mask_token_id: int) -> t
     return (mask_token_id,) * count if count > 1 else ()
 
 
-def num_worth_verifying(probs: tuple[float, ...]) -> int:
+def num_worth_verifying(probs: Seq[float]) -> int:
     """The number of drafted tokens to verify; the rest is drafted again behind them.
 
     The one of most tokens expected of the forward, less what a refusal costs: the next forward then has no
     draft, and brings one token instead of what a draft like this one brings.
 
+    Reckoned in whole numbers, so that a device that decides it too (replicas.kernels.follow) can't come to
+    another one by its rounding.
+
     probs: of each token, that it is accepted if those before it are
     """
-    survivals = tuple(accumulate(probs, mul))
-    expected = tuple(accumulate(survivals, initial=0.0))
-    values = [
-        tokens - (1.0 - survival) * expected[-1]
-        for tokens, survival in zip(expected, (1.0, *survivals), strict=True)
-    ]
-    return max(range(len(values)), key=lambda count: (values[count], count))
+    survivals = [PROB_ONE]
+    for prob in probs:
+        survivals.append(survivals[-1] * int(prob * PROB_ONE) // PROB_ONE)
+    full = sum(survivals[1:])
+    best = best_value = expected = 0
+    for count, survival in enumerate(survivals):
+        expected += survival if count else 0
+        value = expected * PROB_ONE - (PROB_ONE - survival) * full
+        if value >= best_value:
+            best, best_value = count, value
+    return best

@@ -90,7 +90,7 @@ class HostStep:
         page_size: int,
         draws: np.ndarray | None = None,
     ) -> "HostStep":
-        """Lays out the segments.
+        """Lays out the segments; one that follows another as long as it may come to be, with all its pages.
 
         draws: [2, W] float32, the wanted rows' temperatures and random numbers; None: all are greedy
         """
@@ -103,6 +103,9 @@ class HostStep:
         positions = np.arange(num_rows) - (first_rows - starts)[segment_of_row]
 
         num_pages = -(-(starts + lengths) // page_size)
+        for index, segment in enumerate(segments):
+            if segment.follows is not None:
+                num_pages[index] = len(segment.pages)
         first_pages = num_pages.cumsum() - num_pages
         page_table = np.fromiter(
             chain.from_iterable(

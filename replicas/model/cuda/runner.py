@@ -1,13 +1,16 @@
 """The GPU's implementation of replicas.engine.batch.Runner."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from replicas.engine.batch import ModelSpec, ScheduledBatch, Segment, SegmentOutput
+from replicas.engine.decoders.self_speculation import PROB_ONE
 from replicas.kernels.confidence import confidence
+from replicas.kernels.follow import follow, pack
 from replicas.kernels.sample_rows import Drawn, sample_rows
+from replicas.messages import SamplingParams
 from replicas.model.checkpoint import (
     DTYPES,
     CheckpointError,
@@ -18,11 +21,10 @@ from replicas.model.checkpoint import (
 )
 from replicas.model.config import ModelConfig
 from replicas.model.cuda.attention import PagedKv, TritonAttention
-from replicas.model.cuda.fill import fill_in
 from replicas.model.cuda.graphs import GraphCache, GraphRecorder, Replay
 from replicas.model.cuda.inputs import HostStep, StepInputs, StepSize, sections_of
-from replicas.model.cuda.lookahead import Guess, guess, match, resolve
-from replicas.model.cuda.sampling import Sampled, choose, draws_of, is_plain
+from replicas.model.cuda.opens import opens_of
+from replicas.model.cuda.sampling import Sampled, choose, draws_of, first_rows, is_plain
 from replicas.model.cuda.sizes import MAX_GRAPH_WANTED, GraphSizes, batches, eager
 from replicas.model.cuda.staging import Staging
 from replicas.model.cuda.transformer import CudaTransformer
@@ -46,17 +48,23 @@ class Options:
     """Pads steps to few sizes, as graphs need."""
     graphs: bool = True
     """Captures the padded steps and replays them."""
-    looks_ahead: bool = True
-    """Starts a step before it is asked for if its segments follow from this one's tokens."""
+    runs_ahead: bool = True
+    """Takes a step while the one before it runs."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Ahead:
-    """A step begun before it was asked for."""
+class BegunStep:
+    """A step that is queued on the device: the implementation of replicas.engine.batch.Begun."""
 
-    known: dict[int, tuple[int, Segment]]
-    """Its segments, as lookahead.resolve gives them."""
     sampled: Sampled
+    spec: ModelSpec
+    stream: torch.cuda.Stream | None
+    """For what is done beside the steps that are queued."""
+
+    @torch.inference_mode()
+    def outputs(self, segments: Sequence[Segment]) -> Sequence[SegmentOutput]:
+        spec = self.spec
+        return self.sampled.outputs(segments, self.stream, spec.mask_token_id, spec.eos_token_ids)
 
 
 class CudaRunner:
@@ -89,11 +97,13 @@ class CudaRunner:
         attention = TritonAttention(config, pages, max_context)
         self.model = CudaTransformer(config, weights, attention, parallel)
         self._staging = Staging(self.device)
-        self._ahead: _Ahead | None = None
-        self.num_steps_ahead = 0
+        self._beside = None
+        if self.device.type == "cuda":
+            self._beside = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._sizes = GraphSizes(config)
         self._graphs: GraphCache | None = None
-        self._spec = spec_of(config, num_pages=num_pages, page_size=page_size, max_context=max_context)
+        spec = spec_of(config, num_pages=num_pages, page_size=page_size, max_context=max_context)
+        self._spec = replace(spec, runs_ahead=options.runs_ahead)
         if options.graphs and self.device.type != "cpu":
             self._prepare_graphs(weights.embedding.dtype)
 
@@ -159,24 +169,29 @@ class CudaRunner:
     def spec(self) -> ModelSpec:
         return self._spec
 
-    @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> Sequence[SegmentOutput]:
-        if not batch.segments:
-            return ()
-        ahead, self._ahead = self._ahead, None
-        indices = None if ahead is None else match(ahead.known, batch.segments)
-        if ahead is not None and indices is not None:
-            self.num_steps_ahead += 1
-            sampled = ahead.sampled
+        return self.begin(batch, None).outputs(batch.segments) if batch.segments else ()
+
+    @torch.inference_mode()
+    def begin(self, batch: ScheduledBatch, before: "BegunStep | None") -> "BegunStep":
+        """Queues a step's work on the device; nothing is waited for."""
+        segments = batch.segments
+        host = HostStep.pack(segments, self.config, self._page_size, draws_of(segments))
+        size, graphs = self._size(host)
+        buffer = self._staging.send_step(host, size, None if graphs is None else self._buffer)
+        if before is not None:
+            self._follow(segments, host, before.sampled, sections_of(buffer, size))
+        if graphs is None:
+            logits, drawn = self._compute(StepInputs.view(buffer, size, self.config))
         else:
-            sampled = self._start(batch.segments)
-            indices = list(range(len(batch.segments)))
-        guessed = self._guess(batch.segments, sampled, indices)
-        following = None if guessed is None else self._start(guessed.segments, guessed, sampled)
-        tokens, outputs = sampled.outputs()
-        if guessed is not None and following is not None:
-            self._ahead = _Ahead(resolve(guessed, tokens), following)
-        return [outputs[index] for index in indices]
+            graphs.run(size)
+            logits, drawn = self._outputs(size.num_wanted)
+        sampled = choose(segments, logits[: host.size.num_wanted], drawn, self._staging)
+        return BegunStep(sampled, self._spec, self._beside)
+
+    def can_be_followed(self, segment: Segment) -> bool:
+        sampling = segment.sampling
+        return is_plain(segment) and not (sampling.has_penalties or sampling.has_masks)
 
     def warm_up_batches(self, max_running: int, max_step_tokens: int) -> Iterator[ScheduledBatch]:
         """A batch for each graph that steps with these bounds can need, and for what runs beside graphs."""
@@ -186,6 +201,7 @@ class CudaRunner:
         if max_step_tokens > sizes[-1].num_rows:
             sizes = (*sizes, eager(replace(sizes[-1], num_rows=max_step_tokens)))
         yield from batches(sizes, spec.page_size, spec.num_pages, spec.max_context)
+        self.warm_up_following()
 
     def settle(self) -> None:
         trim_heap()  # pages are the device's, and taken for good
@@ -195,23 +211,6 @@ class CudaRunner:
         host = HostStep.pack(segments, self.config, self._page_size)
         buffer = self._staging.send_step(host, host.size, None)
         return self.model.forward(StepInputs.view(buffer, host.size, self.config))
-
-    def _start(
-        self, segments: Sequence[Segment], guessed: Guess | None = None, after: Sampled | None = None
-    ) -> Sampled:
-        """Queues a step's work on the device; nothing is waited for unless a row needs the host's rules."""
-        host = HostStep.pack(segments, self.config, self._page_size, draws_of(segments))
-        size, graphs = self._size(host)
-        buffer = self._staging.send_step(host, size, None if graphs is None else self._buffer)
-        if guessed is not None and after is not None:
-            fill_in(guessed, after.tokens, sections_of(buffer, size), self._staging)
-        if graphs is None:
-            logits, drawn = self._compute(StepInputs.view(buffer, size, self.config))
-        else:
-            graphs.run(size)
-            logits, drawn = self._outputs(size.num_wanted)
-        spec = self._spec
-        return choose(segments, logits[: host.size.num_wanted], drawn, spec.mask_token_id, spec.eos_token_ids)
 
     def _compute(
         self, inputs: StepInputs, logits: torch.Tensor | None = None, drawn: Drawn | None = None
@@ -227,13 +226,29 @@ class CudaRunner:
         pairs = self._pairs[: 2 * num_wanted].view(2, num_wanted)
         return self._logits[:num_wanted], Drawn(self._tokens[:num_wanted], pairs)
 
-    def _guess(self, segments: Sequence[Segment], sampled: Sampled, indices: Sequence[int]) -> Guess | None:
-        """The guess of the segments that follow these, whose outputs are at `indices` of the sampled ones."""
-        if not self._options.looks_ahead or not all(is_plain(segment) for segment in segments):
-            return None
-        first_rows = sampled.first_rows()
-        firsts = [first_rows[index] for index in indices]
-        return guess(segments, firsts, self._page_size)
+    def warm_up_following(self) -> None:
+        """Has the kernel compiled that completes steps begun ahead, with the adapter and without."""
+        for adapts in {False, self._spec.mask_token_id is not None}:
+            first = Segment(0, 0, (1,), (0,) * 4, 1, False, (0,), SamplingParams())
+            tokens = (0, 1) if adapts else (0,)
+            then = replace(first, start=1, token_ids=tokens, adapter=adapts, follows=first)
+            before = self.begin(ScheduledBatch((first,)), None)
+            self.begin(ScheduledBatch((then,)), before)
+
+    def _follow(
+        self,
+        segments: Sequence[Segment],
+        host: HostStep,
+        before: Sampled,
+        parts: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Has the device complete the segments that follow those of the step before."""
+        opens = opens_of(segments, host, first_rows(before.segments))
+        if opens:
+            tokens, pairs = before.drawn
+            packed = self._staging.send(pack(opens, pairs.shape[1]))
+            mask_token_id = self._spec.mask_token_id
+            follow(packed, len(opens), tokens, pairs, parts, self._page_size, mask_token_id, PROB_ONE)
 
     def _size(self, host: HostStep) -> tuple[StepSize, GraphCache | None]:
         """The size to pad to, and the graphs if the step fits one."""

@@ -9,7 +9,7 @@ import torch
 
 from replicas.engine.batch import Segment, SegmentOutput, TokenProb
 from replicas.kernels.sample_rows import Drawn
-from replicas.model.cuda.staging import Fetch
+from replicas.model.cuda.staging import Fetch, Staging
 from replicas.model.logit_rules import Row
 from replicas.model.runner import outputs_of, rows_of
 from replicas.model.sampler import bounded_temperature, sample, uniforms
@@ -28,25 +28,65 @@ def is_plain(segment: Segment) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class Special:
+    """Rows whose tokens the sampler chooses, by the host's rules."""
+
+    indices: list[int]
+    rows: list[Row]
+    logits: torch.Tensor
+    """[n, vocab], on the device"""
+
+
+@dataclass(frozen=True, slots=True)
 class Sampled:
     """The tokens chosen for the rows of `segments`, in their order; on their way to the host."""
 
     segments: Sequence[Segment]
-    tokens: torch.Tensor
-    """[W] int64, on the device"""
+    drawn: Drawn
+    """Those of plain segments, on the device, with rows of padding behind."""
     fetched: Fetch
-    """Drawn.pairs, with rows of padding behind the W."""
-    top: dict[int, tuple[TokenProb, ...]]
+    """Drawn.pairs"""
+    special: Special | None
 
-    def first_rows(self) -> list[int]:
-        """The index of each segment's first row."""
-        return [0, *accumulate(len(segment.wanted) for segment in self.segments)][:-1]
+    def outputs(
+        self,
+        segments: Sequence[Segment],
+        stream: torch.cuda.Stream | None,
+        mask_token_id: int | None,
+        eos_token_ids: frozenset[int],
+    ) -> list[SegmentOutput]:
+        """Waits for the choice; the outputs of `segments`, which are some of its own as they have come to be.
 
-    def outputs(self) -> tuple[list[int], list[SegmentOutput]]:
-        """Waits for the choice; returns all the tokens, and the outputs by segment."""
-        ids, probs = self.fetched.wait()[:, : len(self.tokens)].tolist()
-        tokens = [int(token) for token in ids]
-        return tokens, outputs_of(self.segments, tokens, probs, self.top)
+        stream: where rows with rules of the host's are chosen for, beside the step that is under way
+        """
+        num_rows = sum(len(segment.wanted) for segment in self.segments)
+        ids, probs = self.fetched.wait()[:, :num_rows].tolist()
+        top: dict[int, tuple[TokenProb, ...]] = {}
+        if self.special is not None:
+            special = self.special
+            with torch.cuda.stream(stream):
+                chosen, values, tops = sample(special.logits, special.rows, mask_token_id, eos_token_ids)
+            for row, index in enumerate(special.indices):
+                ids[index], probs[index] = chosen[row], values[row]
+            top = {special.indices[row]: most_probable for row, most_probable in tops.items()}
+        firsts = first_rows(self.segments)
+        rows = [
+            row
+            for segment in segments
+            for row in range(firsts[segment.seq_id], firsts[segment.seq_id] + len(segment.wanted))
+        ]
+        return outputs_of(
+            segments,
+            [int(ids[row]) for row in rows],
+            [probs[row] for row in rows],
+            {at: top[row] for at, row in enumerate(rows) if row in top},
+        )
+
+
+def first_rows(segments: Sequence[Segment]) -> dict[int, int]:
+    """The first of each segment's rows among those sampled, by sequence."""
+    firsts = accumulate((len(segment.wanted) for segment in segments), initial=0)
+    return {segment.seq_id: first for segment, first in zip(segments, firsts, strict=False)}
 
 
 def draws_of(segments: Sequence[Segment]) -> np.ndarray | None:
@@ -66,33 +106,23 @@ def draws_of(segments: Sequence[Segment]) -> np.ndarray | None:
     return np.stack([temperatures, uniforms(seeds, positions)]).astype(np.float32)
 
 
-def choose(
-    segments: Sequence[Segment],
-    logits: torch.Tensor,
-    drawn: Drawn,
-    mask_token_id: int | None,
-    eos_token_ids: frozenset[int],
-) -> Sampled:
+def choose(segments: Sequence[Segment], logits: torch.Tensor, drawn: Drawn, staging: Staging) -> Sampled:
     """Sends the tokens of the segments' wanted rows, W in order, to the host; those of segments that are not
-    plain are chosen here, and the host waits for them.
+    plain are chosen once they are asked for.
 
-    logits: [W, vocab], may be overwritten; the vocabulary ends with the last id that may be sampled
-    drawn: the tokens of plain segments' rows; may be overwritten, and have rows of padding behind the W
+    logits: [W, vocab]; the vocabulary ends with the last id that may be sampled
+    drawn: the tokens of plain segments' rows, with rows of padding behind the W
     """
-    tokens, pairs = drawn.tokens[: len(logits)], drawn.pairs
-    top: dict[int, tuple[TokenProb, ...]] = {}
-    special: list[int] = []
+    indices: list[int] = []
     rows: list[Row] = []
     first = 0
     for segment in segments:
         if not is_plain(segment):
-            special.extend(range(first, first + len(segment.wanted)))
+            indices.extend(range(first, first + len(segment.wanted)))
             rows.extend(rows_of(segment))
         first += len(segment.wanted)
-    if special:
-        index = torch.tensor(special, device=logits.device)
-        ids, values, tops = sample(logits[index], rows, mask_token_id, eos_token_ids)
-        pairs[:, index] = torch.tensor([ids, values], dtype=torch.float64, device=logits.device)
-        tokens = pairs[0, : len(logits)].long()
-        top = {special[row]: most_probable for row, most_probable in tops.items()}
-    return Sampled(segments, tokens, Fetch(pairs), top)
+    special = None
+    if indices:
+        index = staging.send(np.array(indices, dtype=np.int32))
+        special = Special(indices, rows, logits.index_select(0, index))
+    return Sampled(segments, drawn, Fetch(drawn.pairs), special)

@@ -9,7 +9,7 @@ needed:
 |---|---|---|---|---|
 | steps of one token | up to 128 | the smallest | no | all |
 | verifies | up to 64 | all | no | all |
-| blocks | up to 2,048 | all | yes | all, at most 1,024 |
+| blocks | up to 2,048 | all | yes | all, or at most 1,024 |
 | prompts | up to 2,048 | all | yes | 64 |
 """
 
@@ -24,8 +24,9 @@ from replicas.model.cuda.inputs import StepSize
 
 MAX_GRAPHS = 40
 MAX_GRAPH_ROWS = 2048
-MAX_GRAPH_WANTED = 1024
+MAX_GRAPH_WANTED = MAX_GRAPH_ROWS
 MAX_GRAPH_SEGMENTS = 128
+_MANY_WANTED = 1024
 _FEW_WANTED = 64
 _ROWS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, MAX_GRAPH_ROWS)
 _STEP_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -47,7 +48,8 @@ class GraphSizes:
         self._longest_step = queries_per_tile(TILE_SHAPES[least - 1], config.queries_per_kv)
         sizes = [self._size(rows, rows, False, num_shapes=least) for rows in _STEP_ROWS]
         sizes += [self._size(rows, rows, False) for rows in _VERIFY_ROWS]
-        sizes += [self._size(rows, min(rows, MAX_GRAPH_WANTED), adapts) for rows in _ROWS]
+        sizes += [self._size(rows, rows, adapts) for rows in _ROWS]
+        sizes += [self._size(rows, min(rows, _MANY_WANTED), adapts) for rows in _ROWS]
         sizes += [self._size(rows, _FEW_WANTED, adapts) for rows in _PROMPT_ROWS]
         self.sizes = tuple(sorted(set(sizes), key=_cost))
         """All of them, the cheapest first."""
@@ -99,7 +101,7 @@ def batches(
     pages = tuple(range(-(-2 * length // page_size)))
 
     def segment(number: int, rows: int, wanted: int, size: StepSize) -> Segment:
-        is_draft = size.has_adapter and size.num_wanted >= min(size.num_rows, MAX_GRAPH_WANTED)
+        is_draft = size.has_adapter and size.num_wanted >= min(size.num_rows, _MANY_WANTED)
         return Segment(
             seq_id=number,
             start=0,

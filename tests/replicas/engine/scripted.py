@@ -5,10 +5,12 @@ rejected draft, or a bidirectional forward's leavings gets other tokens than it 
 """
 
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from zlib import crc32
 
 from policies.modes import DecodePlan, Mode
-from replicas.engine.batch import ModelSpec, ScheduledBatch, SegmentOutput
+from replicas.engine.ahead import settled
+from replicas.engine.batch import ModelSpec, ScheduledBatch, Segment, SegmentOutput
 from replicas.engine.grammar import Grammar
 from replicas.engine.sequence import Progress
 from replicas.messages import DecodingOptions
@@ -92,6 +94,63 @@ class ScriptedRunner:
             chosen += [guess[index - count] for index in segment.wanted if index >= count]
             outputs.append(SegmentOutput(tuple(t for t, _ in chosen), tuple(p for _, p in chosen)))
         return outputs
+
+
+class ScriptedStep:
+    """A step that a device has taken: what became of its segments, by sequence, or why it failed."""
+
+    def __init__(self, made: dict[int, tuple[Segment, SegmentOutput]], error: Exception | None):
+        self.made = made
+        self._error = error
+
+    def outputs(self, segments: Seq[Segment]) -> list[SegmentOutput]:
+        if self._error is not None:
+            raise self._error
+        assert len({segment.seq_id for segment in segments}) == len(segments)
+        for segment in segments:
+            assert self.made[segment.seq_id][0] == segment, "host and device disagree"
+        return [self.made[segment.seq_id][1] for segment in segments]
+
+
+class Device:
+    """Runs another runner's forwards as a device does, in the order in which they are begun.
+
+    What a step that follows another is to be it finds out by itself, and tells nobody until it is asked.
+    fails_early: an error comes when a forward is begun, and not when it is waited for.
+    """
+
+    def __init__(self, runner: ScriptedRunner, fails_early: bool = False):
+        self._runner = runner
+        self._fails_early = fails_early
+        self.run = runner.run
+        self.spec = replace(runner.spec, runs_ahead=True)
+
+    def begin(self, batch: ScheduledBatch, before: ScriptedStep | None) -> ScriptedStep:
+        segments = []
+        for segment in batch.segments:
+            if segment.follows is not None:
+                followed, output = before.made[segment.seq_id] if before and before.made else (None, None)
+                if followed is None or output is None:
+                    return ScriptedStep({}, RuntimeError("what is before it has failed"))
+                assert followed == segment.follows
+                came = settled(segment, output)
+                if came is None:
+                    continue
+                end = came.start + len(came.token_ids)
+                assert end <= min(len(came.pages) * self.spec.page_size, self.spec.max_context)
+                segment = came
+            segments.append(segment)
+        try:
+            outputs = self._runner.run(ScheduledBatch(tuple(segments)))
+        except Exception as error:
+            if self._fails_early:
+                raise
+            return ScriptedStep({}, error)
+        pairs = zip(segments, outputs, strict=True)
+        return ScriptedStep({segment.seq_id: (segment, output) for segment, output in pairs}, None)
+
+    def can_be_followed(self, segment: Segment) -> bool:
+        return not (segment.allowed or segment.sampling.has_penalties or segment.sampling.has_masks)
 
 
 def nearest(token: int, allowed: bytes | None) -> int:

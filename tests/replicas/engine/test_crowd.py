@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ from replicas.messages import DecodingOptions, SamplingParams
 from replicas.tools.thinking_budget import BudgetedGrammar, SpelledMarks
 from tests.replicas.engine.scripted import (
     PINNED,
+    Device,
     ScriptedGrammar,
     ScriptedRunner,
     expected,
@@ -50,12 +52,14 @@ COSTS = (
 class Crowd:
     """An engine, what was asked of it, and what each must get; the books are checked at every turn."""
 
-    def __init__(self, rng: random.Random, num_pages: int, step_tokens: int):
+    def __init__(
+        self, rng: random.Random, num_pages: int, step_tokens: int, page_size: int, runs_ahead: bool
+    ):
         self.rng = rng
         self.overlaps_blocks = rng.random() < 0.7
-        self.runner = ScriptedRunner(num_pages=num_pages, page_size=4, max_context=MAX_CONTEXT)
+        self.runner = ScriptedRunner(num_pages=num_pages, page_size=page_size, max_context=MAX_CONTEXT)
         self.engine = Engine(
-            self.runner,
+            Device(self.runner) if runs_ahead else self.runner,
             EngineConfig(
                 max_running=rng.randint(1, 12),
                 max_waiting=1000,
@@ -138,9 +142,13 @@ class Crowd:
             assert self.seen[name][-1].ended
 
 
-def run_crowd(seed: int, num_pages: int, step_tokens: int) -> Crowd:
+def run_crowd(
+    seed: int, num_pages: int, step_tokens: int, page_size: int = 4, runs_ahead: bool = False
+) -> Crowd:
+    """num_pages: of 4 tokens; so many tokens are in as many pages as they need"""
     rng = random.Random(seed)
-    crowd = Crowd(rng, num_pages, step_tokens)
+    num_pages = max(4 * num_pages, MAX_CONTEXT + page_size) // page_size
+    crowd = Crowd(rng, num_pages, step_tokens, page_size, runs_ahead)
     to_come = 20
     for _ in range(5000):
         if to_come and rng.random() < 0.4:
@@ -158,16 +166,39 @@ def run_crowd(seed: int, num_pages: int, step_tokens: int) -> Crowd:
     return crowd
 
 
+CROWDS = {
+    "seed": st.integers(0, 10**9),
+    "num_pages": st.integers(24, 60),
+    "step_tokens": st.integers(192, 260),
+    "page_size": st.sampled_from((1, 4, 16, 64)),
+}
+
+
 @examples(20)
-@given(seed=st.integers(0, 10**9), num_pages=st.integers(24, 60), step_tokens=st.integers(192, 260))
-def test_a_crowd_gets_what_each_would_alone(seed: int, num_pages: int, step_tokens: int) -> None:
+@given(**CROWDS)
+def test_a_crowd_gets_what_each_would_alone(
+    seed: int, num_pages: int, step_tokens: int, page_size: int
+) -> None:
     """Arrivals, modes, grammars, choices, cancels and plan changes on a pool too small for all of them."""
-    run_crowd(seed, num_pages, step_tokens)
+    run_crowd(seed, num_pages, step_tokens, page_size)
 
 
-def test_crowds_meet_what_they_are_for() -> None:
+@examples(30)
+@given(**CROWDS)
+def test_a_crowd_of_which_steps_are_begun_ahead_gets_the_same(
+    seed: int, num_pages: int, step_tokens: int, page_size: int
+) -> None:
+    run_crowd(seed, num_pages, step_tokens, page_size, runs_ahead=True)
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_crowds_meet_what_they_are_for(runs_ahead: bool) -> None:
     """Preemptions, prefixes reused, drafts cut by grammars: all of it happens in some crowds."""
-    crowds = [run_crowd(seed, 24, 192) for seed in range(16)]
+    crowds = [run_crowd(seed, 24, 192, runs_ahead=runs_ahead) for seed in range(16)]
+    counters = [crowd.engine.scheduler.counters for crowd in crowds]
+    num_ahead = sum(made.num_ahead for made in counters)
+    assert (num_ahead > sum(made.num_steps for made in counters) / 8) == runs_ahead
+    assert any(made.num_in_vain > 0 for made in counters) == runs_ahead
     sequences = [sequence for crowd in crowds for sequence in crowd.sequences]
     constrained = [sequence for sequence in sequences if sequence.grammar is not None]
     assert sum(sequence.num_preemptions for sequence in sequences) > 10

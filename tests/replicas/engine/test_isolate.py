@@ -10,7 +10,8 @@ from policies.modes import DecodePlan, Mode
 from policies.policy import Trial
 from replicas.config import EngineConfig
 from replicas.engine.batch import RunnerLost, ScheduledBatch, Segment, SegmentOutput
-from replicas.engine.engine import MAX_FAILED, MAX_FRUITLESS, Engine
+from replicas.engine.engine import Engine
+from replicas.engine.forwards import MAX_FAILED, MAX_FRUITLESS
 from replicas.engine.grammar import GrammarFailed
 from replicas.engine.isolate import failed, is_sticky, max_forwards, nobodys_segment, run_apart
 from replicas.engine.sequence import Progress

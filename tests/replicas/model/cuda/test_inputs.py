@@ -1,25 +1,33 @@
-"""Sizes, padding and guesses: what a graph replays must not depend on what it was captured with. Pure."""
+"""Sizes, padding and what the device completes: what a graph replays must not depend on what it was captured
+with."""
+
+import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from replicas.engine.batch import Segment
+from policies.modes import DecodePlan, Mode
+from replicas.engine.ahead import Worth, next_start, open_request, settled
+from replicas.engine.batch import Segment, SegmentOutput
+from replicas.engine.decoders.self_speculation import PROB_ONE
+from replicas.kernels.follow import follow, pack
 from replicas.messages import SamplingParams
 from replicas.model.config import ModelConfig
-from replicas.model.cuda.fill import fill_in
 from replicas.model.cuda.graphs import GraphCache
 from replicas.model.cuda.inputs import HostStep, StepSize, sections_of
-from replicas.model.cuda.lookahead import guess, match, resolve
+from replicas.model.cuda.opens import opens_of
+from replicas.model.cuda.sampling import draws_of, first_rows
 from replicas.model.cuda.sizes import GraphSizes
 from replicas.model.cuda.staging import Staging
+from replicas.model.runner import spec_of
 from tests.replicas.model.conftest import commit_and_masks, segment
 from tests.tiny_checkpoint import MASK_TOKEN_ID, tiny_config
 
 CONFIG = ModelConfig.parse(tiny_config())
 PAGE = 8
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-LONG = SamplingParams(max_tokens=100)
 
 
 def sizes(*counts: int) -> StepSize:
@@ -96,50 +104,112 @@ def test_a_failed_capture_is_not_kept() -> None:
     assert len(cache) == 0
 
 
-def step(token: int, start: int, seq_id: int = 0, pages: tuple[int, ...] = (3,)) -> Segment:
-    return segment([token], pages, start=start, seq_id=seq_id)
+def some_step(rng: random.Random, seq_id: int) -> tuple[Segment, SegmentOutput]:
+    """The end of a prompt, a step or a verify, often with a draft behind it, and what it may have given."""
+    num_drafted = rng.choice((0, rng.randrange(70)))
+    num_causal, num_masks = 1 + num_drafted, rng.choice((0, rng.randrange(2, 70)))
+    is_prompt = num_drafted > 0 and rng.random() < 0.3
+    tokens = [rng.randrange(90) for _ in range(num_causal)]
+    wanted = (num_causal - 1,) if is_prompt else range(num_causal)
+    sampling = SamplingParams(temperature=rng.choice((0.0, 0.8)), seed=seq_id)
+    made = segment(
+        [*tokens, *[MASK_TOKEN_ID] * num_masks],
+        tuple(rng.sample(range(200), 60)),
+        start=rng.randrange(30),
+        num_causal=num_causal,
+        adapter=num_masks > 0,
+        wanted=(*wanted, *range(num_causal + 1, num_causal + num_masks)),
+        sampling=sampling,
+        seq_id=seq_id,
+    )
+    own = [] if is_prompt else tokens[1:]
+    if own and rng.random() < 0.5:
+        own[rng.randrange(len(own))] = 91
+    chosen = [*own, *(rng.randrange(90) for _ in range(len(made.wanted) - len(own)))]
+    sure = rng.choice((0.5, 0.9, 0.999))
+    return made, SegmentOutput(tuple(chosen), tuple(rng.uniform(sure, 1.0) for _ in chosen))
 
 
-def test_what_follows_a_step_is_a_step() -> None:
-    asked = [step(9, 2, seq_id=4), step(8, 5, seq_id=6)]
-    guessed = guess(asked, [0, 1], PAGE)
-    assert guessed is not None
-    known = resolve(guessed, [41, 42])
-    assert match(known, [step(42, 6, seq_id=6)]) == [1]
-    assert match(known, [step(41, 3, seq_id=4, pages=(3, 7)), step(42, 6, seq_id=6)]) == [0, 1]
-    assert match(known, [step(40, 3, seq_id=4)]) is None
-    assert match(known, [step(41, 4, seq_id=4)]) is None
-    assert match(known, [step(41, 3, seq_id=4, pages=(2,))]) is None
-    assert match(known, [step(41, 3, seq_id=4), step(1, 0, seq_id=9)]) is None
-    assert match(known, [commit_and_masks([41], 2, (3,), start=3, seq_id=4)]) is None
+def as_float32(output: SegmentOutput) -> SegmentOutput:
+    return replace(output, probs=tuple(np.array(output.probs, np.float32).astype(float).tolist()))
 
 
-def test_the_device_fills_in_what_the_host_would_have_packed() -> None:
-    guessed = guess([step(9, 2, seq_id=4), step(8, 5, seq_id=6)], [1, 0], PAGE)
-    assert guessed is not None
+@pytest.mark.parametrize("seed", range(12))
+def test_the_device_completes_what_the_host_would_have_packed(seed: int) -> None:
+    """Beside segments that are known; those behind it are padding, which is stored nowhere."""
+    rng = random.Random(seed)
+    spec = spec_of(CONFIG, num_pages=200, page_size=PAGE, max_context=480)
+    befores = [some_step(rng, seq_id) for seq_id in range(5)]
+    befores = [(made, as_float32(output)) for made, output in befores]
+    opened = [segment([7, 8, 9], (199,), start=2, seq_id=77, wanted=(2,))]
+    for made, _ in befores:
+        plan = DecodePlan(Mode.AR) if rng.random() < 0.3 else DecodePlan(Mode.SELF_SPECULATION, 40)
+        worth = Worth()
+        if rng.random() < 0.3:
+            worth.note(made, True, 3)
+        request = open_request(made, rng.choice((100, 5, 2)), worth, plan, spec)
+        assert request is not None
+        opened.append(
+            replace(
+                made,
+                start=next_start(made),
+                token_ids=request.token_ids,
+                num_causal=request.num_causal,
+                adapter=request.adapter,
+                wanted=request.wanted,
+                follows=made,
+            )
+        )
+    rng.shuffle(opened)
     staging = Staging(DEVICE)
-    host = HostStep.pack(guessed.segments, CONFIG, PAGE)
+    host = HostStep.pack(opened, CONFIG, PAGE, draws_of(opened))
     size = GraphSizes(CONFIG).padded(host.size)
     assert size is not None
     parts = sections_of(staging.send_step(host, size, None), size)
-    fill_in(guessed, torch.tensor([41, 42], device=DEVICE), parts, staging)
-    expected = HostStep.pack([step(42, 3, seq_id=4), step(41, 6, seq_id=6)], CONFIG, PAGE)
-    for name, values in expected.sections.items():
-        assert parts[name][: len(values)].tolist() == values.tolist(), name
+    tokens = [token for _, output in befores for token in output.token_ids] + [0] * 3
+    probs = [prob for _, output in befores for prob in output.probs] + [0.0] * 3
+    pairs = torch.tensor([tokens, probs], dtype=torch.float64, device=DEVICE)
+    rows = first_rows([made for made, _ in befores])
+    opens = opens_of(opened, host, rows)
+    packed = staging.send(pack(opens, pairs.shape[1]))
+    follow(packed, len(opens), pairs[0].long(), pairs, parts, PAGE, MASK_TOKEN_ID, PROB_ONE)
+
+    outputs = dict(zip((made.seq_id for made, _ in befores), (output for _, output in befores), strict=True))
+    found = {name: values.tolist() for name, values in parts.items()}
+    at = from_wanted = 0
+    for index, one in enumerate(opened):
+        came = one if one.follows is None else settled(one, outputs[one.seq_id])
+        assert came is not None
+        alone = HostStep.pack([came], CONFIG, PAGE, draws_of([came]))
+        expected = {name: values.tolist() for name, values in alone.sections.items()}
+        length, most = len(came.token_ids), len(one.token_ids)
+        for name in ("token_ids", "positions", "slots"):
+            assert found[name][at : at + length] == expected[name], name
+        assert found["slots"][at + length : at + most] == [-1] * (most - length)
+        wanted = slice(from_wanted, from_wanted + len(came.wanted))
+        assert found["wanted"][wanted] == [at + row for row in came.wanted]
+        if size.has_adapter:
+            assert found["adapter"][at : at + most] == [
+                at + row if came.num_causal <= row < length else -1 for row in range(most)
+            ]
+            assert found["wanted_adapter"][wanted] == [
+                from_wanted + number if came.adapter and row >= came.num_causal else -1
+                for number, row in enumerate(came.wanted)
+            ]
+        assert found["temperatures"][wanted] == expected["temperatures"]
+        if one.sampling.temperature > 0:
+            assert found["uniforms"][wanted] == expected["uniforms"]
+        assert found["segments"][5 * index : 5 * index + 4] == [at, came.start, length, came.num_causal]
+        at, from_wanted = at + most, from_wanted + len(one.wanted)
 
 
-@pytest.mark.parametrize(
-    "unknown",
-    [
-        segment([9, 5, 6], (3,), start=1),  # a verify: of how many accepted tokens is not known
-        segment([9, 5], (3,), start=1, num_causal=0, wanted=(1,)),  # a block denoised by diffusion
-        commit_and_masks([9, 31], 2, (3,), start=1),  # and one committed, with the next behind it
-        commit_and_masks([9], 2, (3,), start=1),
-        segment([9, 5, 5], (3,), start=1, num_causal=1, adapter=True, wanted=(0, 2)),  # a seed and a draft
-        segment([9, 5], (3,), start=1, wanted=()),  # a chunk of a prompt
-        segment([9], (3,), start=7),  # the next token's page is not there
-        segment([9], (3,), start=1, sampling=SamplingParams(presence_penalty=1.0)),
-    ],
-)
-def test_nothing_is_guessed_where_anything_is_unknown(unknown: Segment) -> None:
-    assert guess([step(7, 0), unknown], [0, 1], PAGE) is None
+def test_what_is_not_whole_is_not_followed() -> None:
+    before = segment([9, 5], (3,), start=1)
+    opened = replace(segment([0], (3,), start=2), follows=before)
+    assert settled(opened, SegmentOutput((5,), (1.0,))) is None
+    whole = settled(opened, SegmentOutput((5, 4), (1.0, 1.0)))
+    assert whole is not None
+    assert (whole.start, whole.token_ids, whole.follows) == (3, (4,), None)
+    other = settled(opened, SegmentOutput((6, 4), (1.0, 1.0)))
+    assert other is not None
+    assert (other.start, other.token_ids) == (2, (6,))

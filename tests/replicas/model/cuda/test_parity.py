@@ -1,5 +1,6 @@
 """The GPU's runner against the reference, through the engine and row by row, in Triton's interpreter."""
 
+import random
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
@@ -97,25 +98,58 @@ def test_steps_begun_ahead_change_no_token(folder: Path, reference: Reference, p
     for sequence, asked in ((first, PROMPTS[0]), (second, PROMPTS[0][:2])):
         expected = reference.mixed(asked, 6, lambda _: plan, ignore_eos=True)
         assert completion(sequence) == expected.token_ids
-    assert runner.num_steps_ahead > 0
+    assert engine.scheduler.counters.num_ahead > 0
 
 
 def test_all_steps_of_a_lone_sequence_are_begun_ahead(folder: Path, reference: Reference) -> None:
-    """In ar, where pages reach: past the prompt the device waits for no host."""
-    runner = make_runner(folder, Options(), page_size=64)
-    engine = Engine(runner)
+    """In ar: past the prompt the device waits for no host, whatever pages it needs."""
+    engine = Engine(make_runner(folder, Options(), page_size=8))
+    counters = engine.scheduler.counters
     sampling = SamplingParams(max_tokens=24, ignore_eos=True)
     sequence = engine.submit("r", PROMPTS[0], sampling, decoding(PLANS[0]))
-    ahead = []
-    while engine.has_work:
-        before = runner.num_steps_ahead, sequence.num_remaining
-        engine.step()
-        ahead.append((before[1], runner.num_steps_ahead > before[0]))
+    finish(engine)
     assert completion(sequence) == reference.ar(PROMPTS[0], 24, ignore_eos=True).token_ids
-    assert [is_ahead for _, is_ahead in ahead[:2]] == [False, False]
-    full = [is_ahead for num_remaining, is_ahead in ahead[2:] if num_remaining >= 11]
-    assert len(full) >= 4
-    assert all(full)
+    assert (counters.num_steps, counters.num_ahead, counters.num_in_vain) == (24, 23, 0)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_crowd_of_which_steps_are_begun_ahead_gets_what_each_would_alone(folder: Path, seed: int) -> None:
+    """Prompts in chunks, arrivals, a cancel, temperatures, ends of text and pages taken from others."""
+    rng = random.Random(seed)
+    runner = CudaRunner.load(
+        str(folder),
+        dtype="float32",
+        device=DEVICE,
+        num_pages=14,
+        page_size=4,
+        max_context=40,
+        options=Options(pads=False),
+    )
+    engine = Engine(runner, EngineConfig(max_running=4, max_step_tokens=192, max_prefill_tokens=7))
+    on_cpu = TorchRunner.load(str(folder), num_pages=64, page_size=4, max_context=40)
+    expected, submitted = {}, {}
+    for number in range(7):
+        tokens = prompt(rng.randint(1, 24), seed=rng.randrange(99))
+        sampling = SamplingParams(
+            max_tokens=rng.randint(2, 8), temperature=rng.choice((0.0, 0.9)), seed=number
+        )
+        options = decoding(rng.choice((PLANS[0], DecodePlan(Mode.SELF_SPECULATION, 3))))
+        alone = Engine(on_cpu)
+        expected[number] = alone.submit("r", tokens, sampling, DecodingOptions(Mode.AR))
+        finish(alone)
+        submitted[number] = engine.submit(str(number), tokens, sampling, options)
+        engine.step()
+        engine.check_integrity()
+    cancelled = rng.choice([sequence.request_id for sequence in engine.scheduler.running])
+    engine.cancel(cancelled)
+    finish(engine)
+    for number, sequence in submitted.items():
+        found = completion(sequence)
+        whole = completion(expected[number])
+        assert found == (whole[: len(found)] if str(number) == cancelled else whole)
+    counters = engine.scheduler.counters
+    assert counters.num_ahead > counters.num_steps / 3
+    assert counters.num_in_vain > 0
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.9, "top_k": 20}, {"repetition_penalty": 1.3}], ids=str)
@@ -125,7 +159,7 @@ def test_sampled_tokens_are_the_cpus(folder: Path, filters: dict[str, float]) ->
     made = []
     for runner, plan in (
         (TorchRunner.load(str(folder), num_pages=64, page_size=8), PLANS[0]),
-        (make_runner(folder, Options(pads=False, looks_ahead=False)), PLANS[0]),
+        (make_runner(folder, Options(pads=False, runs_ahead=False)), PLANS[0]),
         (make_runner(folder, Options()), DecodePlan(Mode.SELF_SPECULATION, 3)),
     ):
         engine = Engine(runner)
@@ -205,7 +239,7 @@ def test_logits_of_a_mixed_step(tmp_path: Path, kv_dtype: str) -> None:
 
 
 def test_a_commit_with_the_next_block_behind_it_is_two_steps(folder: Path) -> None:
-    """By tokens, probabilities and K/V; it is not taken for the step begun ahead, and none is after it."""
+    """By tokens, probabilities and K/V."""
     together, apart = (make_runner(folder, Options()) for _ in range(2))
     tokens, other = prompt(14, seed=2), prompt(5, seed=3)
     table, other_table = Pages(60, 8).table(30), (63,)
@@ -225,8 +259,6 @@ def test_a_commit_with_the_next_block_behind_it_is_two_steps(folder: Path) -> No
     assert checked.token_ids == expected.token_ids
     assert found.token_ids == first.token_ids + second.token_ids
     assert found.probs == pytest.approx(first.probs + second.probs, abs=1e-4)
-    assert together._ahead is None
-    assert together.num_steps_ahead == apart.num_steps_ahead == 0
     torch.testing.assert_close(kv_pages(together), kv_pages(apart), atol=1e-4, rtol=1e-4)
 
 

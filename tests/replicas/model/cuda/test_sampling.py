@@ -10,15 +10,15 @@ import torch
 
 from policies.modes import DecodePlan, Mode
 from replicas.answer_forms import JsonFormat, ThinkingBudget
-from replicas.engine.batch import Runner, Segment
+from replicas.engine.batch import Runner, Segment, SegmentOutput
 from replicas.engine.engine import Engine
 from replicas.engine.history import NO_TOKENS, Prefix
 from replicas.kernels.confidence import confidence
 from replicas.kernels.sample_rows import Drawn, sample_rows
 from replicas.messages import DecodingOptions, SamplingParams
-from replicas.model.cuda.lookahead import guess
 from replicas.model.cuda.runner import CudaRunner, Options
 from replicas.model.cuda.sampling import choose, draws_of, is_plain
+from replicas.model.cuda.staging import Staging
 from replicas.model.runner import TorchRunner, rows_of
 from replicas.model.sampler import sample
 from tests.replicas.model.conftest import prompt, segment
@@ -89,11 +89,17 @@ def draw(segments: Seq[Segment], logits: torch.Tensor) -> Drawn:
     return sample_rows(logits, best, *numbers.to(logits.device), MASK_TOKEN_ID)
 
 
+def chosen(segments: Seq[Segment], logits: torch.Tensor) -> list[SegmentOutput]:
+    """The outputs by the GPU's way."""
+    on_device = logits.to(DEVICE)
+    sampled = choose(segments, on_device, draw(segments, on_device), Staging(on_device.device))
+    return sampled.outputs(segments, None, MASK_TOKEN_ID, EOS)
+
+
 def choose_both(segments: Seq[Segment], logits: torch.Tensor) -> tuple[list[int], list[int]]:
     """By the GPU's way and by the CPU's."""
-    on_device = logits.to(DEVICE)
-    drawn = draw(segments, on_device)
-    tokens, _ = choose(segments, on_device, drawn, MASK_TOKEN_ID, EOS).outputs()
+    numbered = [replace(part, seq_id=number) for number, part in enumerate(segments)]
+    tokens = [token for output in chosen(numbered, logits) for token in output.token_ids]
     rows = [row for part in segments for row in rows_of(part)]
     return tokens, sample(logits.clone(), rows, MASK_TOKEN_ID, EOS)[0]
 
@@ -121,30 +127,40 @@ def test_a_mask_makes_a_segment_the_samplers() -> None:
     assert tokens[0] in (30, 41)
 
 
+def test_only_part_of_a_step_may_be_asked_for() -> None:
+    """By sequence, and as short as a segment has come to be."""
+    segments = some_segments(SamplingParams(temperature=0.8, logprobs=2))
+    whole = chosen(segments, some_logits(7))
+    on_device = some_logits(7).to(DEVICE)
+    sampled = choose(segments, on_device, draw(segments, on_device), Staging(on_device.device))
+    short = replace(segments[1], token_ids=segments[1].token_ids[:2], num_causal=2, wanted=(0, 1))
+    draft, verify = sampled.outputs([segments[2], short], None, MASK_TOKEN_ID, EOS)
+    assert draft == whole[2]
+    for found, expected in ((verify.token_ids, whole[1].token_ids), (verify.top, whole[1].top)):
+        assert found == expected[:2]
+
+
 @pytest.mark.parametrize(
     "given",
     [{"response_format": JSON}, {"presence_penalty": 1.0}, {"thinking_token_budget": ThinkingBudget(9)}],
     ids=str,
 )
-def test_nothing_is_guessed_of_what_the_host_must_say(given: dict[str, object]) -> None:
-    for part in some_segments(SamplingParams(**given)):
-        assert guess([part], [0], 8) is None
-    step, verify, draft = some_segments(SamplingParams())
-    assert guess([step], [0], 8) is not None
-    assert guess([verify], [0], 8) is None
-    assert guess([draft], [0], 8) is None
+def test_nothing_follows_unseen_what_the_host_has_a_say_in(folder: Path, given: dict[str, object]) -> None:
+    runner = CudaRunner.load(str(folder), dtype="float32", device=DEVICE, num_pages=8, page_size=8)
+    assert not any(runner.can_be_followed(part) for part in some_segments(SamplingParams(**given)))
+    assert all(runner.can_be_followed(part) for part in some_segments(SamplingParams()))
 
 
 @pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(temperature=1.0, seed=3)], ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_segment_whose_logits_are_not_finite_fails_alone(sampling: SamplingParams, value: float) -> None:
     segments = [replace(segment([5], (k,), start=3, seq_id=k), sampling=sampling) for k in range(3)]
-    segments.append(replace(segments[2], sampling=replace(sampling, logprobs=1)))
+    segments.append(replace(segments[2], seq_id=3, sampling=replace(sampling, logprobs=1)))
     logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(4)).to(DEVICE)
     logits[3] = logits[2]
 
     def outputs() -> list:
-        return choose(segments, logits.clone(), draw(segments, logits), MASK_TOKEN_ID, EOS).outputs()[1]
+        return chosen(segments, logits)
 
     healthy = outputs()
     assert [output.failure for output in healthy] == [None] * 4
@@ -185,32 +201,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), seed=3, num_hidden_layers=1)
 
 
-def complete(runner: Runner, plan: DecodePlan, with_grammar: bool) -> dict[str, list[int]]:
-    """A completion that a grammar follows and one beside it."""
+def complete(runner: Runner, plan: DecodePlan, with_grammar: bool) -> tuple[dict[str, list[int]], int]:
+    """A completion that a grammar follows and two beside it, and the steps that were begun ahead."""
     engine = Engine(runner)
     length = None if plan.mode is Mode.AR else plan.block_length
     options = DecodingOptions(plan.mode, length)
-    plain = SamplingParams(max_tokens=5, ignore_eos=True)
-    sequences = [engine.submit("plain", [11, 40, 7], plain, options)]
+    plain = SamplingParams(max_tokens=6, ignore_eos=True)
+    sequences = [engine.submit(name, [11, 40, 7], plain, options) for name in ("plain", "other")]
     if with_grammar:
         sampling = SamplingParams(max_tokens=5, response_format=JSON)
         sequences.append(engine.submit("json", [11, 40, 7], sampling, options, grammar=OddsAndEvens(7)))
     while engine.has_work:
         assert all(made.error is None for made in engine.step())
-    return {sequence.request_id: sequence.tokens[3:] for sequence in sequences}
+    found = {sequence.request_id: sequence.tokens[3:] for sequence in sequences}
+    return found, engine.scheduler.counters.num_ahead
 
 
 @pytest.mark.parametrize(
     "plan", [DecodePlan(Mode.AR), DecodePlan(Mode.SELF_SPECULATION, 3)], ids=lambda plan: plan.mode
 )
 def test_a_grammar_is_followed_as_on_the_cpu(folder: Path, plan: DecodePlan) -> None:
-    """Beside others and with steps begun ahead, which its own must not be."""
+    """Its own steps are not begun ahead; those of the others beside it are."""
     on_cpu = TorchRunner.load(str(folder), num_pages=64, page_size=8)
     on_gpu = CudaRunner.load(
         str(folder), dtype="float32", device=DEVICE, num_pages=64, page_size=8, options=Options(pads=False)
     )
-    found = complete(on_gpu, plan, with_grammar=True)
-    assert on_gpu.num_steps_ahead == 0
-    assert found == complete(on_cpu, plan, with_grammar=True)
+    found, num_ahead = complete(on_gpu, plan, with_grammar=True)
+    assert num_ahead > 0
+    assert (found, 0) == complete(on_cpu, plan, with_grammar=True)
     assert all(a % 2 != b % 2 for a, b in zip([7, *found["json"]], found["json"], strict=False))
-    assert found["plain"] == complete(on_gpu, plan, with_grammar=False)["plain"]
+    assert found["plain"] == complete(on_gpu, plan, with_grammar=False)[0]["plain"]
