@@ -11,8 +11,11 @@ from replicas.engine.batch import Segment
 from replicas.kernels.adapter import add_adapter
 from replicas.kernels.attention import TILE_SHAPES, TileShape, num_splits, ragged_paged_attention
 from replicas.kernels.confidence import confidence
+from replicas.kernels.normed_product import MAX_ROWS, Norm
+from replicas.kernels.project_gated import project_gated
+from replicas.kernels.project_qkv import project_qkv
 from replicas.kernels.rms_norm import rms_norm
-from replicas.kernels.sample_rows import sample_rows
+from replicas.kernels.sample_rows import Draws, sample_rows
 from replicas.kernels.store_kv import Rotation, store_kv
 from replicas.kernels.swiglu import swiglu
 from replicas.messages import SamplingParams
@@ -68,10 +71,14 @@ class KernelBench:
         yield from self._attention("prefill, causal", 1, 0, shapes.prefill, causal=True)
         for count in shapes.rows:
             yield self._sample_rows(count)
+            yield self._sample_rows(count, top_p=0.9)
             yield self._rms_norm(count)
             yield self._swiglu(count)
             yield self._store_kv(count)
             yield self._adapter(count)
+            if count <= MAX_ROWS:
+                yield self._project_qkv(count)
+                yield self._project_gated(count)
         if shapes.tunes:
             yield from self._flex(shapes.contexts[0])
             yield from self._tiles(shapes.contexts[0])
@@ -183,22 +190,34 @@ class KernelBench:
             "confidence", f"{count} rows", num_bytes, lambda: confidence(logits, 3), "softmax, max", run_other
         )
 
-    def _sample_rows(self, count: int) -> dict[str, object]:
-        """The rows' tokens at a temperature, so twice over the logits."""
+    def _sample_rows(self, count: int, top_p: float = 1.0) -> dict[str, object]:
+        """The rows' tokens at a temperature, so three times over the logits; with top_p as often as the
+        search takes, of which the bytes know nothing."""
         logits = self._normal(count, self._shapes.config.vocab_size)
         ones = torch.ones(count, device=self._device)
         halves = ones / 2
+        draws = Draws.at(ones, halves)._replace(top_ps=top_p * ones)
 
         def run() -> None:
-            sample_rows(logits, confidence(logits, 3), ones, halves, 3)
+            sample_rows(logits, confidence(logits, 3), draws, 3)
 
         def run_other() -> torch.Tensor:
-            cumulative = logits.float().softmax(-1).cumsum(-1)
-            return torch.searchsorted(cumulative, halves[:, None])
+            probs = logits.float().softmax(-1)
+            if top_p < 1:
+                ordered, ids = probs.sort(-1, descending=True)
+                ordered[ordered.cumsum(-1) - ordered >= top_p] = 0.0
+                probs = torch.zeros_like(probs).scatter_(1, ids, ordered)
+            cumulative = probs.cumsum(-1)
+            return torch.searchsorted(cumulative, halves[:, None] * cumulative[:, -1:])
 
-        num_bytes = 2 * logits.numel() * self._dtype.itemsize
+        num_bytes = 3 * logits.numel() * self._dtype.itemsize
         return self._row(
-            "sample_rows", f"{count} rows, sampled", num_bytes, run, "softmax, cumsum, search", run_other
+            "sample_rows",
+            f"{count} rows, sampled" + (f", top_p {top_p}" if top_p < 1 else ""),
+            num_bytes,
+            run,
+            "softmax, cumsum, search" if top_p == 1 else "softmax, sort, cumsum, search",
+            run_other,
         )
 
     def _rms_norm(self, count: int) -> dict[str, object]:
@@ -228,15 +247,56 @@ class KernelBench:
             "swiglu", f"{count} x {size}", num_bytes, lambda: swiglu(gate_up), "silu, mul", run_other
         )
 
-    def _store_kv(self, count: int) -> dict[str, object]:
+    def _pages(self, count: int) -> tuple[torch.Tensor, torch.Tensor, Rotation]:
+        """Pages for a sequence of so many tokens, its positions, which are its slots, and a rotation."""
         config, page_size = self._shapes.config, self._shapes.page_size
-        num_heads, num_kv_heads = config.num_heads, config.num_kv_heads
-        qkv = self._normal(count, num_heads + 2 * num_kv_heads, config.head_dim)
-        pages = self._normal(-(-count // page_size), 2, num_kv_heads, page_size, config.head_dim)
-        positions = torch.arange(count, dtype=torch.int32, device=self._device)
+        pages = self._normal(-(-count // page_size), 2, config.num_kv_heads, page_size, config.head_dim)
         angles = torch.rand(count, config.head_dim // 2, device=self._device)
         phases = torch.stack((angles.cos(), angles.sin()), -1).flatten(1).contiguous()
-        rotation = Rotation(phases, torch.ones(count, device=self._device))
+        positions = torch.arange(count, dtype=torch.int32, device=self._device)
+        return pages, positions, Rotation(phases, torch.ones(count, device=self._device))
+
+    def _project_qkv(self, count: int) -> dict[str, object]:
+        config = self._shapes.config
+        num_heads, size = config.num_heads, config.hidden_size
+        pages, positions, rotation = self._pages(count)
+        x, norm = self._normal(count, size), Norm(self._normal(size), 1e-5)
+        weight = self._normal((num_heads + 2 * config.num_kv_heads) * config.head_dim, size) * size**-0.5
+
+        def run() -> None:
+            project_qkv(x, norm, weight, None, pages, positions, positions, rotation)
+
+        def run_other() -> None:
+            qkv = F.linear(rms_norm(x, norm.weight, norm.eps), weight)
+            heads = qkv.view(count, -1, config.head_dim)
+            store_kv(heads, pages, positions, positions, num_heads, rotation)
+
+        num_bytes = weight.numel() * self._dtype.itemsize
+        return self._row("project_qkv", f"{count} rows", num_bytes, run, "norm, product, store_kv", run_other)
+
+    def _project_gated(self, count: int) -> dict[str, object]:
+        size, width = self._shapes.config.hidden_size, self._shapes.config.intermediate_size
+        x, norm = self._normal(count, size), Norm(self._normal(size), 1e-5)
+        weight = self._normal(2 * width, size) * size**-0.5
+
+        def run_other() -> torch.Tensor:
+            return swiglu(F.linear(rms_norm(x, norm.weight, norm.eps), weight))
+
+        num_bytes = weight.numel() * self._dtype.itemsize
+        return self._row(
+            "project_gated",
+            f"{count} rows",
+            num_bytes,
+            lambda: project_gated(x, norm, weight),
+            "norm, product, swiglu",
+            run_other,
+        )
+
+    def _store_kv(self, count: int) -> dict[str, object]:
+        config = self._shapes.config
+        num_heads = config.num_heads
+        qkv = self._normal(count, num_heads + 2 * config.num_kv_heads, config.head_dim)
+        pages, positions, rotation = self._pages(count)
 
         def run() -> None:
             store_kv(qkv, pages, positions, positions, num_heads, rotation)

@@ -19,11 +19,13 @@ import torch
 import triton
 import triton.language as tl
 
-from replicas.kernels.launch import dot_dtype, splits_to_fill
+from replicas.kernels.launch import block_shared_bytes, dot_dtype, splits_to_fill
 
 MAX_SPLITS = 32
 SEGMENT_FIELDS = tl.constexpr(5)
 _MIN_SPLIT_BLOCKS = 2
+_BUFFERED_BYTES = 128 << 10
+"""Shared memory of a block from which on several blocks of keys and values are on their way at once."""
 _LOG2_E = 1.4426950408889634
 
 
@@ -38,10 +40,10 @@ class TileShape:
     num_warps: int
     num_stages: int
     num_resident: int
-    """Such programs that an SM of sm_90 holds at once, by registers and shared memory."""
+    """Such programs that an SM of sm_90 holds at once, as compiled (benchmarks/gpu/offline/budget.json)."""
 
 
-TILE_SHAPES = (TileShape(16, 64, 4, 3, 4), TileShape(64, 64, 4, 3, 2), TileShape(128, 64, 8, 3, 1))
+TILE_SHAPES = (TileShape(16, 64, 4, 3, 3), TileShape(64, 64, 4, 3, 2), TileShape(128, 64, 8, 3, 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,55 +127,27 @@ def ragged_paged_attention(
     assert output.is_contiguous()
     assert cache.is_contiguous()
     wide = queries.dtype is torch.float32
+    has_room = block_shared_bytes(queries.device) >= _BUFFERED_BYTES
     block_d = max(16, triton.next_power_of_2(head_dim))
     for group in tiles:
         if not len(group.index):
             continue
         shape = _wide(group.shape) if wide else group.shape
         _attend[(len(group.index), num_kv_heads, group.num_splits)](
-            queries,
-            cache,
-            output,
-            scratch.partial,
-            scratch.log_sums,
-            group.index,
-            segments,
-            page_table,
-            scales,
-            queries.stride(0),
-            num_rows,
-            head_dim**-0.5 * _LOG2_E,
-            NUM_HEADS=num_heads,
-            NUM_KV_HEADS=num_kv_heads,
-            HEAD_DIM=head_dim,
-            PAGE_SIZE=page_size,
-            BLOCK_M=shape.block_m,
-            BLOCK_N=shape.block_n,
-            BLOCK_D=block_d,
-            NUM_SPLITS=group.num_splits,
-            MIN_SPLIT_BLOCKS=_MIN_SPLIT_BLOCKS,
-            DOT_DTYPE=dot_dtype(queries.dtype),
-            num_warps=shape.num_warps,
+            queries, cache, output, scratch.partial, scratch.log_sums, group.index, segments, page_table,
+            scales, queries.stride(0), num_rows, head_dim**-0.5 * _LOG2_E,
+            NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, PAGE_SIZE=page_size,
+            BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, BLOCK_D=block_d, NUM_SPLITS=group.num_splits,
+            MIN_SPLIT_BLOCKS=_MIN_SPLIT_BLOCKS, DOT_DTYPE=dot_dtype(queries.dtype),
+            num_warps=shape.num_warps, num_stages=shape.num_stages if has_room else min(2, shape.num_stages),
             enable_fp_fusion=True,
-            num_stages=shape.num_stages,
-        )
+        )  # fmt: skip
         if group.num_splits > 1:
             _merge_splits[(len(group.index), shape.block_m, num_kv_heads)](
-                scratch.partial,
-                scratch.log_sums,
-                output,
-                group.index,
-                segments,
-                num_rows,
-                NUM_HEADS=num_heads,
-                NUM_KV_HEADS=num_kv_heads,
-                HEAD_DIM=head_dim,
-                BLOCK_M=shape.block_m,
-                BLOCK_D=block_d,
-                NUM_SPLITS=group.num_splits,
-                num_warps=4,
-                enable_fp_fusion=True,
-            )
+                scratch.partial, scratch.log_sums, output, group.index, segments, num_rows,
+                NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_M=shape.block_m,
+                BLOCK_D=block_d, NUM_SPLITS=group.num_splits, num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -204,6 +178,7 @@ def _attend(
     """Attends one tile of one K/V head, over one split of its keys."""
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
+    IS_WITHIN_PAGE: tl.constexpr = PAGE_SIZE % BLOCK_N == 0
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     segment = tl.load(tiles + 2 * tl.program_id(0))
@@ -246,17 +221,20 @@ def _attend(
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total_weight = tl.zeros((BLOCK_M,), tl.float32)
     sums = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    page = tl.full((), 0, tl.int32)
+    if IS_WITHIN_PAGE:
+        page = tl.load(table + first_block * BLOCK_N // PAGE_SIZE, mask=first_block < end_block, other=0)
     for block in range(first_block, full_end):
-        largest, total_weight, sums = _attend_block(
-            q, cache, table, block, kv_head, visible, max_visible, softmax_scale,
+        largest, total_weight, sums, page = _attend_block(
+            q, cache, table, block, page, end_block, kv_head, visible, max_visible, softmax_scale,
             largest, total_weight, sums,
-            NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D, DOT_DTYPE, False,
+            NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D, DOT_DTYPE, IS_WITHIN_PAGE, False,
         )  # fmt: skip
     for block in range(tl.maximum(first_block, full_end), end_block):
-        largest, total_weight, sums = _attend_block(
-            q, cache, table, block, kv_head, visible, max_visible, softmax_scale,
+        largest, total_weight, sums, page = _attend_block(
+            q, cache, table, block, page, end_block, kv_head, visible, max_visible, softmax_scale,
             largest, total_weight, sums,
-            NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D, DOT_DTYPE, True,
+            NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D, DOT_DTYPE, IS_WITHIN_PAGE, True,
         )  # fmt: skip
 
     sums = sums / tl.where(total_weight > 0, total_weight, 1.0)[:, None]
@@ -279,6 +257,8 @@ def _attend_block(
     cache,
     table,
     block,
+    page,
+    end_block,
     kv_head,
     visible,
     max_visible,
@@ -292,18 +272,29 @@ def _attend_block(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
+    IS_WITHIN_PAGE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Takes one more block of keys into the running maximum, total weight and weighted sum of values."""
+    """Takes one more block of keys into the running maximum, total weight and weighted sum of values.
+
+    A block within a page has its number handed on from the block before: so the loads of keys and values
+    depend on no load of their own turn, and the compiler can begin them turns ahead.
+    """
     key = block * BLOCK_N + tl.arange(0, BLOCK_N)
     dim = tl.arange(0, BLOCK_D)
     is_element = (dim < HEAD_DIM)[None, :]
     if MASKED:
-        page = tl.load(table + key // PAGE_SIZE, mask=key < max_visible, other=0)
         is_element = is_element & (key < max_visible)[:, None]
+    if IS_WITHIN_PAGE:
+        first_row = (page.to(tl.int64) * 2 * NUM_KV_HEADS + kv_head) * PAGE_SIZE
+        key_row = first_row + block * BLOCK_N % PAGE_SIZE + tl.arange(0, BLOCK_N)
+        page = tl.load(table + tl.minimum(block + 1, end_block - 1) * BLOCK_N // PAGE_SIZE)
     else:
-        page = tl.load(table + key // PAGE_SIZE)
-    key_row = (page.to(tl.int64) * 2 * NUM_KV_HEADS + kv_head) * PAGE_SIZE + key % PAGE_SIZE
+        if MASKED:
+            pages = tl.load(table + key // PAGE_SIZE, mask=key < max_visible, other=0)
+        else:
+            pages = tl.load(table + key // PAGE_SIZE)
+        key_row = (pages.to(tl.int64) * 2 * NUM_KV_HEADS + kv_head) * PAGE_SIZE + key % PAGE_SIZE
     at = cache + key_row[:, None] * HEAD_DIM + dim[None, :]
     if MASKED or HEAD_DIM != BLOCK_D:
         k = tl.load(at, mask=is_element, other=0.0).to(DOT_DTYPE)
@@ -322,7 +313,7 @@ def _attend_block(
     total_weight = total_weight * decay + tl.sum(weights, 1)
     sums = sums * decay[:, None]
     sums = tl.dot(weights.to(DOT_DTYPE), v, sums, input_precision="ieee")
-    return new_largest, total_weight, sums
+    return new_largest, total_weight, sums, page
 
 
 @triton.jit

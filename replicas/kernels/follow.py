@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from replicas.kernels.attention import SEGMENT_FIELDS
+from replicas.kernels.sample_rows import Drawn
 
 _FIELDS = tl.constexpr(14)
 _BLOCK = 64
@@ -70,8 +71,7 @@ def pack(opens: Sequence[Open], num_sampled: int) -> np.ndarray:
 def follow(
     opens: torch.Tensor,
     num_opens: int,
-    tokens: torch.Tensor,
-    pairs: torch.Tensor,
+    sampled: Drawn,
     parts: Mapping[str, torch.Tensor],
     page_size: int,
     mask_token_id: int | None,
@@ -80,15 +80,14 @@ def follow(
     """Completes num_opens segments of a step in place.
 
     opens: as `pack` gives them, on the device
-    tokens, pairs: what the step before has sampled, as sample_rows.Drawn
+    sampled: of the step before
     prob_one: a probability of 1, where probabilities are reckoned with in whole numbers
     parts: the step's sections by name (replicas.model.cuda.inputs), int32
     """
     has_adapter = len(parts["adapter"]) > 0
     _follow[(num_opens,)](
         opens,
-        tokens,
-        pairs,
+        *sampled,
         parts["token_ids"],
         parts["positions"],
         parts["slots"],
@@ -111,7 +110,7 @@ def follow(
 def _follow(
     opens,
     tokens,
-    pairs,
+    report,
     token_ids,
     positions,
     slots,
@@ -139,7 +138,7 @@ def _follow(
     drafted = opens + tl.load(field + 10)
     is_drawn = tl.load(field + 11)
     numbers = opens + tl.load(field + 12)
-    probs = pairs + tl.load(field + 13) + source + num_checked  # the second of the pairs' rows
+    probs = report + tl.load(field + 13) + source + num_checked  # the second of the report's rows
     offset = tl.arange(0, BLOCK)
 
     num_accepted = num_checked - 1

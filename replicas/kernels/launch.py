@@ -31,6 +31,15 @@ def num_sms(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@cache
+def block_shared_bytes(device: torch.device) -> int:
+    """The shared memory that a block may have."""
+    if device.type != "cuda":
+        return 0
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
+
+
 def splits_to_fill(num_programs: int, device: torch.device, max_splits: int, per_sm: int = 2) -> int:
     """The number of parts, a power of two up to `max_splits`, into which to split each program's work.
 

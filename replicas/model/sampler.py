@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from replicas.engine.batch import TokenProb
+from replicas.messages import SamplingParams
 from replicas.model.logit_rules import Row, apply_rules, runs_of
 from replicas.model.penalties import Penalise, penalise
 
@@ -20,6 +21,27 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-5, 1e30
 """The bounds of any temperature above 0, so that all of float32's arithmetic with it is finite."""
 _MAX_TOP_K = 2**31 - 1
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """What a request asks of a draw, brought into range."""
+
+    temperature: float
+    """0 for the most probable token."""
+    top_k: int
+    """0 for no limit."""
+    top_p: float
+    min_p: float
+
+    @classmethod
+    def of(cls, sampling: SamplingParams) -> "Parameters":
+        return cls(
+            temperature=bounded_temperature(sampling.temperature),
+            top_k=min(max(sampling.top_k, 0), _MAX_TOP_K),
+            top_p=_share(sampling.top_p, 1.0),
+            min_p=_share(sampling.min_p, 0.0),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +67,18 @@ class SampledRows:
         picked = [index for index, row in enumerate(rows) if row.sampling.temperature > 0]
         if not picked:
             return None
-        params = [rows[index].sampling for index in picked]
+        params = [Parameters.of(rows[index].sampling) for index in picked]
+        seeds = [rows[index].sampling.seed for index in picked]
         positions = [rows[index].position for index in picked]
-        numbers = [
-            (bounded_temperature(p.temperature), _share(p.top_p, 1.0), _share(p.min_p, 0.0)) for p in params
-        ]
+        numbers = [(each.temperature, each.top_p, each.min_p) for each in params]
         temperature, top_p, min_p = torch.tensor(numbers, dtype=torch.float32, device=device).unbind(1)
-        top_k = [min(max(p.top_k, 0), _MAX_TOP_K) for p in params]
         return cls(
             rows=torch.tensor(picked, device=device),
             temperature=temperature,
-            top_k=torch.tensor(top_k, device=device),
+            top_k=torch.tensor([each.top_k for each in params], device=device),
             top_p=top_p,
             min_p=min_p,
-            uniforms=torch.from_numpy(uniforms([p.seed for p in params], positions)).to(device),
+            uniforms=torch.from_numpy(uniforms(seeds, positions)).to(device),
         )
 
 

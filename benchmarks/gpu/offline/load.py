@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 os.environ.pop("TRITON_INTERPRET", None)  # before the kernels are imported
 
@@ -26,6 +26,7 @@ from replicas.model.cuda.runner import CudaRunner, Options
 
 MODES = {mode.value: (mode,) for mode in Mode} | {"mixed": tuple(Mode)}
 _BLOCK_LENGTH = 16
+_GREEDY = SamplingParams()
 _MAX_PROMPT, _MEAN_PROMPT, _MEAN_COMPLETION = 3000, 600, 250
 _FILLING_STEPS = 300
 _MAX_STEP_TOKENS, _MAX_PREFILL_TOKENS = 2048, 256
@@ -60,8 +61,8 @@ class Counted:
 class _Requests:
     """A closed loop: one that ends is followed by the next."""
 
-    def __init__(self, engine: Engine, mode: str, temperature: float, rng: random.Random):
-        self._engine, self._mode, self._temperature, self._rng = engine, mode, temperature, rng
+    def __init__(self, engine: Engine, mode: str, sampling: SamplingParams, rng: random.Random):
+        self._engine, self._mode, self._sampling, self._rng = engine, mode, sampling, rng
         self._count = 0
 
     def submit(self) -> None:
@@ -73,9 +74,7 @@ class _Requests:
         self._engine.submit(
             str(self._count),
             [rng.randrange(1000, 60000) for _ in range(prompt_len)],
-            SamplingParams(
-                max_tokens=max_tokens, ignore_eos=True, temperature=self._temperature, seed=self._count
-            ),
+            replace(self._sampling, max_tokens=max_tokens, ignore_eos=True, seed=self._count),
             DecodingOptions(mode, None if mode is Mode.AR else _BLOCK_LENGTH),
         )
 
@@ -103,7 +102,7 @@ def count(
     page_size: int = 64,
     *,
     steps: int = 400,
-    temperature: float = 0.0,
+    sampling: SamplingParams = _GREEDY,
     seed: int = 0,
 ) -> Counted:
     """Runs a load of so many requests at once for so many steps, after those in which it fills."""
@@ -122,7 +121,7 @@ def count(
         num_graphs, num_kernels = len(graphs), len(trace.variants)
         engine = Engine(runner, config)
         counters = engine.scheduler.counters
-        requests = _Requests(engine, mode, temperature, rng)
+        requests = _Requests(engine, mode, sampling, rng)
         for _ in range(concurrency):
             requests.submit()
         num_needed = 0
@@ -161,14 +160,14 @@ def main() -> None:
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 8, 32, 64])
     parser.add_argument("--page-sizes", nargs="+", type=int, default=[64])
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--steps", type=int, default=400)
     options = parser.parse_args()
+    sampling = SamplingParams(temperature=options.temperature, top_p=options.top_p)
     for mode in options.modes:
         for concurrency in options.concurrency:
             for page_size in options.page_sizes:
-                found = count(
-                    mode, concurrency, page_size, steps=options.steps, temperature=options.temperature
-                )
+                found = count(mode, concurrency, page_size, steps=options.steps, sampling=sampling)
                 print(json.dumps(asdict(found)), flush=True)
 
 

@@ -6,7 +6,7 @@ on that GPU, and none is written by hand.
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,21 +18,40 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.gpu.model import Work, make_runner, segments
+from benchmarks.gpu.model import Work, make_runner, published_config, segments
 from benchmarks.gpu.offline.devices import Device
+from replicas.answer_forms import JsonFormat
 from replicas.engine.batch import ScheduledBatch, Segment
-from replicas.kernels import launch
+from replicas.engine.history import NO_TOKENS, Prefix
+from replicas.kernels import attention, launch, normed_product
 from replicas.messages import SamplingParams
 from replicas.model.cuda import runner as runner_module
 from replicas.model.cuda import sampling
-from replicas.model.cuda.runner import Options
+from replicas.model.cuda.runner import CudaRunner, Options
 
 META = torch.device("meta")
 _SAMPLED = SamplingParams(max_tokens=1000, temperature=0.7, seed=5)
 _GREEDY = SamplingParams(max_tokens=1000)
+_RULED = replace(
+    _SAMPLED,
+    top_p=0.9,
+    top_k=40,
+    min_p=0.01,
+    presence_penalty=0.5,
+    repetition_penalty=1.1,
+    logit_bias=((11, 2.0),),
+    min_tokens=5,
+    logprobs=5,
+    response_format=JsonFormat("{}"),
+)
+"""With everything that a request can ask of the choice of its tokens."""
 _WAITING_CALLS = frozenset(
     f"aten::{name}" for name in ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal")
 )
+_LAUNCHING_CALLS = frozenset(
+    f"aten::{name}" for name in ("mm", "addmm", "addmm_", "linear", "embedding", "index_select", "copy_")
+)
+"""What else a step launches: products, each by a kernel or two of the vendor's library, and copies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +77,10 @@ class Variant:
         parts = [self.name]
         if "BLOCK_M" in constants:
             parts.append(str(constants["BLOCK_M"]))
-        # What it multiplies or stores: K/V, or an adapter.
+        # What it multiplies or stores: K/V, an adapter, or the weights of a product in rows of a block.
         kind = self.signature.get("cache") or self.signature.get("down") or self.signature.get("up")
+        if kind is None and "BLOCK_INNER" in constants:
+            kind = self.signature["weight"]
         if kind is not None:
             parts.append({"*fp8e4nv": "fp8", "*fp32": "fp32"}.get(kind, "bf16"))
         return " ".join(parts)
@@ -101,7 +122,7 @@ class Trace:
     variants: dict[str, Variant] = field(default_factory=dict)
     """By Triton's own key of the specialization."""
     launches: list[str] = field(default_factory=list)
-    """The keys of the launches of the last step, in order."""
+    """The keys of the launches of the last step, in order, and the names of torch's own."""
     waits: list[str] = field(default_factory=list)
     """Where the host waited for the device between the queueing of steps."""
     step: str = ""
@@ -145,19 +166,14 @@ class _Fetch:
     _random = random.Random(0)
 
     def __init__(self, tensor: torch.Tensor):
-        self._num_rows = tensor.shape[1]
+        self._shape = tensor.shape
 
     def wait(self) -> torch.Tensor:
-        tokens = [7.0 if self._random.random() < 0.86 else 8.0 for _ in range(self._num_rows)]
-        return torch.tensor([tokens, [0.95] * self._num_rows], dtype=torch.float64)
-
-
-def _sample(
-    logits: torch.Tensor, rows: Sequence[Any], *_: Any
-) -> tuple[list[int], list[float], dict[int, Any]]:
-    """Stands where the sampler of rows with rules would, which asks the device for values."""
-    tops = dict.fromkeys(range(len(rows)), ((7, -0.05),))
-    return [7] * len(rows), [0.95] * len(rows), tops
+        if len(self._shape) > 2:  # the most probable tokens
+            return torch.ones(self._shape, dtype=torch.float64)
+        num_rows = self._shape[1]
+        tokens = [7.0 if self._random.random() < 0.86 else 8.0 for _ in range(num_rows)]
+        return torch.tensor([tokens, [0.95] * num_rows, [20.0] * num_rows], dtype=torch.float64)
 
 
 class _Recorder:
@@ -187,6 +203,8 @@ class _Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ):
             shape = tuple(args[-1].shape) if name == "aten::copy_" else tuple(args[0].shape)
             self._trace.waits.append(f"{self._trace.step}: {name} of {shape}")
+        if name in _LAUNCHING_CALLS:
+            self._trace.launches.append(name)
         return function(*args, **kwargs)
 
     @staticmethod
@@ -232,9 +250,12 @@ def standing_in(device: Device, trace: Trace) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(JITFunction, "run", bind))
-        stack.enter_context(patch.object(launch, "num_sms", lambda _: device.num_sms))
+        for module in (launch, normed_product):
+            stack.enter_context(patch.object(module, "num_sms", lambda _: device.num_sms))
+        stack.enter_context(
+            patch.object(attention, "block_shared_bytes", lambda _: device.block_shared_bytes)
+        )
         stack.enter_context(patch.object(sampling, "Fetch", _Fetch))
-        stack.enter_context(patch.object(sampling, "sample", _sample))
         stack.enter_context(patch.object(runner_module, "GraphRecorder", _Recorder))
         stack.callback(setattr, triton.knobs.runtime, "jit_cache_hook", None)
         triton.knobs.runtime.jit_cache_hook = hook
@@ -242,12 +263,14 @@ def standing_in(device: Device, trace: Trace) -> Iterator[None]:
         yield
 
 
-def _asked(work: Work, kind: str, count: int, length: int, sampled: bool) -> list[Segment]:
+def _asked(work: Work, kind: str, count: int, length: int, sampling_params: SamplingParams) -> list[Segment]:
     """Segments of one kind: 'causal' (a step, or a verify), 'draft', 'denoise', 'prefill'."""
-    sampling_params = _SAMPLED if sampled else _GREEDY
     pages = tuple(range(-(-(work.num_cached + 3 * length) // work.page_size)))  # enough for what follows
+    seen = Prefix.of(range(1000, 1000 + work.num_cached)) if sampling_params.has_penalties else NO_TOKENS
+    vocab_size = published_config(work.name).vocab_size
+    allowed = (b"\xff" * (vocab_size // 8),) * length if sampling_params.needs_grammar else ()
     made = [
-        replace(segment, sampling=sampling_params, pages=pages)
+        replace(segment, sampling=sampling_params, pages=pages, history=seen, allowed=allowed)
         for segment in segments(work, count, length, draft=kind in ("draft", "denoise"))
     ]
     if kind == "denoise":
@@ -258,30 +281,43 @@ def _asked(work: Work, kind: str, count: int, length: int, sampled: bool) -> lis
 
 
 STEPS = {
-    "ar 1": ("causal", 1, 1, False),
-    "ar 8": ("causal", 8, 1, False),
-    "ar 33": ("causal", 33, 1, False),
-    "ar 64": ("causal", 64, 1, False),
-    "ar 64 sampled": ("causal", 64, 1, True),
-    "draft 1x32": ("draft", 1, 32, False),
-    "verify 1x32": ("causal", 1, 32, False),
-    "verify 8x16": ("causal", 8, 16, False),
-    "draft 16x8": ("draft", 16, 8, False),
-    "denoise 4x32": ("denoise", 4, 32, False),
-    "prefill 2048": ("prefill", 1, 2048, False),
+    "ar 1": ("causal", 1, 1, _GREEDY),
+    "ar 8": ("causal", 8, 1, _GREEDY),
+    "ar 24": ("causal", 24, 1, _GREEDY),
+    "ar 33": ("causal", 33, 1, _GREEDY),
+    "ar 64": ("causal", 64, 1, _GREEDY),
+    "ar 64 sampled": ("causal", 64, 1, _SAMPLED),
+    "ar 64 ruled": ("causal", 64, 1, _RULED),
+    "verify 4x16 ruled": ("causal", 4, 16, _RULED),
+    "draft 1x32": ("draft", 1, 32, _GREEDY),
+    "verify 1x32": ("causal", 1, 32, _GREEDY),
+    "verify 8x16": ("causal", 8, 16, _GREEDY),
+    "draft 16x8": ("draft", 16, 8, _GREEDY),
+    "denoise 4x32": ("denoise", 4, 32, _GREEDY),
+    "prefill 2048": ("prefill", 1, 2048, _GREEDY),
 }
-"""Kinds of step: of segments, how many of them, how long, and whether at a temperature."""
+"""Kinds of step: of segments, how many of them, how long, and what is asked of their tokens."""
 
 
 def trace_steps(device: Device, trace: Trace, work: Work) -> None:
     """Runs every kind of step, and steps that are begun ahead."""
     with standing_in(device, trace):
         runner = make_runner(work, META, Options())
-        for name, asked in STEPS.items():
-            trace.step, trace.launches = f"{work.name}, {name}", []
-            batch = ScheduledBatch(tuple(_asked(work, *asked)))
-            with _Waits(trace):
-                runner.run(batch)
+        for name in STEPS:
+            _run(runner, trace, work, name)
         trace.step, trace.launches = f"{work.name}, begun ahead", []
         with _Waits(trace):
             runner.warm_up_following()
+
+
+def trace_step(device: Device, trace: Trace, work: Work, name: str) -> None:
+    """Runs one kind of step."""
+    with standing_in(device, trace):
+        _run(make_runner(work, META, Options()), trace, work, name)
+
+
+def _run(runner: CudaRunner, trace: Trace, work: Work, name: str) -> None:
+    trace.step, trace.launches = f"{work.name}, {name}", []
+    batch = ScheduledBatch(tuple(_asked(work, *STEPS[name])))
+    with _Waits(trace):
+        runner.run(batch)

@@ -8,6 +8,8 @@ import torch
 
 from replicas.engine.batch import Segment
 from replicas.kernels.attention import ragged_paged_attention
+from replicas.kernels.normed_product import Norm
+from replicas.kernels.project_qkv import project_qkv
 from replicas.kernels.store_kv import HeadNorms, Rotation, store_kv
 from replicas.model.config import ModelConfig
 from replicas.model.cuda.inputs import HostStep, StepInputs
@@ -99,6 +101,34 @@ class TritonAttention:
             self._scales(layer),
         )
         return self._attend(layer, qkv[:, :num_heads], inputs)
+
+    def project_attend(
+        self,
+        layer: int,
+        x: torch.Tensor,
+        norm: Norm,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        inputs: StepInputs,
+    ) -> torch.Tensor:
+        """Normalises and projects a few rows x [T, hidden], rotates, stores and attends -> [T, heads *
+        head_dim].
+
+        norm, weight, bias: of the projection to queries, keys and values, as of
+        replicas.kernels.project_qkv
+        """
+        queries = project_qkv(
+            x,
+            norm,
+            weight,
+            bias,
+            self._pages.layers[layer],
+            inputs.positions,
+            inputs.slots,
+            self._rotation,
+            self._scales(layer),
+        )
+        return self._attend(layer, queries, inputs)
 
     def _attend(self, layer: int, queries: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
         output = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)

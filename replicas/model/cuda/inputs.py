@@ -3,7 +3,7 @@
 A CUDA graph reads fixed addresses in fixed sizes, so a step is padded up to one of few (sizes.py):
 padded rows are token 0 at position 0 that is stored nowhere and attends to nothing, padded tiles have no
 segment, padded rows of the adapter are -1. Their results are garbage that no other row reads. The page table
-comes last, and only its used part is copied.
+comes last, with the words of rules behind it, and only its used part is copied.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,11 +22,16 @@ from replicas.kernels.attention import (
     num_splits,
     queries_per_tile,
 )
+from replicas.kernels.rules import ROW_FIELDS
+from replicas.kernels.sample_rows import Draws
 from replicas.kernels.tiling import tiles_of
 from replicas.model.config import ModelConfig
+from replicas.model.cuda.choices import Choices
 
 _FIELDS = int(SEGMENT_FIELDS.value)
 _ALIGNED_INTS = 4
+_NONE_IS_PADDING = frozenset(("slots", "adapter", "wanted_adapter", "slots_ruled", "ruled"))
+"""Sections whose padding is -1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,8 @@ class StepSize:
 
     num_rows: int
     num_wanted: int
+    num_ruled: int
+    """The number of wanted rows whose logits rules change (replicas.kernels.rules)."""
     num_segments: int
     num_tiles: tuple[int, ...]
     """The number of tiles of each of the kernel's tile shapes."""
@@ -49,8 +56,10 @@ class StepSize:
         yield "wanted", self.num_wanted
         yield "adapter", self.num_rows if self.has_adapter else 0
         yield "wanted_adapter", self.num_wanted if self.has_adapter else 0
-        yield "temperatures", self.num_wanted
-        yield "uniforms", self.num_wanted
+        for name in Draws._fields:
+            yield name, self.num_wanted
+        yield "slots_ruled", self.num_wanted
+        yield "ruled", self.num_ruled * ROW_FIELDS.value
         yield "segments", self.num_segments * _FIELDS
         for shape, count in enumerate(self.num_tiles):
             yield f"tiles{shape}", 2 * count
@@ -80,7 +89,7 @@ class HostStep:
     sections: dict[str, np.ndarray]
     """Arrays by the names of StepSize.sections: int32, or the bits of float32."""
     page_table: np.ndarray
-    """[P] int32"""
+    """[P] int32; behind the segments' pages are the words of rules (replicas.model.cuda.choices)."""
 
     @classmethod
     def pack(
@@ -88,11 +97,11 @@ class HostStep:
         segments: Sequence[Segment],
         config: ModelConfig,
         page_size: int,
-        draws: np.ndarray | None = None,
+        choices: Choices | None = None,
     ) -> "HostStep":
         """Lays out the segments; one that follows another as long as it may come to be, with all its pages.
 
-        draws: [2, W] float32, the wanted rows' temperatures and random numbers; None: all are greedy
+        choices: of their wanted rows; None: all are greedy, without rules
         """
         lengths = np.array([len(segment.token_ids) for segment in segments])
         starts = np.array([segment.start for segment in segments])
@@ -127,8 +136,8 @@ class HostStep:
         has_adapter = bool(adapted.any())
         rows = np.arange(num_rows)
         wanted_rows = np.arange(len(wanted))
-        if draws is None:
-            draws = np.zeros((2, len(wanted)), np.float32)
+        if choices is None:
+            choices = Choices.greedy(len(wanted))
         tiles = tiles_of(lengths.tolist(), config.queries_per_kv)
         sections = {
             "token_ids": np.fromiter(
@@ -139,20 +148,22 @@ class HostStep:
             "wanted": wanted,
             "adapter": np.where(adapted, rows, -1) if has_adapter else rows[:0],
             "wanted_adapter": np.where(adapted[wanted], wanted_rows, -1) if has_adapter else rows[:0],
-            "temperatures": draws[0].view(np.int32),
-            "uniforms": draws[1].view(np.int32),
+            "slots_ruled": choices.slots,
+            "ruled": choices.ruled_behind(len(page_table)).ravel(),
             "segments": np.stack([first_rows, starts, lengths, num_causal, first_pages], 1).ravel(),
         }
+        sections |= dict(zip(Draws._fields, choices.draws, strict=True))
         for shape in range(len(TILE_SHAPES)):
             sections[f"tiles{shape}"] = tiles[shape].ravel() if shape in tiles else rows[:0]
         size = StepSize(
             num_rows=num_rows,
             num_wanted=len(wanted),
+            num_ruled=len(choices.ruled),
             num_segments=len(segments),
             num_tiles=tuple(len(tiles.get(shape, ())) for shape in range(len(TILE_SHAPES))),
             has_adapter=has_adapter,
         )
-        return cls(size, sections, page_table)
+        return cls(size, sections, np.concatenate((page_table, choices.words)))
 
     def num_ints(self, size: StepSize) -> int:
         """The count of numbers that `write` writes."""
@@ -163,7 +174,7 @@ class HostStep:
         *places, (_, at, _) = size.places()
         for name, first, end in places:
             values = self.sections[name]
-            padding = -1 if name in ("slots", "adapter", "wanted_adapter") or name.startswith("tiles") else 0
+            padding = -1 if name in _NONE_IS_PADDING or name.startswith("tiles") else 0
             buffer[first : first + len(values)] = values
             buffer[first + len(values) : end] = padding
         buffer[at : at + len(self.page_table)] = self.page_table
@@ -192,14 +203,16 @@ class StepInputs:
     """[T], the rows of the draft adapter, padded with -1; None where it is off."""
     wanted_adapter: torch.Tensor | None
     """[W], the same among the wanted rows."""
-    temperatures: torch.Tensor
-    """[W] float32, 0 for a row whose token is the argmax."""
-    uniforms: torch.Tensor
-    """[W] float32 in [0, 1], the random numbers of the others."""
+    draws: Draws
+    """[W] each"""
+    slots_ruled: torch.Tensor
+    """[W], as replicas.kernels.sample_rows.Ruled has them"""
+    ruled: torch.Tensor
+    """[R, 6], as replicas.kernels.rules has them, with places in page_table"""
     segments: torch.Tensor
     """[S, 5]"""
     page_table: torch.Tensor
-    """[P], the rest of the buffer."""
+    """[P], the rest of the buffer: the words of rules too."""
     tiles: tuple[Tiles, ...]
     """The attention kernel's tiles."""
     scratch: Scratch
@@ -224,10 +237,16 @@ class StepInputs:
             wanted=parts["wanted"],
             adapter=parts["adapter"] if size.has_adapter else None,
             wanted_adapter=parts["wanted_adapter"] if size.has_adapter else None,
-            temperatures=parts["temperatures"].view(torch.float32),
-            uniforms=parts["uniforms"].view(torch.float32),
+            draws=Draws(*(_typed(name, parts[name]) for name in Draws._fields)),
+            slots_ruled=parts["slots_ruled"],
+            ruled=parts["ruled"].view(-1, ROW_FIELDS.value),
             segments=parts["segments"].view(-1, _FIELDS),
             page_table=parts["page_table"],
             tiles=tuple(tiles),
             scratch=scratch,
         )
+
+
+def _typed(name: str, bits: torch.Tensor) -> torch.Tensor:
+    """The numbers of Draws, of which top_ks alone are whole."""
+    return bits if name == "top_ks" else bits.view(torch.float32)

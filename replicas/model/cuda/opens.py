@@ -7,7 +7,7 @@ import numpy as np
 from replicas.engine.batch import Segment
 from replicas.kernels.follow import Open
 from replicas.model.cuda.inputs import HostStep
-from replicas.model.cuda.sampling import first_rows, is_plain
+from replicas.model.cuda.sampling import first_rows
 from replicas.model.sampler import uniforms
 
 
@@ -50,7 +50,7 @@ def _uniforms(segment: Segment, num_checked: int) -> np.ndarray | None:
     """The random numbers of all positions that its rows may come to predict, float32; None where it is
     greedy."""
     sampling = segment.sampling
-    if not sampling.temperature > 0 or not is_plain(segment):
+    if not sampling.temperature > 0:
         return None
     count = num_checked - 1 + len(segment.wanted)
     positions = range(segment.start + 1, segment.start + 1 + count)

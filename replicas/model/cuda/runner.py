@@ -9,7 +9,8 @@ from replicas.engine.batch import ModelSpec, ScheduledBatch, Segment, SegmentOut
 from replicas.engine.decoders.self_speculation import PROB_ONE
 from replicas.kernels.confidence import confidence
 from replicas.kernels.follow import follow, pack
-from replicas.kernels.sample_rows import Drawn, sample_rows
+from replicas.kernels.rules import apply_rules
+from replicas.kernels.sample_rows import Drawn, Ruled, sample_rows
 from replicas.messages import SamplingParams
 from replicas.model.checkpoint import (
     DTYPES,
@@ -21,10 +22,11 @@ from replicas.model.checkpoint import (
 )
 from replicas.model.config import ModelConfig
 from replicas.model.cuda.attention import PagedKv, TritonAttention
+from replicas.model.cuda.choices import Choices
 from replicas.model.cuda.graphs import GraphCache, GraphRecorder, Replay
 from replicas.model.cuda.inputs import HostStep, StepInputs, StepSize, sections_of
 from replicas.model.cuda.opens import opens_of
-from replicas.model.cuda.sampling import Sampled, choose, draws_of, first_rows, is_plain
+from replicas.model.cuda.sampling import Sampled, first_rows
 from replicas.model.cuda.sizes import MAX_GRAPH_WANTED, GraphSizes, batches, eager
 from replicas.model.cuda.staging import Staging
 from replicas.model.cuda.transformer import CudaTransformer
@@ -50,21 +52,6 @@ class Options:
     """Captures the padded steps and replays them."""
     runs_ahead: bool = True
     """Takes a step while the one before it runs."""
-
-
-@dataclass(frozen=True, slots=True)
-class BegunStep:
-    """A step that is queued on the device: the implementation of replicas.engine.batch.Begun."""
-
-    sampled: Sampled
-    spec: ModelSpec
-    stream: torch.cuda.Stream | None
-    """For what is done beside the steps that are queued."""
-
-    @torch.inference_mode()
-    def outputs(self, segments: Sequence[Segment]) -> Sequence[SegmentOutput]:
-        spec = self.spec
-        return self.sampled.outputs(segments, self.stream, spec.mask_token_id, spec.eos_token_ids)
 
 
 class CudaRunner:
@@ -97,9 +84,6 @@ class CudaRunner:
         attention = TritonAttention(config, pages, max_context)
         self.model = CudaTransformer(config, weights, attention, parallel)
         self._staging = Staging(self.device)
-        self._beside = None
-        if self.device.type == "cuda":
-            self._beside = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._sizes = GraphSizes(config)
         self._graphs: GraphCache | None = None
         spec = spec_of(config, num_pages=num_pages, page_size=page_size, max_context=max_context)
@@ -173,25 +157,30 @@ class CudaRunner:
         return self.begin(batch, None).outputs(batch.segments) if batch.segments else ()
 
     @torch.inference_mode()
-    def begin(self, batch: ScheduledBatch, before: "BegunStep | None") -> "BegunStep":
+    def begin(self, batch: ScheduledBatch, before: Sampled | None) -> Sampled:
         """Queues a step's work on the device; nothing is waited for."""
-        segments = batch.segments
-        host = HostStep.pack(segments, self.config, self._page_size, draws_of(segments))
+        segments, spec = batch.segments, self._spec
+        choices = Choices.of(segments, self.config.vocab_size, spec.eos_token_ids)
+        host = HostStep.pack(segments, self.config, self._page_size, choices)
         size, graphs = self._size(host)
         buffer = self._staging.send_step(host, size, None if graphs is None else self._buffer)
         if before is not None:
-            self._follow(segments, host, before.sampled, sections_of(buffer, size))
+            self._follow(segments, host, before, sections_of(buffer, size))
         if graphs is None:
             logits, drawn = self._compute(StepInputs.view(buffer, size, self.config))
         else:
             graphs.run(size)
             logits, drawn = self._outputs(size.num_wanted)
-        sampled = choose(segments, logits[: host.size.num_wanted], drawn, self._staging)
-        return BegunStep(sampled, self._spec, self._beside)
+        logits = logits[: host.size.num_wanted]
+        return Sampled.of(segments, logits, drawn, spec.mask_token_id, self._staging)
 
     def can_be_followed(self, segment: Segment) -> bool:
         sampling = segment.sampling
-        return is_plain(segment) and not (sampling.has_penalties or sampling.has_masks)
+        if segment.allowed or sampling.has_penalties or sampling.has_masks:
+            return False
+        # Behind a verify or a draft positions are open, and with them which rows may be the end.
+        forbids_end = segment.start < segment.prompt_len + sampling.min_tokens
+        return len(segment.wanted) == 1 or not (sampling.min_tokens and forbids_end)
 
     def warm_up_batches(self, max_running: int, max_step_tokens: int) -> Iterator[ScheduledBatch]:
         """A batch for each graph that steps with these bounds can need, and for what runs beside graphs."""
@@ -215,16 +204,20 @@ class CudaRunner:
     def _compute(
         self, inputs: StepInputs, logits: torch.Tensor | None = None, drawn: Drawn | None = None
     ) -> tuple[torch.Tensor, Drawn]:
-        """The logits [W, vocab] of a step and its plain tokens, into the tensors given if any."""
+        """The logits [W, vocab] of a step and its tokens, into the tensors given if any."""
         mask_token_id = self._spec.mask_token_id
         logits = self.model.forward(inputs, logits)
         best = confidence(logits, mask_token_id)
-        return logits, sample_rows(logits, best, inputs.temperatures, inputs.uniforms, mask_token_id, drawn)
+        ruled = None
+        if len(inputs.ruled):
+            lines = apply_rules(logits, inputs.ruled, inputs.page_table, mask_token_id)
+            ruled = Ruled(inputs.slots_ruled, lines)
+        return logits, sample_rows(logits, best, inputs.draws, mask_token_id, ruled, drawn)
 
     def _outputs(self, num_wanted: int) -> tuple[torch.Tensor, Drawn]:
         """Where graphs of steps with so many wanted rows leave what `_compute` gives."""
-        pairs = self._pairs[: 2 * num_wanted].view(2, num_wanted)
-        return self._logits[:num_wanted], Drawn(self._tokens[:num_wanted], pairs)
+        report = self._report[: 3 * num_wanted].view(3, num_wanted)
+        return self._logits[:num_wanted], Drawn(self._tokens[:num_wanted], report)
 
     def warm_up_following(self) -> None:
         """Has the kernel compiled that completes steps begun ahead, with the adapter and without."""
@@ -245,10 +238,9 @@ class CudaRunner:
         """Has the device complete the segments that follow those of the step before."""
         opens = opens_of(segments, host, first_rows(before.segments))
         if opens:
-            tokens, pairs = before.drawn
-            packed = self._staging.send(pack(opens, pairs.shape[1]))
+            packed = self._staging.send(pack(opens, before.drawn.report.shape[1]))
             mask_token_id = self._spec.mask_token_id
-            follow(packed, len(opens), tokens, pairs, parts, self._page_size, mask_token_id, PROB_ONE)
+            follow(packed, len(opens), before.drawn, parts, self._page_size, mask_token_id, PROB_ONE)
 
     def _size(self, host: HostStep) -> tuple[StepSize, GraphCache | None]:
         """The size to pad to, and the graphs if the step fits one."""
@@ -266,7 +258,7 @@ class CudaRunner:
         self._buffer = torch.zeros(num_ints, dtype=torch.int32, device=device)
         self._logits = torch.empty(MAX_GRAPH_WANTED, self.config.vocab_size, dtype=dtype, device=device)
         self._tokens = torch.empty(MAX_GRAPH_WANTED, dtype=torch.int64, device=device)
-        self._pairs = torch.empty(2 * MAX_GRAPH_WANTED, dtype=torch.float64, device=device)
+        self._report = torch.empty(3 * MAX_GRAPH_WANTED, dtype=torch.float64, device=device)
         recorder = GraphRecorder(device)
 
         def capture(size: StepSize) -> Replay:

@@ -14,6 +14,7 @@ needed:
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 
 from replicas.engine.batch import ScheduledBatch, Segment
@@ -26,6 +27,8 @@ MAX_GRAPHS = 40
 MAX_GRAPH_ROWS = 2048
 MAX_GRAPH_WANTED = MAX_GRAPH_ROWS
 MAX_GRAPH_SEGMENTS = 128
+MAX_GRAPH_RULED = 256
+"""Wanted rows whose logits rules change: each takes a line of the vocabulary in float32."""
 _MANY_WANTED = 1024
 _FEW_WANTED = 64
 _ROWS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, MAX_GRAPH_ROWS)
@@ -34,7 +37,7 @@ _VERIFY_ROWS = (8, 16, 32, 64)
 _PROMPT_ROWS = (256, 512, 768, 1024, 1536, MAX_GRAPH_ROWS)
 _EAGER_ROWS = 256
 _SEGMENT_ROWS = 64
-_FILTERED = SamplingParams(temperature=0.8, top_p=0.9, top_k=20, logprobs=1)
+_RANKED = SamplingParams(logprobs=1)
 
 
 class GraphSizes:
@@ -82,21 +85,22 @@ class GraphSizes:
         tiles = [min(int(rows * per_row), num_segments) for per_row in self._tiles_per_row[:-1]]
         tiles.append(int(rows * self._tiles_per_row[-1]))  # the last shape alone cuts a segment into many
         tiles[num_shapes:] = [0] * (len(tiles) - num_shapes)
-        return StepSize(rows, wanted, num_segments, tuple(tiles), has_adapter)
+        num_ruled = min(wanted, MAX_GRAPH_RULED)
+        return StepSize(rows, wanted, num_ruled, num_segments, tuple(tiles), has_adapter)
 
 
 def eager(size: StepSize) -> StepSize:
     """The size of a step that no graph holds: rows are rounded up, so that few kernels are compiled for
     it."""
     rows = -(-size.num_rows // _EAGER_ROWS) * _EAGER_ROWS
-    return StepSize(rows, size.num_wanted, size.num_segments, size.num_tiles, size.has_adapter)
+    return replace(size, num_rows=rows)
 
 
 def batches(
     sizes: tuple[StepSize, ...], page_size: int, num_pages: int, max_context: int
 ) -> Iterator[ScheduledBatch]:
     """A batch that is padded to each of the sizes, the largest first, as its memory is then enough for all;
-    and one whose tokens the host's rules choose. They write garbage into the first pages."""
+    and one whose most probable tokens are asked for. They write garbage into the first pages."""
     length = min(_SEGMENT_ROWS, max_context // 2, page_size * num_pages // 2)
     pages = tuple(range(-(-2 * length // page_size)))
 
@@ -123,8 +127,8 @@ def batches(
             left -= wanted
             segments.append(segment(number, count, wanted, size))
         yield ScheduledBatch(tuple(segments))
-    filtered = Segment(0, 0, (1,), pages, 1, False, (0,), _FILTERED)
-    yield ScheduledBatch((filtered,))
+    ranked = Segment(0, 0, (1,), pages, 1, False, (0,), _RANKED)
+    yield ScheduledBatch((ranked,))
 
 
 def _cost(size: StepSize) -> tuple[int, int, bool, int]:
@@ -135,6 +139,7 @@ def _holds(held: StepSize, size: StepSize) -> bool:
     return (
         size.num_rows <= held.num_rows
         and size.num_wanted <= held.num_wanted
+        and size.num_ruled <= held.num_ruled
         and size.num_segments <= held.num_segments
         and all(count <= most for count, most in zip(size.num_tiles, held.num_tiles, strict=True))
         and size.has_adapter <= held.has_adapter

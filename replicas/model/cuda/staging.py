@@ -5,7 +5,8 @@ import torch
 
 from replicas.model.cuda.inputs import HostStep, StepSize
 
-_NUM_BUFFERS = 3
+_NUM_BUFFERS = 6
+"""A step has three copies, and two steps are queued."""
 
 
 class Event:

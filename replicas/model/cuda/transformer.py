@@ -1,9 +1,17 @@
-"""The forward pass on the device, a kernel or a matrix product at a time, ready to be captured in a graph."""
+"""The forward pass on the device, a kernel or a matrix product at a time, ready to be captured in a graph.
+
+A layer of few rows is one of five launches, six where attention is split: the norms are in the products that
+follow them, the rotation, the write to pages and the gate in those before, and the products of the outputs
+add to the residual. With more rows, an adapter, head norms or several processes these are kernels of their
+own.
+"""
 
 import torch
 import torch.nn.functional as F
 
 from replicas.kernels.adapter import add_adapter
+from replicas.kernels.normed_product import MAX_ROWS, Norm
+from replicas.kernels.project_gated import project_gated
 from replicas.kernels.rms_norm import rms_norm
 from replicas.kernels.store_kv import HeadNorms
 from replicas.kernels.swiglu import swiglu
@@ -39,6 +47,28 @@ class CudaTransformer:
     def forward(self, inputs: StepInputs, logits: torch.Tensor | None = None) -> torch.Tensor:
         """Computes logits [W, vocab] of the wanted rows in the model's dtype, into `logits` if given."""
         residual = F.embedding(inputs.token_ids, self._weights.embedding)
+        if self._parallel.size == 1 and inputs.adapter is None and len(residual) <= MAX_ROWS:
+            hidden = self._finish_few(residual, inputs)
+        else:
+            hidden = self._finish_many(residual, inputs)
+        if logits is None or self._parallel.size > 1:
+            found = self._parallel.gather(F.linear(hidden, self._weights.head), self._vocab_size)
+            return found if logits is None else logits.copy_(found)
+        return torch.mm(hidden, self._weights.head.t(), out=logits)
+
+    def _finish_few(self, residual: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
+        """All layers and the last norm, for at most MAX_ROWS rows: [T, hidden] -> [W, hidden]."""
+        last = self._layers[-1]
+        for layer in self._layers:
+            attended = layer.attend_few(residual, inputs)
+            if layer is last:
+                attended = attended.index_select(0, inputs.wanted)
+                residual = residual.index_select(0, inputs.wanted)
+            layer.finish_few(attended, residual)
+        return rms_norm(residual, self._weights.norm, self._eps)
+
+    def _finish_many(self, residual: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
+        """The same for any number of rows, with the adapter, and in several processes."""
         update: torch.Tensor | None = None
         last = self._layers[-1]
         for layer in self._layers:
@@ -50,15 +80,12 @@ class CudaTransformer:
                 adapter = inputs.wanted_adapter
             update = layer.finish(attended, residual, adapter)
         assert update is not None, "a model has layers"
-        hidden = rms_norm(update, self._weights.norm, self._eps, residual)
-        if logits is None or self._parallel.size > 1:
-            found = self._parallel.gather(F.linear(hidden, self._weights.head), self._vocab_size)
-            return found if logits is None else logits.copy_(found)
-        return torch.mm(hidden, self._weights.head.t(), out=logits)
+        return rms_norm(update, self._weights.norm, self._eps, residual)
 
 
 class _Layer:
-    """A layer; the norm that follows adds the residual, so `finish` gives an update yet to be added."""
+    """A layer. With many rows the norm that follows adds the residual, so `finish` gives an update yet to be
+    added."""
 
     def __init__(
         self,
@@ -77,6 +104,28 @@ class _Layer:
         self._norms: HeadNorms | None = None
         if weights.query_norm is not None and weights.key_norm is not None:
             self._norms = HeadNorms(weights.query_norm, weights.key_norm, config.rms_norm_eps)
+
+    def attend_few(self, residual: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
+        """Norm, projection and attention of few rows: residual [T, hidden] -> [T, heads * head_dim]."""
+        if self._norms is not None:
+            return self.attend(None, residual, inputs)
+        weights = self._weights
+        norm = Norm(weights.input_norm, self._eps)
+        return self._attention.project_attend(
+            self._index, residual, norm, weights.qkv, weights.qkv_bias, inputs
+        )
+
+    def finish_few(self, attended: torch.Tensor, residual: torch.Tensor) -> None:
+        """Output projection and MLP of few rows, added to the residual [N, hidden] in place.
+
+        attended: [N, heads * head_dim]
+        """
+        weights = self._weights
+        residual.addmm_(attended, weights.o.t())
+        if not len(residual):
+            return
+        gated = project_gated(residual, Norm(weights.post_norm, self._eps), weights.gate_up)
+        residual.addmm_(gated, weights.down.t())
 
     def attend(self, update: torch.Tensor | None, residual: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
         """Norm, projection and attention -> [T, heads * head_dim].

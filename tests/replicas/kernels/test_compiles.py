@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu.offline.table import MARKS, table
+from replicas.kernels.attention import TILE_SHAPES
 
 ROOT = Path(__file__).parents[3]
 BUDGET = ROOT / "benchmarks" / "gpu" / "offline" / "budget.json"
@@ -67,6 +68,19 @@ def test_hopper_and_blackwell_multiply_by_their_own_instructions(rows: int) -> N
     budget = json.loads(BUDGET.read_text())
     assert budget["sm_90"][f"attend {rows} bf16"]["tensor_cores"] == "wgmma"
     assert budget["sm_100"][f"attend {rows} bf16"]["tensor_cores"] == "tcgen05"
+
+
+def test_splits_reckon_with_the_residency_as_compiled() -> None:
+    budget = json.loads(BUDGET.read_text())["sm_90"]
+    for shape in TILE_SHAPES:
+        assert budget[f"attend {shape.block_m} bf16"]["num_resident"] == shape.num_resident
+
+
+def test_a_layer_of_few_rows_is_of_six_launches_at_most() -> None:
+    found = run("benchmarks.gpu.offline.launches", "--steps", "ar 1", "ar 64 sampled")
+    assert found.returncode == 0, found.stderr
+    counted = [json.loads(line) for line in found.stdout.splitlines()]
+    assert [each["layer"] for each in counted] == [6, 5]
 
 
 def test_the_documents_table_is_the_budget() -> None:

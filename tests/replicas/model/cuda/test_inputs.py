@@ -13,12 +13,14 @@ from replicas.engine.ahead import Worth, next_start, open_request, settled
 from replicas.engine.batch import Segment, SegmentOutput
 from replicas.engine.decoders.self_speculation import PROB_ONE
 from replicas.kernels.follow import follow, pack
+from replicas.kernels.sample_rows import Drawn
 from replicas.messages import SamplingParams
 from replicas.model.config import ModelConfig
+from replicas.model.cuda.choices import Choices
 from replicas.model.cuda.graphs import GraphCache
 from replicas.model.cuda.inputs import HostStep, StepSize, sections_of
 from replicas.model.cuda.opens import opens_of
-from replicas.model.cuda.sampling import draws_of, first_rows
+from replicas.model.cuda.sampling import first_rows
 from replicas.model.cuda.sizes import GraphSizes
 from replicas.model.cuda.staging import Staging
 from replicas.model.runner import spec_of
@@ -40,7 +42,7 @@ def test_written_sections_are_padded_and_in_place() -> None:
         segment([3], (5,), start=2),
     ]
     host = HostStep.pack(segments, CONFIG, PAGE)
-    size = StepSize(6, 4, 4, (4, 0, 0), True)
+    size = StepSize(6, 4, 2, 4, (4, 0, 0), True)
     buffer = np.full(host.num_ints(size) + 3, 99, dtype=np.int32)
     used = host.write(buffer, size)
     assert (buffer[used:] == 99).all()
@@ -86,7 +88,7 @@ def test_graphs_are_captured_once_and_kept() -> None:
         return lambda: replayed.append(size)
 
     cache = GraphCache(capture)
-    a, b = sizes(1, 1, 1), sizes(2, 2, 2)
+    a, b = sizes(1, 1, 0, 1), sizes(2, 2, 0, 2)
     for size in (a, b, a):
         cache.run(size)
     assert captured == [a, b]
@@ -100,7 +102,7 @@ def test_a_failed_capture_is_not_kept() -> None:
 
     cache = GraphCache(capture)
     with pytest.raises(RuntimeError, match="out of memory"):
-        cache.run(sizes(1, 1, 1))
+        cache.run(sizes(1, 1, 0, 1))
     assert len(cache) == 0
 
 
@@ -111,7 +113,10 @@ def some_step(rng: random.Random, seq_id: int) -> tuple[Segment, SegmentOutput]:
     is_prompt = num_drafted > 0 and rng.random() < 0.3
     tokens = [rng.randrange(90) for _ in range(num_causal)]
     wanted = (num_causal - 1,) if is_prompt else range(num_causal)
-    sampling = SamplingParams(temperature=rng.choice((0.0, 0.8)), seed=seq_id)
+    bias = ((11, 1.5),) if rng.random() < 0.3 else ()
+    sampling = SamplingParams(
+        temperature=rng.choice((0.0, 0.8)), seed=seq_id, top_p=0.9, top_k=20, min_p=0.1, logit_bias=bias
+    )
     made = segment(
         [*tokens, *[MASK_TOKEN_ID] * num_masks],
         tuple(rng.sample(range(200), 60)),
@@ -128,6 +133,10 @@ def some_step(rng: random.Random, seq_id: int) -> tuple[Segment, SegmentOutput]:
     chosen = [*own, *(rng.randrange(90) for _ in range(len(made.wanted) - len(own)))]
     sure = rng.choice((0.5, 0.9, 0.999))
     return made, SegmentOutput(tuple(chosen), tuple(rng.uniform(sure, 1.0) for _ in chosen))
+
+
+def choices_of(segments: list[Segment]) -> Choices:
+    return Choices.of(segments, CONFIG.vocab_size, frozenset({2}))
 
 
 def as_float32(output: SegmentOutput) -> SegmentOutput:
@@ -162,17 +171,17 @@ def test_the_device_completes_what_the_host_would_have_packed(seed: int) -> None
         )
     rng.shuffle(opened)
     staging = Staging(DEVICE)
-    host = HostStep.pack(opened, CONFIG, PAGE, draws_of(opened))
+    host = HostStep.pack(opened, CONFIG, PAGE, choices_of(opened))
     size = GraphSizes(CONFIG).padded(host.size)
     assert size is not None
     parts = sections_of(staging.send_step(host, size, None), size)
     tokens = [token for _, output in befores for token in output.token_ids] + [0] * 3
     probs = [prob for _, output in befores for prob in output.probs] + [0.0] * 3
-    pairs = torch.tensor([tokens, probs], dtype=torch.float64, device=DEVICE)
+    report = torch.tensor([tokens, probs, [0.0] * len(tokens)], dtype=torch.float64, device=DEVICE)
     rows = first_rows([made for made, _ in befores])
     opens = opens_of(opened, host, rows)
-    packed = staging.send(pack(opens, pairs.shape[1]))
-    follow(packed, len(opens), pairs[0].long(), pairs, parts, PAGE, MASK_TOKEN_ID, PROB_ONE)
+    packed = staging.send(pack(opens, len(tokens)))
+    follow(packed, len(opens), Drawn(report[0].long(), report), parts, PAGE, MASK_TOKEN_ID, PROB_ONE)
 
     outputs = dict(zip((made.seq_id for made, _ in befores), (output for _, output in befores), strict=True))
     found = {name: values.tolist() for name, values in parts.items()}
@@ -180,7 +189,7 @@ def test_the_device_completes_what_the_host_would_have_packed(seed: int) -> None
     for index, one in enumerate(opened):
         came = one if one.follows is None else settled(one, outputs[one.seq_id])
         assert came is not None
-        alone = HostStep.pack([came], CONFIG, PAGE, draws_of([came]))
+        alone = HostStep.pack([came], CONFIG, PAGE, choices_of([came]))
         expected = {name: values.tolist() for name, values in alone.sections.items()}
         length, most = len(came.token_ids), len(one.token_ids)
         for name in ("token_ids", "positions", "slots"):
@@ -197,8 +206,14 @@ def test_the_device_completes_what_the_host_would_have_packed(seed: int) -> None
                 for number, row in enumerate(came.wanted)
             ]
         assert found["temperatures"][wanted] == expected["temperatures"]
+        if one.sampling.logit_bias:
+            ruled = [found["slots_ruled"][row] for row in range(wanted.start, wanted.stop)]
+            biases = [found["ruled"][6 * slot + 1 : 6 * slot + 3] for slot in ruled]
+            assert all(slot >= 0 for slot in ruled)
+            assert all(bias == biases[0] for bias in biases)
         if one.sampling.temperature > 0:
-            assert found["uniforms"][wanted] == expected["uniforms"]
+            for name in ("uniforms", "top_ks", "top_ps", "min_ps"):
+                assert found[name][wanted] == expected[name], name
         assert found["segments"][5 * index : 5 * index + 4] == [at, came.start, length, came.num_causal]
         at, from_wanted = at + most, from_wanted + len(one.wanted)
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from policies.modes import DecodePlan, Mode
+from replicas.answer_forms import JsonFormat
 from replicas.config import EngineConfig
 from replicas.engine.batch import ScheduledBatch, Segment
 from replicas.engine.engine import Engine
+from replicas.engine.history import NO_TOKENS, Prefix
 from replicas.engine.sequence import Sequence
 from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.checkpoint import CheckpointError, load_weights
@@ -27,6 +29,19 @@ from tests.tiny_checkpoint import MASK_TOKEN_ID, make_tiny_checkpoint
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MAX_TOKENS = 6
 PLANS = (DecodePlan(Mode.AR), DecodePlan(Mode.SELF_SPECULATION, 5), DecodePlan(Mode.DIFFUSION, 4, 0.3))
+EVERYTHING = {
+    "temperature": 0.9,
+    "top_p": 0.9,
+    "top_k": 20,
+    "min_p": 0.01,
+    "presence_penalty": 0.5,
+    "repetition_penalty": 1.2,
+    "logit_bias": ((11, 1.5),),
+    "min_tokens": 5,
+    "logprobs": 3,
+    "response_format": JsonFormat("{}"),
+}
+"""All that a request can ask of the choice of its tokens."""
 PROMPTS = ([11, 40, 7], [60 + k for k in range(17)])
 
 
@@ -181,6 +196,25 @@ def test_diffusion_under_rules_is_the_cpus(folder: Path) -> None:
     assert made[0] == made[1]
 
 
+@pytest.mark.parametrize("plan", PLANS[:2], ids=lambda plan: plan.mode)
+def test_filtered_steps_are_begun_ahead_and_draw_the_cpus_tokens(folder: Path, plan: DecodePlan) -> None:
+    """Filters, biases and log-probabilities need nothing that the device does not know."""
+    sampling = SamplingParams(
+        max_tokens=12, temperature=0.9, seed=3, top_p=0.9, top_k=20, min_p=0.01,
+        logit_bias=((11, 1.5),), min_tokens=6, logprobs=2,
+    )  # fmt: skip
+    made, num_ahead = [], []
+    ahead = make_runner(folder, Options(pads=False), page_size=64)
+    for runner in (TorchRunner.load(str(folder), num_pages=64, page_size=64), ahead):
+        engine = Engine(runner)
+        sequence = engine.submit("r", PROMPTS[0], sampling, decoding(plan))
+        finish(engine)
+        made.append(completion(sequence))
+        num_ahead.append(engine.scheduler.counters.num_ahead)
+    assert made[0] == made[1]
+    assert num_ahead[1] >= (5 if plan.mode is Mode.AR else 1)
+
+
 def _mixed(reference: Reference, runner: CudaRunner) -> tuple[list[Segment], torch.Tensor]:
     """Segments of every kind, and their logits; the adapter is on in a draft, alone and behind a verify."""
     pages = Pages(60, 8)
@@ -290,16 +324,19 @@ def test_bad_options_are_named(folder: Path, given: dict[str, object], word: str
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU to wait for")
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_queueing_a_step_waits_for_nothing(folder: Path, temperature: float) -> None:
+@pytest.mark.parametrize("asked", [{}, {"temperature": 0.9}, EVERYTHING], ids=len)
+def test_queueing_a_step_waits_for_nothing(folder: Path, asked: dict) -> None:
     """Once its graph is captured; the tokens are waited for by an event, which is no synchronising call."""
     runner = make_runner(folder, Options())
     tokens = prompt(4, seed=1)
-    sampling = SamplingParams(max_tokens=9, temperature=temperature, seed=3)
+    sampling = SamplingParams(max_tokens=9, seed=3, **asked)
+    history = Prefix.of(tokens, 4) if sampling.has_penalties else NO_TOKENS
+    allowed = (b"\xff" * 13,) if sampling.needs_grammar else ()
     runner.run(ScheduledBatch((segment(tokens, (0, 1), wanted=(3,)),)))
 
     def step(number: int) -> ScheduledBatch:
-        return ScheduledBatch((replace(segment([7], (0, 1), start=4 + number), sampling=sampling),))
+        part = segment([7], (0, 1), start=4 + number)
+        return ScheduledBatch((replace(part, sampling=sampling, history=history, allowed=allowed),))
 
     runner.run(step(0))
     torch.cuda.set_sync_debug_mode("error")

@@ -1,6 +1,7 @@
 """The GPU's choice of tokens is the CPU's for every field of a request; what is begun ahead is right."""
 
 import math
+import random
 from collections.abc import Sequence as Seq
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,18 +15,25 @@ from replicas.engine.batch import Runner, Segment, SegmentOutput
 from replicas.engine.engine import Engine
 from replicas.engine.history import NO_TOKENS, Prefix
 from replicas.kernels.confidence import confidence
-from replicas.kernels.sample_rows import Drawn, sample_rows
+from replicas.kernels.rules import apply_rules
+from replicas.kernels.sample_rows import Ruled, sample_rows
 from replicas.messages import DecodingOptions, SamplingParams
+from replicas.model.config import ModelConfig
+from replicas.model.cuda.choices import Choices
+from replicas.model.cuda.inputs import HostStep, StepInputs
 from replicas.model.cuda.runner import CudaRunner, Options
-from replicas.model.cuda.sampling import choose, draws_of, is_plain
+from replicas.model.cuda.sampling import Sampled
+from replicas.model.cuda.sizes import GraphSizes
 from replicas.model.cuda.staging import Staging
-from replicas.model.runner import TorchRunner, rows_of
+from replicas.model.runner import TorchRunner, outputs_of, rows_of
 from replicas.model.sampler import sample
 from tests.replicas.model.conftest import prompt, segment
-from tests.tiny_checkpoint import MASK_TOKEN_ID, make_tiny_checkpoint
+from tests.tiny_checkpoint import MASK_TOKEN_ID, make_tiny_checkpoint, tiny_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-VOCAB = 97
+CONFIG = ModelConfig.parse(tiny_config())
+VOCAB = CONFIG.vocab_size
+PAGE = 8
 EOS = frozenset({2})
 JSON = JsonFormat("{}")
 ACTING = {
@@ -68,7 +76,7 @@ def some_segments(sampling: SamplingParams) -> list[Segment]:
         made.append(replace(part, prompt_len=5, history=history, allowed=allowed))
     tokens = [9, MASK_TOKEN_ID, MASK_TOKEN_ID]
     draft = segment(
-        tokens, (3,), start=8, num_causal=0, adapter=True, wanted=(1, 2), sampling=sampling, seq_id=5
+        tokens, (3, 4), start=8, num_causal=0, adapter=True, wanted=(1, 2), sampling=sampling, seq_id=5
     )
     fixed = (30, 41) if sampling.has_penalties else ()
     return [*made, replace(draft, history=history, prompt_len=5, fixed=fixed)]
@@ -81,27 +89,46 @@ def some_logits(num_rows: int) -> torch.Tensor:
     return logits
 
 
-def draw(segments: Seq[Segment], logits: torch.Tensor) -> Drawn:
-    """The plain rows' tokens, by the kernels."""
-    draws = draws_of(segments)
-    numbers = torch.zeros(2, len(logits)) if draws is None else torch.from_numpy(draws)
-    best = confidence(logits, MASK_TOKEN_ID)
-    return sample_rows(logits, best, *numbers.to(logits.device), MASK_TOKEN_ID)
+def sampled_from(segments: Seq[Segment], logits: torch.Tensor) -> Sampled:
+    """The choice by the kernels, padded as a graph needs it."""
+    host = HostStep.pack(segments, CONFIG, PAGE, Choices.of(segments, VOCAB, EOS))
+    size = GraphSizes(CONFIG).padded(host.size)
+    assert size is not None
+    staging = Staging(torch.device(DEVICE))
+    inputs = StepInputs.view(staging.send_step(host, size, None), size, CONFIG)
+    padded = torch.zeros(size.num_wanted, VOCAB, device=DEVICE)
+    padded[: len(logits)] = logits
+    ruled = Ruled(inputs.slots_ruled, apply_rules(padded, inputs.ruled, inputs.page_table, MASK_TOKEN_ID))
+    best = confidence(padded, MASK_TOKEN_ID)
+    drawn = sample_rows(padded, best, inputs.draws, MASK_TOKEN_ID, ruled)
+    assert torch.equal(padded[: len(logits)].nan_to_num(), logits.to(DEVICE).nan_to_num()), (
+        "the model's own logits stay as they are"
+    )
+    return Sampled.of(segments, padded[: len(logits)], drawn, MASK_TOKEN_ID, staging)
 
 
-def chosen(segments: Seq[Segment], logits: torch.Tensor) -> list[SegmentOutput]:
-    """The outputs by the GPU's way."""
-    on_device = logits.to(DEVICE)
-    sampled = choose(segments, on_device, draw(segments, on_device), Staging(on_device.device))
-    return sampled.outputs(segments, None, MASK_TOKEN_ID, EOS)
-
-
-def choose_both(segments: Seq[Segment], logits: torch.Tensor) -> tuple[list[int], list[int]]:
-    """By the GPU's way and by the CPU's."""
-    numbered = [replace(part, seq_id=number) for number, part in enumerate(segments)]
-    tokens = [token for output in chosen(numbered, logits) for token in output.token_ids]
+def on_cpu(segments: Seq[Segment], logits: torch.Tensor) -> list[SegmentOutput]:
+    """The same by the CPU's sampler."""
     rows = [row for part in segments for row in rows_of(part)]
-    return tokens, sample(logits.clone(), rows, MASK_TOKEN_ID, EOS)[0]
+    tokens, probs, top = sample(logits.clone(), rows, MASK_TOKEN_ID, EOS)
+    return outputs_of(segments, tokens, probs, top)
+
+
+def assert_same(segments: Seq[Segment], logits: torch.Tensor) -> list[int]:
+    """Chosen, reported and refused alike by the kernels and by the CPU's sampler; returns the tokens."""
+    numbered = [replace(part, seq_id=number) for number, part in enumerate(segments)]
+    outputs = sampled_from(numbered, logits).outputs(numbered)
+    expected_outputs = on_cpu(segments, logits)
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in expected_outputs]
+    for output, other in zip(outputs, expected_outputs, strict=True):
+        assert output.failure == other.failure
+        assert output.probs == pytest.approx(other.probs, rel=1e-4, abs=1e-9)
+        assert [[token for token, _ in top] for top in output.top] == [
+            [token for token, _ in top] for top in other.top
+        ]
+        for top, other_top in zip(output.top, other.top, strict=True):
+            assert [x for _, x in top] == pytest.approx([x for _, x in other_top], rel=1e-4, abs=1e-4)
+    return [token for output in outputs for token in output.token_ids]
 
 
 def test_every_field_is_listed() -> None:
@@ -113,28 +140,99 @@ def test_a_field_acts_as_on_the_cpu(field: str) -> None:
     segments = some_segments(SamplingParams(**ACTING[field]))
     plain = some_segments(SamplingParams())
     logits = some_logits(7)
-    found, expected = choose_both([*segments, *plain], torch.cat((logits, logits)))
-    assert found == expected
+    found = assert_same([*segments, *plain], torch.cat((logits, logits)))
     if field not in ("seed", "logprobs"):
         assert found[:5] != found[7:12], "it does not act in this test"
 
 
-def test_a_mask_makes_a_segment_the_samplers() -> None:
-    step, _, draft = some_segments(SamplingParams(response_format=JSON))
-    assert not is_plain(step)
-    assert is_plain(draft)
-    tokens, _ = choose_both([step], some_logits(1))
-    assert tokens[0] in (30, 41)
+def test_a_mask_is_kept_to() -> None:
+    step, _, _ = some_segments(SamplingParams(response_format=JSON))
+    assert assert_same([step], some_logits(1))[0] in (30, 41)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_requests_choose_as_on_the_cpu(seed: int) -> None:
+    """Everything a request can ask for, in any company."""
+    rng = random.Random(seed)
+    segments: list[Segment] = []
+    for seq_id in range(rng.randrange(1, 6)):
+        neutral = rng.random() < 0.2
+        sampling = SamplingParams() if neutral else some_sampling(rng)
+        length = rng.choice((1, 1, 2, 5))
+        start = rng.randrange(4, 20)
+        history = NO_TOKENS
+        tokens = prompt(start + length, seed=rng.randrange(100))
+        prompt_len = rng.randrange(1, start)
+        if sampling.has_penalties:
+            history = Prefix.of(tokens[: start + rng.randrange(2)], prompt_len)
+        num_causal = rng.choice((length, length, 0, length // 2))
+        wanted = tuple(sorted(rng.sample(range(length), rng.randrange(1, length + 1))))
+        allowed: tuple[bytes, ...] = ()
+        if rng.random() < 0.3:
+            num_masks = sum(index < num_causal for index in wanted)
+            allowed = tuple(rng.randbytes(rng.choice((5, 13, 20))) for _ in range(num_masks))
+        part = segment(tokens[start:], tuple(range(5)), start=start, num_causal=num_causal, wanted=wanted)
+        segments.append(
+            replace(
+                part,
+                sampling=sampling,
+                prompt_len=prompt_len,
+                history=history,
+                allowed=allowed,
+                seq_id=seq_id,
+            )
+        )
+    num_rows = sum(len(part.wanted) for part in segments)
+    logits = torch.randn(num_rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
+    assert_same(segments, logits)
+
+
+def some_sampling(rng: random.Random) -> SamplingParams:
+    def maybe(value: float, neutral: float) -> float:
+        return value if rng.random() < 0.4 else neutral
+
+    biases = [(rng.randrange(VOCAB + 20), rng.uniform(-9, 9)) for _ in range(rng.randrange(6))]
+    biases += [(2, 5.0)] * (rng.random() < 0.5)
+    return SamplingParams(
+        temperature=rng.choice((0.0, 0.7, 1.0)),
+        seed=rng.randrange(2**63),
+        top_p=maybe(rng.random(), 1.0),
+        top_k=int(maybe(rng.randrange(1, 90), 0)),
+        min_p=maybe(rng.random() / 3, 0.0),
+        presence_penalty=maybe(rng.uniform(-2, 2), 0.0),
+        frequency_penalty=maybe(rng.uniform(-2, 2), 0.0),
+        repetition_penalty=maybe(rng.choice((0.5, 1.3, 5.0)), 1.0),
+        logit_bias=tuple(dict(biases).items()) if rng.random() < 0.5 else (),
+        min_tokens=int(maybe(rng.randrange(1, 15), 0)),
+        logprobs=rng.choice((None, None, 0, 1, 5)),
+    )
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"logit_bias": ((7, math.inf),)},
+        {"logit_bias": tuple((token, -math.inf) for token in range(VOCAB))},
+        {"presence_penalty": 1e300},
+        {"presence_penalty": -1e300, "logit_bias": ((9, -math.inf),)},
+        {"temperature": 0.5, "logit_bias": ((7, 1e39),)},
+    ],
+    ids=lambda given: "+".join(given),
+)
+def test_a_request_whose_own_rules_leave_no_token_fails_alone(given: dict) -> None:
+    step, verify, _ = some_segments(SamplingParams(**given))
+    plain = some_segments(SamplingParams())
+    logits = some_logits(len(step.wanted) + len(verify.wanted) + 7)
+    assert_same([step, verify, *plain], logits)
 
 
 def test_only_part_of_a_step_may_be_asked_for() -> None:
     """By sequence, and as short as a segment has come to be."""
     segments = some_segments(SamplingParams(temperature=0.8, logprobs=2))
-    whole = chosen(segments, some_logits(7))
-    on_device = some_logits(7).to(DEVICE)
-    sampled = choose(segments, on_device, draw(segments, on_device), Staging(on_device.device))
+    sampled = sampled_from(segments, some_logits(7))
+    whole = sampled.outputs(segments)
     short = replace(segments[1], token_ids=segments[1].token_ids[:2], num_causal=2, wanted=(0, 1))
-    draft, verify = sampled.outputs([segments[2], short], None, MASK_TOKEN_ID, EOS)
+    draft, verify = sampled.outputs([segments[2], short])
     assert draft == whole[2]
     for found, expected in ((verify.token_ids, whole[1].token_ids), (verify.top, whole[1].top)):
         assert found == expected[:2]
@@ -151,6 +249,24 @@ def test_nothing_follows_unseen_what_the_host_has_a_say_in(folder: Path, given: 
     assert all(runner.can_be_followed(part) for part in some_segments(SamplingParams()))
 
 
+def test_what_the_device_knows_is_followed_unseen(folder: Path) -> None:
+    """A least length is known of where positions are, so not behind a verify or a draft."""
+    runner = CudaRunner.load(str(folder), dtype="float32", device=DEVICE, num_pages=8, page_size=8)
+    filtered = SamplingParams(temperature=0.8, top_p=0.5, logit_bias=((11, 1.0),), logprobs=2, min_tokens=3)
+    assert all(runner.can_be_followed(part) for part in some_segments(filtered))
+    step, verify, draft = some_segments(replace(filtered, min_tokens=50))
+    assert runner.can_be_followed(step)
+    assert not runner.can_be_followed(verify)
+    assert not runner.can_be_followed(draft)
+
+
+def test_nothing_follows_unseen_a_prompt_that_is_scored(folder: Path) -> None:
+    """Its rows are no verify's."""
+    runner = CudaRunner.load(str(folder), dtype="float32", device=DEVICE, num_pages=8, page_size=8)
+    chunk = segment([5, 6], (1,), sampling=SamplingParams(logprobs=1, scores_prompt=True))
+    assert not runner.can_be_followed(replace(chunk, allowed=(b"\xff" * 13, None)))
+
+
 @pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(temperature=1.0, seed=3)], ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_segment_whose_logits_are_not_finite_fails_alone(sampling: SamplingParams, value: float) -> None:
@@ -160,7 +276,7 @@ def test_a_segment_whose_logits_are_not_finite_fails_alone(sampling: SamplingPar
     logits[3] = logits[2]
 
     def outputs() -> list:
-        return chosen(segments, logits)
+        return sampled_from(segments, logits).outputs(segments)
 
     healthy = outputs()
     assert [output.failure for output in healthy] == [None] * 4

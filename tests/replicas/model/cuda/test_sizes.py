@@ -69,8 +69,8 @@ def test_a_short_verify_of_a_lone_request_has_a_graph() -> None:
 
 def test_what_is_too_large_has_no_size() -> None:
     sizes = GraphSizes(CONFIG)
-    for num_rows, num_wanted, num_segments in ((2049, 1, 1), (2048, 2049, 1), (256, 256, 129)):
-        size = StepSize(num_rows, num_wanted, num_segments, (0,) * len(TILE_SHAPES), False)
+    for counts in ((2049, 1, 0, 1), (2048, 2049, 0, 1), (512, 512, 257, 1), (256, 256, 0, 129)):
+        size = StepSize(*counts, (0,) * len(TILE_SHAPES), False)
         assert sizes.padded(size) is None
         assert eager(size).num_rows % 256 == 0
 
