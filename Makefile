@@ -11,6 +11,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 # make serve MODEL=<folder or hub name> DTYPE=bfloat16 REPLICAS=2 PORT=8000 REDIS_URL=redis://... POLICY=cost_model
+# ARGS="host=0.0.0.0 max_running=32": further settings (docs/settings.md), and whom it listens to
 # LOG=debug shows what Ray and the actors say, which otherwise goes to .run/serve-PORT.log
 MODEL     ?=
 DTYPE     ?=
@@ -50,7 +51,7 @@ $(READY): pyproject.toml constraints.txt
 
 serve: $(READY) ## serve the embedded model, or MODEL, on http://127.0.0.1:$PORT
 	@PATH="$(CURDIR)/$(BIN):$$PATH" MODEL="$(MODEL)" DTYPE="$(DTYPE)" REPLICAS="$(REPLICAS)" PORT="$(PORT)" \
-		REDIS_URL="$(REDIS_URL)" POLICY="$(POLICY)" LOG="$(LOG)" bash cluster/serve.sh
+		REDIS_URL="$(REDIS_URL)" POLICY="$(POLICY)" LOG="$(LOG)" bash cluster/serve.sh $(ARGS)
 
 # Servers, one at a time, want the machine for themselves; what starts none takes all cores.
 test: $(READY) ## run every test, or what ARGS names; ARGS=--thorough: with more random cases (docs/tests.md)

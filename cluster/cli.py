@@ -39,6 +39,7 @@ def parser(*, in_full: bool = False) -> argparse.ArgumentParser:
     serve.add_argument("--redis-url", help="default: a server of its own, on loopback")
     serve.add_argument("--policy")
     serve.add_argument("--log", choices=["debug"], help="debug: what Ray and the actors say comes here")
+    serve.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="further settings; host=0.0.0.0")
     for name, (module, what) in MODULES.items():
         of_module = [importlib.import_module(module).parser()] if in_full else []
         commands.add_parser(name, help=what, add_help=False, parents=of_module)
@@ -48,6 +49,10 @@ def parser(*, in_full: bool = False) -> argparse.ArgumentParser:
     completion = commands.add_parser("completion", help="what a shell is to run to complete these commands")
     completion.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
     return found
+
+
+def serve_command(options: argparse.Namespace) -> list[str]:
+    return ["bash", str(SCRIPT), *options.settings]
 
 
 def serve_environment(options: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, str]:
@@ -78,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     options = parser().parse_args(given)
     if options.command == "serve":
-        os.execvpe("bash", ["bash", str(SCRIPT)], serve_environment(options, os.environ))
+        os.execvpe("bash", serve_command(options), serve_environment(options, os.environ))
     if options.command == "completion":
         print(shtab.complete(parser(in_full=True), options.shell))
         return

@@ -49,6 +49,11 @@ def test_serve_s_options_are_the_script_s_environment(
     assert cli.serve_environment(options("--model", "triad-5m"), {})["MODEL"] == "triad-5m"
 
 
+def test_further_settings_are_the_script_s_arguments() -> None:
+    given = options("--port", "81", "max_running=3", "host=0.0.0.0")
+    assert cli.serve_command(given) == ["bash", str(cli.SCRIPT), "max_running=3", "host=0.0.0.0"]
+
+
 @pytest.mark.parametrize("name", list(cli.MODULES))
 def test_the_other_commands_are_modules_with_their_own_help(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -1,9 +1,11 @@
 """Compiles the native forward once, and loads it: `python -m replicas.model.native.build`.
 
 The library speaks plain C and includes no header of torch or Python, so that it builds in seconds and
-depends on neither's version.
+depends on neither's version. With `--portable` it is compiled beside its sources for each kind of processor
+instead, for machines without a compiler, such as the container image.
 """
 
+import argparse
 import ctypes
 import hashlib
 import os
@@ -12,11 +14,25 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence, Set
 from functools import cache
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
+PORTABLE_FOLDER = SOURCES / "portable"
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread")
+_V3 = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"})
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+PORTABLE = {
+    "x86_64": (
+        (("-march=x86-64-v4", "-mavx512bf16"), _V4 | {"avx512_bf16"}),
+        (("-march=x86-64-v4",), _V4),
+        (("-march=x86-64-v3",), _V3),
+    ),
+    "aarch64": ((("-march=armv8-a",), frozenset[str]()),),
+}
+"""By machine the kinds of processor, best first: the compiler's flags, and the features that they need as Linux
+names them. The levels are those of the x86-64 psABI; the sources use no further extension."""
 _COMPILERS = ("c++", "g++", "clang++")
 _TIMEOUT_S = 300.0
 
@@ -27,11 +43,21 @@ class NativeUnavailable(Exception):
 
 @cache
 def load_library() -> ctypes.CDLL:
-    """The native library, compiled if this machine has not got it yet. Raises NativeUnavailable."""
-    compiler = _compiler()
-    path = _cache_folder() / f"forward-{_fingerprint(compiler)}.so"
-    if not path.is_file():
-        _compile(compiler, path)
+    """The native library: compiled, if this machine has not got it yet, or without a compiler the portable one.
+
+    Raises NativeUnavailable.
+    """
+    try:
+        compiler = _compiler()
+    except NativeUnavailable:
+        found = portable_library(platform.machine(), set(_processor().split()))
+        if found is None:
+            raise
+        path = found
+    else:
+        path = _cache_folder() / f"forward-{_fingerprint(compiler)}.so"
+        if not path.is_file():
+            _compile(compiler, path, _FLAGS)
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -50,6 +76,34 @@ def _compiler() -> str:
             return found
     looked_for = f"CXX={wanted}" if wanted else ", ".join(_COMPILERS)
     raise NativeUnavailable(f"no C++ compiler found ({looked_for}); install g++ or clang, or set CXX")
+
+
+def portable_library(machine: str, features: Set[str]) -> Path | None:
+    """The best of the libraries compiled beside the sources that a processor of these features can run."""
+    for flags, needed in PORTABLE.get(machine, ()):
+        path = _portable_path(flags)
+        if needed <= features and path.is_file():
+            return path
+    return None
+
+
+def _portable_path(flags: tuple[str, ...]) -> Path:
+    kind = "+".join(flag.removeprefix("-march=").removeprefix("-m") for flag in flags)
+    return PORTABLE_FOLDER / f"forward-{kind}.so"
+
+
+def compile_portable() -> list[Path]:
+    """Compiles the library for each kind of this machine's processors, beside its sources.
+
+    Raises NativeUnavailable.
+    """
+    compiler = _compiler()
+    common = tuple(flag for flag in _FLAGS if not flag.startswith("-march="))
+    made = []
+    for flags, _ in PORTABLE.get(platform.machine(), ()):
+        _compile(compiler, _portable_path(flags), (*common, *flags))
+        made.append(_portable_path(flags))
+    return made
 
 
 def _cache_folder() -> Path:
@@ -77,12 +131,12 @@ def _processor() -> str:
     return "\n".join(dict.fromkeys(features))
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(compiler: str, path: Path, flags: tuple[str, ...]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
-            _run(compiler, *_FLAGS, str(SOURCES / "forward.cpp"), "-o", str(made))
+            _run(compiler, *flags, str(SOURCES / "forward.cpp"), "-o", str(made))
             made.replace(path)  # at once, so that no other process loads half of it
     except OSError as error:
         raise NativeUnavailable(f"can't write to {path.parent} ({error}); set XDG_CACHE_HOME") from error
@@ -99,7 +153,18 @@ def _run(*command: str) -> str:
     return done.stdout
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m replicas.model.native.build")
+    parser.add_argument(
+        "--portable", action="store_true", help="for each kind of processor, beside the sources"
+    )
+    if parser.parse_args(arguments).portable:
+        try:
+            made = compile_portable()
+        except NativeUnavailable as error:
+            sys.exit(str(error))
+        print("\n".join(map(str, made)))
+        return
     try:
         load_library()
     except NativeUnavailable as error:

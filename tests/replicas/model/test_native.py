@@ -40,8 +40,9 @@ CONFIG = ReplicaConfig(dtype="float32", quantization="int8", kv_cache_mb=1)
 
 @pytest.fixture
 def fresh_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Nothing compiled yet; the folder for what will be."""
+    """Nothing compiled yet, for this machine or for others; the folder for what will be."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "PORTABLE_FOLDER", tmp_path / "portable")
     build.load_library.cache_clear()
     yield tmp_path / "cache" / "triad"
     build.load_library.cache_clear()
@@ -289,8 +290,44 @@ def test_a_failed_build_says_what_the_compiler_said(
     with pytest.raises(NativeUnavailable, match="no-such-flag"):
         build.load_library()
     assert list(fresh_build.glob("*.so")) == []
-    build.main()
+    build.main([])
     assert "the CPU path is torch's" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(platform.machine() not in build.PORTABLE, reason="no kinds of this machine's processors")
+def test_without_a_compiler_the_portable_library_is_loaded(
+    fresh_build: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plainest of this machine's kinds, compiled as an image's build does."""
+    kinds = build.PORTABLE[platform.machine()][-1:]
+    monkeypatch.setattr(build, "PORTABLE", {platform.machine(): kinds})
+    made = build.compile_portable()
+    assert made == list(build.PORTABLE_FOLDER.iterdir())
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert build.load_library()._name == str(made[0])
+    assert not fresh_build.exists()
+    made[0].unlink()
+    build.load_library.cache_clear()
+    with pytest.raises(NativeUnavailable, match="no C[+][+] compiler found"):
+        build.load_library()
+
+
+@pytest.mark.usefixtures("fresh_build")
+def test_the_best_library_that_a_processor_can_run() -> None:
+    """Each kind by exactly the features it needs; without one of them the next; none for what is older."""
+    kinds, portable_folder = build.PORTABLE["x86_64"], build.PORTABLE_FOLDER
+    portable_folder.mkdir()
+    names = ["x86-64-v4+avx512bf16", "x86-64-v4", "x86-64-v3"]
+    for name in names:
+        (portable_folder / f"forward-{name}.so").touch()
+    found = [build.portable_library("x86_64", needed) for _, needed in kinds]
+    assert found == [portable_folder / f"forward-{name}.so" for name in names]
+    assert build.portable_library("x86_64", kinds[1][1] - {"avx512vl"}) == found[2]
+    assert build.portable_library("x86_64", kinds[2][1] - {"fma"}) is None
+    assert build.portable_library("aarch64", {"asimd"}) is None
+    (portable_folder / "forward-armv8-a.so").touch()
+    assert build.portable_library("aarch64", {"asimd"}) == portable_folder / "forward-armv8-a.so"
+    assert build.portable_library("riscv64", set()) is None
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, fresh_build: Path) -> None:
