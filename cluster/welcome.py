@@ -1,8 +1,8 @@
 """What `make serve` says: whether the port is free, what is about to serve, and when it does.
 
 `python -m cluster.welcome check PORT` fails with one sentence where the port is taken; `tell FILE LOG` says
-what the Serve file is going to serve; `attend PORT PID [LOG]` says when it is ready, and each error in its
-log, until the process has gone.
+what the Serve file is going to serve; `attend PORT PID [LOG]` says when it is ready, how far
+loading and warming up have come where they take long, and each error in its log, until the process has gone.
 """
 
 import json
@@ -15,8 +15,10 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NoReturn, TextIO
 
 import yaml
+from tqdm import tqdm
 
 from cluster.config import ClusterConfig
 from replicas.machine import default_num_threads
@@ -24,6 +26,8 @@ from replicas.model.native.build import NativeUnavailable, load_library
 
 HOST = "127.0.0.1"
 POLL_S = 0.5
+_PROGRESS = re.compile(r": ([\w ]+): (\d+) of (\d+) after \d+ s$")
+"""A line of `replicas.progress`."""
 _ERROR = re.compile(r"\b(ERROR|CRITICAL)\b|^Traceback|\b\w+(Error|Exception): ")
 
 
@@ -74,17 +78,64 @@ def _forward(config: ClusterConfig) -> str:
 
 def attend(port: int, pid: int, log: Path | None, say: Callable[[str], None]) -> None:
     """Says when the server answers, and the errors of its log as they come, until its process has gone."""
-    began_s, is_ready = time.monotonic(), False
+    began_s, is_ready, progress = time.monotonic(), False, Progress(say)
     with ExitStack() as stack:
         lines = None if log is None else stack.enter_context(log.open(errors="replace"))
         while _is_alive(pid):
             for line in lines or ():
                 if _ERROR.search(line):
+                    progress.close()
                     say(line.rstrip())
+                elif found := progress_in(line):
+                    progress.show(*found)
             if not is_ready and _answers(port, "/readyz"):
                 is_ready = True
+                progress.close()
                 say("\n".join(ready_lines(port, time.monotonic() - began_s)))
             time.sleep(POLL_S)
+
+
+def progress_in(line: str) -> tuple[str, int, int] | None:
+    """What a replica is at, how far it has come, and of how much, if the line of its log says so."""
+    found = _PROGRESS.search(line)
+    return None if found is None else (found[1], int(found[2]), int(found[3]))
+
+
+class Progress:
+    """How far a replica has come with what it does before it serves: a bar on a terminal, else lines.
+
+    Several replicas share the bar; it is where the last to tell was.
+    """
+
+    LINES = 10
+    """How many lines, at most, one work is worth where there is no terminal."""
+
+    def __init__(self, say: Callable[[str], None], stream: TextIO = sys.stdout):
+        self._say = say
+        self._stream = stream
+        self._bar: tqdm[NoReturn] | None = None
+        self._what = ""
+        self._told = 0.0
+
+    def show(self, what: str, number: int, total: int) -> None:
+        if what != self._what:
+            self.close()
+            self._what, self._told = what, 0.0
+        if not self._stream.isatty():
+            if number / total - self._told >= 1 / self.LINES:
+                self._told = number / total
+                self._say(f"{what}: {number} of {total}")
+            return
+        if self._bar is None:
+            self._bar = tqdm(total=total, desc=what, file=self._stream, leave=False)
+        self._bar.n = number
+        self._bar.refresh()
+
+    def close(self) -> None:
+        """Takes the bar away, so that lines can follow."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
 
 def ready_lines(port: int, after_s: float) -> list[str]:

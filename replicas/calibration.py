@@ -11,6 +11,7 @@ from policies.cost import UNMEASURED, ForwardStats, StepCost
 from policies.cost_fit import fit_step_cost, knots_up_to
 from replicas.engine.batch import ModelSpec, Runner, ScheduledBatch, Segment, ServingRunner
 from replicas.messages import SamplingParams
+from replicas.progress import logged
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +40,8 @@ class Shape:
 def warm_up(runner: ServingRunner, *, max_running: int, max_step_tokens: int) -> None:
     """Runs what the runner needs to have run before it serves, and logs how far it has come."""
     batches = tuple(runner.warm_up_batches(max_running, max_step_tokens))
-    began_s = time.perf_counter()
-    for number, batch in enumerate(batches, 1):
+    for batch in logged(batches, len(batches), "warming up", logger):
         runner.run(batch)
-        seconds = time.perf_counter() - began_s
-        logger.info("warming up: %d of %d steps after %.0f s", number, len(batches), seconds)
 
 
 def calibrate(

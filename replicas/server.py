@@ -52,6 +52,7 @@ class Replica:
         from replicas.text import TextCodec
         from replicas.workers import Workers
 
+        configure_logs(config.log_format)
         self._workers = None if config.tensor_parallel == 1 else Workers.start(config)
         runner = load_runner(config) if self._workers is None else self._workers.runner
         codec = TextCodec.load(config.checkpoint, config.tool_parser, config.reasoning_parser)
@@ -72,7 +73,6 @@ class Replica:
         runner.settle()
         engine.set_step_cost(costs.step)
         engine.set_yields(costs.yields)
-        configure_logs(config.log_format)
         self._tracing = Tracing("replica", replica_id)
         tracer = self._tracing.tracer
         on_timeline = None if tracer is None else SpanWriter(tracer, replica_id)

@@ -22,10 +22,10 @@ from router.decompress import Decompression
 from router.errors import MAX_PARAM_LEN, ApiError, api_error_response, shortened, triad_error_response
 from router.metrics import Metrics
 from router.request_log import CARRIER, LOG_FIELDS, SPAN
-from telemetry.logs import FIELDS, LogContext, log_context
+from telemetry.logs import ACCESS, FIELDS, LogContext, log_context
 from telemetry.propagation import carrier_below, carrier_of, parent_context
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(ACCESS)
 
 REQUEST_ID_HEADER = "x-request-id"
 MAX_REQUEST_ID_LEN = 128

@@ -1,4 +1,4 @@
-"""Log lines as JSON, each with the request and the trace it belongs to, where it belongs to one."""
+"""Log lines, as text, or as JSON with the request and the trace that each belongs to, where it belongs to one."""
 
 import json
 import logging
@@ -10,6 +10,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 PACKAGES = ("policies", "replicas", "router", "cluster", "telemetry")
+TEXT_FORMAT = "%(levelname)s %(asctime)s %(name)s: %(message)s"
+ACCESS = "router.access"
+"""The logger of a line a request. As text there is Serve's own."""
 
 FIELDS = "triad"
 """The key of more fields for a line: `logger.info(..., extra={FIELDS: {...}})`."""
@@ -51,11 +54,13 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logs(log_format: str) -> None:
-    """Sends this process's lines, from INFO up, to stderr as JSON for `json`; `text` leaves all as it is."""
-    if log_format != "json":
-        return
+    """Sends this process's lines, from INFO up, to stderr, each as JSON for `json`."""
+    is_json = log_format == "json"
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter())
+    handler.setFormatter(
+        JsonFormatter() if is_json else logging.Formatter(TEXT_FORMAT)
+    )
+    logging.getLogger(ACCESS).setLevel(logging.NOTSET if is_json else logging.WARNING)
     for name in PACKAGES:
         logger = logging.getLogger(name)
         logger.handlers = [handler]

@@ -1,5 +1,6 @@
 """Checkpoints from a folder or a hub name into weights in the engine's layout."""
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -14,6 +15,9 @@ from replicas.machine import available_bytes
 from replicas.model import layout
 from replicas.model.adapter import LowRank, load_adapter, load_mask_row
 from replicas.model.config import ADAPTER_FOLDER, TRI_MODE_TYPE, CheckpointError, ModelConfig, read_json
+from replicas.progress import logged
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -107,7 +111,7 @@ def load_weights(
         head = embedding if tied else read_rows(head_name)
         layers = [
             _read_layer(reader, f"{prefix}.layers.{index}", config, dtype)
-            for index in range(config.num_layers)
+            for index in logged(range(config.num_layers), config.num_layers, "loading layers", logger)
         ]
         norm = read(f"{prefix}.norm.weight", config.hidden_size)
     if tri_mode and config.has_adapter:

@@ -2,6 +2,8 @@
 
 import contextlib
 import http.server
+import io
+import logging
 import socket
 import subprocess
 import sys
@@ -14,6 +16,8 @@ import pytest
 from cluster import welcome
 from cluster.config import ClusterConfig
 from replicas.model.native.build import NativeUnavailable
+from replicas.progress import logged
+from telemetry.logs import TEXT_FORMAT
 
 
 class TriadsPage(http.server.BaseHTTPRequestHandler):
@@ -118,3 +122,39 @@ def test_it_says_when_it_is_ready_and_the_errors_of_the_log(tmp_path: Path) -> N
     first, _, console, _ = said[2].splitlines()
     assert first.endswith("modes ar")
     assert console == f"console  http://127.0.0.1:{port}/"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def progress_lines(total: int, caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The lines of a replica's log as Ray passes them on, of so many steps, of three seconds each."""
+    seconds = iter(range(0, 1000, 3))
+    with caplog.at_level(logging.INFO):
+        list(logged(range(total), total, "warming up", logging.getLogger("replicas"), lambda: next(seconds)))
+    form = logging.Formatter(TEXT_FORMAT)
+    return [f"(ServeReplica:triad:Replica pid=7) {form.format(record)}\n" for record in caplog.records]
+
+
+def test_a_warm_up_is_a_bar_on_a_terminal_and_few_lines_elsewhere(caplog: pytest.LogCaptureFixture) -> None:
+    found = [welcome.progress_in(line) for line in progress_lines(64, caplog)]
+    assert found == [("warming up", number, 64) for number in range(1, 65)]
+    assert welcome.progress_in("INFO replicas: policy now ar, set at run time") is None
+    said: list[str] = []
+    terminal = Terminal()
+    bar, plain = welcome.Progress(said.append, terminal), welcome.Progress(said.append, io.StringIO())
+    for step in found[:40]:
+        assert step is not None
+        bar.show(*step)
+    assert "warming up:  62%" in terminal.getvalue()
+    assert "40/64" in terminal.getvalue()
+    bar.close()
+    assert said == []
+    for step in found:
+        assert step is not None
+        plain.show(*step)
+    plain.show("loading layers", 1, 2)
+    assert len(said) <= plain.LINES + 1
+    assert said[-1] == "loading layers: 1 of 2"

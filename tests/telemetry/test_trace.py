@@ -13,7 +13,7 @@ from replicas.engine.batch import ScheduledBatch
 from replicas.trace import SpanWriter
 from router.api import create_app
 from router.metrics import Metrics
-from telemetry.logs import JsonFormatter
+from telemetry.logs import ACCESS, JsonFormatter
 from telemetry.setup import TelemetryError, Tracing
 from tests.eventually import eventually
 from tests.replicas.engine.scripted import ScriptedRunner
@@ -231,9 +231,9 @@ async def test_a_json_line_has_the_requests_and_the_traces_id(monkeypatch, caplo
                 lines.append(json.loads(JsonFormatter().format(record)))
 
         handler = Keep()
-        logger = logging.getLogger("router.middleware")
+        logger = logging.getLogger(ACCESS)
         logger.addHandler(handler)
-        caplog.set_level(logging.INFO, "router.middleware")
+        caplog.set_level(logging.INFO, ACCESS)
         async with a_stack(tracer=tracing.tracer) as stack, in_process(create_app(stack.door)) as client:
             headers = {"traceparent": PARENT, "x-request-id": "mine"}
             await client.post("/v1/chat/completions", json=CHAT, headers=headers)
