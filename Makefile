@@ -44,8 +44,11 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Triad needs Python 3.11 or newer; set PYTHON=")'
 	@$(BIN)/pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@{ $(BIN)/pip install -q --disable-pip-version-check $(TORCH_INDEX_ARGS) -c constraints.txt torch numpy \
-		&& $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'; } \
-		|| { echo "$(VENV) is not set up: pip says why above (no network? PIP_INDEX_URL names another index). Run the same command again, it goes on from there." >&2; exit 1; }
+		&& $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'; } 2> $(VENV)/pip.log \
+		|| { if grep -qE 'NewConnectionError|NameResolutionError|ConnectTimeout' $(VENV)/pip.log; \
+			then why="no package registry is reached (no network? PIP_INDEX_URL names another one)"; \
+			else why="$$(grep ERROR $(VENV)/pip.log | tail -n 1)"; fi; \
+		echo "$(VENV) is not set up: $$why. pip's own words are in $(VENV)/pip.log. Run the same command again, it goes on from there." >&2; exit 1; }
 	@$(BIN)/python -m replicas.model.native.build
 	@touch $@
 

@@ -289,6 +289,16 @@ def test_an_install_draws_a_password_and_upgrades_keep_it() -> None:
     assert password_of(asked(Cluster(secrets=[drawn[0]]), PASSWORD)) == PASSWORD.partition("=")[2]
 
 
+def test_the_notes_say_how_to_reach_the_api_and_the_console() -> None:
+    made = helm("install", "my", str(CHART), "--dry-run=client", "--set", PASSWORD)
+    assert made.returncode == 0, made.stderr
+    _, _, notes = made.stdout.partition("NOTES:")
+    assert "port-forward svc/my-triad 8000" in notes
+    assert "the console: http://127.0.0.1:8000/" in notes
+    (name,) = {d["metadata"]["name"] for d in rendered() if d["kind"] == "RayService"}
+    assert name == "my-triad"
+
+
 def test_alerts_and_dashboard_ask_for_what_triad_measures() -> None:
     measured = set(re.findall(r"^(\w+?)(?:\{| )", exposition(), re.MULTILINE))
     documents = rendered(None, ALL_ON)

@@ -18,21 +18,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-
-
-def limits() -> list[str]:
-    """This machine's own limits of a process, since root in a container may not be let raise them."""
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    return ["--ulimit", f"nofile={files}:{files}", "--ulimit", "nproc=30000:30000"]
-
-
-TOOLS = ("podman", "mmdebstrap")
+TOOLS = ("podman", "runc", "mmdebstrap")
 PACKAGES = ("podman", "runc", "mmdebstrap", "netavark", "iptables")
 BASE_PACKAGES = ("python3", "python3-venv", "python-is-python3", "ca-certificates")
 UNWANTED = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*")
-RUN = ("podman", "--runtime", "runc", "run", *limits())
 APT_SOURCES = Path("/etc/apt/sources.list.d")
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
+MAX_FILES = min(65536, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+RUN = (
+    *("podman", "--runtime", "runc", "run"),
+    *("--ulimit", f"nofile={MAX_FILES}:{MAX_FILES}", "--ulimit", "nproc=30000:30000"),
+)
+"""runc, since crun knows no mixed control groups; limits that a root who can't raise them has as well."""
 
 
 def base_name(dockerfile: str) -> str:
