@@ -17,7 +17,7 @@ def logged(
     logger: logging.Logger,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[T]:
-    """Passes the items on and logs how many have been dealt with, every EVERY_S seconds, and of longer work the end.
+    """Passes the items on and logs how many are dealt with, every EVERY_S seconds, of longer work the end.
 
     `cluster.welcome` reads these lines and shows them as a bar. what: such as 'warming up'
     """

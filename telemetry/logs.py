@@ -1,4 +1,4 @@
-"""Log lines, as text, or as JSON with the request and the trace that each belongs to, where it belongs to one."""
+"""Log lines, as text, or as JSON with the request and the trace that each belongs to, if any."""
 
 import json
 import logging
@@ -57,9 +57,7 @@ def configure_logs(log_format: str) -> None:
     """Sends this process's lines, from INFO up, to stderr, each as JSON for `json`."""
     is_json = log_format == "json"
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        JsonFormatter() if is_json else logging.Formatter(TEXT_FORMAT)
-    )
+    handler.setFormatter(JsonFormatter() if is_json else logging.Formatter(TEXT_FORMAT))
     logging.getLogger(ACCESS).setLevel(logging.NOTSET if is_json else logging.WARNING)
     for name in PACKAGES:
         logger = logging.getLogger(name)

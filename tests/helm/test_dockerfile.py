@@ -106,7 +106,9 @@ def test_both_targets_bring_the_native_forward_and_no_compiler_for_it() -> None:
     """It is compiled where the compiler is, for each kind of processor."""
     built = " ".join(rest for name, rest in stages()["build"][1] if name == "RUN")
     assert "g++" in packages(built)
-    assert re.search(r"pip install .* \. +&& python -P -m replicas[.]model[.]native[.]build --portable", built)
+    assert re.search(
+        r"pip install .* \. +&& python -P -m replicas[.]model[.]native[.]build --portable", built
+    )
     for target in ("cpu", "cuda"):
         assert ("COPY", "--from=build /opt/triad /opt/triad") in chain(target)
         assert "g++" not in packages(" ".join(rest for _, rest in chain(target)))

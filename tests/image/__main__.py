@@ -1,11 +1,10 @@
 """Builds the image's target `cpu` without a registry of images, runs it and says what is in it: `make image`.
 
-    python -m tests.image --base     makes the base anew, too
-    python -m tests.image --run      runs what was built before
+python -m tests.image --base     makes the base anew, too
+python -m tests.image --run      runs what was built before
 """
 
 import argparse
-import asyncio
 
 from tests.image import build, run
 
@@ -26,8 +25,8 @@ def main() -> None:
     print(f"{total:7.0f} MB  in all")
     for size, name in build.largest_packages(image):
         print(f"{size / MB:7.0f} MB  {name}")
-    asyncio.run(run.look(image))
-    asyncio.run(run.look(image, run.SERVE_RUN))
+    run.look(image)
+    run.look(image, run.SERVE_RUN)
     assert total <= MAX_MB, f"the image has {total:.0f} MB, more than {MAX_MB}"
 
 

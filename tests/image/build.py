@@ -1,7 +1,8 @@
 """Builds the image's target `cpu` where no registry of images is to be had.
 
-The base is the one thing that is stood in for: mmdebstrap makes it of Debian's packages, and it bears the name that
-the Dockerfile asks for. How this machine reaches its package indexes is mounted during the build, and is in no layer.
+The base is the one thing that is stood in for: mmdebstrap makes it of Debian's packages, and it bears the name
+that the Dockerfile asks for. How this machine reaches its package indexes is mounted during the build, and is in
+no layer.
 Needs podman, mmdebstrap and root.
 """
 
@@ -62,7 +63,9 @@ def build_base(name: str, folder: Path) -> None:
     """Makes Debian's minimal system with Python, under this name; of which Debian, the name's end says."""
     suite = name.rpartition("-")[2]
     archive = folder / "base.tar"
-    sources = [str(path) for path in sorted(APT_SOURCES.glob("*.sources")) + sorted(APT_SOURCES.glob("*.list"))]
+    sources = [
+        str(path) for path in sorted(APT_SOURCES.glob("*.sources")) + sorted(APT_SOURCES.glob("*.list"))
+    ]
     run(
         *("mmdebstrap", "--variant=minbase", f"--include={','.join(BASE_PACKAGES)}"),
         *(f"--dpkgopt=path-exclude={path}" for path in UNWANTED),
@@ -76,7 +79,7 @@ def build_base(name: str, folder: Path) -> None:
 
 
 def pip_settings() -> dict[str, str]:
-    """pip's configuration on this machine, by the name that a file has for it; the environment's goes first."""
+    """pip's configuration on this machine, by a file's names for it; the environment's goes first."""
     found: dict[str, str] = {}
     for line in output(sys.executable, "-m", "pip", "config", "list").splitlines():
         name, _, value = line.partition("=")
@@ -122,7 +125,8 @@ def build(anew: bool) -> str:
     """
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
-        sys.exit(f"no {' and no '.join(missing)} here: apt-get install --no-install-recommends {' '.join(PACKAGES)}")
+        install = f"apt-get install --no-install-recommends {' '.join(PACKAGES)}"
+        sys.exit(f"no {' and no '.join(missing)} here: {install}")
     base = base_name((ROOT / "Dockerfile").read_text())
     with tempfile.TemporaryDirectory(prefix="triad-image-") as name:
         folder = Path(name)

@@ -1,4 +1,4 @@
-"""Runs the image as the chart would, and asserts what it does: streams in each mode, and an end by SIGTERM."""
+"""Runs the image as the chart would, and asserts what it does: streams in each mode, an end by SIGTERM."""
 
 import asyncio
 import os
@@ -33,26 +33,37 @@ def run_command(image: str, port: int, command: Sequence[str]) -> list[str]:
     """The chart's security and volumes, and no more: whatever else the image writes to fails."""
     return [
         *(*RUN, "--rm", "--name", NAME),
-        *("--read-only", "--read-only-tmpfs=false", "--cap-drop", "all", "--security-opt", "no-new-privileges"),
+        *(
+            "--read-only",
+            "--read-only-tmpfs=false",
+            "--cap-drop",
+            "all",
+            "--security-opt",
+            "no-new-privileges",
+        ),
         *("--tmpfs", "/tmp:rw,mode=1777", "--tmpfs", "/home/triad:rw,mode=1777", "--shm-size", "512m"),
         *("--publish", f"127.0.0.1:{port}:8000", image, *command),
     ]
 
 
-async def look(image: str, command: Sequence[str] = ()) -> None:
+def look(image: str, command: Sequence[str] = ()) -> None:
     """Starts the image, by its own command if none is given, asserts what it does, and ends it by SIGTERM."""
     print(f"== {image} {' '.join(command)} ==", flush=True)
     port, began_s = free_port(), time.monotonic()
     try:
         with ServerProcess(run_command(image, port, command), port, "/readyz", os.environ) as server:
-            await asyncio.to_thread(server.wait_until_ready)
+            server.wait_until_ready()
             print(f"ready after {time.monotonic() - began_s:.0f} s", flush=True)
             look_inside()
-            async with httpx.AsyncClient(base_url=server.url, timeout=120.0) as client:
-                await each_mode(client)
-                await end(client, server, drains=not command)
+            asyncio.run(use(server, drains=not command))
     finally:
         subprocess.run(("podman", "rm", "--force", "--ignore", NAME), capture_output=True)
+
+
+async def use(server: ServerProcess, drains: bool) -> None:
+    async with httpx.AsyncClient(base_url=server.url, timeout=120.0) as client:
+        await each_mode(client)
+        await end(client, server, drains)
 
 
 def look_inside() -> None:
@@ -96,9 +107,14 @@ async def end(client: httpx.AsyncClient, server: ServerProcess, drains: bool) ->
         assert refusal.status_code == 503
         assert int(refusal.headers["retry-after"]) >= 1
     ended = await asyncio.gather(*begun, return_exceptions=True)
-    whole = [s for s in ended if isinstance(s, Streamed) and s.done and s.error is None and s.text == alone.text]
+    whole = [
+        s for s in ended if isinstance(s, Streamed) and s.done and s.error is None and s.text == alone.text
+    ]
     assert not drains or len(whole) == NUM_LONG, ended
     code = await asyncio.to_thread(server.process.wait, 120)
     took_s = time.monotonic() - began_s
-    print(f"SIGTERM: {len(whole)} of {NUM_LONG} streams whole, exit status {code} after {took_s:.1f} s", flush=True)
+    print(
+        f"SIGTERM: {len(whole)} of {NUM_LONG} streams whole, exit status {code} after {took_s:.1f} s",
+        flush=True,
+    )
     assert not drains or code == 0

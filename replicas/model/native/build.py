@@ -31,8 +31,8 @@ PORTABLE = {
     ),
     "aarch64": ((("-march=armv8-a",), frozenset[str]()),),
 }
-"""By machine the kinds of processor, best first: the compiler's flags, and the features that they need as Linux
-names them. The levels are those of the x86-64 psABI; the sources use no further extension."""
+"""By machine the kinds of processor, best first: the compiler's flags, and the features that they need as
+Linux names them. The levels are those of the x86-64 psABI; the sources use no further extension."""
 _COMPILERS = ("c++", "g++", "clang++")
 _TIMEOUT_S = 300.0
 
@@ -43,7 +43,7 @@ class NativeUnavailable(Exception):
 
 @cache
 def load_library() -> ctypes.CDLL:
-    """The native library: compiled, if this machine has not got it yet, or without a compiler the portable one.
+    """The native library: compiled if this machine has not got it yet, without a compiler the portable one.
 
     Raises NativeUnavailable.
     """

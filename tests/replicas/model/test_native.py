@@ -308,7 +308,7 @@ def test_without_a_compiler_the_portable_library_is_loaded(
     assert not fresh_build.exists()
     made[0].unlink()
     build.load_library.cache_clear()
-    with pytest.raises(NativeUnavailable, match="no C[+][+] compiler found"):
+    with pytest.raises(NativeUnavailable, match=r"no C[+][+] compiler found"):
         build.load_library()
 
 
