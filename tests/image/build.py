@@ -1,8 +1,8 @@
 """Builds the image's target `cpu` where no registry of images is to be had.
 
-The base is the one thing that is stood in for: mmdebstrap makes it of Debian's packages, and it bears the name
-that the Dockerfile asks for. How this machine reaches its package indexes is mounted during the build, and is in
-no layer.
+The base is the one thing that is stood in for: mmdebstrap makes it of Debian's packages, which bears the name
+that the Dockerfile asks for. How this machine reaches its package indexes is mounted during the build, and is
+in no layer.
 Needs podman, mmdebstrap and root.
 """
 
