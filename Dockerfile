@@ -40,7 +40,8 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/* \
  && groupadd --gid 10001 triad \
  && useradd --uid 10001 --gid 10001 --create-home triad
-ENV PATH=/opt/triad/bin:$PATH PYTHONUNBUFFERED=1 RAY_worker_niceness=0
+# `serve run` would listen at loopback, where nobody reaches a container.
+ENV PATH=/opt/triad/bin:$PATH PYTHONUNBUFFERED=1 RAY_worker_niceness=0 RAY_SERVE_DEFAULT_HTTP_HOST=0.0.0.0
 WORKDIR /home/triad
 USER 10001:10001
 EXPOSE 8000

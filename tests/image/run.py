@@ -41,7 +41,7 @@ def run_command(image: str, port: int, command: Sequence[str]) -> list[str]:
             "--security-opt",
             "no-new-privileges",
         ),
-        *("--tmpfs", "/tmp:rw,mode=1777", "--tmpfs", "/home/triad:rw,mode=1777", "--shm-size", "512m"),
+        *("--tmpfs", "/tmp:rw,mode=1777", "--volume", "/home/triad", "--shm-size", "512m"),
         *("--publish", f"127.0.0.1:{port}:8000", image, *command),
     ]
 
