@@ -54,7 +54,7 @@ $(READY): pyproject.toml constraints.txt
 
 serve: $(READY) ## serve the embedded model, or MODEL, on http://127.0.0.1:$PORT
 	@PATH="$(CURDIR)/$(BIN):$$PATH" MODEL="$(MODEL)" DTYPE="$(DTYPE)" REPLICAS="$(REPLICAS)" PORT="$(PORT)" \
-		REDIS_URL="$(REDIS_URL)" POLICY="$(POLICY)" LOG="$(LOG)" bash cluster/serve.sh $(ARGS)
+		REDIS_URL="$(REDIS_URL)" POLICY="$(POLICY)" LOG="$(LOG)" exec bash cluster/serve.sh $(ARGS)
 
 # Servers, one at a time, want the machine for themselves; what starts none takes all cores.
 test: $(READY) ## run every test, or what ARGS names; ARGS=--thorough: with more random cases (docs/tests.md)
