@@ -1,6 +1,7 @@
 """Sends requests to replicas: admits each, places it, and where the chosen one refuses, places it again."""
 
 import random
+import sys
 import time
 from collections.abc import Collection
 
@@ -108,9 +109,10 @@ class Dispatcher:
         it, ReplicaLost or INTERNAL at the first that fails.
         """
         self._check_size(request)
-        lens = self._estimator.prompt_lens(request)
+        max_context = sys.maxsize if self.model is None else self.model.max_context
+        lens = self._estimator.prompt_lens(request, max_context)
         num_tokens = sum(lens)
-        is_sure = self.model is None or max(lens) <= self.model.max_context
+        is_sure = max(lens) <= max_context
         if not is_admitted:
             raise_if_shed(self._verdict(request.num_indices, num_tokens, request.timeout_s))
             if not is_sure and self._num_unsure >= MAX_UNSURE * len(self._connections.usable()):

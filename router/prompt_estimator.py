@@ -30,15 +30,22 @@ class PromptEstimator:
     ) -> PlacementRequest:
         return PlacementRequest(request.decoding.mode, self._prefixes.held(keys, now_s), num_prompt_tokens)
 
-    def prompt_lens(self, request: GenerateRequest) -> list[int]:
+    def prompt_lens(self, request: GenerateRequest, max_context: int) -> list[int]:
         """The length of each prompt in tokens, an estimate but for those that are token ids."""
-        return [self._num_tokens(_content_of(request, prompt)) for prompt in request.prompts]
+        lens = [self._num_tokens(_content_of(request, prompt)) for prompt in request.prompts]
+        if not _is_shortened(request):
+            return lens
+        wanted = request.truncate_prompt_tokens
+        kept = max_context if wanted is None or wanted < 0 else wanted
+        return [min(length, kept) for length in lens]
 
     def sent(self, keys: tuple[int, ...], replica_id: str, now_s: float) -> None:
         self._prefixes.sent(keys, replica_id, now_s)
 
     def finished(self, request: GenerateRequest, event: Finished) -> None:
         """Learns the length of tokens from a prompt that the replica has counted."""
+        if _is_shortened(request):
+            return
         contents = [_content_of(request, prompt) for prompt in request.prompts]
         num_chars = sum(len(content) for content in contents if isinstance(content, str))
         num_tokens = event.num_prompt_tokens - sum(
@@ -58,7 +65,7 @@ class PromptEstimator:
 def check_fits(request: GenerateRequest, model: ModelInfo) -> None:
     """Raises TriadError for a prompt that is longer than the context whatever its tokens are, so that no
     replica reads it only to refuse it."""
-    if request.truncate_prompt_tokens is not None or request.drops_turns:
+    if _is_shortened(request):
         return
     for prompt in request.prompts:
         if isinstance(prompt, str):
@@ -72,6 +79,11 @@ def check_fits(request: GenerateRequest, model: ModelInfo) -> None:
                 f"has {num} input tokens" if unit == "tokens" else f"has {num} {unit}, which are more tokens"
             )
             raise context_exceeded(model.max_context, counted, param)
+
+
+def _is_shortened(request: GenerateRequest) -> bool:
+    """True if the replica leaves out what of the prompt is too long."""
+    return request.truncate_prompt_tokens is not None or request.drops_turns
 
 
 def _least_chars(prompt: Prompt) -> int:

@@ -96,7 +96,7 @@ def test_odd_texts_make_no_nonsense_of_the_sizes_of_others():
         estimator.finished(
             replace(a_request(), prompts=(" " * 10**6,)), Finished("r", 1, 1, DecodingReport())
         )
-    assert estimator.prompt_lens(ordinary)[0] >= 4000 / MAX_CHARS_A_TOKEN - 1
+    assert estimator.prompt_lens(ordinary, 1024)[0] >= 4000 / MAX_CHARS_A_TOKEN - 1
     for _ in range(1000):
         estimator.finished(replace(a_request(), prompts=("x",)), Finished("r", 10**6, 1, DecodingReport()))
-    assert estimator.prompt_lens(ordinary)[0] <= 4000 / MIN_CHARS_A_TOKEN + 1
+    assert estimator.prompt_lens(ordinary, 1024)[0] <= 4000 / MIN_CHARS_A_TOKEN + 1

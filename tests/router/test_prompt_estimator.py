@@ -1,3 +1,7 @@
+from dataclasses import replace
+
+import pytest
+
 from policies.modes import Mode
 from replicas.messages import (
     DecodingOptions,
@@ -36,9 +40,29 @@ def test_a_pinned_mode_is_known_and_auto_is_not():
 
 def test_token_ids_are_counted_and_text_is_estimated_better_with_time():
     estimator = PromptEstimator()
-    assert estimator.prompt_lens(asking((1, 2, 3))) == [3]
+    assert estimator.prompt_lens(asking((1, 2, 3)), 1024) == [3]
     text = asking("x" * 600)
-    assert estimator.prompt_lens(text) == [150]
+    assert estimator.prompt_lens(text, 1024) == [150]
     for _ in range(200):
         estimator.finished(text, Finished("r", 300, 1, DecodingReport()))
-    assert 290 <= estimator.prompt_lens(text)[0] <= 310
+    assert 290 <= estimator.prompt_lens(text, 1024)[0] <= 310
+
+
+@pytest.mark.parametrize(
+    ("how", "length"),
+    [
+        ({}, 2500),
+        ({"drops_turns": True}, 1024),
+        ({"truncate_prompt_tokens": -1}, 1024),
+        ({"truncate_prompt_tokens": 300}, 300),
+        ({"truncate_prompt_tokens": 9000}, 2500),
+    ],
+)
+def test_a_prompt_that_is_shortened_counts_as_what_is_left_and_teaches_nothing(how, length):
+    """It asks for no more room than that, and what of its text was counted is not known."""
+    estimator = PromptEstimator()
+    request = replace(asking(chat("x" * 9994)), **how)
+    assert estimator.prompt_lens(request, 1024) == [length]
+    for _ in range(200):
+        estimator.finished(request, Finished("r", 100, 1, DecodingReport()))
+    assert estimator.prompt_lens(asking("x" * 400), 1024) == [100 if how else 50]

@@ -298,6 +298,7 @@ async def test_a_conversation_too_long_loses_its_first_turns(runner, codec: Text
         chat = [{"role": "system", "content": "Be brief."}, *turns, last]
         asked = {"messages": chat, "model": MODEL, "max_tokens": 5, "truncation": "auto"}
         same = await client.post("/v1/chat/completions", json=asked)
+        assert same.status_code == 200, same.text
         assert same.json()["usage"]["prompt_tokens"] == told["usage"]["input_tokens"]
         alone = {"input": "x" * 40_000, "model": MODEL, "truncation": "auto"}
         error = error_of(await client.post("/v1/responses", json=alone), 400)
