@@ -200,7 +200,7 @@ class Prompts:
         roomy = EngineConfig(
             max_waiting=len(self.tasks), max_running=32, max_step_tokens=16384, max_prefill_tokens=8192
         )
-        return decode(Engine(runner, roomy), self.codec, [task.prompt for task in self.tasks], plan)
+        return decode(Engine(runner, roomy), self.codec, [task.chat for task in self.tasks], plan)
 
 
 def training_tasks(per_family: int) -> list[Task]:

@@ -12,28 +12,36 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from training.objective import NoisyBlock, clean_mask, make_blocks, noisy_mask
-from training.tasks.registry import Message, train_chat
-from training.tokenizer import ASSISTANT_ID, BOS_ID, EOS_ID, MASK_ID, SYSTEM_ID, USER_ID
+from training.tasks.family import Chat
+from training.tasks.registry import train_chat
+from training.tokenizer import ASSISTANT_ID, EOS_ID, MASK_ID, render
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """The make-up of a batch; lengths in tokens."""
 
-    rows: int = 16
-    clean_len: int = 200
-    noisy_len: int = 168
+    rows: int = 12
+    clean_len: int = 256
+    noisy_len: int = 208
     block_lengths: tuple[int, ...] = (4, 8, 8, 16, 16, 32, 32, 32)
     two_turn_share: float = 0.03
     system_share: float = 0.05
     talk_share: float = 0.01
     drill_share: float = 0.1
+    tool_share: float = 0.35
+    first_weight: float = 8.0
+    """The weight in the AR loss of an answer's first token, which decides between text and a call."""
     shares: tuple[tuple[str, float], ...] = (
         ("add", 2.0),
         ("json", 1.5),
         ("relist", 1.5),
         ("sort", 3.0),
         ("units", 1.5),
+        ("tool_call", 2.5),
+        ("tool_calls", 1.5),
+        ("tool_none", 2.5),
+        ("tool_result", 1.5),
     )
 
 
@@ -74,17 +82,14 @@ class Batch:
         return replace(self, **moved)
 
 
-def encode_chat(tokenizer: Tokenizer, chat: list[Message]) -> Document:
-    """Tokenises the chat as the chat template does."""
-    ids, answers = [BOS_ID], []
-    roles = {"system": SYSTEM_ID, "user": USER_ID, "assistant": ASSISTANT_ID}
-    for message in chat:
-        ids.append(roles[message["role"]])
-        start = len(ids)
-        ids.extend(tokenizer.encode(message["content"], add_special_tokens=False).ids)
-        if message["role"] == "assistant":
-            ids.append(EOS_ID)
-            answers.append((start, len(ids)))
+def encode_chat(tokenizer: Tokenizer, chat: Chat) -> Document:
+    """Tokenises the chat, which the chat template renders."""
+    ids = tokenizer.encode(render(chat), add_special_tokens=False).ids
+    answers = [
+        (place + 1, ids.index(EOS_ID, place) + 1)
+        for place, token_id in enumerate(ids)
+        if token_id == ASSISTANT_ID
+    ]
     return Document(ids, answers)
 
 
@@ -100,6 +105,7 @@ def _draw_documents(config: DataConfig, tokenizer: Tokenizer, rng: random.Random
             config.system_share,
             config.talk_share,
             config.drill_share,
+            config.tool_share,
         )
         document = encode_chat(tokenizer, chat)
         if len(document.ids) <= config.clean_len:
@@ -150,6 +156,7 @@ def make_batch(config: DataConfig, tokenizer: Tokenizer, seed: int, step: int, j
             targets[row, clean_at : clean_at + length - 1] = torch.tensor(document.ids[1:])
             for start, end in document.answers:
                 ar_weights[row, clean_at + start - 1 : clean_at + end - 1] = 1.0
+                ar_weights[row, clean_at + start - 1] = config.first_weight
             clean_at += length
             num_tokens += length
             for block in _blocks(config, document, rng) if joint else ():

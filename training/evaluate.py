@@ -4,14 +4,15 @@ For each decoding setting and family: exact match (the family's own checker, and
 per forward after the first token (those that verify nothing count too, as do commits), mean accepted length
 (tokens a round of self-speculation), and the share of answers equal to `ar`'s, token for token. With
 `--yields` what rounds brought, and the shares of answers that were right and that were not `ar`'s, go into
-the checkpoint's folder, for a server's policy to start from. With `--speed-of-light` the samplers' tokens a
-forward stand beside an oracle's (training.speed_of_light).
+the checkpoint's folder, for a server's policy to start from. With `--tools` all that is measured of the
+families whose chats offer functions. With `--speed-of-light` the samplers' tokens a forward stand beside an
+oracle's (training.speed_of_light).
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from policies.cost import RoundStats, RoundYield
 from policies.modes import DecodePlan, Mode
+from replicas.answer_forms import Tool, ToolUse
 from replicas.config import EngineConfig
 from replicas.engine.batch import Runner
 from replicas.engine.engine import Engine
@@ -29,8 +31,8 @@ from replicas.model.runner import TorchRunner
 from replicas.text import TextCodec
 from replicas.yields_file import YIELDS_FILE, write_yields
 from training import speed_of_light
-from training.tasks.family import Task
-from training.tasks.registry import FAMILIES, held_out_tasks
+from training.tasks.family import Chat, Family, Task
+from training.tasks.registry import ALL_FAMILIES, FAMILIES, TOOL_FAMILIES, held_out_tasks
 
 DEFAULT_CHECKPOINT = Path(__file__).parents[1] / "replicas" / "checkpoints" / "triad-5m"
 MAX_TOKENS = 320
@@ -80,12 +82,12 @@ def name_of(plan: DecodePlan) -> str:
 def decode(
     engine: Engine,
     codec: TextCodec,
-    prompts: Iterable[str],
+    chats: Iterable[Chat],
     plan: DecodePlan,
     on_answer: Callable[[], object] = lambda: None,
     on_round: Callable[[RoundStats], object] = lambda _: None,
 ) -> list[Answer]:
-    """Greedy answers to the prompts, all submitted at once, in the prompts' order.
+    """Greedy answers to the chats, all submitted at once, in their order; no grammar holds calls to a form.
 
     on_round: called with each round of a block as it ended.
     """
@@ -93,8 +95,8 @@ def decode(
     threshold = plan.threshold if plan.factor is None else None
     options = DecodingOptions(plan.mode, block_length, threshold, factor=plan.factor)
     sequences: list[Sequence] = []
-    for number, prompt in enumerate(prompts):
-        ids = codec.encode(({"role": "user", "content": prompt},))
+    for number, chat in enumerate(chats):
+        ids = codec.encode(tuple(chat.messages), tools=tool_use(chat))
         sequences.append(engine.submit(str(number), ids, SamplingParams(max_tokens=MAX_TOKENS), options))
     while engine.has_work:
         for made in engine.step():
@@ -108,6 +110,13 @@ def decode(
     return [_answer(engine, codec, sequence) for sequence in sequences]
 
 
+def tool_use(chat: Chat) -> ToolUse | None:
+    """The functions offered in a chat, all of which may be called; None where there are none."""
+    functions = [tool["function"] for tool in chat.tools]
+    tools = tuple(Tool(each["name"], json.dumps(each["parameters"])) for each in functions)
+    return ToolUse(tools, frozenset(tool.name for tool in tools)) if tools else None
+
+
 def _answer(engine: Engine, codec: TextCodec, sequence: Sequence) -> Answer:
     tokens = tuple(sequence.tokens[sequence.num_prompt_tokens :])
     stream = codec.stream()
@@ -119,7 +128,7 @@ def score(
     plan: DecodePlan, family: str, tasks: list[Task], answers: list[Answer], by_ar: list[Answer]
 ) -> Score:
     exact = sum(
-        answer.ended and FAMILIES[task.family].check(task.params, answer.text)
+        answer.ended and ALL_FAMILIES[task.family].check(task.params, answer.text)
         for task, answer in zip(tasks, answers, strict=True)
     )
     generated = sum(len(answer.tokens) - 1 for answer in answers)
@@ -142,13 +151,14 @@ def evaluate(
     plans: tuple[DecodePlan, ...] = SETTINGS,
     num_threads: int | None = None,
     quantization: str | None = None,
+    families: Mapping[str, Family] = FAMILIES,
 ) -> tuple[list[Score], list[RoundYield]]:
     """Scores by setting and family, `ar` first, each setting's last row is "all"; and the plans' yields."""
     runner = TorchRunner.load(
         str(checkpoint), dtype="float32", num_threads=num_threads, quantization=quantization
     )
-    tasks = {family: list(held_out_tasks(family, per_family)) for family in FAMILIES}
-    everything = [task for family in FAMILIES for task in tasks[family]]
+    tasks = {family: list(held_out_tasks(family, per_family)) for family in families}
+    everything = [task for family in families for task in tasks[family]]
     engine = Engine(runner, EngineConfig(max_waiting=len(everything)))
     codec = TextCodec.load(str(checkpoint))
     scores: list[Score] = []
@@ -158,8 +168,8 @@ def evaluate(
         for plan in plans:
             bar.set_description(name_of(plan))
             rounds: list[RoundStats] = []
-            prompts = (task.prompt for task in everything)
-            answers = decode(engine, codec, prompts, plan, bar.update, rounds.append)
+            chats = (task.chat for task in everything)
+            answers = decode(engine, codec, chats, plan, bar.update, rounds.append)
             by_ar = by_ar or answers
             for number, (family, its_tasks) in enumerate(tasks.items()):
                 span = slice(number * per_family, (number + 1) * per_family)
@@ -197,13 +207,13 @@ def reached(
         str(checkpoint), dtype="float32", num_threads=num_threads, quantization=quantization
     )
     codec = TextCodec.load(str(checkpoint))
-    prompts = [task.prompt for family in FAMILIES for task in held_out_tasks(family, per_family)]
+    chats = [task.chat for family in FAMILIES for task in held_out_tasks(family, per_family)]
     roomy = EngineConfig(
-        max_waiting=len(prompts), max_running=32, max_step_tokens=16384, max_prefill_tokens=8192
+        max_waiting=len(chats), max_running=32, max_step_tokens=16384, max_prefill_tokens=8192
     )
 
     def answers(over: Runner, plan: DecodePlan) -> list[Answer]:
-        return decode(Engine(over, roomy), codec, prompts, plan)
+        return decode(Engine(over, roomy), codec, chats, plan)
 
     return speed_of_light.measure(runner, answers)
 
@@ -233,12 +243,17 @@ def main() -> None:
     parser.add_argument(
         "--yields", action="store_true", help=f"write the plans' yields to {YIELDS_FILE} in the checkpoint"
     )
+    parser.add_argument(
+        "--tools", action="store_true", help="measure the families whose chats offer functions instead"
+    )
     parser.add_argument("--overall", action="store_true", help="print only the rows over all families")
     parser.add_argument("--speed-of-light", action="store_true", help="compare samplers with an oracle")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="with --speed-of-light: plot it there")
     arguments = parser.parse_args()
     if arguments.speed_of_light and (arguments.yields or arguments.overall):
         parser.error("--speed-of-light has no yields and no rows by family: leave out --yields and --overall")
+    if arguments.tools and (arguments.yields or arguments.speed_of_light):
+        parser.error("--yields and --speed-of-light go by requests that stand alone: leave out --tools")
     if arguments.plot and not arguments.speed_of_light:
         parser.error("--plot goes with --speed-of-light")
     started = time.time()
@@ -256,6 +271,7 @@ def main() -> None:
         arguments.per_family,
         num_threads=arguments.threads,
         quantization=arguments.quantization,
+        families=TOOL_FAMILIES if arguments.tools else FAMILIES,
     )
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(s) for s in scores], indent=1) + "\n")

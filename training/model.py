@@ -5,6 +5,7 @@ compiles into one graph and attends from the clean and the noisy half separately
 a CPU faster. Query scaling is 1 within `original_max_position_embeddings` and therefore absent here.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -192,6 +193,16 @@ class TriModel(nn.Module):
         state = {name: tensor.detach().clone() for name, tensor in self.state_dict().items()}
         state["encoder.embed_tokens.weight"] *= self.embedding_scale
         return state
+
+    def load_published(self, state: Mapping[str, Tensor]) -> None:
+        """Takes the weights of a checkpoint as `published_state` gives it.
+
+        ValueError where its embedding is not its head, scaled: such a one was not trained tied.
+        """
+        head, embedding = state["diffusion_head.weight"], state["encoder.embed_tokens.weight"]
+        if not torch.allclose(embedding, head * self.embedding_scale):
+            raise ValueError("the checkpoint's embedding and head are apart; one trained here has them tied")
+        self.load_state_dict({**state, "encoder.embed_tokens.weight": head})
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab_size] of hidden states [..., hidden]."""

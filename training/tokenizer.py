@@ -8,10 +8,13 @@ line start, and so is every digit. Byte-level underneath, so any UTF-8 text roun
 
 import random
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from training.tasks.family import Chat
 from training.tasks.registry import SYSTEM_MESSAGES, train_chat
 
 PAD, BOS, EOS, MASK = "<|pad|>", "<|bos|>", "<|eos|>", "<|mask|>"
@@ -21,23 +24,7 @@ PAD_ID, BOS_ID, EOS_ID, MASK_ID, SYSTEM_ID, USER_ID, ASSISTANT_ID = range(len(SP
 
 PRE_TOKEN = r" ?[a-z]+| ?[A-Z][A-Z]+(?![a-z])|[A-Z][a-z]*|[0-9]|[^A-Za-z0-9]+(?![a-z])|[^A-Za-z0-9]+"
 
-CHAT_TEMPLATE = """\
-{{- bos_token -}}
-{%- for message in messages -%}
-{%- if message.role == 'assistant' -%}
-{{- '<|assistant|>' + message.content + eos_token -}}
-{%- elif message.role == 'user' -%}
-{{- '<|user|>' + message.content -}}
-{%- elif message.role == 'system' -%}
-{{- '<|system|>' + message.content -}}
-{%- else -%}
-{{- raise_exception('Unknown role: ' + message.role) -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|assistant|>' -}}
-{%- endif -%}
-"""
+CHAT_TEMPLATE = (Path(__file__).parent / "chat_template.jinja").read_text()
 
 
 def train_tokenizer(num_chats: int, vocab_size: int, seed: int) -> Tokenizer:
@@ -61,7 +48,7 @@ def train_tokenizer(num_chats: int, vocab_size: int, seed: int) -> Tokenizer:
     texts = list(SYSTEM_MESSAGES) * max(1, num_chats // 200)
     for _ in range(num_chats):
         chat = train_chat(rng, shares={}, two_turn_share=0.0, system_share=0.0, talk_share=0.05)
-        texts.extend(message["content"] for message in chat)
+        texts.extend(message["content"] for message in chat.messages)
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -80,6 +67,15 @@ def wrap(tokenizer: Tokenizer, max_len: int) -> PreTrainedTokenizerFast:
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+def render(chat: Chat) -> str:
+    """The chat as the chat template writes it, control tokens by their names."""
+    tools: list[Any] | None = chat.tools or None
+    rendered = render_jinja_template(
+        [chat.messages], tools=tools, chat_template=CHAT_TEMPLATE, bos_token=BOS, eos_token=EOS
+    )
+    return str(rendered[0][0])
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

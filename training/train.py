@@ -1,6 +1,8 @@
 """Trains the embedded checkpoint: `python -m training.train --out DIR`.
 
 Tokenizer, training and export in one command; run again with the same --out it goes on where it stopped.
+With `--from CHECKPOINT` it goes on from an exported checkpoint's weights and tokenizer instead, with fresh
+optimizers, as for tasks that have been added.
 A first phase is AR only (the paper starts from an AR model too), then comes the joint objective. The learning
 rate warms up, stays, and falls linearly to zero over the last part of the steps.
 """
@@ -9,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -25,7 +29,8 @@ from training.export import export
 from training.model import ModelConfig, TriModel
 from training.muon import BatchedMuon
 from training.objective import clean_mask
-from training.tasks.registry import FAMILIES, held_out_tasks
+from training.tasks.family import Chat
+from training.tasks.registry import ALL_FAMILIES, held_out_tasks
 from training.tokenizer import load_tokenizer, train_tokenizer
 
 
@@ -98,9 +103,9 @@ def teacher_forced_exact(
     That equals greedy AR decoding giving the reference answer exactly.
     """
     scores = {}
-    for family in FAMILIES:
+    for family in ALL_FAMILIES:
         chats = [
-            [{"role": "user", "content": t.prompt}, {"role": "assistant", "content": t.answer}]
+            Chat([*t.chat.messages, {"role": "assistant", "content": t.answer}], t.chat.tools)
             for t in held_out_tasks(family, per_family)
         ]
         documents = [encode_chat(tokenizer, chat) for chat in chats]
@@ -114,7 +119,7 @@ def teacher_forced_exact(
         guesses = model.logits(hidden).argmax(-1).cpu()
         right = 0
         for row, document in enumerate(documents):
-            start, end = document.answers[0]
+            start, end = document.answers[-1]
             right += bool((guesses[row, start - 1 : end - 1] == ids[row, start:end]).all())
         scores[family] = right / len(documents)
     return scores
@@ -142,15 +147,23 @@ def save_state(path: Path, step: int, model: TriModel, optimizers: list[torch.op
 
 
 def train(
-    config: TrainConfig, out: Path, compiled: bool = True, progress: bool = True, stop_at: int | None = None
+    config: TrainConfig,
+    out: Path,
+    start: Path | None = None,
+    compiled: bool = True,
+    progress: bool = True,
+    stop_at: int | None = None,
 ) -> TriModel:
     """Trains to `config.steps`, from `out/state.pt` where there is one; exports to `out/checkpoint`.
 
+    start: an exported checkpoint whose weights and tokenizer to begin with; None: from nothing
     stop_at: the step before which to stop, its state saved, as if interrupted
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out.mkdir(parents=True, exist_ok=True)
     tokenizer_path = out / "tokenizer.json"
+    if start is not None and not tokenizer_path.exists():
+        shutil.copy(start / "tokenizer.json", tokenizer_path)
     if not tokenizer_path.exists():
         train_tokenizer(config.tokenizer_chats, config.vocab_size, config.seed).save(str(tokenizer_path))
     tokenizer = load_tokenizer(tokenizer_path)
@@ -164,6 +177,8 @@ def train(
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         first = state["step"]
+    elif start is not None:
+        model.load_published(load_file(start / "model.safetensors"))
     last = config.steps if stop_at is None else stop_at
     base_lrs = [config.muon_lr, config.adam_lr]
     step_losses = torch.compile(losses, dynamic=False) if compiled else losses
@@ -214,20 +229,31 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--from", dest="start", type=Path, metavar="CHECKPOINT", help="go on from its weights"
+    )
     default = TrainConfig()
-    for name in ("steps", "ar_steps", "decay_steps", "eval_every", "save_every", "seed"):
+    for name in ("steps", "ar_steps", "decay_steps", "warmup_steps", "eval_every", "save_every", "seed"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(default, name))
     for name in ("muon_lr", "adam_lr"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(default, name))
+    parser.add_argument("--stop-at", type=int, metavar="STEP", help="stop there, to go on with other shares")
     parser.add_argument("--drill-share", type=float, default=default.data.drill_share)
+    parser.add_argument("--tool-share", type=float, default=default.data.tool_share)
+    parser.add_argument("--first-weight", type=float, default=default.data.first_weight)
     parser.add_argument("--share", action="append", default=[], metavar="FAMILY=WEIGHT")
     arguments = vars(parser.parse_args())
-    out = arguments.pop("out")
+    out, start, stop_at = (arguments.pop(name) for name in ("out", "start", "stop_at"))
     shares = tuple((s.split("=")[0], float(s.split("=")[1])) for s in arguments.pop("share"))
-    data = DataConfig(shares=shares or default.data.shares, drill_share=arguments.pop("drill_share"))
+    data = DataConfig(
+        shares=shares or default.data.shares,
+        drill_share=arguments.pop("drill_share"),
+        tool_share=arguments.pop("tool_share"),
+        first_weight=arguments.pop("first_weight"),
+    )
     config = TrainConfig(**arguments, data=data)
     print(json.dumps(asdict(config)))
-    train(config, out)
+    train(config, out, start, stop_at=stop_at)
 
 
 if __name__ == "__main__":

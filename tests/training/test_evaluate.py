@@ -5,7 +5,7 @@ import pytest
 from policies.modes import DecodePlan, Mode
 from replicas.yields_file import read_yields
 from training.evaluate import DEFAULT_CHECKPOINT, evaluate, table
-from training.tasks.registry import FAMILIES
+from training.tasks.registry import FAMILIES, TOOL_FAMILIES
 
 PLANS = (
     DecodePlan(Mode.AR),
@@ -61,3 +61,9 @@ def test_self_speculation_is_lossless(scores):
     for ar, speculated in zip(scores[: len(FAMILIES) + 1], scores[-len(FAMILIES) - 1 :], strict=True):
         assert speculated.same_as_ar == 1.0
         assert speculated.exact == ar.exact
+
+
+def test_families_with_tools_are_measured_by_their_own_rows():
+    scores, _ = evaluate(DEFAULT_CHECKPOINT, per_family=1, plans=PLANS[::2], families=TOOL_FAMILIES)
+    assert [s.family for s in scores] == [*TOOL_FAMILIES, "all"] * 2
+    assert all(s.same_as_ar == 1.0 for s in scores)

@@ -7,8 +7,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Ministral3Config, Ministral3ForCausalLM
 
+from training.batches import encode_chat
 from training.export import config_json, export
 from training.model import ModelConfig, TriModel
+from training.tasks.family import Chat
 from training.tokenizer import BOS_ID, EOS_ID, MASK_ID, train_tokenizer
 
 CONFIG = ModelConfig(
@@ -95,8 +97,6 @@ def test_export_is_loadable(tmp_path):
 
 @pytest.mark.parametrize("system", [False, True])
 def test_chat_template_equals_the_training_encoding(tmp_path, system):
-    from training.batches import encode_chat
-
     tokenizer = train_tokenizer(num_chats=300, vocab_size=600, seed=0)
     config = ModelConfig(tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=48, num_layers=1,
                          num_heads=4, num_kv_heads=2)  # fmt: skip
@@ -110,6 +110,24 @@ def test_chat_template_equals_the_training_encoding(tmp_path, system):
         {"role": "assistant", "content": "ok"},
     ]
     rendered = loaded.apply_chat_template(chat, tokenize=False)
-    assert loaded.encode(rendered, add_special_tokens=False) == encode_chat(tokenizer, chat).ids
+    assert loaded.encode(rendered, add_special_tokens=False) == encode_chat(tokenizer, Chat(chat)).ids
     asked = loaded.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
     assert rendered.startswith(asked)
+
+
+def test_a_checkpoint_is_taken_up_as_it_was_exported(tmp_path):
+    tokenizer = train_tokenizer(num_chats=300, vocab_size=600, seed=0)
+    config = ModelConfig(tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=48, num_layers=2,
+                         num_heads=4, num_kv_heads=2)  # fmt: skip
+    exported = TriModel(config)
+    export(exported, tokenizer, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    torch.manual_seed(1)
+    model = TriModel(config)
+    model.load_published(weights)
+    for name, tensor in exported.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    assert model.encoder.embed_tokens.weight is model.diffusion_head.weight
+    weights["encoder.embed_tokens.weight"][3, 5] += 1
+    with pytest.raises(ValueError, match="tied"):
+        model.load_published(weights)

@@ -8,7 +8,8 @@ import torch
 
 from training.batches import DataConfig, encode_chat, make_batch
 from training.objective import clean_mask, make_blocks, noisy_mask, weighted_cross_entropy
-from training.tokenizer import EOS_ID, MASK_ID, train_tokenizer
+from training.tasks.family import Chat
+from training.tokenizer import ASSISTANT_ID, EOS_ID, MASK_ID, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,10 @@ def test_batch_is_consistent(tokenizer):
     learned = batch.ar_weights[:, :300] > 0
     following = torch.roll(clean_ids, -1, dims=1)
     assert torch.equal(batch.targets[:, :300][learned], following[learned])
+    first = learned & (clean_ids == ASSISTANT_ID)
+    assert bool(first.any())
+    assert batch.ar_weights[:, :300][first].unique().tolist() == [DataConfig().first_weight]
+    assert batch.ar_weights[:, :300][learned & ~first].unique().tolist() == [1.0]
     assert not batch.ar_weights[:, 300:].any()
     assert not batch.noisy_weights[:, :300].any()
     masked = batch.noisy_weights[:, 300:] > 0
@@ -111,6 +116,6 @@ def test_batch_is_consistent(tokenizer):
 
 def test_encoded_chat_ends_with_eos_and_marks_answers(tokenizer):
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
-    document = encode_chat(tokenizer, chat)
+    document = encode_chat(tokenizer, Chat(chat))
     assert [document.ids[end - 1] for _, end in document.answers] == [EOS_ID, EOS_ID]
     assert [end - start for start, end in document.answers] == [2, 2]

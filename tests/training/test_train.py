@@ -38,6 +38,24 @@ def test_resuming_gives_identical_weights(tmp_path):
         assert torch.equal(tensor, exported[name])
 
 
+def test_training_goes_on_from_a_checkpoint(tmp_path):
+    """With its tokenizer and weights, and if stopped from its own state."""
+    first = train(replace(CONFIG, steps=6), tmp_path / "first", compiled=False, progress=False)
+    checkpoint = tmp_path / "first" / "checkpoint"
+    longer = replace(CONFIG, steps=6, ar_steps=0)
+    given = {"start": checkpoint, "compiled": False, "progress": False}
+    begun = train(longer, tmp_path / "parts", stop_at=0, **given)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, begun.state_dict()[name]), name
+    whole = train(longer, tmp_path / "whole", **given)
+    train(longer, tmp_path / "parts", stop_at=3, **given)
+    resumed = train(longer, tmp_path / "parts", **given)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+        assert "norm" in name or not torch.equal(tensor, first.state_dict()[name]), name
+    assert (tmp_path / "whole" / "tokenizer.json").read_text() == (checkpoint / "tokenizer.json").read_text()
+
+
 def test_learning_rate_warms_up_stays_and_decays():
     config = replace(CONFIG, steps=100, warmup_steps=10, decay_steps=20)
     scales = [learning_rate_scale(step, config) for step in range(100)]

@@ -19,6 +19,7 @@ from replicas.text import TextCodec
 from training.evaluate import Answer, decode, name_of
 from training.smollm2.convert import CHECKPOINT
 from training.smollm2.prompts import held_out_prompts
+from training.tasks.family import Chat
 
 SETTINGS = (
     DecodePlan(Mode.AR),
@@ -65,8 +66,9 @@ def evaluate(
     if missing:
         raise ValueError(f"{checkpoint} has no {', '.join(sorted(missing))}: is its linear_spec_lora/ there?")
     codec = TextCodec.load(str(checkpoint))
+    chats = [Chat([{"role": "user", "content": prompt}]) for prompt in prompts]
     answers = [
-        decode(Engine(runner, EngineConfig(max_waiting=len(prompts))), codec, prompts, plan) for plan in plans
+        decode(Engine(runner, EngineConfig(max_waiting=len(chats))), codec, chats, plan) for plan in plans
     ]
     return [score(plan, made, answers[0]) for plan, made in zip(plans, answers, strict=True)], answers
 

@@ -7,6 +7,8 @@ from training.tasks.family import Family, Params
 from training.tasks.words import NOUNS, VERBS
 
 _OPS = ("add", "subtract", "multiply", "minimum", "maximum", "square")
+_INPUTS = (*range(-120, 121), 1000)
+"""Dense enough that a wrong step shows behind a cap."""
 _SAFE_NODES = (
     ast.Module, ast.FunctionDef, ast.arguments, ast.arg, ast.Assign, ast.Name, ast.Load, ast.Store, ast.BinOp,
     ast.Add, ast.Sub, ast.Mult, ast.Constant, ast.Return, ast.Call,
@@ -81,7 +83,7 @@ def _check(params: Params, answer: str) -> bool:
     try:
         exec(compile(tree, "<answer>", "exec"), scope)
         function = scope[params["name"]]
-        return all(function(x) == _reference(params, x) for x in (-57, -3, 0, 1, 8, 64, 1000))  # type: ignore[operator]
+        return all(function(x) == _reference(params, x) for x in _INPUTS)  # type: ignore[operator]
     except Exception:
         return False
 

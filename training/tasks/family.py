@@ -4,13 +4,27 @@ import hashlib
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Params = dict[str, Any]
+Message = dict[str, Any]
+"""A chat message as chat templates take it: `role`, `content`, and an assistant's `tool_calls`."""
 
 HELD_OUT_ONE_IN = 20
 """One in this many parameter combinations belongs to the held-out split."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Messages, and the functions offered in them, in OpenAI's form."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] = field(default_factory=list)
+
+
+def _request_alone(params: Params, request: str, rng: random.Random) -> Chat:
+    return Chat([{"role": "user", "content": request}])
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,16 @@ class Family:
     check: Callable[[Params, str], bool]
     """Judges an answer by parsing or running it; one that differs from the reference only in layout may
     pass."""
+    chat: Callable[[Params, str, random.Random], Chat] = _request_alone
+    """Puts the request in a chat that ends where the answer begins."""
+    asked: Callable[[Params], tuple[str, Any]] | None = None
+    """What the split goes by: a kind of request and its JSON-able parameters. None: the family's name and all
+    parameters."""
+
+    def is_held_out(self, params: Params) -> bool:
+        """True if what is asked belongs to the held-out split."""
+        kind, asked = (self.name, params) if self.asked is None else self.asked(params)
+        return is_held_out(kind, asked)
 
 
 @dataclass(frozen=True)
@@ -37,9 +61,11 @@ class Task:
     params: Params
     prompt: str
     answer: str
+    chat: Chat
+    """All that comes before the answer, the prompt among it."""
 
 
-def is_held_out(family: str, params: Params) -> bool:
+def is_held_out(family: str, params: Any) -> bool:
     """True if the combination belongs to the held-out split: a stable hash of family and parameters.
 
     The wording is not hashed, so a held-out combination is never trained on in any wording.
@@ -53,5 +79,6 @@ def draw(family: Family, rng: random.Random, held_out: bool) -> Task:
     """Draws a task of the wanted split by rejection."""
     while True:
         params = family.sample(rng)
-        if is_held_out(family.name, params) == held_out:
-            return Task(family.name, params, family.phrase(params, rng), family.answer(params))
+        if family.is_held_out(params) == held_out:
+            prompt = family.phrase(params, rng)
+            return Task(family.name, params, prompt, family.answer(params), family.chat(params, prompt, rng))
