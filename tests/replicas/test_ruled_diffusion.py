@@ -153,7 +153,7 @@ def test_penalties_and_logprobs_in_a_crowd(tiny: Path, forward: str, overlaps: b
     """Both forwards; blocks that begin in the commit before, and alone; sampled and greedy."""
     reference = Reference(tiny)
     reference.overlaps_blocks = overlaps
-    runner = TorchRunner.load(str(tiny), dtype="float32", num_pages=32, page_size=8, forward=forward)
+    runner = TorchRunner.load(str(tiny), dtype="float32", num_pages=20, page_size=8, forward=forward)
     engine = Engine(runner, EngineConfig(max_running=8, max_step_tokens=192, overlap_blocks=overlaps))
     wanted: dict[str, list[int]] = {}
     asked: dict[str, Sequence] = {}
