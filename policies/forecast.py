@@ -81,7 +81,8 @@ def forecast(load: ReplicaLoad, plan: DecodePlan, num_auto: float | None = None)
         made = expected.tokens_per_s * min(1.0, share * num_clients)
         share /= share + asks_s * made
         expected = _served(load, plan, costs, groups, max(1.0, share * num_clients))
-    made = expected.tokens_per_s * min(1.0, share * num_clients)
+    most = max(groups, key=lambda group: group.num_clients).expected.plan.mode
+    made = costs.rate_factor(most, num_clients) * expected.tokens_per_s * min(1.0, share * num_clients)
     return replace(expected, tokens_per_s=made, awaited_tokens_per_s=made / share)
 
 
@@ -108,7 +109,7 @@ def _served(
     num_cached = num_segments * load.mean_context
     step_ms = factor * costs.step.ms(num_tokens + num_prefill, num_segments, num_cached)
     tpots = tuple((count, step_ms / (turns * group.pace) / 1000.0) for count, group in each)
-    tokens_per_s = costs.rate_factor(most.plan.mode, num_clients) * 1000.0 * made / step_ms
+    tokens_per_s = 1000.0 * made / step_ms
     spread = math.hypot(spread, most.spread)
     return Forecast(plan, tokens_per_s, tokens_per_s, step_ms, num_prefill, spread, tpots)
 
