@@ -37,9 +37,6 @@ def serving_environment(folder: Path) -> dict[str, str]:
     wanted = {
         # Ray starts its workers with a low priority, which suits batch jobs and not servers.
         "RAY_worker_niceness": "0",
-        # One event loop an actor: a chunk crosses no threads on its way out.
-        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, default_num_threads(2))),
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).with_name("haproxy.sh")),
