@@ -61,16 +61,11 @@ def by_transformers(pairs: list[tuple[list[int], list[int]]]) -> list[tuple[floa
     return [(logprob, is_greedy) for logprob, is_greedy in json.loads(told.stdout)]
 
 
-@pytest.mark.parametrize(
-    "tokenizer", [{"tokenizer": str(CHECKPOINT)}, {"tokenizer_backend": "remote"}], ids=["local", "remote"]
-)
-def test_multiple_choice_is_that_of_transformers(
-    base_url: str, data: Path, tokenizer: dict[str, str]
-) -> None:
+def test_multiple_choice_is_that_of_transformers(base_url: str, data: Path) -> None:
     model = LocalCompletionsAPI(
         base_url=f"{base_url}/completions",
         model=MODEL,
-        **tokenizer,
+        tokenizer=str(CHECKPOINT),
         num_concurrent=2,
         batch_size=4,
     )
