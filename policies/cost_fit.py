@@ -40,7 +40,7 @@ def fit_step_cost(forwards: Sequence[ForwardStats], knots: tuple[int, ...]) -> S
     fitted = np.zeros(rows.shape[1])
     for _ in range(6):
         weighted = rows * weights[:, None]
-        fitted = _least_squares(weighted.T @ rows + bends.T @ bends, weighted.sum(axis=0), fitted)
+        fitted = nonnegative_least_squares(weighted.T @ rows + bends.T @ bends, weighted.sum(axis=0), fitted)
         errors = np.abs(1.0 - rows @ fitted)
         scale = max(1.4826 * float(np.median(errors)), 0.01)
         weights = np.minimum(1.0, 1.5 * scale / np.maximum(errors, 1e-9))
@@ -57,6 +57,20 @@ def is_sound(forward: ForwardStats) -> bool:
     """Returns False for a forward that can't have happened as measured."""
     counts = forward.num_tokens, forward.num_segments, forward.num_cached + 1
     return SOUND_MS[0] <= forward.ms <= SOUND_MS[1] and all(0 < count <= MAX_COUNTED for count in counts)
+
+
+def nonnegative_least_squares(matrix: Vector, vector: Vector, start: Vector) -> Vector:
+    """Minimises x'Ax/2 - b'x over x >= 0, a coordinate at a time; the first is kept above zero."""
+    found = start.copy()
+    for _ in range(200):
+        before = found.copy()
+        for index in range(len(found)):
+            if matrix[index, index] > 0:
+                rest = vector[index] - matrix[index] @ found + matrix[index, index] * found[index]
+                found[index] = max(MIN_MS if index == 0 else 0.0, rest / matrix[index, index])
+        if np.abs(found - before).max() < 1e-6 * max(1e-9, float(np.abs(found).max())):
+            break
+    return found
 
 
 def _features(forward: ForwardStats, knots: tuple[int, ...]) -> Vector:
@@ -80,17 +94,3 @@ def _bends(knots: tuple[int, ...]) -> Vector:
         rows[index, 1 + index] = -1.0
         rows[index, 2 + index] = widths[index] / widths[index + 1]
     return rows
-
-
-def _least_squares(matrix: Vector, vector: Vector, start: Vector) -> Vector:
-    """Minimises x'Ax/2 - b'x over x >= 0, a coordinate at a time; the first is kept above zero."""
-    found = start.copy()
-    for _ in range(200):
-        before = found.copy()
-        for index in range(len(found)):
-            if matrix[index, index] > 0:
-                rest = vector[index] - matrix[index] @ found + matrix[index, index] * found[index]
-                found[index] = max(MIN_MS if index == 0 else 0.0, rest / matrix[index, index])
-        if np.abs(found - before).max() < 1e-6 * max(1e-9, float(np.abs(found).max())):
-            break
-    return found

@@ -11,6 +11,7 @@ from policies.cost import UNMEASURED, ForwardStats, StepCost
 from policies.cost_fit import fit_step_cost, knots_up_to
 from replicas.engine.batch import ModelSpec, Runner, ScheduledBatch, Segment, ServingRunner
 from replicas.messages import SamplingParams
+from replicas.overhead import NO_OVERHEAD, StepOverhead
 from replicas.progress import logged
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,11 @@ class Shape:
     def total(self) -> int:
         return self.num_segments * self.num_tokens
 
+    @property
+    def num_wanted(self) -> int:
+        """The rows of each segment that are sampled: all as in a verify, or a long prompt's last."""
+        return self.num_tokens if self.num_segments > 1 or self.num_tokens <= MANY_CACHED else 1
+
 
 def warm_up(runner: ServingRunner, *, max_running: int, max_step_tokens: int) -> None:
     """Runs what the runner needs to have run before it serves, and logs how far it has come."""
@@ -52,7 +58,7 @@ def calibrate(
     budget_s: float,
     clock: Callable[[], float] = time.perf_counter,
 ) -> StepCost:
-    """Returns the cost of a forward as sweep() finds it here and now."""
+    """Returns the cost of a forward alone as sweep() finds it here and now."""
     forwards = sweep(
         runner, max_running=max_running, max_step_tokens=max_step_tokens, budget_s=budget_s, clock=clock
     )
@@ -65,9 +71,12 @@ def sweep(
     max_running: int,
     max_step_tokens: int,
     budget_s: float,
+    overhead: StepOverhead = NO_OVERHEAD,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[ForwardStats, ...]:
     """Measures for about budget_s seconds, a forward of one token at the least; the least of each shape.
+
+    overhead: what a step takes beside its forward, which is added to each.
 
     Before anything is served: it writes garbage into the K/V pages. Small shapes come first, every
     shape before any comes again, and one that would by the last one's pace overrun is left out.
@@ -86,6 +95,7 @@ def sweep(
             began_s = clock()
             runner.run(plan)
             ms = max(1000.0 * (clock() - began_s), 1e-3)
+            ms += overhead.ms(shape.num_segments, shape.num_segments * shape.num_wanted)
             num_cached = shape.num_segments * shape.num_cached
             measured.append(ForwardStats(shape.total, shape.num_segments, num_cached, ms))
     return merged(*turns)
@@ -125,10 +135,10 @@ def _shapes(spec: ModelSpec, max_running: int, max_step_tokens: int) -> Iterator
 
 
 def _plan(spec: ModelSpec, shape: Shape) -> ScheduledBatch:
-    """A batch of the shape: causal segments, all of whose logits are wanted, as in a verify."""
+    """A batch of the shape, of causal segments."""
     per_sequence = -(-(shape.num_tokens + shape.num_cached) // spec.page_size)
     token_ids = tuple((7 * index + 3) % spec.vocab_size for index in range(shape.num_tokens))
-    wanted = tuple(range(shape.num_tokens)) if shape.num_segments > 1 or shape.num_tokens <= 64 else ()
+    wanted = tuple(range(shape.num_tokens))[-shape.num_wanted :]
     return ScheduledBatch(
         tuple(
             Segment(
@@ -138,7 +148,7 @@ def _plan(spec: ModelSpec, shape: Shape) -> ScheduledBatch:
                 pages=tuple(range(number * per_sequence, (number + 1) * per_sequence)),
                 num_causal=shape.num_tokens,
                 adapter=False,
-                wanted=wanted or (shape.num_tokens - 1,),
+                wanted=wanted,
                 sampling=SamplingParams(),
             )
             for number in range(shape.num_segments)

@@ -23,11 +23,12 @@ from replicas.calibration import forward_cost, merged, sweep
 from replicas.config import ReplicaConfig
 from replicas.engine.batch import Runner
 from replicas.machine import processor
+from replicas.overhead import NO_OVERHEAD, StepOverhead
 from replicas.yields_file import read_yields
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 MAX_BYTES = 1 << 18
 """The size past which nothing is written or read: what is learned is bounded, so it would be a mistake."""
 MAX_FILES = 32
@@ -159,19 +160,25 @@ def read_pooled(redis_url: str, app: str, kind: str) -> str | None:
 
 
 def starting_costs(
-    runner: Runner, config: ReplicaConfig, cache: CostCache, pooled: str | None = None
+    runner: Runner,
+    config: ReplicaConfig,
+    cache: CostCache,
+    pooled: str | None = None,
+    overhead: StepOverhead = NO_OVERHEAD,
 ) -> ReplicaCosts:
     """Measures what forwards cost here, and joins what is known of this checkpoint and was learned before.
 
     Yields are those of the checkpoint's own file, else those learned before; what these say of answers is
     left out, since it came from a file that is gone.
     pooled: what Redis has of this kind of replica.
+    overhead: what steps take beside their forwards.
     """
     measured = sweep(
         runner,
         max_running=config.max_running,
         max_step_tokens=config.max_step_tokens,
         budget_s=config.calibration_s,
+        overhead=overhead,
     )
     forwards, learned = cache.begin(measured, pooled)
     step = forward_cost(forwards, config.max_step_tokens)

@@ -47,6 +47,7 @@ class Replica:
 
     def __init__(self, config: ReplicaConfig, redis_url: str):
         # Late, because these bring torch and transformers: who builds the application only names this class.
+        from replicas.overhead import measure_overhead
         from replicas.runner_loader import load_runner
         from replicas.service import ReplicaService
         from replicas.text import TextCodec
@@ -69,7 +70,8 @@ class Replica:
         warm_up(runner, max_running=config.max_running, max_step_tokens=config.max_step_tokens)
         self._cost_cache = CostCache.of(config)
         pooled = read_pooled(redis_url, config.app, self._cost_cache.kind)
-        costs = starting_costs(runner, config, self._cost_cache, pooled)
+        overhead = measure_overhead(engine.spec, config, codec)
+        costs = starting_costs(runner, config, self._cost_cache, pooled, overhead)
         runner.settle()
         engine.set_step_cost(costs.step)
         engine.set_yields(costs.yields)
