@@ -9,6 +9,7 @@ from typing import Any
 from policies.modes import Mode
 from replicas.answer_forms import GrammarFormat, JsonFormat, ThinkingBudget, ToolUse
 from replicas.errors import ErrorCode
+from replicas.record import record
 
 NUM_SEEDS = 2**63
 """The number of seeds, which are from 0 to one less."""
@@ -221,7 +222,7 @@ class Rejected:
     """The name of the field at fault, if one is."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class TextLogprob:
     """A token's bytes, which may be part of a character only, and its log-probability by the model."""
 
@@ -246,7 +247,7 @@ class ToolCallDelta:
     name: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class TracedTokens:
     """Tokens of one choice that one forward let out."""
 
@@ -259,7 +260,7 @@ class TracedTokens:
     """The part of the Delta's text that came with them; what had been held back comes with later ones."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Delta:
     """New committed text of one choice; never taken back."""
 

@@ -68,8 +68,8 @@ def measure_overhead(
     """Measures steps of a scratch engine, and what is made of them, in each mode with few and many requests;
     the least of each shape.
 
-    None where steps are begun ahead of their turn, since the device works meanwhile, nor where a context has no
-    room for more than a prompt and a token.
+    None where steps are begun ahead of their turn, since the device works meanwhile, nor where a context has
+    no room for more than a prompt and a token.
     clock: seconds
     """
     if spec.runs_ahead:

@@ -9,9 +9,10 @@ from typing import Protocol
 from policies.modes import Mode
 from replicas.engine.history import NO_TOKENS, Prefix
 from replicas.messages import SamplingParams
+from replicas.record import record
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Segment:
     """Consecutive tokens of one sequence in one forward.
 
@@ -99,7 +100,7 @@ TokenProb = tuple[int, float]
 """A token id and its log-probability."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SegmentOutput:
     """The sampled tokens of a segment, one for each index of Segment.wanted.
 
@@ -132,7 +133,7 @@ def _logprob(token_id: int, prob: float, top: Seq[TokenProb]) -> float:
     return log(prob) if prob > 0 else -inf
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class TokenLogprob:
     """A token, its log-probability, and the most probable tokens in its place."""
 

@@ -25,7 +25,8 @@ class Counters:
         self.num_prefilled = 0
         """Prompt tokens computed, those computed again after a preemption included."""
         self.rounds: deque[RoundStats] = deque(maxlen=MAX_ROUNDS_KEPT)
-        """The last rounds' outcomes, for whoever learns from them to take; safe from another thread."""
+        """The last rounds' outcomes, but those of `ar`, for whoever learns from them to take; safe from
+        another thread."""
 
     @property
     def num_tokens(self) -> int:
@@ -33,6 +34,5 @@ class Counters:
         return self.made_by_mode.total()
 
     def note_round(self, made: RoundStats) -> None:
-        """Notes a round that has ended. One of `ar` is not kept: what it brings is never in doubt."""
-        if made.plan.mode is not Mode.AR:
-            self.rounds.append(made)
+        """Notes a round that has ended."""
+        self.rounds.append(made)

@@ -15,7 +15,6 @@ from replicas.engine.constrain import failure_of
 from replicas.engine.counters import Counters
 from replicas.engine.decoders.ar import ArRound
 from replicas.engine.decoders.choose import (
-    ActivePlan,
     begin_round,
     begun_behind_prompt,
     following_block,
@@ -24,7 +23,7 @@ from replicas.engine.decoders.choose import (
 from replicas.engine.decoders.round import Draft, Round, SegmentRequest
 from replicas.engine.decoders.self_speculation import SelfSpeculationRound
 from replicas.engine.grammar import GrammarFailed
-from replicas.engine.sequence import Progress, Sequence
+from replicas.engine.sequence import ActivePlan, Progress, Sequence
 from replicas.engine.trials import Trials
 from replicas.errors import ErrorCode
 
@@ -130,7 +129,8 @@ class Decoding:
             counters.made_by_mode[mode] += len(taken)
             # A prompt's token is nobody's yield.
             counters.tokens_by_mode[mode] += len(taken) - (current is None)
-        if current is not None and (sequence.round is not current or reason is not None):
+        has_ended = current is not None and (sequence.round is not current or reason is not None)
+        if has_ended and mode is not Mode.AR:  # what a round of `ar` brings is never in doubt
             made = self._trials.ended(sequence, sequence.end_round())
             if made is not None:
                 counters.note_round(made)

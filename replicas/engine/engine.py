@@ -15,12 +15,11 @@ from policies.replica_load import ReplicaLoad
 from policies.turnarounds import Turnarounds
 from replicas.config import EngineConfig
 from replicas.engine.batch import Runner, ScheduledBatch
-from replicas.engine.decoders.choose import ActivePlan
 from replicas.engine.forwards import Forwards
 from replicas.engine.grammar import Grammar
 from replicas.engine.lengths import CompletionLengths
 from replicas.engine.scheduler import Scheduler
-from replicas.engine.sequence import Progress, Sequence, Status, Text
+from replicas.engine.sequence import ActivePlan, Progress, Sequence, Status, Text
 from replicas.errors import ErrorCode, TriadError, context_exceeded
 from replicas.messages import DecodingOptions, FinishReason, SamplingParams
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence as Seq
 
 from replicas.engine.batch import ModelSpec
 from replicas.engine.blocks import PagePool
-from replicas.engine.decoders.choose import ActivePlan, plan_for
-from replicas.engine.sequence import Sequence
+from replicas.engine.decoders.choose import plan_for
+from replicas.engine.sequence import ActivePlan, Sequence
 
 
 class PageBudget:

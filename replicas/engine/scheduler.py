@@ -17,7 +17,6 @@ from bisect import insort
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from policies.cost import UNMEASURED
 from replicas.config import EngineConfig
@@ -26,20 +25,20 @@ from replicas.engine.batch import ModelSpec, ScheduledBatch, Segment, SegmentOut
 from replicas.engine.blocks import PagePool
 from replicas.engine.constrain import constrained
 from replicas.engine.counters import Counters
-from replicas.engine.decoders.choose import ActivePlan
 from replicas.engine.decoders.round import SegmentRequest
 from replicas.engine.decoding import Decoding, mode_of
 from replicas.engine.page_budget import PageBudget
 from replicas.engine.prefill import PrefillBudget, is_coming
-from replicas.engine.sequence import Progress, Sequence, Status
+from replicas.engine.sequence import ActivePlan, Progress, Sequence, Status
 from replicas.engine.sequence_pages import SequencePages
 from replicas.engine.trials import Trials
+from replicas.record import record
 
 PREFILL_SHARE = 4
 """One in this many tokens of a step is left to prompts by rounds, while prompts wait."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Scheduled:
     """What one sequence runs in a step."""
 
@@ -148,7 +147,6 @@ class Scheduler:
         self.counters.num_steps += 1
         self.counters.num_ahead += self._is_ahead
         self.counters.num_segments += len(self._scheduled)
-        made_by = dict(zip((row.sequence for row in self._scheduled), outputs, strict=True))
         for row, output in zip(self._scheduled, outputs, strict=True):
             if output is None:
                 continue
@@ -161,6 +159,9 @@ class Scheduler:
                 self.remove(row.sequence)
             if made.token_ids or made.ended:
                 progress.append(made)
+        made_by: dict[Sequence, SegmentOutput | None] = {}
+        if self._ahead:
+            made_by = dict(zip((row.sequence for row in self._scheduled), outputs, strict=True))
         ahead, self._scheduled, self._ahead, self._is_ahead = self._ahead, [], [], True
         for row in ahead:
             came = self._settled(row, made_by.get(row.sequence))
@@ -270,8 +271,10 @@ class Scheduler:
         """The segments to run within the token budget, pages aside."""
         config = self._config
         budget = config.max_step_tokens
-        prefilling = [s for s in self._running if s.is_prefilling and s not in before]
-        rounds = [s for s in self._running if not s.is_prefilling or s in before]
+        prefilling: list[Sequence] = []
+        rounds: list[Sequence] = []
+        for sequence in self._running:
+            (prefilling if sequence.is_prefilling and sequence not in before else rounds).append(sequence)
         can_admit = bool(self._waiting) and len(self._running) < config.max_running
         reserved = min(budget // PREFILL_SHARE, config.max_prefill_tokens) if prefilling or can_admit else 0
         requests: dict[Sequence, SegmentRequest] = {}

@@ -15,6 +15,7 @@ from replicas.engine.grammar import Grammar
 from replicas.engine.history import NO_TOKENS, History, Prefix
 from replicas.errors import ErrorCode
 from replicas.messages import DecodingOptions, DecodingReport, FinishReason, SamplingParams
+from replicas.record import record
 
 
 class Status(StrEnum):
@@ -32,6 +33,14 @@ class Text(Protocol):
         Never raises.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class ActivePlan:
+    """The plan of `auto` sequences, and the rule that chose it."""
+
+    decode: DecodePlan
+    rule: str
 
 
 @dataclass(slots=True, eq=False)
@@ -88,6 +97,8 @@ class Sequence:
     """What was worth verifying of its drafts, where steps are begun ahead."""
     round_plan: DecodePlan | None = None
     """The plan by which the round in progress, or the last one, was begun."""
+    planned: tuple[ActivePlan, ActivePlan] | None = None
+    """The last plan in force that it was given, and its own of it (engine.decoders.choose)."""
     _round_began: tuple[int, int, int] = (0, 0, 0)
     """Completion tokens, forwards and rows at the beginning of the round in progress."""
     last_mode: Mode | None = None
@@ -227,7 +238,7 @@ class Sequence:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Progress:
     """A step's effect on one sequence, which has ended when reason or error is set."""
 

@@ -3,8 +3,7 @@
 from policies.cost import RoundStats
 from policies.modes import Mode
 from policies.policy import Trial
-from replicas.engine.decoders.choose import ActivePlan
-from replicas.engine.sequence import Sequence
+from replicas.engine.sequence import ActivePlan, Sequence
 
 TRIAL_S = 0.3
 """The time that a trial lasts, so long that what else the machine does for its plan is seen too."""
@@ -32,6 +31,7 @@ class Trials:
         """Forwards in trials so far."""
         self._overlaps_blocks = overlaps_blocks
         self._running: Trial | None = None
+        self._tried: ActivePlan | None = None
         self._num_steps = 0
         self._began_s = self._ended_s = self._now_s = -PAUSE_S
         self._saved_s = MAX_SAVED_S
@@ -62,8 +62,13 @@ class Trials:
         self._running, self._ended_s = None, self._now_s
 
     def plan(self, in_force: ActivePlan) -> ActivePlan:
-        """The plan that `auto` sequences begin rounds of now."""
-        return in_force if self._running is None else ActivePlan(self._running.plan, in_force.rule)
+        """The plan that `auto` sequences begin rounds of now; the same object as long as it is the same."""
+        if self._running is None:
+            return in_force
+        tried = ActivePlan(self._running.plan, in_force.rule)
+        if self._tried != tried:
+            self._tried = tried
+        return self._tried
 
     def is_tried_by(self, sequence: Sequence) -> bool:
         """True if what the sequence begins now is a trial's, and so no switch of its mode."""

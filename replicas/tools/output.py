@@ -5,16 +5,16 @@ half a tag; what comes out in the end is the same however the text came in.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from enum import Enum
 
 from replicas.messages import ToolCallDelta
+from replicas.record import record
 from replicas.tools.formats import Tag, ToolFormat
 from replicas.tools.readers import CallReader, CallSink
 from replicas.tools.reasoning import ReasoningMarks
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Parsed:
     """New text of a completion, told apart."""
 

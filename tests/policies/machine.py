@@ -17,7 +17,7 @@ from policies.policy import Snapshot
 from policies.registry import create_policy
 from policies.replica_load import ReplicaLoad
 from policies.yield_estimator import YieldEstimator
-from replicas.engine.decoders.choose import ActivePlan
+from replicas.engine.sequence import ActivePlan
 from replicas.engine.trials import Trials
 
 PERIOD_S = 0.2

@@ -1,7 +1,5 @@
 """Chooses the plan of a sequence, and the round that it begins at a safe point."""
 
-from dataclasses import dataclass
-
 from policies.modes import DecodePlan, Mode, available_plan, default_plan, lossless_plan
 from policies.quality import bounded_plan
 from replicas.engine.batch import ModelSpec
@@ -14,21 +12,22 @@ from replicas.engine.decoders.self_speculation import (
     verify_and_draft,
     with_draft,
 )
-from replicas.engine.sequence import Sequence
+from replicas.engine.sequence import ActivePlan, Sequence
 
 PINNED_RULE = "request"
 
 
-@dataclass(frozen=True, slots=True)
-class ActivePlan:
-    """The plan of `auto` sequences, and the rule that chose it."""
-
-    decode: DecodePlan
-    rule: str
-
-
 def plan_for(sequence: Sequence, active: ActivePlan, spec: ModelSpec) -> ActivePlan:
-    """The request's own mode where it pins one, else the active plan within what the request allows."""
+    """The request's own mode where it pins one, else the active plan within what the request allows.
+
+    A sequence keeps the last, since it is asked for in every step.
+    """
+    if sequence.planned is None or sequence.planned[0] is not active:
+        sequence.planned = (active, _plan_for(sequence, active, spec))
+    return sequence.planned[1]
+
+
+def _plan_for(sequence: Sequence, active: ActivePlan, spec: ModelSpec) -> ActivePlan:
     options = sequence.decoding
     if options.mode is not None:
         base, rule = default_plan(options.mode), PINNED_RULE

@@ -6,13 +6,14 @@ its next safe point. The scheduler knows nothing of modes beyond this interface.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from policies.modes import Mode
 from replicas.engine.batch import SegmentOutput, TokenLogprob
+from replicas.record import record
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SegmentRequest:
     """The segment that a sequence wants next, from its first token that is not cached on."""
 
@@ -56,7 +57,7 @@ class SegmentRequest:
         return replace(self, token_ids=self.token_ids[: self.num_causal], adapter=False, wanted=wanted)
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Draft:
     """Tokens drafted for the positions after a sequence's seed; empty where there are none."""
 
@@ -74,7 +75,7 @@ class Draft:
 NO_DRAFT = Draft()
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class RoundProgress:
     """The effect of a segment's output on its round."""
 

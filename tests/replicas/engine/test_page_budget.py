@@ -7,10 +7,9 @@ import pytest
 from policies.modes import DecodePlan, Mode
 from replicas.config import EngineConfig
 from replicas.engine.blocks import PagePool
-from replicas.engine.decoders.choose import ActivePlan
 from replicas.engine.engine import Engine
 from replicas.engine.page_budget import PageBudget
-from replicas.engine.sequence import Sequence, Status
+from replicas.engine.sequence import ActivePlan, Sequence, Status
 from replicas.messages import DecodingOptions, SamplingParams
 from tests.replicas.engine.scripted import PINNED, ScriptedRunner, expected, naive_ar, tokens_of
 
