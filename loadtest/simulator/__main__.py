@@ -72,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _machine_options(many)
     _size_options(many)
     many.add_argument("--only", help="scenarios whose name has this in it")
+    many.add_argument("--policies", nargs="+", default=[], help="these alone, as they are called in tables")
     many.add_argument("--json", type=Path, help="append the outcomes to this file too, one a line")
     many.set_defaults(command=_scenarios)
 
@@ -166,7 +167,7 @@ def _scenarios(options: argparse.Namespace) -> None:
     machine = _machine(options)
     print(f"Simulated: {machine.name}, SLO of TTFT {options.ttft:g} s and TPOT {1000 * options.tpot:g} ms.\n")
     for scenario in chosen:
-        found = list(_outcomes([scenario], machine, options))
+        found = list(_outcomes([scenario], machine, options, options.policies))
         print("\n".join(table_lines(found)), flush=True)
         if options.json:
             with options.json.open("a") as file:
@@ -174,17 +175,25 @@ def _scenarios(options: argparse.Namespace) -> None:
 
 
 def _outcomes(
-    scenarios: Sequence[Scenario], machine: Machine, options: argparse.Namespace
+    scenarios: Sequence[Scenario],
+    machine: Machine,
+    options: argparse.Namespace,
+    titles: Sequence[str] = (),
 ) -> Iterator[Outcome]:
+    """titles: of the contenders; all by default. Raises ValueError for one that there is not."""
+    slo = Slo(options.ttft, options.tpot)
+    all_contenders = {contender.title: contender for contender in contenders(slo)}
+    if unknown := set(titles) - all_contenders.keys():
+        raise ValueError(f"no policy {', '.join(sorted(unknown))}; there are {', '.join(all_contenders)}")
     return run_all(
         scenarios,
         machine,
-        contenders(Slo(options.ttft, options.tpot)),
+        [contender for title, contender in all_contenders.items() if not titles or title in titles],
         options.seconds,
         options.least,
         options.most,
         options.seed,
-        Slo(options.ttft, options.tpot),
+        slo,
     )
 
 

@@ -22,6 +22,7 @@ from loadtest.simulator.yields import Rounds
 from policies.cost import ModeFactors, ReplicaCosts, RoundYield
 from policies.modes import DecodePlan, Mode
 from policies.replica_load import ReplicaLoad
+from policies.turnarounds import Turnarounds
 
 PREFILL_SHARE = 4
 """Prompts that wait get one in so many of a step's tokens, as in the engine."""
@@ -60,6 +61,7 @@ class SimulatedReplica:
         self.tokens_by_mode = dict.fromkeys(Mode, 0.0)
         self._meter = Meter(yields)
         self._num_ended = 0
+        self._turnarounds = Turnarounds()
         self._waiting: deque[int] = deque()
         self._waiting_tokens = 0
         self._prefilling: deque[list[int]] = deque()  # [request, tokens to go]
@@ -105,6 +107,7 @@ class SimulatedReplica:
         return self.num_running + len(self._waiting)
 
     def submit(self, request: int, now_s: float) -> None:
+        self._turnarounds.arrived(now_s)
         self._waiting.append(request)
         self._waiting_tokens += self.requests.prompt[request]
         if self.next_s == math.inf:
@@ -148,6 +151,8 @@ class SimulatedReplica:
         ended = self._take_ended()
         if self._chunk:
             ended += self._prefill(self._chunk * self._num_steps, now_s)
+        for _ in ended:
+            self._turnarounds.ended(now_s)
         if self._is_planned_anew:
             self._plan_anew()
         self._begin(now_s)
@@ -209,6 +214,8 @@ class SimulatedReplica:
             prefill_per_token=self._meter.prefill_per_token,
             costs=ReplicaCosts(hardware.believed, self._meter.yields, KNOWN_FACTORS),
             num_ended=self._num_ended,
+            num_between=self._turnarounds.num_between(now_s),
+            turnaround_s=self._turnarounds.mean_s,
         )
 
     def explore(self, plan: DecodePlan) -> None:

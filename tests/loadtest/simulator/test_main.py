@@ -33,6 +33,7 @@ def test_run_says_what_came_of_it_and_that_it_is_simulated(capsys):
         (["run", "--params", "{"], "Expecting"),
         (["run", "--costs", "missing.json"], "No such file"),
         (["scenarios", "--only", "nothing like it"], "no scenario"),
+        (["scenarios", "--policies", "ar", "nope"], "no policy nope; there are ar,"),
         (["validate", "missing.json"], "No such file"),
     ],
 )
@@ -53,6 +54,18 @@ def test_scenarios_print_tables_and_write_lines(capsys, tmp_path):
     summary = list(summary_lines(load_outcomes([path])))
     assert len(summary) == 3
     assert summary[2].startswith("| 1 replica, quiet | 100 |")
+
+
+def test_scenarios_of_some_policies_are_those_of_all(capsys, tmp_path):
+    def outcomes(*options):
+        path = tmp_path / "-".join(("out", *options))
+        few = ["--least", "60", "--most", "60", "--only", "1 replica, quiet", "--json", str(path)]
+        assert main(["scenarios", *few, *options]) == 0
+        return {outcome.policy: outcome for outcome in load_outcomes([path])}
+
+    every, some = outcomes(), outcomes("--policies", "cost_model", "ar")
+    assert some.keys() == {"ar", "cost_model"}
+    assert all(every[policy] == outcome for policy, outcome in some.items())
 
 
 def test_outcomes_of_another_time_are_refused(tmp_path):

@@ -38,6 +38,23 @@ RISING = StepTable(
 )
 
 
+def test_it_publishes_the_clients_between_two_requests():
+    """Two requests of two tokens in ar after a prompt: each has forwards of 10 ms for prompt and token."""
+    requests = Requests(
+        [0.0, 0.05], [8, 8], [2, 2], [0, 0], [1000] * 2, [0.0] * 2, [None] * 2, [-1] * 2, 0, 8
+    )
+    replica = a_replica(requests, FLAT, AR)
+    replica.submit(0, 0.0)
+    while replica.num_in_flight:
+        ended_s = replica.next_s
+        replica.advance()
+    assert replica.load(ended_s + 0.001).num_between == 1
+    replica.submit(1, 0.05)
+    load = replica.load(0.05)
+    assert load.num_between == 0
+    assert load.turnaround_s == pytest.approx(0.05 - ended_s)
+
+
 def some_requests(num, rng, pinned=(None,), max_output=40):
     return Requests(
         arrival_s=sorted(rng.uniform(0.0, num * 0.02) for _ in range(num)),
