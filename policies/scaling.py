@@ -163,6 +163,7 @@ def _with_requests(load: ReplicaLoad, num: int) -> ReplicaLoad:
         num_running=num,
         num_waiting=0,
         num_between=0,
+        turnaround_s=0.0,
         waiting_prompt_tokens=0,
         num_auto=part(load.num_auto) if load.num_in_flight else num,
         num_lossless=part(load.num_lossless),

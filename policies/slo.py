@@ -32,8 +32,10 @@ class SloPolicy(CostModelPolicy):
     def _score(self, load: ReplicaLoad, expected: Forecast, is_running: bool) -> tuple[float, float]:
         limit = 1.0 if is_running else 1.0 - self._targets.headroom
         paced = sum(count for count, tpot_s in expected.tpots if tpot_s <= limit * self._targets.tpot_s)
+        # As a share: under a plan that answers sooner fewer are in flight, and that is no fault of it.
+        share = paced / sum(count for count, _ in expected.tpots)
         in_time = load.num_waiting if ttft_s(load, expected) <= limit * self._targets.ttft_s else 0
-        return float(paced + in_time), self._worth(expected)
+        return share * load.num_clients + in_time, self._worth(expected)
 
 
 def ttft_s(load: ReplicaLoad, expected: Forecast) -> float:

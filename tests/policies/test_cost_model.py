@@ -346,6 +346,15 @@ def test_slo_is_the_fastest_plan_where_every_plan_is_in_time():
         assert slo(a_replica(num), tpot_s=9.0, ttft_s=9.0).decode == decided(a_replica(num)).decode
 
 
+@pytest.mark.parametrize("num_between", [0, 1, 8, 40])
+@pytest.mark.parametrize("turnaround_s", [0.001, 0.02, 0.4])
+def test_slo_is_the_fastest_plan_where_clients_are_between_two_requests(num_between, turnaround_s):
+    """Under a plan that answers sooner more of them are, and fewer in flight: no fault of it."""
+    for num in (1, 16, 100):
+        load = a_replica(num, num_between=num_between, turnaround_s=turnaround_s, mean_completion=60.0)
+        assert slo(load, tpot_s=9.0, ttft_s=9.0).decode == decided(load).decode
+
+
 def test_slo_gives_up_throughput_for_the_pace_of_requests():
     """More tokens a second by one group's long blocks, but pinned ar requests would then be too slow."""
     load = a_replica(24, measured(2.0), pinned_by_mode={Mode.AR: 24})

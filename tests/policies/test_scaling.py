@@ -46,6 +46,13 @@ def test_the_plan_is_the_one_that_so_many_would_run():
     assert demand(a_replica(1), in_ar, Targets(tpot_s=0.0101)).capacity == 1
 
 
+def test_the_room_is_of_requests_at_once_however_long_clients_take_between_two():
+    load = replace(a_replica(2), mean_completion=50.0)
+    slow = replace(load, num_between=6, turnaround_s=0.4)
+    targets = Targets(tpot_s=0.020)
+    assert demand(slow, in_ar, targets).capacity == demand(load, in_ar, targets).capacity == 21
+
+
 def test_places_and_pages_bound_the_room():
     assert demand(a_replica(2, max_running=8), in_ar, Targets(tpot_s=9.0)).capacity == 8
     few = a_replica(2, num_pages=64, page_size=16, mean_context=255.0)
