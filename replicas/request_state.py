@@ -142,11 +142,8 @@ class ChoiceState:
         text, self.unsent_text = self.unsent_text[:num_chars], self.unsent_text[num_chars:]
         ids, self.unsent_ids = self.unsent_ids[:num_tokens], self.unsent_ids[num_tokens:]
         self.num_sent += num_tokens
-        released = sum(entry.offset < num_released for entry in self.unsent_logprobs)
-        if reason is not None and self.request_state.request.sampling.scores_prompt:
-            released = len(self.unsent_logprobs)  # whoever scores counts tokens, not text
-        logprobs, self.unsent_logprobs = self.unsent_logprobs[:released], self.unsent_logprobs[released:]
         request = self.request_state.request
+        logprobs = self._take_logprobs(num_released, reason) if self.unsent_logprobs else ()
         parsed = self._parsed(text, is_last=reason is not None)
         if reason is FinishReason.STOP and self.parser is not None and self.parser.ends_with_call:
             reason = FinishReason.TOOL_CALLS
@@ -154,15 +151,24 @@ class ChoiceState:
             request.request_id,
             parsed.text,
             num_tokens,
-            tuple(replace(entry, offset=entry.offset + self.num_before) for entry in logprobs),
+            logprobs,
             self.index,
             reason,
             tuple(ids) if request.return_token_ids else (),
             None if reason is None else self.text.stop_reason,
             parsed.reasoning,
             parsed.calls,
-            self._take_trace(num_tokens, parsed.text),
+            self._take_trace(num_tokens, parsed.text) if self.unsent_trace else (),
         )
+
+    def _take_logprobs(self, num_released: int, reason: FinishReason | None) -> tuple[TextLogprob, ...]:
+        """The log-probabilities of the tokens whose text begins before num_released characters of the
+        completion, by places in the text with the prompt."""
+        released = sum(entry.offset < num_released for entry in self.unsent_logprobs)
+        if reason is not None and self.request_state.request.sampling.scores_prompt:
+            released = len(self.unsent_logprobs)  # whoever scores counts tokens, not text
+        logprobs, self.unsent_logprobs = self.unsent_logprobs[:released], self.unsent_logprobs[released:]
+        return tuple(replace(entry, offset=entry.offset + self.num_before) for entry in logprobs)
 
     def _take_trace(self, num_tokens: int, text: str) -> tuple[TracedTokens, ...]:
         """The trace of the first num_tokens unsent tokens, the last of them with the text that comes now."""
