@@ -5,7 +5,7 @@
 #
 # HAProxy hands a request to a replica at once, where it waits for a slot. What the autoscaler sees of it is what
 # replicas report as ongoing, and that begins with the slot; waiting ones are only reported by handles, past which
-# these go. Nor would those that wait move to a new replica.
+# these go.
 #
 # Guessed before: the door changes nothing of autoscaling. Seen (2 cores, busy; one replica of one request at a time,
 # at most three, six requests of 8 s at once): behind Serve's proxy 3 replicas answered within 30 s, behind HAProxy 1
