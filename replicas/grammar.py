@@ -19,8 +19,9 @@ from replicas.text_grammar import grammar_text
 from replicas.tools.grammar import AnswerGrammar
 
 MAX_MASK_S = 0.1
-"""CPU time of one mask at an answer's beginning, above which a schema is refused; the engine's thread waits
-for masks. Later masks are bounded by llguidance's fuel, to some 30 ms with a vocabulary of 128,000."""
+"""CPU time of one mask, or of taking a token, above which a schema is refused at an answer's beginning, and
+the answer ends later; the engine's thread waits for it. llguidance's own fuel bounds most masks to some 30 ms
+with a vocabulary of 128,000, but not those of a right recursion, which grow with the answer."""
 MAX_DRAFT_MASKS_S = 0.02
 """CPU time after which a draft's further masks are not asked for."""
 NUM_WALKS = 4
@@ -105,16 +106,27 @@ class JsonGrammar:
         return () if self._matcher.is_stopped() else tuple(self._matcher.compute_ff_tokens())
 
     def accept(self, token_id: int) -> None:
+        began_s = time.thread_time()
         try:
             self._matcher.consume_token(token_id)
         except BaseException as error:  # the next masks tell of it
             self._failure = _text_of(error)
+        if (taken_s := time.thread_time() - began_s) > MAX_MASK_S:
+            self._failure = _too_slow(taken_s)
 
     def _mask(self) -> bytes:
+        began_s = time.thread_time()
         mask = self._matcher.compute_bitmask()
         if self._matcher.is_error():
             raise GrammarFailed(_in_short(self._matcher.get_error()))
+        if (taken_s := time.thread_time() - began_s) > MAX_MASK_S:
+            raise GrammarFailed(_too_slow(taken_s))
         return mask
+
+
+def _too_slow(taken_s: float) -> str:
+    what = f"it takes {taken_s * 1e3:.0f} ms a token by now"
+    return f"{what}; write what repeats as (item)*, or with its recursion on the left"
 
 
 def _text_of(error: BaseException) -> str:

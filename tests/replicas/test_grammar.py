@@ -325,3 +325,17 @@ def test_a_draft_whose_masks_take_long_is_cut_and_the_state_stays(monkeypatch: p
     assert grammar.masks(draft) == whole[:1]
     monkeypatch.undo()
     assert grammar.masks(draft) == whole
+
+
+def test_a_grammar_whose_masks_have_come_to_take_long_ends_its_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    grammar = grammar_of(PERSON)
+    token = tokens_in(grammar.masks(())[0])[0]
+    monkeypatch.setattr("replicas.grammar.MAX_MASK_S", 0.0)
+    with pytest.raises(GrammarFailed, match="ms a token by now; write what repeats as"):
+        grammar.masks(())
+    grammar.accept(token)
+    monkeypatch.undo()
+    with pytest.raises(GrammarFailed, match="ms a token by now"):
+        grammar.masks(())
