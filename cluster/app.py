@@ -39,7 +39,7 @@ def deploy(args: ClusterConfig) -> Application:
         {"num_cpus": args.ingress_cpus},
         args.drain_timeout_s,
         (IngressConfig.of(args), redis_url, _replicas(args, redis_url), deployed_with),
-        logging_config=_logging(args, access_log=args.log_format == "text"),
+        logging_config=_logging(args),
     )
 
 
@@ -71,15 +71,16 @@ def _replicas(args: ClusterConfig, redis_url: str) -> Application:
         {"num_cpus": args.replica_cpus, "num_gpus": args.num_gpus},
         args.drain_timeout_s,
         (ReplicaConfig.of(args), redis_url),
-        # The ingress asks each replica every second who it is; its own log has the requests.
-        logging_config=_logging(args, access_log=False),
+        logging_config=_logging(args),
         **parallel,
     )
 
 
-def _logging(args: ClusterConfig, access_log: bool) -> LoggingConfig:
+def _logging(args: ClusterConfig) -> LoggingConfig:
+    """Serve's own log, without requests: the ingress has a log of them, and asks each replica every second
+    who it is."""
     encoding = "JSON" if args.log_format == "json" else "TEXT"
-    return LoggingConfig.model_validate({"encoding": encoding, "enable_access_log": access_log})
+    return LoggingConfig.model_validate({"encoding": encoding, "enable_access_log": False})
 
 
 def _bind(
