@@ -114,22 +114,29 @@ class GenerationResponse(Response):
 
 
 async def run_until_disconnect(receive: Receive, work: Callable[[], Awaitable[None]]) -> None:
-    """Runs `work` and cancels it when the client disconnects. Returns when it has ended; raises its error."""
-    working = asyncio.ensure_future(work())
-    watching = asyncio.ensure_future(_disconnected(receive))
+    """Runs `work` and cancels it when the client disconnects. Returns when it has ended; raises its error.
+
+    It runs in the caller's own task: only the watch for the client's going takes another.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    has_gone = False
+
+    async def watch() -> None:
+        nonlocal has_gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        has_gone = True
+        task.cancel()
+
+    watching = asyncio.create_task(watch())
     try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            working.result()
+        await work()
+    except asyncio.CancelledError:
+        if not has_gone or task.uncancel():
+            raise
     finally:
-        working.cancel()
         watching.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _warning(generation: Generation) -> dict[str, str]:
