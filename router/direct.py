@@ -10,8 +10,6 @@ in Serve's proxies, and where the code of deployments runs on a thread of its ow
 
 from typing import Protocol, runtime_checkable
 
-from ray import serve
-from ray.serve.exceptions import RayServeException
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -56,6 +54,10 @@ def middleware() -> list[Middleware]:
 
 
 def _app_of_this_process() -> ASGIApp | None:
+    # Late, so that the app is free of Ray; where this is called, Serve has it loaded.
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
     try:
         deployment = serve.get_replica_context().servable_object
     except RayServeException:

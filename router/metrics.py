@@ -152,9 +152,7 @@ class Metrics:
         self._reused = counter(
             "triad.reused.tokens", "{token}", "Prompt tokens that the prefix cache had, of finished requests"
         )
-        self._used = counter(
-            "triad.key.tokens", "{token}", "Tokens used, by API key and kind", "key", "kind"
-        )
+        self._used = counter("triad.key.tokens", "{token}", "Tokens used, by API key and kind", "key", "kind")
         self._forwards = counter("triad.request.forwards", "{forward}", "Forwards of requests' rounds")
         self._switches = counter("triad.mode.switches", "{switch}", "Mode changes inside requests")
         self._http = counter(

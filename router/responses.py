@@ -71,7 +71,7 @@ class GenerationResponse(Response):
             self._record.first_token()
             choices = await generation.whole()
             assert generation.finished is not None
-            answer = replace(self._answer, prompt_token_ids=generation.accepted.prompt_token_ids)
+            answer = self._answer_to(generation)
             pieces = await whole_body(answer, choices, generation.finished)
         num_bytes = sum(map(len, pieces))
         headers = {"content-type": "application/json", "content-length": str(num_bytes)}
@@ -80,11 +80,15 @@ class GenerationResponse(Response):
             await _send_part(send, piece)
         await send({"type": "http.response.body", "body": pieces[-1]})
 
+    def _answer_to(self, generation: Generation) -> Answer:
+        told = generation.accepted.prompt_token_ids
+        return replace(self._answer, prompt_token_ids=told) if told else self._answer
+
     async def _reply_in_events(self, send: Send) -> None:
         async with self._generation as generation, aclosing(generation.deltas(self._interval_s)) as news:
             self._record.first_token()
             so_far = Counts(generation.accepted.num_prompt_tokens)
-            answer = replace(self._answer, prompt_token_ids=generation.accepted.prompt_token_ids)
+            answer = self._answer_to(generation)
             head = answer.head(so_far)
             num_open = answer.num_choices
             await _start(send, EVENT_STREAM | _warning(generation))
