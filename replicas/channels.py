@@ -11,7 +11,7 @@ from replicas.mailbox import Mailbox
 from replicas.messages import Event
 
 KEEP_ALIVE_S = 1.0
-"""The time between two items of which one may be empty."""
+"""The time after which there is an item again, be it empty."""
 
 
 class ChannelHub:
@@ -57,20 +57,19 @@ class ChannelHub:
             self._on_close(channel_id)
         mailbox: Mailbox[Event] = Mailbox()
         self._open[channel_id] = mailbox
-        loop = asyncio.get_running_loop()
-
-        def keep_alive() -> None:
-            nonlocal timer
-            mailbox.put(())
-            timer = loop.call_later(KEEP_ALIVE_S, keep_alive)
-
-        timer = loop.call_later(KEEP_ALIVE_S, keep_alive)
+        ticking = asyncio.create_task(_tick(mailbox))
         try:
             yield ()
             while (events := await mailbox.take()) is not None:
                 yield tuple(events)
         finally:
-            timer.cancel()
+            ticking.cancel()
             if self._open.get(channel_id) is mailbox:
                 del self._open[channel_id]
                 self._on_close(channel_id)
+
+
+async def _tick(mailbox: Mailbox[Event]) -> None:
+    while True:
+        await asyncio.sleep(KEEP_ALIVE_S)
+        mailbox.put(())

@@ -1,21 +1,21 @@
 """The short way of a completion from Serve's HTTP server to the app of the ingress in the same process.
 
-Behind HAProxy each ingress has an HTTP server of Serve's, which puts tasks, queues and records of Serve's own
-around every request. None is of use to a completion: the app has its own access log and metrics, watches its
-client itself, and the server waits for what is under way when it stops. Serve takes middleware for its servers
-from the function that RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names; with `middleware` there, completions go
-to the app at once. All else goes Serve's way, and so does a completion where no ingress is on this event loop:
-in Serve's proxies, and where the code of deployments runs on a thread of its own.
+Behind HAProxy each ingress has an HTTP server of Serve's, which puts tasks, queues and records of Serve's
+own around every request. None is of use to a completion: the app has its own access log and metrics, watches
+its client itself, and the server waits for what is under way when it stops. Serve takes middleware for its
+servers from the function that RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names; with `middleware` there,
+completions go to the app at once. All else goes Serve's way, and so does a completion where no ingress is on
+this event loop: in Serve's proxies, and where the code of deployments runs on a thread of its own.
 """
 
 from typing import Protocol, runtime_checkable
 
+from ray import serve
+from ray.serve.exceptions import RayServeException
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-DIRECT = "triad_direct"
-"""Set in the scope of a request that has come this way: nothing of Serve's answers with its id."""
-COMPLETIONS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"})
+from router.paths import COMPLETIONS, DIRECT
 
 
 @runtime_checkable
@@ -54,10 +54,6 @@ def middleware() -> list[Middleware]:
 
 
 def _app_of_this_process() -> ASGIApp | None:
-    # Late, so that the app is free of Ray; where this is called, Serve has it loaded.
-    from ray import serve
-    from ray.serve.exceptions import RayServeException
-
     try:
         deployment = serve.get_replica_context().servable_object
     except RayServeException:

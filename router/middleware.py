@@ -19,9 +19,9 @@ from replicas.errors import TriadError
 from router.auth import STATE_KEY, ApiKey, KeyRing
 from router.config import MAX_HEADERS, Bounds
 from router.decompress import Decompression
-from router.direct import COMPLETIONS, DIRECT
 from router.errors import MAX_PARAM_LEN, ApiError, api_error_response, shortened, triad_error_response
 from router.metrics import Metrics
+from router.paths import COMPLETIONS, DIRECT
 from router.request_log import CARRIER, LOG_FIELDS, SPAN
 from telemetry.logs import ACCESS, FIELDS, LogContext, log_context
 from telemetry.propagation import carrier_below, carrier_of, parent_context
