@@ -23,6 +23,10 @@ from router.ingress import Ingress
 UNLIMITED = 100_000
 """The ongoing requests an actor may have. Admission and the replica's queue are the bounds."""
 
+ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
+"""Has an ingress run on the event loop of Serve's HTTP server, which router.direct needs. A replica stays on
+a thread of its own, whose loop is not Ray's."""
+
 
 def deploy(args: ClusterConfig) -> Application:
     """Builds the replicas, the ingresses and, without a redis_url, a Redis."""
@@ -36,7 +40,7 @@ def deploy(args: ClusterConfig) -> Application:
         "Ingress",
         Ingress,
         args.num_ingresses,
-        {"num_cpus": args.ingress_cpus},
+        {"num_cpus": args.ingress_cpus, "runtime_env": {"env_vars": ONE_LOOP}},
         args.drain_timeout_s,
         (IngressConfig.of(args), redis_url, _replicas(args, redis_url), deployed_with),
         logging_config=_logging(args),
@@ -87,7 +91,7 @@ def _bind(
     name: str,
     cls: type,
     number: int | AutoscalingConfig,
-    actor_options: Mapping[str, float],
+    actor_options: Mapping[str, Any],
     drain_timeout_s: float,
     arguments: tuple[Any, ...],
     **more: Any,
