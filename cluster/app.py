@@ -23,6 +23,10 @@ from router.ingress import Ingress
 UNLIMITED = 100_000
 """The ongoing requests an actor may have. Admission and the replica's queue are the bounds."""
 
+ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
+"""Has an ingress run on the event loop of Serve's HTTP server, which router.direct needs. A replica stays on
+a thread of its own, whose loop is not Ray's."""
+
 
 def deploy(args: ClusterConfig) -> Application:
     """Builds the replicas, the ingresses and, without a redis_url, a Redis."""
@@ -36,10 +40,10 @@ def deploy(args: ClusterConfig) -> Application:
         "Ingress",
         Ingress,
         args.num_ingresses,
-        {"num_cpus": args.ingress_cpus},
+        {"num_cpus": args.ingress_cpus, "runtime_env": {"env_vars": ONE_LOOP}},
         args.drain_timeout_s,
         (IngressConfig.of(args), redis_url, _replicas(args, redis_url), deployed_with),
-        logging_config=_logging(args, access_log=args.log_format == "text"),
+        logging_config=_logging(args),
     )
 
 
@@ -71,22 +75,23 @@ def _replicas(args: ClusterConfig, redis_url: str) -> Application:
         {"num_cpus": args.replica_cpus, "num_gpus": args.num_gpus},
         args.drain_timeout_s,
         (ReplicaConfig.of(args), redis_url),
-        # The ingress asks each replica every second who it is; its own log has the requests.
-        logging_config=_logging(args, access_log=False),
+        logging_config=_logging(args),
         **parallel,
     )
 
 
-def _logging(args: ClusterConfig, access_log: bool) -> LoggingConfig:
+def _logging(args: ClusterConfig) -> LoggingConfig:
+    """Serve's own log, without requests: the ingress has a log of them, and asks each replica every second
+    who it is."""
     encoding = "JSON" if args.log_format == "json" else "TEXT"
-    return LoggingConfig.model_validate({"encoding": encoding, "enable_access_log": access_log})
+    return LoggingConfig.model_validate({"encoding": encoding, "enable_access_log": False})
 
 
 def _bind(
     name: str,
     cls: type,
     number: int | AutoscalingConfig,
-    actor_options: Mapping[str, float],
+    actor_options: Mapping[str, Any],
     drain_timeout_s: float,
     arguments: tuple[Any, ...],
     **more: Any,

@@ -49,6 +49,8 @@ def serving_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(SILENT_CLIENT_S),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM_S),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(MIN_DRAIN_S),
+        # Completions go past what Serve puts around a request.
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "router.direct.middleware",
     }
     # Of a cluster's own: sent to the port of another one's, a request would be answered by that.
     wanted |= dict(zip(OWN_PORTS, map(str, _free_ports(len(OWN_PORTS))), strict=True))

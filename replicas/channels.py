@@ -7,9 +7,11 @@ A stream for each request would cost about a millisecond an item and more than t
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 
+from replicas.mailbox import Mailbox
 from replicas.messages import Event
 
 KEEP_ALIVE_S = 1.0
+"""The time after which there is an item again, be it empty."""
 
 
 class ChannelHub:
@@ -20,7 +22,7 @@ class ChannelHub:
 
     def __init__(self, on_close: Callable[[str], None]):
         self._on_close = on_close
-        self._open: dict[str, asyncio.Queue[tuple[Event, ...] | None]] = {}
+        self._open: dict[str, Mailbox[Event]] = {}
         self._is_closed = False
 
     def is_open(self, channel_id: str) -> bool:
@@ -31,19 +33,19 @@ class ChannelHub:
     def publish(self, events: Mapping[str, list[Event]]) -> None:
         """Sends events to their channels; those of a closed channel have nobody to go to."""
         for channel_id, batch in events.items():
-            queue = self._open.get(channel_id)
-            if queue is not None:
-                queue.put_nowait(tuple(batch))
+            mailbox = self._open.get(channel_id)
+            if mailbox is not None:
+                mailbox.put(batch)
 
     def close(self) -> None:
         """Ends every channel's stream, after what was published; one that is opened from now on ends at
         once, without an item."""
         self._is_closed = True
-        for queue in self._open.values():
-            queue.put_nowait(None)
+        for mailbox in self._open.values():
+            mailbox.end()
 
     async def stream(self, channel_id: str) -> AsyncIterator[tuple[Event, ...]]:
-        """Events as they come, those that wait joined into one item; an empty item at once and when idle.
+        """Events as they come, those that wait joined into one item; an empty item at once and every second.
 
         Opening a channel again ends the stream that had it.
         """
@@ -51,30 +53,23 @@ class ChannelHub:
             return
         former = self._open.get(channel_id)
         if former is not None:
-            former.put_nowait(None)
+            former.end()
             self._on_close(channel_id)
-        queue: asyncio.Queue[tuple[Event, ...] | None] = asyncio.Queue()
-        self._open[channel_id] = queue
+        mailbox: Mailbox[Event] = Mailbox()
+        self._open[channel_id] = mailbox
+        ticking = asyncio.create_task(_tick(mailbox))
         try:
             yield ()
-            while True:
-                try:
-                    async with asyncio.timeout(KEEP_ALIVE_S):
-                        batch = await queue.get()
-                except TimeoutError:
-                    yield ()
-                    continue
-                events: list[Event] = []
-                while batch is not None:
-                    events += batch
-                    if queue.empty():
-                        break
-                    batch = queue.get_nowait()
-                if events:
-                    yield tuple(events)
-                if batch is None:
-                    return
+            while (events := await mailbox.take()) is not None:
+                yield tuple(events)
         finally:
-            if self._open.get(channel_id) is queue:
+            ticking.cancel()
+            if self._open.get(channel_id) is mailbox:
                 del self._open[channel_id]
                 self._on_close(channel_id)
+
+
+async def _tick(mailbox: Mailbox[Event]) -> None:
+    while True:
+        await asyncio.sleep(KEEP_ALIVE_S)
+        mailbox.put(())

@@ -8,6 +8,8 @@ from replicas.messages import Delta, ToolCallDelta
 
 def joined(deltas: Sequence[Delta]) -> Delta:
     """Joins consecutive Deltas of one choice into one."""
+    if len(deltas) == 1 and not deltas[0].tool_calls:
+        return deltas[0]
     return Delta(
         deltas[0].request_id,
         "".join(delta.text for delta in deltas),

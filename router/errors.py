@@ -21,6 +21,7 @@ RETRY_AFTER_S = 1
 MAX_MESSAGE_LEN = 2000
 MAX_PARAM_LEN = 200
 ANTHROPIC_PATH = "/v1/messages"
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -151,8 +152,7 @@ def anthropic_error_body(status: int, error: Mapping[str, Any]) -> dict[str, Any
 
 def encode(body: Any) -> bytes:
     """JSON in UTF-8. A lone surrogate, which UTF-8 doesn't have, becomes '?'."""
-    text = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.encode(errors="replace")
+    return _ENCODER.encode(body).encode(errors="replace")
 
 
 def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

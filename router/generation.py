@@ -4,6 +4,7 @@ import asyncio
 import math
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
+from itertools import chain
 from types import TracebackType
 from typing import Self
 
@@ -89,9 +90,10 @@ class Generation:
                     end = event
             if piled:
                 due_s = clock() + interval_s()
-                is_joined = self._request.tokens_per_delta is None
-                parts = ((joined(part),) if is_joined else part for part in piled.values())
-                yield tuple(delta for part in parts for delta in part)
+                if self._request.tokens_per_delta is None:
+                    yield tuple(map(joined, piled.values()))
+                else:
+                    yield tuple(chain.from_iterable(piled.values()))
             if isinstance(end, Failed):
                 self.last = end
                 raise TriadError(end.code, end.message)

@@ -118,13 +118,20 @@ class Ingress:
             metrics=self._metrics,
             siblings=self._siblings,
             tracer=self._tracing.tracer,
-            answers_id=False,  # Serve's own server does
+            answers_id=False,  # Serve's own server does, but for what comes by router.direct
         )
+        self._app: FastAPI | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: tuple[asyncio.Task[None], ...] = ()
         self._instance = instance
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._app_state, self._background())
+        self._app = create_app(self._app_state, self._background())
+        return self._app
+
+    def direct_app(self) -> FastAPI | None:
+        """As of router.direct.HasDirectApp."""
+        return self._app if asyncio.get_running_loop() is self._loop else None
 
     async def figures(self) -> tuple[str, list[Metric]]:
         """This ingress's name and the figures that it counts, for the ingress that is scraped."""
@@ -150,6 +157,7 @@ class Ingress:
 
     @asynccontextmanager
     async def _background(self) -> AsyncIterator[None]:
+        self._loop = asyncio.get_running_loop()
         stop = asyncio.Event()
         controlling = asyncio.create_task(self._controller.run(stop), name="the controller")
         self._tasks = (

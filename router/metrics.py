@@ -73,6 +73,31 @@ class Seen:
     """This router's own requests."""
 
 
+class _Count:
+    """A counter that is summed up here and read when somebody reads: OpenTelemetry's own takes some 7 µs an
+    addition.
+
+    common: labels of each of its series
+    labels: the names of those that tell them apart
+    """
+
+    def __init__(self, common: Labels, labels: tuple[str, ...]):
+        self._common = common
+        self._labels = labels
+        self._totals: dict[tuple[str, ...], int] = {}
+
+    def add(self, amount: int, *values: str) -> None:
+        """values: of the labels, in their order"""
+        self._totals[values] = self._totals.get(values, 0) + amount
+
+    def observed(self, options: CallbackOptions) -> list[Observation]:
+        """The totals so far. From any thread."""
+        return [
+            Observation(total, {**self._common, **dict(zip(self._labels, values, strict=True))})
+            for values, total in tuple(self._totals.items())
+        ]
+
+
 class Metrics:
     """All metrics of one ingress.
 
@@ -109,23 +134,30 @@ class Metrics:
             TOKENS_PER_FORWARD_BUCKETS,
             "Of a request, after its first token",
         )
-        self._tokens = meter.create_counter(
-            "triad.tokens", "{token}", "Tokens generated, by mode, whatever became of their requests"
+
+        def counter(name: str, unit: str, what: str, *labels: str) -> _Count:
+            count = _Count(self._own, labels)
+            meter.create_observable_counter(name, [count.observed], unit, what)
+            return count
+
+        self._tokens = counter(
+            "triad.tokens", "{token}", "Tokens generated, by mode, whatever became of their requests", "mode"
         )
-        self._cancelled = meter.create_counter(
-            "triad.cancelled.tokens", "{token}", "Of these, tokens of requests that were not finished, by why"
+        self._cancelled = counter(
+            "triad.cancelled.tokens",
+            "{token}",
+            "Of these, tokens of requests that were not finished, by why",
+            "error.type",
         )
-        self._reused = meter.create_counter(
+        self._reused = counter(
             "triad.reused.tokens", "{token}", "Prompt tokens that the prefix cache had, of finished requests"
         )
-        self._used = meter.create_counter("triad.key.tokens", "{token}", "Tokens used, by API key and kind")
-        self._forwards = meter.create_counter(
-            "triad.request.forwards", "{forward}", "Forwards of requests' rounds"
+        self._used = counter("triad.key.tokens", "{token}", "Tokens used, by API key and kind", "key", "kind")
+        self._forwards = counter("triad.request.forwards", "{forward}", "Forwards of requests' rounds")
+        self._switches = counter("triad.mode.switches", "{switch}", "Mode changes inside requests")
+        self._http = counter(
+            "triad.http.requests", "{request}", "Answers, by route and status", "route", "status"
         )
-        self._switches = meter.create_counter(
-            "triad.mode.switches", "{switch}", "Mode changes inside requests"
-        )
-        self._http = meter.create_counter("triad.http.requests", "{request}", "Answers, by route and status")
 
         def gauge(name: str, unit: str, what: str, read: Callable[[], Iterable[Observation]]) -> None:
             def callback(options: CallbackOptions) -> Iterable[Observation]:
@@ -204,7 +236,7 @@ class Metrics:
         return bytes(open_metrics(families, version="1.0.0"))  # type: ignore[no-untyped-call]
 
     def answered(self, route: str, status: int) -> None:
-        self._http.add(1, self._own | {"route": route, "status": str(status)})
+        self._http.add(1, route, str(status))
 
     def ended(self, outcome: Outcome) -> None:
         common = self._common | {"gen_ai.operation.name": outcome.operation}
@@ -235,14 +267,14 @@ class Metrics:
         """
         if report is None:
             if num_tokens:
-                self._tokens.add(num_tokens, self._own | {"mode": UNKNOWN})
+                self._tokens.add(num_tokens, UNKNOWN)
             return
         for mode, num in report.tokens_by_mode.items():
-            self._tokens.add(num, self._own | {"mode": mode.value})
+            self._tokens.add(num, mode.value)
         if report.num_forwards:
-            self._forwards.add(report.num_forwards, self._own)
+            self._forwards.add(report.num_forwards)
         if report.num_switches:
-            self._switches.add(report.num_switches, self._own)
+            self._switches.add(report.num_switches)
 
     def cancelled(self, why: str, num_tokens: int) -> None:
         """Counts the tokens that were made for a request that was not finished.
@@ -250,17 +282,16 @@ class Metrics:
         why: an error's code
         """
         if num_tokens:
-            self._cancelled.add(num_tokens, self._own | {"error.type": why})
+            self._cancelled.add(num_tokens, why)
 
     def reused(self, num_tokens: int) -> None:
         """Counts prompt tokens that cost nothing."""
-        self._reused.add(num_tokens, self._own)
+        self._reused.add(num_tokens)
 
     def used(self, key_name: str | None, num_prompt: int, num_completion: int) -> None:
         """Counts a request's tokens under the name of its API key."""
-        key = self._own | {"key": key_name or ""}
-        self._used.add(num_prompt, key | {"kind": "prompt"})
-        self._used.add(num_completion, key | {"kind": "completion"})
+        self._used.add(num_prompt, key_name or "", "prompt")
+        self._used.add(num_completion, key_name or "", "completion")
 
     def _loads(self) -> list[ReplicaLoad]:
         view = self.seen.view

@@ -21,6 +21,7 @@ from router.config import MAX_HEADERS, Bounds
 from router.decompress import Decompression
 from router.errors import MAX_PARAM_LEN, ApiError, api_error_response, shortened, triad_error_response
 from router.metrics import Metrics
+from router.paths import COMPLETIONS, DIRECT
 from router.request_log import CARRIER, LOG_FIELDS, SPAN
 from telemetry.logs import ACCESS, FIELDS, LogContext, log_context
 from telemetry.propagation import carrier_below, carrier_of, parent_context
@@ -33,7 +34,6 @@ _NOT_PLAIN = re.compile(r"[^A-Za-z0-9_.:-]")
 
 OPEN_PATHS = frozenset({"/health", "/healthz", "/ping", "/readyz", "/metrics"})
 """Paths for probes and scrapers, which have no key and ask every few seconds: neither traced nor logged."""
-COMPLETIONS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"})
 PUBLIC_PREFIX = "/console/"
 """The console's files, which like its page `/` hold no secret: the page itself asks for a key."""
 WATCHERS_CALLS = frozenset({("GET", "/v1/triad/events"), ("POST", "/v1/triad/burst")})
@@ -105,7 +105,8 @@ class LenientPaths:
 class AccessLog:
     """ASGI middleware around all others: request id, span, counter and log line of every answer.
 
-    answers_id: True to answer with the id; False where what serves the app does, with the id as it came
+    answers_id: True to answer with the id; False where what serves the app does, with the id as it came, to
+      all but what router.direct brings
 
     The caller's own X-Request-Id is kept as far as it is a plain word.
     """
@@ -135,12 +136,13 @@ class AccessLog:
         token = log_context.set(LogContext(request_id, trace_id))
         status = 499
         began_s = time.monotonic()
+        answers_id = self._answers_id or DIRECT in scope
 
         async def note(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if self._answers_id:
+                if answers_id:
                     MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
             await send(message)
 
@@ -157,8 +159,9 @@ class AccessLog:
                     span.set_status(Status(StatusCode.ERROR))
                 span.end()
             if scope["path"] not in OPEN_PATHS and logger.isEnabledFor(logging.INFO):
-                line = {"status": status, "duration_s": round(time.monotonic() - began_s, 6)} | fields
-                logger.info("%s", name, extra={FIELDS: line})
+                duration_s = time.monotonic() - began_s
+                line = {"status": status, "duration_s": round(duration_s, 6)} | fields
+                logger.info("%s %d %.1fms", name, status, 1e3 * duration_s, extra={FIELDS: line})
             log_context.reset(token)
 
 

@@ -71,7 +71,7 @@ class GenerationResponse(Response):
             self._record.first_token()
             choices = await generation.whole()
             assert generation.finished is not None
-            answer = replace(self._answer, prompt_token_ids=generation.accepted.prompt_token_ids)
+            answer = self._answer_to(generation)
             pieces = await whole_body(answer, choices, generation.finished)
         num_bytes = sum(map(len, pieces))
         headers = {"content-type": "application/json", "content-length": str(num_bytes)}
@@ -80,11 +80,15 @@ class GenerationResponse(Response):
             await _send_part(send, piece)
         await send({"type": "http.response.body", "body": pieces[-1]})
 
+    def _answer_to(self, generation: Generation) -> Answer:
+        told = generation.accepted.prompt_token_ids
+        return replace(self._answer, prompt_token_ids=told) if told else self._answer
+
     async def _reply_in_events(self, send: Send) -> None:
         async with self._generation as generation, aclosing(generation.deltas(self._interval_s)) as news:
             self._record.first_token()
             so_far = Counts(generation.accepted.num_prompt_tokens)
-            answer = replace(self._answer, prompt_token_ids=generation.accepted.prompt_token_ids)
+            answer = self._answer_to(generation)
             head = answer.head(so_far)
             num_open = answer.num_choices
             await _start(send, EVENT_STREAM | _warning(generation))
@@ -114,22 +118,29 @@ class GenerationResponse(Response):
 
 
 async def run_until_disconnect(receive: Receive, work: Callable[[], Awaitable[None]]) -> None:
-    """Runs `work` and cancels it when the client disconnects. Returns when it has ended; raises its error."""
-    working = asyncio.ensure_future(work())
-    watching = asyncio.ensure_future(_disconnected(receive))
+    """Runs `work` and cancels it when the client disconnects. Returns when it has ended; raises its error.
+
+    It runs in the caller's own task: only the watch for the client's going takes another.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    has_gone = False
+
+    async def watch() -> None:
+        nonlocal has_gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        has_gone = True
+        task.cancel()
+
+    watching = asyncio.create_task(watch())
     try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            working.result()
+        await work()
+    except asyncio.CancelledError:
+        if not has_gone or task.uncancel():
+            raise
     finally:
-        working.cancel()
         watching.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _warning(generation: Generation) -> dict[str, str]:

@@ -5,6 +5,7 @@ import itertools
 from collections.abc import AsyncGenerator
 from typing import cast
 
+from replicas.mailbox import Mailbox
 from replicas.messages import Accepted, Event, GenerateRequest, ModelInfo, Rejected
 from replicas.token_messages import TokenAnswer, TokenRequest
 from replicas.wire import (
@@ -46,8 +47,8 @@ class SocketReplicaClient:
         transport.write(hello_frame(self._address.secret, channel_id))
         self._connection = connection
         try:
-            while (events := await connection.events.get()) is not None:
-                yield events
+            while (events := await connection.events.take()) is not None:
+                yield tuple(events)
         finally:
             transport.abort()
             if self._connection is connection:
@@ -62,11 +63,11 @@ class SocketReplicaClient:
 class _Connection(asyncio.Protocol):
     """A connection to a replica.
 
-    events: what its channel brought, an item at a time; None once the connection has ended
+    events: what its channel brought; they end with the connection
     """
 
     def __init__(self) -> None:
-        self.events: asyncio.Queue[tuple[Event, ...] | None] = asyncio.Queue()
+        self.events: Mailbox[Event] = Mailbox()
         self._frames = FrameBuffer(MAX_FRAME_BYTES)
         self._numbers = itertools.count()
         self._calls: dict[int, asyncio.Future[object]] = {}
@@ -94,7 +95,7 @@ class _Connection(asyncio.Protocol):
                 if isinstance(message, CallAnswer):
                     self._answered(message)
                 else:
-                    self.events.put_nowait(message)
+                    self.events.put(message)
         except FrameError:
             self._transport.abort()
 
@@ -103,7 +104,7 @@ class _Connection(asyncio.Protocol):
         for answered in self._calls.values():
             if not answered.done():
                 answered.set_exception(ConnectionError(f"the connection to the replica was lost: {error}"))
-        self.events.put_nowait(None)
+        self.events.end()
 
     def _answered(self, answer: CallAnswer) -> None:
         waiting = self._calls.get(answer.number)

@@ -12,7 +12,7 @@ from typing import Any
 PACKAGES = ("policies", "replicas", "router", "cluster", "telemetry")
 TEXT_FORMAT = "%(levelname)s %(asctime)s %(name)s: %(message)s"
 ACCESS = "router.access"
-"""The logger of a line a request. As text there is Serve's own."""
+"""The logger of a line a request."""
 
 FIELDS = "triad"
 """The key of more fields for a line: `logger.info(..., extra={FIELDS: {...}})`."""
@@ -58,7 +58,6 @@ def configure_logs(log_format: str) -> None:
     is_json = log_format == "json"
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if is_json else logging.Formatter(TEXT_FORMAT))
-    logging.getLogger(ACCESS).setLevel(logging.NOTSET if is_json else logging.WARNING)
     for name in PACKAGES:
         logger = logging.getLogger(name)
         logger.handlers = [handler]

@@ -106,3 +106,14 @@ async def test_a_client_that_goes_is_noticed_though_its_body_came_apart(
 
     await eventually(idle, within_s=10, every_s=0.02)
     assert time.monotonic() - left_s < 2
+
+
+async def test_completions_come_past_serve_and_all_else_by_it(door_client: httpx.AsyncClient) -> None:
+    """Told by the request's id, which Serve returns as it came and the app as a plain word."""
+    headers = {"x-request-id": "two words"}
+    for streams in (False, True):
+        body = chat("Hello", max_tokens=2, stream=streams)
+        answer = await door_client.post(PATH, json=body, headers=headers)
+        assert answer.headers.get_list("x-request-id") == ["two_words"]
+    answer = await door_client.get("/v1/models", headers=headers)
+    assert answer.headers.get_list("x-request-id") == ["two words"]

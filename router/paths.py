@@ -1,0 +1,5 @@
+"""The paths of completions, and what is told in the scope of the way by which one came."""
+
+COMPLETIONS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"})
+DIRECT = "triad_direct"
+"""Set in the scope of a request that router.direct has brought: nothing of Serve's answers with its id."""
