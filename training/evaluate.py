@@ -75,7 +75,8 @@ def name_of(plan: DecodePlan) -> str:
         return "ar"
     if plan.mode is Mode.SELF_SPECULATION:
         return f"self_speculation B={plan.block_length}"
-    setting = f"t={plan.threshold}" if plan.factor is None else f"f={plan.factor}"
+    bounds = (("t", plan.threshold), ("f", plan.factor), ("r", plan.risk))
+    [setting] = (f"{kind}={value:g}" for kind, value in bounds if value is not None)
     return f"diffusion {setting} B={plan.block_length}"
 
 
@@ -92,8 +93,9 @@ def decode(
     on_round: called with each round of a block as it ended.
     """
     block_length = None if plan.mode is Mode.AR else plan.block_length
-    threshold = plan.threshold if plan.factor is None else None
-    options = DecodingOptions(plan.mode, block_length, threshold, factor=plan.factor)
+    options = DecodingOptions(
+        plan.mode, block_length, plan.threshold, factor=plan.factor, risk=plan.risk
+    )
     sequences: list[Sequence] = []
     for number, chat in enumerate(chats):
         ids = codec.encode(tuple(chat.messages), tools=tool_use(chat))
