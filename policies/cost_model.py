@@ -39,8 +39,8 @@ class CostModelParameters(PolicyParameters):
     """Diffusion's threshold. Its forwards fall and its errors rise as the threshold falls, so it is also the
     fastest that is acceptable, and the only one considered."""
     factor: float | None = Field(default=None, gt=0.0, le=MAX_FACTOR)
-    """Diffusion's factor, in place of a threshold; without either the checkpoint's own sampler
-    chooses, or without one the default factor (policies.modes); where quality is a bound any that keeps it."""
+    """Diffusion's factor, in place of a threshold; without either the checkpoint's own sampler chooses, or
+    without one the default factor (policies.modes); where quality is a bound any that keeps it."""
     diffusion_gain: float = Field(default=0.05, ge=0.0)
     """The gain over the best lossless plan that diffusion must bring to be chosen (0.05 is 5 %)."""
     speculation_blocks: tuple[int, ...] = (4, 8, 16, 32)
@@ -73,8 +73,8 @@ class CostModelParameters(PolicyParameters):
     ) -> list[DecodePlan]:
         """Returns the plans that a model with these modes may run, `ar` first.
 
-        costs: say which settings of diffusion keep a bound on quality. risk: of the checkpoint's sampler; None
-        where it has none.
+        costs: say which settings of diffusion keep a bound on quality. risk: of the checkpoint's sampler;
+        None where it has none.
         """
         plans = [DecodePlan(Mode.AR)]
         if Mode.SELF_SPECULATION in modes:

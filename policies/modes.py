@@ -43,7 +43,7 @@ DEFAULT_BLOCK_LENGTHS: Mapping[Mode, int] = MappingProxyType(
 class DecodePlan:
     """A mode and its parameters. Raises ValueError for parameters out of their range.
 
-    Plans that decode alike are equal: `diffusion` has either a threshold, a factor or a risk, other modes none.
+    Plans that decode alike are equal: `diffusion` has a threshold, a factor or a risk, other modes none.
     """
 
     mode: Mode

@@ -110,8 +110,8 @@ class ReplicaLoad:
     turnaround_s: float = 0.0
     """Seconds that a client is between two requests, on average."""
     risk: float | None = None
-    """The risk of the checkpoint's learned sampler (policies.modes), by which diffusion decodes unless something
-    else is asked for; None where the checkpoint has none."""
+    """The risk of the checkpoint's learned sampler (policies.modes), by which diffusion decodes unless
+    something else is asked for; None where the checkpoint has none."""
     tokens_total_by_mode: Mapping[Mode, int] = field(default_factory=dict)
     """Every token generated since the replica started, by mode, whatever became of its request; never
     less than it was under the same replica_id, which no other process ever has."""

@@ -1,10 +1,10 @@
 """Fits a checkpoint's sampler (replicas.engine.decoders.learned_sampler): `python -m training.sampler`.
 
-It learns from the guesses of denoising forwards on training prompts, in the states that the default factor comes
-to, as long as a block is `ar`'s so far: was the guess `ar`'s token? One sampler serves all block lengths. It is
-written beside the weights only if, on the held-out prompts, at least as many answers are right with it as with
-the default factor at each of diffusion's block lengths. Afterwards `python -m training.evaluate --yields`
-measures it for policies and bounds on quality.
+It learns from the guesses of denoising forwards on training prompts, in the states that the default factor
+comes to, as long as the text is `ar`'s so far: was the guess `ar`'s token? One sampler serves all block lengths
+that the model was trained for. It is written beside the weights only if, on the held-out prompts, at least as
+many answers are right with it as with the default factor at each of diffusion's block lengths. Afterwards
+`python -m training.evaluate --yields` measures it for policies and bounds on quality.
 """
 
 import argparse
@@ -67,10 +67,20 @@ class Guesses:
 
     def run(self, batch: ScheduledBatch, /) -> Sequence[SegmentOutput]:
         outputs = self.runner.run(batch)
+        self.note(batch, outputs)
+        return outputs
+
+    def facts_of(self, segment: Segment, output: SegmentOutput) -> Matrix:
+        """What is noted of each guess of a segment, [W, F]."""
+        block = segment.token_ids[segment.num_causal :]
+        places = [index - segment.num_causal for index in segment.wanted[segment.num_checked :]]
+        is_seed_hidden = block[0] == self.spec.mask_token_id
+        return facts(len(block), places, output.probs[segment.num_checked :], is_seed_hidden)
+
+    def note(self, batch: ScheduledBatch, outputs: Sequence[SegmentOutput]) -> None:
         for segment, output in zip(batch.segments, outputs, strict=True):
             if segment.num_drafted:
                 self._note(segment, output)
-        return outputs
 
     def _note(self, segment: Segment, output: SegmentOutput) -> None:
         final, mask = self.finals[segment.seq_id], self.spec.mask_token_id
@@ -79,15 +89,12 @@ class Guesses:
                 self._strayed.add(segment.seq_id)
         if segment.seq_id in self._strayed:
             return
-        first, causal = segment.num_checked, segment.num_causal
-        block = segment.token_ids[causal:]
-        places = [index - causal for index in segment.wanted[first:]]
-        found = facts(len(block), places, output.probs[first:], block[0] == mask)
-        texts = [position - segment.prompt_len for position in segment.sampled_positions[first:]]
-        kept = [row for row, place in enumerate(texts) if place < len(final)]
+        first = segment.num_checked
+        places = [position - segment.prompt_len for position in segment.sampled_positions[first:]]
+        kept = [row for row, place in enumerate(places) if place < len(final)]
         if kept:
-            self.facts.append(found[kept])
-            self.right += [output.token_ids[first + row] == final[texts[row]] for row in kept]
+            self.facts.append(self.facts_of(segment, output)[kept])
+            self.right += [output.token_ids[first + row] == final[places[row]] for row in kept]
 
 
 @dataclass
@@ -136,14 +143,15 @@ def training_tasks(per_family: int) -> list[Task]:
 
 
 class Prompts:
-    """Tasks, and the engine that answers them."""
+    """Tasks, and the engine that answers them. limits: the engine's, where they are not the default ones."""
 
-    def __init__(self, tasks: list[Task], codec: TextCodec):
+    def __init__(self, tasks: list[Task], codec: TextCodec, **limits: int):
         self.tasks = tasks
         self._codec = codec
+        self._limits = EngineConfig(**{"max_waiting": len(tasks), **limits})
 
     def answers(self, runner: Runner, plan: DecodePlan) -> list[Answer]:
-        engine = Engine(runner, EngineConfig(max_waiting=len(self.tasks)))
+        engine = Engine(runner, self._limits)
         return decode(engine, self._codec, [task.chat for task in self.tasks], plan)
 
 
@@ -154,15 +162,13 @@ def learned(runner: Runner, prompts: Prompts, risk: float) -> tuple[LearnedSampl
     for block in FITTED_BLOCKS:
         noted.append(Guesses(runner, finals))
         prompts.answers(noted[-1], DecodePlan(Mode.DIFFUSION, block, factor=DEFAULT_FACTOR))
-    inputs = np.concatenate([rows for guesses in noted for rows in guesses.facts])
+    inputs = np.concatenate([each for guesses in noted for each in guesses.facts])
     right = np.array([each for guesses in noted for each in guesses.right], dtype=np.float64)
     seen = f"{len(right)} guesses on {len(prompts.tasks)} training prompts, {int((1.0 - right).sum())} wrong"
     return fit_sampler(inputs, right, risk), seen
 
 
-def measured(
-    runner: Runner, prompts: Prompts, sampler: LearnedSampler
-) -> list[tuple[int, Score, Score]]:
+def measured(runner: Runner, prompts: Prompts, sampler: LearnedSampler) -> list[tuple[int, Score, Score]]:
     """By block length the scores of the default factor and of the sampler."""
     by_ar = prompts.answers(runner, DecodePlan(Mode.AR))
 

@@ -2,8 +2,8 @@
 
 Each denoising forward fixes, of the positions still masked, the most confident one and every other whose top
 probability reaches the threshold, or as many as a factor lets it (Fast-dLLM's confidence-aware parallel
-decoding, arXiv 2505.22618), or a risk, by the checkpoint's own sampler (engine.decoders.learned_sampler). Fixed positions never change, so the fixed prefix streams before the block is
-complete.
+decoding, arXiv 2505.22618), or the checkpoint's own sampler within a risk (engine.decoders.learned_sampler).
+Fixed positions never change, so the fixed prefix streams before the block is complete.
 
 Where a block follows, its masks go behind the commit in the same forward, which is its first denoising, as
 those of the first block go behind the prompt: each block costs a forward less. That one denoising is done

@@ -2,8 +2,8 @@
 
 The trust in a guess is a logistic regression over what the engine knows of a denoising anyway: the
 probabilities of all its guesses, and where they stand. Of the guesses, the most trusted first, as many are
-fixed as leave the wrong ones to expect of the forward, the sum of one less each trust, within a risk; the first
-one always is.
+fixed as leave the wrong ones to expect of the forward, the sum of one less each trust, within a risk; the
+first one always is.
 
 Where the model is surer of any guess, none is trusted less.
 """
@@ -70,7 +70,8 @@ def log_odds(prob: float) -> float:
 
 
 def num_within(risk: float, ranked: Seq[float]) -> int:
-    """The number of guesses that a risk lets be fixed, of these log-odds of being right, the highest first."""
+    """The number of guesses that a risk lets be fixed, of these log-odds of being right, the highest
+    first."""
     expected = 0.0
     for count, odds in enumerate(ranked):
         expected += exp(-odds) if odds > MAX_ODDS else 1.0 / (1.0 + exp(odds))

@@ -318,9 +318,7 @@ def formed_diffusion(
         ScriptedModel(),
         prompt,
         max_tokens,
-        DecodePlan(
-            Mode.DIFFUSION, options.block_length, options.threshold, options.factor, options.risk
-        ),
+        DecodePlan(Mode.DIFFUSION, options.block_length, options.threshold, options.factor, options.risk),
         mask=MASK,
         eos={EOS},
         max_context=max_context,
