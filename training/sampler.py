@@ -1,9 +1,9 @@
 """Fits a checkpoint's sampler (replicas.engine.decoders.learned_sampler): `python -m training.sampler`.
 
 It learns from the guesses of denoising forwards on training prompts, in the states that the default factor
-comes to, as long as the text is `ar`'s so far: was the guess `ar`'s token? One sampler serves all block lengths
-that the model was trained for. It is written beside the weights only if, on the held-out prompts, at least as
-many answers are right with it as with the default factor at each of diffusion's block lengths. Afterwards
+comes to, as long as the text is `ar`'s so far: was the guess `ar`'s token? One sampler serves all block
+lengths. It is written beside the weights only if, on the held-out prompts, at least as many answers are right
+with it as with the default factor at each of diffusion's block lengths. Afterwards
 `python -m training.evaluate --yields` measures it for policies and bounds on quality.
 """
 
@@ -34,6 +34,8 @@ from training.tasks.registry import FAMILIES, held_out_tasks
 FITTED_BLOCKS = (4, 8, 16, 32)
 MEASURED_BLOCKS = (8, 16, 32)
 RISK = 0.02
+DOUBTS = 2
+"""The column of all doubts together."""
 Matrix = NDArray[np.float64]
 
 
@@ -127,12 +129,18 @@ def fit(inputs: Matrix, right: Matrix, ridge: float = 0.1) -> Matrix:
 def fit_sampler(inputs: Matrix, right: Matrix, risk: float) -> LearnedSampler:
     """The sampler of these facts [N, 6] and whether the guesses were right [N].
 
-    Raises ValueError where a surer model is not right more often, so that nothing can be learned.
+    Doubts that would speak for a guess don't count, so that no guess is trusted less where the model is surer.
+    Raises ValueError where a guess's own probability speaks against it, so that nothing can be learned.
     """
     scale = np.maximum(inputs.std(0), 1e-9)
     scale[0] = 1.0  # the bias
-    weights = Weights(*(round(float(weight), 4) for weight in fit(inputs / scale, right) / scale))
-    if weights.odds <= 0.0 or weights.doubts > 0.0:
+    found = fit(inputs / scale, right) / scale
+    if found[DOUBTS] > 0.0:
+        others = np.arange(len(found)) != DOUBTS
+        found[DOUBTS] = 0.0
+        found[others] = fit((inputs / scale)[:, others], right) / scale[others]
+    weights = Weights(*(round(float(weight), 4) for weight in found))
+    if weights.odds <= 0.0:
         raise ValueError(f"the guesses' probabilities don't tell which are right: {weights}")
     return LearnedSampler(weights, risk)
 

@@ -96,6 +96,7 @@ def guessed(rng: np.random.Generator, honest: bool) -> tuple[np.ndarray, np.ndar
 def test_the_sampler_of_calibrated_guesses_trusts_them_as_far_as_the_model_does():
     sampler = fit_sampler(*guessed(np.random.default_rng(0), honest=True), risk=0.3)
     assert sampler.risk == 0.3
+    assert sampler.weights.doubts <= 0.0
     [low, high] = sampler.log_odds(8, (1, 6), (0.2, 0.9), False)
     assert (low, high) == pytest.approx((math.log(0.25), math.log(9.0)), abs=0.4)
 
