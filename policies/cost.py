@@ -30,9 +30,9 @@ as triad-5m's tokens a forward do from threshold 0.99 to 0.9 (docs/experiments/d
 FACTOR_SHARE = 0.1
 """The doubt of a threshold that fixes about as much as a factor does, over the factor: triad-5m decodes alike
 with the factor 0.1 and the threshold 0.99, and with 0.5 and 0.95."""
-RISK_SHARE = 1.5
-"""The same over the risk of a learned sampler: triad-5m has as many tokens a forward with the risk 0.02 as
-with the factor 0.3."""
+RISK_SHARE = 2.0
+"""The same over the risk of a learned sampler: triad-5m has as many tokens a forward with the risk 0.01 as
+with the factor 0.2."""
 
 
 class ForwardStats(NamedTuple):

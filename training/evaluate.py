@@ -45,10 +45,12 @@ SETTINGS = (
 
 
 def settings(spec: ModelSpec) -> tuple[DecodePlan, ...]:
-    """SETTINGS, and diffusion by the checkpoint's own sampler where it has one."""
-    if spec.risk is None:
-        return SETTINGS
-    return (*SETTINGS, *(DecodePlan(Mode.DIFFUSION, block, risk=spec.risk) for block in (8, 16, 32)))
+    """SETTINGS, and where the checkpoint has a sampler diffusion with its risk and with twice that."""
+    risks = () if spec.risk is None else (spec.risk, 2.0 * spec.risk)
+    return (
+        *SETTINGS,
+        *(DecodePlan(Mode.DIFFUSION, block, risk=risk) for risk in risks for block in (8, 16, 32)),
+    )
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from training.tasks.registry import FAMILIES, held_out_tasks
 
 FITTED_BLOCKS = (4, 8, 16, 32)
 MEASURED_BLOCKS = (8, 16, 32)
-RISK = 0.02
+RISK = 0.01
 DOUBTS = 2
 """The column of all doubts together."""
 Matrix = NDArray[np.float64]
