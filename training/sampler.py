@@ -129,7 +129,7 @@ def fit(inputs: Matrix, right: Matrix, ridge: float = 0.1) -> Matrix:
 def fit_sampler(inputs: Matrix, right: Matrix, risk: float) -> LearnedSampler:
     """The sampler of these facts [N, 6] and whether the guesses were right [N].
 
-    Doubts that would speak for a guess don't count, so that no guess is trusted less where the model is surer.
+    Doubts that would speak for a guess don't count, so that none is trusted less where the model is surer.
     Raises ValueError where a guess's own probability speaks against it, so that nothing can be learned.
     """
     scale = np.maximum(inputs.std(0), 1e-9)

@@ -209,7 +209,7 @@ def test_the_default_factor_keeps_the_embedded_checkpoints_right_answers_and_a_l
     assert max(lost) > DEFAULT_FACTOR
 
 
-def test_with_the_embedded_checkpoints_sampler_as_many_are_right_as_with_the_default_factor_and_it_is_faster():
+def test_by_the_embedded_checkpoints_sampler_no_fewer_are_right_than_by_the_default_factor_and_sooner():
     known = {entry.plan: entry for entry in read_yields(EMBEDDED)}
     sampler = read_sampler(EMBEDDED)
     assert sampler is not None
