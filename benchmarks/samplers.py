@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from policies.modes import DecodePlan, Mode
+from replicas.config import EngineConfig
 from replicas.engine.batch import ModelSpec, Runner, ScheduledBatch, Segment, SegmentOutput
 from replicas.model.runner import TorchRunner
 from replicas.text import TextCodec
@@ -29,7 +30,7 @@ PLACE = 10
 OF_PROBABILITIES = (0, 1, 4, 5, 6, 7, 8, 9, 10, 11)
 """The features that need no more of a guess than its probability: no entropy and no runner-up."""
 NUM_TOP = 20
-ROOM = {"max_running": 32, "max_step_tokens": 16384, "max_prefill_tokens": 8192}
+ROOM = EngineConfig(max_running=32, max_step_tokens=16384, max_prefill_tokens=8192)
 SUREST = 16.0
 """The log-odds of what is fixed, and the most that a guess has."""
 Sure = Callable[[torch.Tensor], torch.Tensor]
@@ -161,9 +162,9 @@ def main() -> None:
     options = parser.parse_args()
     runner = TorchRunner.load(str(DEFAULT_CHECKPOINT))
     codec = TextCodec.load(str(DEFAULT_CHECKPOINT))
-    fitted = Prompts(training_tasks(options.per_family), codec, **ROOM)
+    fitted = Prompts(training_tasks(options.per_family), codec, ROOM)
     tasks = [task for family in FAMILIES for task in held_out_tasks(family, options.per_family)]
-    measured = Prompts(tasks, codec, **ROOM)
+    measured = Prompts(tasks, codec, ROOM)
     finals = [answer.tokens for answer in fitted.answers(runner, DecodePlan(Mode.AR))]
     by_ar = measured.answers(runner, DecodePlan(Mode.AR))
     print("| block | sampler | exact % | same as ar % | tokens/forward |")

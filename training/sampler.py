@@ -36,6 +36,7 @@ MEASURED_BLOCKS = (8, 16, 32)
 RISK = 0.01
 DOUBTS = 2
 """The column of all doubts together."""
+DEFAULT_LIMITS = EngineConfig()
 Matrix = NDArray[np.float64]
 
 
@@ -151,12 +152,12 @@ def training_tasks(per_family: int) -> list[Task]:
 
 
 class Prompts:
-    """Tasks, and the engine that answers them. limits: the engine's, where they are not the default ones."""
+    """Tasks, and the engine that answers them. limits: the engine's, but for how many tasks may wait."""
 
-    def __init__(self, tasks: list[Task], codec: TextCodec, **limits: int):
+    def __init__(self, tasks: list[Task], codec: TextCodec, limits: EngineConfig = DEFAULT_LIMITS):
         self.tasks = tasks
         self._codec = codec
-        self._limits = EngineConfig(**{"max_waiting": len(tasks), **limits})
+        self._limits = limits.model_copy(update={"max_waiting": len(tasks)})
 
     def answers(self, runner: Runner, plan: DecodePlan) -> list[Answer]:
         engine = Engine(runner, self._limits)
