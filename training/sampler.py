@@ -221,7 +221,7 @@ def main() -> None:
         for _, by_factor, by_sampler in rows
     ):
         raise SystemExit(
-            "fewer answers are right than with the factor, or it takes no fewer forwards: nothing is written; "
+            "fewer answers are right than with the factor, or no fewer forwards taken: nothing is written; "
             f"a {SAMPLER_FILE} of other weights is to be deleted"
         )
     write_sampler(options.checkpoint, sampler, f"training.sampler: {seen}, {date.today()}")
