@@ -7,40 +7,39 @@ decodes as ever; it is only told other confidences.
 """
 
 import argparse
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from policies.modes import DecodePlan, Mode
 from replicas.config import EngineConfig
 from replicas.engine.batch import ModelSpec, Runner, ScheduledBatch, Segment, SegmentOutput
-from replicas.engine.engine import Engine
 from replicas.model.runner import TorchRunner
 from replicas.text import TextCodec
-from training.evaluate import DEFAULT_CHECKPOINT, Answer, decode, score
-from training.tasks.family import Task, draw
+from training.evaluate import DEFAULT_CHECKPOINT, score
+from training.sampler import Guesses, Matrix, Prompts, fit, training_tasks
 from training.tasks.registry import FAMILIES, held_out_tasks
 
 BUDGETS = (0.02, 0.04)
 """Wrong guesses expected of a forward, at most."""
 NUM_FEATURES = 12
+PLACE = 10
+"""The feature that is log(1 + the place in the block)."""
 OF_PROBABILITIES = (0, 1, 4, 5, 6, 7, 8, 9, 10, 11)
 """The features that need no more of a guess than its probability: no entropy and no runner-up."""
 NUM_TOP = 20
+ROOM = EngineConfig(max_running=32, max_step_tokens=16384, max_prefill_tokens=8192)
 SUREST = 16.0
 """The log-odds of what is fixed, and the most that a guess has."""
-Sure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""How likely each guess is right, [W], from its features [W, F] and its places in the block [W]."""
+Sure = Callable[[torch.Tensor], torch.Tensor]
+"""How likely each guess is right, [W], from its features [W, F]."""
 
 
-def features(segment: Segment, output: SegmentOutput) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each masked position that a denoising forward guessed, features [W, F] and place in the block [W].
-
-    The first feature is its log-odds by the model.
-    """
-    first = sum(index < segment.num_causal for index in segment.wanted)
+def features(segment: Segment, output: SegmentOutput) -> torch.Tensor:
+    """Of each masked position that a denoising forward guessed, features [W, F], first its log-odds."""
+    first = segment.num_checked
     length = len(segment.token_ids) - segment.num_causal
     places = torch.tensor([index - segment.num_causal for index in segment.wanted[first:]])
     top = torch.tensor([[logprob for _, logprob in row] for row in output.top[first:]], dtype=torch.float64)
@@ -69,48 +68,20 @@ def features(segment: Segment, output: SegmentOutput) -> tuple[torch.Tensor, tor
         torch.log1p(places.double()),
         torch.full_like(odds, float(not is_fixed[0])),
     )
-    return torch.stack(columns, dim=1), places
+    return torch.stack(columns, dim=1)
 
 
-class Guesses:
-    """A runner that notes, for guesses of blocks that are `ar`'s so far, their features and if they are
-    right."""
-
-    def __init__(self, runner: Runner, finals: Sequence[Sequence[int]]):
-        self._runner, self._finals = runner, finals
-        self._strayed: set[int] = set()
-        self.noted: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self._runner.spec
+@dataclass
+class TopGuesses(Guesses):
+    """Guesses with all the features, of a runner that is asked for the most probable tokens too."""
 
     def run(self, batch: ScheduledBatch, /) -> list[SegmentOutput]:
-        found = _with_top(self._runner, batch)
-        for segment, output in zip(batch.segments, found, strict=True):
-            if not segment.is_causal and any(index >= segment.num_causal for index in segment.wanted):
-                self._note(segment, output)
-        return found
+        outputs = _with_top(self.runner, batch)
+        self.note(batch, outputs)
+        return outputs
 
-    def _note(self, segment: Segment, output: SegmentOutput) -> None:
-        final = self._finals[segment.seq_id]
-        here = enumerate(segment.token_ids, start=segment.start - segment.prompt_len)
-        known = [
-            (token, final[place])
-            for place, token in here
-            if 0 <= place < len(final) and token != self.spec.mask_token_id
-        ]
-        if any(token != truth for token, truth in known):
-            self._strayed.add(segment.seq_id)
-        if segment.seq_id in self._strayed:
-            return
-        first = sum(index < segment.num_causal for index in segment.wanted)
-        places = [position - segment.prompt_len for position in segment.sampled_positions[first:]]
-        kept = [k for k, place in enumerate(places) if place < len(final)]
-        if kept:
-            right = [output.token_ids[first + k] == final[places[k]] for k in kept]
-            rows, where = features(segment, output)
-            self.noted.append((rows[kept], where[kept], torch.tensor(right, dtype=torch.float64)))
+    def facts_of(self, segment: Segment, output: SegmentOutput) -> Matrix:
+        return features(segment, output).numpy()
 
 
 class Chooser:
@@ -129,10 +100,10 @@ class Chooser:
         return [self._chosen(*pair) for pair in zip(batch.segments, found, strict=True)]
 
     def _chosen(self, segment: Segment, output: SegmentOutput) -> SegmentOutput:
-        first = sum(index < segment.num_causal for index in segment.wanted)
+        first = segment.num_checked
         if first == len(segment.wanted):
             return output
-        sure = self._sure(*features(segment, output))
+        sure = self._sure(features(segment, output))
         ranked = sure.argsort(descending=True)
         fixed = ranked[(1.0 - sure[ranked]).cumsum(0) <= self._budget]
         probs = 0.4 * sure
@@ -151,61 +122,34 @@ def _with_top(runner: Runner, batch: ScheduledBatch) -> list[SegmentOutput]:
     return list(runner.run(replace(batch, segments=tuple(asked))))
 
 
-def fit(inputs: torch.Tensor, right: torch.Tensor, ridge: float = 0.1) -> torch.Tensor:
-    """Logistic regression: the weights [F] of inputs [N, F] whose sum is the log-odds of being right [N]."""
-    weights = torch.zeros(inputs.shape[1], dtype=torch.float64)
-    penalty = ridge * torch.eye(inputs.shape[1], dtype=torch.float64)
-    for _ in range(25):  # of Newton's steps
-        sure = torch.sigmoid(inputs @ weights)
-        slope = inputs.T @ (right - sure) - ridge * weights
-        bend = (inputs * (sure * (1.0 - sure))[:, None]).T @ inputs + penalty
-        weights += torch.linalg.solve(bend, slope)
-    return weights
+def fitted_weights(inputs: torch.Tensor, noted: Guesses) -> torch.Tensor:
+    """The weights [F] of inputs [N, F] that best tell which of the guesses were right."""
+    return torch.from_numpy(fit(inputs.numpy(), np.array(noted.right, dtype=np.float64)))
 
 
 def by_place(noted: Guesses, length: int) -> Sure:
     """The model's confidence, calibrated by place in the block: a line over its log-odds for each place."""
 
-    def spread(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    def spread(rows: torch.Tensor) -> torch.Tensor:
         line = torch.stack((torch.ones(len(rows), dtype=torch.float64), rows[:, 0] / SUREST), dim=1)
-        here = torch.nn.functional.one_hot(places, length).double()
+        here = torch.nn.functional.one_hot(rows[:, PLACE].expm1().round().long(), length).double()
         return torch.cat((10.0 * line, *(here * column[:, None] for column in line.T)), dim=1)
 
-    rows, places, right = map(torch.cat, zip(*noted.noted, strict=True))
-    weights = fit(spread(rows, places), right)
-    return lambda rows, places: torch.sigmoid(spread(rows, places) @ weights)
+    weights = fitted_weights(spread(torch.from_numpy(np.concatenate(noted.facts))), noted)
+    return lambda rows: torch.sigmoid(spread(rows) @ weights)
 
 
 def learned(noted: Guesses, columns: Sequence[int]) -> Sure:
     """A logistic regression over some of the features."""
-    rows, _, right = map(torch.cat, zip(*noted.noted, strict=True))
+    rows = torch.from_numpy(np.concatenate(noted.facts))
     mean, deviation = rows.mean(0), rows.std(0) + 1e-9
 
     def scaled(rows: torch.Tensor) -> torch.Tensor:
         ones = torch.ones(len(rows), 1, dtype=torch.float64)
         return torch.cat((ones, ((rows - mean) / deviation)[:, columns]), dim=1)
 
-    weights = fit(scaled(rows), right)
-    return lambda rows, _: torch.sigmoid(scaled(rows) @ weights)
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Tasks, and the engine that answers them."""
-
-    tasks: list[Task]
-    codec: TextCodec
-
-    def answers(self, runner: Runner, plan: DecodePlan) -> list[Answer]:
-        roomy = EngineConfig(
-            max_waiting=len(self.tasks), max_running=32, max_step_tokens=16384, max_prefill_tokens=8192
-        )
-        return decode(Engine(runner, roomy), self.codec, [task.chat for task in self.tasks], plan)
-
-
-def training_tasks(per_family: int) -> list[Task]:
-    rng = random.Random("samplers")
-    return [draw(family, rng, held_out=False) for family in FAMILIES.values() for _ in range(per_family)]
+    weights = fitted_weights(scaled(rows), noted)
+    return lambda rows: torch.sigmoid(scaled(rows) @ weights)
 
 
 def main() -> None:
@@ -218,9 +162,9 @@ def main() -> None:
     options = parser.parse_args()
     runner = TorchRunner.load(str(DEFAULT_CHECKPOINT))
     codec = TextCodec.load(str(DEFAULT_CHECKPOINT))
-    fitted = Prompts(training_tasks(options.per_family), codec)
+    fitted = Prompts(training_tasks(options.per_family), codec, ROOM)
     tasks = [task for family in FAMILIES for task in held_out_tasks(family, options.per_family)]
-    measured = Prompts(tasks, codec)
+    measured = Prompts(tasks, codec, ROOM)
     finals = [answer.tokens for answer in fitted.answers(runner, DecodePlan(Mode.AR))]
     by_ar = measured.answers(runner, DecodePlan(Mode.AR))
     print("| block | sampler | exact % | same as ar % | tokens/forward |")
@@ -232,11 +176,11 @@ def main() -> None:
         print(f"| {plan.block_length} | {name} | {shares} | {row.tokens_per_forward:.2f} |", flush=True)
 
     for block in options.blocks:
-        guesses = Guesses(runner, finals)
+        guesses = TopGuesses(runner, finals)
         fitted.answers(guesses, DecodePlan(Mode.DIFFUSION, block, factor=0.1))
         plan = DecodePlan(Mode.DIFFUSION, block, threshold=0.5)
         samplers: dict[str, Sure] = {
-            "doubts summed": lambda rows, _: torch.sigmoid(rows[:, 0]),
+            "doubts summed": lambda rows: torch.sigmoid(rows[:, 0]),
             "calibrated by place": by_place(guesses, block),
             "learned rule": learned(guesses, range(NUM_FEATURES)),
             "learned of probabilities alone": learned(guesses, OF_PROBABILITIES),

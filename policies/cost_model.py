@@ -39,8 +39,8 @@ class CostModelParameters(PolicyParameters):
     """Diffusion's threshold. Its forwards fall and its errors rise as the threshold falls, so it is also the
     fastest that is acceptable, and the only one considered."""
     factor: float | None = Field(default=None, gt=0.0, le=MAX_FACTOR)
-    """Diffusion's factor, in place of a threshold; without either the default one (policies.modes), or where
-    quality is a bound any that keeps it."""
+    """Diffusion's factor, in place of a threshold; without either the checkpoint's own sampler chooses, or
+    without one the default factor (policies.modes); where quality is a bound any that keeps it."""
     diffusion_gain: float = Field(default=0.05, ge=0.0)
     """The gain over the best lossless plan that diffusion must bring to be chosen (0.05 is 5 %)."""
     speculation_blocks: tuple[int, ...] = (4, 8, 16, 32)
@@ -68,25 +68,29 @@ class CostModelParameters(PolicyParameters):
             )
         return self
 
-    def candidates(self, modes: tuple[Mode, ...], costs: ReplicaCosts | None = None) -> list[DecodePlan]:
+    def candidates(
+        self, modes: tuple[Mode, ...], costs: ReplicaCosts | None = None, risk: float | None = None
+    ) -> list[DecodePlan]:
         """Returns the plans that a model with these modes may run, `ar` first.
 
-        costs: say which settings of diffusion keep a bound on quality.
+        costs: say which settings of diffusion keep a bound on quality. risk: of the checkpoint's sampler;
+        None where it has none.
         """
         plans = [DecodePlan(Mode.AR)]
         if Mode.SELF_SPECULATION in modes:
             plans += [DecodePlan(Mode.SELF_SPECULATION, block) for block in self.speculation_blocks]
         if Mode.DIFFUSION in modes and self.quality != "lossless":
-            plans += self._diffusions(costs)
+            plans += self._diffusions(costs, risk)
         return plans
 
-    def _diffusions(self, costs: ReplicaCosts | None) -> list[DecodePlan]:
-        setting = (self.threshold, self.factor)
+    def _diffusions(self, costs: ReplicaCosts | None, risk: float | None) -> list[DecodePlan]:
+        is_set = self.threshold is not None or self.factor is not None
+        setting = (self.threshold, self.factor) if is_set else (None, None, risk)
         plans = [DecodePlan(Mode.DIFFUSION, block, *setting) for block in self.diffusion_blocks]
         if not isinstance(self.quality, QualityBound):
             return plans
         kept = plans_within(self.quality.max_differing, () if costs is None else costs.yields)
-        if setting != (None, None):
+        if is_set:
             return [plan for plan in plans if plan in kept]
         # One a block, and by priors, which stay as they are: which plans are considered must not flicker.
         quickest = sorted(kept, key=lambda plan: -prior_yield(plan).forwards)
@@ -118,7 +122,8 @@ class CostModelPolicy(Policy[tuple[float, ...]]):
         state = (*state, num_auto)[-LOOKS:] if num_auto else ()
         num_auto = statistics.median(state or (0,))
         forecasts = [
-            forecast(load, plan, num_auto) for plan in self._bounds.candidates(load.modes, load.costs)
+            forecast(load, plan, num_auto)
+            for plan in self._bounds.candidates(load.modes, load.costs, load.risk)
         ]
         scores = {f.plan: self._score(load, f, is_running=f.plan == current) for f in forecasts}
         best = max(forecasts, key=lambda expected: scores[expected.plan])
@@ -140,7 +145,7 @@ class CostModelPolicy(Policy[tuple[float, ...]]):
         modes = load.modes
         if load.num_lossless >= load.num_auto:
             modes = tuple(mode for mode in modes if mode in LOSSLESS_MODES)
-        forecasts = [forecast(load, plan) for plan in self._bounds.candidates(modes, load.costs)]
+        forecasts = [forecast(load, plan) for plan in self._bounds.candidates(modes, load.costs, load.risk)]
         best = max(map(self._worth, forecasts))
         others = [expected for expected in forecasts if expected.plan != running]
         tried = max(others, key=self._hope, default=None)

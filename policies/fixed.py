@@ -20,7 +20,8 @@ class PlanParameters(PolicyParameters):
     """Tokens a block; None for the mode's default."""
     threshold: float | None = Field(default=None, gt=0.0, le=1.0)
     factor: float | None = Field(default=None, gt=0.0, le=MAX_FACTOR)
-    """Diffusion's factor, in place of a threshold; without either the default one (policies.modes)."""
+    """Diffusion's factor, in place of a threshold; without either the checkpoint's own sampler chooses,
+    or without one the default factor (policies.modes)."""
 
     @model_validator(mode="after")
     def _can_be_run(self) -> "PlanParameters":
@@ -28,8 +29,14 @@ class PlanParameters(PolicyParameters):
         self.decode_plan()
         return self
 
-    def decode_plan(self) -> DecodePlan:
+    def decode_plan(self, risk: float | None = None) -> DecodePlan:
+        """Returns the plan at a replica.
+
+        risk: of its checkpoint's sampler; None where that has none.
+        """
         block_length = DEFAULT_BLOCK_LENGTHS[self.mode] if self.block_length is None else self.block_length
+        if self.threshold is None and self.factor is None:
+            return DecodePlan(self.mode, block_length, risk=risk)
         return DecodePlan(self.mode, block_length, self.threshold, self.factor)
 
 
@@ -41,14 +48,15 @@ class FixedPolicy(Policy[None]):
 
     def __init__(self, parameters: PlanParameters):
         super().__init__(parameters)
-        self._plan = parameters.decode_plan()
+        self._parameters = parameters
 
     def resume(self, current: DecodePlan | None, held_s: float, now_s: float) -> None:
         return None
 
     def decide(self, snapshot: Snapshot, state: None, now_s: float) -> tuple[Decision, None]:
-        plan = available_plan(self._plan, snapshot.load.modes)
-        if plan == self._plan:
+        wanted = self._parameters.decode_plan(snapshot.load.risk)
+        plan = available_plan(wanted, snapshot.load.modes)
+        if plan == wanted:
             return Decision(plan, f"fixed to {plan.mode}"), None
-        reason = f"fixed to {self._plan.mode}, which this model lacks; {plan.mode} instead"
+        reason = f"fixed to {wanted.mode}, which this model lacks; {plan.mode} instead"
         return Decision(plan, reason), None

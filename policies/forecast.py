@@ -143,7 +143,7 @@ def _counts(load: ReplicaLoad, plan: DecodePlan, num_auto: float) -> Iterator[tu
     if num_lossless:
         yield num_lossless, lossless_plan(plan, load.modes)
     for mode, num_clients in pinned.items():
-        yield num_clients, default_plan(mode)
+        yield num_clients, default_plan(mode, load.risk)
 
 
 def _pace(load: ReplicaLoad, expected: RoundYield) -> float:

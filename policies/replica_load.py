@@ -109,13 +109,16 @@ class ReplicaLoad:
     (policies.turnarounds)."""
     turnaround_s: float = 0.0
     """Seconds that a client is between two requests, on average."""
+    risk: float | None = None
+    """The risk of the checkpoint's learned sampler (policies.modes), by which diffusion decodes unless
+    something else is asked for; None where the checkpoint has none."""
     tokens_total_by_mode: Mapping[Mode, int] = field(default_factory=dict)
     """Every token generated since the replica started, by mode, whatever became of its request; never
     less than it was under the same replica_id, which no other process ever has."""
 
     def __post_init__(self) -> None:
-        lengths = self.mean_remaining or 0.0, self.mean_completion or 0.0
-        amounts = (*_AMOUNTS(self), *lengths, *self.tokens_per_forward.values())
+        optional = self.mean_remaining or 0.0, self.mean_completion or 0.0, self.risk or 0.0
+        amounts = (*_AMOUNTS(self), *optional, *self.tokens_per_forward.values())
         if not all(0 <= amount < math.inf for amount in amounts):
             raise ValueError(f"amounts must be finite and not negative: {amounts}")
 

@@ -63,8 +63,8 @@ class ThresholdPolicy(Policy[None]):
         num = load.num_in_flight
         levels = [level for level in self._table.levels if level.mode in load.modes]
         limits = [level.max_in_flight for level in levels]
-        plans = [level.decode_plan() for level in levels]
-        plans.append(available_plan(self._table.above.decode_plan(), load.modes))
+        plans = [level.decode_plan(load.risk) for level in levels]
+        plans.append(available_plan(self._table.above.decode_plan(load.risk), load.modes))
 
         index = _first_at_least(limits, num)
         current = _index_of(snapshot.current, plans)

@@ -169,7 +169,7 @@ def starting_costs(
     """Measures what forwards cost here, and joins what is known of this checkpoint and was learned before.
 
     Yields are those of the checkpoint's own file, else those learned before; what these say of answers is
-    left out, since it came from a file that is gone.
+    left out, since it came from a file that is gone. So are yields of a sampler that is gone.
     pooled: what Redis has of this kind of replica.
     overhead: what steps take beside their forwards.
     """
@@ -183,11 +183,13 @@ def starting_costs(
     forwards, learned = cache.begin(measured, pooled)
     step = forward_cost(forwards, config.max_step_tokens)
     yields = read_yields(Path(config.checkpoint))
+    if not yields and learned is not None:
+        yields = tuple(replace(entry, differing=None, right=None) for entry in learned.costs.yields)
+    if runner.spec.sampler is None:
+        yields = tuple(entry for entry in yields if entry.plan.risk is None)
     if learned is None:
         return ReplicaCosts(step, yields)
     before = learned.costs
-    if not yields:
-        yields = tuple(replace(entry, differing=None, right=None) for entry in before.yields)
     return ReplicaCosts(step, yields, before.factors, rates=before.rates)
 
 

@@ -121,6 +121,8 @@ class DecodingOptions:
     """Denoising forwards that a block of diffusion may take; the last one fixes all that is left."""
     factor: float | None = None
     """Takes the place of the plan's threshold or factor (policies.modes); never beside a threshold."""
+    risk: float | None = None
+    """Takes the place of both; only for a checkpoint with a sampler of its own."""
     max_differing: float | None = None
     """If given, `auto` is kept to these modes and to settings of diffusion of whose answers at most this
     share differs from AR's, as measured of the checkpoint (policies.quality)."""
@@ -131,7 +133,8 @@ class DecodingOptions:
     def sets_parameters(self) -> bool:
         """True if the request itself says how its mode decodes, and so what a round of it brings."""
         return any(
-            value is not None for value in (self.block_length, self.threshold, self.max_steps, self.factor)
+            value is not None
+            for value in (self.block_length, self.threshold, self.max_steps, self.factor, self.risk)
         )
 
 
@@ -370,5 +373,7 @@ class ModelInfo:
     replica_id: str
     """Serve's unique id of the replica, by which the router addresses it and under which it publishes its
     load."""
+    has_sampler: bool = False
+    """True if the checkpoint has a learned sampler, so that `decoding` may have a risk."""
     max_prompt_chars: int | None = None
     """The length above which a text has more tokens than max_context, whatever it says; None: not known."""

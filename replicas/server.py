@@ -63,6 +63,7 @@ class Replica:
             replica_id=replica_id,
             name=config.model_name,
             modes=engine.spec.modes,
+            has_sampler=engine.spec.sampler is not None,
             max_context=engine.spec.max_context,
             vocab_size=engine.spec.vocab_size,
             max_prompt_chars=codec.max_prompt_chars(engine.spec.max_context),

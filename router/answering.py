@@ -118,6 +118,9 @@ def _check_fits(request: GenerateRequest, model: ModelInfo) -> None:
         modes = ", ".join(model.modes)
         message = f"This model does not decode by {mode}; it has: {modes}."
         raise TriadError(ErrorCode.INVALID_REQUEST, message, "decoding.mode")
+    if request.decoding.risk is not None and not model.has_sampler:
+        message = "This model has no learned sampler, so a risk means nothing; give a factor or a threshold."
+        raise TriadError(ErrorCode.INVALID_REQUEST, message, "decoding.risk")
     ids = [prompt for prompt in request.prompts if prompt and isinstance(prompt[0], int)]
     if any(max(prompt) >= model.vocab_size for prompt in ids):  # type: ignore[type-var, operator]
         message = f"A token id is at most {model.vocab_size - 1} for this model."

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PlainValidator, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from policies.modes import LOSSLESS_MODES, MAX_BLOCK_LENGTH, MAX_FACTOR, Mode
+from policies.modes import LOSSLESS_MODES, MAX_BLOCK_LENGTH, MAX_FACTOR, MAX_RISK, Mode
 from policies.quality import QualityBound
 from replicas.messages import DecodingOptions
 from router.fields import INTEGRAL, Strict, conflict, nested
@@ -33,6 +33,7 @@ class Decoding(Strict):
     block_length: Annotated[int, Field(ge=2, le=MAX_BLOCK_LENGTH), INTEGRAL] | None = None
     threshold: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     factor: Annotated[float, Field(gt=0.0, le=MAX_FACTOR)] | None = None
+    risk: Annotated[float, Field(gt=0.0, le=MAX_RISK)] | None = None
     lossless: bool = False
     quality: Annotated[Quality, PlainValidator(read_quality, json_schema_input_type=Quality)] | None = None
     max_steps: Annotated[int, Field(ge=1, le=MAX_BLOCK_LENGTH), INTEGRAL] | None = None
@@ -49,12 +50,13 @@ class Decoding(Strict):
             raise conflict("quality", "it chooses the mode and its parameters; leave the mode to auto")
         if self.block_length is not None and mode is Mode.AR:
             raise conflict("block_length", "ar decodes one token at a time")
-        if self.threshold is not None and self.factor is not None:
-            raise conflict("factor", "it takes the place of threshold; give one of them")
-        for field in ("threshold", "factor", "max_steps"):
+        bounds = [field for field in ("threshold", "factor", "risk") if getattr(self, field) is not None]
+        if len(bounds) > 1:
+            raise conflict(bounds[1], f"it takes the place of {bounds[0]}; give one of them")
+        for field in (*bounds, "max_steps"):
             if getattr(self, field) is not None and (self.is_lossless or mode in LOSSLESS_MODES):
                 raise conflict(field, "only diffusion has one")
-        for field in ("block_length", "threshold", "factor", "max_steps"):
+        for field in ("block_length", *bounds, "max_steps"):
             if getattr(self, field) is not None and mode is None and self.max_differing is not None:
                 raise conflict(field, "a bound on quality chooses it; leave it out")
         return self
@@ -79,6 +81,7 @@ class Decoding(Strict):
             lossless=self.is_lossless,
             max_steps=self.max_steps,
             factor=self.factor,
+            risk=self.risk,
             max_differing=self.max_differing,
             trace=self.trace,
         )

@@ -61,7 +61,8 @@ def _forecasts(load: ReplicaLoad) -> list[dict[str, Any]]:
     has room."""
     if not (load.max_running and load.num_pages and load.page_size and load.max_step_tokens):
         return []
-    expected = (forecast(load, plan) for plan in CostModelParameters(quality="any").candidates(load.modes))
+    plans = CostModelParameters(quality="any").candidates(load.modes, risk=load.risk)
+    expected = (forecast(load, plan) for plan in plans)
     return [
         {
             "decode": plain(entry.plan),

@@ -1,11 +1,13 @@
 """Block diffusion within a grammar and under penalties, by the book: all is computed anew at every step."""
 
+import math
 from collections.abc import Callable, Set
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
 from policies.modes import DecodePlan
 from replicas.engine.grammar import Grammar
+from tests.naive_sampler import SAMPLER, places_fixed
 
 
 class Model(Protocol):
@@ -94,7 +96,11 @@ def naive_diffusion(
             guesses.pop(0, None)
             ranked = sorted(guesses, key=lambda index: -guesses[index][1])
             probs = [guesses[index][1] for index in ranked]
-            if plan.threshold is not None:
+            if plan.risk is not None:
+                seen = (length, {index: prob for index, (_, prob) in guesses.items()}, shown[0] == mask)
+                ranked = places_fixed(SAMPLER, math.inf, *seen)
+                num_sure = len(places_fixed(SAMPLER, plan.risk, *seen))
+            elif plan.threshold is not None:
                 num_sure = sum(prob >= plan.threshold for prob in probs)
             else:
                 counts = range(1, len(probs) + 1)

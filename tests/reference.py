@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import DynamicCache, Ministral3Config, Ministral3ForCausalLM
 
 from policies.modes import DecodePlan, Mode
+from tests.naive_sampler import SAMPLER, places_fixed
 
 Schedule = Callable[[int], DecodePlan]
 
@@ -225,19 +226,27 @@ class Reference:
             logits = self.block_logits(prefix, seen, adapter=self.denoise_with_adapter)
             num_forwards += 1
             choices = {index: self._choose(logits[index]) for index in sorted(masked)}
-            surest = sorted(choices, key=lambda index: choices[index][1], reverse=True)
-            num_fixed = 1
-            for count, index in enumerate(surest, start=1):
-                prob = choices[index][1]
-                if plan.threshold is not None:
-                    is_fixed = prob >= plan.threshold
-                else:
-                    is_fixed = (count + 1) * (1.0 - prob) < plan.factor
-                num_fixed = count if is_fixed else num_fixed
-            for index in surest[:num_fixed]:
+            for index in self._fixed(plan, choices, len(block), hides_seed):
                 block[index] = choices[index][0]
                 masked.discard(index)
         return num_forwards - (1 if is_begun and num_forwards else 0)
+
+    def _fixed(
+        self, plan: DecodePlan, choices: dict[int, tuple[int, float]], length: int, hides_seed: bool
+    ) -> list[int]:
+        """The places of a block that a denoising fixes, of these tokens and probabilities."""
+        probs = {index: prob for index, (_, prob) in choices.items()}
+        if plan.risk is not None:
+            return places_fixed(SAMPLER, plan.risk, length, probs, hides_seed)
+        surest = sorted(probs, key=lambda index: probs[index], reverse=True)
+        num_fixed = 1
+        for count, index in enumerate(surest, start=1):
+            if plan.threshold is not None:
+                is_fixed = probs[index] >= plan.threshold
+            else:
+                is_fixed = (count + 1) * (1.0 - probs[index]) < plan.factor
+            num_fixed = count if is_fixed else num_fixed
+        return surest[:num_fixed]
 
     def _causal_choices(self, prefix: list[int], block: list[int]) -> list[int]:
         logits = self.causal_logits([*prefix, *block])[len(prefix) :]

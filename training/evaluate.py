@@ -23,7 +23,7 @@ from policies.cost import RoundStats, RoundYield
 from policies.modes import DecodePlan, Mode
 from replicas.answer_forms import Tool, ToolUse
 from replicas.config import EngineConfig
-from replicas.engine.batch import Runner
+from replicas.engine.batch import ModelSpec, Runner
 from replicas.engine.engine import Engine
 from replicas.engine.sequence import Sequence
 from replicas.messages import DecodingOptions, SamplingParams
@@ -42,6 +42,15 @@ SETTINGS = (
     *(DecodePlan(Mode.DIFFUSION, block, t) for t in (0.9, 0.95, 0.99) for block in (8, 16, 32)),
     *(DecodePlan(Mode.SELF_SPECULATION, block) for block in (4, 8, 16, 32)),
 )
+
+
+def settings(spec: ModelSpec) -> tuple[DecodePlan, ...]:
+    """SETTINGS, and where the checkpoint has a sampler diffusion with its risk and with twice that."""
+    risks = () if spec.risk is None else (spec.risk, 2.0 * spec.risk)
+    return (
+        *SETTINGS,
+        *(DecodePlan(Mode.DIFFUSION, block, risk=risk) for risk in risks for block in (8, 16, 32)),
+    )
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,8 @@ def name_of(plan: DecodePlan) -> str:
         return "ar"
     if plan.mode is Mode.SELF_SPECULATION:
         return f"self_speculation B={plan.block_length}"
-    setting = f"t={plan.threshold}" if plan.factor is None else f"f={plan.factor}"
+    bounds = (("t", plan.threshold), ("f", plan.factor), ("r", plan.risk))
+    [setting] = (f"{kind}={value:g}" for kind, value in bounds if value is not None)
     return f"diffusion {setting} B={plan.block_length}"
 
 
@@ -92,8 +102,7 @@ def decode(
     on_round: called with each round of a block as it ended.
     """
     block_length = None if plan.mode is Mode.AR else plan.block_length
-    threshold = plan.threshold if plan.factor is None else None
-    options = DecodingOptions(plan.mode, block_length, threshold, factor=plan.factor)
+    options = DecodingOptions(plan.mode, block_length, plan.threshold, factor=plan.factor, risk=plan.risk)
     sequences: list[Sequence] = []
     for number, chat in enumerate(chats):
         ids = codec.encode(tuple(chat.messages), tools=tool_use(chat))
@@ -148,15 +157,19 @@ def score(
 def evaluate(
     checkpoint: Path,
     per_family: int,
-    plans: tuple[DecodePlan, ...] = SETTINGS,
+    plans: tuple[DecodePlan, ...] = (),
     num_threads: int | None = None,
     quantization: str | None = None,
     families: Mapping[str, Family] = FAMILIES,
 ) -> tuple[list[Score], list[RoundYield]]:
-    """Scores by setting and family, `ar` first, each setting's last row is "all"; and the plans' yields."""
+    """Scores by setting and family, `ar` first, each setting's last row is "all"; and the plans' yields.
+
+    plans: `ar` first; none for all settings.
+    """
     runner = TorchRunner.load(
         str(checkpoint), dtype="float32", num_threads=num_threads, quantization=quantization
     )
+    plans = plans or settings(runner.spec)
     tasks = {family: list(held_out_tasks(family, per_family)) for family in families}
     everything = [task for family in families for task in tasks[family]]
     engine = Engine(runner, EngineConfig(max_waiting=len(everything)))

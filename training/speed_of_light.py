@@ -26,6 +26,7 @@ from policies.modes import DecodePlan, Mode
 from replicas.engine.batch import ModelSpec, Runner, ScheduledBatch, Segment, SegmentOutput
 
 BLOCK_LENGTHS = (8, 16, 32)
+LEARNED = "diffusion, learned sampler"
 ORACLE = "diffusion, oracle"
 SPECULATING_ORACLE = "self_speculation, oracle"
 WAYS: Mapping[str, Callable[[int], DecodePlan]] = MappingProxyType(
@@ -40,6 +41,17 @@ WAYS: Mapping[str, Callable[[int], DecodePlan]] = MappingProxyType(
     }
 )
 """The ways of decoding by name: the plan of a block length. An oracle's runs over an Oracle."""
+COLOURS: Mapping[str, str] = MappingProxyType(
+    {
+        "diffusion, threshold 0.9": "#c9b8d6",
+        "diffusion, threshold 0.99": "#ad8fc0",
+        "diffusion, factor 0.5": "#8a4fa3",
+        "diffusion, factor 0.1": "#5c2f70",
+        LEARNED: "#2b1040",
+        "self_speculation": "#2f8f5b",
+    }
+)
+"""Of a plot's bars; an oracle's are white, with the edge of what it bounds."""
 
 
 class Decoded(Protocol):
@@ -122,12 +134,15 @@ class Oracle:
 
 
 def measure(runner: Runner, decode: Decode, block_lengths: Sequence[int] = BLOCK_LENGTHS) -> list[Reached]:
-    """What each of WAYS reaches at each block length, beside `ar`."""
+    """What each of WAYS, and the checkpoint's own sampler where it has one, reaches at each block length."""
     by_ar = decode(runner, DecodePlan(Mode.AR))
     finals = [answer.tokens for answer in by_ar]
     reached = []
+    ways = dict(WAYS)
+    if runner.spec.risk is not None:
+        ways[LEARNED] = partial(DecodePlan, Mode.DIFFUSION, risk=runner.spec.risk)
     for block_length in block_lengths:
-        for way, plan_of in WAYS.items():
+        for way, plan_of in ways.items():
             plan = plan_of(block_length)
             if way not in (ORACLE, SPECULATING_ORACLE):
                 reached.append(_reached(way, block_length, decode(runner, plan), finals))
@@ -190,11 +205,11 @@ def plot(reached: Sequence[Reached], path: Path) -> None:
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(ways)
-    colours = ("#c9b8d6", "#ad8fc0", "#8a4fa3", "#5c2f70", "#ffffff", "#2f8f5b", "#ffffff")
-    for number, (way, colour) in enumerate(zip(ways, colours, strict=True)):
+    for number, way in enumerate(ways):
         found = [row.tokens_per_forward for row in reached if row.way == way]
         places = [group + (number - (len(ways) - 1) / 2) * width for group in range(len(blocks))]
         is_oracle = way in (ORACLE, SPECULATING_ORACLE)
+        colour = COLOURS.get(way, "#ffffff")
         edge = "#5c2f70" if way == ORACLE else "#2f8f5b" if is_oracle else colour
         bars = axes.bar(
             places,

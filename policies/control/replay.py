@@ -110,12 +110,13 @@ def _num_shifts(plans: Iterable[tuple[str, DecodePlan]]) -> int:
 
 def describe(plan: DecodePlan) -> str:
     """Returns a plan's short name, still unambiguous: `ar`, `self_speculation/16`, `diffusion/32@0.9`,
-    `diffusion/32@f0.1` by its factor."""
+    `diffusion/32@f0.1` by its factor, `diffusion/32@r0.02` by its risk."""
     if plan.block_length == 1:
         return plan.mode.value
     bound = ""
     if plan.mode.value == "diffusion":
-        bound = f"@{plan.threshold:g}" if plan.factor is None else f"@f{plan.factor:g}"
+        bounds = (("", plan.threshold), ("f", plan.factor), ("r", plan.risk))
+        bound = "".join(f"@{kind}{value:g}" for kind, value in bounds if value is not None)
     return f"{plan.mode.value}/{plan.block_length}{bound}"
 
 

@@ -7,6 +7,7 @@ from math import inf, log
 from typing import Protocol
 
 from policies.modes import Mode
+from replicas.engine.decoders.learned_sampler import LearnedSampler
 from replicas.engine.history import NO_TOKENS, Prefix
 from replicas.messages import SamplingParams
 from replicas.record import record
@@ -155,8 +156,15 @@ class ModelSpec:
     vocab_size: int
     denoise_with_adapter: bool = False
     """True if the adapter is on in denoising forwards as well as in drafts."""
+    sampler: LearnedSampler | None = None
+    """The checkpoint's own sampler, where it has one."""
     runs_ahead: bool = False
     """True if the runner is an AheadRunner: it takes a step before the output of the one before is known."""
+
+    @property
+    def risk(self) -> float | None:
+        """The risk by which diffusion decodes unless something else is asked for; None without a sampler."""
+        return None if self.sampler is None else self.sampler.risk
 
 
 class RunnerLost(Exception):

@@ -223,6 +223,12 @@ class Engine:
                 f"this model has no mode {decoding.mode}; it has {', '.join(self.spec.modes)}",
                 "decoding.mode",
             )
+        if decoding.risk is not None and self.spec.sampler is None:
+            raise TriadError(
+                ErrorCode.INVALID_REQUEST,
+                "this model has no learned sampler, so a risk means nothing; give a factor or a threshold",
+                "decoding.risk",
+            )
         if len(self._sequences) >= self.capacity:
             raise TriadError(
                 ErrorCode.QUEUE_FULL,
@@ -306,6 +312,7 @@ class Engine:
             num_ended=self._num_submitted - len(self._sequences),
             num_between=self._turnarounds.num_between(self._clock()),
             turnaround_s=self._turnarounds.mean_s,
+            risk=self.spec.risk,
         )
 
     def check_integrity(self) -> None:

@@ -1,13 +1,15 @@
 """A model's configuration from its checkpoint's config.json, read and validated once."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from policies.modes import Mode
+from replicas.engine.decoders.learned_sampler import LearnedSampler
 from replicas.model.fields import CheckpointError, Fields, TokenBound, read_json
 from replicas.model.vocabulary import Vocabulary
+from replicas.sampler_file import read_sampler
 
 TRI_MODE_TYPE = "nemotron_labs_diffusion"
 ADAPTER_FOLDER = "linear_spec_lora"
@@ -66,6 +68,8 @@ class ModelConfig:
     num_padded_rows: int = 0
     """Further rows of embedding and head in the file, for nothing but even shapes; they are left out, so none
     is ever sampled."""
+    sampler: LearnedSampler | None = None
+    """The checkpoint's own sampler of diffusion, where it has one."""
 
     @property
     def modes(self) -> tuple[Mode, ...]:
@@ -87,17 +91,19 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelConfig":
-        """Read config.json and what generation_config.json and the tokenizer's files say of the same.
+        """Read config.json, what generation_config.json and the tokenizer's files say of the same, and the
+        sampler.
 
         Raises CheckpointError, which names file and key.
         """
         generation = folder / _GENERATION
-        return cls.parse(
+        config = cls.parse(
             read_json(folder / _CONFIG),
             read_json(generation) if generation.is_file() else {},
             Vocabulary.from_folder(folder),
             has_adapter=(folder / ADAPTER_FOLDER).is_dir(),
         )
+        return replace(config, sampler=read_sampler(folder))
 
     @classmethod
     def parse(

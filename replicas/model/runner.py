@@ -238,6 +238,7 @@ def spec_of(config: ModelConfig, *, num_pages: int, page_size: int, max_context:
         page_size=page_size,
         vocab_size=config.vocab_size,
         denoise_with_adapter=config.denoise_with_adapter,
+        sampler=config.sampler,
     )
 
 

@@ -88,8 +88,8 @@ const latencies = (found) => [
   ["TPOT p50 / p95", `${milliseconds(found.tpot_p50_s, 1)} / ${milliseconds(found.tpot_p95_s, 1)}`],
 ];
 
-const bound = ({ threshold, factor }) =>
-  factor ? `, factor ${factor}` : threshold ? `, threshold ${threshold}` : "";
+const bound = ({ threshold, factor, risk }) =>
+  risk ? `, risk ${risk}` : factor ? `, factor ${factor}` : threshold ? `, threshold ${threshold}` : "";
 
 function card(found) {
   const plan = found.plan;

@@ -46,7 +46,7 @@ async def test_auto_is_told_apart_from_a_pinned_mode(client: httpx.AsyncClient) 
 async def test_a_bound_on_quality_is_kept_by_what_was_measured_of_the_checkpoint(
     client: httpx.AsyncClient,
 ) -> None:
-    """The level for one request is diffusion 16 with the default factor: 0.6 % of its answers differ."""
+    """The level for one request is diffusion 16 by the learned sampler: 0.6 % of its answers differ."""
 
     async def is_by_diffusion(max_differing: float) -> bool:
         decoding = {"quality": {"max_differing": max_differing}}

@@ -1,5 +1,6 @@
 import pickle
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -106,6 +107,18 @@ def test_a_measured_yield_counts_and_carries_over_to_the_nearest_block():
     assert longer.num_rounds == 0
     diffusion = DecodePlan(Mode.DIFFUSION, 16)
     assert costs.yield_of(diffusion) == prior_yield(diffusion)
+
+
+def test_yields_of_one_kind_of_bound_carry_over_to_it_before_others():
+    def measured(**bound):
+        return RoundYield(DecodePlan(Mode.DIFFUSION, 16, **bound), 16.0, 2.0, num_rounds=40)
+
+    every = (measured(threshold=0.97), measured(factor=0.3), measured(risk=0.02))
+    for near, other in zip(every, ({"threshold": 0.9}, {"factor": 0.1}, {"risk": 0.04}), strict=True):
+        costs = ReplicaCosts(STEP, tuple(replace(e, forwards=2.0 if e is near else 9.0) for e in every))
+        plan = DecodePlan(Mode.DIFFUSION, 16, **other)
+        expected = prior_yield(plan).forwards * 2.0 / prior_yield(near.plan).forwards
+        assert costs.yield_of(plan).forwards == pytest.approx(max(1.0, expected))
 
 
 @given(plans, st.floats(1.0, 16.0), st.floats(1.0, 20.0))

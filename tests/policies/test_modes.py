@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 from hypothesis import given
@@ -42,29 +43,50 @@ def test_a_lossless_request_runs_the_plan_or_its_nearest_lossless_one(plan, mode
         assert lossless_plan(plan, modes) == plan
 
 
-bounds = st.tuples(st.none() | st.floats(0.01, 1.0), st.none() | st.floats(0.01, 65.0))
+bounds = st.tuples(
+    st.none() | st.floats(0.01, 1.0), st.none() | st.floats(0.01, 65.0), st.none() | st.floats(0.01, 64.0)
+)
 
 
 @given(st.sampled_from(Mode), bounds)
 def test_plans_that_decode_alike_are_equal(mode, bound):
-    """Diffusion has a threshold or a factor, the default one where neither is given; other modes neither."""
-    threshold, factor = bound
-    plan = DecodePlan(mode, 1 if mode is Mode.AR else 8, threshold, factor)
+    """Diffusion has a threshold, a factor or a risk, the default factor without any; other modes none."""
+    threshold, factor, risk = bound
+    plan = DecodePlan(mode, 1 if mode is Mode.AR else 8, *bound)
     if mode is not Mode.DIFFUSION:
-        expected = (None, None)
+        expected = (None, None, None)
+    elif risk is not None:
+        expected = (None, None, risk)
     elif factor is None and threshold is not None:
-        expected = (threshold, None)
+        expected = (threshold, None, None)
     else:
-        expected = (None, DEFAULT_FACTOR if factor is None else factor)
-    assert (plan.threshold, plan.factor) == expected
-    assert DecodePlan(plan.mode, plan.block_length, plan.threshold, plan.factor) == plan
+        expected = (None, DEFAULT_FACTOR if factor is None else factor, None)
+    assert (plan.threshold, plan.factor, plan.risk) == expected
+    assert DecodePlan(plan.mode, plan.block_length, *expected) == plan
 
 
-@pytest.mark.parametrize("bound", [(0.0, None), (1.1, None), (None, 0.0), (None, 65.1), (2.0, 0.1)])
+@pytest.mark.parametrize(
+    "bound",
+    [
+        (0.0,),
+        (1.1,),
+        (None, 0.0),
+        (None, 65.1),
+        (2.0, 0.1),
+        (None, None, 0.0),
+        (None, None, 64.1),
+        (None, 0.1, math.nan),
+    ],
+)
 @pytest.mark.parametrize("mode", Mode)
 def test_bounds_out_of_range_are_refused_in_every_mode(mode, bound):
-    with pytest.raises(ValueError, match=r"threshold|factor"):
+    with pytest.raises(ValueError, match=r"threshold|factor|risk"):
         DecodePlan(mode, 1 if mode is Mode.AR else 8, *bound)
+
+
+def test_a_checkpoints_sampler_bears_on_diffusion_alone():
+    for mode in Mode:
+        assert default_plan(mode, 0.02).risk == (0.02 if mode is Mode.DIFFUSION else None)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,9 @@ plans = st.one_of(
     st.builds(
         DecodePlan, st.just(Mode.DIFFUSION), st.sampled_from(BLOCKS), factor=st.sampled_from([0.05, 0.1, 9.0])
     ),
+    st.builds(
+        DecodePlan, st.just(Mode.DIFFUSION), st.sampled_from(BLOCKS), risk=st.sampled_from([0.02, 0.5])
+    ),
 )
 yields = st.lists(
     st.builds(

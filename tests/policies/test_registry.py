@@ -89,6 +89,30 @@ def test_a_policy_that_names_no_bound_runs_diffusion_with_the_default_factor(nam
     assert first_plan(policy).factor == DEFAULT_FACTOR
 
 
+SAMPLED = a_load(1, risk=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("diffusion", {}), ("fixed", {"mode": "diffusion"}), ("threshold", {})]
+)
+def test_where_the_checkpoint_has_a_sampler_a_policy_that_names_no_bound_goes_by_it(name, parameters):
+    [(_, decision)] = drive(create_policy(name, parameters), [(0.0, SAMPLED)])
+    assert (decision.decode.mode, decision.decode.risk) == (Mode.DIFFUSION, 0.02)
+    level = {"mode": "diffusion", "max_in_flight": 8, "factor": 0.1}
+    other = {"levels": [level]} if name == "threshold" else {**parameters, "factor": 0.1}
+    [(_, decision)] = drive(create_policy(name, other), [(0.0, SAMPLED)])
+    assert (decision.decode.factor, decision.decode.risk) == (0.1, None)
+
+
+def test_the_cost_model_considers_the_checkpoints_sampler_unless_a_bound_is_given():
+    for given, expected in (({}, (None, 0.02)), ({"factor": 0.1}, (0.1, None))):
+        plans = CostModelParameters(quality="any", **given).candidates(tuple(Mode), risk=0.02)
+        assert {(p.factor, p.risk) for p in plans if p.mode is Mode.DIFFUSION} == {expected}
+    policy = create_policy("cost_model", {"quality": "any", "speculation_blocks": [], "diffusion_gain": 0.0})
+    [(_, decision)] = drive(policy, [(0.0, SAMPLED)])
+    assert (decision.decode.mode, decision.decode.risk) == (Mode.DIFFUSION, 0.02)
+
+
 @pytest.mark.parametrize(
     ("given", "expected"), [({}, (None, DEFAULT_FACTOR)), ({"threshold": 0.9}, (0.9, None))]
 )

@@ -12,8 +12,10 @@ from policies.cost_model import CostModelParameters
 from policies.modes import DEFAULT_FACTOR, LOSSLESS_MODES, DecodePlan, Mode
 from replicas.config import ReplicaConfig
 from replicas.cost_cache import FORMAT, MAX_BYTES, MAX_FILES, CostCache, read_pooled, starting_costs
+from replicas.sampler_file import read_sampler
 from replicas.yields_file import MAX_BYTES as MAX_YIELDS_BYTES
 from replicas.yields_file import YIELDS_FILE, read_yields, write_yields
+from tests.naive_sampler import SAMPLER
 from tests.replicas.test_calibration import TRUE, TimedRunner
 
 EMBEDDED = Path(__file__).parents[2] / "replicas" / "checkpoints" / "triad-5m"
@@ -163,6 +165,18 @@ def test_a_replica_starts_from_the_checkpoints_file_then_from_what_it_learned(tm
     assert first.step.ms(1) <= 1.5 * TRUE.ms(1) * 1000
 
 
+def test_yields_of_a_sampler_that_is_gone_are_left_out(tmp_path: Path) -> None:
+    sampled = replace(KNOWN, plan=DecodePlan(Mode.DIFFUSION, 16, risk=0.02))
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    config = a_config(checkpoint, calibration_s=30.0)
+    write_yields(checkpoint, [KNOWN, sampled], "a test")
+    for sampler, expected in ((SAMPLER, (KNOWN, sampled)), (None, (KNOWN,))):
+        runner = TimedRunner()
+        runner._spec = replace(runner.spec, sampler=sampler)
+        assert starting_costs(runner, config, CostCache(tmp_path, "a")).yields == expected
+
+
 @pytest.mark.parametrize("text", ["[", '{"yields": 3}', '{"source": "", "yields": [{"plan": 1}]}'])
 def test_yields_that_can_not_be_read_are_none(tmp_path: Path, caplog, text: str) -> None:
     (tmp_path / YIELDS_FILE).write_text(text)
@@ -174,7 +188,9 @@ def test_yields_that_can_not_be_read_are_none(tmp_path: Path, caplog, text: str)
 
 def test_the_embedded_checkpoint_has_yields_of_all_plans_that_the_policy_considers() -> None:
     yields = read_yields(EMBEDDED)
-    considered = CostModelParameters().candidates(tuple(Mode))
+    sampler = read_sampler(EMBEDDED)
+    assert sampler is not None
+    considered = CostModelParameters(quality="any").candidates(tuple(Mode), risk=sampler.risk)
     assert set(considered) <= {entry.plan for entry in yields}
     assert all(entry.num_rounds >= 100 for entry in yields if entry.plan.mode is not Mode.AR)
 
@@ -191,3 +207,16 @@ def test_the_default_factor_keeps_the_embedded_checkpoints_right_answers_and_a_l
     }
     assert max(factor for factor, points in lost.items() if points <= 0.01) == DEFAULT_FACTOR
     assert max(lost) > DEFAULT_FACTOR
+
+
+def test_by_the_embedded_checkpoints_sampler_no_fewer_are_right_than_by_the_default_factor_and_sooner():
+    known = {entry.plan: entry for entry in read_yields(EMBEDDED)}
+    sampler = read_sampler(EMBEDDED)
+    assert sampler is not None
+    for block in (8, 16, 32):
+        by_factor = known[DecodePlan(Mode.DIFFUSION, block)]
+        by_sampler = known[DecodePlan(Mode.DIFFUSION, block, risk=sampler.risk)]
+        assert by_factor.right is not None
+        assert by_sampler.right is not None
+        assert by_sampler.right >= by_factor.right
+        assert by_sampler.tokens_per_forward > by_factor.tokens_per_forward

@@ -16,7 +16,9 @@ from replicas.engine.engine import Engine
 from replicas.engine.sequence import Sequence
 from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.runner import TorchRunner
+from replicas.sampler_file import write_sampler
 from replicas.text import TextCodec
+from tests.naive_sampler import SAMPLER
 from tests.reference import Reference
 from tests.tiny_checkpoint import EOS_TOKEN_ID, MASK_TOKEN_ID, VOCAB_SIZE, make_tiny_checkpoint
 from training.tasks.registry import held_out_tasks
@@ -30,6 +32,7 @@ PLANS = [
         DecodePlan(Mode.DIFFUSION, block, t)
         for block, t in ((2, 0.9), (4, 0.3), (8, 0.6), (16, 0.2), (16, 1.0))
     ),
+    DecodePlan(Mode.DIFFUSION, 8, risk=0.7),
 ]
 MAX_TOKENS = 40
 PLAIN_ROPE = {
@@ -44,6 +47,7 @@ PLAIN_ROPE = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tiny")
     make_tiny_checkpoint(path, seed=3)
+    write_sampler(path, SAMPLER, "a test")
     return path
 
 
@@ -72,6 +76,7 @@ def test_an_adapter_that_denoises_too(tmp_path: Path, tied: bool) -> None:
         tie_word_embeddings=tied,
         rope_parameters=PLAIN_ROPE,
     )
+    write_sampler(folder, SAMPLER, "a test")
     reference = Reference(folder)
     engine = make_engine(folder)
     assert set(engine.spec.modes) == set(Mode)
@@ -108,7 +113,7 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
 
 def pinned(plan: DecodePlan) -> DecodingOptions:
     block_length = None if plan.mode is Mode.AR else plan.block_length
-    return DecodingOptions(plan.mode, block_length, plan.threshold, factor=plan.factor)
+    return DecodingOptions(plan.mode, block_length, plan.threshold, factor=plan.factor, risk=plan.risk)
 
 
 def finish(engine: Engine, between: Callable[[int], None] = lambda step: None) -> None:
@@ -202,7 +207,7 @@ def test_mode_changes_in_the_middle(engine: Engine, reference: Reference) -> Non
         apart: set[int] = set()
         plan, running = PLANS[0], None
         while engine.has_work:
-            plan = rng.choice(PLANS[:-1]) if rng.random() < 0.3 else plan
+            plan = rng.choice([p for p in PLANS if p.threshold != 1.0]) if rng.random() < 0.3 else plan
             engine.set_plan(plan, "test")
             if sequence.round is None and sequence.num_completion_tokens:
                 apart.add(len(schedule))

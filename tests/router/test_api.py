@@ -235,6 +235,16 @@ async def test_what_the_model_cannot_do_is_a_400(make_door):
     assert (error["param"], error["code"]) == ("decoding.mode", "invalid_request")
 
 
+async def test_a_risk_without_a_sampler_is_a_400(make_door):
+    door = await make_door(ScriptedReplica("a"))
+    async with in_process(create_app(door)) as client:
+        for decoding in ({"risk": 0.1}, {"mode": "diffusion", "risk": 0.1}):
+            body = CHAT | {"decoding": decoding}
+            error = error_of(await client.post("/v1/chat/completions", json=body), 400)
+            assert (error["param"], error["code"]) == ("decoding.risk", "invalid_request")
+            assert "no learned sampler" in error["message"]
+
+
 async def test_token_ids_beyond_the_vocabulary_are_a_400(make_door):
     door = await make_door(ScriptedReplica("a"))
     async with in_process(create_app(door)) as client:

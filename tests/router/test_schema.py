@@ -241,6 +241,13 @@ async def test_a_bad_value_is_named(field, value):
         ({"decoding": {"factor": 66}}, "decoding.factor"),
         ({"decoding": {"mode": "self_speculation", "factor": 0.5}}, "decoding.factor"),
         ({"decoding": {"mode": "diffusion", "threshold": 0.5, "factor": 0.5}}, "decoding.factor"),
+        ({"decoding": {"risk": 0}}, "decoding.risk"),
+        ({"decoding": {"risk": 65}}, "decoding.risk"),
+        ({"decoding": {"mode": "ar", "risk": 0.1}}, "decoding.risk"),
+        ({"decoding": {"threshold": 0.5, "risk": 0.1}}, "decoding.risk"),
+        ({"decoding": {"mode": "diffusion", "factor": 0.5, "risk": 0.1}}, "decoding.risk"),
+        ({"decoding": {"lossless": True, "risk": 0.1}}, "decoding.risk"),
+        ({"decoding": {"quality": BOUND, "risk": 0.1}}, "decoding.risk"),
         ({"decoding": {"mode": "self_speculation", "threshold": 0.5}}, "decoding.threshold"),
         ({"decoding": {"lossless": True, "threshold": 0.5}}, "decoding.threshold"),
         ({"decoding": {"quality": "best"}}, "decoding.quality"),
@@ -325,6 +332,9 @@ def test_what_is_asked_for_arrives():
     assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.top_k) == (9, 0.0, 0.5, 3)
     assert (sampling.seed, sampling.stop, sampling.ignore_eos) == (2**63 - 1, ("END",), True)
     assert request.decoding_options() == DecodingOptions(Mode.DIFFUSION, 8, 1.0, False, max_steps=5)
+    for bound in ("threshold", "factor", "risk"):
+        other = ChatCompletionRequest.model_validate(body | {"decoding": {bound: 0.02}})
+        assert other.decoding_options() == DecodingOptions(**{bound: 0.02})
 
 
 def test_messages_reach_the_template_as_it_knows_them():

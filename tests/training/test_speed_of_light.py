@@ -37,8 +37,8 @@ class Answer:
 
 def decode(runner: Runner, plan: DecodePlan) -> list[Answer]:
     engine = Engine(runner, EngineConfig(max_running=4, max_waiting=len(PROMPTS)))
-    is_ar, threshold = plan.mode is Mode.AR, plan.threshold if plan.factor is None else None
-    options = DecodingOptions(plan.mode, None if is_ar else plan.block_length, threshold, factor=plan.factor)
+    block_length = None if plan.mode is Mode.AR else plan.block_length
+    options = DecodingOptions(plan.mode, block_length, plan.threshold, factor=plan.factor, risk=plan.risk)
     sampling = SamplingParams(max_tokens=MAX_TOKENS)
     sequences = [engine.submit(str(n), prompt, sampling, options) for n, prompt in enumerate(PROMPTS)]
     while engine.has_work:

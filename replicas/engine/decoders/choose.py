@@ -30,7 +30,7 @@ def plan_for(sequence: Sequence, active: ActivePlan, spec: ModelSpec) -> ActiveP
 def _plan_for(sequence: Sequence, active: ActivePlan, spec: ModelSpec) -> ActivePlan:
     options = sequence.decoding
     if options.mode is not None:
-        base, rule = default_plan(options.mode), PINNED_RULE
+        base, rule = default_plan(options.mode, spec.risk), PINNED_RULE
     elif sequence.is_kept_lossless:
         base, rule = lossless_plan(active.decode, spec.modes), active.rule
     elif options.max_differing is not None:
@@ -40,8 +40,10 @@ def _plan_for(sequence: Sequence, active: ActivePlan, spec: ModelSpec) -> Active
     if base.mode is Mode.AR:
         return ActivePlan(base, rule)
     block_length = options.block_length or base.block_length
-    has_bound = options.threshold is not None or options.factor is not None
-    bound = (options.threshold, options.factor) if has_bound else (base.threshold, base.factor)
+    bound = (options.threshold, options.factor, options.risk)
+    if bound == (None, None, None):
+        # A plan may come from where another checkpoint is served.
+        bound = (base.threshold, base.factor, None if spec.sampler is None else base.risk)
     return ActivePlan(DecodePlan(base.mode, block_length, *bound), rule)
 
 
@@ -102,6 +104,8 @@ def _diffusion_round(
     how = Denoising(
         threshold=plan.threshold,
         factor=plan.factor,
+        risk=plan.risk,
+        sampler=spec.sampler,
         mask_token_id=spec.mask_token_id,
         eos_token_ids=frozenset() if sampling.ignore_eos else spec.eos_token_ids,
         max_steps=sequence.decoding.max_steps or block_length,

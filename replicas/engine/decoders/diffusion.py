@@ -2,8 +2,8 @@
 
 Each denoising forward fixes, of the positions still masked, the most confident one and every other whose top
 probability reaches the threshold, or as many as a factor lets it (Fast-dLLM's confidence-aware parallel
-decoding, arXiv 2505.22618). Fixed positions never change, so the fixed prefix streams before the block is
-complete.
+decoding, arXiv 2505.22618), or the checkpoint's own sampler within a risk (engine.decoders.learned_sampler).
+Fixed positions never change, so the fixed prefix streams before the block is complete.
 
 Where a block follows, its masks go behind the commit in the same forward, which is its first denoising, as
 those of the first block go behind the prompt: each block costs a forward less. That one denoising is done
@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 
 from policies.modes import Mode
 from replicas.engine.batch import SegmentOutput
+from replicas.engine.decoders.learned_sampler import LearnedSampler, num_within
 from replicas.engine.decoders.round import Round, RoundProgress, SegmentRequest
 from replicas.engine.grammar import Grammar
 
@@ -30,7 +31,10 @@ class Denoising:
 
     threshold: float | None
     factor: float | None
+    risk: float | None
     """As of policies.modes.DecodePlan."""
+    sampler: LearnedSampler | None
+    """The checkpoint's; never None where there is a risk."""
     mask_token_id: int
     eos_token_ids: Set[int]
     """The tokens that end a text; empty when the request ignores them."""
@@ -117,9 +121,14 @@ class DiffusionRound(Round):
     def _tokens(self) -> tuple[int, ...]:
         mask_token_id = self._how.mask_token_id
         tokens = [mask_token_id if token is None else token for token in self._block]
-        if self._how.hides_seed and self._steps_left == self._how.max_steps and len(tokens) > 1:
+        if self._is_seed_hidden:
             tokens[0] = mask_token_id
         return tuple(tokens)
+
+    @property
+    def _is_seed_hidden(self) -> bool:
+        how = self._how
+        return how.hides_seed and self._steps_left == how.max_steps and len(self._block) > 1
 
     @property
     def _counted(self) -> tuple[int, ...]:
@@ -139,8 +148,9 @@ class DiffusionRound(Round):
         untold: tokens before these that the grammar has not accepted yet.
         """
         guesses = dict(zip(self._masked, token_ids, strict=False))
+        trusts = self._trusts(tuple(guesses), probs)
         self._steps_left -= 1
-        for index in self._chosen(guesses, probs):
+        for index in self._chosen(guesses, trusts):
             self._block[index] = guesses[index]
         num_before = self._num_final
         self._take_final()
@@ -150,10 +160,18 @@ class DiffusionRound(Round):
             self._end = masked[0]
         return self._tokens[num_before : self._num_final]
 
-    def _chosen(self, guesses: Mapping[int, int], probs: Seq[float]) -> list[int]:
-        """The positions to fix, of those guessed with these probabilities."""
-        ranked = sorted(zip(guesses, probs, strict=True), key=lambda item: -item[1])
-        count = len(ranked) if self._steps_left <= 0 else max(1, self._num_sure([p for _, p in ranked]))
+    def _trusts(self, guessed: Seq[int], probs: Seq[float]) -> Seq[float]:
+        """How far each guess of these positions and probabilities is trusted: the higher, the sooner it is
+        fixed."""
+        if self._how.risk is None:
+            return probs
+        assert self._how.sampler is not None
+        return self._how.sampler.log_odds(len(self._block), guessed, probs, self._is_seed_hidden)
+
+    def _chosen(self, guesses: Mapping[int, int], trusts: Seq[float]) -> list[int]:
+        """The positions to fix, of those guessed, which are trusted so far."""
+        ranked = sorted(zip(guesses, trusts, strict=True), key=lambda item: -item[1])
+        count = len(ranked) if self._steps_left <= 0 else max(1, self._num_sure([t for _, t in ranked]))
         surest = [index for index, _ in ranked[:count]]
         if not self._how.is_penalised:
             return surest
@@ -166,13 +184,15 @@ class DiffusionRound(Round):
                 seen.add(token)
         return chosen
 
-    def _num_sure(self, probs: Seq[float]) -> int:
-        """The number of positions to fix of those with these probabilities, the highest first."""
-        threshold, factor = self._how.threshold, self._how.factor
+    def _num_sure(self, trusts: Seq[float]) -> int:
+        """The number of positions to fix of those trusted so far, the highest first."""
+        threshold, factor, risk = self._how.threshold, self._how.factor, self._how.risk
+        if risk is not None:
+            return num_within(risk, trusts)
         if threshold is not None:
-            return sum(prob >= threshold for prob in probs)
+            return sum(prob >= threshold for prob in trusts)
         assert factor is not None
-        ranked = enumerate(probs, start=1)
+        ranked = enumerate(trusts, start=1)
         return max((count for count, p in ranked if (count + 1) * (1.0 - p) < factor), default=0)
 
     def _take_final(self) -> None:

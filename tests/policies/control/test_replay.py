@@ -6,7 +6,7 @@ import pytest
 
 from policies.control.codec import DECISIONS
 from policies.control.plan import DecisionRecord, ReplicaPlan
-from policies.control.replay import ReplayError, from_state, main, read_log, replay, summarise
+from policies.control.replay import ReplayError, describe, from_state, main, read_log, replay, summarise
 from policies.control.store import PlanWrite
 from policies.modes import DecodePlan, Mode
 from policies.registry import create_policy
@@ -49,6 +49,21 @@ def test_another_policy_differs_where_it_differs():
     assert (summary.num_decisions, summary.num_replicas, summary.num_different) == (4, 2, 3)
     assert (summary.num_shifts_then, summary.num_shifts_now) == (0, 2)
     assert summary.pairs == {("ar", "diffusion/16@f0.1"): 3}
+
+
+def test_plans_have_short_names():
+    plans = [
+        AR,
+        DecodePlan(Mode.SELF_SPECULATION, 8),
+        *(DecodePlan(Mode.DIFFUSION, 16, **bound) for bound in ({"threshold": 0.9}, {}, {"risk": 0.02})),
+    ]
+    assert [*map(describe, plans)] == [
+        "ar",
+        "self_speculation/8",
+        "diffusion/16@0.9",
+        "diffusion/16@f0.1",
+        "diffusion/16@r0.02",
+    ]
 
 
 def test_state_carries_on_from_record_to_record():

@@ -11,10 +11,12 @@ from zlib import crc32
 from policies.modes import DecodePlan, Mode
 from replicas.engine.ahead import settled
 from replicas.engine.batch import ModelSpec, ScheduledBatch, Segment, SegmentOutput
+from replicas.engine.decoders.learned_sampler import LearnedSampler
 from replicas.engine.grammar import Grammar
 from replicas.engine.sequence import Progress
 from replicas.messages import DecodingOptions
 from tests.naive_diffusion import naive_diffusion as by_the_book
+from tests.naive_sampler import SAMPLER, places_fixed
 
 MASK = 1
 EOS = 2
@@ -27,6 +29,7 @@ PINNED = {
     "capped": DecodingOptions(Mode.DIFFUSION, block_length=8, threshold=0.7, max_steps=2),
     "self_speculation": DecodingOptions(Mode.SELF_SPECULATION, block_length=6),
     "lossless": DecodingOptions(lossless=True),
+    "sampled": DecodingOptions(Mode.DIFFUSION, block_length=8, risk=0.7),
 }
 
 
@@ -54,8 +57,16 @@ def denoise(prefix: tuple[int, ...], block: tuple[int, ...], adapter: bool) -> d
 
 
 class ScriptedRunner:
-    def __init__(self, num_pages: int = 64, page_size: int = 4, max_context: int = 96):
-        self._spec = ModelSpec(tuple(Mode), MASK, frozenset({EOS}), max_context, num_pages, page_size, 300)
+    def __init__(
+        self,
+        num_pages: int = 64,
+        page_size: int = 4,
+        max_context: int = 96,
+        sampler: LearnedSampler | None = SAMPLER,
+    ):
+        self._spec = ModelSpec(
+            tuple(Mode), MASK, frozenset({EOS}), max_context, num_pages, page_size, 300, sampler=sampler
+        )
         self._slots = [[GARBAGE] * page_size for _ in range(num_pages)]
         self.num_forwards = 0
         self.most_tokens = 0
@@ -245,6 +256,7 @@ def naive_diffusion(
     max_steps: int | None = None,
     overlaps: bool = True,
     factor: float | None = None,
+    risk: float | None = None,
 ) -> list[int]:
     """Block diffusion by the book, one block after another; ends at EOS or max_tokens.
 
@@ -264,8 +276,13 @@ def naive_diffusion(
             ranked = sorted((prob for _, prob in guess.values()), reverse=True)
             sure = [p for n, p in enumerate(ranked, 1) if factor is not None and (n + 1) * (1 - p) < factor]
             least = threshold if factor is None else min(sure, default=2.0)
+            trusted: list[int] = []
+            if risk is not None:
+                probs = {index: prob for index, (_, prob) in guess.items()}
+                trusted = places_fixed(SAMPLER, risk, len(block), probs, overlaps and num_steps == 1)
+                surest, least = trusted[0], 2.0
             for index, (token, prob) in guess.items():
-                if index == surest or prob >= least or num_steps == max_steps:
+                if index == surest or prob >= least or index in trusted or num_steps == max_steps:
                     block[index] = token
         tokens += block[1:]
         if MASK not in block:
@@ -301,7 +318,7 @@ def formed_diffusion(
         ScriptedModel(),
         prompt,
         max_tokens,
-        DecodePlan(Mode.DIFFUSION, options.block_length, options.threshold, options.factor),
+        DecodePlan(Mode.DIFFUSION, options.block_length, options.threshold, options.factor, options.risk),
         mask=MASK,
         eos={EOS},
         max_context=max_context,
@@ -315,8 +332,9 @@ def expected(
     kind: str, prompt: list[int], max_tokens: int, max_context: int, overlaps: bool = True
 ) -> list[int]:
     if PINNED[kind].mode is Mode.DIFFUSION:
-        max_steps, factor = PINNED[kind].max_steps, PINNED[kind].factor
-        return naive_diffusion(prompt, max_tokens, 8, 0.7, max_context, max_steps, overlaps, factor)
+        pinned = PINNED[kind]
+        bounds = pinned.factor, pinned.risk
+        return naive_diffusion(prompt, max_tokens, 8, 0.7, max_context, pinned.max_steps, overlaps, *bounds)
     return naive_ar(prompt, max_tokens)
 
 

@@ -36,6 +36,7 @@ CONSTRAINED = {
     "diffusion with a grammar": PINNED["diffusion"],
     "factored with a grammar": PINNED["factored"],
     "capped with a grammar": PINNED["capped"],
+    "sampled with a grammar": PINNED["sampled"],
 }
 BUDGETED = {
     "auto with a budget": DecodingOptions(),

@@ -1,5 +1,7 @@
 """The engine against brute force: whatever else runs, a request's tokens are those it gets alone."""
 
+from dataclasses import replace
+
 import pytest
 
 from policies.modes import DEFAULT_FACTOR, DecodePlan, Mode
@@ -8,6 +10,7 @@ from replicas.engine.engine import Engine
 from replicas.engine.sequence import Progress
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import DecodingOptions, FinishReason, SamplingParams
+from tests.naive_sampler import SAMPLER
 from tests.replicas.engine.scripted import (
     EOS,
     PINNED,
@@ -208,24 +211,43 @@ def test_a_long_prompt_holds_up_running_streams_by_no_more_than_its_cap() -> Non
     assert lone.num_completion_tokens == 1  # the cap is for steps that decode
 
 
+DEFAULT = {"factor": DEFAULT_FACTOR}
+FACTORED = DecodePlan(Mode.DIFFUSION, 8, factor=3.0)
+
+
 @pytest.mark.parametrize(
-    ("options", "threshold", "factor"),
+    ("options", "plan", "sampler", "expected"),
     [
-        (DecodingOptions(Mode.DIFFUSION, 8), 0.0, DEFAULT_FACTOR),
-        (DecodingOptions(Mode.DIFFUSION, 8, factor=2.0), 0.0, 2.0),
-        (DecodingOptions(Mode.DIFFUSION, 8, threshold=0.5), 0.5, None),
-        (DecodingOptions(), 0.0, 3.0),
-        (DecodingOptions(threshold=0.5), 0.5, None),
-        (DecodingOptions(factor=2.0), 0.0, 2.0),
+        (DecodingOptions(Mode.DIFFUSION, 8), FACTORED, None, DEFAULT),
+        (DecodingOptions(Mode.DIFFUSION, 8), FACTORED, SAMPLER, {"risk": SAMPLER.risk}),
+        (DecodingOptions(Mode.DIFFUSION, 8, factor=2.0), FACTORED, SAMPLER, {"factor": 2.0}),
+        (DecodingOptions(Mode.DIFFUSION, 8, threshold=0.5), FACTORED, SAMPLER, {"threshold": 0.5}),
+        (DecodingOptions(Mode.DIFFUSION, 8, risk=0.1), FACTORED, SAMPLER, {"risk": 0.1}),
+        (DecodingOptions(), FACTORED, SAMPLER, {"factor": 3.0}),
+        (DecodingOptions(threshold=0.5), FACTORED, None, {"threshold": 0.5}),
+        (DecodingOptions(factor=2.0), FACTORED, None, {"factor": 2.0}),
+        (DecodingOptions(risk=2.0), FACTORED, SAMPLER, {"risk": 2.0}),
+        (DecodingOptions(), replace(FACTORED, factor=None, risk=1.5), SAMPLER, {"risk": 1.5}),
+        (DecodingOptions(), replace(FACTORED, factor=None, risk=1.5), None, DEFAULT),
     ],
 )
-def test_diffusion_runs_as_the_request_says_else_the_plan_else_the_default(options, threshold, factor):
-    engine = Engine(ScriptedRunner())
-    engine.set_plan(DecodePlan(Mode.DIFFUSION, 8, factor=3.0), "rule")
+def test_diffusion_runs_as_the_request_says_else_the_plan_else_the_default(options, plan, sampler, expected):
+    engine = Engine(ScriptedRunner(sampler=sampler))
+    engine.set_plan(plan, "rule")
     sequence = engine.submit("r", [5, 6, 7], SamplingParams(max_tokens=40), options)
     drain(engine)
-    alone = naive_diffusion([5, 6, 7], 40, 8, threshold, engine.spec.max_context, factor=factor)
+    bounds = {"threshold": 0.0, **expected}
+    alone = naive_diffusion([5, 6, 7], 40, 8, max_context=engine.spec.max_context, **bounds)
     assert sequence.tokens[3:] == alone
+    assert engine.snapshot("r").risk == (None if sampler is None else sampler.risk)
+
+
+def test_a_risk_needs_a_sampler():
+    engine = Engine(ScriptedRunner(sampler=None))
+    for mode in (None, Mode.DIFFUSION):
+        with pytest.raises(TriadError, match="no learned sampler") as caught:
+            engine.submit("r", [5], SamplingParams(), DecodingOptions(mode, risk=0.1))
+        assert (caught.value.code, caught.value.param) == (ErrorCode.INVALID_REQUEST, "decoding.risk")
 
 
 def test_a_cap_on_denoising_steps() -> None:
