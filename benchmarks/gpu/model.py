@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from replicas.engine.batch import Segment
+from replicas.kernels.attention import num_places
 from replicas.kernels.confidence import confidence
 from replicas.messages import SamplingParams
 from replicas.model.adapter import LowRank
@@ -145,7 +146,8 @@ class Forward:
 
     def __init__(self, runner: CudaRunner, asked: list[Segment]):
         config = runner.config
-        host = HostStep.pack(asked, config, runner.spec.page_size)
+        places = num_places(config.num_kv_heads, runner.device)
+        host = HostStep.pack(asked, config, runner.spec.page_size, places)
         buffer = torch.empty(host.num_ints(host.size), dtype=torch.int32)
         host.write(buffer.numpy(), host.size)
         self._buffer = buffer.to(runner.device)
@@ -153,5 +155,5 @@ class Forward:
         self._runner = runner
 
     def __call__(self) -> None:
-        inputs = StepInputs.view(self._buffer, self._size, self._runner.config)
+        inputs = StepInputs.view(self._buffer, self._size)
         confidence(self._runner.model.forward(inputs), self._runner.spec.mask_token_id)

@@ -84,7 +84,8 @@ class CudaRunner:
         attention = TritonAttention(config, pages, max_context)
         self.model = CudaTransformer(config, weights, attention, parallel)
         self._staging = Staging(self.device)
-        self._sizes = GraphSizes(config)
+        self._num_places = attention.num_places
+        self._sizes = GraphSizes(config, attention.num_places)
         self._graphs: GraphCache | None = None
         spec = spec_of(config, num_pages=num_pages, page_size=page_size, max_context=max_context)
         self._spec = replace(spec, runs_ahead=options.runs_ahead)
@@ -161,13 +162,13 @@ class CudaRunner:
         """Queues a step's work on the device; nothing is waited for."""
         segments, spec = batch.segments, self._spec
         choices = Choices.of(segments, self.config.vocab_size, spec.eos_token_ids)
-        host = HostStep.pack(segments, self.config, self._page_size, choices)
+        host = HostStep.pack(segments, self.config, self._page_size, self._num_places, choices)
         size, graphs = self._size(host)
         buffer = self._staging.send_step(host, size, None if graphs is None else self._buffer)
         if before is not None:
             self._follow(segments, host, before, sections_of(buffer, size))
         if graphs is None:
-            logits, drawn = self._compute(StepInputs.view(buffer, size, self.config))
+            logits, drawn = self._compute(StepInputs.view(buffer, size))
         else:
             graphs.run(size)
             logits, drawn = self._outputs(size.num_wanted)
@@ -197,9 +198,9 @@ class CudaRunner:
 
     def forward(self, segments: Sequence[Segment]) -> torch.Tensor:
         """Logits [W, vocab] of the segments' wanted rows, without graphs; for tests and measurements."""
-        host = HostStep.pack(segments, self.config, self._page_size)
+        host = HostStep.pack(segments, self.config, self._page_size, self._num_places)
         buffer = self._staging.send_step(host, host.size, None)
-        return self.model.forward(StepInputs.view(buffer, host.size, self.config))
+        return self.model.forward(StepInputs.view(buffer, host.size))
 
     def _compute(
         self, inputs: StepInputs, logits: torch.Tensor | None = None, drawn: Drawn | None = None
@@ -263,9 +264,7 @@ class CudaRunner:
 
         def capture(size: StepSize) -> Replay:
             def compute() -> None:
-                self._compute(
-                    StepInputs.view(self._buffer, size, self.config), *self._outputs(size.num_wanted)
-                )
+                self._compute(StepInputs.view(self._buffer, size), *self._outputs(size.num_wanted))
 
             return recorder.capture(compute)
 
