@@ -1,9 +1,9 @@
 """The forward pass on the device, a kernel or a matrix product at a time, ready to be captured in a graph.
 
-A layer of few rows is one of five launches, six where attention is split: the norms are in the products that
-follow them, the rotation, the write to pages and the gate in those before, and the products of the outputs
-add to the residual. With more rows, an adapter, head norms or several processes these are kernels of their
-own.
+A layer of few rows is one of five launches: the norms are in the products that follow them, the rotation, the
+write to pages and the gate in those before, and the products of the outputs add to the residual. An adapter
+adds its own two to the product it is on. With more rows, head norms or several processes, and where the
+adapter is on the product itself, these are kernels of their own.
 """
 
 import torch
@@ -47,7 +47,7 @@ class CudaTransformer:
     def forward(self, inputs: StepInputs, logits: torch.Tensor | None = None) -> torch.Tensor:
         """Computes logits [W, vocab] of the wanted rows in the model's dtype, into `logits` if given."""
         residual = F.embedding(inputs.token_ids, self._weights.embedding)
-        if self._parallel.size == 1 and inputs.adapter is None and len(residual) <= MAX_ROWS:
+        if self._parallel.size == 1 and len(residual) <= MAX_ROWS:
             hidden = self._finish_few(residual, inputs)
         else:
             hidden = self._finish_many(residual, inputs)
@@ -61,14 +61,16 @@ class CudaTransformer:
         last = self._layers[-1]
         for layer in self._layers:
             attended = layer.attend_few(residual, inputs)
+            adapter = inputs.adapter
             if layer is last:
                 attended = attended.index_select(0, inputs.wanted)
                 residual = residual.index_select(0, inputs.wanted)
-            layer.finish_few(attended, residual)
+                adapter = inputs.wanted_adapter
+            layer.finish_few(attended, residual, adapter)
         return rms_norm(residual, self._weights.norm, self._eps)
 
     def _finish_many(self, residual: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
-        """The same for any number of rows, with the adapter, and in several processes."""
+        """The same for any number of rows, and in several processes."""
         update: torch.Tensor | None = None
         last = self._layers[-1]
         for layer in self._layers:
@@ -107,7 +109,7 @@ class _Layer:
 
     def attend_few(self, residual: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
         """Norm, projection and attention of few rows: residual [T, hidden] -> [T, heads * head_dim]."""
-        if self._norms is not None:
+        if self._norms is not None or self._adapts("qkv", inputs.adapter):
             return self.attend(None, residual, inputs)
         weights = self._weights
         norm = Norm(weights.input_norm, self._eps)
@@ -115,17 +117,23 @@ class _Layer:
             self._index, residual, norm, weights.qkv, weights.qkv_bias, inputs
         )
 
-    def finish_few(self, attended: torch.Tensor, residual: torch.Tensor) -> None:
+    def finish_few(
+        self, attended: torch.Tensor, residual: torch.Tensor, adapter: torch.Tensor | None
+    ) -> None:
         """Output projection and MLP of few rows, added to the residual [N, hidden] in place.
 
         attended: [N, heads * head_dim]
         """
         weights = self._weights
-        residual.addmm_(attended, weights.o.t())
+        self._adapted("o", residual.addmm_(attended, weights.o.t()), attended, adapter)
         if not len(residual):
             return
-        gated = project_gated(residual, Norm(weights.post_norm, self._eps), weights.gate_up)
-        residual.addmm_(gated, weights.down.t())
+        if self._adapts("gate_up", adapter):
+            x = rms_norm(residual, weights.post_norm, self._eps)
+            gated = swiglu(self._adapted("gate_up", F.linear(x, weights.gate_up), x, adapter))
+        else:
+            gated = project_gated(residual, Norm(weights.post_norm, self._eps), weights.gate_up)
+        self._adapted("down", residual.addmm_(gated, weights.down.t()), gated, adapter)
 
     def attend(self, update: torch.Tensor | None, residual: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
         """Norm, projection and attention -> [T, heads * head_dim].
@@ -154,10 +162,14 @@ class _Layer:
         gated = swiglu(self._adapted("gate_up", F.linear(x, weights.gate_up), x, adapter))
         return self._parallel.add(self._adapted("down", F.linear(gated, weights.down), gated, adapter))
 
+    def _adapts(self, name: str, rows: torch.Tensor | None) -> bool:
+        return rows is not None and name in self._weights.adapters
+
     def _adapted(
         self, name: str, y: torch.Tensor, x: torch.Tensor, rows: torch.Tensor | None
     ) -> torch.Tensor:
-        adapter = self._weights.adapters.get(name)
-        if rows is not None and adapter is not None:
+        """The product y of x, with what the adapter adds to it in these rows."""
+        if rows is not None and name in self._weights.adapters:
+            adapter = self._weights.adapters[name]
             add_adapter(y, x, adapter.down, adapter.up, rows)
         return y
