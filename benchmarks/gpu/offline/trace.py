@@ -83,6 +83,8 @@ class Variant:
             kind = self.signature["weight"]
         if kind is not None:
             parts.append({"*fp8e4nv": "fp8", "*fp32": "fp32"}.get(kind, "bf16"))
+        if self.signature.get("weight") == "*fp8e4nv":
+            parts.append("weights" if "cache" not in self.signature else "fp8 weights")
         return " ".join(parts)
 
     @property

@@ -110,13 +110,14 @@ class TritonAttention:
         x: torch.Tensor,
         norm: Norm,
         weight: torch.Tensor,
+        weight_scales: torch.Tensor | None,
         bias: torch.Tensor | None,
         inputs: StepInputs,
     ) -> torch.Tensor:
         """Normalises and projects a few rows x [T, hidden], rotates, stores and attends -> [T, heads *
         head_dim].
 
-        norm, weight, bias: of the projection to queries, keys and values, as of
+        norm, weight, weight_scales, bias: of the projection to queries, keys and values, as of
         replicas.kernels.project_qkv
         """
         queries = project_qkv(
@@ -129,6 +130,7 @@ class TritonAttention:
             inputs.slots,
             self._rotation,
             self._scales(layer),
+            weight_scales,
         )
         return self._attend(layer, queries, inputs)
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from replicas.kernels.adapter import add_adapter
-from replicas.kernels.normed_product import MAX_ROWS, Norm
+from replicas.kernels.normed_product import LEAST_ROWS, MAX_ROWS, Norm
+from replicas.kernels.project import project
 from replicas.kernels.project_gated import project_gated
 from replicas.kernels.rms_norm import rms_norm
 from replicas.kernels.store_kv import HeadNorms
@@ -52,8 +53,11 @@ class CudaTransformer:
         else:
             hidden = self._finish_many(residual, inputs)
         if logits is None or self._parallel.size > 1:
-            found = self._parallel.gather(F.linear(hidden, self._weights.head), self._vocab_size)
+            found = _product(hidden, self._weights.head, self._weights.head_scales)
+            found = self._parallel.gather(found, self._vocab_size)
             return found if logits is None else logits.copy_(found)
+        if self._weights.head_scales is not None:
+            return project(hidden, self._weights.head, self._weights.head_scales, out=logits)
         return torch.mm(hidden, self._weights.head.t(), out=logits)
 
     def _finish_few(self, residual: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
@@ -101,6 +105,10 @@ class _Layer:
         self._eps = config.rms_norm_eps
         self._head_dim = config.head_dim
         self._weights = weights
+        self._qkv_scales = weights.scales.get("qkv")
+        self._o_scales = weights.scales.get("o")
+        self._gate_up_scales = weights.scales.get("gate_up")
+        self._down_scales = weights.scales.get("down")
         self._attention = attention
         self._parallel = parallel
         self._norms: HeadNorms | None = None
@@ -114,7 +122,7 @@ class _Layer:
         weights = self._weights
         norm = Norm(weights.input_norm, self._eps)
         return self._attention.project_attend(
-            self._index, residual, norm, weights.qkv, weights.qkv_bias, inputs
+            self._index, residual, norm, weights.qkv, self._qkv_scales, weights.qkv_bias, inputs
         )
 
     def finish_few(
@@ -125,15 +133,17 @@ class _Layer:
         attended: [N, heads * head_dim]
         """
         weights = self._weights
-        self._adapted("o", residual.addmm_(attended, weights.o.t()), attended, adapter)
+        _add_product(residual, attended, weights.o, self._o_scales)
+        self._adapted("o", residual, attended, adapter)
         if not len(residual):
             return
         if self._adapts("gate_up", adapter):
-            x = rms_norm(residual, weights.post_norm, self._eps)
-            gated = swiglu(self._adapted("gate_up", F.linear(x, weights.gate_up), x, adapter))
+            gated = self._gated(rms_norm(residual, weights.post_norm, self._eps), adapter)
         else:
-            gated = project_gated(residual, Norm(weights.post_norm, self._eps), weights.gate_up)
-        self._adapted("down", residual.addmm_(gated, weights.down.t()), gated, adapter)
+            norm = Norm(weights.post_norm, self._eps)
+            gated = project_gated(residual, norm, weights.gate_up, self._gate_up_scales)
+        _add_product(residual, gated, weights.down, self._down_scales)
+        self._adapted("down", residual, gated, adapter)
 
     def attend(self, update: torch.Tensor | None, residual: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
         """Norm, projection and attention -> [T, heads * head_dim].
@@ -145,7 +155,8 @@ class _Layer:
             x = rms_norm(residual, weights.input_norm, self._eps)
         else:
             x = rms_norm(update, weights.input_norm, self._eps, residual)
-        qkv = self._adapted("qkv", F.linear(x, weights.qkv, weights.qkv_bias), x, inputs.adapter)
+        qkv = _product(x, weights.qkv, self._qkv_scales, weights.qkv_bias)
+        qkv = self._adapted("qkv", qkv, x, inputs.adapter)
         heads = qkv.view(len(x), -1, self._head_dim)
         return self._attention.rotate_store_attend(self._index, heads, self._norms, inputs)
 
@@ -157,10 +168,15 @@ class _Layer:
         residual: [N, hidden], changed in place
         """
         weights = self._weights
-        update = self._adapted("o", F.linear(attended, weights.o), attended, adapter)
+        update = self._adapted("o", _product(attended, weights.o, self._o_scales), attended, adapter)
         x = rms_norm(self._parallel.add(update), weights.post_norm, self._eps, residual)
-        gated = swiglu(self._adapted("gate_up", F.linear(x, weights.gate_up), x, adapter))
-        return self._parallel.add(self._adapted("down", F.linear(gated, weights.down), gated, adapter))
+        gated = self._gated(x, adapter)
+        update = _product(gated, weights.down, self._down_scales)
+        return self._parallel.add(self._adapted("down", update, gated, adapter))
+
+    def _gated(self, x: torch.Tensor, adapter: torch.Tensor | None) -> torch.Tensor:
+        both = _product(x, self._weights.gate_up, self._gate_up_scales)
+        return swiglu(self._adapted("gate_up", both, x, adapter))
 
     def _adapts(self, name: str, rows: torch.Tensor | None) -> bool:
         return rows is not None and name in self._weights.adapters
@@ -173,3 +189,20 @@ class _Layer:
             adapter = self._weights.adapters[name]
             add_adapter(y, x, adapter.down, adapter.up, rows)
         return y
+
+
+def _product(
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The product of x [T, in] with a matrix [out, in], or with the codes of one."""
+    return F.linear(x, weight, bias) if scales is None else project(x, weight, scales, bias)
+
+
+def _add_product(
+    residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None
+) -> None:
+    """Adds the product to the residual [T, out] in place."""
+    if scales is None and len(x) > LEAST_ROWS:
+        residual.addmm_(x, weight.t())
+    else:
+        project(x, weight, scales, add_to=residual)
