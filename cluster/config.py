@@ -118,7 +118,7 @@ class ClusterConfig(ReplicaConfig, IngressConfig):
         if self.quantization == "int8" and self.num_gpus:
             raise ValueError("quantization 'int8' is for CPUs: set fp8 or leave it out, or set num_gpus=0")
         if self.quantization == "fp8" and not self.num_gpus:
-            raise ValueError("quantization 'fp8' is for GPUs (num_gpus=1): on a CPU set int8, or leave it out")
+            raise ValueError("quantization 'fp8' is for GPUs (num_gpus=1): on CPUs set int8, or leave it out")
         if self.quantization == "int8" and (self.forward == "torch" or self.tensor_parallel > 1):
             raise ValueError(
                 "quantization 'int8' is of the native forward, which runs in one process: "

@@ -142,8 +142,8 @@ def ragged_paged_attention(
             continue
         shape = _wide(group.shape) if wide else group.shape
         _attend[(num_kv_heads, len(group.items))](
-            queries, cache, output, scratch.partial, scratch.log_sums, scratch.num_done, group.items, segments,
-            page_table, scales, queries.stride(0), head_dim**-0.5 * _LOG2_E,
+            queries, cache, output, scratch.partial, scratch.log_sums, scratch.num_done, group.items,
+            segments, page_table, scales, queries.stride(0), head_dim**-0.5 * _LOG2_E,
             NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, PAGE_SIZE=page_size,
             BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, BLOCK_D=block_d,
             PARTS_AT_ONCE=max(1, _MERGED_ROWS // shape.block_m), DOT_DTYPE=dot_dtype(queries.dtype),

@@ -49,7 +49,8 @@ def project(
     _project[(triton.cdiv(num_rows, block.rows), triton.cdiv(len(weight), block.columns))](
         x, weight, scales, bias, y, num_rows,
         SIZE=size, NUM_COLUMNS=len(weight), ADDS=add_to is not None,
-        BLOCK_M=block.rows, BLOCK_COLUMNS=block.columns, BLOCK_INNER=block.inner, DOT_DTYPE=dot_dtype(x.dtype),
+        BLOCK_M=block.rows, BLOCK_COLUMNS=block.columns, BLOCK_INNER=block.inner,
+        DOT_DTYPE=dot_dtype(x.dtype),
         num_warps=block.num_warps, num_stages=block.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return y

@@ -139,7 +139,7 @@ def test_what_int8_weights_cannot_be_had_with_is_told(argument, words):
 def test_fp8_weights_are_for_gpus():
     config = from_command_line("quantization=fp8", "num_gpus=1", "tensor_parallel=2")
     assert config.quantization == "fp8"
-    with pytest.raises(ValidationError, match="num_gpus=1.*on a CPU set int8"):
+    with pytest.raises(ValidationError, match="on CPUs set int8"):
         from_command_line("quantization=fp8")
 
 

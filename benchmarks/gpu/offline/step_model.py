@@ -4,15 +4,19 @@
 
 Nothing of it is measured but the bandwidth of a copy. A step is the sum of its launches: each takes the
 longer of its bytes over the bandwidth and of its latency, and a gap follows it. The launches are those that
-benchmarks.gpu.offline.launches counts, and two more a layer by assumption, which add the parts of cuBLAS's
-thin sums. Attention's programs are those of the list of work that a step has (replicas.kernels.tiling), each
+benchmarks.gpu.offline.launches counts, and by assumption one more behind each of cuBLAS's products to the
+residual, which adds the parts of its sums. Attention's programs are those of the list of work that a step has (replicas.kernels.tiling), each
 begun where one has ended. `--before` has the launches of before the products of few rows, with attention
-split alike for all. The last line is of contexts that differ: 64 requests of 1,000 tokens and one of 90,000.
+split alike for all. `--fp8-weights` has these in 8 bits. The last line is of contexts that differ:
+64 requests of 1,000 tokens and one of 90,000. Under "of_ms" is also what the parts are for: "floor" is the
+weights at a copy's rate, "rate" what products lose to it, "L2" what the rows read again take beyond that,
+"ramps and gaps" those of all launches but attention's, "sums" the kernels behind cuBLAS's products.
 """
 
 import argparse
 import heapq
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from replicas.kernels.tiling import work_of
@@ -34,6 +38,8 @@ _BEGIN_US = 1.5
 """Of an attention program that begins where another has ended, until its first keys are there. Assumed."""
 _COUNT_US, _MERGE_US = 1.0, 0.8
 """To count the parts that have ended, and to merge four of them. Assumed."""
+_OURS_UP_TO = 16
+"""Rows up to which the products to the residual are ours (replicas.kernels.project)."""
 _CONTEXT = 800
 _UNEVEN = (90_000, *[1000] * 64)
 _FILTER_PASSES, _PASS_US = 20, 5.0
@@ -45,17 +51,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--before", action="store_true")
-    before = parser.parse_args().before
+    parser.add_argument("--fp8-weights", action="store_true")
+    options = parser.parse_args()
+    when, itemsize = "before" if options.before else "now", 1 if options.fp8_weights else 2
     for contexts in (*([_CONTEXT] * batch for batch in (1, 8, 16, 32, 64)), _UNEVEN):
-        parts = dict(_parts(contexts, "before" if before else "now"))
+        parts: Counter[str] = Counter()
+        for name, us in _parts(contexts, when, itemsize):
+            parts[name] += us
         step_ms = sum(parts.values()) / 1e3
+        floor_ms = _weight_bytes(itemsize) / _BYTES_PER_S * 1e3
         print(
             json.dumps(
                 {
                     "batch": len(contexts),
                     "longest": max(contexts),
                     "ms": round(step_ms, 2),
-                    "over_weights": round(step_ms / (_weight_bytes() / _BYTES_PER_S * 1e3), 2),
+                    "over_weights": round(step_ms / floor_ms, 2),
                     "of_ms": {name: round(us / 1e3, 2) for name, us in parts.items()},
                     "top_p_ms": round(_FILTER_PASSES * _PASS_US / 1e3, 2),
                 }
@@ -63,31 +74,45 @@ def main() -> None:
         )
 
 
-def _weight_bytes() -> int:
+def _weight_bytes(itemsize: int) -> int:
     qkv = _HIDDEN * (_HEADS + 2 * _KV_HEADS) * _DIM
-    return 2 * (_LAYERS * (qkv + _HEADS * _DIM * _HIDDEN + 3 * _HIDDEN * _WIDTH) + _VOCAB * _HIDDEN)
+    return itemsize * (_LAYERS * (qkv + _HEADS * _DIM * _HIDDEN + 3 * _HIDDEN * _WIDTH) + _VOCAB * _HIDDEN)
 
 
-def _parts(contexts: Sequence[int], when: str) -> Iterator[tuple[str, float]]:
+def _parts(contexts: Sequence[int], when: str, itemsize: int) -> Iterator[tuple[str, float]]:
     """The parts of a step in microseconds, by name."""
     few, batch = when == "now", len(contexts)
+    ours = few and (batch <= _OURS_UP_TO or itemsize == 1)
     qkv = (_HEADS + 2 * _KV_HEADS) * _DIM
-    products = _product(batch, _HIDDEN, qkv, 32 if few else 64) + _product(batch, _HIDDEN, 2 * _WIDTH, 128)
-    products += _product(batch, _HEADS * _DIM, _HIDDEN, 64) + _product(batch, _WIDTH, _HIDDEN, 64)
-    yield "products", _LAYERS * (products + 2 * (_TINY_US + _GAP_US))
+    for size, num_columns, columns in (
+        (_HIDDEN, qkv, 32 if few else 64),
+        (_HIDDEN, 2 * _WIDTH, 128),
+        (_HEADS * _DIM, _HIDDEN, 32 if ours else 64),
+        (_WIDTH, _HIDDEN, 32 if ours else 64),
+    ):
+        for name, us in _product(batch, size, num_columns, columns, itemsize):
+            yield name, _LAYERS * us
+    yield from _product(batch, _HIDDEN, _VOCAB, 128, itemsize)
+    if not ours:
+        yield "sums", _LAYERS * 2 * (_TINY_US + _GAP_US)
     yield "attention", _LAYERS * _attention(contexts, when)
-    yield "norms, rotation, gate", 0.0 if few else _LAYERS * 4 * (_TINY_US + _GAP_US)
-    yield "head", _product(batch, _HIDDEN, _VOCAB, 128)
+    if not few:
+        yield "norms, rotation, gate", _LAYERS * 4 * (_TINY_US + _GAP_US)
     # Copy, embedding, two selections of rows, the last norm, scan, merge, two kernels of the sampler, copy.
     yield "the rest", 10 * (_TINY_US + _GAP_US)
 
 
-def _product(batch: int, size: int, num_columns: int, columns: int) -> float:
+def _product(
+    batch: int, size: int, num_columns: int, columns: int, itemsize: int
+) -> Iterator[tuple[str, float]]:
     """A product that reads its weights once, and its rows once for each block of so many columns."""
-    weights = 2 * size * num_columns
-    through_l2 = weights + 2 * size * max(batch, 16) * -(-num_columns // columns)
-    seconds = max(weights / (_BYTES_PER_S * _OF_COPY), through_l2 / _L2_BYTES_PER_S)
-    return seconds * 1e6 + _RAMP_US + _GAP_US
+    weights = itemsize * size * num_columns
+    through_l2 = weights + 2 * size * batch * -(-num_columns // columns)
+    floor_us, reached_us = weights / _BYTES_PER_S * 1e6, weights / (_BYTES_PER_S * _OF_COPY) * 1e6
+    yield "floor", floor_us
+    yield "rate", reached_us - floor_us
+    yield "L2", max(0.0, through_l2 / _L2_BYTES_PER_S * 1e6 - reached_us)
+    yield "ramps and gaps", _RAMP_US + _GAP_US
 
 
 def _attention(contexts: Sequence[int], when: str) -> float:

@@ -252,7 +252,7 @@ def standing_in(device: Device, trace: Trace) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(JITFunction, "run", bind))
-        for module in (launch, normed_product):
+        for module in (attention, launch, normed_product):
             stack.enter_context(patch.object(module, "num_sms", lambda _: device.num_sms))
         stack.enter_context(
             patch.object(attention, "block_shared_bytes", lambda _: device.block_shared_bytes)

@@ -28,7 +28,7 @@ from replicas.model.cuda.graphs import GraphCache, GraphRecorder, Replay
 from replicas.model.cuda.inputs import HostStep, StepInputs, StepSize, sections_of
 from replicas.model.cuda.opens import opens_of
 from replicas.model.cuda.sampling import Sampled, first_rows
-from replicas.model.cuda.sizes import MAX_GRAPH_WANTED, GraphSizes, batches, eager
+from replicas.model.cuda.sizes import GraphSizes, batches, eager
 from replicas.model.cuda.staging import Staging
 from replicas.model.cuda.transformer import CudaTransformer
 from replicas.model.kv_budget import check_pool, device_budget_bytes
@@ -87,7 +87,7 @@ class CudaRunner:
         self.model = CudaTransformer(config, weights, attention, parallel)
         self._staging = Staging(self.device)
         self._num_places = attention.num_places
-        self._sizes = GraphSizes(config, attention.num_places)
+        self._sizes = GraphSizes(config, attention.num_places, weights.embedding.dtype)
         self._graphs: GraphCache | None = None
         spec = spec_of(config, num_pages=num_pages, page_size=page_size, max_context=max_context)
         self._spec = replace(spec, runs_ahead=options.runs_ahead)
@@ -114,9 +114,9 @@ class CudaRunner:
 
         num_pages or kv_budget_bytes sizes the page pool, the first before the second; with neither it takes
         what the device, or this process's share of it, has left beside weights and steps
-        (replicas.model.kv_budget). kv_dtype: 'auto' is the weights'. quantization: 'fp8' holds the matrices of
-        linear layers, the head's among them, in float8_e4m3fn with a scale a row. Under torch.distributed's default group
-        the model is split among its processes.
+        (replicas.model.kv_budget). kv_dtype: 'auto' is the weights'. quantization: 'fp8' holds the matrices
+        of linear layers, the head's among them, in float8_e4m3fn with a scale a row. Under
+        torch.distributed's default group the model is split among its processes.
         """
         if dtype not in DTYPES:
             raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -264,9 +264,10 @@ class CudaRunner:
         device = self.device
         num_ints = max(size.num_ints for size in self._sizes.sizes) + _GRAPH_PAGE_ENTRIES
         self._buffer = torch.zeros(num_ints, dtype=torch.int32, device=device)
-        self._logits = torch.empty(MAX_GRAPH_WANTED, self.config.vocab_size, dtype=dtype, device=device)
-        self._tokens = torch.empty(MAX_GRAPH_WANTED, dtype=torch.int64, device=device)
-        self._report = torch.empty(3 * MAX_GRAPH_WANTED, dtype=torch.float64, device=device)
+        num_wanted = self._sizes.max_wanted
+        self._logits = torch.empty(num_wanted, self.config.vocab_size, dtype=dtype, device=device)
+        self._tokens = torch.empty(num_wanted, dtype=torch.int64, device=device)
+        self._report = torch.empty(3 * num_wanted, dtype=torch.float64, device=device)
         recorder = GraphRecorder(device)
 
         def capture(size: StepSize) -> Replay:
@@ -289,6 +290,6 @@ def _placed(weights: ModelWeights, device: torch.device, quantization: str | Non
         return weights_to(weights, device, encoded if quantization else None)
     except torch.OutOfMemoryError as error:
         raise CheckpointError(
-            f"the weights do not fit {device}: use bfloat16, quantization 'fp8', a smaller checkpoint, or tensor_parallel "
-            f"({error})"
+            f"the weights do not fit {device}: use bfloat16, quantization 'fp8', a smaller checkpoint, or "
+            f"tensor_parallel ({error})"
         ) from error

@@ -2,8 +2,8 @@
 
 A size is a kind of step and a number of rows, a power of two or three quarters of one. Its other lengths are
 the most that so many rows can have: every row a segment, up to 128, and as many items of attention's work of
-each tile shape as these can be cut and split into. Programs of padding end at once. Kinds are told apart by what costs time where it is not
-needed:
+each tile shape as these can be cut and split into. Programs of padding end at once. Kinds are told apart by
+what costs time where it is not needed:
 
 | kind | rows | attention's tile shapes | adapter | wanted rows |
 |---|---|---|---|---|
@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 
+import torch
+
 from replicas.engine.batch import ScheduledBatch, Segment
 from replicas.kernels.attention import TILE_SHAPES, queries_per_tile, tile_shape
 from replicas.kernels.tiling import FEW_ROWS, few_rows_shape
@@ -26,10 +28,11 @@ from replicas.model.cuda.inputs import StepSize
 
 MAX_GRAPHS = 40
 MAX_GRAPH_ROWS = 2048
-MAX_GRAPH_WANTED = MAX_GRAPH_ROWS
 MAX_GRAPH_SEGMENTS = 128
 MAX_GRAPH_RULED = 256
 """Wanted rows whose logits rules change: each takes a line of the vocabulary in float32."""
+MAX_GRAPH_LOGITS_BYTES, MAX_GRAPH_RULED_BYTES = 512 << 20, 128 << 20
+"""What wanted rows, and those under rules, may take: fewer of them for the largest vocabularies."""
 _MANY_WANTED = 1024
 _FEW_WANTED = 64
 _ROWS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, MAX_GRAPH_ROWS)
@@ -45,9 +48,13 @@ class GraphSizes:
     """The sizes for one model.
 
     num_places: what attention's work is split for, as of replicas.kernels.attention
+    dtype: of the logits
     """
 
-    def __init__(self, config: ModelConfig, num_places: Sequence[int]):
+    def __init__(self, config: ModelConfig, num_places: Sequence[int], dtype: torch.dtype = torch.bfloat16):
+        self.max_wanted = min(MAX_GRAPH_ROWS, MAX_GRAPH_LOGITS_BYTES // (config.vocab_size * dtype.itemsize))
+        """The most wanted rows of a graph."""
+        self._max_ruled = min(MAX_GRAPH_RULED, MAX_GRAPH_RULED_BYTES // (config.vocab_size * 4))
         self._queries_per_kv = config.queries_per_kv
         self._num_places = num_places
         self._tiles_per_row = _tiles_per_row(config.queries_per_kv)
@@ -75,9 +82,7 @@ class GraphSizes:
         # verify.
         steps = self.padded_rows(min(max_step_tokens, max_running * self._longest_step))
         return tuple(
-            size
-            for size in self.sizes
-            if size.num_rows <= (steps if size in self._steps else largest)
+            size for size in self.sizes if size.num_rows <= (steps if size in self._steps else largest)
         )
 
     @staticmethod
@@ -97,7 +102,8 @@ class GraphSizes:
             if shape < len(items) - 1:  # the last shape alone cuts a segment into many, in steps of many rows
                 tiles = min(tiles, num_segments)
             items[shape] = tiles + self._num_places[shape] if tiles else 0
-        num_ruled = min(wanted, MAX_GRAPH_RULED)
+        wanted = min(wanted, self.max_wanted)
+        num_ruled = min(wanted, self._max_ruled)
         return StepSize(rows, wanted, num_ruled, num_segments, tuple(items), has_adapter)
 
 

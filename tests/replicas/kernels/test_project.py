@@ -40,7 +40,8 @@ def test_projects_by_weights_that_are_no_codes(dtype: torch.dtype, num_rows: int
     residual = normal(num_rows, 70, dtype=dtype, seed=2)
     expected = residual.double() + project_reference(x, weight, None)
     found = project(x, weight, None, add_to=residual)
-    torch.testing.assert_close(found.double(), expected, atol=4 * TOLERANCES[dtype], rtol=4 * TOLERANCES[dtype])
+    tolerance = 4 * TOLERANCES[dtype]
+    torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -4,12 +4,21 @@ import random
 from dataclasses import replace
 
 import pytest
+import torch
 
 from replicas.engine.batch import Segment
 from replicas.kernels.attention import TILE_SHAPES
 from replicas.model.config import ModelConfig
 from replicas.model.cuda.inputs import HostStep, StepSize
-from replicas.model.cuda.sizes import MAX_GRAPH_ROWS, MAX_GRAPHS, GraphSizes, batches, eager
+from replicas.model.cuda.sizes import (
+    MAX_GRAPH_LOGITS_BYTES,
+    MAX_GRAPH_ROWS,
+    MAX_GRAPH_RULED_BYTES,
+    MAX_GRAPHS,
+    GraphSizes,
+    batches,
+    eager,
+)
 from tests.replicas.model.conftest import segment
 from tests.tiny_checkpoint import tiny_config
 
@@ -74,6 +83,22 @@ def test_what_is_too_large_has_no_size() -> None:
         size = StepSize(*counts, (0,) * len(TILE_SHAPES), False)
         assert sizes.padded(size) is None
         assert eager(size).num_rows % 256 == 0
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype", "most"),
+    [(131_072, torch.bfloat16, 2048), (262_144, torch.bfloat16, 1024), (131_072, torch.float32, 1024)],
+)
+def test_logits_of_graphs_are_bounded_by_their_bytes(vocab_size: int, dtype: torch.dtype, most: int) -> None:
+    config = replace(CONFIG, vocab_size=vocab_size)
+    sizes = GraphSizes(config, PLACES, dtype)
+    assert sizes.max_wanted == max(size.num_wanted for size in sizes.sizes) == most
+    assert most * vocab_size * dtype.itemsize <= MAX_GRAPH_LOGITS_BYTES
+    ruled = max(size.num_ruled for size in sizes.sizes)
+    assert ruled * vocab_size * 4 <= MAX_GRAPH_RULED_BYTES
+    made = batches(sizes.sizes, PAGE, num_pages=40, max_context=2560)
+    met = {sizes.padded(HostStep.pack(batch.segments, config, PAGE, PLACES).size) for batch in made}
+    assert met == set(sizes.sizes)
 
 
 @pytest.mark.parametrize("max_running", [1, 20, 64, 256])
