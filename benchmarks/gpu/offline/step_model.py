@@ -5,12 +5,14 @@
 Nothing of it is measured but the bandwidth of a copy. A step is the sum of its launches: each takes the
 longer of its bytes over the bandwidth and of its latency, and a gap follows it. The launches are those that
 benchmarks.gpu.offline.launches counts, and by assumption one more behind each of cuBLAS's products to the
-residual, which adds the parts of its sums. Attention's programs are those of the list of work that a step has (replicas.kernels.tiling), each
-begun where one has ended. `--before` has the launches of before the products of few rows, with attention
-split alike for all. `--fp8-weights` has these in 8 bits. The last line is of contexts that differ:
-64 requests of 1,000 tokens and one of 90,000. Under "of_ms" is also what the parts are for: "floor" is the
-weights at a copy's rate, "rate" what products lose to it, "L2" what the rows read again take beyond that,
-"ramps and gaps" those of all launches but attention's, "sums" the kernels behind cuBLAS's products.
+residual, which adds the parts of its sums. Attention's programs are those of the list of work that a step has
+(replicas.kernels.tiling), each begun where one has ended.
+
+`--before` has the launches of before the products of few rows, with attention split alike for all, and
+`--fp8-weights` weights in 8 bits. The last line is of contexts that differ: 64 requests of 1,000 tokens and
+one of 90,000. Under "of_ms" is what the parts are for: "floor" is the weights at a copy's rate, "rate" what
+products lose to it, "L2" what the rows read again take beyond that, "ramps and gaps" those of the products,
+"sums" the kernels behind cuBLAS's.
 """
 
 import argparse
