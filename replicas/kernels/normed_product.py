@@ -59,7 +59,7 @@ def block_of(num_rows: int, weight: torch.Tensor, dtype: torch.dtype) -> Block:
     sizes = (128, 64, 32)
     columns = next((size for size in sizes if len(weight) >= size * num_sms(weight.device)), sizes[-1])
     inner = 64 if columns == 128 else 128
-    if weight.itemsize == 1 and columns == 32 and rows == LEAST_ROWS:
+    if weight.itemsize == 1 and rows == LEAST_ROWS and columns == 32:
         inner = 256  # as many bytes on their way as of weights in 16 bits
     return Block(rows, columns, inner, 4, 4 if rows < 64 else 3)
 

@@ -18,7 +18,7 @@ products lose to it, "L2" what the rows read again take beyond that, "ramps and 
 import argparse
 import heapq
 import json
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from replicas.kernels.tiling import work_of
@@ -57,7 +57,7 @@ def main() -> None:
     options = parser.parse_args()
     when, itemsize = "before" if options.before else "now", 1 if options.fp8_weights else 2
     for contexts in (*([_CONTEXT] * batch for batch in (1, 8, 16, 32, 64)), _UNEVEN):
-        parts: Counter[str] = Counter()
+        parts: dict[str, float] = defaultdict(float)
         for name, us in _parts(contexts, when, itemsize):
             parts[name] += us
         step_ms = sum(parts.values()) / 1e3
