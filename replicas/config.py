@@ -68,9 +68,10 @@ class ReplicaConfig(EngineConfig, SharedConfig, DemandConfig):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Of weights and K/V; auto: float32 on CPUs, bfloat16 on GPUs."
     )
-    quantization: Literal["int8"] | None = Field(
+    quantization: Literal["int8", "fp8"] | None = Field(
         default=None,
-        description="On CPUs, native forward: linear layers' weights in 8 bits; None: all in dtype.",
+        description="Linear layers' weights in 8 bits: int8 on CPUs, native forward; fp8 on GPUs like Ada's "
+        "or newer; None: all in dtype.",
     )
     forward: Literal["auto", "native", "torch"] = Field(
         default="auto",

@@ -3,7 +3,6 @@
 from replicas.config import ReplicaConfig
 from replicas.engine.batch import ServingRunner
 from replicas.machine import default_num_threads
-from replicas.model.checkpoint import CheckpointError
 from replicas.model.runner import TorchRunner
 
 
@@ -11,8 +10,6 @@ def load_runner(config: ReplicaConfig) -> ServingRunner:
     """Loads the runner; in a process of a group (replicas.model.lockstep) this one's part. Raises
     CheckpointError."""
     if config.device == "cuda":
-        if config.quantization:
-            raise CheckpointError(f"quantization {config.quantization!r} is for CPUs: leave it out")
         from replicas.model.cuda.runner import CudaRunner  # Triton is there on Linux only
 
         return CudaRunner.load(
@@ -21,6 +18,7 @@ def load_runner(config: ReplicaConfig) -> ServingRunner:
             kv_budget_bytes=config.kv_budget_bytes,
             device_share=config.num_gpus,
             kv_dtype=config.kv_dtype,
+            quantization=config.quantization,
             page_size=config.kv_page_size,
         )
     num_threads = config.num_threads

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from benchmarks.gpu.timing import Ceilings, Clock
 from replicas.engine.batch import Segment
 from replicas.kernels.adapter import add_adapter
-from replicas.kernels.attention import TILE_SHAPES, TileShape, num_splits, ragged_paged_attention
+from replicas.kernels.attention import TILE_SHAPES, Scratch, TileShape, num_places, ragged_paged_attention
 from replicas.kernels.confidence import confidence
-from replicas.kernels.normed_product import MAX_ROWS, Norm
+from replicas.kernels.normed_product import LEAST_ROWS, MAX_ROWS, Norm, encoded
+from replicas.kernels.project import project
 from replicas.kernels.project_gated import project_gated
 from replicas.kernels.project_qkv import project_qkv
 from replicas.kernels.rms_norm import rms_norm
@@ -76,6 +77,9 @@ class KernelBench:
             yield self._swiglu(count)
             yield self._store_kv(count)
             yield self._adapter(count)
+            yield self._project(count, in_fp8=True)
+            if count <= LEAST_ROWS:
+                yield self._project(count, in_fp8=False)
             if count <= MAX_ROWS:
                 yield self._project_qkv(count)
                 yield self._project_gated(count)
@@ -115,6 +119,13 @@ class KernelBench:
     def _normal(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, device=self._device).to(self._dtype)
 
+    def _places(self) -> tuple[int, ...]:
+        return num_places(self._shapes.config.num_kv_heads, self._device)
+
+    def _scratch(self) -> Scratch:
+        config = self._shapes.config
+        return Scratch.allocate(self._places(), config.num_kv_heads, config.head_dim, self._device)
+
     def _case(
         self, batch: int, start: int, length: int, causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor, StepInputs]:
@@ -127,12 +138,12 @@ class KernelBench:
             Segment(number, start, (7,) * length, tuple(pages), num_causal, False, (0,), _GREEDY)
             for number, pages in enumerate(order)
         ]
-        host = HostStep.pack(asked, config, page_size)
+        host = HostStep.pack(asked, config, page_size, self._places())
         buffer = torch.empty(host.num_ints(host.size), dtype=torch.int32)
         host.write(buffer.numpy(), host.size)
         pages = self._normal(batch * per_sequence, 2, config.num_kv_heads, page_size, config.head_dim)
         queries = self._normal(batch * length, config.num_heads, config.head_dim)
-        return queries, pages, StepInputs.view(buffer.to(self._device), host.size, config)
+        return queries, pages, StepInputs.view(buffer.to(self._device), host.size)
 
     def _attention(
         self, name: str, batch: int, start: int, length: int, causal: bool
@@ -140,11 +151,11 @@ class KernelBench:
         """Attention against SDPA on keys and values gathered into dense tensors beforehand."""
         config = self._shapes.config
         queries, pages, inputs = self._case(batch, start, length, causal)
-        output = torch.empty_like(queries)
+        output, scratch = torch.empty_like(queries), self._scratch()
 
         def run() -> None:
             ragged_paged_attention(
-                queries, pages, output, inputs.segments, inputs.page_table, inputs.tiles, inputs.scratch
+                queries, pages, output, inputs.segments, inputs.page_table, inputs.work, scratch
             )
 
         dense_queries, keys, values = self._dense(queries, pages, inputs, batch, start + length)
@@ -274,6 +285,25 @@ class KernelBench:
         num_bytes = weight.numel() * self._dtype.itemsize
         return self._row("project_qkv", f"{count} rows", num_bytes, run, "norm, product, store_kv", run_other)
 
+    def _project(self, count: int, *, in_fp8: bool) -> dict[str, object]:
+        """The MLP's last product, added to the residual, against cuBLAS's on weights in the model's dtype."""
+        size_in, size_out = self._shapes.config.intermediate_size, self._shapes.config.hidden_size
+        x, residual = self._normal(count, size_in), self._normal(count, size_out)
+        plain = self._normal(size_out, size_in) * size_in**-0.5
+        weight, scales = encoded(plain) if in_fp8 else (plain, None)
+
+        def run() -> None:
+            project(x, weight, scales, add_to=residual)
+
+        return self._row(
+            "project",
+            f"{count} rows" + (", fp8 weights" if in_fp8 else ""),
+            weight.numel() * weight.itemsize,
+            run,
+            "addmm",
+            lambda: residual.addmm_(x, plain.t()),
+        )
+
     def _project_gated(self, count: int) -> dict[str, object]:
         size, width = self._shapes.config.hidden_size, self._shapes.config.intermediate_size
         x, norm = self._normal(count, size), Norm(self._normal(size), 1e-5)
@@ -328,13 +358,13 @@ class KernelBench:
 
         batch, length = self._shapes.block_batches[-1], self._shapes.block
         queries, pages, inputs = self._case(batch, start, length, causal=False)
-        output = torch.empty_like(queries)
+        output, scratch = torch.empty_like(queries), self._scratch()
         dense = self._dense(queries, pages, inputs, batch, start + length)
         compiled = torch.compile(flex_attention)
 
         def run() -> None:
             ragged_paged_attention(
-                queries, pages, output, inputs.segments, inputs.page_table, inputs.tiles, inputs.scratch
+                queries, pages, output, inputs.segments, inputs.page_table, inputs.work, scratch
             )
 
         num_bytes = 2 * self._dtype.itemsize * queries.numel() + pages.numel() * self._dtype.itemsize
@@ -367,14 +397,11 @@ class KernelBench:
         inputs: StepInputs,
         chosen: bool,
     ) -> dict[str, object]:
-        [group] = [tiles for tiles in inputs.tiles if len(tiles.index)]
-        splits = num_splits(shape, len(group.index), self._shapes.config.num_kv_heads, self._device)
-        tiles = [replace(group, shape=shape, num_splits=min(splits, len(inputs.scratch.partial)))]
+        [group] = [work for work in inputs.work if len(work.items)]
+        work, scratch = [replace(group, shape=shape)], self._scratch()
 
         def run() -> None:
-            ragged_paged_attention(
-                queries, pages, output, inputs.segments, inputs.page_table, tiles, inputs.scratch
-            )
+            ragged_paged_attention(queries, pages, output, inputs.segments, inputs.page_table, work, scratch)
 
         name = f"tile {shape.block_m}x{shape.block_n}, {shape.num_warps} warps, {shape.num_stages} stages"
         what = f"{name}: {len(inputs.segments)} segments{' (chosen)' if chosen else ''}"

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 import torch
 
 from replicas.engine.batch import Segment
+from replicas.kernels.attention import num_places
 from replicas.kernels.confidence import confidence
+from replicas.kernels.normed_product import encoded
 from replicas.messages import SamplingParams
 from replicas.model.adapter import LowRank
-from replicas.model.checkpoint import LayerWeights, ModelWeights
+from replicas.model.checkpoint import LayerWeights, ModelWeights, weights_to
 from replicas.model.config import ModelConfig
 from replicas.model.cuda.inputs import HostStep, StepInputs
 from replicas.model.cuda.runner import CudaRunner, Options
@@ -47,6 +49,7 @@ class Work:
     dtype: torch.dtype = torch.bfloat16
     kv_dtype: torch.dtype | None = None
     """None for dtype."""
+    has_fp8_weights: bool = False
     num_layers: int | None = None
     """None for all the model has."""
 
@@ -74,8 +77,13 @@ def published_config(name: str, num_layers: int | None = None) -> ModelConfig:
     return ModelConfig.parse(raw, has_adapter=True)
 
 
-def random_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> ModelWeights:
-    """Small normal weights in the engine's layout, with an adapter on every output projection."""
+def random_weights(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, *, in_fp8: bool = False
+) -> ModelWeights:
+    """Small normal weights in the engine's layout, with an adapter on every output projection.
+
+    in_fp8: those of linear layers are codes
+    """
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device).normal_(std=0.02)
@@ -101,7 +109,8 @@ def random_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device
         for _ in range(config.num_layers)
     ]
     vocabulary = (config.vocab_size, config.hidden_size)
-    return ModelWeights(normal(*vocabulary), layers, ones(), normal(*vocabulary))
+    weights = ModelWeights(normal(*vocabulary), layers, ones(), normal(*vocabulary))
+    return weights_to(weights, device, encoded) if in_fp8 else weights
 
 
 def make_runner(work: Work, device: torch.device, options: Options) -> CudaRunner:
@@ -110,7 +119,7 @@ def make_runner(work: Work, device: torch.device, options: Options) -> CudaRunne
     per_sequence = -(-(work.num_cached + 4 * work.max_queries) // work.page_size)
     return CudaRunner(
         config,
-        random_weights(config, work.dtype, device),
+        random_weights(config, work.dtype, device, in_fp8=work.has_fp8_weights),
         num_pages=work.max_concurrency * per_sequence,
         page_size=work.page_size,
         max_context=work.num_cached + 4 * work.max_queries,
@@ -145,7 +154,8 @@ class Forward:
 
     def __init__(self, runner: CudaRunner, asked: list[Segment]):
         config = runner.config
-        host = HostStep.pack(asked, config, runner.spec.page_size)
+        places = num_places(config.num_kv_heads, runner.device)
+        host = HostStep.pack(asked, config, runner.spec.page_size, places)
         buffer = torch.empty(host.num_ints(host.size), dtype=torch.int32)
         host.write(buffer.numpy(), host.size)
         self._buffer = buffer.to(runner.device)
@@ -153,5 +163,5 @@ class Forward:
         self._runner = runner
 
     def __call__(self) -> None:
-        inputs = StepInputs.view(self._buffer, self._size, self._runner.config)
+        inputs = StepInputs.view(self._buffer, self._size)
         confidence(self._runner.model.forward(inputs), self._runner.spec.mask_token_id)

@@ -8,8 +8,10 @@ and start + length, the whole segment, if not:
 computed a block of keys at a time with the online softmax (Milakov and Gimelshein, arXiv 1805.02867;
 FlashAttention, arXiv 2205.14135). Keys and values are read through the page table (PagedAttention, arXiv
 2309.06180), once for all queries that share a K/V head: a tile's rows are (query, query head of the K/V
-head). Where tiles are few, each tile's keys are split among programs, whose parts are then merged by
-their log-sum-exps (Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
+head). Programs follow a list of work made for the step (replicas.kernels.tiling): a tile of many keys is
+split among several, and the last of these to end merges their parts by their log-sum-exps (Flash-Decoding,
+https://crfm.stanford.edu/2023/10/12/flashdecoding.html; a plan by lengths, as FlashInfer has, arXiv
+2501.01005).
 """
 
 from collections.abc import Sequence
@@ -19,13 +21,14 @@ import torch
 import triton
 import triton.language as tl
 
-from replicas.kernels.launch import block_shared_bytes, dot_dtype, splits_to_fill
+from replicas.kernels.launch import block_shared_bytes, dot_dtype, num_sms
 
-MAX_SPLITS = 32
 SEGMENT_FIELDS = tl.constexpr(5)
-_MIN_SPLIT_BLOCKS = 2
+WORK_FIELDS = tl.constexpr(6)
 _BUFFERED_BYTES = 128 << 10
 """Shared memory of a block from which on several blocks of keys and values are on their way at once."""
+_MERGED_ROWS = 64
+"""Rows of a split tile's parts that are read at once when they are merged."""
 _LOG2_E = 1.4426950408889634
 
 
@@ -47,38 +50,43 @@ TILE_SHAPES = (TileShape(16, 64, 4, 3, 3), TileShape(64, 64, 4, 3, 2), TileShape
 
 
 @dataclass(frozen=True, slots=True)
-class Tiles:
-    """Tiles of one shape."""
+class Work:
+    """What the programs of one tile shape do."""
 
     shape: TileShape
-    index: torch.Tensor
-    """[N, 2] int32, each tile's segment and its first query in it; a segment of -1 is padding."""
-    num_splits: int
-    """The number of programs among which a tile's keys are split."""
+    items: torch.Tensor
+    """[N, 6] int32, as replicas.kernels.tiling makes them; a segment of -1 is padding."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
-    """The parts of split tiles, float32, until they are merged."""
+    """The parts of split tiles until they are merged. Steps share it, as they run in turn."""
 
     partial: torch.Tensor
-    """[splits, T, heads, head_dim], each split's output."""
+    """[N, head_dim] float32, each part's output; a slot of an item has a tile's rows for each K/V head."""
     log_sums: torch.Tensor
-    """[splits, T, heads], the log2 of each split's sum of exponentials."""
+    """[N] float32, the log2 of each part's sum of exponentials."""
+    num_done: torch.Tensor
+    """[slots * kv_heads] int32, how many parts of a tile have ended; all 0 between launches."""
 
     @classmethod
     def allocate(
-        cls, tiles: Sequence[Tiles], num_rows: int, num_heads: int, head_dim: int, device: torch.device
+        cls, num_places: Sequence[int], num_kv_heads: int, head_dim: int, device: torch.device
     ) -> "Scratch":
-        num_splits = max((group.num_splits for group in tiles), default=1)
-        num_rows = num_rows if num_splits > 1 else 0
-        partial = torch.empty(num_splits, num_rows, num_heads, head_dim, dtype=torch.float32, device=device)
-        return cls(partial, torch.empty(partial.shape[:3], dtype=torch.float32, device=device))
+        """For lists of work made for so many places, by tile shape."""
+        num_slots = [2 * places for places in num_places]  # replicas.kernels.tiling
+        pairs = zip(num_slots, TILE_SHAPES, strict=True)
+        num_rows = num_kv_heads * max(slots * shape.block_m for slots, shape in pairs)
+        return cls(
+            torch.empty(num_rows, head_dim, dtype=torch.float32, device=device),
+            torch.empty(num_rows, dtype=torch.float32, device=device),
+            torch.zeros(max(num_slots) * num_kv_heads, dtype=torch.int32, device=device),
+        )
 
 
-def num_splits(shape: TileShape, num_tiles: int, num_kv_heads: int, device: torch.device) -> int:
-    """The number of splits, a power of two, that keeps the device full of tiles of this shape."""
-    return splits_to_fill(num_tiles * num_kv_heads, device, MAX_SPLITS, shape.num_resident)
+def num_places(num_kv_heads: int, device: torch.device) -> tuple[int, ...]:
+    """For each tile shape, the number of tiles that the device works on at once, all their K/V heads."""
+    return tuple(max(1, shape.num_resident * num_sms(device) // num_kv_heads) for shape in TILE_SHAPES)
 
 
 def tile_shape(num_queries: int, queries_per_kv: int) -> int:
@@ -108,7 +116,7 @@ def ragged_paged_attention(
     output: torch.Tensor,
     segments: torch.Tensor,
     page_table: torch.Tensor,
-    tiles: Sequence[Tiles],
+    work: Sequence[Work],
     scratch: Scratch,
     scales: torch.Tensor | None = None,
 ) -> None:
@@ -118,10 +126,10 @@ def ragged_paged_attention(
     cache: [pages, 2, kv_heads, page_size, head_dim], keys then values; segments' own K/V is in it already
     segments: [S, 5] int32: first row, start, length, num_causal, first index of its pages in page_table
     page_table: [P] int32, each segment's pages in order; nothing past a segment's last key is read
-    tiles: cover each row once; rows that no tile covers are left as they are
+    work: covers each row once; rows that it does not cover are left as they are
     scales: [2, kv_heads] float32, the factors by which stored keys and values are multiplied; None for 1
     """
-    num_rows, num_heads, head_dim = queries.shape
+    num_heads, head_dim = queries.shape[1:]
     num_kv_heads, page_size = cache.shape[2:4]
     assert queries.stride()[1:] == (head_dim, 1)
     assert output.is_contiguous()
@@ -129,25 +137,19 @@ def ragged_paged_attention(
     wide = queries.dtype is torch.float32
     has_room = block_shared_bytes(queries.device) >= _BUFFERED_BYTES
     block_d = max(16, triton.next_power_of_2(head_dim))
-    for group in tiles:
-        if not len(group.index):
+    for group in work:
+        if not len(group.items):
             continue
         shape = _wide(group.shape) if wide else group.shape
-        _attend[(len(group.index), num_kv_heads, group.num_splits)](
-            queries, cache, output, scratch.partial, scratch.log_sums, group.index, segments, page_table,
-            scales, queries.stride(0), num_rows, head_dim**-0.5 * _LOG2_E,
+        _attend[(num_kv_heads, len(group.items))](
+            queries, cache, output, scratch.partial, scratch.log_sums, scratch.num_done, group.items,
+            segments, page_table, scales, queries.stride(0), head_dim**-0.5 * _LOG2_E,
             NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, PAGE_SIZE=page_size,
-            BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, BLOCK_D=block_d, NUM_SPLITS=group.num_splits,
-            MIN_SPLIT_BLOCKS=_MIN_SPLIT_BLOCKS, DOT_DTYPE=dot_dtype(queries.dtype),
+            BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, BLOCK_D=block_d,
+            PARTS_AT_ONCE=max(1, _MERGED_ROWS // shape.block_m), DOT_DTYPE=dot_dtype(queries.dtype),
             num_warps=shape.num_warps, num_stages=shape.num_stages if has_room else min(2, shape.num_stages),
             enable_fp_fusion=True,
         )  # fmt: skip
-        if group.num_splits > 1:
-            _merge_splits[(len(group.index), shape.block_m, num_kv_heads)](
-                scratch.partial, scratch.log_sums, output, group.index, segments, num_rows,
-                NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_M=shape.block_m,
-                BLOCK_D=block_d, NUM_SPLITS=group.num_splits, num_warps=4, enable_fp_fusion=True,
-            )  # fmt: skip
 
 
 @triton.jit
@@ -157,12 +159,12 @@ def _attend(
     output,
     partial,
     log_sums,
-    tiles,
+    num_done,
+    work,
     segments,
     page_table,
     scales,
     query_stride,
-    num_rows,
     softmax_scale,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -171,23 +173,28 @@ def _attend(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    MIN_SPLIT_BLOCKS: tl.constexpr,
+    PARTS_AT_ONCE: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
-    """Attends one tile of one K/V head, over one split of its keys."""
+    """Attends one tile of one K/V head, over all of its keys or one split of them."""
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     IS_WITHIN_PAGE: tl.constexpr = PAGE_SIZE % BLOCK_N == 0
-    kv_head = tl.program_id(1)
-    split = tl.program_id(2)
-    segment = tl.load(tiles + 2 * tl.program_id(0))
+    kv_head = tl.program_id(0)
+    item = work + WORK_FIELDS * tl.program_id(1)
+    segment = tl.load(item)
     if segment < 0:
         return
-    first_query = tl.load(tiles + 2 * tl.program_id(0) + 1)
+    first_query = tl.load(item + 1)
+    split = tl.load(item + 2)
+    num_splits = tl.load(item + 3)
+    split_keys = tl.load(item + 4)
+    first_slot = tl.load(item + 5)
     first_row = tl.load(segments + SEGMENT_FIELDS * segment)
     start = tl.load(segments + SEGMENT_FIELDS * segment + 1)
     length = tl.load(segments + SEGMENT_FIELDS * segment + 2)
+    if first_query >= length:
+        return
     num_causal = tl.load(segments + SEGMENT_FIELDS * segment + 3)
 
     tile_row = tl.arange(0, BLOCK_M)
@@ -212,9 +219,10 @@ def _attend(
     max_visible = tl.where(end_query <= num_causal, start + end_query, total)
     least_visible = tl.where(first_query < num_causal, start + first_query + 1, total)
     num_blocks = tl.cdiv(max_visible, BLOCK_N)
-    split_blocks = tl.maximum(tl.cdiv(num_blocks, NUM_SPLITS), MIN_SPLIT_BLOCKS)
-    first_block = split * split_blocks
-    end_block = tl.minimum(first_block + split_blocks, num_blocks)
+    # The list was made for as many keys as the segment might come to have: the last split takes the rest.
+    first_block = tl.cdiv(split * split_keys, BLOCK_N)
+    end_block = tl.minimum(tl.cdiv((split + 1) * split_keys, BLOCK_N), num_blocks)
+    end_block = tl.where(split == num_splits - 1, num_blocks, end_block)
     full_end = tl.minimum(end_block, least_visible // BLOCK_N)
 
     table = page_table + tl.load(segments + SEGMENT_FIELDS * segment + 4)
@@ -240,15 +248,22 @@ def _attend(
     sums = sums / tl.where(total_weight > 0, total_weight, 1.0)[:, None]
     if scales is not None:
         sums *= tl.load(scales + NUM_KV_HEADS + kv_head)
-    place = row * NUM_HEADS + head
-    if NUM_SPLITS == 1:
-        at = output + place[:, None] * HEAD_DIM + dim[None, :]
-        tl.store(at, sums.to(output.dtype.element_ty), mask=is_element)
+    to = output + (row * NUM_HEADS + head)[:, None] * HEAD_DIM + dim[None, :]
+    if num_splits == 1:
+        tl.store(to, sums.to(output.dtype.element_ty), mask=is_element)
     else:
-        place += split.to(tl.int64) * num_rows * NUM_HEADS
-        tl.store(log_sums + place, largest + tl.log2(total_weight), mask=is_row)
-        if first_block < end_block:
-            tl.store(partial + place[:, None] * HEAD_DIM + dim[None, :], sums, mask=is_element)
+        own_row = ((first_slot + split) * NUM_KV_HEADS + kv_head) * BLOCK_M + tile_row
+        tl.store(log_sums + own_row, largest + tl.log2(total_weight), mask=is_row)
+        tl.store(partial + own_row[:, None] * HEAD_DIM + dim[None, :], sums, mask=is_element)
+        tl.debug_barrier()  # all threads have stored before one of them says so
+        counter = num_done + first_slot * NUM_KV_HEADS + kv_head
+        if tl.atomic_add(counter, 1, sem="acq_rel") == num_splits - 1:
+            tl.store(counter, 0)
+            merged = _merge(
+                partial, log_sums, (first_slot * NUM_KV_HEADS + kv_head) * BLOCK_M, num_splits, is_row,
+                is_element, NUM_KV_HEADS * BLOCK_M, HEAD_DIM, BLOCK_M, BLOCK_D, PARTS_AT_ONCE,
+            )  # fmt: skip
+            tl.store(to, merged.to(output.dtype.element_ty), mask=is_element)
 
 
 @triton.jit
@@ -317,44 +332,48 @@ def _attend_block(
 
 
 @triton.jit
-def _merge_splits(
+def _merge(
     partial,
     log_sums,
-    output,
-    tiles,
-    segments,
-    num_rows,
-    NUM_HEADS: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
+    first_row,
+    num_splits,
+    is_row,
+    is_element,
+    STRIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    PARTS_AT_ONCE: tl.constexpr,
 ):
-    """Merges a tile's row: output = sum_s 2^(l_s - l) partial_s, with l the log2 of the sum of the 2^l_s."""
-    GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
-    tile_row = tl.program_id(1)
-    segment = tl.load(tiles + 2 * tl.program_id(0))
-    if (segment < 0) | (tile_row >= BLOCK_M // GROUP * GROUP):
-        return
-    query = tl.load(tiles + 2 * tl.program_id(0) + 1) + tile_row // GROUP
-    if query >= tl.load(segments + SEGMENT_FIELDS * segment + 2):
-        return
-    row = (tl.load(segments + SEGMENT_FIELDS * segment) + query).to(tl.int64)
-    head = (tile_row % GROUP) * NUM_KV_HEADS + tl.program_id(2)
-    split = tl.arange(0, NUM_SPLITS)
+    """Merges a tile's parts, in their order: sum_s 2^(l_s - l) partial_s, with l the log2 of the sum of the
+    2^l_s -> [BLOCK_M, BLOCK_D]."""
+    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total_weight = tl.zeros((BLOCK_M,), tl.float32)
+    sums = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    tile_row = first_row + tl.arange(0, BLOCK_M)
     dim = tl.arange(0, BLOCK_D)
-    place = (split.to(tl.int64) * num_rows + row) * NUM_HEADS + head
-    log_sum = tl.load(log_sums + place)
-    weight = tl.exp2(log_sum - tl.max(log_sum, 0))
-    part = tl.load(
-        partial + place[:, None] * HEAD_DIM + dim[None, :],
-        mask=(log_sum > float("-inf"))[:, None] & (dim < HEAD_DIM)[None, :],
-        other=0.0,
-    )
-    merged = tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0)
-    at = output + (row * NUM_HEADS + head) * HEAD_DIM + dim
-    tl.store(at, merged.to(output.dtype.element_ty), mask=dim < HEAD_DIM)
+    for first in range(0, num_splits, PARTS_AT_ONCE):
+        for step in tl.static_range(PARTS_AT_ONCE):
+            split = first + step
+            row = tile_row + split * STRIDE
+            is_part = split < num_splits
+            log_sum = tl.load(
+                log_sums + row, mask=is_row & is_part, other=float("-inf"), cache_modifier=".cg"
+            )
+            part = tl.load(
+                partial + row[:, None] * HEAD_DIM + dim[None, :],
+                mask=is_element & is_part,
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            new_largest = tl.maximum(largest, log_sum)
+            offset = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+            decay = tl.exp2(largest - offset)
+            weight = tl.exp2(log_sum - offset)
+            total_weight = total_weight * decay + weight
+            sums = sums * decay[:, None] + part * weight[:, None]
+            largest = new_largest
+    return sums / tl.where(total_weight > 0, total_weight, 1.0)[:, None]
 
 
 def ragged_paged_attention_reference(

@@ -40,10 +40,8 @@ def block_shared_bytes(device: torch.device) -> int:
     return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
 
 
-def splits_to_fill(num_programs: int, device: torch.device, max_splits: int, per_sm: int = 2) -> int:
-    """The number of parts, a power of two up to `max_splits`, into which to split each program's work.
-
-    per_sm: programs to give each streaming multiprocessor
-    """
-    wanted = per_sm * num_sms(device) // max(num_programs, 1)
+def splits_to_fill(num_programs: int, device: torch.device, max_splits: int) -> int:
+    """The number of parts, a power of two up to `max_splits`, into which to split each program's work: for
+    two programs a streaming multiprocessor."""
+    wanted = 2 * num_sms(device) // max(num_programs, 1)
     return min(max_splits, 1 << max(wanted, 1).bit_length() - 1)

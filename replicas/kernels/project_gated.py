@@ -9,15 +9,18 @@ import triton
 import triton.language as tl
 
 from replicas.kernels.launch import dot_dtype
-from replicas.kernels.normed_product import Norm, block_of, normed_product
+from replicas.kernels.normed_product import Norm, block_of, decoded, normed_product
 from replicas.kernels.rms_norm import rms_norm_reference
 from replicas.kernels.swiglu import swiglu_reference
 
 
-def project_gated(x: torch.Tensor, norm: Norm, weight: torch.Tensor) -> torch.Tensor:
+def project_gated(
+    x: torch.Tensor, norm: Norm, weight: torch.Tensor, scales: torch.Tensor | None = None
+) -> torch.Tensor:
     """The gated product of x [T, hidden], at most MAX_ROWS rows -> [T, intermediate].
 
     weight: [2 * intermediate, hidden], gates first
+    scales: [2 * intermediate] float32 where the weights are codes (replicas.kernels.normed_product)
     """
     num_rows, size = x.shape
     assert x.is_contiguous()
@@ -26,9 +29,9 @@ def project_gated(x: torch.Tensor, norm: Norm, weight: torch.Tensor) -> torch.Te
     y = x.new_empty(num_rows, width)
     if not num_rows:
         return y
-    block = block_of(num_rows, len(weight), x.dtype, x.device)
+    block = block_of(num_rows, weight, x.dtype)
     _project_gated[(triton.cdiv(2 * width, block.columns),)](
-        x, norm.weight, weight, y, num_rows, norm.eps,
+        x, norm.weight, weight, scales, y, num_rows, norm.eps,
         SIZE=size, WIDTH=width, BLOCK_M=block.rows, BLOCK_COLUMNS=block.columns, BLOCK_INNER=block.inner,
         DOT_DTYPE=dot_dtype(x.dtype),
         num_warps=block.num_warps, num_stages=block.num_stages, enable_fp_fusion=True,
@@ -41,6 +44,7 @@ def _project_gated(
     x,
     norm,
     weight,
+    scales,
     y,
     num_rows,
     eps,
@@ -56,7 +60,7 @@ def _project_gated(
     row = tl.arange(0, BLOCK_M)
     is_row = row < num_rows
     both = normed_product(
-        x, norm, weight, eps, row, is_row, number // 2 + number % 2 * WIDTH, number < 2 * WIDTH,
+        x, norm, weight, scales, eps, row, is_row, number // 2 + number % 2 * WIDTH, number < 2 * WIDTH,
         SIZE, BLOCK_M, BLOCK_COLUMNS, BLOCK_INNER, DOT_DTYPE,
     )  # fmt: skip
     gate, up = tl.split(tl.reshape(both, (BLOCK_M, BLOCK_COLUMNS // 2, 2)))
@@ -66,7 +70,9 @@ def _project_gated(
     tl.store(at, product.to(y.dtype.element_ty), mask=is_row[:, None] & (column < WIDTH)[None, :])
 
 
-def project_gated_reference(x: torch.Tensor, norm: Norm, weight: torch.Tensor) -> torch.Tensor:
+def project_gated_reference(
+    x: torch.Tensor, norm: Norm, weight: torch.Tensor, scales: torch.Tensor | None = None
+) -> torch.Tensor:
     """The definition -> [T, intermediate] float64."""
     normed, _ = rms_norm_reference(x, norm.weight, norm.eps)
-    return swiglu_reference(normed @ weight.double().t())
+    return swiglu_reference(normed @ decoded(weight, scales).double().t())

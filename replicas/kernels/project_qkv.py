@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from replicas.kernels.launch import dot_dtype
-from replicas.kernels.normed_product import Norm, block_of, normed_product
+from replicas.kernels.normed_product import Norm, block_of, decoded, normed_product
 from replicas.kernels.rms_norm import rms_norm_reference
 from replicas.kernels.store_kv import Rotation, store_kv_reference
 
@@ -24,11 +24,14 @@ def project_qkv(
     slots: torch.Tensor,
     rotation: Rotation,
     scales: torch.Tensor | None = None,
+    weight_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Projects x [T, hidden], at most MAX_ROWS rows; writes keys and values to the cache -> queries, rotated,
     [T, heads, head_dim].
 
     weight: [(heads + 2 kv_heads) * head_dim, hidden]; bias: likewise without hidden
+    weight_scales: [(heads + 2 kv_heads) * head_dim] float32 where the weights are codes
+    (replicas.kernels.normed_product)
     cache, positions, slots, scales: as of replicas.kernels.store_kv
     """
     num_rows, size = x.shape
@@ -40,9 +43,9 @@ def project_qkv(
     queries = x.new_empty(num_rows, num_heads, head_dim)
     if not num_rows:
         return queries
-    block = block_of(num_rows, len(weight), x.dtype, x.device)
+    block = block_of(num_rows, weight, x.dtype)
     _project_qkv[(triton.cdiv(len(weight), block.columns),)](
-        x, norm.weight, weight, bias, queries, cache, positions, slots, rotation.phases,
+        x, norm.weight, weight, weight_scales, bias, queries, cache, positions, slots, rotation.phases,
         rotation.query_scale, scales, num_rows, norm.eps,
         SIZE=size, NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, PAGE_SIZE=page_size,
         BLOCK_M=block.rows, BLOCK_COLUMNS=block.columns, BLOCK_INNER=block.inner,
@@ -57,6 +60,7 @@ def _project_qkv(
     x,
     norm,
     weight,
+    weight_scales,
     bias,
     queries,
     cache,
@@ -84,7 +88,7 @@ def _project_qkv(
     row = tl.arange(0, BLOCK_M)
     is_row = row < num_rows
     y = normed_product(
-        x, norm, weight, eps, row, is_row, column, is_column,
+        x, norm, weight, weight_scales, eps, row, is_row, column, is_column,
         SIZE, BLOCK_M, BLOCK_COLUMNS, BLOCK_INNER, DOT_DTYPE,
     )  # fmt: skip
     if bias is not None:
@@ -127,10 +131,11 @@ def project_qkv_reference(
     slots: torch.Tensor,
     rotation: Rotation,
     scales: torch.Tensor | None = None,
+    weight_scales: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition -> queries [T, heads, head_dim] and the new cache, both float64; nothing is changed."""
     normed, _ = rms_norm_reference(x, norm.weight, norm.eps)
-    y = normed @ weight.double().t()
+    y = normed @ decoded(weight, weight_scales).double().t()
     if bias is not None:
         y = y + bias.double()
     num_kv_heads, _, head_dim = cache.shape[2:]

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", f"{ADAPTER_FOLDER}/*"]
 _GIB = 1 << 30
+
+Encode = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""Codes of a matrix [rows, columns], of its shape, and the scales of its rows, [rows] float32."""
 
 __all__ = ["CheckpointError", "LayerWeights", "ModelWeights", "load_weights", "resolve_folder", "weights_to"]
 
@@ -46,6 +49,8 @@ class LayerWeights:
     """[hidden, intermediate]"""
     adapters: dict[str, LowRank] = field(default_factory=dict)
     """The updates by the name of the fused matrix they change ("qkv", "o", "gate_up", "down")."""
+    scales: dict[str, torch.Tensor] = field(default_factory=dict)
+    """By the same names, [rows] float32, the scales of matrices that are codes (`weights_to`)."""
 
 
 @dataclass(slots=True)
@@ -58,7 +63,9 @@ class ModelWeights:
     norm: torch.Tensor
     """[hidden]"""
     head: torch.Tensor
-    """[vocab, hidden]; the embedding's own tensor where they are tied"""
+    """[vocab, hidden]; the embedding's own tensor where they are tied and it is no code"""
+    head_scales: torch.Tensor | None = None
+    """[vocab] float32, where the head is codes"""
 
 
 def resolve_folder(checkpoint: str) -> Path:
@@ -119,8 +126,11 @@ def load_weights(
     return ModelWeights(embedding, layers, norm, head)
 
 
-def weights_to(weights: ModelWeights, device: torch.device) -> ModelWeights:
-    """The weights on a device, each moved at once, so that no second whole copy is ever made."""
+def weights_to(weights: ModelWeights, device: torch.device, encode: Encode | None = None) -> ModelWeights:
+    """The weights on a device, each moved at once, so that no second whole copy is ever made.
+
+    encode: makes codes and scales of the linear layers' matrices, the head's among them; None leaves them
+    """
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(device).contiguous()
@@ -128,28 +138,39 @@ def weights_to(weights: ModelWeights, device: torch.device) -> ModelWeights:
     def move_optional(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else move(tensor)
 
+    def move_matrix(name: str, tensor: torch.Tensor, scales: dict[str, torch.Tensor]) -> torch.Tensor:
+        moved = move(tensor)
+        if encode is not None:
+            moved, scales[name] = encode(moved)
+        return moved
+
     embedding = move(weights.embedding)
     layers = []
     weights.layers.reverse()
     while weights.layers:
         layer = weights.layers.pop()
         adapters = {name: LowRank(move(pair.down), move(pair.up)) for name, pair in layer.adapters.items()}
+        scales: dict[str, torch.Tensor] = {}
         layers.append(
             LayerWeights(
                 input_norm=move(layer.input_norm),
-                qkv=move(layer.qkv),
+                qkv=move_matrix("qkv", layer.qkv, scales),
                 qkv_bias=move_optional(layer.qkv_bias),
                 query_norm=move_optional(layer.query_norm),
                 key_norm=move_optional(layer.key_norm),
-                o=move(layer.o),
+                o=move_matrix("o", layer.o, scales),
                 post_norm=move(layer.post_norm),
-                gate_up=move(layer.gate_up),
-                down=move(layer.down),
+                gate_up=move_matrix("gate_up", layer.gate_up, scales),
+                down=move_matrix("down", layer.down, scales),
                 adapters=adapters,
+                scales=scales,
             )
         )
     head = embedding if weights.head is weights.embedding else move(weights.head)
-    return ModelWeights(embedding, layers, move(weights.norm), head)
+    head_scales = None
+    if encode is not None:
+        head, head_scales = encode(head)
+    return ModelWeights(embedding, layers, move(weights.norm), head, head_scales)
 
 
 def _read_layer(

@@ -26,7 +26,7 @@ def test_smoke(tmp_path: Path) -> None:
     assert report["failures"] == report["cut"] == []
     assert {row["kernel"] for row in report["kernels"]} == {
         "ragged_paged_attention", "confidence", "sample_rows", "rms_norm", "swiglu", "store_kv", "adapter",
-        "project_qkv", "project_gated",
+        "project_qkv", "project_gated", "project",
     }  # fmt: skip
     assert {(row["block"], row["draft_ms"] is None) for row in report["sweep"]} == {(1, True), (4, False)}
     assert {row["mode"] for row in report["overhead"]} == {"ar", "self_speculation"}

@@ -125,7 +125,7 @@ def test_what_a_split_model_cannot_do_is_told(argument, words):
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
-        ("num_gpus=1", "for CPUs: leave it out"),
+        ("num_gpus=1", "for CPUs: set fp8"),
         ("forward=torch", "leave out forward"),
         ("tensor_parallel=2", "leave out .*tensor_parallel"),
     ],
@@ -134,6 +134,13 @@ def test_what_int8_weights_cannot_be_had_with_is_told(argument, words):
     assert from_command_line("quantization=int8").quantization == "int8"
     with pytest.raises(ValidationError, match=words):
         from_command_line("quantization=int8", argument)
+
+
+def test_fp8_weights_are_for_gpus():
+    config = from_command_line("quantization=fp8", "num_gpus=1", "tensor_parallel=2")
+    assert config.quantization == "fp8"
+    with pytest.raises(ValidationError, match="on CPUs set int8"):
+        from_command_line("quantization=fp8")
 
 
 @pytest.mark.parametrize(

@@ -31,11 +31,12 @@ from benchmarks.gpu.offline.trace import Trace, trace_steps
 
 BUDGET = Path(__file__).with_name("budget.json")
 DTYPES = {
-    "bf16": (torch.bfloat16, None),
-    "fp8": (torch.bfloat16, torch.float8_e4m3fn),
-    "fp32": (torch.float32, None),
+    "bf16": (torch.bfloat16, None, False),
+    "fp8": (torch.bfloat16, torch.float8_e4m3fn, False),
+    "fp8-weights": (torch.bfloat16, None, True),
+    "fp32": (torch.float32, None, False),
 }
-"""dtype and kv_dtype by the names of the command line."""
+"""dtype, kv_dtype and whether weights are fp8 by the names of the command line."""
 _NUM_LAYERS = 2  # the first adds no residual; all others are alike
 Found = dict[str, list[Compiled]]
 
@@ -45,11 +46,17 @@ def compile_for(name: str, models: list[str], dtypes: list[str]) -> tuple[list[C
     device = DEVICES[name]
     trace = Trace()
     for dtype in dtypes:
-        weights, kv = DTYPES[dtype]
-        if dtype == "fp8" and not device.has_fp8:
+        weights, kv, has_fp8_weights = DTYPES[dtype]
+        if dtype.startswith("fp8") and not device.has_fp8:
             continue
         for model in models:
-            work = Work(model, dtype=weights, kv_dtype=kv, num_layers=_NUM_LAYERS)
+            work = Work(
+                model,
+                dtype=weights,
+                kv_dtype=kv,
+                has_fp8_weights=has_fp8_weights,
+                num_layers=_NUM_LAYERS,
+            )
             trace_steps(device, trace, work)
     variants = one_of_each(list(trace.variants.values()))
     return [compile_variant(variant, device) for variant in variants], sorted(set(trace.waits))

@@ -83,6 +83,8 @@ class Variant:
             kind = self.signature["weight"]
         if kind is not None:
             parts.append({"*fp8e4nv": "fp8", "*fp32": "fp32"}.get(kind, "bf16"))
+        if self.signature.get("weight") == "*fp8e4nv":
+            parts.append("weights" if "cache" not in self.signature else "fp8 weights")
         return " ".join(parts)
 
     @property
@@ -250,7 +252,7 @@ def standing_in(device: Device, trace: Trace) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(JITFunction, "run", bind))
-        for module in (launch, normed_product):
+        for module in (attention, launch, normed_product):
             stack.enter_context(patch.object(module, "num_sms", lambda _: device.num_sms))
         stack.enter_context(
             patch.object(attention, "block_shared_bytes", lambda _: device.block_shared_bytes)

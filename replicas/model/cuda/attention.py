@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from replicas.engine.batch import Segment
-from replicas.kernels.attention import ragged_paged_attention
+from replicas.kernels.attention import Scratch, num_places, ragged_paged_attention
 from replicas.kernels.normed_product import Norm
 from replicas.kernels.project_qkv import project_qkv
 from replicas.kernels.store_kv import HeadNorms, Rotation, store_kv
@@ -60,13 +60,15 @@ class TritonAttention:
         phases = torch.view_as_real(table.phases).flatten(1).contiguous().to(device)
         scale = None if table.query_scale is None else table.query_scale.float().to(device)
         self._rotation = Rotation(phases, scale)
+        self.num_places = num_places(config.num_kv_heads, device)
+        self._scratch = Scratch.allocate(self.num_places, config.num_kv_heads, config.head_dim, device)
 
     def plan(self, segments: Sequence[Segment]) -> TritonPlan:
-        host = HostStep.pack(segments, self._config, self._pages.page_size)
+        host = HostStep.pack(segments, self._config, self._pages.page_size, self.num_places)
         buffer = np.empty(host.num_ints(host.size), np.int32)
         host.write(buffer, host.size)
         on_device = torch.from_numpy(buffer).to(self._pages.layers.device)
-        inputs = StepInputs.view(on_device, host.size, self._config)
+        inputs = StepInputs.view(on_device, host.size)
         return TritonPlan(tuple(range(len(segments))), inputs.positions.long(), inputs)
 
     def __call__(
@@ -108,13 +110,14 @@ class TritonAttention:
         x: torch.Tensor,
         norm: Norm,
         weight: torch.Tensor,
+        weight_scales: torch.Tensor | None,
         bias: torch.Tensor | None,
         inputs: StepInputs,
     ) -> torch.Tensor:
         """Normalises and projects a few rows x [T, hidden], rotates, stores and attends -> [T, heads *
         head_dim].
 
-        norm, weight, bias: of the projection to queries, keys and values, as of
+        norm, weight, weight_scales, bias: of the projection to queries, keys and values, as of
         replicas.kernels.project_qkv
         """
         queries = project_qkv(
@@ -127,6 +130,7 @@ class TritonAttention:
             inputs.slots,
             self._rotation,
             self._scales(layer),
+            weight_scales,
         )
         return self._attend(layer, queries, inputs)
 
@@ -138,8 +142,8 @@ class TritonAttention:
             output,
             inputs.segments,
             inputs.page_table,
-            inputs.tiles,
-            inputs.scratch,
+            inputs.work,
+            self._scratch,
             self._scales(layer),
         )
         return output.flatten(1)

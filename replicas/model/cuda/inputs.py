@@ -1,7 +1,7 @@
 """A step's segments as one buffer of int32, and its views on the device.
 
 A CUDA graph reads fixed addresses in fixed sizes, so a step is padded up to one of few (sizes.py):
-padded rows are token 0 at position 0 that is stored nowhere and attends to nothing, padded tiles have no
+padded rows are token 0 at position 0 that is stored nowhere and attends to nothing, padded work has no
 segment, padded rows of the adapter are -1. Their results are garbage that no other row reads. The page table
 comes last, with the words of rules behind it, and only its used part is copied.
 """
@@ -14,17 +14,10 @@ import numpy as np
 import torch
 
 from replicas.engine.batch import Segment
-from replicas.kernels.attention import (
-    SEGMENT_FIELDS,
-    TILE_SHAPES,
-    Scratch,
-    Tiles,
-    num_splits,
-    queries_per_tile,
-)
+from replicas.kernels.attention import SEGMENT_FIELDS, TILE_SHAPES, WORK_FIELDS, Work
 from replicas.kernels.rules import ROW_FIELDS
 from replicas.kernels.sample_rows import Draws
-from replicas.kernels.tiling import tiles_of
+from replicas.kernels.tiling import work_of
 from replicas.model.config import ModelConfig
 from replicas.model.cuda.choices import Choices
 
@@ -43,8 +36,8 @@ class StepSize:
     num_ruled: int
     """The number of wanted rows whose logits rules change (replicas.kernels.rules)."""
     num_segments: int
-    num_tiles: tuple[int, ...]
-    """The number of tiles of each of the kernel's tile shapes."""
+    num_items: tuple[int, ...]
+    """The number of items of attention's work of each of its tile shapes."""
     has_adapter: bool
     """True if the draft adapter runs at all."""
 
@@ -61,8 +54,8 @@ class StepSize:
         yield "slots_ruled", self.num_wanted
         yield "ruled", self.num_ruled * ROW_FIELDS.value
         yield "segments", self.num_segments * _FIELDS
-        for shape, count in enumerate(self.num_tiles):
-            yield f"tiles{shape}", 2 * count
+        for shape, count in enumerate(self.num_items):
+            yield f"work{shape}", WORK_FIELDS.value * count
 
     @property
     def num_ints(self) -> int:
@@ -97,10 +90,12 @@ class HostStep:
         segments: Sequence[Segment],
         config: ModelConfig,
         page_size: int,
+        num_places: Sequence[int],
         choices: Choices | None = None,
     ) -> "HostStep":
         """Lays out the segments; one that follows another as long as it may come to be, with all its pages.
 
+        num_places: what attention's work is split for, as of replicas.kernels.attention
         choices: of their wanted rows; None: all are greedy, without rules
         """
         lengths = np.array([len(segment.token_ids) for segment in segments])
@@ -138,7 +133,9 @@ class HostStep:
         wanted_rows = np.arange(len(wanted))
         if choices is None:
             choices = Choices.greedy(len(wanted))
-        tiles = tiles_of(lengths.tolist(), config.queries_per_kv)
+        work = work_of(
+            starts.tolist(), lengths.tolist(), num_causal, config.queries_per_kv, num_places, int(has_adapter)
+        )
         sections = {
             "token_ids": np.fromiter(
                 chain.from_iterable(segment.token_ids for segment in segments), np.int32, count=num_rows
@@ -154,13 +151,13 @@ class HostStep:
         }
         sections |= dict(zip(Draws._fields, choices.draws, strict=True))
         for shape in range(len(TILE_SHAPES)):
-            sections[f"tiles{shape}"] = tiles[shape].ravel() if shape in tiles else rows[:0]
+            sections[f"work{shape}"] = work[shape].ravel() if shape in work else rows[:0]
         size = StepSize(
             num_rows=num_rows,
             num_wanted=len(wanted),
             num_ruled=len(choices.ruled),
             num_segments=len(segments),
-            num_tiles=tuple(len(tiles.get(shape, ())) for shape in range(len(TILE_SHAPES))),
+            num_items=tuple(len(work.get(shape, ())) for shape in range(len(TILE_SHAPES))),
             has_adapter=has_adapter,
         )
         return cls(size, sections, np.concatenate((page_table, choices.words)))
@@ -174,7 +171,7 @@ class HostStep:
         *places, (_, at, _) = size.places()
         for name, first, end in places:
             values = self.sections[name]
-            padding = -1 if name in _NONE_IS_PADDING or name.startswith("tiles") else 0
+            padding = -1 if name in _NONE_IS_PADDING or name.startswith("work") else 0
             buffer[first : first + len(values)] = values
             buffer[first + len(values) : end] = padding
         buffer[at : at + len(self.page_table)] = self.page_table
@@ -213,23 +210,13 @@ class StepInputs:
     """[S, 5]"""
     page_table: torch.Tensor
     """[P], the rest of the buffer: the words of rules too."""
-    tiles: tuple[Tiles, ...]
-    """The attention kernel's tiles."""
-    scratch: Scratch
-    """The attention kernel's scratch."""
+    work: tuple[Work, ...]
+    """Attention's."""
 
     @classmethod
-    def view(cls, buffer: torch.Tensor, size: StepSize, config: ModelConfig) -> "StepInputs":
-        """Views of buffer [N] int32 as HostStep.write leaves it. Allocates the attention's scratch."""
+    def view(cls, buffer: torch.Tensor, size: StepSize) -> "StepInputs":
+        """Views of buffer [N] int32 as HostStep.write leaves it."""
         parts = sections_of(buffer, size)
-        tiles = []
-        for index, shape in enumerate(TILE_SHAPES):
-            count = size.num_tiles[index]
-            # Most of a padded size's tiles may be empty, but its rows fill so many.
-            full = -(-size.num_rows // queries_per_tile(shape, config.queries_per_kv)) if index else count
-            splits = num_splits(shape, min(count, full), config.num_kv_heads, buffer.device)
-            tiles.append(Tiles(shape, parts[f"tiles{index}"].view(-1, 2), splits if count else 1))
-        scratch = Scratch.allocate(tiles, size.num_rows, config.num_heads, config.head_dim, buffer.device)
         return cls(
             token_ids=parts["token_ids"],
             positions=parts["positions"],
@@ -242,8 +229,10 @@ class StepInputs:
             ruled=parts["ruled"].view(-1, ROW_FIELDS.value),
             segments=parts["segments"].view(-1, _FIELDS),
             page_table=parts["page_table"],
-            tiles=tuple(tiles),
-            scratch=scratch,
+            work=tuple(
+                Work(shape, parts[f"work{index}"].view(-1, WORK_FIELDS.value))
+                for index, shape in enumerate(TILE_SHAPES)
+            ),
         )
 
 

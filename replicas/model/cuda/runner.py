@@ -9,6 +9,7 @@ from replicas.engine.batch import ModelSpec, ScheduledBatch, Segment, SegmentOut
 from replicas.engine.decoders.self_speculation import PROB_ONE
 from replicas.kernels.confidence import confidence
 from replicas.kernels.follow import follow, pack
+from replicas.kernels.normed_product import encoded
 from replicas.kernels.rules import apply_rules
 from replicas.kernels.sample_rows import Drawn, Ruled, sample_rows
 from replicas.messages import SamplingParams
@@ -27,7 +28,7 @@ from replicas.model.cuda.graphs import GraphCache, GraphRecorder, Replay
 from replicas.model.cuda.inputs import HostStep, StepInputs, StepSize, sections_of
 from replicas.model.cuda.opens import opens_of
 from replicas.model.cuda.sampling import Sampled, first_rows
-from replicas.model.cuda.sizes import MAX_GRAPH_WANTED, GraphSizes, batches, eager
+from replicas.model.cuda.sizes import GraphSizes, batches, eager
 from replicas.model.cuda.staging import Staging
 from replicas.model.cuda.transformer import CudaTransformer
 from replicas.model.kv_budget import check_pool, device_budget_bytes
@@ -36,6 +37,7 @@ from replicas.model.parallel import ALONE, Parallel, shard, shard_config
 from replicas.model.runner import spec_of
 from replicas.resident import trim_heap
 
+QUANTIZATIONS = (None, "fp8")
 KV_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 _GRAPH_PAGE_ENTRIES = 1 << 20
 _FP8_SINCE = (8, 9)
@@ -84,7 +86,8 @@ class CudaRunner:
         attention = TritonAttention(config, pages, max_context)
         self.model = CudaTransformer(config, weights, attention, parallel)
         self._staging = Staging(self.device)
-        self._sizes = GraphSizes(config)
+        self._num_places = attention.num_places
+        self._sizes = GraphSizes(config, attention.num_places, weights.embedding.dtype)
         self._graphs: GraphCache | None = None
         spec = spec_of(config, num_pages=num_pages, page_size=page_size, max_context=max_context)
         self._spec = replace(spec, runs_ahead=options.runs_ahead)
@@ -102,6 +105,7 @@ class CudaRunner:
         kv_budget_bytes: int | None = None,
         device_share: float = 1.0,
         kv_dtype: str = "auto",
+        quantization: str | None = None,
         page_size: int = 64,
         max_context: int | None = None,
         options: Options = Options(),
@@ -110,23 +114,27 @@ class CudaRunner:
 
         num_pages or kv_budget_bytes sizes the page pool, the first before the second; with neither it takes
         what the device, or this process's share of it, has left beside weights and steps
-        (replicas.model.kv_budget). kv_dtype: 'auto' is the weights'. Under torch.distributed's default group
-        the model is split among its processes.
+        (replicas.model.kv_budget). kv_dtype: 'auto' is the weights'. quantization: 'fp8' holds the matrices
+        of linear layers, the head's among them, in float8_e4m3fn with a scale a row. Under
+        torch.distributed's default group the model is split among its processes.
         """
         if dtype not in DTYPES:
             raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         if kv_dtype not in KV_DTYPES:
             raise CheckpointError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
+        if quantization not in QUANTIZATIONS:
+            raise CheckpointError(f"quantization on a GPU must be 'fp8' or None, got {quantization!r}")
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise CheckpointError(f"device {device!r} was asked for, but torch sees no CUDA device")
-        if kv_dtype == "fp8":
-            _check_fp8(torch.device(device))
+        for name, asked in (("kv_dtype", kv_dtype), ("quantization", quantization)):
+            if asked == "fp8":
+                _check_fp8(name, torch.device(device))
         folder = resolve_folder(checkpoint)
         parallel = Parallel.of_default_group()
         whole = ModelConfig.from_folder(folder)
         config = shard_config(whole, parallel)
         part = shard(whole, load_weights(folder, whole, DTYPES[dtype]), parallel)
-        weights = _placed(part, torch.device(device))
+        weights = _placed(part, torch.device(device), quantization)
         stored = KV_DTYPES[kv_dtype] or DTYPES[dtype]
         page_bytes = KvCache.page_bytes(config, page_size, stored)
         left = device_budget_bytes(torch.device(device), device_share)
@@ -161,13 +169,13 @@ class CudaRunner:
         """Queues a step's work on the device; nothing is waited for."""
         segments, spec = batch.segments, self._spec
         choices = Choices.of(segments, self.config.vocab_size, spec.eos_token_ids)
-        host = HostStep.pack(segments, self.config, self._page_size, choices)
+        host = HostStep.pack(segments, self.config, self._page_size, self._num_places, choices)
         size, graphs = self._size(host)
         buffer = self._staging.send_step(host, size, None if graphs is None else self._buffer)
         if before is not None:
             self._follow(segments, host, before, sections_of(buffer, size))
         if graphs is None:
-            logits, drawn = self._compute(StepInputs.view(buffer, size, self.config))
+            logits, drawn = self._compute(StepInputs.view(buffer, size))
         else:
             graphs.run(size)
             logits, drawn = self._outputs(size.num_wanted)
@@ -197,9 +205,9 @@ class CudaRunner:
 
     def forward(self, segments: Sequence[Segment]) -> torch.Tensor:
         """Logits [W, vocab] of the segments' wanted rows, without graphs; for tests and measurements."""
-        host = HostStep.pack(segments, self.config, self._page_size)
+        host = HostStep.pack(segments, self.config, self._page_size, self._num_places)
         buffer = self._staging.send_step(host, host.size, None)
-        return self.model.forward(StepInputs.view(buffer, host.size, self.config))
+        return self.model.forward(StepInputs.view(buffer, host.size))
 
     def _compute(
         self, inputs: StepInputs, logits: torch.Tensor | None = None, drawn: Drawn | None = None
@@ -256,33 +264,32 @@ class CudaRunner:
         device = self.device
         num_ints = max(size.num_ints for size in self._sizes.sizes) + _GRAPH_PAGE_ENTRIES
         self._buffer = torch.zeros(num_ints, dtype=torch.int32, device=device)
-        self._logits = torch.empty(MAX_GRAPH_WANTED, self.config.vocab_size, dtype=dtype, device=device)
-        self._tokens = torch.empty(MAX_GRAPH_WANTED, dtype=torch.int64, device=device)
-        self._report = torch.empty(3 * MAX_GRAPH_WANTED, dtype=torch.float64, device=device)
+        num_wanted = self._sizes.max_wanted
+        self._logits = torch.empty(num_wanted, self.config.vocab_size, dtype=dtype, device=device)
+        self._tokens = torch.empty(num_wanted, dtype=torch.int64, device=device)
+        self._report = torch.empty(3 * num_wanted, dtype=torch.float64, device=device)
         recorder = GraphRecorder(device)
 
         def capture(size: StepSize) -> Replay:
             def compute() -> None:
-                self._compute(
-                    StepInputs.view(self._buffer, size, self.config), *self._outputs(size.num_wanted)
-                )
+                self._compute(StepInputs.view(self._buffer, size), *self._outputs(size.num_wanted))
 
             return recorder.capture(compute)
 
         self._graphs = GraphCache(capture)
 
 
-def _check_fp8(device: torch.device) -> None:
+def _check_fp8(setting: str, device: torch.device) -> None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < _FP8_SINCE:
         name = torch.cuda.get_device_name(device)
-        raise CheckpointError(f"kv_dtype 'fp8' needs a GPU like Ada's or Hopper's or newer, not a {name}")
+        raise CheckpointError(f"{setting} 'fp8' needs a GPU like Ada's or Hopper's or newer, not a {name}")
 
 
-def _placed(weights: ModelWeights, device: torch.device) -> ModelWeights:
+def _placed(weights: ModelWeights, device: torch.device, quantization: str | None) -> ModelWeights:
     try:
-        return weights_to(weights, device)
+        return weights_to(weights, device, encoded if quantization else None)
     except torch.OutOfMemoryError as error:
         raise CheckpointError(
-            f"the weights do not fit {device}: use bfloat16, a smaller checkpoint, or tensor_parallel "
-            f"({error})"
+            f"the weights do not fit {device}: use bfloat16, quantization 'fp8', a smaller checkpoint, or "
+            f"tensor_parallel ({error})"
         ) from error

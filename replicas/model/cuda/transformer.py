@@ -1,16 +1,17 @@
 """The forward pass on the device, a kernel or a matrix product at a time, ready to be captured in a graph.
 
-A layer of few rows is one of five launches, six where attention is split: the norms are in the products that
-follow them, the rotation, the write to pages and the gate in those before, and the products of the outputs
-add to the residual. With more rows, an adapter, head norms or several processes these are kernels of their
-own.
+A layer of few rows is one of five launches: the norms are in the products that follow them, the rotation, the
+write to pages and the gate in those before, and the products of the outputs add to the residual. An adapter
+adds its own two to the product it is on. With more rows, head norms or several processes, and where the
+adapter is on the product itself, these are kernels of their own.
 """
 
 import torch
 import torch.nn.functional as F
 
 from replicas.kernels.adapter import add_adapter
-from replicas.kernels.normed_product import MAX_ROWS, Norm
+from replicas.kernels.normed_product import LEAST_ROWS, MAX_ROWS, Norm
+from replicas.kernels.project import project
 from replicas.kernels.project_gated import project_gated
 from replicas.kernels.rms_norm import rms_norm
 from replicas.kernels.store_kv import HeadNorms
@@ -47,13 +48,16 @@ class CudaTransformer:
     def forward(self, inputs: StepInputs, logits: torch.Tensor | None = None) -> torch.Tensor:
         """Computes logits [W, vocab] of the wanted rows in the model's dtype, into `logits` if given."""
         residual = F.embedding(inputs.token_ids, self._weights.embedding)
-        if self._parallel.size == 1 and inputs.adapter is None and len(residual) <= MAX_ROWS:
+        if self._parallel.size == 1 and len(residual) <= MAX_ROWS:
             hidden = self._finish_few(residual, inputs)
         else:
             hidden = self._finish_many(residual, inputs)
         if logits is None or self._parallel.size > 1:
-            found = self._parallel.gather(F.linear(hidden, self._weights.head), self._vocab_size)
+            found = _product(hidden, self._weights.head, self._weights.head_scales)
+            found = self._parallel.gather(found, self._vocab_size)
             return found if logits is None else logits.copy_(found)
+        if self._weights.head_scales is not None:
+            return project(hidden, self._weights.head, self._weights.head_scales, out=logits)
         return torch.mm(hidden, self._weights.head.t(), out=logits)
 
     def _finish_few(self, residual: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
@@ -61,14 +65,16 @@ class CudaTransformer:
         last = self._layers[-1]
         for layer in self._layers:
             attended = layer.attend_few(residual, inputs)
+            adapter = inputs.adapter
             if layer is last:
                 attended = attended.index_select(0, inputs.wanted)
                 residual = residual.index_select(0, inputs.wanted)
-            layer.finish_few(attended, residual)
+                adapter = inputs.wanted_adapter
+            layer.finish_few(attended, residual, adapter)
         return rms_norm(residual, self._weights.norm, self._eps)
 
     def _finish_many(self, residual: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
-        """The same for any number of rows, with the adapter, and in several processes."""
+        """The same for any number of rows, and in several processes."""
         update: torch.Tensor | None = None
         last = self._layers[-1]
         for layer in self._layers:
@@ -99,6 +105,10 @@ class _Layer:
         self._eps = config.rms_norm_eps
         self._head_dim = config.head_dim
         self._weights = weights
+        self._qkv_scales = weights.scales.get("qkv")
+        self._o_scales = weights.scales.get("o")
+        self._gate_up_scales = weights.scales.get("gate_up")
+        self._down_scales = weights.scales.get("down")
         self._attention = attention
         self._parallel = parallel
         self._norms: HeadNorms | None = None
@@ -107,25 +117,33 @@ class _Layer:
 
     def attend_few(self, residual: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
         """Norm, projection and attention of few rows: residual [T, hidden] -> [T, heads * head_dim]."""
-        if self._norms is not None:
+        if self._norms is not None or self._adapts("qkv", inputs.adapter):
             return self.attend(None, residual, inputs)
         weights = self._weights
         norm = Norm(weights.input_norm, self._eps)
         return self._attention.project_attend(
-            self._index, residual, norm, weights.qkv, weights.qkv_bias, inputs
+            self._index, residual, norm, weights.qkv, self._qkv_scales, weights.qkv_bias, inputs
         )
 
-    def finish_few(self, attended: torch.Tensor, residual: torch.Tensor) -> None:
+    def finish_few(
+        self, attended: torch.Tensor, residual: torch.Tensor, adapter: torch.Tensor | None
+    ) -> None:
         """Output projection and MLP of few rows, added to the residual [N, hidden] in place.
 
         attended: [N, heads * head_dim]
         """
         weights = self._weights
-        residual.addmm_(attended, weights.o.t())
+        _add_product(residual, attended, weights.o, self._o_scales)
+        self._adapted("o", residual, attended, adapter)
         if not len(residual):
             return
-        gated = project_gated(residual, Norm(weights.post_norm, self._eps), weights.gate_up)
-        residual.addmm_(gated, weights.down.t())
+        if self._adapts("gate_up", adapter):
+            gated = self._gated(rms_norm(residual, weights.post_norm, self._eps), adapter)
+        else:
+            norm = Norm(weights.post_norm, self._eps)
+            gated = project_gated(residual, norm, weights.gate_up, self._gate_up_scales)
+        _add_product(residual, gated, weights.down, self._down_scales)
+        self._adapted("down", residual, gated, adapter)
 
     def attend(self, update: torch.Tensor | None, residual: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
         """Norm, projection and attention -> [T, heads * head_dim].
@@ -137,7 +155,8 @@ class _Layer:
             x = rms_norm(residual, weights.input_norm, self._eps)
         else:
             x = rms_norm(update, weights.input_norm, self._eps, residual)
-        qkv = self._adapted("qkv", F.linear(x, weights.qkv, weights.qkv_bias), x, inputs.adapter)
+        qkv = _product(x, weights.qkv, self._qkv_scales, weights.qkv_bias)
+        qkv = self._adapted("qkv", qkv, x, inputs.adapter)
         heads = qkv.view(len(x), -1, self._head_dim)
         return self._attention.rotate_store_attend(self._index, heads, self._norms, inputs)
 
@@ -149,15 +168,41 @@ class _Layer:
         residual: [N, hidden], changed in place
         """
         weights = self._weights
-        update = self._adapted("o", F.linear(attended, weights.o), attended, adapter)
+        update = self._adapted("o", _product(attended, weights.o, self._o_scales), attended, adapter)
         x = rms_norm(self._parallel.add(update), weights.post_norm, self._eps, residual)
-        gated = swiglu(self._adapted("gate_up", F.linear(x, weights.gate_up), x, adapter))
-        return self._parallel.add(self._adapted("down", F.linear(gated, weights.down), gated, adapter))
+        gated = self._gated(x, adapter)
+        update = _product(gated, weights.down, self._down_scales)
+        return self._parallel.add(self._adapted("down", update, gated, adapter))
+
+    def _gated(self, x: torch.Tensor, adapter: torch.Tensor | None) -> torch.Tensor:
+        both = _product(x, self._weights.gate_up, self._gate_up_scales)
+        return swiglu(self._adapted("gate_up", both, x, adapter))
+
+    def _adapts(self, name: str, rows: torch.Tensor | None) -> bool:
+        return rows is not None and name in self._weights.adapters
 
     def _adapted(
         self, name: str, y: torch.Tensor, x: torch.Tensor, rows: torch.Tensor | None
     ) -> torch.Tensor:
-        adapter = self._weights.adapters.get(name)
-        if rows is not None and adapter is not None:
+        """The product y of x, with what the adapter adds to it in these rows."""
+        if rows is not None and name in self._weights.adapters:
+            adapter = self._weights.adapters[name]
             add_adapter(y, x, adapter.down, adapter.up, rows)
         return y
+
+
+def _product(
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The product of x [T, in] with a matrix [out, in], or with the codes of one."""
+    return F.linear(x, weight, bias) if scales is None else project(x, weight, scales, bias)
+
+
+def _add_product(
+    residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None
+) -> None:
+    """Adds the product to the residual [T, out] in place."""
+    if scales is None and len(x) > LEAST_ROWS:
+        residual.addmm_(x, weight.t())
+    else:
+        project(x, weight, scales, add_to=residual)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from replicas.kernels.attention import TILE_SHAPES, Scratch, Tiles
-from replicas.kernels.tiling import tiles_of
+from replicas.kernels.attention import TILE_SHAPES, WORK_FIELDS, Scratch, Work
+from replicas.kernels.tiling import work_of
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -45,16 +45,25 @@ def segment_table(
     return torch.from_numpy(rows.astype(np.int32)).to(DEVICE)
 
 
-def make_tiles(lengths: Sequence[int], queries_per_kv: int, num_splits: int, padding: int = 0) -> list[Tiles]:
+def make_work(
+    starts: Sequence[int],
+    lengths: Sequence[int],
+    num_causal: Sequence[int],
+    queries_per_kv: int,
+    num_places: int,
+    padding: int = 0,
+) -> list[Work]:
+    """Split for so many places of each shape: 1 for not at all, many for the shortest splits."""
+    places = [num_places] * len(TILE_SHAPES)
     groups = []
-    for index, rows in tiles_of(lengths, queries_per_kv).items():
-        padded = np.concatenate([rows, np.full((padding, 2), -1, dtype=np.int32)])
-        groups.append(Tiles(TILE_SHAPES[index], torch.from_numpy(padded).to(DEVICE), num_splits))
+    for index, items in work_of(starts, lengths, num_causal, queries_per_kv, places).items():
+        padded = np.concatenate([items, np.full((padding, WORK_FIELDS.value), -1, dtype=np.int32)])
+        groups.append(Work(TILE_SHAPES[index], torch.from_numpy(padded).to(DEVICE)))
     return groups
 
 
-def make_scratch(tiles: Sequence[Tiles], num_rows: int, num_heads: int, head_dim: int) -> Scratch:
-    scratch = Scratch.allocate(tiles, num_rows, num_heads, head_dim, DEVICE)
+def make_scratch(num_places: int, num_kv_heads: int, head_dim: int) -> Scratch:
+    scratch = Scratch.allocate([num_places] * len(TILE_SHAPES), num_kv_heads, head_dim, DEVICE)
     scratch.partial.fill_(torch.nan)
     scratch.log_sums.fill_(torch.nan)
     return scratch

@@ -19,7 +19,7 @@ from tests.replicas.kernels.cases import (
     ON_GPU,
     assert_close,
     make_scratch,
-    make_tiles,
+    make_work,
     normal,
     poison,
     segment_table,
@@ -41,11 +41,13 @@ def check(
     page_size: int = 16,
     dtype: torch.dtype = torch.float32,
     cache_dtype: torch.dtype | None = None,
-    num_splits: int = 1,
+    num_places: int = 1,
     padding: int = 0,
+    num_reserved: int = 0,
     pages: Sequence[int] | None = None,
     seed: int = 0,
 ) -> None:
+    """num_reserved: keys that the work was planned for and that did not come to be"""
     starts, lengths, num_causal = zip(*kinds, strict=True)
     num_keys = [start + length for start, length in zip(starts, lengths, strict=True)]
     num_rows = sum(lengths)
@@ -66,12 +68,14 @@ def check(
     qkv = normal(num_rows, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype, seed=seed + 1)
     queries = qkv[:, :num_heads]
     segments = segment_table(starts, lengths, num_causal, page_size)
-    tiles = make_tiles(lengths, num_heads // num_kv_heads, num_splits, padding)
-    output = poison(num_rows, num_heads, head_dim, dtype=dtype)
-    scratch = make_scratch(tiles, num_rows, num_heads, head_dim)
-    ragged_paged_attention(queries, cache, output, segments, table, tiles, scratch, scales)
+    planned = [start + num_reserved for start in starts]
+    work = make_work(planned, lengths, num_causal, num_heads // num_kv_heads, num_places, padding)
+    scratch = make_scratch(num_places, num_kv_heads, head_dim)
     expected = ragged_paged_attention_reference(queries, cache, segments, table, scales)
-    assert_close(output, expected, dtype)
+    for _ in range(2):  # each launch leaves the scratch as the next needs it
+        output = poison(num_rows, num_heads, head_dim, dtype=dtype)
+        ragged_paged_attention(queries, cache, output, segments, table, work, scratch, scales)
+        assert_close(output, expected, dtype)
 
 
 def _poison_unused(cache: torch.Tensor, pages: Sequence[int], num_keys: Sequence[int]) -> None:
@@ -85,9 +89,9 @@ def _poison_unused(cache: torch.Tensor, pages: Sequence[int], num_keys: Sequence
     cache.permute(0, 3, 1, 2, 4)[~used.to(cache.device)] = torch.nan
 
 
-@pytest.mark.parametrize(("dtype", "num_splits"), [*((dtype, 1) for dtype in DTYPES), (torch.bfloat16, 2)])
-def test_mixed_segments(dtype: torch.dtype, num_splits: int) -> None:
-    check(MIXED, dtype=dtype, num_splits=num_splits, padding=2)
+@pytest.mark.parametrize(("dtype", "num_places"), [*((dtype, 1) for dtype in DTYPES), (torch.bfloat16, 64)])
+def test_mixed_segments(dtype: torch.dtype, num_places: int) -> None:
+    check(MIXED, dtype=dtype, num_places=num_places, padding=2)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +99,7 @@ def test_mixed_segments(dtype: torch.dtype, num_splits: int) -> None:
 )
 def test_head_dims_and_page_sizes(head_dim: int, page_size: int) -> None:
     kinds = [(67, 4, 0), (150, 1, 1)]
-    check(kinds, num_heads=3, num_kv_heads=1, head_dim=head_dim, page_size=page_size, num_splits=2)
+    check(kinds, num_heads=3, num_kv_heads=1, head_dim=head_dim, page_size=page_size, num_places=64)
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(1, 1), (8, 8), (8, 1), (40, 2), (15, 3)])
@@ -108,11 +112,20 @@ def test_prefill_chunk_of_hundreds() -> None:
     check([(40, 150, 150)], num_heads=2, num_kv_heads=1, head_dim=16, page_size=32)
 
 
-@pytest.mark.parametrize("num_splits", [4, 16])
-def test_splits_beyond_the_keys(num_splits: int) -> None:
+@pytest.mark.parametrize("num_reserved", [-120, 0, 300])
+def test_splits_where_keys_are_more_or_fewer_than_planned(num_reserved: int) -> None:
     """Some splits have no keys at all, some rows see none in a split that others have keys in."""
-    kinds = [(0, 1, 1), (126, 5, 5), (250, 2, 0), (700, 1, 1), (1, 90, 3)]
-    check(kinds, num_splits=num_splits, num_heads=2, num_kv_heads=1, head_dim=16)
+    kinds = [(121, 1, 1), (126, 5, 5), (250, 2, 0), (700, 1, 1), (130, 90, 3)]
+    check(kinds, num_places=64, num_reserved=num_reserved, num_heads=2, num_kv_heads=1, head_dim=16)
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("num_places", [3, 20])
+def test_one_long_context_among_short_ones(page_size: int, num_places: int) -> None:
+    """Steps of one token behind contexts about a page long, and one of thousands, which alone is split."""
+    contexts = (1, page_size - 1, page_size, page_size + 1, 3100)
+    kinds = [(context - 1, 1, 1) for context in contexts]
+    check(kinds, num_places=num_places, page_size=page_size, num_heads=4, num_kv_heads=2, head_dim=16)
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "page_size"), [(2, 1, 16), (3, 1, 5), (2, 2, 64)])
@@ -140,7 +153,7 @@ def test_random_kinds(seed: int) -> None:
         num_kv_heads=num_kv_heads,
         head_dim=16,
         page_size=random.choice([1, 5, 16, 64]),
-        num_splits=random.choice([1, 2, 4]),
+        num_places=random.choice([1, 4, 64]),
         padding=1,
         seed=seed,
     )
@@ -159,14 +172,14 @@ def test_the_reference_of_a_commit_and_a_block_is_that_of_two_segments() -> None
 
 
 def test_large_scores_do_not_overflow() -> None:
-    starts, lengths = [70], [3]
-    table = torch.arange(5, dtype=torch.int32, device=DEVICE)
-    cache = normal(5, 2, 1, 16, 16, scale=60.0)
+    starts, lengths = [140], [3]
+    table = torch.arange(9, dtype=torch.int32, device=DEVICE)
+    cache = normal(9, 2, 1, 16, 16, scale=60.0)
     queries = normal(3, 2, 16, scale=60.0, seed=1)
     segments = segment_table(starts, lengths, lengths, 16)
-    tiles = make_tiles(lengths, 2, 2)
+    work = make_work(starts, lengths, lengths, 2, 64)
     output = poison(3, 2, 16)
-    ragged_paged_attention(queries, cache, output, segments, table, tiles, make_scratch(tiles, 3, 2, 16))
+    ragged_paged_attention(queries, cache, output, segments, table, work, make_scratch(64, 1, 16))
     expected = ragged_paged_attention_reference(queries, cache, segments, table)
     torch.testing.assert_close(output.double(), expected, atol=1e-2, rtol=1e-3)
 
@@ -184,15 +197,15 @@ def test_rows_of_no_tile_are_left_alone() -> None:
     table, cache = torch.tensor([1], dtype=torch.int32, device=DEVICE), normal(2, 2, 1, 16, 16)
     queries, segments = normal(4, 1, 16), segment_table([8], lengths, lengths, 16)
     output = poison(4, 1, 16)
-    tiles = make_tiles(lengths, 1, 1, padding=3)
-    ragged_paged_attention(queries, cache, output, segments, table, tiles, make_scratch(tiles, 4, 1, 16))
+    work = make_work([8], lengths, lengths, 1, 1, padding=3)
+    ragged_paged_attention(queries, cache, output, segments, table, work, make_scratch(1, 1, 16))
     assert output[:2].isfinite().all()
     assert output[2:].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fp8_cache_with_scales(dtype: torch.dtype) -> None:
-    check(MIXED[3:6], dtype=dtype, cache_dtype=torch.float8_e4m3fn, num_splits=2)
+    check(MIXED[3:6], dtype=dtype, cache_dtype=torch.float8_e4m3fn, num_places=64)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="full shapes need a GPU")
@@ -210,6 +223,6 @@ def test_full_shapes(dtype: torch.dtype, head_dim: int, page_size: int) -> None:
         (600, 64, 32),
         (2, 300, 150),
     ]
-    for num_splits in (1, 16):
+    for num_places in (1, 64):
         shape = {"num_heads": 32, "num_kv_heads": 8, "head_dim": head_dim, "page_size": page_size}
-        check(kinds, dtype=dtype, num_splits=num_splits, **shape)
+        check(kinds, dtype=dtype, num_places=num_places, **shape)

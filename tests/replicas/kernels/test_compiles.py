@@ -76,11 +76,12 @@ def test_splits_reckon_with_the_residency_as_compiled() -> None:
         assert budget[f"attend {shape.block_m} bf16"]["num_resident"] == shape.num_resident
 
 
-def test_a_layer_of_few_rows_is_of_six_launches_at_most() -> None:
-    found = run("benchmarks.gpu.offline.launches", "--steps", "ar 1", "ar 64 sampled")
+def test_a_layer_of_few_rows_is_of_five_launches_and_the_adapters() -> None:
+    steps = ("ar 1", "ar 64 sampled", "verify 1x32", "draft 1x32")
+    found = run("benchmarks.gpu.offline.launches", "--steps", *steps)
     assert found.returncode == 0, found.stderr
     counted = [json.loads(line) for line in found.stdout.splitlines()]
-    assert [each["layer"] for each in counted] == [6, 5]
+    assert [each["layer"] for each in counted] == [5, 5, 5, 7]
 
 
 def test_the_documents_table_is_the_budget() -> None:

@@ -29,11 +29,12 @@ from tests.tiny_checkpoint import MASK_TOKEN_ID, tiny_config
 
 CONFIG = ModelConfig.parse(tiny_config())
 PAGE = 8
+PLACES = (12, 8, 4)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def sizes(*counts: int) -> StepSize:
-    return StepSize(*counts, num_tiles=(1, 0, 0), has_adapter=False)
+    return StepSize(*counts, num_items=(1, 0, 0), has_adapter=False)
 
 
 def test_written_sections_are_padded_and_in_place() -> None:
@@ -41,8 +42,8 @@ def test_written_sections_are_padded_and_in_place() -> None:
         segment([7, 8, 9], (4, 2), start=6, num_causal=0, adapter=True, wanted=(1, 2)),
         segment([3], (5,), start=2),
     ]
-    host = HostStep.pack(segments, CONFIG, PAGE)
-    size = StepSize(6, 4, 2, 4, (4, 0, 0), True)
+    host = HostStep.pack(segments, CONFIG, PAGE, PLACES)
+    size = StepSize(6, 4, 2, 4, (0, 3, 0), True)
     buffer = np.full(host.num_ints(size) + 3, 99, dtype=np.int32)
     used = host.write(buffer, size)
     assert (buffer[used:] == 99).all()
@@ -58,13 +59,14 @@ def test_written_sections_are_padded_and_in_place() -> None:
     assert parts["adapter"] == [0, 1, 2, -1, -1, -1]
     assert parts["wanted_adapter"] == [0, 1, -1, -1]
     assert parts["segments"] == [0, 6, 3, 0, 0, 3, 2, 1, 1, 2, *[0] * 10]
-    assert parts["tiles0"] == [0, 0, 1, 0, -1, -1, -1, -1]
+    assert parts["work0"] == []
+    assert parts["work1"] == [0, 0, 0, 1, 128, 0, 1, 0, 0, 1, 128, 0, *[-1] * 6]
     assert buffer[at:used].tolist() == [4, 2, 5]
 
 
 def test_a_commit_and_the_block_behind_it_are_one_segment() -> None:
     segments = [segment([3], (5,), start=2), commit_and_masks([7, 8, 9], 3, (4, 2), start=4)]
-    host = HostStep.pack(segments, CONFIG, PAGE)
+    host = HostStep.pack(segments, CONFIG, PAGE, PLACES)
     found = {name: values.tolist() for name, values in host.sections.items()}
     assert found["token_ids"] == [3, 7, 8, 9, *[MASK_TOKEN_ID] * 3]
     assert found["positions"] == [2, 4, 5, 6, 7, 8, 9]
@@ -75,9 +77,9 @@ def test_a_commit_and_the_block_behind_it_are_one_segment() -> None:
 
 
 def test_adapter_free_steps_have_no_adapter_sections() -> None:
-    host = HostStep.pack([segment([3], (5,), start=2)], CONFIG, PAGE)
+    host = HostStep.pack([segment([3], (5,), start=2)], CONFIG, PAGE, PLACES)
     assert dict(host.size.sections())["adapter"] == 0
-    assert not GraphSizes(CONFIG).padded(host.size).has_adapter
+    assert not GraphSizes(CONFIG, PLACES).padded(host.size).has_adapter
 
 
 def test_graphs_are_captured_once_and_kept() -> None:
@@ -171,8 +173,8 @@ def test_the_device_completes_what_the_host_would_have_packed(seed: int) -> None
         )
     rng.shuffle(opened)
     staging = Staging(DEVICE)
-    host = HostStep.pack(opened, CONFIG, PAGE, choices_of(opened))
-    size = GraphSizes(CONFIG).padded(host.size)
+    host = HostStep.pack(opened, CONFIG, PAGE, PLACES, choices_of(opened))
+    size = GraphSizes(CONFIG, PLACES).padded(host.size)
     assert size is not None
     parts = sections_of(staging.send_step(host, size, None), size)
     tokens = [token for _, output in befores for token in output.token_ids] + [0] * 3
@@ -189,7 +191,7 @@ def test_the_device_completes_what_the_host_would_have_packed(seed: int) -> None
     for index, one in enumerate(opened):
         came = one if one.follows is None else settled(one, outputs[one.seq_id])
         assert came is not None
-        alone = HostStep.pack([came], CONFIG, PAGE, choices_of([came]))
+        alone = HostStep.pack([came], CONFIG, PAGE, PLACES, choices_of([came]))
         expected = {name: values.tolist() for name, values in alone.sections.items()}
         length, most = len(came.token_ids), len(one.token_ids)
         for name in ("token_ids", "positions", "slots"):

@@ -15,8 +15,10 @@ from replicas.engine.batch import ScheduledBatch, Segment
 from replicas.engine.engine import Engine
 from replicas.engine.history import NO_TOKENS, Prefix
 from replicas.engine.sequence import Sequence
+from replicas.kernels.normed_product import decoded, encoded
 from replicas.messages import DecodingOptions, SamplingParams
-from replicas.model.checkpoint import CheckpointError, load_weights
+from replicas.model.adapter import AdapterRows
+from replicas.model.checkpoint import CheckpointError, ModelWeights, load_weights, weights_to
 from replicas.model.config import ModelConfig
 from replicas.model.cuda.attention import PagedKv, TritonAttention
 from replicas.model.cuda.runner import CudaRunner, Options
@@ -314,9 +316,56 @@ def test_triton_attention_under_the_cpus_transformer(tmp_path: Path) -> None:
     torch.testing.assert_close(found, Reference(folder).causal_logits(tokens), atol=1e-4, rtol=1e-4)
 
 
+def weights_that_codes_stand_for(weights: ModelWeights) -> ModelWeights:
+    coded = weights_to(weights, torch.device("cpu"), encoded)
+    for layer in coded.layers:
+        for name, scales in layer.scales.items():
+            setattr(layer, name, decoded(getattr(layer, name), scales))
+    head = decoded(coded.head, coded.head_scales)
+    return ModelWeights(coded.embedding, coded.layers, coded.norm, head)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the reference's attention is the CPU's")
+@pytest.mark.parametrize("length", [21, 70])
+@pytest.mark.parametrize("targets", [("o_proj",), ("q_proj", "v_proj", "up_proj", "down_proj")], ids=len)
+def test_fp8_weights_are_the_numbers_they_stand_for(
+    tmp_path: Path, length: int, targets: tuple[str, ...]
+) -> None:
+    """With few rows and many, and with the adapter on a product and beside it."""
+    folder = make_tiny_checkpoint(tmp_path, seed=6, num_hidden_layers=2, adapter_targets=targets)
+    config = ModelConfig.from_folder(folder)
+    runner = CudaRunner.load(
+        str(folder), dtype="float32", device=DEVICE, num_pages=16, page_size=8, quantization="fp8"
+    )
+    weights = weights_that_codes_stand_for(load_weights(folder, config, torch.float32))
+    pages = PagedKv(config, 16, 8, torch.float32, torch.device("cpu"))
+    attention = TritonAttention(config, pages, 128)
+    tokens, table = prompt(length, seed=1), tuple(range(12))
+    draft = segment(
+        [tokens[-1], *[MASK_TOKEN_ID] * 4],
+        table,
+        start=length - 1,
+        num_causal=0,
+        adapter=True,
+        wanted=range(1, 5),
+    )
+    model = Transformer(config, weights, attention, 128)
+    for asked in (segment(tokens, table, wanted=range(length)), draft):
+        plan = attention.plan([asked])
+        rows = AdapterRows(None) if asked.adapter else None
+        batch = Batch(torch.tensor(asked.token_ids), plan, torch.tensor(asked.wanted), rows, rows)
+        found = runner.forward([asked])
+        torch.testing.assert_close(found, model.forward(batch), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("given", "word"),
-    [({"dtype": "int4"}, "dtype"), ({"kv_dtype": "int8"}, "kv_dtype"), ({"num_pages": 0}, "K/V")],
+    [
+        ({"dtype": "int4"}, "dtype"),
+        ({"quantization": "int8"}, "quantization"),
+        ({"kv_dtype": "int8"}, "kv_dtype"),
+        ({"num_pages": 0}, "K/V"),
+    ],
 )
 def test_bad_options_are_named(folder: Path, given: dict[str, object], word: str) -> None:
     with pytest.raises(CheckpointError, match=word):

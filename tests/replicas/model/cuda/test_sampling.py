@@ -34,6 +34,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = ModelConfig.parse(tiny_config())
 VOCAB = CONFIG.vocab_size
 PAGE = 8
+PLACES = (12, 8, 4)
 EOS = frozenset({2})
 JSON = JsonFormat("{}")
 ACTING = {
@@ -91,11 +92,11 @@ def some_logits(num_rows: int) -> torch.Tensor:
 
 def sampled_from(segments: Seq[Segment], logits: torch.Tensor) -> Sampled:
     """The choice by the kernels, padded as a graph needs it."""
-    host = HostStep.pack(segments, CONFIG, PAGE, Choices.of(segments, VOCAB, EOS))
-    size = GraphSizes(CONFIG).padded(host.size)
+    host = HostStep.pack(segments, CONFIG, PAGE, PLACES, Choices.of(segments, VOCAB, EOS))
+    size = GraphSizes(CONFIG, PLACES).padded(host.size)
     assert size is not None
     staging = Staging(torch.device(DEVICE))
-    inputs = StepInputs.view(staging.send_step(host, size, None), size, CONFIG)
+    inputs = StepInputs.view(staging.send_step(host, size, None), size)
     padded = torch.zeros(size.num_wanted, VOCAB, device=DEVICE)
     padded[: len(logits)] = logits
     ruled = Ruled(inputs.slots_ruled, apply_rules(padded, inputs.ruled, inputs.page_table, MASK_TOKEN_ID))
