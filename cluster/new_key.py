@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from router.auth import digest_of, new_key, parse_keys
 
-
 PROG = "python -m cluster.new_key"
 
 
