@@ -91,6 +91,20 @@ def test_ctrl_c_while_it_starts_ends_it_calmly() -> None:
         os.killpg(session, 0)
 
 
+def test_a_server_whose_replica_cannot_start_ends_and_says_why(tmp_path: Path) -> None:
+    port, folder = free_port(), short_folder()
+    env = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PORT": str(port),
+        "MODEL": str(tmp_path),
+        "RAY_TMPDIR": str(folder),
+    }
+    with ServerProcess(["bash", "cluster/serve.sh"], port, "/readyz", env, folder) as server:
+        assert server.process.wait(300) == 1
+        said = server.log.read_text()
+    assert said.rstrip().endswith("is missing: not a checkpoint folder")
+
+
 async def test_each_request_is_one_connected_trace(client: httpx.AsyncClient, collector: Collector) -> None:
     bodies = [
         chat("Hello", max_tokens=20, decoding={"mode": mode})
