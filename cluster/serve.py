@@ -1,8 +1,8 @@
 """`python -m cluster.serve FILE` is `serve run FILE` that knows SIGTERM: it drains, and then it stops.
 
-Ctrl-C stops at once, as with `serve run`, which cuts streams. A second SIGTERM, too. Where a replica can't start, such
-as for want of its model, it ends with 1; `serve run` would wait for ever. A Ray that it starts is without Ray's
-dashboard, and so without `serve status`.
+Ctrl-C stops at once, as with `serve run`, which cuts streams. A second SIGTERM, too. Where a replica can't
+start, such as for want of its model, it ends with 1; `serve run` would wait for ever. A Ray that it starts is
+without Ray's dashboard, and so without `serve status`.
 """
 
 import argparse
