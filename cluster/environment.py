@@ -37,8 +37,6 @@ def serving_environment(folder: Path) -> dict[str, str]:
     wanted = {
         # Ray starts its workers with a low priority, which suits batch jobs and not servers.
         "RAY_worker_niceness": "0",
-        # Ray's 30 s are too few on a machine that is busy with other work.
-        "RAY_raylet_start_wait_time_s": "180",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, default_num_threads(2))),
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).with_name("haproxy.sh")),
