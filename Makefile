@@ -38,11 +38,14 @@ MODULES   := tests/clients/node/node_modules
 help:
 	@sed -n '1,2p' Makefile; echo; grep -E '^[a-z0-9-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
+# python -m venv, without a traceback at Ctrl-C.
+QUIET_VENV := import signal, sys, venv; signal.signal(signal.SIGINT, signal.SIG_DFL); venv.main(["--clear", sys.argv[1]])
+
 # torch on its own and first, so that it alone may come from another index.
 $(READY): pyproject.toml constraints.txt
 	@echo "== setting up $(VENV) (minutes the first time; on Linux torch alone is some 3 GB unless TORCH_INDEX_ARGS names its CPU build) =="
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Triad needs Python 3.11 or newer; set PYTHON=")'
-	@$(BIN)/pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/pip --version > /dev/null 2>&1 || $(PYTHON) -c '$(QUIET_VENV)' $(VENV)
 	@{ $(BIN)/pip install -q --disable-pip-version-check $(TORCH_INDEX_ARGS) -c constraints.txt torch numpy \
 		&& $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'; } 2> $(VENV)/pip.log \
 		|| { if grep -qE 'NewConnectionError|NameResolutionError|ConnectTimeout' $(VENV)/pip.log; \

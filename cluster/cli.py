@@ -6,7 +6,6 @@ Beside it `serve run cluster.app:deploy` stays the entry for a cluster that is t
 import argparse
 import importlib
 import os
-import runpy
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,11 +32,11 @@ def parser(*, in_full: bool = False) -> argparse.ArgumentParser:
     commands = found.add_subparsers(dest="command", required=True, metavar="COMMAND")
     serve = commands.add_parser("serve", help="serve a model on this machine until Ctrl-C")
     serve.add_argument("--model", help="triad-5m, a folder or a hub name")
-    serve.add_argument("--dtype", help="of the weights")
-    serve.add_argument("--replicas", type=int)
-    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--dtype", help="of the weights; default: float32 on CPUs, bfloat16 on GPUs")
+    serve.add_argument("--replicas", type=int, help="default: 1")
+    serve.add_argument("--port", type=int, default=8000, help="default: %(default)s")
     serve.add_argument("--redis-url", help="default: a server of its own, on loopback")
-    serve.add_argument("--policy")
+    serve.add_argument("--policy", help="who chooses the mode; default: cost_model")
     serve.add_argument("--log", choices=["debug"], help="debug: what Ray and the actors say comes here")
     serve.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="further settings; host=0.0.0.0")
     for name, (module, what) in MODULES.items():
@@ -45,7 +44,7 @@ def parser(*, in_full: bool = False) -> argparse.ArgumentParser:
         commands.add_parser(name, help=what, add_help=False, parents=of_module)
     doctor = commands.add_parser("doctor", help="check this machine: what would fail here, or be slow")
     doctor.add_argument("--redis-url", help="check this one, too")
-    doctor.add_argument("--port", type=int, default=8000)
+    doctor.add_argument("--port", type=int, default=8000, help="which is to be free; default: %(default)s")
     completion = commands.add_parser("completion", help="what a shell is to run to complete these commands")
     completion.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
     return found
@@ -78,9 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and given[0] in MODULES:
         module, _ = MODULES[given[0]]
-        sys.argv = [f"triad {given[0]}", *given[1:]]
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-        return
+        sys.exit(importlib.import_module(module).main(given[1:], prog=f"triad {given[0]}"))
     options = parser().parse_args(given)
     if options.command == "serve":
         os.execvpe("bash", serve_command(options), serve_environment(options, os.environ))

@@ -8,11 +8,13 @@ import argparse
 import asyncio
 import sys
 import time
+from collections.abc import Sequence
 
 import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+PROG = "python -m cluster.drain"
 PERIOD_S = 0.5
 
 
@@ -29,16 +31,18 @@ async def drain(app: str, timeout_s: float) -> int:
         await asyncio.sleep(PERIOD_S)
 
 
-def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(prog="python -m cluster.drain", description=__doc__.partition("\n")[0])
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog=prog, description="Ends Triad with nothing lost: new requests get 503, those begun are finished."
+    )
     found.add_argument("--app", default="triad")
     found.add_argument("--timeout-s", type=float, default=600.0, help="for the longest stream")
     found.add_argument("--address", default="auto", help="of the Ray cluster")
     return found
 
 
-def main() -> None:
-    options = parser().parse_args()
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
+    options = parser(prog).parse_args(arguments)
     ray.init(address=options.address, namespace="serve", log_to_driver=False)
     num_left = asyncio.run(drain(options.app, options.timeout_s))
     if num_left == 0:

@@ -1,56 +1,10 @@
-"""`python -m cluster.serve FILE` is `serve run FILE` that knows SIGTERM: it drains, and then it stops.
+"""`python -m cluster.serve FILE`: cluster.foreground's, which Ctrl-C ends from the first moment on."""
 
-Ctrl-C stops at once, as with `serve run`, which cuts streams. A second SIGTERM, too. A Ray that it starts is
-without Ray's dashboard, and so without `serve status`.
-"""
-
-import argparse
-import asyncio
 import signal
-import sys
-from pathlib import Path
-from types import FrameType
-
-import ray
-import yaml
-from ray import serve
-from ray.serve.scripts import run
-
-from cluster.config import ClusterConfig
-from cluster.drain import drain
-
-
-class Terminated(BaseException):
-    """Raised by SIGTERM; not an Exception, or `serve run` would take it for an error of its own."""
-
-
-def terminate(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    raise Terminated
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m cluster.serve", description=__doc__.partition("\n")[0])
-    parser.add_argument("file", type=Path)
-    file = parser.parse_args().file
-    (application,) = yaml.safe_load(file.read_text())["applications"]
-    timeout_s = ClusterConfig.model_validate(application.get("args", {})).drain_timeout_s
-    # Before `serve run` does, since this sets a handler of SIGTERM. The dashboard is ten processes more.
-    ray.init(namespace="serve", include_dashboard=False)
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell ignores it for what it starts behind it
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        run.main([str(file)], standalone_mode=False)
-    except Terminated:
-        print("== no new requests; those begun are finished ==", flush=True)
-        num_left = asyncio.run(drain(application["name"], timeout_s))
-        if num_left:
-            print(f"== {num_left} requests had not ended within {timeout_s:g} s ==", file=sys.stderr)
-        serve.delete(application["name"])
-        serve.shutdown()  # type: ignore[no-untyped-call]
-
 
 if __name__ == "__main__":
+    # Imports take seconds, and some of them swallow a KeyboardInterrupt.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from cluster.foreground import main
+
     main()

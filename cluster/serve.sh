@@ -18,21 +18,39 @@ eval "$exports"
 python -m cluster.serve_file "port=$port" "model=${MODEL:-}" "dtype=${DTYPE:-}" "num_replicas=${REPLICAS:-}" \
   "redis_url=${REDIS_URL:-}" "policy=${POLICY:-}" "$@" >"$file"
 
-# Behind this script, which waits and passes SIGTERM on; Ctrl-C reaches both.
+server=
+interrupted=
+interrupt() {
+  printf '\nstopping at once\n'
+  interrupted=yes
+  [ -n "$server" ] || exit 130
+  # What the log has from here on is how it was interrupted.
+  kill "${attendant:-}" 2>/dev/null || true
+}
+trap interrupt INT
+
+# Behind this script, which waits and passes SIGTERM on. Ctrl-C reaches both; a shell by itself would have what it
+# starts behind it ignore that.
+serve() {
+  trap - INT
+  exec python -m cluster.serve "$file"
+}
+
 if [ "${LOG:-}" = debug ]; then
-  python -m cluster.serve "$file" &
+  serve &
   server=$!
   attended=("$port" "$server")
 else
   mkdir -p "$(dirname "$log")"
   python -m cluster.welcome tell "$file" "$log"
-  python -m cluster.serve "$file" >"$log" 2>&1 &
+  serve >"$log" 2>&1 &
   server=$!
   attended=("$port" "$server" "$log")
 fi
-trap : INT
-trap 'kill -TERM "$server"' TERM
 python -m cluster.welcome attend "${attended[@]}" &
+attendant=$!
+disown "$attendant" # or bash tells of its end
+trap 'printf "\nstopping, once what has begun is finished\n"; kill -TERM "$server"' TERM
 
 # A signal ends a wait early.
 status=0
@@ -41,6 +59,9 @@ while kill -0 "$server" 2>/dev/null; do
   status=0
   wait "$server" || status=$?
 done
+if [ "$status" -ne 0 ] && [ -n "$interrupted" ]; then
+  exit 130
+fi
 if [ "$status" -ne 0 ] && [ "$status" -lt 128 ] && [ "${LOG:-}" != debug ]; then
   echo "Triad ended with an error; the end of $log:" >&2
   tail -n 30 "$log" >&2

@@ -22,12 +22,15 @@ from tqdm import tqdm
 
 from cluster.config import ClusterConfig
 from replicas.machine import default_num_threads
+from replicas.model.fields import CheckpointError
 from replicas.model.native.build import NativeUnavailable, load_library
+from replicas.model.place import local_folder
 
 HOST = "127.0.0.1"
 POLL_S = 0.5
 _PROGRESS = re.compile(r": ([\w ]+): (\d+) of (\d+) after \d+ s$")
 """A line of `replicas.progress`."""
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")
 _ERROR = re.compile(r"\b(ERROR|CRITICAL)\b|^Traceback|\b\w+(Error|Exception): ")
 
 
@@ -82,7 +85,8 @@ def attend(port: int, pid: int, log: Path | None, say: Callable[[str], None]) ->
     with ExitStack() as stack:
         lines = None if log is None else stack.enter_context(log.open(errors="replace"))
         while _is_alive(pid):
-            for line in lines or ():
+            for coloured in lines or ():
+                line = _COLOUR.sub("", coloured)
                 if _ERROR.search(line):
                     progress.close()
                     say(line.rstrip())
@@ -189,8 +193,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(f"PORT is {port!r}; it is a number from 1 to 65535.")
         case ["tell", file, log]:
             (application,) = yaml.safe_load(Path(file).read_text())["applications"]
-            lines = description(ClusterConfig.model_validate(application.get("args", {})), log)
-            print("\n".join(lines), flush=True)
+            config = ClusterConfig.model_validate(application.get("args", {}))
+            try:
+                local_folder(config.checkpoint)
+            except CheckpointError as error:
+                sys.exit(f"{error}: set MODEL to one of these, or leave it out.")
+            print("\n".join(description(config, log)), flush=True)
         case ["attend", port, pid, *log] if len(log) <= 1:
             path = Path(log[0]) if log else None
             attend(int(port), int(pid), path, lambda line: print(line, flush=True))

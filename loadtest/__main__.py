@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -33,11 +34,12 @@ from loadtest.shapes import parse_shape
 from loadtest.slo import parse_slos
 from loadtest.workloads import WORKLOADS, Workload, find_workload, pool, verified
 
+PROG = "python -m loadtest"
 DEFAULT_TIMELINE = "spike:low=4,high=32,duration_s=36"
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m loadtest", description=__doc__)
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog=prog, description=__doc__)
     p.add_argument("--url", help="an OpenAI-compatible server; without it a Triad of its own is started")
     p.add_argument("--model", help="default: the first the server lists")
     p.add_argument(
@@ -171,8 +173,9 @@ def check_options(o: argparse.Namespace) -> None:
         raise ValueError("there is no load: give --rates, --users or --trace")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    o = parser().parse_args(arguments)
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    o = parser(prog).parse_args(given)
     o.workload = o.workload or ("tasks" if o.trace is None else "trace")
     try:
         gates = parse_gates(o.gate)
@@ -183,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
     o.out.mkdir(parents=True, exist_ok=True)
     whose = "client and server" if o.url is None else "client"
     title, where = f"Load test: {o.workload}", f"{whose} on {machine()}"
-    info = RunInfo(title=title, command=command_line(arguments, o.api_key), machine=where)
+    info = RunInfo(title=title, command=command_line(prog, given, o.api_key), machine=where)
     began = time.monotonic()
     try:
         if o.url is not None:
@@ -209,10 +212,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if broken else 0
 
 
-def command_line(arguments: list[str] | None, api_key: str | None) -> str:
+def command_line(prog: str, arguments: Sequence[str], api_key: str | None) -> str:
     """The command line as typed, without the key, however that was given."""
-    words = ["python -m loadtest", *(sys.argv[1:] if arguments is None else arguments)]
-    return " ".join(word.replace(api_key, "...") if api_key else word for word in words)
+    return " ".join(word.replace(api_key, "...") if api_key else word for word in (prog, *arguments))
 
 
 def machine() -> str:

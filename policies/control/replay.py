@@ -27,6 +27,8 @@ from policies.modes import DecodePlan
 from policies.policy import Policy, Snapshot
 from policies.registry import PolicyError, create_policy, policy_names
 
+PROG = "python -m policies.control.replay"
+
 
 class ReplayError(ValueError):
     """Raised for a log that can't be read; the message says where and why."""
@@ -184,20 +186,22 @@ def table(replayed: Sequence[Replayed], num_rows: int) -> Iterator[str]:
         yield f"... and {len(different) - num_rows} more (--rows)"
 
 
-def main(arguments: Sequence[str] | None = None, out: TextIO | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = PROG, out: TextIO | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     out = out or sys.stdout
     try:
-        return _export(given[1:], out) if given[:1] == ["export"] else _replay(given, out)
+        return _export(prog, given[1:], out) if given[:1] == ["export"] else _replay(prog, given, out)
     except (ReplayError, PolicyError, StoreUnavailable, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The arguments of a replay; those of `export` are its own."""
     found = argparse.ArgumentParser(
-        "python -m policies.control.replay", description=(__doc__ or "").partition("\n")[0]
+        prog,
+        description="What another policy would have decided where this one did.",
+        epilog=f"The log is made by `{prog} export`.",
     )
     found.add_argument("log", metavar="LOG", help="JSON lines, as `export` writes them; - is standard input")
     found.add_argument("--policy", required=True, help=f"{', '.join(policy_names())}, or a dotted class name")
@@ -206,8 +210,8 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def _replay(arguments: Sequence[str], out: TextIO) -> int:
-    options = parser().parse_args(arguments)
+def _replay(prog: str, arguments: Sequence[str], out: TextIO) -> int:
+    options = parser(prog).parse_args(arguments)
     policy = create_policy(options.policy, _parameters(options.params))
     if options.log == "-":
         records = read_log(sys.stdin, "standard input")
@@ -228,9 +232,9 @@ def _parameters(text: str) -> Mapping[str, Any]:
     return parameters
 
 
-def _export(arguments: Sequence[str], out: TextIO) -> int:
+def _export(prog: str, arguments: Sequence[str], out: TextIO) -> int:
     parser = argparse.ArgumentParser(
-        "python -m policies.control.replay export",
+        f"{prog} export",
         description="Writes the recorded decisions as JSON lines, oldest first.",
     )
     source = parser.add_mutually_exclusive_group(required=True)

@@ -1,7 +1,6 @@
 """Checkpoints from a folder or a hub name into weights in the engine's layout."""
 
 import logging
-import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from replicas.machine import available_bytes
 from replicas.model import layout
 from replicas.model.adapter import LowRank, load_adapter, load_mask_row
 from replicas.model.config import ADAPTER_FOLDER, TRI_MODE_TYPE, CheckpointError, ModelConfig, read_json
+from replicas.model.place import local_folder
 from replicas.progress import logged
 
 logger = logging.getLogger(__name__)
@@ -73,11 +73,9 @@ def resolve_folder(checkpoint: str) -> Path:
 
     Raises CheckpointError when it can't be found.
     """
-    folder = Path(checkpoint).expanduser()
-    if folder.is_dir():
+    folder = local_folder(checkpoint)
+    if folder is not None:
         return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
-        raise CheckpointError(f"{checkpoint} is neither a folder nor a hub name like 'owner/model'")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -15,6 +15,7 @@ import pytest
 
 from cluster import welcome
 from cluster.config import ClusterConfig
+from cluster.serve_file import serve_file
 from replicas.model.native.build import NativeUnavailable
 from replicas.progress import logged
 from telemetry.logs import TEXT_FORMAT
@@ -86,6 +87,14 @@ def test_what_serves_is_told_in_few_lines() -> None:
     assert "1 GPU" in welcome.description(ClusterConfig.model_validate({"num_gpus": 1}), "x")[1]
 
 
+def test_a_model_that_is_nowhere_is_one_sentence_before_anything_starts(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(serve_file(["model=/no/such/folder"]))
+    with pytest.raises(SystemExit) as ended:
+        welcome.main(["tell", str(file), "x"])
+    assert str(ended.value).startswith("/no/such/folder is neither a folder nor a hub name")
+
+
 def test_without_a_compiler_it_says_what_that_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
         raise NativeUnavailable("no C++ compiler found (c++); install g++ or clang, or set CXX")
@@ -106,7 +115,9 @@ def test_attending_ends_when_the_server_has_gone() -> None:
 
 def test_it_says_when_it_is_ready_and_the_errors_of_the_log(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    log.write_text("INFO all well\nWARNING slow\nERROR 2026 the engine failed\nValueError: no\n")
+    log.write_text(
+        "INFO all well\nWARNING slow\n\x1b[31mERROR\x1b[0m 2026 the engine failed\nValueError: no\n"
+    )
     said: list[str] = []
     # It lives until its input ends, which is once the third thing is said.
     server = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)

@@ -71,6 +71,40 @@ def assert_connected(spans: list[Span], parent_id: str) -> None:
     assert len(spans) == 2 + len(inside)
 
 
+def test_ctrl_c_while_it_starts_ends_it_calmly() -> None:
+    port, folder = free_port(), short_folder()
+    env = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PORT": str(port),
+        "RAY_TMPDIR": str(folder),
+    }
+    with ServerProcess(["bash", "cluster/serve.sh"], port, "/readyz", env, folder) as server:
+        server.wait_for(lambda: server.pids("cluster.serve ") and server.pids("cluster.welcome attend"))
+        session = server.process.pid
+        os.killpg(session, signal.SIGINT)
+        assert server.process.wait(60) == 130
+        said = server.log.read_text()
+    assert said.endswith("\nstopping at once\n")
+    assert len(said.splitlines()) <= 10
+    assert "Traceback" not in said
+    with pytest.raises(ProcessLookupError):
+        os.killpg(session, 0)
+
+
+def test_a_server_whose_replica_cannot_start_ends_and_says_why(tmp_path: Path) -> None:
+    port, folder = free_port(), short_folder()
+    env = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PORT": str(port),
+        "MODEL": str(tmp_path),
+        "RAY_TMPDIR": str(folder),
+    }
+    with ServerProcess(["bash", "cluster/serve.sh"], port, "/readyz", env, folder) as server:
+        assert server.process.wait(300) == 1
+        said = server.log.read_text()
+    assert said.rstrip().endswith("is missing: not a checkpoint folder")
+
+
 async def test_each_request_is_one_connected_trace(client: httpx.AsyncClient, collector: Collector) -> None:
     bodies = [
         chat("Hello", max_tokens=20, decoding={"mode": mode})
@@ -138,3 +172,4 @@ async def test_sigterm_finishes_what_has_begun_and_refuses_the_rest(
     answer = await whole
     assert answer["usage"]["completion_tokens"] == 900
     assert await asyncio.to_thread(server.process.wait, 60) == 0
+    assert "stopping, once what has begun is finished" in server.log.read_text()

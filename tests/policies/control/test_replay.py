@@ -84,7 +84,7 @@ def test_state_carries_on_from_record_to_record():
 
 def run(*arguments):
     out = io.StringIO()
-    status = main(arguments, out)
+    status = main(arguments, out=out)
     return status, out.getvalue()
 
 
