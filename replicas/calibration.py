@@ -11,7 +11,6 @@ from policies.cost import UNMEASURED, ForwardStats, StepCost
 from policies.cost_fit import fit_step_cost, knots_up_to
 from replicas.engine.batch import ModelSpec, Runner, ScheduledBatch, Segment, ServingRunner
 from replicas.messages import SamplingParams
-from replicas.overhead import NO_OVERHEAD, StepOverhead
 from replicas.progress import logged
 
 logger = logging.getLogger(__name__)
@@ -22,6 +21,24 @@ BLOCKS = (1, 8, 16)
 MANY_CACHED = 64
 MIN_SHAPES = 4
 """The number of shapes below which no line is fitted: the usual one is scaled to them."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepOverhead:
+    """The milliseconds of a step beside its forward, as replicas.overhead finds them."""
+
+    step_ms: float = 0.0
+    """Of any step."""
+    segment_ms: float = 0.0
+    """Of each of its segments."""
+    row_ms: float = 0.0
+    """Of each row whose logits are sampled."""
+
+    def ms(self, num_segments: int, num_rows: int) -> float:
+        return self.step_ms + self.segment_ms * num_segments + self.row_ms * num_rows
+
+
+NO_OVERHEAD = StepOverhead()
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from policies.control.store import LoadStore, StoreUnavailable
 from policies.cost import ForwardStats, ReplicaCosts
-from replicas.calibration import forward_cost, merged, sweep
+from replicas.calibration import NO_OVERHEAD, StepOverhead, forward_cost, merged, sweep
 from replicas.config import ReplicaConfig
 from replicas.engine.batch import Runner
 from replicas.machine import processor
-from replicas.overhead import NO_OVERHEAD, StepOverhead
 from replicas.yields_file import read_yields
 
 logger = logging.getLogger(__name__)

@@ -5,12 +5,12 @@ Measured with a runner that computes nothing, so that nothing but this is in it.
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
 from policies.cost_fit import MIN_MS, nonnegative_least_squares
 from policies.modes import Mode
+from replicas.calibration import NO_OVERHEAD, StepOverhead
 from replicas.config import EngineConfig
 from replicas.engine.batch import ModelSpec, ScheduledBatch, SegmentOutput
 from replicas.engine.engine import Engine
@@ -23,24 +23,6 @@ from replicas.text import TextCodec
 NUM_SEQUENCES = (1, 4, 16, 64)
 NUM_TOKENS = 96
 """The tokens of each answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepOverhead:
-    """The milliseconds of a step beside its forward."""
-
-    step_ms: float = 0.0
-    """Of any step."""
-    segment_ms: float = 0.0
-    """Of each of its segments."""
-    row_ms: float = 0.0
-    """Of each row whose logits are sampled."""
-
-    def ms(self, num_segments: int, num_rows: int) -> float:
-        return self.step_ms + self.segment_ms * num_segments + self.row_ms * num_rows
-
-
-NO_OVERHEAD = StepOverhead()
 
 
 class _IdleRunner:

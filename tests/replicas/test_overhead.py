@@ -6,10 +6,10 @@ import pytest
 
 from policies.cost import ForwardStats
 from policies.modes import Mode
-from replicas.calibration import merged, sweep
+from replicas.calibration import NO_OVERHEAD, StepOverhead, merged, sweep
 from replicas.config import EngineConfig, ReplicaConfig
 from replicas.engine.batch import ModelSpec
-from replicas.overhead import NO_OVERHEAD, StepOverhead, measure_overhead
+from replicas.overhead import measure_overhead
 from replicas.text import TextCodec
 from tests.replicas.test_calibration import TimedRunner
 
