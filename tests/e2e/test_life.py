@@ -78,7 +78,9 @@ def test_ctrl_c_while_it_starts_ends_it_calmly() -> None:
         "PORT": str(port),
         "RAY_TMPDIR": str(folder),
     }
-    with ServerProcess(["bash", "cluster/serve.sh"], port, "/readyz", env, folder) as server:
+    # A shell can not trap what is ignored where it starts, as in a job in the background.
+    command = ["env", "--default-signal=INT", "bash", "cluster/serve.sh"]
+    with ServerProcess(command, port, "/readyz", env, folder) as server:
         server.wait_for(lambda: server.pids("cluster.serve ") and server.pids("cluster.welcome attend"))
         session = server.process.pid
         os.killpg(session, signal.SIGINT)
