@@ -1,14 +1,16 @@
 """The clients that are between two requests, and for how long, as a server sees them: by ends and arrivals.
 
-An arrival is taken for the next request of the client that has waited longest since its last one ended.
-Which client it really is of does not matter: however arrivals and ends are paired, the times between them
-have the same sum.
+An arrival is taken for the next request of the client whose last one ended last. Which client it really is of
+does not matter: however arrivals and ends are paired, the times between them have the same sum. But so those
+who never come back are left over, and told by their age; were the first to end the first to come back, they
+would be renewed for ever by the others.
 """
 
 from collections import deque
 
 LASTING_S = 0.5
-"""The time after which a client that has not asked again is taken to have gone."""
+"""The time after which a client that has not asked again is taken to have gone; of many that are between two
+requests at all times, those that never all were back within it count as gone too."""
 NUM_REMEMBERED = 16.0
 """The number of turnarounds over which their mean is taken, an older one counting less."""
 
@@ -39,4 +41,4 @@ class Turnarounds:
         """Notes that a request has arrived."""
         if self.num_between(now_s):
             self._weight = min(self._weight + 1.0, NUM_REMEMBERED)
-            self._mean_s += (now_s - self._ended_s.popleft() - self._mean_s) / self._weight
+            self._mean_s += (now_s - self._ended_s.pop() - self._mean_s) / self._weight
