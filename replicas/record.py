@@ -10,6 +10,6 @@ T = TypeVar("T")
 def record(cls: type[T]) -> type[T]:
     """A dataclass with slots that is frozen for the type checker alone.
 
-    One that is frozen at run time too takes some twelve times as long to make (docs/experiments/engine.md).
+    One that is frozen at run time too takes four to seven times as long to make (docs/experiments/engine.md).
     """
     return dataclass(slots=True, unsafe_hash=True)(cls)
