@@ -8,7 +8,7 @@
 # these go.
 #
 # Guessed before: the door changes nothing of autoscaling. Seen (2 cores, busy; one replica of one request at a time,
-# at most three, six requests of 8 s at once): behind Serve's proxy 3 replicas answered in 30 to 33 s, behind HAProxy 1
+# at most three, six requests of 8 s at once): behind Serve's proxy 3 replicas answered in 21 s quiet, 30 to 33 s busy, behind HAProxy 1
 # in 48 to 49 s, and no second was started. Within the first seconds after a start HAProxy sends to Serve's proxy
 # as long as it knows no replica, so there it scaled as well: a short trial does not show it.
 # What follows for a server: max_ongoing_requests well above the target, with a limit of one's own inside, or a metric
