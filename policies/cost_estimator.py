@@ -20,8 +20,11 @@ PACE = Prior(spread=1.0, lasting_s=20.0)
 """The machine's pace: by a third in a second, and a few times the sweep's in all."""
 OF_MODE = Prior(spread=UNKNOWN_SPREAD, lasting_s=600.0)
 """A mode's factor at any number of rows: what else is done beside its forwards, as sending tokens."""
-OF_OCTAVE = Prior(spread=0.15, lasting_s=600.0)
-"""A mode's further factor at 2^n rows: the shape's own error."""
+OF_OCTAVE = Prior(spread=0.1, lasting_s=600.0)
+"""A mode's further factor at 2^n rows."""
+OF_ROWS = Prior(spread=0.4, lasting_s=14400.0)
+"""All modes' factor at few, some and many rows: the shape's own error. What a small forward takes depends on
+what runs before and beside it, so beside large ones the sweep has it up to twice too high or too low."""
 NOISE = 0.15
 """The standard deviation of one forward's log latency; that of the median of n falls with their root."""
 MAX_ALIKE = 10
@@ -37,7 +40,8 @@ class CostEstimator:
 
     def __init__(self, shape: StepCost, now_s: float, known: Mapping[Mode, ModeFactors] | None = None):
         self._shape = shape
-        self._learned = ModeFactorsEstimator(PACE, OF_MODE, OF_OCTAVE, len(shape.knots), now_s, known)
+        num_octaves = len(shape.knots)
+        self._learned = ModeFactorsEstimator(PACE, OF_MODE, OF_OCTAVE, OF_ROWS, num_octaves, now_s, known)
 
     @property
     def cost(self) -> StepCost:

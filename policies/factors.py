@@ -46,18 +46,18 @@ class DriftingFactors(Generic[Term]):
     def __contains__(self, term: Term) -> bool:
         return term in self._index
 
-    def add(self, term: Term, prior: Prior, mean: float = 0.0, spread: float | None = None) -> None:
-        """Adds a term unless it is there, known as well as its prior, or as `mean` and `spread` say."""
+    def add(self, term: Term, prior: Prior) -> None:
+        """Adds a term unless it is there, known as well as its prior."""
         if term in self._index:
             return
         size = len(self._mean)
         self._index[term] = size
-        self._mean = np.append(self._mean, mean)
+        self._mean = np.append(self._mean, 0.0)
         self._spreads = np.append(self._spreads, prior.spread)
         self._lasting_s = np.append(self._lasting_s, prior.lasting_s)
         grown = np.zeros((size + 1, size + 1))
         grown[:size, :size] = self._covariance
-        grown[size, size] = min(prior.spread, prior.spread if spread is None else spread) ** 2
+        grown[size, size] = prior.spread**2
         self._covariance = grown
 
     def advance(self, now_s: float) -> None:
@@ -80,9 +80,17 @@ class DriftingFactors(Generic[Term]):
         variance = float(row @ self._covariance @ row) + noise**2
         jump = max(0.0, error**2 - variance)
         self._covariance[self._index[self._shared], self._index[self._shared]] += jump
+        self._learn(row, value, noise)
+
+    def recall(self, weights: Mapping[Term, float], value: float, spread: float) -> None:
+        """Learns that a weighted sum, without the shared term, was once found to be `value`, give or take
+        `spread`."""
+        self._learn(self._row(weights), value, spread)
+
+    def _learn(self, row: Vector, value: float, noise: float) -> None:
         spread = self._covariance @ row
-        variance += jump
-        self._mean += spread * (error / variance)
+        variance = float(row @ spread) + noise**2
+        self._mean += spread * ((value - float(row @ self._mean)) / variance)
         self._covariance -= np.outer(spread, spread) / variance
 
     def estimates(

@@ -1,5 +1,6 @@
 """The estimator of modes' factors by octaves of a size, over what all modes have in common."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import TypeAlias
 
@@ -8,17 +9,25 @@ from policies.factors import DriftingFactors, Prior, Vector
 from policies.modes import Mode
 
 Term: TypeAlias = tuple[Mode | None, int | None]
-"""(None, None) for what is common, a mode's own with None, a mode's at an octave."""
+"""(None, None) for what is common, (mode, None) for a mode's own, (mode, octave) for a mode's at an octave of
+the size, (None, corner) for all modes' at each SPACING octaves, in straight lines between."""
 
 REFERENCE_SHARE = 0.2
 """The share that one observation has in what counts as running, against which spreads are told."""
+SPACING = 4
+"""The octaves between two corners of what sizes have in common. Were it one, a size between two octaves would
+leave each of them in doubt, and what is near it with them."""
+LEAST_RECALLED = 0.05
+"""The least spread of a factor learned before: the spreads that are kept are against what ran then."""
 
 _COMMON: Term = (None, None)
 
 
 class ModeFactorsEstimator:
-    """Estimates the logarithms of factors: a common one, a mode's own, and a mode's at each octave of a size.
+    """Estimates the logarithms of factors: a common one, a mode's own, a mode's at each octave of a size, and
+    all modes' over the size.
 
+    of_size: all modes' at a corner; None where modes have nothing in common there but what is common anyway.
     known: factors learned before, as `factors` had them.
     """
 
@@ -27,11 +36,12 @@ class ModeFactorsEstimator:
         common: Prior,
         of_mode: Prior,
         of_octave: Prior,
+        of_size: Prior | None,
         num_octaves: int,
         now_s: float,
         known: Mapping[Mode, ModeFactors] | None = None,
     ):
-        self._of_mode, self._of_octave = of_mode, of_octave
+        self._of_mode, self._of_octave, self._of_size = of_mode, of_octave, of_size
         self._num_octaves = num_octaves
         self._factors: DriftingFactors[Term] = DriftingFactors(_COMMON, common, now_s)
         self._reference: dict[Term, float] = {}
@@ -75,18 +85,32 @@ class ModeFactorsEstimator:
         self._factors.add((mode, None), self._of_mode)
         for octave in range(self._num_octaves):
             self._factors.add((mode, octave), self._of_octave)
+            for corner in _corners(octave):
+                if self._of_size is not None:
+                    self._factors.add((None, corner), self._of_size)
 
     def _remember(self, mode: Mode, factors: ModeFactors) -> None:
-        mean = sum(factors.logs) / len(factors.logs)
-        self._factors.add((mode, None), self._of_mode, mean, min(factors.spreads))
+        self._add(mode)
         for octave, (log, spread) in enumerate(zip(factors.logs, factors.spreads, strict=True)):
             if octave < self._num_octaves:
-                self._factors.add((mode, octave), self._of_octave, log - mean, spread)
-        self._add(mode)
+                self._factors.recall(_terms(mode, {octave: 1.0}), log, max(spread, LEAST_RECALLED))
 
 
 def _terms(mode: Mode, octaves: Mapping[int, float]) -> dict[Term, float]:
-    return {(mode, None): 1.0, **{(mode, octave): weight for octave, weight in octaves.items()}}
+    """Returns the weights of the terms of a mode's factor between octaves; a term never added counts as 0."""
+    weights: defaultdict[Term, float] = defaultdict(float, {(mode, None): 1.0})
+    for octave, weight in octaves.items():
+        weights[mode, octave] += weight
+        for corner, share in _corners(octave).items():
+            weights[None, corner] += weight * share
+    return weights
+
+
+def _corners(octave: int) -> dict[int, float]:
+    """Returns the corners next to an octave, with weights that sum to 1."""
+    left, beyond = divmod(octave, SPACING)
+    share = beyond / SPACING
+    return {left: 1.0 - share, left + 1: share} if beyond else {left: 1.0}
 
 
 def _rounded(values: Vector) -> tuple[float, ...]:

@@ -36,7 +36,7 @@ class RateEstimator:
     """
 
     def __init__(self, now_s: float, known: Mapping[Mode, ModeFactors] | None = None):
-        self._learned = ModeFactorsEstimator(COMMON, OF_MODE, OF_OCTAVE, NUM_OCTAVES, now_s, known)
+        self._learned = ModeFactorsEstimator(COMMON, OF_MODE, OF_OCTAVE, None, NUM_OCTAVES, now_s, known)
         self._plan: DecodePlan | None = None
         self._seen_s = now_s
         self._num_seen = self._num_tried = 0

@@ -98,12 +98,13 @@ def test_age_leads_back_to_the_prior():
     assert apart(factors) == (pytest.approx(0.0), pytest.approx(math.hypot(OWN.spread, OWN.spread)))
 
 
-def test_a_term_known_before_begins_so():
+def test_what_was_once_found_of_a_sum_is_recalled_without_the_shared_term():
     factors: DriftingFactors[str] = DriftingFactors("pace", PACE, 0.0)
-    factors.add("a", OWN, 0.2, 0.1)
-    factors.add("a", OWN, 9.0, 0.0)
-    values, spreads = factors.estimates([{"a": 1.0}], {})
-    assert (values[0], spreads[0]) == (pytest.approx(0.2), pytest.approx(0.1))
+    factors.add("a", OWN)
+    factors.recall({"a": 1.0}, 0.2, 0.01)
+    values, spreads = factors.estimates([{"a": 1.0}, {"pace": 1.0}], {})
+    assert values.tolist() == pytest.approx([0.2, 0.0], abs=0.01)
+    assert spreads.tolist() == pytest.approx([0.01, PACE.spread], abs=0.001)
 
 
 @settings(max_examples=50, deadline=None)
