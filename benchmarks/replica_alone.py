@@ -5,12 +5,15 @@ same load, five times a second.
 """
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
+from pathlib import Path
 
+from benchmarks.door.accounting import thread_cpu_s
 from benchmarks.load import LoadError
 from benchmarks.modes import CHECKPOINT
 from benchmarks.stream_client import Tally
@@ -61,9 +64,8 @@ class TimedRunner:
     """A runner that keeps the CPU time of its forwards, of the calling thread alone."""
 
     def __init__(self, runner: Runner):
-        self.cpu_s = 0.0
-        self.thread_id: int | None = None
-        """The kernel's number of the thread that ran the last forward."""
+        self._cpu_s = 0.0
+        self._thread_id: int | None = None
         self._runner = runner
 
     @property
@@ -75,8 +77,12 @@ class TimedRunner:
         try:
             return self._runner.run(batch)
         finally:
-            self.cpu_s += time.thread_time() - began_s
-            self.thread_id = threading.get_native_id()
+            self._cpu_s += time.thread_time() - began_s
+            self._thread_id = threading.get_native_id()
+
+    def outside_s(self) -> float:
+        """CPU seconds so far of the thread that runs the forwards, without them."""
+        return thread_cpu_s(os.getpid()).get(self._thread_id or 0, 0.0) - self._cpu_s
 
 
 class ReplicaAlone:
@@ -117,13 +123,15 @@ class ReplicaAlone:
 
 
 @asynccontextmanager
-async def replica_alone(num_threads: int) -> AsyncIterator[ReplicaAlone]:
-    runner = TimedRunner(TorchRunner.load(str(CHECKPOINT), num_threads=num_threads))
+async def replica_alone(
+    num_threads: int, checkpoint: Path = CHECKPOINT, dtype: str = "float32"
+) -> AsyncIterator[ReplicaAlone]:
+    runner = TimedRunner(TorchRunner.load(str(checkpoint), dtype=dtype, num_threads=num_threads))
     engine = Engine(runner, EngineConfig(max_running=MAX_RUNNING, max_step_tokens=MAX_STEP_TOKENS))
     step = calibrate(runner, max_running=MAX_RUNNING, max_step_tokens=MAX_STEP_TOKENS, budget_s=CALIBRATION_S)
-    costs = ReplicaCosts(step, read_yields(CHECKPOINT))
+    costs = ReplicaCosts(step, read_yields(checkpoint))
     engine.set_step_cost(step)
-    service = ReplicaService(engine, TextCodec.load(str(CHECKPOINT)), "alone", costs=costs)
+    service = ReplicaService(engine, TextCodec.load(str(checkpoint)), "alone", costs=costs)
     follower = PlanFollower(
         NoStore(),
         create_policy("cost_model", {"quality": "any"}),
