@@ -172,13 +172,15 @@ async def rows(
 
 async def measure(options: argparse.Namespace) -> None:
     given = ("dtype=bfloat16", f"served_model_name={MODEL}", "policy=ar", *options.triad)
-    run = asdict(Provenance.now()) | {"triad": options.triad}
+    run = asdict(Provenance.now()) | {"triad": options.triad, "vllm_cores": options.vllm_cores}
     results = []
     async with AsyncExitStack() as stack:
         servers: dict[str, Ours | Peer] = {}
         peer = None
         if options.vllm:
-            peer = stack.enter_context(vllm(options.vllm, options.checkpoint, options.port + 1, MODEL))
+            peer = stack.enter_context(
+                vllm(options.vllm, options.checkpoint, options.port + 1, MODEL, options.vllm_cores)
+            )
             peer.wait_until_ready(START_S)
             await level(peer.port, MODEL, 4, MAX_TOKENS, 1)
             peer.signal(signal.SIGSTOP)
@@ -203,6 +205,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--checkpoint", required=True, help="a folder of a Llama-family checkpoint")
     parser.add_argument("--vllm", help="the vllm executable; without it Triad alone is measured")
+    parser.add_argument(
+        "--vllm-cores",
+        default="auto",
+        help="of its forwards' threads, as in 0-1; by itself vLLM leaves one to its other processes",
+    )
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--requests", type=int, default=2, help="of each client, one after the other")
     parser.add_argument("--concurrency", type=int, nargs="+", default=list(LEVELS))
