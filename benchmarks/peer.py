@@ -112,11 +112,11 @@ class Ours:
             for prompt in prompts_of(number, requests_each):
                 await self._replica.ask(prompt, MAX_TOKENS, True, DecodingOptions(Mode.AR), tally)
 
-        before_s = self._replica.runner.outside_s()
+        before_s = self._replica.runner.outside_s
         async with asyncio.TaskGroup() as group:
             for number in range(concurrency):
                 group.create_task(client(number))
-        return round(1e6 * (self._replica.runner.outside_s() - before_s) / tally.num_tokens, 1)
+        return round(1e6 * (self._replica.runner.outside_s - before_s) / tally.num_tokens, 1)
 
 
 def vllm_kind_of(command: str) -> str:

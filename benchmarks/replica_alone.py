@@ -5,7 +5,6 @@ same load, five times a second.
 """
 
 import asyncio
-import os
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -13,7 +12,6 @@ from contextlib import asynccontextmanager
 from itertools import count
 from pathlib import Path
 
-from benchmarks.door.accounting import thread_cpu_s
 from benchmarks.load import LoadError
 from benchmarks.modes import CHECKPOINT
 from benchmarks.stream_client import Tally
@@ -61,28 +59,27 @@ class NoStore(LoadStore):
 
 
 class TimedRunner:
-    """A runner that keeps the CPU time of its forwards, of the calling thread alone."""
+    """A runner that keeps what CPU time its caller's thread takes between forwards."""
 
     def __init__(self, runner: Runner):
-        self._cpu_s = 0.0
-        self._thread_id: int | None = None
+        self.outside_s = 0.0
+        """CPU seconds so far between one forward and the next one of the same thread."""
         self._runner = runner
+        self._thread_id: int | None = None
+        self._ended_s = 0.0
 
     @property
     def spec(self) -> ModelSpec:
         return self._runner.spec
 
     def run(self, batch: ScheduledBatch, /) -> Sequence[SegmentOutput]:
-        began_s = time.thread_time()
+        thread_id = threading.get_native_id()
+        if thread_id == self._thread_id:
+            self.outside_s += time.thread_time() - self._ended_s
         try:
             return self._runner.run(batch)
         finally:
-            self._cpu_s += time.thread_time() - began_s
-            self._thread_id = threading.get_native_id()
-
-    def outside_s(self) -> float:
-        """CPU seconds so far of the thread that runs the forwards, without them."""
-        return thread_cpu_s(os.getpid()).get(self._thread_id or 0, 0.0) - self._cpu_s
+            self._thread_id, self._ended_s = thread_id, time.thread_time()
 
 
 class ReplicaAlone:

@@ -102,7 +102,7 @@ class Alone:
 
     def cpu_s(self) -> dict[str, float]:
         """CPU seconds so far of the engine's thread outside forwards."""
-        return {ENGINE_PYTHON: self._replica.runner.outside_s()}
+        return {ENGINE_PYTHON: self._replica.runner.outside_s}
 
 
 async def window(
