@@ -54,7 +54,7 @@ def test_a_row_has_the_median_turn_by_tokens_and_that_by_cpu():
         "by kind": ours[2].cpu_ms,
     }
     assert row["vllm"]["cpu_ms_per_1000_tokens"]["beside forwards"] == 150.0
-    assert (row["ratio"], row["cpu_ratio"]) == (2.5, 0.4)
+    assert (row["ratio"], row["cpu_ratio"], row["cpu_over_api_server"]) == (2.5, 0.4, 0.67)
 
 
 def test_a_row_of_one_server_compares_nothing():
