@@ -103,6 +103,11 @@ def _has_content(received: bytearray) -> bool:
     )
 
 
+def prompts_of(client: int, requests_each: int) -> list[str]:
+    """The prompts of one of several clients, one after the other."""
+    return [PROMPTS[(client * requests_each + turn) % len(PROMPTS)] for turn in range(requests_each)]
+
+
 async def level(
     port: int,
     model: str,
@@ -115,8 +120,7 @@ async def level(
     answers: list[Answered] = []
 
     async def client(number: int) -> None:
-        for turn in range(requests_each):
-            prompt = PROMPTS[(number * requests_each + turn) % len(PROMPTS)]
+        for prompt in prompts_of(number, requests_each):
             async with asyncio.timeout(TIMEOUT_S):
                 answers.append(await complete(port, model, prompt, max_tokens, extra or {}))
 

@@ -151,10 +151,12 @@ class Triad(ServerProcess):
         return self
 
 
-def vllm(executable: str, checkpoint: str, port: int, model: str) -> ServerProcess:
+def vllm(executable: str, checkpoint: str, port: int, model: str, cores: str = "auto") -> ServerProcess:
+    """cores: those of its forward's threads, as in "0-1"; by itself it leaves one to its other processes."""
     command = [executable, "serve", checkpoint, "--served-model-name", model, "--dtype", "bfloat16"]
     command += ["--max-model-len", "2048", "--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "64"]
     env = {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    env["VLLM_CPU_OMP_THREADS_BIND"] = cores
     return ServerProcess(command, port, "/health", env)
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
+from pathlib import Path
 
 from benchmarks.load import LoadError
 from benchmarks.modes import CHECKPOINT
@@ -58,25 +59,27 @@ class NoStore(LoadStore):
 
 
 class TimedRunner:
-    """A runner that keeps the CPU time of its forwards, of the calling thread alone."""
+    """A runner that keeps what CPU time its caller's thread takes between forwards."""
 
     def __init__(self, runner: Runner):
-        self.cpu_s = 0.0
-        self.thread_id: int | None = None
-        """The kernel's number of the thread that ran the last forward."""
+        self.outside_s = 0.0
+        """CPU seconds so far between one forward and the next one of the same thread."""
         self._runner = runner
+        self._thread_id: int | None = None
+        self._ended_s = 0.0
 
     @property
     def spec(self) -> ModelSpec:
         return self._runner.spec
 
     def run(self, batch: ScheduledBatch, /) -> Sequence[SegmentOutput]:
-        began_s = time.thread_time()
+        thread_id = threading.get_native_id()
+        if thread_id == self._thread_id:
+            self.outside_s += time.thread_time() - self._ended_s
         try:
             return self._runner.run(batch)
         finally:
-            self.cpu_s += time.thread_time() - began_s
-            self.thread_id = threading.get_native_id()
+            self._thread_id, self._ended_s = thread_id, time.thread_time()
 
 
 class ReplicaAlone:
@@ -117,13 +120,15 @@ class ReplicaAlone:
 
 
 @asynccontextmanager
-async def replica_alone(num_threads: int) -> AsyncIterator[ReplicaAlone]:
-    runner = TimedRunner(TorchRunner.load(str(CHECKPOINT), num_threads=num_threads))
+async def replica_alone(
+    num_threads: int, checkpoint: Path = CHECKPOINT, dtype: str = "float32"
+) -> AsyncIterator[ReplicaAlone]:
+    runner = TimedRunner(TorchRunner.load(str(checkpoint), dtype=dtype, num_threads=num_threads))
     engine = Engine(runner, EngineConfig(max_running=MAX_RUNNING, max_step_tokens=MAX_STEP_TOKENS))
     step = calibrate(runner, max_running=MAX_RUNNING, max_step_tokens=MAX_STEP_TOKENS, budget_s=CALIBRATION_S)
-    costs = ReplicaCosts(step, read_yields(CHECKPOINT))
+    costs = ReplicaCosts(step, read_yields(checkpoint))
     engine.set_step_cost(step)
-    service = ReplicaService(engine, TextCodec.load(str(CHECKPOINT)), "alone", costs=costs)
+    service = ReplicaService(engine, TextCodec.load(str(checkpoint)), "alone", costs=costs)
     follower = PlanFollower(
         NoStore(),
         create_policy("cost_model", {"quality": "any"}),

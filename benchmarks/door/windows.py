@@ -1,6 +1,5 @@
 """Windows of the engine alone and of the whole stack, with the CPU time that each kind of process took."""
 
-import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -50,8 +49,10 @@ class Row:
 class Stack:
     """A server under load from this process."""
 
-    def __init__(self, port: int, root: int):
+    def __init__(self, port: int, root: int, model: str = MODEL):
+        """root: the id of the process that started it all. model: the name that it is served by."""
         self._port = port
+        self._model = model
         self._root = root
         (self._replica,) = pids_by_kind(root)[REPLICA]
         self._forward_threads: frozenset[int] = frozenset()
@@ -61,12 +62,12 @@ class Stack:
         decoding: dict[str, Any] = {"mode": options.mode}
         if options.block_length is not None:
             decoding["block_length"] = options.block_length
-        return over_http(self._port, MODEL, MAX_TOKENS, True, decoding)
+        return over_http(self._port, self._model, MAX_TOKENS, True, decoding)
 
     async def find_forward_threads(self) -> None:
         """Finds the threads by long prompts of one token each, whose forwards take nearly all of the time."""
         before = thread_cpu_s(self._replica)
-        async with over_http(self._port, MODEL, 1, True, {"mode": "ar"})() as ask:
+        async with over_http(self._port, self._model, 1, True, {"mode": "ar"})() as ask:
             for number in range(NUM_PROBES):
                 await ask(f"{number}: {LONG_PROMPT}", Tally())
         self._forward_threads = busiest(before, thread_cpu_s(self._replica))
@@ -101,9 +102,7 @@ class Alone:
 
     def cpu_s(self) -> dict[str, float]:
         """CPU seconds so far of the engine's thread outside forwards."""
-        runner = self._replica.runner
-        engine_s = thread_cpu_s(os.getpid()).get(runner.thread_id or 0, 0.0)
-        return {ENGINE_PYTHON: engine_s - runner.cpu_s}
+        return {ENGINE_PYTHON: self._replica.runner.outside_s}
 
 
 async def window(
