@@ -32,6 +32,7 @@ REPORT    ?= .run/loadtest
 CLIENTS   := .venv-clients
 CLIENT_SUITES := $(patsubst tests/clients/%.txt,%,$(wildcard tests/clients/*.txt))
 MODULES   := tests/clients/node/node_modules
+PROMPTFOO := tests/clients/promptfoo/node_modules
 
 .PHONY: serve test test-browser test-clients test-gpu check-gpu lint format bench loadtest bench-floor bench-overhead bench-memory bench-peer bench-gpu bench-policy bench-door soak fuzz evaluate image train model pack-smollm2 train-smollm2 clean help
 
@@ -93,7 +94,12 @@ $(CLIENTS)/%/.ready: tests/clients/%.txt
 $(MODULES)/.ready: tests/clients/node/package-lock.json
 	@if command -v npm >/dev/null; then npm ci --prefix tests/clients/node --no-audit --no-fund --silent && touch $@; fi
 
-test-clients: $(READY) $(CLIENT_SUITES:%=$(CLIENTS)/%/.ready) $(MODULES)/.ready ## other projects' clients against a real server; ARGS="node"
+# Of the hundreds of packages behind it the optional ones are left out, and but one of these is missed.
+$(PROMPTFOO)/.ready: tests/clients/promptfoo/package.json
+	@if command -v npm >/dev/null; then npm install --prefix $(<D) --omit=optional --no-package-lock --no-audit --no-fund --silent \
+		&& touch $@; fi
+
+test-clients: $(READY) $(CLIENT_SUITES:%=$(CLIENTS)/%/.ready) $(MODULES)/.ready $(PROMPTFOO)/.ready ## other projects' clients against a real server; ARGS="node"
 	@$(BIN)/python -m tests.clients $(ARGS)
 
 # The compilers come with Triton: this needs no GPU.
@@ -172,4 +178,4 @@ train-smollm2: pack-smollm2 ## train SmolLM2's adapter here (20 minutes, which n
 	@cp -r $(SMOLLM2)/out/linear_spec_lora replicas/checkpoints/smollm2-135m/
 
 clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) $(CLIENTS) $(MODULES) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf $(VENV) $(CLIENTS) $(MODULES) $(PROMPTFOO) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

@@ -126,6 +126,7 @@ class Thinking(Strict):
     type: Literal["enabled", "adaptive", "disabled"]
     budget_tokens: PositiveCount | None = None
     display: Literal["summarized"] | None = None
+    """The reasoning is in the answer; Messages can leave it out."""
 
     @model_validator(mode="after")
     def _bounds_what_there_is(self) -> Self:

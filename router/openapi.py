@@ -110,8 +110,10 @@ MODEL_RESPONSES: Responses = _errors(401, 404, 431) | _answer(
 OTHER_RESPONSES: Responses = _errors(401, 431, 503) | _answer(
     {"application/json": _JSON_OBJECT}, "As docs/api.md has it."
 )
-
-
+POLICY_RESPONSES: Responses = _errors(400, 401, 403, 408, 413, 415, 431, 503) | _answer(
+    {"application/json": _JSON_OBJECT},
+    "The policy in force and the configured one, as docs/operate.md has it.",
+)
 TOKENS_RESPONSES: Responses = _errors(400, 401, 404, 408, 413, 415, 429, 431, 500, 503) | _answer(
     {"application/json": _JSON_OBJECT}, "As docs/api.md has it."
 )

@@ -21,6 +21,7 @@ from policies.registry import PolicyError, policy_names
 from replicas.errors import ErrorCode, TriadError
 from router.errors import json_response
 from router.metrics import CONTENT_TYPE, OPEN_METRICS, Metrics
+from router.openapi import OTHER_RESPONSES, POLICY_RESPONSES
 from router.state import plain
 
 logger = logging.getLogger(__name__)
@@ -79,11 +80,11 @@ def add_metrics_route(app: FastAPI, metrics: Metrics, store: LoadStore, siblings
 def add_policy_routes(app: FastAPI, watch: PolicyWatch) -> None:
     """Adds the routes of the policy; changing it needs an admin key, which router.middleware sees to."""
 
-    @app.get("/v1/triad/policy", response_class=Response)
+    @app.get("/v1/triad/policy", response_class=Response, responses=OTHER_RESPONSES)
     async def policy() -> Response:
         return json_response(policy_state(watch))
 
-    @app.put("/v1/triad/policy", response_class=Response)
+    @app.put("/v1/triad/policy", response_class=Response, responses=POLICY_RESPONSES)
     async def set_policy(body: PolicyBody) -> Response:
         choice = PolicyChoice(body.policy, body.policy_params)
         # A dotted name imports code, so over HTTP it is only the one that the configuration has.
@@ -93,7 +94,7 @@ def add_policy_routes(app: FastAPI, watch: PolicyWatch) -> None:
             raise TriadError(ErrorCode.INVALID_REQUEST, message, "policy")
         return await _set(watch, choice)
 
-    @app.delete("/v1/triad/policy", response_class=Response)
+    @app.delete("/v1/triad/policy", response_class=Response, responses=POLICY_RESPONSES)
     async def configured_policy() -> Response:
         return await _set(watch, None)
 

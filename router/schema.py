@@ -51,6 +51,7 @@ class ChatCompletionRequest(TemplateFields, Completion):
     """`auto`: a chat that is longer than the context loses its first turns, as in OpenAI's Responses."""
     modalities: Annotated[Any, Neutral(["text"])] = None
     audio: Unsupported = None
+    moderation: Unsupported = None
     prediction: Hint = None
     verbosity: str | None = None
     web_search_options: Hint = None

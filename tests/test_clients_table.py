@@ -4,13 +4,13 @@ import json
 import re
 from pathlib import Path
 
-from tests.clients.__main__ import SUITES
+from tests.clients.__main__ import NODE_SUITES, SUITES
 
 ROOT = Path(__file__).parent.parent
 CLIENTS = ROOT / "tests" / "clients"
 TOOLS_OF_TESTS = {"pytest", "pytest-asyncio", "pytest-timeout", "jsonschema", "transformers"}
 """Packages that are no clients, but what the tests of clients are made with."""
-OF_CLIENTS = {"zod", "@langchain/core"}
+OF_CLIENTS = {"zod", "@langchain/core", "node", "@libsql/linux-x64-gnu"}
 
 
 def pinned() -> set[tuple[str, str]]:
@@ -19,12 +19,10 @@ def pinned() -> set[tuple[str, str]]:
         _, asked, needed = re.split(r"^\n", file.read_text(), flags=re.MULTILINE)
         assert needed.startswith("# What these need.")
         found |= set(re.findall(r"^([\w-]+)(?:\[[\w,]+\])?==(\S+)$", asked, flags=re.MULTILINE))
-    packages = json.loads((CLIENTS / "node" / "package.json").read_text())["dependencies"]
-    return {
-        (name, version)
-        for name, version in (found | set(packages.items()))
-        if name not in TOOLS_OF_TESTS | OF_CLIENTS
-    }
+    for suite in NODE_SUITES:
+        packages = json.loads((CLIENTS / suite / "package.json").read_text())["dependencies"]
+        found |= set(packages.items())
+    return {(name, version) for name, version in found if name not in TOOLS_OF_TESTS | OF_CLIENTS}
 
 
 def told() -> set[tuple[str, str]]:

@@ -108,5 +108,7 @@ def test_init_files_are_empty() -> None:
 def test_files_are_short() -> None:
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):
+            if "node_modules" in path.parts:
+                continue
             num_lines = len(path.read_text().splitlines())
             assert num_lines <= 420, f"{path.relative_to(ROOT)} has {num_lines} lines; split it"

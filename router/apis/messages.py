@@ -1,5 +1,6 @@
 """Anthropic's Messages: the routes, and the answers as its clients read them, streamed or whole."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -23,10 +24,12 @@ _STOP_REASONS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
 class MessageAnswer(BlockAnswer):
     """A message, or the events of one, as Anthropic sends them."""
 
-    __slots__ = ()
+    omits_thinking: bool = False
+    """True if blocks of thinking come without their text."""
 
     def head(self, so_far: Counts) -> bytes:
         usage = _usage(so_far.num_prompt, 0, 0)
@@ -37,6 +40,8 @@ class MessageAnswer(BlockAnswer):
         match step:
             case Step.OPENED:
                 return _event("content_block_start", block, content_block=_content(block, {}))
+            case Step.GREW if self._hides(block):
+                return b""
             case Step.GREW:
                 return _event("content_block_delta", block, delta=_grown(block.kind, text))
         signature = {"type": "signature_delta", "signature": ""}
@@ -58,11 +63,18 @@ class MessageAnswer(BlockAnswer):
     def body(self, last: Delta, finished: Finished) -> dict[str, Any]:
         reason, sequence = _stop(last)
         content = [
-            _content(block, block.arguments() if block.kind is Kind.CALL else {}, block.text)
+            _content(
+                block,
+                block.arguments() if block.kind is Kind.CALL else {},
+                "" if self._hides(block) else block.text,
+            )
             for block in self.blocks.all
         ]
         message = self._message(content, reason, sequence, _usage_of(finished))
         return message | {"decoding": decoding_report(finished.report)}
+
+    def _hides(self, block: Block) -> bool:
+        return self.omits_thinking and block.kind is Kind.REASONING
 
     def failure(self, error: TriadError) -> bytes:
         status = HTTP_ERRORS[error.code].status
@@ -135,7 +147,8 @@ def add_message_routes(app: FastAPI, app_state: AppState) -> None:
     @app.post("/v1/messages", response_class=Response, responses=MESSAGES_RESPONSES)
     async def messages(request: Request, body: MessagesRequest) -> Response:
         def answer(answer_id: str, sent: GenerateRequest) -> MessageAnswer:
-            return MessageAnswer(answer_id.replace("-", "_"), app_state.model_name, 0)
+            name = answer_id.replace("-", "_")
+            return MessageAnswer(name, app_state.model_name, 0, omits_thinking=body.omits_thinking)
 
         return await generate(app_state, request, body.chat, "msg", answer, body.error_as_sent)
 

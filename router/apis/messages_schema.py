@@ -9,7 +9,19 @@ from pydantic import BeforeValidator, Field
 from router.apis.translated import TranslatedRequest
 from router.chat import MAX_MESSAGES, Thinking
 from router.completion import Stops
-from router.fields import INTEGRAL, MAX_INT32, Hint, NoList, PositiveCount, Strict, Text, Unsupported, one_of
+from router.fields import (
+    INTEGRAL,
+    MAX_INT32,
+    Hint,
+    Neutral,
+    NoList,
+    Off,
+    PositiveCount,
+    Strict,
+    Text,
+    Unsupported,
+    one_of,
+)
 from router.tools import MAX_ID_LEN, MAX_TOOLS
 
 Id = Annotated[Text, Field(min_length=1, max_length=MAX_ID_LEN)]
@@ -110,6 +122,8 @@ class ToolParam(Strict):
     strict: bool | None = None
     cache_control: Hint = None
     eager_input_streaming: Hint = None
+    allowed_callers: Annotated[Any, Neutral(["direct"])] = None
+    defer_loading: Off = None
     input_examples: NoList = None
 
     def for_chat(self) -> dict[str, Any]:
@@ -136,6 +150,27 @@ class ToolChoiceParam(Strict):
 class OutputFormat(Strict):
     type: Literal["json_schema"]
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class ThinkingConfig(Thinking):
+    """As in chats; `omitted` leaves the texts of the thinking out of the answer."""
+
+    display: Literal["summarized", "omitted"] | None = None  # type: ignore[assignment]
+
+
+class ClearedThinking(Strict):
+    """The edit that clears nothing: all turns keep their thinking."""
+
+    type: Literal["clear_thinking_20251015"]
+    keep: Annotated[
+        Literal["all"], BeforeValidator(lambda value: "all" if value == {"type": "all"} else value)
+    ]
+
+
+class ContextManagement(Strict):
+    edits: list[Annotated[ClearedThinking, one_of({"clear_thinking_20251015": ClearedThinking})]] | None = (
+        None
+    )
 
 
 class OutputConfig(Strict):
@@ -169,7 +204,8 @@ class Conversation(TranslatedRequest):
         Field(max_length=MAX_TOOLS),
     ] = None
     tool_choice: ToolChoiceParam | None = None
-    thinking: Thinking | None = None
+    thinking: ThinkingConfig | None = None
+    context_management: ContextManagement | None = None
     output_config: OutputConfig | None = None
     cache_control: Hint = None
     speed: Literal["standard"] | None = None
@@ -192,6 +228,10 @@ class Conversation(TranslatedRequest):
         if self.thinking is not None:
             found["thinking"] = self.thinking
         return found
+
+    @property
+    def omits_thinking(self) -> bool:
+        return self.thinking is not None and self.thinking.display == "omitted"
 
     def _messages(self) -> list[tuple[dict[str, Any], str]]:
         """The chat's messages, each with the name of what it is made of."""

@@ -75,17 +75,25 @@ class MessageItem(Item):
     phase: Hint = None
 
 
+Caller = Annotated[Any, Neutral({"type": "direct"})]
+"""What made a call: the model, and no program of its, which nothing here runs."""
+
+
 class CallItem(Item):
     type: Literal["function_call"]
     call_id: Id
     name: Text
     arguments: Text
+    caller: Caller = None
+    is_async: Annotated[Off, Field(alias="async")] = None
 
 
 class CallOutputItem(Item):
     type: Literal["function_call_output"]
     call_id: Id
     output: Parts
+    name: Text | None = None
+    caller: Caller = None
 
 
 class ReasoningText(Strict):
@@ -126,9 +134,14 @@ class FunctionParam(Strict):
     parameters: dict[str, Any] | None = None
     description: Text | None = None
     strict: bool | None = None
+    output_schema: Hint = None
+    allowed_callers: Annotated[Any, Neutral(["direct"])] = None
+    defer_loading: Off = None
+    is_async: Annotated[Off, Field(alias="async")] = None
 
     def for_chat(self) -> dict[str, Any]:
-        return {"type": "function", "function": self.model_dump(exclude={"type"}, exclude_none=True)}
+        same = {"name", "parameters", "description", "strict"}
+        return {"type": "function", "function": self.model_dump(include=same, exclude_none=True)}
 
 
 class NamedFunction(Strict):
@@ -202,6 +215,20 @@ class Reasoning(Strict):
     effort: ReasoningEffort | None = None
     summary: Hint = None
     generate_summary: Hint = None
+    context: Annotated[Any, Neutral("auto")] = None
+    """The chat template says which turns' reasoning the model sees again."""
+    mode: Annotated[Any, Neutral("standard")] = None
+
+
+Included = Literal[
+    "reasoning.encrypted_content",
+    "file_search_call.results",
+    "web_search_call.action.sources",
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "message.input_image.image_url",
+]
+"""What an answer may be asked to have besides. All but the first belong to items that none here has."""
 
 
 class ResponseStreamOptions(Strict):
@@ -258,12 +285,17 @@ class ResponsesRequest(TranslatedRequest):
     previous_response_id: Annotated[Any, BeforeValidator(_no_id)] = None
     conversation: Annotated[Any, BeforeValidator(_no_id)] = None
     background: Off = None
-    include: list[Literal["reasoning.encrypted_content"]] | None = None
+    background_options: Annotated[Any, Neutral({"completion_window": "soonest"})] = None
+    include: list[Included] | None = None
     """No reasoning is encrypted, as none is kept here: it is in the answer as it is."""
     top_logprobs: Annotated[Any, Neutral(0)] = None
     truncation: Literal["auto", "disabled"] | None = None
     prompt: Unsupported = None
     context_management: NoList = None
+    moderation: Unsupported = None
+    access_programs: Annotated[Any, Neutral({"cyber": "standard"})] = None
+    image: Hint = None
+    """Of images, of which an input has none."""
     max_tool_calls: Hint = None
     user: str | None = None
     safety_identifier: str | None = None
@@ -317,6 +349,8 @@ class ResponsesRequest(TranslatedRequest):
                     found.append(({"role": item.role, "content": _text(item.content)}, where))
                 case CallOutputItem():
                     result = {"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)}
+                    if item.name is not None:
+                        result["name"] = item.name
                     found.append((result, where))
             turn = None
         return found

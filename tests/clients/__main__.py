@@ -5,7 +5,7 @@
     python -m tests.clients --url URL       against a server that runs, which serves triad-5m under that name
 
 Clients that want different releases of one package can't share an environment. Ends with 1 if a suite fails.
-A suite without its environment fails too, but that for Node is skipped where there is none.
+A suite without its environment fails too, but those for Node are skipped where there is none.
 """
 
 import argparse
@@ -40,12 +40,16 @@ SUITES = {
     "kernel": ("semantic_kernel",),
 }
 """Of each environment for Python, `tests/clients/<name>.txt`, the files of tests."""
+NODE_SUITES = ("node", "promptfoo")
+"""Folders with tests for Node."""
 
 
 def command(suite: str, environments: Path) -> list[str]:
     """The command that runs a suite."""
-    if suite == "node":
-        return ["node", "--test", *map(str, sorted((ROOT / HERE / "node").glob("*.test.mjs")))]
+    if suite in NODE_SUITES:
+        folder = ROOT / HERE / suite
+        own = folder / "node_modules" / "node" / "bin" / "node"  # of those that want a newer one
+        return [str(own) if own.exists() else "node", "--test", *map(str, sorted(folder.glob("*.test.mjs")))]
     files = [f"{HERE}/test_{name}.py" for name in SUITES[suite]]
     # Without the conftest above, which needs packages that clients have no use for.
     return [str(environments / suite / "bin" / "python"), "-m", "pytest", f"--confcutdir={HERE}", *files]
@@ -57,7 +61,7 @@ def run(suites: Sequence[str], environments: Path, url: str) -> list[str]:
     failed = []
     for suite in suites:
         print(f"== {suite} ==", flush=True)
-        missing = [name for name in ("node", "npm") if suite == "node" and shutil.which(name) is None]
+        missing = [name for name in ("node", "npm") if suite in NODE_SUITES and shutil.which(name) is None]
         if missing:
             print(f"skipped: there is no {' and no '.join(missing)} here (20 or newer is wanted)")
         elif subprocess.run(command(suite, environments), cwd=ROOT, env=env).returncode:
@@ -66,7 +70,7 @@ def run(suites: Sequence[str], environments: Path, url: str) -> list[str]:
 
 
 def main() -> None:
-    known = [*SUITES, "node"]
+    known = [*SUITES, *NODE_SUITES]
     parser = argparse.ArgumentParser(prog="tests.clients")
     parser.add_argument("suites", nargs="*", metavar="suite", help=f"of {', '.join(known)}; all by default")
     parser.add_argument("--url", help="a server that runs; by default one is started")

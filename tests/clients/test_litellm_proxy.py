@@ -42,11 +42,12 @@ def proxy(base_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     command = [str(Path(sys.executable).with_name("litellm")), "--config", str(config)]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     with (folder / "log").open("wb") as log:
-        env = os.environ | {"LITELLM_MASTER_KEY": KEY}
+        # By its default it tries three times to fetch a list of prices before it starts.
+        env = os.environ | {"LITELLM_MASTER_KEY": KEY, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
         process = subprocess.Popen(command, stdout=log, stderr=log, env=env, cwd=folder)
     try:
         url = f"http://127.0.0.1:{port}"
-        deadline_s = time.monotonic() + 180
+        deadline_s = time.monotonic() + 280
         while not is_alive(url):
             is_starting = process.poll() is None and time.monotonic() < deadline_s
             assert is_starting, (folder / "log").read_text()

@@ -80,6 +80,18 @@ def test_a_streamed_message_is_the_whole_one(parts: list[Delta], cuts: list[int]
     assert events[-2]["usage"] == whole["usage"]
 
 
+@given(deltas(), st.lists(st.integers(0, 50), max_size=5))
+def test_thinking_is_left_out_of_a_message_that_omits_it(parts: list[Delta], cuts: list[int]) -> None:
+    shown = MessageAnswer("msg_1", MODEL, 1).whole([joined(parts)], FINISHED)
+    expected = [block | {"thinking": ""} if "thinking" in block else block for block in shown["content"]]
+    whole = MessageAnswer("msg_1", MODEL, 1, omits_thinking=True).whole([joined(parts)], FINISHED)
+    assert whole["content"] == expected
+    text = streamed(MessageAnswer("msg_1", MODEL, 1), parts, cuts)
+    omitted = streamed(MessageAnswer("msg_1", MODEL, 1, omits_thinking=True), parts, cuts)
+    kept = [event for event in text.split("\n\n") if "thinking_delta" not in event]
+    assert omitted.split("\n\n") == kept
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [

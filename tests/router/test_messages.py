@@ -175,6 +175,29 @@ async def test_what_is_asked_reaches_the_replica(make_door) -> None:
     assert json.loads(sent.template.kwargs) == {"enable_thinking": True}
 
 
+CLEARED = {"type": "clear_thinking_20251015"}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tools": [TOOLS[0] | {"allowed_callers": ["direct"], "defer_loading": False}]},
+        {"context_management": {"edits": [CLEARED | {"keep": "all"}]}},
+        {"context_management": {"edits": [CLEARED | {"keep": {"type": "all"}}]}},
+        {"context_management": {"edits": []}},
+        {"thinking": {"type": "adaptive", "display": "omitted"}, "output_config": {"effort": "xhigh"}},
+        {"cache_control": {"type": "ephemeral", "ttl": "1h"}},
+        {"speed": "standard", "service_tier": "auto", "inference_geo": "eu", "diagnostics": {}},
+    ],
+)
+async def test_what_asks_for_nothing_is_taken(make_door, more: dict[str, Any]) -> None:
+    """What Anthropic's clients send of late, by values that ask for what is done anyway."""
+    replica = ScriptedReplica("a")
+    async with running(replica.run()), in_process(create_app(await make_door(replica))) as client:
+        response = await client.post("/v1/messages", json=BODY | more)
+        assert response.status_code == 200, response.text
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
@@ -204,6 +227,22 @@ async def test_what_is_asked_reaches_the_replica(make_door) -> None:
         ),
         ({"decoding": {"mode": "ar", "block_length": 4}}, "'decoding"),
         ({"container": "x"}, "'container'"),
+        ({"tools": [TOOLS[0] | {"defer_loading": True}]}, "'tools[0].defer_loading'"),
+        (
+            {"tools": [TOOLS[0] | {"allowed_callers": ["code_execution_20260120"]}]},
+            "'tools[0].allowed_callers'",
+        ),
+        ({"thinking": {"type": "enabled", "display": "brief"}}, "'thinking.display'"),
+        (
+            {"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}},
+            "'context_management.edits[0]'",
+        ),
+        (
+            {"context_management": {"edits": [CLEARED | {"keep": {"type": "thinking_turns", "value": 1}}]}},
+            "'context_management.edits[0].keep'",
+        ),
+        ({"context_management": {"edits": [CLEARED]}}, "'context_management.edits[0].keep'"),
+        ({"output_config": {"task_budget": {"type": "tokens", "total": 9}}}, "'output_config.task_budget'"),
         ({"max_completion_tokens": 3}, "'max_completion_tokens'"),
     ],
 )

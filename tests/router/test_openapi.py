@@ -3,10 +3,13 @@
 import jsonschema
 import pytest
 
+from policies.control.policy_setting import PolicyChoice, PolicyWatch
 from router.api import create_app
+from router.metrics import Metrics
 from tests.router import test_messages as messages
 from tests.router import test_responses_api as responses
 from tests.router.conftest import in_process
+from tests.router.fakes import MODEL, FakeStore
 from tests.router.test_api import CHAT
 
 
@@ -19,14 +22,24 @@ async def test_the_openapi_document_can_be_made(make_door):
 
 async def test_the_openapi_document_is_true(make_door):
     """Bodies that are taken are valid by it, others are not; errors and streams are those that are sent."""
-    async with in_process(create_app(await make_door())) as client:
+    # Of a cluster: some routes are there alone.
+    policy = PolicyWatch(FakeStore(), PolicyChoice("threshold"), lambda policy: None)
+    async with in_process(create_app(await make_door(policy=policy, metrics=Metrics(MODEL, "i")))) as client:
         document = (await client.get("/openapi.json")).json()
     for operations in document["paths"].values():
         assert all("422" not in operation["responses"] for operation in operations.values())
     for path in ("/v1/responses", "/v1/messages"):
         answers = document["paths"][path]["post"]["responses"]
         assert set(answers["200"]["content"]) == {"application/json", "text/event-stream"}
-    assert set(document["paths"]) >= {"/tokenize", "/detokenize", "/version", "/ping"}
+    paths = {"/tokenize", "/detokenize", "/version", "/ping", "/metrics", "/v1/triad/policy"}
+    assert set(document["paths"]) >= paths
+    assert set(document["paths"]["/v1/triad/policy"]["put"]["responses"]) >= {
+        "200",
+        "400",
+        "401",
+        "403",
+        "503",
+    }
     chat = document["paths"]["/v1/chat/completions"]["post"]["responses"]
     assert set(chat["200"]["content"]) == {"application/json", "text/event-stream"}
     assert set(chat) >= {"400", "401", "404", "408", "413", "415", "429", "503", "504"}

@@ -195,6 +195,46 @@ async def test_what_is_asked_reaches_the_replica(make_door) -> None:
     assert json.loads(sent.template.kwargs) == {"reasoning_effort": "none", "enable_thinking": False}
 
 
+CALLED = {"type": "function_call", "call_id": "c1", "name": "get_time", "arguments": "{}"}
+RESULT = {"type": "function_call_output", "call_id": "c1", "output": "12:00"}
+DIRECT = {"type": "direct"}
+
+
+async def test_what_asks_for_nothing_is_taken(make_door) -> None:
+    """What OpenAI's clients send of late, by values that ask for what is done anyway."""
+    replica = ScriptedReplica("a")
+    tool = TOOLS[0] | {"allowed_callers": ["direct"], "defer_loading": False, "async": False}
+    more = {
+        "input": [
+            CALLED | {"caller": DIRECT, "async": False},
+            RESULT | {"caller": DIRECT, "name": "get_time"},
+        ],
+        "tools": [tool | {"output_schema": {"type": "string"}}],
+        "reasoning": {"context": "auto", "mode": "standard"},
+        "background_options": {"completion_window": "soonest"},
+        "access_programs": {"cyber": "standard"},
+        "image": {"context_compression": "auto"},
+        "moderation": None,
+        "include": ["web_search_call.action.sources", "file_search_call.results"],
+        "stream_options": {"include_obfuscation": False},
+        "safety_identifier": "s",
+        "prompt_cache_retention": "24h",
+        "prompt_cache_options": {"mode": "explicit", "ttl": "30m"},
+        "text": {"verbosity": "low"},
+        "stream": True,
+    }
+    async with running(replica.run()), in_process(create_app(await make_door(replica))) as client:
+        for body in (
+            BODY | more,
+            BODY | {"tools": [TOOLS[0]], "input": [CALLED, RESULT | {"name": "get_time"}]},
+        ):
+            response = await client.post("/v1/responses", json=body)
+            assert response.status_code == 200, response.text
+    latest, plain = replica.submitted
+    assert (latest.prompts, latest.sampling.tools) == (plain.prompts, plain.sampling.tools)
+    assert latest.prompts[0][-1]["name"] == "get_time"
+
+
 @pytest.mark.parametrize(
     ("more", "param"),
     [
@@ -211,6 +251,21 @@ async def test_what_is_asked_reaches_the_replica(make_door) -> None:
         ({"truncation": "last"}, "truncation"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"include": ["message.output_text.logprobs"]}, "include[0]"),
+        ({"reasoning": {"context": "current_turn"}}, "reasoning.context"),
+        ({"reasoning": {"mode": "pro"}}, "reasoning.mode"),
+        ({"background_options": {"completion_window": "8h"}}, "background_options"),
+        ({"access_programs": {"cyber": "daybreak_red"}}, "access_programs"),
+        ({"moderation": {"model": "m"}}, "moderation"),
+        (
+            {"stream_options": {"include_obfuscation": True}, "stream": True},
+            "stream_options.include_obfuscation",
+        ),
+        ({"tools": [TOOLS[0] | {"async": True}]}, "tools[0].async"),
+        ({"tools": [TOOLS[0] | {"defer_loading": True}]}, "tools[0].defer_loading"),
+        ({"tools": [TOOLS[0] | {"allowed_callers": ["programmatic"]}]}, "tools[0].allowed_callers"),
+        ({"input": [CALLED | {"caller": {"type": "program", "caller_id": "p"}}]}, "input[0].caller"),
+        ({"input": [CALLED | {"async": True}]}, "input[0].async"),
+        ({"input": [CALLED | {"namespace": "n"}]}, "input[0].namespace"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"tools": [{"type": "web_search"}]}, "tools[0]"),
         ({"tools": [{"type": "function", "name": "two words"}]}, "tools[0].name"),

@@ -123,6 +123,12 @@ def test_what_is_said_of_the_template_reaches_it(body, options):
         ({"skip_special_tokens": "no"}, "skip_special_tokens"),
         ({"reasoning_effort": ""}, "reasoning_effort"),
         ({"messages": [{"role": "user", "name": "n"}]}, "messages[0].content"),
+        ({"moderation": {"model": "m"}}, "moderation"),
+        ({"thinking": {"type": "enabled", "display": "omitted"}}, "thinking.display"),
+        (
+            {"stream_options": {"include_obfuscation": True}, "stream": True},
+            "stream_options.include_obfuscation",
+        ),
     ],
 )
 async def test_what_can_not_be_meant_is_named(body, param):
