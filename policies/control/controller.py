@@ -116,12 +116,19 @@ class Controller:
 
     async def step(self) -> None:
         """Runs one round; does nothing where another controller leads. Raises StoreUnavailable."""
-        lease = await self._hold_lease()
-        if lease is None:
+        if self._lease is None:
+            await self._acquire()
+        if self._lease is None:
             return
         policy, asked_at_s = self._policy, self._clock()
         view = await self._store.read_view()
         self._on_view(view, asked_at_s)
+        if view.leader != self.name:
+            self._resign()
+            await self._acquire()
+        lease = self._lease
+        if lease is None:
+            return
         outcome = self._decide_all(view)
         heartbeat = self._heartbeat(outcome.unchanged)
         if await self._store.commit(lease, outcome.writes, outcome.confirmed, [*outcome.records, *heartbeat]):
@@ -140,12 +147,10 @@ class Controller:
         else:
             self._is_cut_off = False
 
-    async def _hold_lease(self) -> Lease | None:
-        if self._lease is None:
-            self._lease = await self._store.acquire_lease(self.name)
-            if self._lease is not None:
-                logger.info("controller %s leads", self.name)
-        return self._lease
+    async def _acquire(self) -> None:
+        self._lease = await self._store.acquire_lease(self.name)
+        if self._lease is not None:
+            logger.info("controller %s leads", self.name)
 
     def _resign(self) -> None:
         """Drops the lease and the memory: another may decide now, so what is known here goes out of date."""

@@ -111,9 +111,7 @@ class Recorded:
         self.closed.append(channel_id)
 
 
-async def channel_of(
-    client: SocketReplicaClient, channel_id: str
-) -> AsyncGenerator[tuple[Event, ...], None]:
+async def channel_of(client: SocketReplicaClient, channel_id: str) -> AsyncGenerator[tuple[Event, ...], None]:
     """What a channel brings until it ends; closing this closes it."""
     items: asyncio.Queue[tuple[Event, ...] | None] = asyncio.Queue()
 
