@@ -54,7 +54,7 @@ class Outgoing:
                 self._transport.close()
 
     def close(self) -> None:
-        """Drops what waits; to be called once the transport has closed."""
+        """Drops what waits and all that comes. To be called when the transport is aborted or has closed."""
         with self._lock:
             self._has_ended = True
             self._waiting.clear()

@@ -112,6 +112,8 @@ class _Connection(asyncio.Protocol):
         self._channel_id: str | None = None
 
     def abort(self) -> None:
+        """Ends the connection at once: what the engine's thread goes on to say is not sent."""
+        self._out.close()
         self._transport.abort()
 
     def send(self, events: Sequence[Event]) -> None:

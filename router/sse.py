@@ -52,7 +52,7 @@ class OpenAiAnswer(Answer):
     _envelopes: dict[int, tuple[bytes, bytes]] = field(
         init=False, default_factory=dict, repr=False, compare=False
     )
-    """By choice, what stands before and behind the text in a chunk that has no other news, but for the usage so
+    """By choice, what stands around the text in a chunk that has no other news, but for the usage so
     far, its last member."""
 
     @abstractmethod
