@@ -83,18 +83,26 @@ class TimedRunner:
 
 
 class ReplicaAlone:
-    """A replica without Serve. Requests go in by ask(); each waits for its own last event."""
+    """A replica without Serve, and the channel of its events. Requests go in by ask(); each waits for its own
+    last event."""
 
     def __init__(self, service: ReplicaService, runner: TimedRunner):
         self.runner = runner
         self._service = service
         self._numbers = count()
         self._inboxes: dict[str, asyncio.Queue[Event]] = {}
+        self._loop = asyncio.get_running_loop()
+        service.open_channel(CHANNEL, self)
 
-    async def hand_out(self, stream: AsyncIterator[tuple[Event, ...]]) -> None:
-        async for events in stream:
-            for event in events:
-                self._inboxes[event.request_id].put_nowait(event)
+    def send(self, events: Sequence[Event]) -> None:
+        self._loop.call_soon_threadsafe(self._hand_out, events)
+
+    def end(self) -> None:
+        pass
+
+    def _hand_out(self, events: Sequence[Event]) -> None:
+        for event in events:
+            self._inboxes[event.request_id].put_nowait(event)
 
     async def ask(
         self, prompt: str, max_tokens: int, ignore_eos: bool, decoding: DecodingOptions, tally: Tally
@@ -140,9 +148,6 @@ async def replica_alone(
     service.start()
     alone = ReplicaAlone(service, runner)
     stop = asyncio.Event()
-    stream = service.channel(CHANNEL)
-    await anext(stream)  # it is open
-    reading = asyncio.create_task(alone.hand_out(stream))
     following = asyncio.create_task(follower.run(stop))
     try:
         yield alone
@@ -150,4 +155,3 @@ async def replica_alone(
         stop.set()
         await following
         await service.stop()
-        await reading

@@ -2,14 +2,14 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 from typing import Any
 
 from policies.modes import Mode
 from replicas.answer_forms import GrammarFormat, JsonFormat, ThinkingBudget, ToolUse
 from replicas.errors import ErrorCode
-from replicas.record import record
+from replicas.record import message, record
 
 NUM_SEEDS = 2**63
 """The number of seeds, which are from 0 to one less."""
@@ -21,7 +21,7 @@ class FinishReason(StrEnum):
     TOOL_CALLS = "tool_calls"
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class SamplingParams:
     """The sampling options of a request."""
 
@@ -105,7 +105,7 @@ class SamplingParams:
         return self.has_penalties or self.logprobs is not None or self.has_masks
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class DecodingOptions:
     """The request's `decoding` field."""
 
@@ -146,7 +146,7 @@ Prompt = tuple[Message, ...] | str | tuple[int, ...]
 """Chat messages, text or token ids."""
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class TemplateOptions:
     """What a request says of how the chat template renders its messages."""
 
@@ -161,7 +161,7 @@ class TemplateOptions:
 TEMPLATE_DEFAULTS = TemplateOptions()
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class GenerateRequest:
     """A request for completions: num_choices of each prompt.
 
@@ -201,7 +201,7 @@ class GenerateRequest:
         return len(self.prompts) * self.num_choices
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Accepted:
     """The request is accepted, and ends with exactly one Finished or Failed on its channel."""
 
@@ -214,7 +214,7 @@ class Accepted:
     """What of the request is not kept to, as a part of a schema that is not strict; None where all is."""
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Rejected:
     """The request is rejected: it did no work and has no events."""
 
@@ -237,7 +237,7 @@ class TextLogprob:
     top: tuple["TextLogprob", ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class ToolCallDelta:
     """A piece of one call of a function."""
 
@@ -294,7 +294,7 @@ class Delta:
         return bool(self.text or self.reasoning or self.tool_calls)
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class DecodingReport:
     """The decoding of a request, in counts.
 
@@ -329,7 +329,7 @@ class DecodingReport:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Finished:
     """All choices of a request have ended; the counts are for all of them."""
 
@@ -344,7 +344,7 @@ class Finished:
     """Completion tokens between marks of reasoning; None where the model has no such marks."""
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Failed:
     """A request has ended without being complete; the counts are of what it had made by then."""
 
@@ -361,7 +361,7 @@ class Failed:
 Event = Delta | Finished | Failed
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class ModelInfo:
     """The model that a replica serves."""
 

@@ -6,7 +6,7 @@ or its requests' records (replicas.requests) is a command to the engine's thread
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from policies.cost import ReplicaCosts
@@ -14,11 +14,11 @@ from policies.failures import Failures
 from policies.modes import DecodePlan
 from policies.policy import Trial
 from policies.replica_load import ReplicaLoad
-from replicas.channels import ChannelHub
+from replicas.channels import Channel, ChannelHub
 from replicas.engine.engine import Engine
 from replicas.engine_thread import EngineThread
 from replicas.errors import ErrorCode, TriadError
-from replicas.messages import Accepted, Event, GenerateRequest, Rejected
+from replicas.messages import Accepted, GenerateRequest, Rejected
 from replicas.preparation import Preparation
 from replicas.requests import RequestTable
 from replicas.stats import LoadMeter
@@ -54,7 +54,7 @@ class ReplicaService:
         self._hub = ChannelHub(self._cancel_channel)
         hand_over = None if on_timeline is None else self._hand_over
         self._requests = RequestTable(
-            engine, codec, replica_id, clock, self._hub.is_open, self._send, hand_over
+            engine, codec, replica_id, clock, self._hub.is_open, self._hub.publish, hand_over
         )
         self._thread = EngineThread(engine, replica_id, clock, self._requests.publish, self._on_death)
 
@@ -100,8 +100,13 @@ class ReplicaService:
         # Shielded: a caller that goes meanwhile wants the requests gone all the same.
         await asyncio.shield(self._thread.call(lambda: self._requests.cancel(ids)))
 
-    def channel(self, channel_id: str) -> AsyncIterator[tuple[Event, ...]]:
-        return self._hub.stream(channel_id)
+    def open_channel(self, channel_id: str, channel: Channel) -> None:
+        """Opens the way of the events of requests with this channel id; one that had it ends."""
+        self._hub.open(channel_id, channel)
+
+    def leave_channel(self, channel_id: str, channel: Channel) -> None:
+        """Says that nobody takes what a channel sends; its requests end."""
+        self._hub.left(channel_id, channel)
 
     def set_plan(self, decode: DecodePlan, rule: str) -> None:
         """Sets the plan of `auto` requests from their next safe point on. From any thread; does not wait."""
@@ -145,9 +150,6 @@ class ReplicaService:
             self._on_timeline(timeline)
 
     # The engine's thread calls these.
-
-    def _send(self, events: Mapping[str, list[Event]]) -> None:
-        self._loop.call_soon_threadsafe(self._hub.publish, events)
 
     def _hand_over(self, timeline: Timeline) -> None:
         self._loop.call_soon_threadsafe(self._tell_timeline, timeline)

@@ -1,17 +1,19 @@
 """The replica's side of the sockets to its ingresses: calls come in, and a channel's events go out.
 
 One connection is one token channel. It goes by plain TCP, as Serve's own streams cost about 0.35 ms of CPU
-an item on each side, several times what a step's events cost otherwise.
+an item on each side, several times what a step's events cost otherwise. The engine's thread writes to the
+socket itself, so a step wakes nobody here.
 """
 
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
+from replicas.channels import Channel
 from replicas.messages import Accepted, Event, GenerateRequest, Rejected
+from replicas.outgoing import Outgoing
 from replicas.token_messages import TokenAnswer, TokenRequest
 from replicas.wire import (
     MAX_FRAME_BYTES,
@@ -31,8 +33,10 @@ logger = logging.getLogger(__name__)
 
 HELLO_S = 5.0
 """The time in which a peer must have sent its first frame."""
+KEEP_ALIVE_S = 1.0
+"""The time after which there is an item again, be it empty."""
 SILENCE_MS = 15_000
-"""The time after which a peer that acknowledges nothing counts as gone. Something is sent every second."""
+"""The time after which a peer that acknowledges nothing counts as gone."""
 
 
 class Service(Protocol):
@@ -44,7 +48,9 @@ class Service(Protocol):
 
     async def tokens(self, request: TokenRequest) -> TokenAnswer: ...
 
-    def channel(self, channel_id: str) -> AsyncIterator[tuple[Event, ...]]: ...
+    def open_channel(self, channel_id: str, channel: Channel) -> None: ...
+
+    def leave_channel(self, channel_id: str, channel: Channel) -> None: ...
 
 
 class SocketServer:
@@ -94,7 +100,7 @@ class SocketServer:
 
 
 class _Connection(asyncio.Protocol):
-    """One ingress's connection."""
+    """One ingress's connection, which is a replicas.channels.Channel."""
 
     def __init__(self, server: SocketServer, service: Service, secret: bytes):
         self._server = server
@@ -103,24 +109,31 @@ class _Connection(asyncio.Protocol):
         self._frames = FrameBuffer(MAX_HELLO_BYTES)
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._is_greeted = False
-        self._may_write = asyncio.Event()
-        self._may_write.set()
+        self._channel_id: str | None = None
 
     def abort(self) -> None:
+        """Ends the connection at once: what the engine's thread goes on to say is not sent."""
+        self._out.close()
         self._transport.abort()
+
+    def send(self, events: Sequence[Event]) -> None:
+        self._out.send(events_frame(events))
+
+    def end(self) -> None:
+        self._out.end()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        self._out = Outgoing(self._transport)
         peer = transport.get_extra_info("socket")
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_MS)
-        self._hello_timer = self._loop.call_later(HELLO_S, self.abort)
+        self._timer = self._loop.call_later(HELLO_S, self.abort)
 
     def data_received(self, data: bytes) -> None:
         try:
             for frame in self._frames.feed(data):
-                if self._is_greeted:
+                if self._channel_id is not None:
                     self._spawn(self._answer(read_call(frame)))
                 else:
                     self._greet(frame)
@@ -129,24 +142,18 @@ class _Connection(asyncio.Protocol):
             self.abort()
 
     def _greet(self, frame: bytes) -> None:
-        channel_id = read_hello(frame, self._secret)
-        if channel_id is None:
+        self._channel_id = read_hello(frame, self._secret)
+        if self._channel_id is None:
             raise FrameError("its first frame has not the secret of this replica")
-        self._hello_timer.cancel()
-        self._is_greeted = True
+        self._timer.cancel()
         self._frames.max_bytes = MAX_FRAME_BYTES
         self._server.joined(self)
-        self._spawn(self._send_events(channel_id))
+        self._service.open_channel(self._channel_id, self)
+        self._keep_alive()
 
-    async def _send_events(self, channel_id: str) -> None:
-        """Sends a channel's events until it ends; what waits while the peer reads nothing is joined."""
-        try:
-            async with aclosing(self._service.channel(channel_id)) as items:  # type: ignore[type-var]
-                async for events in items:
-                    self._transport.write(events_frame(events))
-                    await self._may_write.wait()
-        finally:
-            self._transport.close()
+    def _keep_alive(self) -> None:
+        self.send(())
+        self._timer = self._loop.call_later(KEEP_ALIVE_S, self._keep_alive)
 
     async def _answer(self, call: Call) -> None:
         try:
@@ -161,21 +168,18 @@ class _Connection(asyncio.Protocol):
         except Exception as error:
             logger.exception("a call of %s failed", call.method)
             answer = CallAnswer(call.number, error=repr(error))
-        self._transport.write(answer_frame(answer))
+        self._out.send(answer_frame(answer))
 
     def _spawn(self, work: Any) -> None:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def pause_writing(self) -> None:
-        self._may_write.clear()
-
-    def resume_writing(self) -> None:
-        self._may_write.set()
-
     def connection_lost(self, error: Exception | None) -> None:
-        self._hello_timer.cancel()
+        self._timer.cancel()
         for task in tuple(self._tasks):
             task.cancel()
+        if self._channel_id is not None:
+            self._service.leave_channel(self._channel_id, self)
+        self._out.close()
         self._server.left(self)

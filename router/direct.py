@@ -44,7 +44,7 @@ class DirectDoor:
             self._direct = self._direct or _app_of_this_process()
             if self._direct is not None:
                 app = self._direct
-                scope[DIRECT] = True
+                scope[DIRECT] = send
         await app(scope, receive, send)
 
 

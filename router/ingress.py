@@ -98,11 +98,15 @@ class Ingress:
             LoadStore(redis_url, config.app, connect_timeout_s=timeout_s, command_timeout_s=timeout_s),
             config.limits_without_redis,
         )
-        self._controller = Controller(self._store, create_policy(config.policy, config.policy_params))
+        self._view = LoadView(self._store)
+        self._controller = Controller(
+            self._store,
+            create_policy(config.policy, config.policy_params),
+            on_view=lambda view, asked_at_s: self._view.take(view.loads, asked_at_s),
+        )
         self._policy = PolicyWatch(
             self._store, PolicyChoice(config.policy, config.policy_params), self._controller.set_policy
         )
-        self._view = LoadView(self._store)
         self._dispatcher = Dispatcher(ServeDirectory(replicas), self._view, AdmissionControl(config))
         self._metrics.seen.num_in_flight = lambda: sum(self._dispatcher.in_flight().values())
         self._app_state = AppState(

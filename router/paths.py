@@ -2,4 +2,5 @@
 
 COMPLETIONS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"})
 DIRECT = "triad_direct"
-"""Set in the scope of a request that router.direct has brought: nothing of Serve's answers with its id."""
+"""The key, in the scope of a request that router.direct has brought, of the server's own `send`. Nothing of
+Serve's answers such a request with its id."""

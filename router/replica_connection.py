@@ -3,8 +3,7 @@
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -20,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 LastWord = Callable[[Finished | Failed | None], None]
 """A function told once how an abandoned request ended; None where its replica was lost before it said."""
+
+OnEvents = Callable[[tuple[Event, ...]], bool]
+"""A function that takes events as they come, and returns False where the channel is to be closed."""
 
 FAULTS = frozenset({ErrorCode.UNAVAILABLE, ErrorCode.INTERNAL})
 """Errors that are the replica's and not the request's, which another replica may not have."""
@@ -37,9 +39,10 @@ class ReplicaClient(Protocol):
 
     async def tokens(self, request: TokenRequest) -> TokenAnswer: ...
 
-    def channel(self, channel_id: str) -> AsyncGenerator[tuple[Event, ...], None]:
-        """The events of all requests submitted with this channel id; an empty item when it opens and
-        about every second. Closing it ends those requests at the replica."""
+    async def hold_channel(self, channel_id: str, on_events: OnEvents) -> None:
+        """Opens a channel, and gives on_events the events of all requests submitted with this channel id; an
+        empty item when it opens and about every second. Returns once it has closed, which ends those requests
+        at the replica."""
         ...
 
 
@@ -220,21 +223,25 @@ class ReplicaConnection:
         channel_id = uuid.uuid4().hex
         reason = "its channel ended"
         loop, silence_s, reschedule_s = asyncio.get_running_loop(), self._times.silence_s, 0.0
+
+        def take(events: tuple[Event, ...]) -> bool:
+            nonlocal reschedule_s
+            now_s = loop.time()
+            if now_s >= reschedule_s:  # a timer for each item would cost as much as all the rest
+                if deadline.expired():
+                    return False
+                deadline.reschedule(now_s + silence_s)
+                reschedule_s = now_s + silence_s / 16
+            self._channel_id = channel_id
+            for event in events:
+                self._hand_over(event)
+            return bool(self._inboxes) or not self.leaving
+
         try:
-            async with (
-                asyncio.timeout(silence_s) as deadline,
-                aclosing(self._client.channel(channel_id)) as stream,
-            ):
-                async for events in stream:
-                    now_s = loop.time()
-                    if now_s >= reschedule_s:  # a timer for each item would cost as much as all the rest
-                        deadline.reschedule(now_s + silence_s)
-                        reschedule_s = now_s + silence_s / 16
-                    self._channel_id = channel_id
-                    for event in events:
-                        self._hand_over(event)
-                    if self.leaving and not self._inboxes:
-                        return True
+            async with asyncio.timeout(silence_s) as deadline:
+                await self._client.hold_channel(channel_id, take)
+            if self.leaving and not self._inboxes:
+                return True
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
         finally:

@@ -12,6 +12,7 @@ from replicas.errors import TriadError
 from router.answer import Answer, Counts, delta_event, whole_body
 from router.errors import shortened
 from router.generation import Generation, Interval
+from router.paths import DIRECT
 from router.request_log import RequestLog
 
 MAX_WARNING_LEN = 500
@@ -59,10 +60,14 @@ class GenerationResponse(Response):
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reply = self._reply_in_events if self._stream else self._reply_whole
+        def reply() -> Awaitable[None]:
+            if not self._stream:
+                return self._reply_whole(send)
+            return self._reply_in_events(send, scope.get(DIRECT, send))
+
         with self._record:
             try:
-                await run_until_disconnect(receive, lambda: reply(send))
+                await run_until_disconnect(receive, reply)
             except TriadError as error:
                 raise self._as_sent(error) from error.__cause__
 
@@ -84,7 +89,9 @@ class GenerationResponse(Response):
         told = generation.accepted.prompt_token_ids
         return replace(self._answer, prompt_token_ids=told) if told else self._answer
 
-    async def _reply_in_events(self, send: Send) -> None:
+    async def _reply_in_events(self, send: Send, send_part: Send) -> None:
+        """send_part: takes what stands between a stream's beginning and its end, at which alone middleware
+        looks"""
         async with self._generation as generation, aclosing(generation.deltas(self._interval_s)) as news:
             self._record.first_token()
             so_far = Counts(generation.accepted.num_prompt_tokens)
@@ -108,7 +115,7 @@ class GenerationResponse(Response):
                         else:  # with the tail
                             last_delta = delta
                     if part:
-                        await _send_part(send, part)
+                        await _send_part(send_part, part)
                 assert generation.finished is not None
                 last = head + answer.tail(last_delta, generation.finished)
             except TriadError as error:
@@ -120,24 +127,25 @@ class GenerationResponse(Response):
 async def run_until_disconnect(receive: Receive, work: Callable[[], Awaitable[None]]) -> None:
     """Runs `work` and cancels it when the client disconnects. Returns when it has ended; raises its error.
 
-    It runs in the caller's own task: only the watch for the client's going takes another.
+    It runs in a task of its own: the caller's stands below some twenty layers of the server and its
+    middleware, each of which would be gone through again whenever a chunk wakes it.
     """
-    task = asyncio.current_task()
-    assert task is not None
     has_gone = False
+    working = asyncio.ensure_future(work())
 
     async def watch() -> None:
         nonlocal has_gone
         while (await receive())["type"] != "http.disconnect":
             pass
         has_gone = True
-        task.cancel()
+        working.cancel()
 
     watching = asyncio.create_task(watch())
     try:
-        await work()
+        await working
     except asyncio.CancelledError:
-        if not has_gone or task.uncancel():
+        task = asyncio.current_task()
+        if not has_gone or (task is not None and task.cancelling()):
             raise
     finally:
         watching.cancel()

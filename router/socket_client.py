@@ -2,11 +2,9 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator
 from typing import cast
 
-from replicas.mailbox import Mailbox
-from replicas.messages import Accepted, Event, GenerateRequest, ModelInfo, Rejected
+from replicas.messages import Accepted, GenerateRequest, ModelInfo, Rejected
 from replicas.token_messages import TokenAnswer, TokenRequest
 from replicas.wire import (
     MAX_FRAME_BYTES,
@@ -20,6 +18,7 @@ from replicas.wire import (
     hello_frame,
     read_from_replica,
 )
+from router.replica_connection import OnEvents
 
 
 class SocketReplicaClient:
@@ -39,16 +38,15 @@ class SocketReplicaClient:
     async def tokens(self, request: TokenRequest) -> TokenAnswer:
         return cast("TokenAnswer", await self._call("tokens", request))
 
-    async def channel(self, channel_id: str) -> AsyncGenerator[tuple[Event, ...], None]:
+    async def hold_channel(self, channel_id: str, on_events: OnEvents) -> None:
         """As of ReplicaClient. Raises OSError where the replica can't be reached."""
         loop = asyncio.get_running_loop()
         host, port = self._address.host, self._address.port
-        transport, connection = await loop.create_connection(_Connection, host, port)
+        transport, connection = await loop.create_connection(lambda: _Connection(on_events), host, port)
         transport.write(hello_frame(self._address.secret, channel_id))
         self._connection = connection
         try:
-            while (events := await connection.events.take()) is not None:
-                yield tuple(events)
+            await connection.ended
         finally:
             transport.abort()
             if self._connection is connection:
@@ -63,19 +61,20 @@ class SocketReplicaClient:
 class _Connection(asyncio.Protocol):
     """A connection to a replica.
 
-    events: what its channel brought; they end with the connection
+    on_events: given what its channel brings, as it comes
     """
 
-    def __init__(self) -> None:
-        self.events: Mailbox[Event] = Mailbox()
+    def __init__(self, on_events: OnEvents) -> None:
+        self.ended = asyncio.get_running_loop().create_future()
+        """Done once nothing comes any more."""
+        self._on_events = on_events
         self._frames = FrameBuffer(MAX_FRAME_BYTES)
         self._numbers = itertools.count()
         self._calls: dict[int, asyncio.Future[object]] = {}
-        self._has_ended = False
 
     async def call(self, method: Method, argument: object) -> object:
         """Returns the replica's answer. Raises ConnectionError where none comes."""
-        if self._has_ended:
+        if self.ended.done():
             raise ConnectionError("the connection has ended")
         number = next(self._numbers)
         answered = self._calls[number] = asyncio.get_running_loop().create_future()
@@ -94,17 +93,18 @@ class _Connection(asyncio.Protocol):
                 message = read_from_replica(frame)
                 if isinstance(message, CallAnswer):
                     self._answered(message)
-                else:
-                    self.events.put(message)
+                elif not self._on_events(message):
+                    self._transport.abort()
+                    return
         except FrameError:
             self._transport.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._has_ended = True
         for answered in self._calls.values():
             if not answered.done():
                 answered.set_exception(ConnectionError(f"the connection to the replica was lost: {error}"))
-        self.events.end()
+        if not self.ended.done():
+            self.ended.set_result(None)
 
     def _answered(self, answer: CallAnswer) -> None:
         waiting = self._calls.get(answer.number)

@@ -10,6 +10,7 @@ from router.answer import Answer, Counts, decoding_report, event
 from router.errors import encode
 
 DONE = b"data: [DONE]\n\n"
+_CHUNK_END = b"}\n\n"
 MIN_LOGPROB = -9999.0
 """OpenAI's log-probability for the impossible."""
 _MARK = "\0text\0"
@@ -51,22 +52,25 @@ class OpenAiAnswer(Answer):
     _envelopes: dict[int, tuple[bytes, bytes]] = field(
         init=False, default_factory=dict, repr=False, compare=False
     )
-    """By choice, what stands before and behind the text in a chunk that has no other news."""
+    """By choice, what stands around the text in a chunk that has no other news, but for the usage so
+    far, its last member."""
 
     @abstractmethod
     def _any_delta(self, delta: Delta, so_far: Counts) -> bytes:
         """The chunk for whatever has come."""
 
     def delta(self, delta: Delta, so_far: Counts) -> bytes:
-        if self.num_logprobs is not None or self.shows_token_ids or self.continuous_usage:
+        if self.num_logprobs is not None or self.shows_token_ids:
             return self._any_delta(delta, so_far)
         if not delta.text or delta.reasoning or delta.tool_calls or delta.trace:
             return self._any_delta(delta, so_far)
+        end = so_far.usage_json() + _CHUNK_END if self.continuous_usage else b""
         envelope = self._envelopes.get(delta.index)
         if envelope is None:
             before, behind = self._any_delta(replace(delta, text=_MARK), so_far).split(encode(_MARK))
-            envelope = self._envelopes[delta.index] = before, behind
-        return encode(delta.text).join(envelope)
+            envelope = self._envelopes[delta.index] = before, behind.removesuffix(end)
+        before, behind = envelope
+        return b"".join((before, encode(delta.text), behind, end))
 
     @abstractmethod
     def _last_choice(self, last: Delta) -> Mapping[str, Any]: ...

@@ -7,6 +7,7 @@ import secrets
 import socket
 import time
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +20,9 @@ from policies.policy import Policy, Snapshot
 from policies.replica_load import ClusterLoad, Freshness, ObservedLoad
 
 logger = logging.getLogger(__name__)
+
+OnView = Callable[[ClusterView, float], None]
+"""A function that is given what was read, and when it was asked for."""
 
 HEARTBEAT_S = 5.0
 """The period at which one of the decisions that change nothing is logged, the replicas taking turns."""
@@ -59,6 +63,7 @@ class Controller:
     A new leader starts from what the replicas run and the plans in the store, so that a take-over by
     itself shifts nothing.
     name: shown as the leader in the decision log; made unique here.
+    on_view: given all that is read, with the time by `clock` before it was asked for.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class Controller:
         name: str | None = None,
         period_s: float = PERIOD_S,
         heartbeat_s: float = HEARTBEAT_S,
+        on_view: OnView = lambda view, asked_at_s: None,
         clock: Clock = time.monotonic,
         sleep: Sleep = asyncio.sleep,
     ):
@@ -77,6 +83,7 @@ class Controller:
         self._policy = policy
         self._period_s = period_s
         self._heartbeat_s = heartbeat_s
+        self._on_view = on_view
         self._clock = clock
         self._sleep = sleep
         self._lease: Lease | None = None
@@ -109,11 +116,20 @@ class Controller:
 
     async def step(self) -> None:
         """Runs one round; does nothing where another controller leads. Raises StoreUnavailable."""
-        lease = await self._hold_lease()
+        if self._lease is None:
+            await self._acquire()
+        if self._lease is None:
+            return
+        policy, asked_at_s = self._policy, self._clock()
+        view = await self._store.read_view()
+        self._on_view(view, asked_at_s)
+        if view.leader != self.name:
+            self._resign()
+            await self._acquire()
+        lease = self._lease
         if lease is None:
             return
-        policy = self._policy
-        outcome = self._decide_all(await self._store.read_view())
+        outcome = self._decide_all(view)
         heartbeat = self._heartbeat(outcome.unchanged)
         if await self._store.commit(lease, outcome.writes, outcome.confirmed, [*outcome.records, *heartbeat]):
             # A policy that came in meanwhile remembers nothing of the one before.
@@ -131,14 +147,10 @@ class Controller:
         else:
             self._is_cut_off = False
 
-    async def _hold_lease(self) -> Lease | None:
-        if self._lease is not None and not await self._store.renew_lease(self._lease):
-            self._resign()
-        if self._lease is None:
-            self._lease = await self._store.acquire_lease(self.name)
-            if self._lease is not None:
-                logger.info("controller %s leads", self.name)
-        return self._lease
+    async def _acquire(self) -> None:
+        self._lease = await self._store.acquire_lease(self.name)
+        if self._lease is not None:
+            logger.info("controller %s leads", self.name)
 
     def _resign(self) -> None:
         """Drops the lease and the memory: another may decide now, so what is known here goes out of date."""

@@ -102,11 +102,6 @@ if redis.call('SET', KEYS[1], ARGV[1] .. ':' .. text(now), 'NX', 'PX', ARGV[2]) 
 return false
 """
 
-_RENEW = """
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-return redis.call('PEXPIRE', KEYS[1], ARGV[2])
-"""
-
 _RELEASE = """
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 return redis.call('DEL', KEYS[1])
@@ -114,9 +109,10 @@ return redis.call('DEL', KEYS[1])
 
 _COMMIT = f"""{_CLOCK}
 local leader, decisions = KEYS[1], KEYS[2]
-local token, prefix, expiry_ms, max_decisions = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local token, lease_ms, prefix, expiry_ms, max_decisions = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 if redis.call('GET', leader) ~= token then return 0 end
-local at = 4
+redis.call('PEXPIRE', leader, lease_ms)
+local at = 5
 local function next_arg() at = at + 1; return ARGV[at] end
 for _ = 1, tonumber(next_arg()) do
   local key, body, held_us = prefix .. 'plan:' .. next_arg(), next_arg(), next_arg()
@@ -233,10 +229,6 @@ class LoadStore:
         fencing = await self._eval(_ACQUIRE, (self._key("leader"),), owner, _ms(LEASE_S))
         return None if fencing is None else Lease(owner, fencing)
 
-    async def renew_lease(self, lease: Lease) -> bool:
-        """Extends the lease to LEASE_S seconds from now; False if it has been lost."""
-        return bool(await self._eval(_RENEW, (self._key("leader"),), lease.token, _ms(LEASE_S)))
-
     async def release_lease(self, lease: Lease) -> None:
         await self._eval(_RELEASE, (self._key("leader"),), lease.token)
 
@@ -247,12 +239,14 @@ class LoadStore:
         confirmed: Iterable[str] = (),
         decisions: Sequence[DecisionRecord] = (),
     ) -> bool:
-        """Writes plans, confirms standing ones and logs decisions: all, or, if the lease is lost, nothing.
+        """Writes plans, confirms standing ones, logs decisions, and extends the lease to LEASE_S seconds from
+        now: all, or, if the lease is lost, nothing.
 
         Returns False if the lease was lost. confirmed: ids of replicas whose plans stay as they are; a
         replica whose plan is gone from the store is passed over.
         """
-        args: list[str | int] = [lease.token, self._prefix, _ms(PLAN_EXPIRY_S), MAX_DECISIONS, len(plans)]
+        args: list[str | int] = [lease.token, _ms(LEASE_S), self._prefix, _ms(PLAN_EXPIRY_S), MAX_DECISIONS]
+        args.append(len(plans))
         for replica_id, write in plans.items():
             args += (replica_id, PLANS.encode(write.plan), round(write.held_s * 1e6))
         confirmed = list(confirmed)

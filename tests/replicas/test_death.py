@@ -33,6 +33,7 @@ from replicas.messages import (
 from replicas.preparation import Prepared
 from replicas.service import ReplicaService
 from replicas.timeline import Timeline
+from tests.replicas.channel import channel_of
 from tests.replicas.codec import byte_codec
 from tests.replicas.engine.scripted import ScriptedRunner
 
@@ -123,7 +124,7 @@ async def test_a_runner_that_fails_for_good_is_known_to_be_lost(error: Exception
     """Else it would be the emptiest replica, and every request would go there to fail."""
     runner, timelines = StepwiseRunner(), []
     async with serving(runner, on_timeline=timelines.append) as service:
-        stream = service.channel("c")
+        stream = channel_of(service, "c")
         await anext(stream)
         runner.allow(5)
         assert isinstance(await service.submit(request("a")), Accepted)
@@ -141,7 +142,7 @@ async def test_a_runner_that_fails_for_good_is_known_to_be_lost(error: Exception
         assert isinstance(answer, Rejected)
         assert answer.code is ErrorCode.UNAVAILABLE
         # A router that opens its channel anew never gets the first item, and so never places here again.
-        assert await read_all(service.channel("c2")) == []
+        assert await read_all(channel_of(service, "c2")) == []
         await service.stop()
         assert [timeline.error for timeline in timelines] == [ErrorCode.INTERNAL]
 
@@ -157,7 +158,7 @@ class BrokenRunner(ScriptedRunner):
 async def test_the_load_of_a_dead_engine_grows_old() -> None:
     clock = Clock()
     async with serving(BrokenRunner(), clock=clock) as service:
-        stream = service.channel("c")
+        stream = channel_of(service, "c")
         await anext(stream)
         await service.submit(request("a"))
         await asyncio.wait_for(read_all(stream), 20)
@@ -171,7 +172,7 @@ async def test_a_forward_that_hangs_is_told_of_by_load_and_check_alike() -> None
     clock = Clock()
     runner = StepwiseRunner()
     async with serving(runner, clock=clock) as service:
-        stream = service.channel("c")
+        stream = channel_of(service, "c")
         await anext(stream)
         await service.submit(request("a"))
         await runner.begins()
@@ -192,7 +193,7 @@ async def test_a_channel_that_closes_while_a_request_is_made_ready_leaves_no_orp
     runner = StepwiseRunner()
     runner.allow()
     async with serving(runner) as service:
-        stream = service.channel("c")
+        stream = channel_of(service, "c")
         await anext(stream)
         asked = request("a")
         await stream.aclose()
@@ -221,7 +222,7 @@ async def test_every_token_is_counted_once_by_mode_whatever_became_of_its_reques
         return totals[-1]
 
     async with serving(runner) as service:
-        stream = service.channel("c")
+        stream = channel_of(service, "c")
         await anext(stream)
         await service.submit(request("ar"))
         calls = [await sent(service.submit(request("diffusion", DIFFUSION)))]
@@ -254,7 +255,7 @@ async def test_tokens_are_counted_that_nobody_is_told_of() -> None:
     """Their ingress has gone."""
     runner = StepwiseRunner()
     async with serving(runner) as service:
-        stream = service.channel("c")
+        stream = channel_of(service, "c")
         await anext(stream)
         await service.submit(request("gone"))
         runner.allow(5)
@@ -270,7 +271,7 @@ async def test_a_failed_request_of_many_choices_tells_of_all_it_made() -> None:
     engine = Engine(runner, EngineConfig(max_running=3))
     service = ReplicaService(engine, CODEC, "replica")
     service.start()
-    stream = service.channel("c")
+    stream = channel_of(service, "c")
     await anext(stream)
     await service.submit(request("r", num_choices=5, max_tokens=4))
     runner.allow(3)
@@ -296,7 +297,7 @@ async def test_a_tracer_that_raises_ends_nothing_and_is_told_of_once(
     runner = StepwiseRunner()
     runner.allow()
     async with serving(runner, on_timeline=raising) as service:
-        stream = service.channel("c")
+        stream = channel_of(service, "c")
         await anext(stream)
         for number in range(3):
             await service.submit(request(str(number), max_tokens=3))
@@ -324,7 +325,7 @@ async def test_a_bug_in_what_is_measured_or_tried_ends_nothing() -> None:
     engine = BuggyEngine(runner)
     service = ReplicaService(engine, CODEC, "replica", costs=ReplicaCosts(StepCost((1, 512), (5.0, 9.0))))
     service.start()
-    stream = service.channel("c")
+    stream = channel_of(service, "c")
     await anext(stream)
     engine.is_buggy = True
     service.set_trial(None)

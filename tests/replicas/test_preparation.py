@@ -19,6 +19,7 @@ from replicas.messages import Accepted, GenerateRequest, Prompt, Rejected, Sampl
 from replicas.preparation import MAX_INLINE_CHARS, MAX_SHORT_CHARS, Preparation
 from replicas.service import ReplicaService
 from replicas.text import TextCodec
+from tests.replicas.channel import channel_of
 from tests.replicas.codec import byte_codec, tiny_tokenizer
 from tests.replicas.engine.scripted import ScriptedRunner
 
@@ -160,7 +161,7 @@ async def test_the_same_request_twice_is_refused_while_it_is_prepared() -> None:
 @pytest.mark.parametrize("schema", [None, '{"title": "never comes back"}'])
 async def test_a_cancel_while_a_request_is_prepared_leaves_nothing(schema: str | None) -> None:
     async with serving() as (service, codec):
-        stream = service.channel("c")
+        stream = channel_of(service, "c")
         await anext(stream)
         submitting = asyncio.create_task(service.submit(request("r", LONG, schema)))
         await began(codec)
@@ -177,7 +178,7 @@ async def test_a_cancel_while_a_request_is_prepared_leaves_nothing(schema: str |
 
 async def test_a_channel_that_closes_while_a_request_is_prepared_leaves_nothing() -> None:
     async with serving() as (service, codec):
-        gone, stays = service.channel("gone"), service.channel("stays")
+        gone, stays = channel_of(service, "gone"), channel_of(service, "stays")
         await anext(gone)
         await anext(stays)
         orphan = asyncio.create_task(service.submit(request("orphan", LONG, channel="gone")))
@@ -196,7 +197,7 @@ async def test_a_channel_that_closes_while_a_request_is_prepared_leaves_nothing(
 
 async def test_a_caller_that_goes_while_its_request_is_prepared_leaves_nothing() -> None:
     async with serving() as (service, codec):
-        stream = service.channel("c")
+        stream = channel_of(service, "c")
         await anext(stream)
         submitting = asyncio.create_task(service.submit(request("r", LONG)))
         await began(codec)
@@ -210,7 +211,7 @@ async def test_a_caller_that_goes_while_its_request_is_prepared_leaves_nothing()
 
 async def test_a_schema_that_never_comes_back_does_not_hold_up_the_end() -> None:
     async with serving() as (service, _):
-        stream = service.channel("c")
+        stream = channel_of(service, "c")
         await anext(stream)
         assert isinstance(await service.submit(request("json", "x", "{}")), Accepted)
         asked = request("r", "x", '{"title": "never comes back"}')

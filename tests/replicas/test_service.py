@@ -29,6 +29,7 @@ from replicas.messages import (
     SamplingParams,
 )
 from replicas.service import ReplicaService
+from tests.replicas.channel import channel_of
 from tests.replicas.codec import byte_codec
 from tests.replicas.engine.scripted import EOS, ScriptedRunner, naive_ar
 
@@ -82,7 +83,7 @@ async def collect(stream: AsyncIterator[tuple[Event, ...]], names: set[str]) -> 
 
 
 async def opened(service: ReplicaService, channel: str = "c") -> AsyncIterator[tuple[Event, ...]]:
-    stream = service.channel(channel)
+    stream = channel_of(service, channel)
     assert await anext(stream) == ()
     return stream
 

@@ -1,7 +1,7 @@
 """A replica, a directory and a store in this process, in place of those behind Ray and Redis."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from policies.control.plan import DecisionRecord
@@ -29,7 +29,7 @@ from replicas.token_messages import (
     Tokenized,
     TokenRequest,
 )
-from router.replica_connection import ReplicaClient, Roster
+from router.replica_connection import OnEvents, ReplicaClient, Roster
 
 MODEL = "triad-test"
 WORDS = ("Once", " upon", " a", " time", "…", " «née»", ".")
@@ -120,18 +120,17 @@ class ScriptedReplica(ReplicaClient):
         text = request.prompt if isinstance(request.prompt, str) else str(request.prompt)
         return Tokenized(tuple(map(ord, text)), tuple(text) if request.returns_strings else None)
 
-    async def channel(self, channel_id: str) -> AsyncGenerator[tuple[Event, ...], None]:
+    async def hold_channel(self, channel_id: str, on_events: OnEvents) -> None:
         if not self.is_up:
             raise ChannelBroke("no such replica")
         queue: asyncio.Queue[tuple[Event, ...] | Exception] = asyncio.Queue()
         self._channels[channel_id] = queue
         try:
-            yield ()
-            while True:
+            item: tuple[Event, ...] | Exception = ()
+            while not isinstance(item, Exception) and on_events(item):
                 item = await queue.get()
-                if isinstance(item, Exception):
-                    raise item
-                yield item
+            if isinstance(item, Exception):
+                raise item
         finally:
             del self._channels[channel_id]
             for request_id, live in list(self.live.items()):

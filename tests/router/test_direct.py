@@ -1,15 +1,21 @@
 """The short way past Serve: which requests take it, and that Serve still asks for the middleware."""
 
+import json
 from typing import Any
 
+import httpx
 import pytest
 from ray.serve._private import constants, http_util
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.environment import serving_environment
+from router.api import create_app
 from router.direct import DirectDoor, HasDirectApp
 from router.ingress import Ingress
 from router.paths import COMPLETIONS, DIRECT
+from tests.router.conftest import over_http
+from tests.router.faults import PATH, chat
+from tests.router.stack import a_stack
 
 CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 
@@ -22,6 +28,21 @@ class Noting:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.asked.append(scope)
+
+
+class Layer:
+    """Middleware that notes what is sent through it."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+        self.sent: list[Message] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def note(message: Message) -> None:
+            self.sent.append(message)
+            await send(message)
+
+        await self._app(scope, receive, note if scope["type"] == "http" else send)
 
 
 class Deployment:
@@ -82,6 +103,28 @@ async def test_where_no_app_is_to_be_had_serve_answers_and_later_the_app(in_repl
     in_replica(Deployment(own))
     await ask(door, "/v1/completions")
     assert (len(own.asked), len(serves.asked)) == (1, 4)
+
+
+async def test_the_parts_of_a_stream_go_past_the_layers_and_arrive_the_same(in_replica) -> None:
+    async with a_stack() as stack:
+        layer = Layer(create_app(stack.door))
+        in_replica(Deployment(layer))
+        texts, sent = [], []
+        for served in (layer, DirectDoor(layer)):
+            layer.sent.clear()
+            async with (
+                over_http(served) as url,
+                httpx.AsyncClient(base_url=url, timeout=60.0) as client,
+                client.stream("POST", PATH, json=chat(stream=True, decoding={"mode": "ar"})) as response,
+            ):
+                lines = [line.removeprefix("data: ") async for line in response.aiter_lines() if line]
+            assert lines[-1] == "[DONE]"
+            chunks = [json.loads(line)["choices"][0]["delta"] for line in lines[:-1]]
+            texts.append("".join(chunk.get("content") or "" for chunk in chunks))
+            sent.append([message["type"] for message in layer.sent])
+        assert texts[0] == texts[1] != ""
+        assert len(sent[0]) > 3
+        assert sent[1] == ["http.response.start", "http.response.body"]
 
 
 def test_serve_takes_the_middleware_from_where_the_environment_says(tmp_path) -> None:

@@ -1,17 +1,20 @@
 """What a router knows without asking: it ages, and past its use the router's own counts decide."""
 
+import asyncio
 import random
 
 import pytest
 
 from cluster.embedded_redis import EmbeddedRedis
 from policies.control.store import LoadStore
-from policies.replica_load import Freshness
+from policies.replica_load import ClusterLoad, Freshness, ObservedLoad
 from router.load_view import LoadView
 from router.placement import OwnTraffic, place
 from tests.eventually import eventually
 from tests.policies.helpers import FakeClock, a_load
 from tests.redis_commands import commands_while
+from tests.router.conftest import running
+from tests.router.fakes import FakeStore
 from tests.router.faults import PATH, chat, served
 from tests.stores import patient_store
 
@@ -38,6 +41,33 @@ async def test_without_a_store_what_was_read_goes_stale_and_is_lost(later_s, fre
     chosen = place(["a", "b"], traffic, view.seen, clock.now_s, random.Random(0))
     assert chosen == ("a" if freshness is Freshness.LOST else "b")  # lost, a's four requests say nothing
     await store.close()
+
+
+async def test_what_another_reader_passes_on_is_not_read_again():
+    clock, slept = FakeClock(), asyncio.Event()
+
+    async def sleep(seconds: float) -> None:
+        clock.now_s += seconds
+        slept.set()
+        await asyncio.sleep(0)
+
+    class Counted(FakeStore):
+        num_reads = 0
+
+        async def read_loads(self) -> ClusterLoad:
+            self.num_reads += 1
+            return ClusterLoad((ObservedLoad(a_load(1, "read"), 0.0),))
+
+    store = Counted()
+    view = LoadView(store, clock=clock, sleep=sleep)
+    async with running(view.run()):
+        for _ in range(10):
+            view.take(ClusterLoad((ObservedLoad(a_load(1, "taken"), 0.0),)), clock.now_s)
+            slept.clear()
+            await slept.wait()
+        assert store.num_reads <= 1  # the first may have come before anything was passed on
+        assert [seen.load.replica_id for seen in view.loads()] == ["taken"]
+        await eventually(lambda: [seen.load.replica_id for seen in view.loads()] == ["read"])
 
 
 async def test_a_request_costs_redis_nothing():

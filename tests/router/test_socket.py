@@ -3,7 +3,7 @@
 import asyncio
 import pickle
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 
 import pytest
@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.modes import Mode
-from replicas import socket_server
+from replicas import outgoing, socket_server
+from replicas.channels import Channel
 from replicas.errors import ErrorCode
 from replicas.messages import (
     Accepted,
@@ -79,7 +80,7 @@ class Recorded:
     """A service whose channels bring what the test puts in."""
 
     def __init__(self) -> None:
-        self.items: asyncio.Queue[tuple[Event, ...] | None] = asyncio.Queue()
+        self.channels: dict[str, Channel] = {}
         self.open: list[str] = []
         self.closed: list[str] = []
         self.submitted: list[GenerateRequest] = []
@@ -101,14 +102,31 @@ class Recorded:
     async def tokens(self, request: TokenRequest) -> TokenAnswer:
         return "text"
 
-    async def channel(self, channel_id: str) -> AsyncIterator[tuple[Event, ...]]:
+    def open_channel(self, channel_id: str, channel: Channel) -> None:
+        self.channels[channel_id] = channel
         self.open.append(channel_id)
-        try:
-            yield ()
-            while (item := await self.items.get()) is not None:
-                yield item
-        finally:
-            self.closed.append(channel_id)
+
+    def leave_channel(self, channel_id: str, channel: Channel) -> None:
+        assert self.channels[channel_id] is channel
+        self.closed.append(channel_id)
+
+
+async def channel_of(client: SocketReplicaClient, channel_id: str) -> AsyncGenerator[tuple[Event, ...], None]:
+    """What a channel brings until it ends; closing this closes it."""
+    items: asyncio.Queue[tuple[Event, ...] | None] = asyncio.Queue()
+
+    def take(events: tuple[Event, ...]) -> bool:
+        items.put_nowait(events)
+        return True
+
+    holding = asyncio.create_task(client.hold_channel(channel_id, take))
+    holding.add_done_callback(lambda _: items.put_nowait(None))
+    try:
+        while (item := await items.get()) is not None:
+            yield item
+    finally:
+        holding.cancel()
+        await asyncio.gather(holding, return_exceptions=True)
 
 
 @asynccontextmanager
@@ -177,14 +195,14 @@ def test_an_address_does_not_show_its_secret():
 async def test_calls_are_answered_and_events_arrive():
     async with listening() as (service, server):
         client = SocketReplicaClient(INFO, server.address)
-        async with aclosing(client.channel("channel-1")) as items:
+        async with aclosing(channel_of(client, "channel-1")) as items:
             assert await anext(items) == ()
             assert await client.submit(REQUEST) == Accepted("request-1", 5)
             await client.cancel(("request-1",))
             assert service.submitted == [REQUEST]
             assert service.cancelled == ["request-1"]
             event = Delta("request-1", "text", 1)
-            service.items.put_nowait((event,))
+            service.channels["channel-1"].send((event,))
             assert await anext(items) == (event,)
         await eventually(lambda: service.closed == ["channel-1"])
         await server.drained()
@@ -193,7 +211,7 @@ async def test_calls_are_answered_and_events_arrive():
 async def test_a_call_that_fails_hurts_no_other():
     async with listening() as (service, server):
         client = SocketReplicaClient(INFO, server.address)
-        async with aclosing(client.channel("channel-1")) as items:
+        async with aclosing(channel_of(client, "channel-1")) as items:
             await anext(items)
             service.reply = KeyError("a bug")
             with pytest.raises(ConnectionError, match="a bug"):
@@ -205,7 +223,7 @@ async def test_a_call_that_fails_hurts_no_other():
 async def test_calls_under_way_end_with_the_connection():
     async with listening() as (service, server):
         client = SocketReplicaClient(INFO, server.address)
-        async with aclosing(client.channel("channel-1")) as items:
+        async with aclosing(channel_of(client, "channel-1")) as items:
             await anext(items)
             service.may_reply.clear()
             calls = [asyncio.create_task(client.submit(REQUEST)) for _ in range(3)]
@@ -223,10 +241,10 @@ async def test_a_channel_that_ends_closes_its_connection_after_its_last_event():
     async with listening() as (service, server):
         client = SocketReplicaClient(INFO, server.address)
         last = Failed("request-1", ErrorCode.UNAVAILABLE, "shutting down")
-        async with aclosing(client.channel("channel-1")) as items:
+        async with aclosing(channel_of(client, "channel-1")) as items:
             await anext(items)
-            service.items.put_nowait((last,))
-            service.items.put_nowait(None)
+            service.channels["channel-1"].send((last,))
+            service.channels["channel-1"].end()
             assert [item async for item in items] == [(last,)]
 
 
@@ -253,14 +271,14 @@ async def test_a_stranger_is_shown_out_and_others_are_served(sent):
         assert await read_to_the_end(server.address, sent) == b""
         assert service.open == []
         client = SocketReplicaClient(INFO, server.address)
-        async with aclosing(client.channel("channel-1")) as items:
+        async with aclosing(channel_of(client, "channel-1")) as items:
             assert await anext(items) == ()
 
 
 async def test_a_call_of_another_version_ends_its_connection_and_no_other():
     async with listening() as (service, server):
         client = SocketReplicaClient(INFO, server.address)
-        async with aclosing(client.channel("channel-1")) as items:
+        async with aclosing(channel_of(client, "channel-1")) as items:
             assert await anext(items) == ()
             for unread in (b"\x80\x05.", pickle.dumps((1, "submit")), b"cno_such_module\nname\n."):
                 frame = len(unread).to_bytes(4, "big") + unread
@@ -285,28 +303,49 @@ async def test_who_says_nothing_is_shown_out(monkeypatch):
         assert service.open == []
 
 
-async def test_a_peer_that_reads_nothing_holds_up_its_own_channel_alone():
+async def test_what_one_thread_sends_arrives_in_order_whole_and_before_the_end():
+    async with listening() as (service, server):
+        client = SocketReplicaClient(INFO, server.address)
+        async with aclosing(channel_of(client, "channel-1")) as items:
+            await anext(items)
+            channel = service.channels["channel-1"]
+            sent = [Delta("request-1", str(number) * 2**16, number) for number in range(200)]
+
+            def engine() -> None:
+                for event in sent:
+                    channel.send((event,))
+
+            await asyncio.to_thread(engine)
+            assert await client.submit(REQUEST) == Accepted("request-1", 5)  # its answer came behind them
+            channel.end()
+            assert [event async for item in items for event in item] == sent
+
+
+async def test_a_peer_that_reads_nothing_holds_up_nobody_and_is_given_up(monkeypatch):
+    monkeypatch.setattr(outgoing, "MAX_WAITING_BYTES", 2**25)
     async with listening() as (service, server):
         with socket.create_connection((server.address.host, server.address.port)) as peer:
             peer.sendall(hello_frame(server.address.secret, "slow"))
             await eventually(lambda: service.open == ["slow"])
             text = "x" * 2**20
-            for _ in range(64):
-                service.items.put_nowait((Delta("request-1", text, 1),))
-            await eventually(lambda: 0 < service.items.qsize() < 64)
-            left = service.items.qsize()
+
+            def engine() -> None:
+                for _ in range(64):
+                    service.channels["slow"].send((Delta("request-1", text, 1),))
+
             client = SocketReplicaClient(INFO, server.address)
-            async with aclosing(client.channel("quick")) as items:
+            async with aclosing(channel_of(client, "quick")) as items:
                 assert await anext(items) == ()
+                await asyncio.to_thread(engine)
                 assert await client.submit(REQUEST) == Accepted("request-1", 5)
-                assert service.items.qsize() <= left
-        await eventually(lambda: "slow" in service.closed)
+                await eventually(lambda: "slow" in service.closed)
+                assert "quick" not in service.closed
 
 
 async def test_drained_waits_for_the_last_ingress():
     async with listening() as (_, server):
         client = SocketReplicaClient(INFO, server.address)
-        async with aclosing(client.channel("channel-1")) as items:
+        async with aclosing(channel_of(client, "channel-1")) as items:
             await anext(items)
             waiting = asyncio.create_task(server.drained())
             await client.cancel(())

@@ -34,9 +34,10 @@ async def test_work_ends_by_itself_or_with_its_error() -> None:
 
 
 async def test_a_client_that_goes_cancels_the_work_and_nothing_else() -> None:
-    client, ended = Client(), []
+    client, begun, ended = Client(), asyncio.Event(), []
 
     async def work() -> None:
+        begun.set()
         try:
             await asyncio.get_running_loop().create_future()
         finally:
@@ -49,7 +50,7 @@ async def test_a_client_that_goes_cancels_the_work_and_nothing_else() -> None:
         ended.append("answering")
 
     task = asyncio.create_task(answering())
-    await asyncio.sleep(0)
+    await begun.wait()
     client.gone.set()
     await task
     assert ended == ["work", "answering"]
@@ -58,9 +59,10 @@ async def test_a_client_that_goes_cancels_the_work_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("client_goes_too", [False, True])
 async def test_a_cancellation_from_outside_is_passed_on(client_goes_too: bool) -> None:
-    client, cancelled = Client(), []
+    client, begun, cancelled = Client(), asyncio.Event(), []
 
     async def work() -> None:
+        begun.set()
         try:
             await asyncio.get_running_loop().create_future()
         except asyncio.CancelledError:
@@ -68,7 +70,7 @@ async def test_a_cancellation_from_outside_is_passed_on(client_goes_too: bool) -
             raise
 
     task = asyncio.create_task(run_until_disconnect(client.receive, work))
-    await asyncio.sleep(0)
+    await begun.wait()
     if client_goes_too:
         client.gone.set()
     task.cancel()

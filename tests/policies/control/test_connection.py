@@ -113,7 +113,6 @@ async def use(store):
     lease = await store.acquire_lease("a")
     plan = ReplicaPlan(1, DecodePlan(Mode.AR), "rule", "reason")
     record = DecisionRecord(plan, a_load(1), True, "a")
-    assert await store.renew_lease(lease)
     assert await store.commit(lease, {"r1": PlanWrite(plan)}, ["r1"], [record])
     assert (await store.publish_and_read(a_load(1))).plan == plan
     view = await store.read_view()

@@ -163,13 +163,21 @@ async def test_confirming_makes_a_plan_young_again_but_not_newly_held(store, raw
 async def test_only_one_has_the_lease(store):
     lease = await held_lease(store, "a")
     assert await store.acquire_lease("b") is None
-    assert await store.renew_lease(lease)
+    assert await store.commit(lease, {})
     await store.release_lease(lease)
-    assert not await store.renew_lease(lease)
+    assert not await store.commit(lease, {})
     successor = await held_lease(store, "b")
     assert successor.fencing > lease.fencing
     await store.release_lease(lease)
     assert (await store.read_view()).leader == "b"
+
+
+async def test_who_commits_keeps_the_lease(store, raw, app):
+    lease = await held_lease(store, "a")
+    key = f"triad:{{{app}}}:leader"
+    await raw.pexpire(key, 400)
+    assert await store.commit(lease, {})
+    assert await raw.pttl(key) > 400
 
 
 async def test_a_dead_leaders_lease_is_free_within_2_s(store):
@@ -289,7 +297,6 @@ async def test_every_method_says_the_store_is_unavailable():
             store.read_loads(),
             store.read_view(),
             store.acquire_lease("a"),
-            store.renew_lease(lease),
             store.release_lease(lease),
             store.commit(lease, {}),
             store.recent_decisions(),
