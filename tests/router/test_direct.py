@@ -106,6 +106,7 @@ async def test_where_no_app_is_to_be_had_serve_answers_and_later_the_app(in_repl
 
 
 async def test_the_parts_of_a_stream_go_past_the_layers_and_arrive_the_same(in_replica) -> None:
+    asked = chat(stream=True, stream_interval=1, decoding={"mode": "ar"})
     async with a_stack() as stack:
         layer = Layer(create_app(stack.door))
         in_replica(Deployment(layer))
@@ -115,7 +116,7 @@ async def test_the_parts_of_a_stream_go_past_the_layers_and_arrive_the_same(in_r
             async with (
                 over_http(served) as url,
                 httpx.AsyncClient(base_url=url, timeout=60.0) as client,
-                client.stream("POST", PATH, json=chat(stream=True, decoding={"mode": "ar"})) as response,
+                client.stream("POST", PATH, json=asked) as response,
             ):
                 lines = [line.removeprefix("data: ") async for line in response.aiter_lines() if line]
             assert lines[-1] == "[DONE]"
