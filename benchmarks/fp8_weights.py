@@ -1,15 +1,17 @@
 """What weights in fp8 cost in quality, simulated on a CPU: `python -m benchmarks.fp8_weights`.
 
-The matrices of linear layers, the head's among them, are rounded to float8_e4m3fn with a scale for each output
-and back, as `quantization=fp8` holds them on a GPU (replicas.kernels.normed_product). The ordinary forward in
-float32 then computes with them, and with the weights as they were: so this is the rounding of weights alone,
-without that of bfloat16 activations. Of a checkpoint of the embedded one's kind answers to held-out tasks, by
-family; with `--text` the perplexity of files, in windows of 1,024 tokens, the mean Kullback-Leibler divergence
-from the weights as they were, and the share of positions with the same most probable token.
+The matrices of linear layers, the head's among them, are rounded to float8_e4m3fn with a scale for each
+output and back, as `quantization=fp8` holds them on a GPU (replicas.kernels.normed_product). The ordinary
+forward in float32 then computes with them, and with the weights as they were: so this is the rounding of
+weights alone, without that of bfloat16 activations. Of a checkpoint of the embedded one's kind answers to
+held-out tasks, by family; with `--text` the perplexity of files, in windows of 1,024 tokens, the mean
+Kullback-Leibler divergence from the weights as they were, and the share of positions with the same most
+probable token.
 """
 
 import argparse
 from collections.abc import Iterator
+from math import exp
 from pathlib import Path
 
 import torch
@@ -94,7 +96,9 @@ def _print_perplexity(folder: Path, texts: list[Path], num_windows: int) -> None
     config = ModelConfig.from_folder(folder)
     loss = {False: 0.0, True: 0.0}
     divergence, num_same, num_tokens = 0.0, 0, 0
-    both = zip(*(_log_probs(folder, config, windows, rounded=rounded) for rounded in (False, True)), strict=True)
+    both = zip(
+        *(_log_probs(folder, config, windows, rounded=rounded) for rounded in (False, True)), strict=True
+    )
     for window, (before, after) in zip(windows, both, strict=True):
         following = torch.tensor(window[1:])[:, None]
         for rounded, rows in ((False, before), (True, after)):
@@ -102,10 +106,10 @@ def _print_perplexity(folder: Path, texts: list[Path], num_windows: int) -> None
         num_tokens += len(following)
         divergence += float((before.exp() * (before - after))[:-1].sum())
         num_same += int((before.argmax(-1) == after.argmax(-1))[:-1].sum())
-    as_they_are, rounded_to_fp8 = (torch.tensor(loss[kind] / num_tokens).exp() for kind in (False, True))
+    as_they_are, rounded_to_fp8 = (exp(loss[rounded] / num_tokens) for rounded in (False, True))
     print(
-        f"{num_tokens} tokens foretold: perplexity {as_they_are:.3f} as they are, {rounded_to_fp8:.3f} in fp8; "
-        f"KL {divergence / num_tokens:.4f}; the same most probable token at {num_same / num_tokens:.1%}"
+        f"{num_tokens} tokens foretold: perplexity {as_they_are:.3f} as they are, {rounded_to_fp8:.3f} in "
+        f"fp8; KL {divergence / num_tokens:.4f}; the same most probable token at {num_same / num_tokens:.1%}"
     )
 
 

@@ -13,10 +13,10 @@ assumption hides most of the gap and, as the first weights are in the L2 cache b
 Behind cuBLAS's, and behind torch's, it begins in its turn.
 
 `--in-turn` has all kernels begin so, `--before` the launches of before the products of few rows, with
-attention split alike for all, and `--fp8-weights` weights in 8 bits. The last line is of contexts that differ: 64 requests of 1,000 tokens and
-one of 90,000. Under "of_ms" is what the parts are for: "floor" is the weights at a copy's rate, "rate" what
-products lose to it, "L2" what the rows read again take beyond that, "ramps and gaps" those of the products,
-"sums" the kernels behind cuBLAS's.
+attention split alike for all, and `--fp8-weights` weights in 8 bits. The last line is of contexts that
+differ: 64 requests of 1,000 tokens and one of 90,000. Under "of_ms" is what the parts are for: "floor" is the
+weights at a copy's rate, "rate" what products lose to it, "L2" what the rows read again take beyond that,
+"ramps and gaps" those of the products, "sums" the kernels behind cuBLAS's.
 """
 
 import argparse
@@ -89,9 +89,7 @@ def _weight_bytes(itemsize: int) -> int:
     return itemsize * (_LAYERS * (qkv + _HEADS * _DIM * _HIDDEN + 3 * _HIDDEN * _WIDTH) + _VOCAB * _HIDDEN)
 
 
-def _parts(
-    contexts: Sequence[int], when: str, itemsize: int, overlaps: bool
-) -> Iterator[tuple[str, float]]:
+def _parts(contexts: Sequence[int], when: str, itemsize: int, overlaps: bool) -> Iterator[tuple[str, float]]:
     """The parts of a step in microseconds, by name.
 
     overlaps: kernels of ours begin before those of ours before them have ended

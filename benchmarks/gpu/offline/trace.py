@@ -262,7 +262,9 @@ def standing_in(device: Device, trace: Trace) -> Iterator[None]:
         stack.enter_context(
             patch.object(attention, "block_shared_bytes", lambda _: device.block_shared_bytes)
         )
-        stack.enter_context(patch.object(launch, "has_dependent_launch", lambda _: device.has_dependent_launch))
+        stack.enter_context(
+            patch.object(launch, "has_dependent_launch", lambda _: device.has_dependent_launch)
+        )
         stack.enter_context(patch.object(sampling, "Fetch", _Fetch))
         stack.enter_context(patch.object(runner_module, "GraphRecorder", _Recorder))
         stack.callback(setattr, triton.knobs.runtime, "jit_cache_hook", None)
