@@ -21,21 +21,14 @@ import torch
 import triton
 import triton.language as tl
 
-from replicas.kernels.launch import (
-    block_shared_bytes,
-    dependent_launch,
-    dot_dtype,
-    num_sms,
-    wait_for_earlier,
-)
+from replicas.kernels.launch import block_shared_bytes, dependent_launch, dot_dtype, num_sms, wait_for_earlier
 
 SEGMENT_FIELDS = tl.constexpr(5)
 WORK_FIELDS = tl.constexpr(6)
 _BUFFERED_BYTES = 128 << 10
 """Shared memory of a block from which on several blocks of keys and values are on their way at once."""
 _OPERANDS_BYTES = 227 << 10
-"""Shared memory of a block on GPUs whose tensor cores read operands there (sm_90, sm_100); elsewhere they are
-in registers."""
+"""Shared memory of a block where tensor cores read operands from it (sm_90, sm_100), not from registers."""
 _MERGED_ROWS = 64
 """Rows of a split tile's parts that are read at once when they are merged."""
 _LOG2_E = 1.4426950408889634
@@ -115,9 +108,10 @@ def _wide(shape: TileShape) -> TileShape:
     return replace(shape, block_n=16, num_warps=8 if shape.block_m <= 64 else 16, num_stages=1)
 
 
-def _narrow(shape: TileShape) -> TileShape:
-    """The shape where operands are in registers: half the keys a step for many rows, which spill with all."""
-    return shape if shape.block_m < 64 else replace(shape, block_n=32)
+def _fitting(shape: TileShape, shared_bytes: int) -> TileShape:
+    """The shape, with half the keys a step for many rows where operands are in registers, which spill."""
+    is_narrow = shape.block_m >= 64 and 0 < shared_bytes < _OPERANDS_BYTES
+    return replace(shape, block_n=32) if is_narrow else shape
 
 
 def queries_per_tile(shape: TileShape, queries_per_kv: int) -> int:
@@ -155,8 +149,7 @@ def ragged_paged_attention(
     for group in work:
         if not len(group.items):
             continue
-        shape = _narrow(group.shape) if 0 < shared_bytes < _OPERANDS_BYTES else group.shape
-        shape = _wide(group.shape) if wide else shape
+        shape = _wide(group.shape) if wide else _fitting(group.shape, shared_bytes)
         _attend[(num_kv_heads, len(group.items))](
             queries, cache, output, scratch.partial, scratch.log_sums, scratch.num_done, group.items,
             segments, page_table, scales, queries.stride(0), head_dim**-0.5 * _LOG2_E,
