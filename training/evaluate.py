@@ -169,11 +169,21 @@ def evaluate(
     runner = TorchRunner.load(
         str(checkpoint), dtype="float32", num_threads=num_threads, quantization=quantization
     )
+    return evaluate_runner(runner, TextCodec.load(str(checkpoint)), per_family, plans, families)
+
+
+def evaluate_runner(
+    runner: Runner,
+    codec: TextCodec,
+    per_family: int,
+    plans: tuple[DecodePlan, ...] = (),
+    families: Mapping[str, Family] = FAMILIES,
+) -> tuple[list[Score], list[RoundYield]]:
+    """The same of a model that is loaded."""
     plans = plans or settings(runner.spec)
     tasks = {family: list(held_out_tasks(family, per_family)) for family in families}
     everything = [task for family in families for task in tasks[family]]
     engine = Engine(runner, EngineConfig(max_waiting=len(everything)))
-    codec = TextCodec.load(str(checkpoint))
     scores: list[Score] = []
     yields: list[RoundYield] = []
     by_ar: list[Answer] = []

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from replicas.kernels.launch import dot_dtype, splits_to_fill
+from replicas.kernels.launch import dependent_launch, dot_dtype, splits_to_fill, wait_for_earlier
 
 _BLOCK_ROWS = 16
 _BLOCK_RANK = 64
@@ -42,13 +42,13 @@ def add_adapter(
         x, down, rows, parts, len(rows),
         SIZE_IN=size_in, RANK=rank, BLOCKS_PER_SPLIT=triton.cdiv(num_blocks, num_splits),
         BLOCK_ROWS=_BLOCK_ROWS, BLOCK_RANK=_BLOCK_RANK, BLOCK_IN=_BLOCK_IN, DOT_DTYPE=dot_dtype(x.dtype),
-        num_warps=4, num_stages=num_stages, enable_fp_fusion=True,
+        num_warps=4, num_stages=num_stages, enable_fp_fusion=True, **dependent_launch(x.device),
     )  # fmt: skip
     _project_up[(row_tiles, triton.cdiv(size_out, _BLOCK_OUT))](
         y, up, rows, parts, len(rows),
         SIZE_OUT=size_out, RANK=rank, NUM_SPLITS=num_splits,
         BLOCK_ROWS=_BLOCK_ROWS, BLOCK_RANK=_BLOCK_RANK, BLOCK_OUT=_BLOCK_OUT, DOT_DTYPE=dot_dtype(x.dtype),
-        num_warps=4, num_stages=2, enable_fp_fusion=True,
+        num_warps=4, num_stages=2, enable_fp_fusion=True, **dependent_launch(x.device),
     )  # fmt: skip
 
 
@@ -66,8 +66,10 @@ def _project_down(
     BLOCK_RANK: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Multiplies some rows by some of the rank, over one split of the inner dimension."""
+    wait_for_earlier(DEPENDENT)
     place = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row = tl.load(rows + place, mask=place < num_rows, other=-1)
     if tl.max(row, 0) < 0:
@@ -109,8 +111,10 @@ def _project_up(
     BLOCK_RANK: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Computes some of the outputs of some rows, and adds them to y."""
+    wait_for_earlier(DEPENDENT)
     place = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row = tl.load(rows + place, mask=place < num_rows, other=-1)
     if tl.max(row, 0) < 0:

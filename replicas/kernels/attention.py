@@ -21,12 +21,14 @@ import torch
 import triton
 import triton.language as tl
 
-from replicas.kernels.launch import block_shared_bytes, dot_dtype, num_sms
+from replicas.kernels.launch import block_shared_bytes, dependent_launch, dot_dtype, num_sms, wait_for_earlier
 
 SEGMENT_FIELDS = tl.constexpr(5)
 WORK_FIELDS = tl.constexpr(6)
 _BUFFERED_BYTES = 128 << 10
 """Shared memory of a block from which on several blocks of keys and values are on their way at once."""
+_OPERANDS_BYTES = 227 << 10
+"""Shared memory of a block where tensor cores read operands from it (sm_90, sm_100), not from registers."""
 _MERGED_ROWS = 64
 """Rows of a split tile's parts that are read at once when they are merged."""
 _LOG2_E = 1.4426950408889634
@@ -106,6 +108,12 @@ def _wide(shape: TileShape) -> TileShape:
     return replace(shape, block_n=16, num_warps=8 if shape.block_m <= 64 else 16, num_stages=1)
 
 
+def _fitting(shape: TileShape, shared_bytes: int) -> TileShape:
+    """The shape, with half the keys a step for many rows where operands are in registers, which spill."""
+    is_narrow = shape.block_m >= 64 and 0 < shared_bytes < _OPERANDS_BYTES
+    return replace(shape, block_n=32) if is_narrow else shape
+
+
 def queries_per_tile(shape: TileShape, queries_per_kv: int) -> int:
     return shape.block_m // queries_per_kv
 
@@ -135,12 +143,13 @@ def ragged_paged_attention(
     assert output.is_contiguous()
     assert cache.is_contiguous()
     wide = queries.dtype is torch.float32
-    has_room = block_shared_bytes(queries.device) >= _BUFFERED_BYTES
+    shared_bytes = block_shared_bytes(queries.device)
+    has_room = shared_bytes >= _BUFFERED_BYTES
     block_d = max(16, triton.next_power_of_2(head_dim))
     for group in work:
         if not len(group.items):
             continue
-        shape = _wide(group.shape) if wide else group.shape
+        shape = _wide(group.shape) if wide else _fitting(group.shape, shared_bytes)
         _attend[(num_kv_heads, len(group.items))](
             queries, cache, output, scratch.partial, scratch.log_sums, scratch.num_done, group.items,
             segments, page_table, scales, queries.stride(0), head_dim**-0.5 * _LOG2_E,
@@ -148,7 +157,7 @@ def ragged_paged_attention(
             BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, BLOCK_D=block_d,
             PARTS_AT_ONCE=max(1, _MERGED_ROWS // shape.block_m), DOT_DTYPE=dot_dtype(queries.dtype),
             num_warps=shape.num_warps, num_stages=shape.num_stages if has_room else min(2, shape.num_stages),
-            enable_fp_fusion=True,
+            enable_fp_fusion=True, **dependent_launch(queries.device),
         )  # fmt: skip
 
 
@@ -175,11 +184,13 @@ def _attend(
     BLOCK_D: tl.constexpr,
     PARTS_AT_ONCE: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Attends one tile of one K/V head, over all of its keys or one split of them."""
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     IS_WITHIN_PAGE: tl.constexpr = PAGE_SIZE % BLOCK_N == 0
+    wait_for_earlier(DEPENDENT)
     kv_head = tl.program_id(0)
     item = work + WORK_FIELDS * tl.program_id(1)
     segment = tl.load(item)

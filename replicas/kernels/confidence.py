@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from replicas.kernels.launch import splits_to_fill
+from replicas.kernels.launch import dependent_launch, splits_to_fill, wait_for_earlier
 
 _BLOCK = 4096
 _MAX_SPLITS = 32
@@ -61,12 +61,13 @@ def confidence(logits: torch.Tensor, mask_token_id: int | None, num_splits: int 
         logits, largest, sums, ids, *found, logits.stride(0),
         mask_token_id=-1 if mask_token_id is None else mask_token_id,
         VOCAB=vocab, NUM_SPLITS=num_splits, BLOCKS_PER_SPLIT=triton.cdiv(num_blocks, num_splits), BLOCK=block,
-        num_warps=8, enable_fp_fusion=True,
+        num_warps=8, enable_fp_fusion=True, **dependent_launch(device),
     )  # fmt: skip
     if num_splits > 1:
         _merge[(num_rows,)](
-            largest, sums, ids, *found, NUM_SPLITS=num_splits, num_warps=1, enable_fp_fusion=True
-        )
+            largest, sums, ids, *found, NUM_SPLITS=num_splits, num_warps=1, enable_fp_fusion=True,
+            **dependent_launch(device),
+        )  # fmt: skip
     return found
 
 
@@ -100,8 +101,10 @@ def _scan(
     NUM_SPLITS: tl.constexpr,
     BLOCKS_PER_SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Scans one split of one row."""
+    wait_for_earlier(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     first = split * BLOCKS_PER_SPLIT * BLOCK
@@ -131,8 +134,12 @@ def _scan(
 
 
 @triton.jit
-def _merge(largest_parts, total_parts, token_parts, tokens, probs, log_sums, NUM_SPLITS: tl.constexpr):
+def _merge(
+    largest_parts, total_parts, token_parts, tokens, probs, log_sums,
+    NUM_SPLITS: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
     """Merges one row's splits."""
+    wait_for_earlier(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     at = row * NUM_SPLITS + tl.arange(0, NUM_SPLITS)
     part = tl.load(largest_parts + at)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from replicas.kernels.launch import dot_dtype
+from replicas.kernels.launch import dependent_launch, dot_dtype, prefetch_weights, wait_for_earlier
 from replicas.kernels.normed_product import MAX_ROWS, Block, block_of, decoded, normed_product
 
 _MANY_ROWS = Block(128, 128, 64, 8, 3)
@@ -56,6 +56,7 @@ def project(
         BLOCK_M=block.rows, BLOCK_COLUMNS=block.columns, BLOCK_INNER=block.inner,
         DOT_DTYPE=dot_dtype(x.dtype),
         num_warps=block.num_warps, num_stages=block.num_stages, enable_fp_fusion=True,
+        **dependent_launch(x.device),
     )  # fmt: skip
     return y
 
@@ -75,10 +76,14 @@ def _project(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Computes some columns of some rows."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    if DEPENDENT:
+        prefetch_weights(weight, column, NUM_COLUMNS, SIZE, BLOCK_COLUMNS)
+    wait_for_earlier(DEPENDENT)
     is_row, is_column = row < num_rows, column < NUM_COLUMNS
     sums = normed_product(
         x, None, weight, scales, 0.0, row, is_row, column, is_column,

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from replicas.kernels.launch import dot_dtype
+from replicas.kernels.launch import dependent_launch, dot_dtype, prefetch_weights, wait_for_earlier
 from replicas.kernels.normed_product import Norm, block_of, decoded, normed_product
 from replicas.kernels.rms_norm import rms_norm_reference
 from replicas.kernels.swiglu import swiglu_reference
@@ -35,6 +35,7 @@ def project_gated(
         SIZE=size, WIDTH=width, BLOCK_M=block.rows, BLOCK_COLUMNS=block.columns, BLOCK_INNER=block.inner,
         DOT_DTYPE=dot_dtype(x.dtype),
         num_warps=block.num_warps, num_stages=block.num_stages, enable_fp_fusion=True,
+        **dependent_launch(x.device),
     )  # fmt: skip
     return y
 
@@ -54,13 +55,18 @@ def _project_gated(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Computes some columns of all rows: the gate of a column and what it gates are neighbours."""
     number = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    weight_row = number // 2 + number % 2 * WIDTH
+    if DEPENDENT:
+        prefetch_weights(weight, weight_row, 2 * WIDTH, SIZE, BLOCK_COLUMNS)
+    wait_for_earlier(DEPENDENT)
     row = tl.arange(0, BLOCK_M)
     is_row = row < num_rows
     both = normed_product(
-        x, norm, weight, scales, eps, row, is_row, number // 2 + number % 2 * WIDTH, number < 2 * WIDTH,
+        x, norm, weight, scales, eps, row, is_row, weight_row, number < 2 * WIDTH,
         SIZE, BLOCK_M, BLOCK_COLUMNS, BLOCK_INNER, DOT_DTYPE,
     )  # fmt: skip
     gate, up = tl.split(tl.reshape(both, (BLOCK_M, BLOCK_COLUMNS // 2, 2)))

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from replicas.kernels.launch import dot_dtype
+from replicas.kernels.launch import dependent_launch, dot_dtype, prefetch_weights, wait_for_earlier
 from replicas.kernels.normed_product import Norm, block_of, decoded, normed_product
 from replicas.kernels.rms_norm import rms_norm_reference
 from replicas.kernels.store_kv import Rotation, store_kv_reference
@@ -51,6 +51,7 @@ def project_qkv(
         BLOCK_M=block.rows, BLOCK_COLUMNS=block.columns, BLOCK_INNER=block.inner,
         DOT_DTYPE=dot_dtype(x.dtype),
         num_warps=block.num_warps, num_stages=block.num_stages, enable_fp_fusion=True,
+        **dependent_launch(x.device),
     )  # fmt: skip
     return queries
 
@@ -80,11 +81,16 @@ def _project_qkv(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Projects all rows to some columns, of whatever heads; neighbours, which are turned together, are in
     one program."""
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    is_column = column < (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
+    NUM_COLUMNS: tl.constexpr = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
+    if DEPENDENT:
+        prefetch_weights(weight, column, NUM_COLUMNS, SIZE, BLOCK_COLUMNS)
+    wait_for_earlier(DEPENDENT)
+    is_column = column < NUM_COLUMNS
     row = tl.arange(0, BLOCK_M)
     is_row = row < num_rows
     y = normed_product(

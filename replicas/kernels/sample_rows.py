@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from replicas.kernels.confidence import Confidence
+from replicas.kernels.launch import dependent_launch, wait_for_earlier
 
 _BLOCK = 8192
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -102,6 +103,7 @@ def sample_rows(
         logits, lines, slots, *best, *draws, *drawn, logits.stride(0),
         -1 if mask_token_id is None else mask_token_id,
         VOCAB=vocab, BLOCK=min(_BLOCK, triton.next_power_of_2(vocab)), num_warps=16, enable_fp_fusion=True,
+        **dependent_launch(logits.device),
     )  # fmt: skip
     return drawn
 
@@ -197,11 +199,13 @@ def _draw(
     mask_token_id,
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Draws one row's token.
 
     Rounding may leave the target unpassed; the last block, or token, of positive weight is then taken.
     """
+    wait_for_earlier(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperatures + row)
     chosen = tl.load(best + row)

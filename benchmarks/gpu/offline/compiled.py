@@ -13,6 +13,12 @@ from triton.compiler import ASTSource
 from benchmarks.gpu.offline.devices import Device
 from benchmarks.gpu.offline.trace import Variant
 
+_WAIT = "griddepcontrol.wait"
+_NOT_BEFORE = re.compile(
+    r"^\s*(?:@!?%p\d+\s+)?((?:ld(?!\.param|\.shared)|st(?!\.shared)|atom|red|cp|bra|brx|ret|exit|call)\b[.\w:]*)",
+    re.MULTILINE,
+)
+"""Instructions of PTX that read or write memory that others see, or may lead past the wait."""
 _TENSOR_CORES = {"wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma", "mma": r"\bmma\.sync"}
 
 
@@ -33,6 +39,10 @@ class Compiled:
     """Blocks that an SM holds."""
     tensor_cores: str = ""
     """The kind of instruction that multiplies; empty for none."""
+    is_dependent: bool = False
+    """True if it may begin before the kernel before it has ended."""
+    unordered: str = ""
+    """What keeps that from being safe."""
 
 
 def compile_variant(variant: Variant, device: Device) -> Compiled:
@@ -60,6 +70,7 @@ def compile_variant(variant: Variant, device: Device) -> Compiled:
         )
         kinds = ["mfma"] if re.search(r"\bv_mfma_", text) else []
     shared = int(metadata.shared)
+    is_dependent = bool(variant.options.get("launch_pdl"))
     tensor_memory = int(getattr(metadata, "tmem_size", 0) or 0)
     return Compiled(
         label=variant.label,
@@ -68,7 +79,24 @@ def compile_variant(variant: Variant, device: Device) -> Compiled:
         shared_bytes=shared,
         num_resident=device.num_resident(registers, shared, metadata.num_warps, tensor_memory),
         tensor_cores="+".join(kinds),
+        is_dependent=is_dependent,
+        unordered=disorder(made.asm.get("ptx", ""), is_dependent),
     )
+
+
+def disorder(ptx: str, is_dependent: bool) -> str:
+    """What is wrong with where a kernel waits for those before it (replicas.kernels.launch); empty for
+    nothing.
+
+    Launched as a dependent, each thread of it must wait, and before that neither read nor write what others
+    see: so up to the wait there is no branch, and no access but to its arguments and to what is its own.
+    """
+    num_waits = ptx.count(_WAIT)
+    if num_waits != is_dependent:
+        return f"waits {num_waits} times for the kernel before it, not {int(is_dependent)}"
+    before = ptx[ptx.find("{", ptx.find(".entry")) : ptx.find(_WAIT)] if is_dependent else ""
+    found = _NOT_BEFORE.search(before)
+    return f"{found[1]} before it waits" if found else ""
 
 
 def one_of_each(variants: list[Variant]) -> list[Variant]:
@@ -82,13 +110,16 @@ def one_of_each(variants: list[Variant]) -> list[Variant]:
 def excess(found: Compiled, device: Device, budget: dict[str, Any] | None) -> list[str]:
     """What is wrong with it: does not compile, can't be launched, or takes more than its budget.
 
-    budget: {"registers", "spilled_bytes", "shared_bytes": at most, "num_resident": at least, "tensor_cores"}
+    budget: {"registers", "spilled_bytes", "shared_bytes": at most, "num_resident": at least, "tensor_cores",
+    "is_dependent"}
     """
     name = f"{device.name}: {found.label}"
     if found.error:
         return [f"{name} does not compile: {found.error}"]
     if not found.num_resident:
         return [f"{name} takes {found.shared_bytes} B of shared memory of {device.block_shared_bytes}"]
+    if found.unordered:
+        return [f"{name}: {found.unordered}"]
     if budget is None:
         return [f"{name} has no budget: --write-budget"]
     wrong = [
@@ -100,6 +131,8 @@ def excess(found: Compiled, device: Device, budget: dict[str, Any] | None) -> li
         wrong.append(f"{name}: {found.num_resident} blocks an SM, at least {budget['num_resident']}")
     if found.tensor_cores != budget["tensor_cores"]:
         wrong.append(f"{name}: multiplies by {found.tensor_cores!r}, not {budget['tensor_cores']!r}")
+    if found.is_dependent != budget["is_dependent"]:
+        wrong.append(f"{name}: launched as a dependent: {found.is_dependent}, not {budget['is_dependent']}")
     return wrong
 
 
@@ -116,6 +149,7 @@ def budget_of(found: list[Compiled]) -> dict[str, dict[str, Any]]:
                 "shared_bytes": max(item.shared_bytes for item in same),
                 "num_resident": min(item.num_resident for item in same),
                 "tensor_cores": kinds.most_common(1)[0][0],
+                "is_dependent": all(item.is_dependent for item in same),
             }
     return budget
 

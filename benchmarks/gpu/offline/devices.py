@@ -25,6 +25,11 @@ class Device:
         """True if the runner accepts fp8 K/V on it (replicas.model.cuda.runner)."""
         return self.target.backend != "cuda" or int(self.target.arch) >= 89
 
+    @property
+    def has_dependent_launch(self) -> bool:
+        """True if kernels begin there before the one before them has ended (replicas.kernels.launch)."""
+        return self.target.backend == "cuda" and int(self.target.arch) >= 90
+
     def num_resident(self, registers: int, shared_bytes: int, num_warps: int, tensor_memory: int) -> int:
         """The blocks that an SM holds at once; 0 if one alone is too large.
 

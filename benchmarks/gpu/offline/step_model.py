@@ -8,11 +8,15 @@ benchmarks.gpu.offline.launches counts, and by assumption one more behind each o
 residual, which adds the parts of its sums. Attention's programs are those of the list of work that a step has
 (replicas.kernels.tiling), each begun where one has ended.
 
-`--before` has the launches of before the products of few rows, with attention split alike for all, and
-`--fp8-weights` weights in 8 bits. The last line is of contexts that differ: 64 requests of 1,000 tokens and
-one of 90,000. Under "of_ms" is what the parts are for: "floor" is the weights at a copy's rate, "rate" what
-products lose to it, "L2" what the rows read again take beyond that, "ramps and gaps" those of the products,
-"sums" the kernels behind cuBLAS's.
+A kernel of ours behind one of ours begins before that has ended (programmatic dependent launch), which by
+assumption hides most of the gap and, as the first weights are in the L2 cache by then, of a product's ramp.
+Behind cuBLAS's, and behind torch's, it begins in its turn.
+
+`--in-turn` has all kernels begin so, `--before` the launches of before the products of few rows, with
+attention split alike for all, and `--fp8-weights` weights in 8 bits. The last line is of contexts that
+differ: 64 requests of 1,000 tokens and one of 90,000. Under "of_ms" is what the parts are for: "floor" is the
+weights at a copy's rate, "rate" what products lose to it, "L2" what the rows read again take beyond that,
+"ramps and gaps" those of the products, "sums" the kernels behind cuBLAS's.
 """
 
 import argparse
@@ -31,6 +35,8 @@ _OF_COPY = 0.90
 """What a product reaches of a copy; assumed, for cuBLAS's and for ours alike."""
 _GAP_US, _TINY_US, _RAMP_US = 1.2, 1.8, 2.0
 """Between two nodes of a graph; a tiny kernel; the ramp and tail of a product. Assumed."""
+_EARLY_GAP_US, _EARLY_RAMP_US = 0.3, 0.8
+"""What is left of a gap and of a ramp where a kernel begins before the one before it has ended. Assumed."""
 _NUM_SMS, _RESIDENT = 132, 3
 _BLOCK_US = {"before": 1.5, "now": 0.9}
 """A block of 64 keys in an attention program's turn: with one buffer of keys and values, and with two or
@@ -53,12 +59,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--before", action="store_true")
+    parser.add_argument("--in-turn", action="store_true")
     parser.add_argument("--fp8-weights", action="store_true")
     options = parser.parse_args()
     when, itemsize = "before" if options.before else "now", 1 if options.fp8_weights else 2
+    overlaps = not (options.before or options.in_turn)
     for contexts in (*([_CONTEXT] * batch for batch in (1, 8, 16, 32, 64)), _UNEVEN):
         parts: dict[str, float] = defaultdict(float)
-        for name, us in _parts(contexts, when, itemsize):
+        for name, us in _parts(contexts, when, itemsize, overlaps):
             parts[name] += us
         step_ms = sum(parts.values()) / 1e3
         floor_ms = _weight_bytes(itemsize) / _BYTES_PER_S * 1e3
@@ -81,27 +89,35 @@ def _weight_bytes(itemsize: int) -> int:
     return itemsize * (_LAYERS * (qkv + _HEADS * _DIM * _HIDDEN + 3 * _HIDDEN * _WIDTH) + _VOCAB * _HIDDEN)
 
 
-def _parts(contexts: Sequence[int], when: str, itemsize: int) -> Iterator[tuple[str, float]]:
-    """The parts of a step in microseconds, by name."""
+def _parts(contexts: Sequence[int], when: str, itemsize: int, overlaps: bool) -> Iterator[tuple[str, float]]:
+    """The parts of a step in microseconds, by name.
+
+    overlaps: kernels of ours begin before those of ours before them have ended
+    """
     few, batch = when == "now", len(contexts)
     ours = few and (batch <= _OURS_UP_TO or itemsize == 1)
     qkv = (_HEADS + 2 * _KV_HEADS) * _DIM
-    for size, num_columns, columns in (
-        (_HIDDEN, qkv, 32 if few else 64),
-        (_HIDDEN, 2 * _WIDTH, 128),
-        (_HEADS * _DIM, _HIDDEN, 32 if ours else 64),
-        (_WIDTH, _HIDDEN, 32 if ours else 64),
+    # Between two layers, and between attention and the output product, but for the last selection of rows.
+    early = overlaps and ours
+    for size, num_columns, columns, num_early in (
+        (_HIDDEN, qkv, 32 if few else 64, early * (_LAYERS - 1)),
+        (_HIDDEN, 2 * _WIDTH, 128, early * _LAYERS),
+        (_HEADS * _DIM, _HIDDEN, 32 if ours else 64, early * (_LAYERS - 1)),
+        (_WIDTH, _HIDDEN, 32 if ours else 64, early * _LAYERS),
     ):
         for name, us in _product(batch, size, num_columns, columns, itemsize):
             yield name, _LAYERS * us
+        yield "ramps and gaps", _ramps_and_gaps(_LAYERS - num_early, num_early)
     yield from _product(batch, _HIDDEN, _VOCAB, 128, itemsize)
+    yield "ramps and gaps", _ramps_and_gaps(1, 0)
     if not ours:
         yield "sums", _LAYERS * 2 * (_TINY_US + _GAP_US)
-    yield "attention", _LAYERS * _attention(contexts, when)
+    gap_us = _EARLY_GAP_US if overlaps else _GAP_US
+    yield "attention", _LAYERS * (gap_us + _attention(contexts, when))
     if not few:
         yield "norms, rotation, gate", _LAYERS * 4 * (_TINY_US + _GAP_US)
     # Copy, embedding, two selections of rows, the last norm, scan, merge, two kernels of the sampler, copy.
-    yield "the rest", 10 * (_TINY_US + _GAP_US)
+    yield "the rest", 10 * _TINY_US + 8 * _GAP_US + 2 * gap_us
 
 
 def _product(
@@ -114,13 +130,16 @@ def _product(
     yield "floor", floor_us
     yield "rate", reached_us - floor_us
     yield "L2", max(0.0, through_l2 / _L2_BYTES_PER_S * 1e6 - reached_us)
-    yield "ramps and gaps", _RAMP_US + _GAP_US
+
+
+def _ramps_and_gaps(num_in_turn: int, num_early: int) -> float:
+    return num_in_turn * (_RAMP_US + _GAP_US) + num_early * (_EARLY_RAMP_US + _EARLY_GAP_US)
 
 
 def _attention(contexts: Sequence[int], when: str) -> float:
     read = sum(contexts) * 2 * _KV_HEADS * _DIM * 2 / (_BYTES_PER_S * 0.85) * 1e6
     us = 3.2 + (_split_alike if when == "before" else _by_work)(contexts)
-    return max(us, read + 2.0) + _GAP_US
+    return max(us, read + 2.0)
 
 
 def _split_alike(contexts: Sequence[int]) -> float:

@@ -228,8 +228,11 @@ def _is_non_blocking(args: Any, kwargs: Any) -> bool:
 def standing_in(device: Device, trace: Trace) -> Iterator[None]:
     """Launches are bound as for the device and recorded; nothing is compiled."""
     run = JITFunction.run
+    launch_pdl = False
 
     def bind(function: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        nonlocal launch_pdl
+        launch_pdl = kwargs.get("launch_pdl", False)
         given = [_Pointer(item) if isinstance(item, torch.Tensor) else item for item in args]
         run(function, *given, grid=grid, warmup=True, **kwargs)
 
@@ -238,6 +241,8 @@ def standing_in(device: Device, trace: Trace) -> Iterator[None]:
         key = f"{function.__name__} {key}"
         names = ("num_warps", "num_ctas", "num_stages", "enable_fp_fusion")
         options = {name: compile[name] for name in names if name in compile}
+        if launch_pdl:  # which Triton does not tell the hook
+            options["launch_pdl"] = True
         found = Variant(
             function,
             compile["signature"],
@@ -256,6 +261,9 @@ def standing_in(device: Device, trace: Trace) -> Iterator[None]:
             stack.enter_context(patch.object(module, "num_sms", lambda _: device.num_sms))
         stack.enter_context(
             patch.object(attention, "block_shared_bytes", lambda _: device.block_shared_bytes)
+        )
+        stack.enter_context(
+            patch.object(launch, "has_dependent_launch", lambda _: device.has_dependent_launch)
         )
         stack.enter_context(patch.object(sampling, "Fetch", _Fetch))
         stack.enter_context(patch.object(runner_module, "GraphRecorder", _Recorder))

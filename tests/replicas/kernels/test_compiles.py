@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu.offline.compiled import disorder
 from benchmarks.gpu.offline.table import MARKS, table
 from replicas.kernels.attention import TILE_SHAPES
 
@@ -61,6 +62,61 @@ def test_nothing_spills_on_the_gpus_it_is_for() -> None:
     for target in ("sm_90", "sm_100"):
         for label, most in budget[target].items():
             assert "fp32" in label or most["spilled_bytes"] == 0, (target, label)
+
+
+STEP = ("project_qkv", "attend", "project", "project_gated", "scan", "merge", "draw")
+"""The kernels of an `ar` step but its last norm."""
+
+
+def test_a_steps_kernels_begin_before_their_turn_where_they_can() -> None:
+    for target, kernels in json.loads(BUDGET.read_text()).items():
+        dependent = {label.split()[0] for label, most in kernels.items() if most["is_dependent"]}
+        if target in ("sm_80", "gfx942"):
+            assert not dependent
+        else:
+            assert dependent >= set(STEP)
+            assert {label for label in kernels if label.split()[0] in STEP} == {
+                label for label, most in kernels.items() if most["is_dependent"] and label.split()[0] in STEP
+            }
+
+
+KERNEL = """.visible .entry _scan(
+	.param .u64 .ptr .global .align 16 _scan_param_0
+)
+{
+	ld.param.b64 	%%rd1, [_scan_param_0];
+	prefetch.global.L2 [%%rd1];
+	%s
+	griddepcontrol.wait; // dummy %%r0
+	ld.global.b32 	%%r1, [%%rd1];
+	ret;
+}"""
+
+
+def test_a_kernel_that_waits_first_is_in_order() -> None:
+    assert not disorder(KERNEL % "mov.u32 	%r1, %tid.x;", is_dependent=True)
+    assert not disorder("ret;", is_dependent=False)
+
+
+@pytest.mark.parametrize(
+    "early",
+    [
+        "ld.global.b32 	%r1, [%rd1];",
+        "@%p1 st.global.b32 	[%rd1], %r1;",
+        "cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10;",
+        "atom.global.add.u32 	%r1, [%rd1], 1;",
+        "@%p1 bra 	$L__BB0_1;",
+        "@%p1 ret;",
+        "griddepcontrol.wait;",
+    ],
+)
+def test_a_kernel_that_does_anything_before_it_waits_is_found_out(early: str) -> None:
+    assert disorder(KERNEL % early, is_dependent=True)
+
+
+def test_a_dependent_that_never_waits_is_found_out() -> None:
+    assert disorder("ret;", is_dependent=True)
+    assert disorder(KERNEL % "", is_dependent=False)
 
 
 @pytest.mark.parametrize("rows", [64, 128])

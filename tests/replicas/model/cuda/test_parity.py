@@ -15,6 +15,7 @@ from replicas.engine.batch import ScheduledBatch, Segment
 from replicas.engine.engine import Engine
 from replicas.engine.history import NO_TOKENS, Prefix
 from replicas.engine.sequence import Sequence
+from replicas.kernels import launch
 from replicas.kernels.normed_product import decoded, encoded
 from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.adapter import AdapterRows
@@ -116,6 +117,29 @@ def test_steps_begun_ahead_change_no_token(folder: Path, reference: Reference, p
         expected = reference.mixed(asked, 6, lambda _: plan, ignore_eos=True)
         assert completion(sequence) == expected.token_ids
     assert engine.scheduler.counters.num_ahead > 0
+
+
+@pytest.mark.skipif(
+    not launch.has_dependent_launch(torch.device(DEVICE)), reason="all kernels begin in their turn there"
+)
+def test_kernels_that_begin_before_their_turn_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In graphs and beside them, to the last bit, over many layers that each follow close on the other."""
+    folder = make_tiny_checkpoint(tmp_path, seed=7, num_hidden_layers=12)
+    tokens, table = prompt(60, seed=1), tuple(range(8))
+    steps = [segment(tokens[:48], table, wanted=(47,)), segment(tokens[48:], table, start=48)]
+
+    def run() -> tuple[dict[tuple[int, Mode], tuple[int, ...]], torch.Tensor]:
+        runner = make_runner(folder, Options())
+        return run_all(runner, PROMPTS), torch.cat([runner.forward([step]) for step in steps])
+
+    early = [run() for _ in range(3)]
+    monkeypatch.setattr(launch, "has_dependent_launch", lambda _: False)
+    expected_tokens, expected_logits = run()
+    for found_tokens, found_logits in early:
+        assert found_tokens == expected_tokens
+        assert torch.equal(found_logits, expected_logits)
 
 
 def test_all_steps_of_a_lone_sequence_are_begun_ahead(folder: Path, reference: Reference) -> None:
