@@ -106,7 +106,7 @@ async def test_where_no_app_is_to_be_had_serve_answers_and_later_the_app(in_repl
 
 
 async def test_the_parts_of_a_stream_go_past_the_layers_and_arrive_the_same(in_replica) -> None:
-    asked = chat(stream=True, stream_interval=1, decoding={"mode": "ar"})
+    asked = chat(stream=True, max_tokens=200, decoding={"mode": "ar"})
     async with a_stack() as stack:
         layer = Layer(create_app(stack.door))
         in_replica(Deployment(layer))
@@ -124,7 +124,7 @@ async def test_the_parts_of_a_stream_go_past_the_layers_and_arrive_the_same(in_r
             texts.append("".join(chunk.get("content") or "" for chunk in chunks))
             sent.append([message["type"] for message in layer.sent])
         assert texts[0] == texts[1] != ""
-        assert len(sent[0]) > 3
+        assert len(sent[0]) > 2
         assert sent[1] == ["http.response.start", "http.response.body"]
 
 
