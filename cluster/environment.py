@@ -5,10 +5,11 @@ HAProxy stands in its place, which Ray brings along, and clients reach the ingre
 """
 
 import os
+import random
 import shlex
 import socket
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from replicas.machine import default_num_threads
@@ -19,6 +20,10 @@ SILENT_CLIENT_S = 120
 """The time for which a client may neither send what it owes nor take what there is for it."""
 MIN_DRAIN_S = 1
 """The time for which an ingress that is to end still answers: HAProxy has stopped sending by then."""
+
+EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+NUM_BELOW = 8192
+"""The number of ports below those of outgoing connections that are looked through."""
 
 OWN_PORTS = (
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
@@ -53,17 +58,34 @@ def serving_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "router.direct.middleware",
     }
     # Of a cluster's own: sent to the port of another one's, a request would be answered by that.
-    wanted |= dict(zip(OWN_PORTS, map(str, _free_ports(len(OWN_PORTS))), strict=True))
+    wanted |= dict(zip(OWN_PORTS, map(str, free_ports(len(OWN_PORTS))), strict=True))
     return {name: os.environ.get(name, value) for name, value in wanted.items()}
 
 
-def _free_ports(count: int) -> list[int]:
-    """Finds ports that are all different: each stays taken until the last is found."""
+def free_ports(count: int) -> list[int]:
+    """Finds ports that are all different: each stays taken until the last is found.
+
+    They lie below those that the system gives to outgoing connections: Ray makes hundreds of these while it
+    starts, and one of them would take a port before its server does.
+    """
     with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
+        probes: list[socket.socket] = []
+        below = range(max(1024, _first_ephemeral() - NUM_BELOW), _first_ephemeral())
+        for port in random.sample(below, len(below)):
+            probe = stack.enter_context(socket.socket())
+            with suppress(OSError):  # it is taken
+                probe.bind(("0.0.0.0", port))
+                probes.append(probe)
+            if len(probes) == count:
+                return [probe.getsockname()[1] for probe in probes]
+        raise OSError(f"no {count} free ports of {below.start} to {below.stop - 1}")
+
+
+def _first_ephemeral() -> int:
+    try:
+        return int(EPHEMERAL.read_text().split()[0])
+    except OSError:
+        return 32768
 
 
 def main() -> None:

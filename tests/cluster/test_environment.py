@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.environment import OWN_PORTS, serving_environment
+from cluster.environment import EPHEMERAL, OWN_PORTS, free_ports, serving_environment
 
 LONGEST_SOCKET = 107
 NODE_ID = "f" * 56
@@ -19,6 +19,13 @@ def test_two_clusters_on_a_machine_share_no_port_and_no_file(tmp_path: Path) -> 
     files = {name for name, value in first.items() if str(tmp_path) in value}
     assert len(files) == 5
     assert all(first[name] != second[name] for name in files)
+
+
+def test_no_outgoing_connection_can_take_a_port_before_its_server_does() -> None:
+    first = int(EPHEMERAL.read_text().split()[0])
+    ports = free_ports(50)
+    assert len(set(ports)) == 50
+    assert all(1024 <= port < first for port in ports)
 
 
 def test_haproxy_is_the_one_with_our_bounds_and_can_be_started(tmp_path: Path) -> None:
