@@ -32,7 +32,8 @@ def test_a_run_writes_a_report_that_needs_nothing_else(openai_server: OpenAiServ
     assert [line[0] for line in overview[2:]] == [
         f"| `{name}`" for name in ("auto", "ar", "self_speculation", "diffusion")
     ]
-    assert "http" not in page.replace(openai_server.url, "")
+    text = re.sub(r"base64,[A-Za-z0-9+/=]+", "", page)  # in which any four letters come now and then
+    assert "http" not in text.replace(openai_server.url, "")
     records = list(read_records(tmp_path / "records.jsonl"))
     rows = json.loads((tmp_path / "summary.json").read_text())
     settings = {"auto", "ar", "self_speculation", "diffusion"}
