@@ -9,7 +9,8 @@ import random
 import shlex
 import socket
 import sys
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
+from itertools import chain, repeat
 from pathlib import Path
 
 from replicas.machine import default_num_threads
@@ -65,20 +66,25 @@ def serving_environment(folder: Path) -> dict[str, str]:
 def free_ports(count: int) -> list[int]:
     """Finds ports that are all different: each stays taken until the last is found.
 
-    They lie below those that the system gives to outgoing connections: Ray makes hundreds of these while it
-    starts, and one of them would take a port before its server does.
+    They lie below those that the system gives to outgoing connections, where there are any: Ray makes
+    hundreds of these while it starts, and one of them would take a port before its server does.
     """
     with ExitStack() as stack:
         probes: list[socket.socket] = []
         below = range(max(1024, _first_ephemeral() - NUM_BELOW), _first_ephemeral())
-        for port in random.sample(below, len(below)):
-            probe = stack.enter_context(socket.socket())
-            with suppress(OSError):  # it is taken
-                probe.bind(("0.0.0.0", port))
-                probes.append(probe)
+        for port in chain(random.sample(below, len(below)), repeat(0)):  # 0 is any
             if len(probes) == count:
-                return [probe.getsockname()[1] for probe in probes]
-        raise OSError(f"no {count} free ports of {below.start} to {below.stop - 1}")
+                break
+            probe = stack.enter_context(socket.socket())
+            try:
+                probe.bind(("0.0.0.0", port))
+            except OSError:  # it is taken
+                if not port:
+                    raise
+                probe.close()
+            else:
+                probes.append(probe)
+        return [probe.getsockname()[1] for probe in probes]
 
 
 def _first_ephemeral() -> int:

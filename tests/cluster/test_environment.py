@@ -28,6 +28,15 @@ def test_no_outgoing_connection_can_take_a_port_before_its_server_does() -> None
     assert all(1024 <= port < first for port in ports)
 
 
+def test_where_outgoing_connections_may_have_every_port_any_free_one_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = tmp_path / "range"
+    every.write_text("1024\t65535\n")
+    monkeypatch.setattr("cluster.environment.EPHEMERAL", every)
+    assert len({port for port in free_ports(50) if port >= 1024}) == 50
+
+
 def test_haproxy_is_the_one_with_our_bounds_and_can_be_started(tmp_path: Path) -> None:
     environment = serving_environment(tmp_path)
     assert os.access(environment["RAY_SERVE_HAPROXY_BINARY_PATH"], os.X_OK)
