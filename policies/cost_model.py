@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -16,6 +17,8 @@ from policies.replica_load import ReplicaLoad
 
 LOOKS = 5
 """The number of looks, 0.2 s apart, whose median is the load: a change counts once most of them show it."""
+LEAP = 3.0
+"""The ratio to that median from which a change is one that noise does not make: it counts once two looks show it."""
 OPTIMISM = 2.0
 """The standard deviations by which a plan may exceed what is expected of it, and is tried for that."""
 WORTH_TRYING = 0.05
@@ -120,7 +123,7 @@ class CostModelPolicy(Policy[tuple[float, ...]]):
         load, current = snapshot.load, snapshot.current
         num_auto = load.num_auto_clients
         state = (*state, num_auto)[-LOOKS:] if num_auto else ()
-        num_auto = statistics.median(state or (0,))
+        num_auto = _smoothed(state)
         forecasts = [
             forecast(load, plan, num_auto)
             for plan in self._bounds.candidates(load.modes, load.costs, load.risk)
@@ -165,6 +168,17 @@ class CostModelPolicy(Policy[tuple[float, ...]]):
         if expected.plan.mode in LOSSLESS_MODES:
             return expected.awaited_tokens_per_s
         return expected.awaited_tokens_per_s / (1.0 + self._bounds.diffusion_gain)
+
+
+def _smoothed(looks: Sequence[float]) -> float:
+    """Returns the number of clients by the last looks at it, 0 without any."""
+    if not looks:
+        return 0.0
+    median = statistics.median(looks)
+    low, high = sorted(looks[-2:]) if len(looks) > 1 else (median, median)
+    if low >= LEAP * median:
+        return low
+    return high if high * LEAP <= median else median
 
 
 def _gain(best: tuple[float, float], current: tuple[float, float]) -> float:

@@ -6,11 +6,16 @@ who never come back are left over, and told by their age; were the first to end 
 would be renewed for ever by the others.
 """
 
+import math
 from collections import deque
 
 LASTING_S = 0.5
-"""The time after which a client that has not asked again is taken to have gone; of many that are between two
-requests at all times, those that never all were back within it count as gone too."""
+"""The time after which a client that has not asked again is taken to have gone."""
+GRACE = 4.0
+"""The mean turnarounds after which those who have not asked again count only as far as arrivals bear them out: of
+exponential times one in fifty is longer."""
+BORNE_OUT = 2.0
+"""That number over the one which arrivals within the grace make by Little's law, so that chance leaves nobody out."""
 NUM_REMEMBERED = 16.0
 """The number of turnarounds over which their mean is taken, an older one counting less."""
 
@@ -20,6 +25,7 @@ class Turnarounds:
 
     def __init__(self) -> None:
         self._ended_s: deque[float] = deque()
+        self._arrived_s: deque[float] = deque()
         self._mean_s = self._weight = 0.0
 
     @property
@@ -29,9 +35,14 @@ class Turnarounds:
 
     def num_between(self, now_s: float) -> int:
         """Returns the number of clients whose last request ended, and whose next is to come."""
-        while self._ended_s and self._ended_s[0] <= now_s - LASTING_S:
-            self._ended_s.popleft()
-        return len(self._ended_s)
+        self._forget(now_s)
+        if self._weight < NUM_REMEMBERED:
+            return len(self._ended_s)
+        grace_s = GRACE * self._mean_s
+        num_late = sum(ended_s < now_s - grace_s for ended_s in self._ended_s)
+        num_arrived = sum(arrived_s >= now_s - grace_s for arrived_s in self._arrived_s)
+        borne_out = math.ceil(num_arrived * BORNE_OUT / GRACE)
+        return len(self._ended_s) - max(0, num_late - borne_out)
 
     def ended(self, now_s: float) -> None:
         """Notes that a request has ended. now_s: a clock that moves forward, the same for all calls."""
@@ -39,6 +50,13 @@ class Turnarounds:
 
     def arrived(self, now_s: float) -> None:
         """Notes that a request has arrived."""
-        if self.num_between(now_s):
+        self._forget(now_s)
+        self._arrived_s.append(now_s)
+        if self._ended_s:
             self._weight = min(self._weight + 1.0, NUM_REMEMBERED)
             self._mean_s += (now_s - self._ended_s.pop() - self._mean_s) / self._weight
+
+    def _forget(self, now_s: float) -> None:
+        for times_s in (self._ended_s, self._arrived_s):
+            while times_s and times_s[0] <= now_s - LASTING_S:
+                times_s.popleft()

@@ -334,6 +334,15 @@ def test_a_dip_between_two_looks_is_no_change_of_load():
     assert set(plans) == {steady}
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 64), (64, 1)])
+def test_a_leap_of_the_load_counts_at_the_second_look(before, after):
+    policy = create_policy("cost_model", {"quality": "any", "stabilise": {"dwell_s": 0.0}})
+    loads = [a_replica(before)] * 10 + [a_replica(after)] * 2
+    plans = [d.decode for _, d in drive(policy, [(PERIOD_S * i, load) for i, load in enumerate(loads)])]
+    assert plans[-2] == decided(a_replica(before)).decode
+    assert plans[-1] == decided(a_replica(after)).decode != plans[-2]
+
+
 def test_while_only_pinned_requests_run_the_plan_stays():
     pinned = replace(a_replica(40, pinned_by_mode={Mode.DIFFUSION: 40}), num_auto=0)
     for plan in (AR, speculation(4), diffusion(32)):

@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from policies.turnarounds import LASTING_S, Turnarounds
+from policies.turnarounds import GRACE, LASTING_S, Turnarounds
 
 
 def test_nobody_is_between_two_requests_before_any_has_ended():
@@ -68,8 +68,10 @@ def test_those_who_leave_are_not_renewed_by_those_who_stay(service_s, seed):
     *_, (now_s, num_in_flight) = closed_loop(turnarounds, rng, 64, service_s)
     for _ in range(num_in_flight):
         turnarounds.ended(now_s)
-    left_s = now_s
+    left_s, grace_s = now_s, GRACE * turnarounds.mean_s
     for now_s, num_in_flight in closed_loop(turnarounds, rng, 1, service_s, left_s, 100):
+        if now_s > left_s + 2 * grace_s:
+            assert num_in_flight + turnarounds.num_between(now_s) <= 6, "of 64, long before LASTING_S"
         if now_s > left_s + LASTING_S:
             assert num_in_flight + turnarounds.num_between(now_s) == 1
     assert turnarounds.mean_s == pytest.approx(0.0325, rel=0.4)
