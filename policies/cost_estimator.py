@@ -61,10 +61,14 @@ class CostEstimator:
             if forward.mode is not None:
                 sizes = forward.num_tokens.bit_length(), forward.num_segments.bit_length()
                 alike[forward.mode, *sizes].append(forward)
-        for (mode, *_), group in alike.items():
-            self._learn(mode, group)
+        spent_ms = {kind: sum(forward.ms for forward in group) for kind, group in alike.items()}
+        main = max(spent_ms, key=spent_ms.__getitem__, default=None)
+        # The most first: it tells of the pace, by which the others are then judged.
+        for kind in sorted(spent_ms, key=lambda kind: -spent_ms[kind]):
+            self._learn(kind[0], alike[kind], is_stray=kind != main)
 
-    def _learn(self, mode: Mode, group: Sequence[ForwardStats]) -> None:
+    def _learn(self, mode: Mode, group: Sequence[ForwardStats], is_stray: bool) -> None:
         ratios = sorted((math.log(forward.ms / self._shape.ms(*forward[:3])), forward) for forward in group)
         log, median = ratios[len(ratios) // 2]
-        self._learned.observe(mode, median.num_tokens, log, NOISE / math.sqrt(min(len(group), MAX_ALIKE)))
+        noise = NOISE / math.sqrt(min(len(group), MAX_ALIKE))
+        self._learned.observe(mode, median.num_tokens, log, noise, is_stray)

@@ -6,6 +6,7 @@ differ in them. Every term goes back to 0, and its uncertainty to its prior's, w
 tells of it.
 """
 
+import math
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -41,6 +42,7 @@ class DriftingFactors(Generic[Term]):
         self._covariance = np.zeros((0, 0))
         self._spreads = np.zeros(0)
         self._lasting_s = np.zeros(0)
+        self._surprised = 0.0  # the sign of the last observation's error, where it was a surprise
         self.add(shared, prior)
 
     def __contains__(self, term: Term) -> bool:
@@ -68,19 +70,28 @@ class DriftingFactors(Generic[Term]):
         self._covariance *= np.outer(kept, kept)
         self._covariance += np.diag(self._spreads**2 * (1.0 - kept**2))
 
-    def observe(self, weights: Mapping[Term, float], value: float, noise: float) -> None:
+    def observe(
+        self, weights: Mapping[Term, float], value: float, noise: float, is_stray: bool = False
+    ) -> None:
         """Learns that the shared term and the weighted sum of others, all added before, are `value` in all.
 
-        noise: the standard deviation of the value. Where it surprises, the shared term is taken to have
-        jumped: what happens to the machine at the wrong moment is more common than a factor far from what
-        was known.
+        noise: the standard deviation of the value. Where it surprises, and the one before did the same way, the
+        shared term is taken to have jumped: what happens to the machine at the wrong moment is more common
+        than a factor far from what was known. The first of them may be chance, and is not learned from.
+        is_stray: tells of nothing that is common; where it surprises, it is taken to be noisier.
         """
         row = self._row({**weights, self._shared: 1.0})
         error = value - float(row @ self._mean)
         variance = float(row @ self._covariance @ row) + noise**2
-        jump = max(0.0, error**2 - variance)
-        self._covariance[self._index[self._shared], self._index[self._shared]] += jump
-        self._learn(row, value, noise)
+        surprise = max(0.0, error**2 - variance)
+        if is_stray:
+            self._learn(row, value, math.sqrt(noise**2 + surprise))
+            return
+        way, before = math.copysign(1.0, error) if surprise else 0.0, self._surprised
+        self._surprised = way
+        if way in (0.0, before):
+            self._covariance[self._index[self._shared], self._index[self._shared]] += surprise
+            self._learn(row, value, noise)
 
     def recall(self, weights: Mapping[Term, float], value: float, spread: float) -> None:
         """Learns that a weighted sum, without the shared term, was once found to be `value`, give or take

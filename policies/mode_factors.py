@@ -72,11 +72,14 @@ class ModeFactorsEstimator:
         """Lets the time pass since the last call."""
         self._factors.advance(now_s)
 
-    def observe(self, mode: Mode, size: float, log: float, noise: float) -> None:
-        """Learns the logarithm of the common factor times a mode's at a size, give or take `noise`."""
+    def observe(self, mode: Mode, size: float, log: float, noise: float, is_stray: bool = False) -> None:
+        """Learns the logarithm of the common factor times a mode's at a size, give or take `noise`.
+
+        is_stray: as in DriftingFactors.observe.
+        """
         self._add(mode)
         weights = _terms(mode, octave_weights(size, self._num_octaves))
-        self._factors.observe(weights, log, noise)
+        self._factors.observe(weights, log, noise, is_stray)
         for term in {*self._reference, *weights}:
             before = self._reference.get(term, 0.0)
             self._reference[term] = before + REFERENCE_SHARE * (weights.get(term, 0.0) - before)
