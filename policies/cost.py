@@ -10,6 +10,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 from policies.modes import DecodePlan, Mode
@@ -202,6 +203,7 @@ class RoundYield:
         return 0.0 if self.plan.mode is Mode.AR else PRIOR_SPREAD / math.sqrt(1.0 + self.num_rounds)
 
 
+@lru_cache(maxsize=1024)
 def prior_yield(plan: DecodePlan) -> RoundYield:
     """Returns the yield expected of a plan that has never run."""
     block = plan.block_length

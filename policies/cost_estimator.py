@@ -54,21 +54,23 @@ class CostEstimator:
         return self._learned.factors
 
     def update(self, forwards: Iterable[ForwardStats], now_s: float) -> None:
-        """Learns from the forwards since the last call, in any order; like ones count by their median."""
+        """Learns from the forwards since the last call, in any order; those of a mode count together.
+
+        One by one they would teach that few rows are dear: a forward is small where a request has just ended or
+        begun, which others work on meanwhile.
+        """
         self._learned.advance(now_s)
-        alike: defaultdict[tuple[Mode, int, int], list[ForwardStats]] = defaultdict(list)
+        by_mode: defaultdict[Mode, list[ForwardStats]] = defaultdict(list)
         for forward in filter(is_sound, forwards):
             if forward.mode is not None:
-                sizes = forward.num_tokens.bit_length(), forward.num_segments.bit_length()
-                alike[forward.mode, *sizes].append(forward)
-        spent_ms = {kind: sum(forward.ms for forward in group) for kind, group in alike.items()}
-        main = max(spent_ms, key=spent_ms.__getitem__, default=None)
+                by_mode[forward.mode].append(forward)
+        spent_ms = {mode: sum(forward.ms for forward in group) for mode, group in by_mode.items()}
         # The most first: it tells of the pace, by which the others are then judged.
-        for kind in sorted(spent_ms, key=lambda kind: -spent_ms[kind]):
-            self._learn(kind[0], alike[kind], is_stray=kind != main)
-
-    def _learn(self, mode: Mode, group: Sequence[ForwardStats], is_stray: bool) -> None:
-        ratios = sorted((math.log(forward.ms / self._shape.ms(*forward[:3])), forward) for forward in group)
-        log, median = ratios[len(ratios) // 2]
-        noise = NOISE / math.sqrt(min(len(group), MAX_ALIKE))
-        self._learned.observe(mode, median.num_tokens, log, noise, is_stray)
+        modes = sorted(spent_ms, key=lambda mode: -spent_ms[mode])
+        for mode in modes:
+            group = by_mode[mode]
+            expected_ms = sum(self._shape.ms(*forward[:3]) for forward in group)
+            rows = math.exp(sum(math.log(forward.num_tokens) * forward.ms for forward in group) / spent_ms[mode])
+            noise = NOISE / math.sqrt(min(len(group), MAX_ALIKE))
+            log = math.log(spent_ms[mode] / expected_ms)
+            self._learned.observe(mode, rows, log, noise, is_stray=mode != modes[0])

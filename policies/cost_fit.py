@@ -55,8 +55,12 @@ def rounded_cost(cost: StepCost) -> StepCost:
 
 def is_sound(forward: ForwardStats) -> bool:
     """Returns False for a forward that can't have happened as measured."""
-    counts = forward.num_tokens, forward.num_segments, forward.num_cached + 1
-    return SOUND_MS[0] <= forward.ms <= SOUND_MS[1] and all(0 < count <= MAX_COUNTED for count in counts)
+    return (
+        SOUND_MS[0] <= forward.ms <= SOUND_MS[1]
+        and 0 < forward.num_tokens <= MAX_COUNTED
+        and 0 < forward.num_segments <= MAX_COUNTED
+        and 0 <= forward.num_cached < MAX_COUNTED
+    )
 
 
 def nonnegative_least_squares(matrix: Vector, vector: Vector, start: Vector) -> Vector:
