@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 WINDOW_S = 60.0
 """The time over which shifts are counted against max_shifts_per_minute."""
-SETTLED = 0.4
+SETTLED = 0.5
 """The share that is left of the margin once a plan has been held for long."""
 
 

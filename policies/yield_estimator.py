@@ -17,7 +17,7 @@ Vector = NDArray[np.float64]
 
 HALF_LIFE_S = 60.0
 """The time after which a round counts for half."""
-MAX_ROUNDS = 500.0
+MAX_ROUNDS = 600.0
 """The number of rounds past which the older ones count less, however fast they came."""
 PRIOR_ROUNDS = 3.0
 """The number of measured rounds that a prior counts for."""
