@@ -115,13 +115,12 @@ class ClusterConfig(ReplicaConfig, IngressConfig):
                 f"kv_dtype {self.kv_dtype!r} is for GPUs (num_gpus=1); on a CPU K/V has the weights' dtype: "
                 f"leave it out"
             )
-        if self.quantization == "int8" and self.num_gpus:
-            raise ValueError("quantization 'int8' is for CPUs: set fp8 or leave it out, or set num_gpus=0")
         if self.quantization == "fp8" and not self.num_gpus:
             raise ValueError("quantization 'fp8' is for GPUs (num_gpus=1): on CPUs set int8, or leave it out")
-        if self.quantization == "int8" and (self.forward == "torch" or self.tensor_parallel > 1):
+        on_native = self.forward != "torch" and self.tensor_parallel == 1
+        if self.quantization == "int8" and not self.num_gpus and not on_native:
             raise ValueError(
-                "quantization 'int8' is of the native forward, which runs in one process: "
+                "quantization 'int8' on a CPU is of the native forward, which runs in one process: "
                 "leave out forward and tensor_parallel"
             )
         if self.tensor_parallel > 1:

@@ -8,7 +8,7 @@ learned from forwards of two plans close in time, and go back to the shape as th
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from policies.cost import UNKNOWN_SPREAD, ForwardStats, ModeFactors, StepCost
 from policies.cost_fit import is_sound, rounded_cost
@@ -56,8 +56,8 @@ class CostEstimator:
     def update(self, forwards: Iterable[ForwardStats], now_s: float) -> None:
         """Learns from the forwards since the last call, in any order; those of a mode count together.
 
-        One by one they would teach that few rows are dear: a forward is small where a request has just ended or
-        begun, which others work on meanwhile.
+        One by one they would teach that few rows are dear: a forward is small where a request has just ended
+        or begun, which others work on meanwhile.
         """
         self._learned.advance(now_s)
         by_mode: defaultdict[Mode, list[ForwardStats]] = defaultdict(list)
@@ -70,7 +70,7 @@ class CostEstimator:
         for mode in modes:
             group = by_mode[mode]
             expected_ms = sum(self._shape.ms(*forward[:3]) for forward in group)
-            rows = math.exp(sum(math.log(forward.num_tokens) * forward.ms for forward in group) / spent_ms[mode])
+            log_rows = sum(math.log(forward.num_tokens) * forward.ms for forward in group) / spent_ms[mode]
             noise = NOISE / math.sqrt(min(len(group), MAX_ALIKE))
             log = math.log(spent_ms[mode] / expected_ms)
-            self._learned.observe(mode, rows, log, noise, is_stray=mode != modes[0])
+            self._learned.observe(mode, math.exp(log_rows), log, noise, is_stray=mode != modes[0])

@@ -18,7 +18,7 @@ from policies.replica_load import ReplicaLoad
 LOOKS = 5
 """The number of looks, 0.2 s apart, whose median is the load: a change counts once most of them show it."""
 LEAP = 3.0
-"""The ratio to that median from which a change is one that noise does not make: it counts once two looks show it."""
+"""The ratio to that median from which a change is none that noise makes: it counts once two looks show it."""
 OPTIMISM = 2.0
 """The standard deviations by which a plan may exceed what is expected of it, and is tried for that."""
 WORTH_TRYING = 0.05

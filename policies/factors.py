@@ -42,7 +42,7 @@ class DriftingFactors(Generic[Term]):
         self._covariance = np.zeros((0, 0))
         self._spreads = np.zeros(0)
         self._lasting_s = np.zeros(0)
-        self._surprised = 0.0  # the sign of the last observation's error, where it was a surprise
+        self._surprised: float | None = None  # the sign of the last error, 0 where it was no surprise
         self.add(shared, prior)
 
     def __contains__(self, term: Term) -> bool:
@@ -75,9 +75,9 @@ class DriftingFactors(Generic[Term]):
     ) -> None:
         """Learns that the shared term and the weighted sum of others, all added before, are `value` in all.
 
-        noise: the standard deviation of the value. Where it surprises, and the one before did the same way, the
-        shared term is taken to have jumped: what happens to the machine at the wrong moment is more common
-        than a factor far from what was known. The first of them may be chance, and is not learned from.
+        noise: the standard deviation of the value. Where it surprises, and the one before did the same way,
+        the shared term is taken to have jumped: what happens to the machine at the wrong moment is more
+        common than a factor far from what was known. The first may be chance, and is not learned from.
         is_stray: tells of nothing that is common; where it surprises, it is taken to be noisier.
         """
         row = self._row({**weights, self._shared: 1.0})
@@ -89,7 +89,7 @@ class DriftingFactors(Generic[Term]):
             return
         way, before = math.copysign(1.0, error) if surprise else 0.0, self._surprised
         self._surprised = way
-        if way in (0.0, before):
+        if before is None or way in (0.0, before):
             self._covariance[self._index[self._shared], self._index[self._shared]] += surprise
             self._learn(row, value, noise)
 

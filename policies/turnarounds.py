@@ -12,10 +12,11 @@ from collections import deque
 LASTING_S = 0.5
 """The time after which a client that has not asked again is taken to have gone."""
 GRACE = 4.0
-"""The mean turnarounds after which those who have not asked again count only as far as arrivals bear them out: of
-exponential times one in fifty is longer."""
+"""The mean turnarounds after which those who have not asked again count only as far as arrivals bear them
+out: of exponential times one in fifty is longer."""
 BORNE_OUT = 2.0
-"""That number over the one which arrivals within the grace make by Little's law, so that chance leaves nobody out."""
+"""That number over the one which arrivals within the grace make by Little's law, so that chance leaves nobody
+out."""
 NUM_REMEMBERED = 16.0
 """The number of turnarounds over which their mean is taken, an older one counting less."""
 

@@ -70,8 +70,8 @@ class ReplicaConfig(EngineConfig, SharedConfig, DemandConfig):
     )
     quantization: Literal["int8", "fp8"] | None = Field(
         default=None,
-        description="Linear layers' weights in 8 bits: int8 on CPUs, native forward; fp8 on GPUs like Ada's "
-        "or newer; None: all in dtype.",
+        description="Linear layers' weights in 8 bits: int8 on GPUs and in the native forward; fp8 on GPUs "
+        "like Ada's or newer, less exact; None: all in dtype.",
     )
     forward: Literal["auto", "native", "torch"] = Field(
         default="auto",

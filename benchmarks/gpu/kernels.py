@@ -11,7 +11,7 @@ from replicas.engine.batch import Segment
 from replicas.kernels.adapter import add_adapter
 from replicas.kernels.attention import TILE_SHAPES, Scratch, TileShape, num_places, ragged_paged_attention
 from replicas.kernels.confidence import confidence
-from replicas.kernels.normed_product import LEAST_ROWS, MAX_ROWS, Norm, encoded
+from replicas.kernels.normed_product import CODES, LEAST_ROWS, MAX_ROWS, Norm, encoded
 from replicas.kernels.project import project
 from replicas.kernels.project_gated import project_gated
 from replicas.kernels.project_qkv import project_qkv
@@ -77,9 +77,8 @@ class KernelBench:
             yield self._swiglu(count)
             yield self._store_kv(count)
             yield self._adapter(count)
-            yield self._project(count, in_fp8=True)
-            if count <= LEAST_ROWS:
-                yield self._project(count, in_fp8=False)
+            for codes in CODES if count > LEAST_ROWS else (*CODES, None):
+                yield self._project(count, codes)
             if count <= MAX_ROWS:
                 yield self._project_qkv(count)
                 yield self._project_gated(count)
@@ -285,19 +284,19 @@ class KernelBench:
         num_bytes = weight.numel() * self._dtype.itemsize
         return self._row("project_qkv", f"{count} rows", num_bytes, run, "norm, product, store_kv", run_other)
 
-    def _project(self, count: int, *, in_fp8: bool) -> dict[str, object]:
+    def _project(self, count: int, codes: str | None) -> dict[str, object]:
         """The MLP's last product, added to the residual, against cuBLAS's on weights in the model's dtype."""
         size_in, size_out = self._shapes.config.intermediate_size, self._shapes.config.hidden_size
         x, residual = self._normal(count, size_in), self._normal(count, size_out)
         plain = self._normal(size_out, size_in) * size_in**-0.5
-        weight, scales = encoded(plain) if in_fp8 else (plain, None)
+        weight, scales = (plain, None) if codes is None else encoded(plain, CODES[codes])
 
         def run() -> None:
             project(x, weight, scales, add_to=residual)
 
         return self._row(
             "project",
-            f"{count} rows" + (", fp8 weights" if in_fp8 else ""),
+            f"{count} rows" + ("" if codes is None else f", {codes} weights"),
             weight.numel() * weight.itemsize,
             run,
             "addmm",

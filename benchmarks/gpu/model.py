@@ -1,13 +1,14 @@
 """Models of the published architectures with random weights, made on the device."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from replicas.engine.batch import Segment
 from replicas.kernels.attention import num_places
 from replicas.kernels.confidence import confidence
-from replicas.kernels.normed_product import encoded
+from replicas.kernels.normed_product import CODES, encoded
 from replicas.messages import SamplingParams
 from replicas.model.adapter import LowRank
 from replicas.model.checkpoint import LayerWeights, ModelWeights, weights_to
@@ -49,7 +50,8 @@ class Work:
     dtype: torch.dtype = torch.bfloat16
     kv_dtype: torch.dtype | None = None
     """None for dtype."""
-    has_fp8_weights: bool = False
+    codes: str | None = None
+    """The kind of codes that weights are (replicas.kernels.normed_product.CODES), if any."""
     num_layers: int | None = None
     """None for all the model has."""
 
@@ -78,11 +80,11 @@ def published_config(name: str, num_layers: int | None = None) -> ModelConfig:
 
 
 def random_weights(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, *, in_fp8: bool = False
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, codes: str | None = None
 ) -> ModelWeights:
     """Small normal weights in the engine's layout, with an adapter on every output projection.
 
-    in_fp8: those of linear layers are codes
+    codes: the kind that those of linear layers are, if any
     """
 
     def normal(*shape: int) -> torch.Tensor:
@@ -110,7 +112,7 @@ def random_weights(
     ]
     vocabulary = (config.vocab_size, config.hidden_size)
     weights = ModelWeights(normal(*vocabulary), layers, ones(), normal(*vocabulary))
-    return weights_to(weights, device, encoded) if in_fp8 else weights
+    return weights if codes is None else weights_to(weights, device, partial(encoded, dtype=CODES[codes]))
 
 
 def make_runner(work: Work, device: torch.device, options: Options) -> CudaRunner:
@@ -119,7 +121,7 @@ def make_runner(work: Work, device: torch.device, options: Options) -> CudaRunne
     per_sequence = -(-(work.num_cached + 4 * work.max_queries) // work.page_size)
     return CudaRunner(
         config,
-        random_weights(config, work.dtype, device, in_fp8=work.has_fp8_weights),
+        random_weights(config, work.dtype, device, work.codes),
         num_pages=work.max_concurrency * per_sequence,
         page_size=work.page_size,
         max_context=work.num_cached + 4 * work.max_queries,

@@ -6,7 +6,7 @@ A program reads its rows of x whole, a block at a time, so it finds their mean s
 needs no kernel of its own. Each program reads all of x again, from the L2 cache: for few rows that is little
 beside the weights, and for more than MAX_ROWS it is not.
 
-Weights may be codes in float8_e4m3fn with a scale for each of their rows, an output of the product. They are
+Weights may be codes in 8 bits (CODES) with a scale for each of their rows, an output of the product. They are
 multiplied in x's dtype, which holds each code exactly, and the sums are scaled: so the product is that of the
 numbers the codes stand for, whatever the kernel and the number of rows.
 """
@@ -22,7 +22,8 @@ from replicas.kernels.launch import num_sms
 MAX_ROWS = 64
 LEAST_ROWS = 16
 """Rows of the smallest block."""
-_LARGEST_CODE = torch.finfo(torch.float8_e4m3fn).max
+CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+"""Steps of a 127th of each row's largest number, or 3 bits behind each number's first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +65,14 @@ def block_of(num_rows: int, weight: torch.Tensor, dtype: torch.dtype) -> Block:
     return Block(rows, columns, inner, 4, 4 if rows < 64 else 3)
 
 
-def encoded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight [N, size] as codes in float8_e4m3fn and their scales [N] float32, by each row's largest
+def encoded(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight [N, size] as codes in a dtype of CODES and their scales [N] float32, by each row's largest
     number."""
-    scales = weight.abs().amax(1).float() / _LARGEST_CODE
+    is_int8 = dtype is torch.int8
+    scales = weight.abs().amax(1).float() / (127.0 if is_int8 else torch.finfo(dtype).max)
     scales = torch.where(scales > 0, scales, 1.0)
-    return (weight.float() / scales[:, None]).to(torch.float8_e4m3fn), scales
+    steps = weight.float() / scales[:, None]
+    return (steps.round() if is_int8 else steps).to(dtype), scales
 
 
 def decoded(weight: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:

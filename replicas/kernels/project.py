@@ -1,4 +1,4 @@
-"""A product of few rows, or with weights that are codes in float8_e4m3fn of any number of rows:
+"""A product of few rows, or with weights that are codes in 8 bits of any number of rows:
 
     y = x weight^T + bias    or    y += x weight^T
 
@@ -31,7 +31,8 @@ def project(
 ) -> torch.Tensor:
     """The product of x [T, in] -> [T, out], in x's dtype, into `out` or added to `add_to` if given.
 
-    weight: [out, in], in float8_e4m3fn with scales [out] float32, or in x's dtype without
+    weight: [out, in], codes (replicas.kernels.normed_product) with scales [out] float32, or in x's dtype
+    without
     bias: [out]
     """
     num_rows, size = x.shape

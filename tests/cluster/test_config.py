@@ -125,7 +125,6 @@ def test_what_a_split_model_cannot_do_is_told(argument, words):
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
-        ("num_gpus=1", "for CPUs: set fp8"),
         ("forward=torch", "leave out forward"),
         ("tensor_parallel=2", "leave out .*tensor_parallel"),
     ],
@@ -136,9 +135,13 @@ def test_what_int8_weights_cannot_be_had_with_is_told(argument, words):
         from_command_line("quantization=int8", argument)
 
 
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_gpus_have_weights_in_8_bits_of_either_kind(quantization):
+    config = from_command_line(f"quantization={quantization}", "num_gpus=1", "tensor_parallel=2")
+    assert config.quantization == quantization
+
+
 def test_fp8_weights_are_for_gpus():
-    config = from_command_line("quantization=fp8", "num_gpus=1", "tensor_parallel=2")
-    assert config.quantization == "fp8"
     with pytest.raises(ValidationError, match="on CPUs set int8"):
         from_command_line("quantization=fp8")
 

@@ -31,12 +31,13 @@ from benchmarks.gpu.offline.trace import Trace, trace_steps
 
 BUDGET = Path(__file__).with_name("budget.json")
 DTYPES = {
-    "bf16": (torch.bfloat16, None, False),
-    "fp8": (torch.bfloat16, torch.float8_e4m3fn, False),
-    "fp8-weights": (torch.bfloat16, None, True),
-    "fp32": (torch.float32, None, False),
+    "bf16": (torch.bfloat16, None, None),
+    "fp8": (torch.bfloat16, torch.float8_e4m3fn, None),
+    "fp8-weights": (torch.bfloat16, None, "fp8"),
+    "int8-weights": (torch.bfloat16, None, "int8"),
+    "fp32": (torch.float32, None, None),
 }
-"""dtype, kv_dtype and whether weights are fp8 by the names of the command line."""
+"""dtype, kv_dtype and the codes that weights are by the names of the command line."""
 _NUM_LAYERS = 2  # the first adds no residual; all others are alike
 Found = dict[str, list[Compiled]]
 
@@ -46,7 +47,7 @@ def compile_for(name: str, models: list[str], dtypes: list[str]) -> tuple[list[C
     device = DEVICES[name]
     trace = Trace()
     for dtype in dtypes:
-        weights, kv, has_fp8_weights = DTYPES[dtype]
+        weights, kv, codes = DTYPES[dtype]
         if dtype.startswith("fp8") and not device.has_fp8:
             continue
         for model in models:
@@ -54,7 +55,7 @@ def compile_for(name: str, models: list[str], dtypes: list[str]) -> tuple[list[C
                 model,
                 dtype=weights,
                 kv_dtype=kv,
-                has_fp8_weights=has_fp8_weights,
+                codes=codes,
                 num_layers=_NUM_LAYERS,
             )
             trace_steps(device, trace, work)

@@ -13,7 +13,7 @@ assumption hides most of the gap and, as the first weights are in the L2 cache b
 Behind cuBLAS's, and behind torch's, it begins in its turn.
 
 `--in-turn` has all kernels begin so, `--before` the launches of before the products of few rows, with
-attention split alike for all, and `--fp8-weights` weights in 8 bits. The last line is of contexts that
+attention split alike for all, and `--weights-in-8-bits` weights in 8 bits. The last line is of contexts that
 differ: 64 requests of 1,000 tokens and one of 90,000. Under "of_ms" is what the parts are for: "floor" is the
 weights at a copy's rate, "rate" what products lose to it, "L2" what the rows read again take beyond that,
 "ramps and gaps" those of the products, "sums" the kernels behind cuBLAS's.
@@ -60,9 +60,9 @@ def main() -> None:
     )
     parser.add_argument("--before", action="store_true")
     parser.add_argument("--in-turn", action="store_true")
-    parser.add_argument("--fp8-weights", action="store_true")
+    parser.add_argument("--weights-in-8-bits", action="store_true")
     options = parser.parse_args()
-    when, itemsize = "before" if options.before else "now", 1 if options.fp8_weights else 2
+    when, itemsize = "before" if options.before else "now", 1 if options.weights_in_8_bits else 2
     overlaps = not (options.before or options.in_turn)
     for contexts in (*([_CONTEXT] * batch for batch in (1, 8, 16, 32, 64)), _UNEVEN):
         parts: dict[str, float] = defaultdict(float)

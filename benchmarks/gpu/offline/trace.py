@@ -82,9 +82,10 @@ class Variant:
         if kind is None and "BLOCK_INNER" in constants:
             kind = self.signature["weight"]
         if kind is not None:
-            parts.append({"*fp8e4nv": "fp8", "*fp32": "fp32"}.get(kind, "bf16"))
-        if self.signature.get("weight") == "*fp8e4nv":
-            parts.append("weights" if "cache" not in self.signature else "fp8 weights")
+            parts.append({"*fp8e4nv": "fp8", "*i8": "int8", "*fp32": "fp32"}.get(kind, "bf16"))
+        codes = {"*fp8e4nv": "fp8", "*i8": "int8"}.get(self.signature.get("weight", ""))
+        if codes is not None:
+            parts.append("weights" if "cache" not in self.signature else f"{codes} weights")
         return " ".join(parts)
 
     @property

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -9,7 +10,7 @@ from replicas.engine.batch import ModelSpec, ScheduledBatch, Segment, SegmentOut
 from replicas.engine.decoders.self_speculation import PROB_ONE
 from replicas.kernels.confidence import confidence
 from replicas.kernels.follow import follow, pack
-from replicas.kernels.normed_product import encoded
+from replicas.kernels.normed_product import CODES, encoded
 from replicas.kernels.rules import apply_rules
 from replicas.kernels.sample_rows import Drawn, Ruled, sample_rows
 from replicas.messages import SamplingParams
@@ -37,7 +38,6 @@ from replicas.model.parallel import ALONE, Parallel, shard, shard_config
 from replicas.model.runner import spec_of
 from replicas.resident import trim_heap
 
-QUANTIZATIONS = (None, "fp8")
 KV_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 _GRAPH_PAGE_ENTRIES = 1 << 20
 _FP8_SINCE = (8, 9)
@@ -114,16 +114,18 @@ class CudaRunner:
 
         num_pages or kv_budget_bytes sizes the page pool, the first before the second; with neither it takes
         what the device, or this process's share of it, has left beside weights and steps
-        (replicas.model.kv_budget). kv_dtype: 'auto' is the weights'. quantization: 'fp8' holds the matrices
-        of linear layers, the head's among them, in float8_e4m3fn with a scale a row. Under
+        (replicas.model.kv_budget). kv_dtype: 'auto' is the weights'. quantization: 'int8' or 'fp8' holds the
+        matrices of linear layers, the head's among them, in 8 bits with a scale a row. Under
         torch.distributed's default group the model is split among its processes.
         """
         if dtype not in DTYPES:
             raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         if kv_dtype not in KV_DTYPES:
             raise CheckpointError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
-        if quantization not in QUANTIZATIONS:
-            raise CheckpointError(f"quantization on a GPU must be 'fp8' or None, got {quantization!r}")
+        if quantization not in (None, *CODES):
+            raise CheckpointError(
+                f"quantization on a GPU must be 'int8', 'fp8' or None, got {quantization!r}"
+            )
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise CheckpointError(f"device {device!r} was asked for, but torch sees no CUDA device")
         for name, asked in (("kv_dtype", kv_dtype), ("quantization", quantization)):
@@ -287,9 +289,10 @@ def _check_fp8(setting: str, device: torch.device) -> None:
 
 def _placed(weights: ModelWeights, device: torch.device, quantization: str | None) -> ModelWeights:
     try:
-        return weights_to(weights, device, encoded if quantization else None)
+        encode = None if quantization is None else partial(encoded, dtype=CODES[quantization])
+        return weights_to(weights, device, encode)
     except torch.OutOfMemoryError as error:
         raise CheckpointError(
-            f"the weights do not fit {device}: use bfloat16, quantization 'fp8', a smaller checkpoint, or "
+            f"the weights do not fit {device}: use bfloat16, quantization 'int8', a smaller checkpoint, or "
             f"tensor_parallel ({error})"
         ) from error

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.weights_in_8_bits import weights_of
 from policies.modes import DecodePlan, Mode
 from replicas.answer_forms import JsonFormat
 from replicas.config import EngineConfig
@@ -16,10 +17,9 @@ from replicas.engine.engine import Engine
 from replicas.engine.history import NO_TOKENS, Prefix
 from replicas.engine.sequence import Sequence
 from replicas.kernels import launch
-from replicas.kernels.normed_product import decoded, encoded
 from replicas.messages import DecodingOptions, SamplingParams
 from replicas.model.adapter import AdapterRows
-from replicas.model.checkpoint import CheckpointError, ModelWeights, load_weights, weights_to
+from replicas.model.checkpoint import CheckpointError, load_weights
 from replicas.model.config import ModelConfig
 from replicas.model.cuda.attention import PagedKv, TritonAttention
 from replicas.model.cuda.runner import CudaRunner, Options
@@ -340,28 +340,19 @@ def test_triton_attention_under_the_cpus_transformer(tmp_path: Path) -> None:
     torch.testing.assert_close(found, Reference(folder).causal_logits(tokens), atol=1e-4, rtol=1e-4)
 
 
-def weights_that_codes_stand_for(weights: ModelWeights) -> ModelWeights:
-    coded = weights_to(weights, torch.device("cpu"), encoded)
-    for layer in coded.layers:
-        for name, scales in layer.scales.items():
-            setattr(layer, name, decoded(getattr(layer, name), scales))
-    head = decoded(coded.head, coded.head_scales)
-    return ModelWeights(coded.embedding, coded.layers, coded.norm, head)
-
-
 @pytest.mark.skipif(DEVICE == "cuda", reason="the reference's attention is the CPU's")
-@pytest.mark.parametrize("length", [21, 70])
+@pytest.mark.parametrize(("codes", "length"), [("int8", 21), ("int8", 70), ("fp8", 21), ("fp8", 70)])
 @pytest.mark.parametrize("targets", [("o_proj",), ("q_proj", "v_proj", "up_proj", "down_proj")], ids=len)
-def test_fp8_weights_are_the_numbers_they_stand_for(
-    tmp_path: Path, length: int, targets: tuple[str, ...]
+def test_codes_of_weights_are_the_numbers_they_stand_for(
+    tmp_path: Path, codes: str, length: int, targets: tuple[str, ...]
 ) -> None:
     """With few rows and many, and with the adapter on a product and beside it."""
     folder = make_tiny_checkpoint(tmp_path, seed=6, num_hidden_layers=2, adapter_targets=targets)
     config = ModelConfig.from_folder(folder)
     runner = CudaRunner.load(
-        str(folder), dtype="float32", device=DEVICE, num_pages=16, page_size=8, quantization="fp8"
+        str(folder), dtype="float32", device=DEVICE, num_pages=16, page_size=8, quantization=codes
     )
-    weights = weights_that_codes_stand_for(load_weights(folder, config, torch.float32))
+    weights = weights_of(folder, config, codes)
     pages = PagedKv(config, 16, 8, torch.float32, torch.device("cpu"))
     attention = TritonAttention(config, pages, 128)
     tokens, table = prompt(length, seed=1), tuple(range(12))
@@ -386,7 +377,7 @@ def test_fp8_weights_are_the_numbers_they_stand_for(
     ("given", "word"),
     [
         ({"dtype": "int4"}, "dtype"),
-        ({"quantization": "int8"}, "quantization"),
+        ({"quantization": "int4"}, "quantization"),
         ({"kv_dtype": "int8"}, "kv_dtype"),
         ({"num_pages": 0}, "K/V"),
     ],
