@@ -6,10 +6,8 @@ turn counts.
 
 Of each turn also the CPU time that goes beside the forwards, in ms for 1,000 tokens, from /proc:
 
-- Triad's: all processes of the stack, Ray's and Redis among them, without the replica's threads that run
-  forwards; to them comes what the engine's thread takes outside the runner's `run`. The server keeps no
-  account of that, so a replica in this process answers the same requests in the same turn
-  (benchmarks.replica_alone).
+- Triad's: all processes of the stack, Ray's and Redis among them, without the forwards of the replica; what
+  its engine's thread takes outside the runner's `run` the replica itself counts.
 - vLLM's: its API server and its engine core, each a process of its own. Its worker, a third process, is
   left out whole. That is in vLLM's favour: the worker also unpacks and packs messages. But while the worker
   computes, the engine core polls a shared memory for its answer (sched_yield), which is waiting and no work;
@@ -33,15 +31,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.door.accounting import thread_cpu_s
-from benchmarks.door.windows import CLIENT, ENGINE_PYTHON, FORWARD, MAX_TOKENS, Stack
-from benchmarks.load import Level, level, prompts_of
+from benchmarks.door.windows import CLIENT, FORWARD, MAX_TOKENS, Stack, told_apart
+from benchmarks.load import Level, level
 from benchmarks.machine import Provenance
 from benchmarks.processes import ServerProcess, Triad, command_of, descendants, vllm
-from benchmarks.replica_alone import ReplicaAlone, replica_alone
-from benchmarks.stream_client import Tally
-from policies.modes import Mode
-from replicas.machine import default_num_threads
-from replicas.messages import DecodingOptions
 
 LEVELS = (1, 4, 16, 32, 64)
 MODEL = "peer"
@@ -88,37 +81,24 @@ class Peer:
 
 
 class Ours:
-    """Triad's whole stack, and a replica in this process for what its engine takes outside forwards."""
+    """Triad's whole stack."""
 
-    def __init__(self, server: Triad, replica: ReplicaAlone):
+    def __init__(self, server: Triad):
         self._port = server.port
         self._stack = Stack(server.port, server.process.pid, MODEL)
-        self._replica = replica
 
     async def warm_up(self) -> None:
         await level(self._port, MODEL, 4, MAX_TOKENS, 1)
         await self._stack.find_forward_threads()
-        await self._alone(4, 1)
 
     async def turn(self, concurrency: int, requests_each: int) -> Turn:
-        before = self._stack.cpu_s()
+        host_s = await self._stack.host_s()
+        before_s = self._stack.cpu_s()
         found = await level(self._port, MODEL, concurrency, MAX_TOKENS, requests_each)
-        cpu_ms = per_thousand(before, self._stack.cpu_s(), found)
-        return Turn(found, cpu_ms | {ENGINE_PYTHON: await self._alone(concurrency, requests_each)})
-
-    async def _alone(self, concurrency: int, requests_each: int) -> float:
-        """CPU ms for 1,000 tokens of the engine's thread outside forwards."""
-        tally = Tally()
-
-        async def client(number: int) -> None:
-            for prompt in prompts_of(number, requests_each):
-                await self._replica.ask(prompt, MAX_TOKENS, True, DecodingOptions(Mode.AR), tally)
-
-        before_s = self._replica.runner.outside_s
-        async with asyncio.TaskGroup() as group:
-            for number in range(concurrency):
-                group.create_task(client(number))
-        return round(1e6 * (self._replica.runner.outside_s - before_s) / tally.num_tokens, 1)
+        after_s = self._stack.cpu_s()
+        host_s = await self._stack.host_s() - host_s
+        spent_s = told_apart({kind: after_s[kind] - before_s[kind] for kind in after_s}, host_s)
+        return Turn(found, per_thousand({}, spent_s, found))
 
 
 def vllm_kind_of(command: str) -> str:
@@ -188,10 +168,7 @@ async def measure(options: argparse.Namespace) -> None:
             await level(peer.port, MODEL, 4, MAX_TOKENS, 1)
             peer.signal(signal.SIGSTOP)
         server = stack.enter_context(Triad(f"model={options.checkpoint}", *given, port=options.port))
-        replica = await stack.enter_async_context(
-            replica_alone(default_num_threads(1), Path(options.checkpoint), "bfloat16")
-        )
-        ours = Ours(server, replica)
+        ours = Ours(server)
         await ours.warm_up()
         servers["triad"] = ours
         if peer is not None:

@@ -5,7 +5,6 @@ same load, five times a second.
 """
 
 import asyncio
-import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -23,7 +22,6 @@ from policies.registry import create_policy
 from policies.replica_load import ReplicaLoad
 from replicas.calibration import calibrate
 from replicas.config import EngineConfig
-from replicas.engine.batch import ModelSpec, Runner, ScheduledBatch, SegmentOutput
 from replicas.engine.engine import Engine
 from replicas.messages import (
     Accepted,
@@ -58,41 +56,22 @@ class NoStore(LoadStore):
         pass
 
 
-class TimedRunner:
-    """A runner that keeps what CPU time its caller's thread takes between forwards."""
-
-    def __init__(self, runner: Runner):
-        self.outside_s = 0.0
-        """CPU seconds so far between one forward and the next one of the same thread."""
-        self._runner = runner
-        self._thread_id: int | None = None
-        self._ended_s = 0.0
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self._runner.spec
-
-    def run(self, batch: ScheduledBatch, /) -> Sequence[SegmentOutput]:
-        thread_id = threading.get_native_id()
-        if thread_id == self._thread_id:
-            self.outside_s += time.thread_time() - self._ended_s
-        try:
-            return self._runner.run(batch)
-        finally:
-            self._thread_id, self._ended_s = thread_id, time.thread_time()
-
-
 class ReplicaAlone:
     """A replica without Serve, and the channel of its events. Requests go in by ask(); each waits for its own
     last event."""
 
-    def __init__(self, service: ReplicaService, runner: TimedRunner):
-        self.runner = runner
+    def __init__(self, service: ReplicaService, engine: Engine):
+        self._engine = engine
         self._service = service
         self._numbers = count()
         self._inboxes: dict[str, asyncio.Queue[Event]] = {}
         self._loop = asyncio.get_running_loop()
         service.open_channel(CHANNEL, self)
+
+    @property
+    def host_s(self) -> float:
+        """CPU seconds so far of the engine's thread beside forwards."""
+        return self._engine.host_s
 
     def send(self, events: Sequence[Event]) -> None:
         self._loop.call_soon_threadsafe(self._hand_out, events)
@@ -131,7 +110,7 @@ class ReplicaAlone:
 async def replica_alone(
     num_threads: int, checkpoint: Path = CHECKPOINT, dtype: str = "float32"
 ) -> AsyncIterator[ReplicaAlone]:
-    runner = TimedRunner(TorchRunner.load(str(checkpoint), dtype=dtype, num_threads=num_threads))
+    runner = TorchRunner.load(str(checkpoint), dtype=dtype, num_threads=num_threads)
     engine = Engine(runner, EngineConfig(max_running=MAX_RUNNING, max_step_tokens=MAX_STEP_TOKENS))
     step = calibrate(runner, max_running=MAX_RUNNING, max_step_tokens=MAX_STEP_TOKENS, budget_s=CALIBRATION_S)
     costs = ReplicaCosts(step, read_yields(checkpoint))
@@ -146,7 +125,7 @@ async def replica_alone(
     )
     service.set_plan(follower.plan.decode, follower.plan.rule)
     service.start()
-    alone = ReplicaAlone(service, runner)
+    alone = ReplicaAlone(service, engine)
     stop = asyncio.Event()
     following = asyncio.create_task(follower.run(stop))
     try:

@@ -115,6 +115,8 @@ class ReplicaLoad:
     tokens_total_by_mode: Mapping[Mode, int] = field(default_factory=dict)
     """Every token generated since the replica started, by mode, whatever became of its request; never
     less than it was under the same replica_id, which no other process ever has."""
+    host_s: float = 0.0
+    """CPU seconds that the engine's thread has taken beside forwards since the replica started."""
 
     def __post_init__(self) -> None:
         optional = self.mean_remaining or 0.0, self.mean_completion or 0.0, self.risk or 0.0

@@ -126,6 +126,9 @@ class _Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self._out = Outgoing(self._transport)
         peer = transport.get_extra_info("socket")
+        # Else a step's events may wait 40 ms for the ingress to acknowledge those before. uvloop sets it by
+        # itself, asyncio only where the listening socket was made with the protocol's number.
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_MS)
         self._timer = self._loop.call_later(HELLO_S, self.abort)

@@ -100,9 +100,9 @@ def error_as_sent(error: TriadError, body: Completion) -> TriadError:
 
 def _within(sampling: SamplingParams, model: ModelInfo | None) -> SamplingParams:
     """The sampling with no more tokens wanted than the context has, by which a limit is charged."""
-    if model is None or sampling.max_tokens is None:
+    if model is None or sampling.max_tokens is None or sampling.max_tokens <= model.max_context:
         return sampling
-    return replace(sampling, max_tokens=min(sampling.max_tokens, model.max_context))
+    return replace(sampling, max_tokens=model.max_context)
 
 
 def _cache_salt(app_state: AppState, key: ApiKey | None, asked: str | None) -> str:

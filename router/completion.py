@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from replicas.answer_forms import GrammarFormat, GrammarKind, JsonFormat, ThinkingBudget
+from replicas.answer_forms import GrammarFormat, GrammarKind, JsonFormat, ThinkingBudget, ToolUse
 from replicas.messages import NUM_SEEDS, DecodingOptions, SamplingParams, TemplateOptions
 from router.decoding import Decoding
 from router.fields import (
@@ -255,7 +255,12 @@ class Completion(Prompted):
             scores_prompt=self.echoes and self.num_logprobs is not None,
             response_format=self.form[1],
             thinking_token_budget=self.thinking_budget,
+            tools=self.tool_use(),
         )
+
+    def tool_use(self) -> ToolUse | None:
+        """The tools that the model may call, and how; a plain text has none."""
+        return None
 
     def decoding_options(self) -> DecodingOptions:
         return (self.decoding or Decoding()).options()

@@ -8,17 +8,23 @@ from replicas.messages import Delta, ToolCallDelta
 
 def joined(deltas: Sequence[Delta]) -> Delta:
     """Joins consecutive Deltas of one choice into one."""
-    if len(deltas) == 1 and not deltas[0].tool_calls:
-        return deltas[0]
+    first, last = deltas[0], deltas[-1]
+    if len(deltas) == 1 and not first.tool_calls:
+        return first
+    text = "".join([delta.text for delta in deltas])
+    num_tokens = sum([delta.num_tokens for delta in deltas])
+    if not any(d.logprobs or d.token_ids or d.reasoning or d.tool_calls or d.trace for d in deltas):
+        # Most have none of these, and to join nothing takes as long as to join the text.
+        return Delta(first.request_id, text, num_tokens, (), first.index, last.reason, (), last.stop_reason)
     return Delta(
-        deltas[0].request_id,
-        "".join(delta.text for delta in deltas),
-        sum(delta.num_tokens for delta in deltas),
+        first.request_id,
+        text,
+        num_tokens,
         tuple(entry for delta in deltas for entry in delta.logprobs),
-        deltas[0].index,
-        deltas[-1].reason,
+        first.index,
+        last.reason,
         tuple(token for delta in deltas for token in delta.token_ids),
-        deltas[-1].stop_reason,
+        last.stop_reason,
         "".join(delta.reasoning for delta in deltas),
         _joined_calls([piece for delta in deltas for piece in delta.tool_calls]),
         tuple(part for delta in deltas for part in delta.trace),

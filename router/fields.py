@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any, ClassVar, Union
 
 from pydantic import (
@@ -131,12 +132,18 @@ class Strict(BaseModel):
         """
         if not isinstance(data, dict):
             return data
-        known = {field.alias or name for name, field in cls.model_fields.items()}
+        known = _names_of(cls)
         unknown = data.keys() - known
         for name in data if unknown else ():
             if name in unknown and data[name] is not None:
                 raise PydanticCustomError("unknown_field", "Unknown field", {"field": name})
         return {name: value for name, value in data.items() if name in known} if unknown else data
+
+
+@cache
+def _names_of(model: type[BaseModel]) -> frozenset[str]:
+    """The names by which a body gives a model's fields."""
+    return frozenset(field.alias or name for name, field in model.model_fields.items())
 
 
 class Prompted(Strict):

@@ -188,6 +188,12 @@ class Metrics:
             "{token}",
             "All tokens that a replica has generated since it started, by mode",
         )
+        meter.create_observable_counter(
+            "triad.replica.host",
+            [lambda options: self._of_loads(lambda x: x.host_s)],
+            "s",
+            "CPU time that the engine's thread has taken beside forwards since the replica started",
+        )
         gauge("triad.tokens_per_forward", "1", "Recent average, by mode", self._by_mode)
         gauge(
             "triad.acceptance_length",

@@ -4,14 +4,12 @@ A field that Triad doesn't support is accepted with its neutral value, which ask
 otherwise an error that names it. OpenAI's hints are taken without effect; docs/api.md lists them.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import FailFast, Field, PlainValidator, model_validator
 
 from replicas.answer_forms import GrammarFormat, ThinkingBudget, ToolUse
-from replicas.messages import Prompt, SamplingParams
+from replicas.messages import Prompt
 from router.chat import Messages, TemplateFields
 from router.completion import MAX_CHOICES, Completion
 from router.fields import (
@@ -108,9 +106,6 @@ class ChatCompletionRequest(TemplateFields, Completion):
 
     def tool_use(self) -> ToolUse | None:
         return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
-
-    def sampling(self, draw_seed: Callable[[], int]) -> SamplingParams:
-        return replace(super().sampling(draw_seed), tools=self.tool_use())
 
     @property
     def num_logprobs(self) -> int | None:

@@ -23,8 +23,8 @@ CHUNK_AIM_MS = 0.08
 REQUEST_AIM_MS = 3.0
 FORWARDS_AIM, MORE_AIM_MS = 1.2, 5.0
 STACK_AIM_BYTES, REPLICA_AIM_BYTES = 1.2e9, 350e6
-OUTSIDE = (HAPROXY, INGRESS, LOOP)
-"""The kinds all of whose CPU time is the door's; to it comes the engine's thread outside forwards."""
+OUTSIDE = (HAPROXY, INGRESS, LOOP, ENGINE_PYTHON)
+"""The kinds all of whose CPU time is outside forwards."""
 Raw = Mapping[str, Any]
 
 
@@ -60,14 +60,11 @@ def ratios(windows: Sequence[Raw]) -> dict[tuple[str, int], tuple[float, float, 
 
 
 def outside_ms(windows: Sequence[Raw], mode: str, clients: int) -> dict[str, float]:
-    """CPU ms a request outside forwards, by kind: of the stack's processes, and of the engine's thread as
-    measured alone."""
-    found = {
+    """CPU ms a request of the stack outside forwards, by kind."""
+    return {
         kind: _median(windows, mode, clients, STACK, partial(_per_request_ms, kind=kind)) or 0.0
         for kind in OUTSIDE
     }
-    engine = _median(windows, mode, clients, ALONE, partial(_per_request_ms, kind=ENGINE_PYTHON))
-    return found | {ENGINE_PYTHON: engine or 0.0}
 
 
 def chunks_a_request(windows: Sequence[Raw], mode: str, clients: int) -> float:
@@ -124,7 +121,7 @@ def _cpu(windows: Sequence[Raw]) -> str:
             f"{total / chunks:.3f}",
         ]
         lines.append([mode, str(clients), *figures, *(f"{cores or 0.0:.2f}" for cores in others)])
-    head = ["mode", "clients", *OUTSIDE, ENGINE_PYTHON, "together, ms a request", "chunks a request"]
+    head = ["mode", "clients", *OUTSIDE, "together, ms a request", "chunks a request"]
     head += ["ms a chunk", "cores: client", FORWARD, REDIS, RAY]
     verdicts = []
     if chunk_ms:

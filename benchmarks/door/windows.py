@@ -1,7 +1,10 @@
 """Windows of the engine alone and of the whole stack, with the CPU time that each kind of process took."""
 
+import asyncio
+import json
 import time
-from collections.abc import AsyncIterator
+import urllib.request
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,9 +25,10 @@ MODES: dict[str, DecodingOptions] = {
 }
 ALONE, STACK = "engine alone", "whole stack"
 CLIENT = "client"
-FORWARD, LOOP = "replica: engine and forward", "replica: other threads"
+FORWARD, LOOP = "replica: forwards", "replica: other threads"
 ENGINE_PYTHON = "engine outside forwards"
 NUM_PROBES = 24
+LOAD_POLL_S = 0.02
 LONG_PROMPT = "red green blue " * 90
 
 
@@ -42,7 +46,7 @@ class Row:
     requests: int
     errors: int
     cpu_s: dict[str, float]
-    """CPU seconds by kind. Of the engine alone, ENGINE_PYTHON: what its thread spent outside forwards."""
+    """CPU seconds by kind; of the engine alone only ENGINE_PYTHON, what its thread spent outside forwards."""
     run: dict[str, Any] = field(default_factory=dict)
 
 
@@ -73,7 +77,7 @@ class Stack:
         self._forward_threads = busiest(before, thread_cpu_s(self._replica))
 
     def cpu_s(self) -> dict[str, float]:
-        """CPU seconds so far by kind, this process's among them."""
+        """CPU seconds so far by kind, this process's among them; FORWARD with ENGINE_PYTHON in it."""
         spent = cpu_by_kind(self._root)
         threads = thread_cpu_s(self._replica)
         forward_s = sum(threads.get(thread, 0.0) for thread in self._forward_threads)
@@ -82,6 +86,16 @@ class Stack:
         del spent[REPLICA]
         spent[CLIENT] = time.process_time()
         return spent
+
+    async def host_s(self) -> float:
+        """CPU seconds so far of the engine's thread outside forwards, by the first load that the replica
+        measures from now on."""
+        began_s = time.monotonic()
+        while True:
+            load, age_s = await asyncio.to_thread(_load, self._port)
+            if age_s < time.monotonic() - began_s:
+                return float(load["host_s"])
+            await asyncio.sleep(LOAD_POLL_S)
 
 
 class Alone:
@@ -101,8 +115,11 @@ class Alone:
         return opener
 
     def cpu_s(self) -> dict[str, float]:
+        return {}
+
+    async def host_s(self) -> float:
         """CPU seconds so far of the engine's thread outside forwards."""
-        return {ENGINE_PYTHON: self._replica.runner.outside_s}
+        return self._replica.host_s
 
 
 async def window(
@@ -114,17 +131,35 @@ async def window(
     tally = clients.tally
     try:
         await clients.hold(settle_s)
+        host_s = await target.host_s()
         cpu_s, began_s = target.cpu_s(), time.monotonic()
         tokens, chunks, requests, errors = _counts(tally)
         await clients.hold(seconds)
         taken_s, now = time.monotonic() - began_s, _counts(tally)
         after_s = target.cpu_s()
+        host_s = await target.host_s() - host_s
     finally:
         await clients.leave()
-    spent = {kind: round(after_s[kind] - cpu_s[kind], 3) for kind in after_s}
+    spent = told_apart({kind: after_s[kind] - cpu_s[kind] for kind in after_s}, host_s)
     where = STACK if isinstance(target, Stack) else ALONE
     counts = (now[0] - tokens, now[1] - chunks, now[2] - requests, now[3] - errors)
     return Row(where, mode, num_clients, turn, round(taken_s, 3), *counts, spent)
+
+
+def told_apart(cpu_s: Mapping[str, float], host_s: float) -> dict[str, float]:
+    """CPU seconds by kind, those of the engine's thread outside forwards taken out of FORWARD's, where the
+    threads of forwards were counted whole."""
+    found = {**cpu_s, ENGINE_PYTHON: host_s}
+    if FORWARD in found:
+        found[FORWARD] -= host_s
+    return {kind: round(seconds, 3) for kind, seconds in found.items()}
+
+
+def _load(port: int) -> tuple[dict[str, Any], float]:
+    """The load that the one replica published last, and its age in seconds."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/triad/state", timeout=10) as answer:
+        (replica,) = json.load(answer)["replicas"]
+    return replica["load"], replica["age_s"]
 
 
 def _counts(tally: Tally) -> tuple[int, int, int, int]:

@@ -313,7 +313,13 @@ class Engine:
             num_between=self._turnarounds.num_between(self._clock()),
             turnaround_s=self._turnarounds.mean_s,
             risk=self.spec.risk,
+            host_s=self.host_s,
         )
+
+    @property
+    def host_s(self) -> float:
+        """CPU seconds that the thread of the steps has taken beside forwards."""
+        return self._forwards.host_time.seconds
 
     def check_integrity(self) -> None:
         """Raises AssertionError where the bookkeeping disagrees with itself. Called between steps."""

@@ -1,6 +1,8 @@
 """Runs the steps that a scheduler makes, ahead of their turn where the runner can; blames what fails."""
 
 import logging
+import threading
+import time
 from collections.abc import Sequence as Seq
 from typing import cast
 
@@ -16,6 +18,23 @@ MAX_FRUITLESS = 32
 logger = logging.getLogger(__name__)
 
 
+class HostTime:
+    """CPU time of the thread that runs forwards, beside them; entered for each forward."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        """CPU seconds so far between one forward and the next one of the same thread."""
+        self._thread_id: int | None = None
+        self._ended_s = 0.0
+
+    def __enter__(self) -> None:
+        if threading.get_ident() == self._thread_id:
+            self.seconds += time.thread_time() - self._ended_s
+
+    def __exit__(self, *error: object) -> None:
+        self._thread_id, self._ended_s = threading.get_ident(), time.thread_time()
+
+
 class Forwards:
     """The forwards of an engine, one a step: `schedule`, then `run` what that gave."""
 
@@ -23,6 +42,8 @@ class Forwards:
         self._runner = runner
         self._ahead = cast("AheadRunner", runner) if runner.spec.runs_ahead else None
         self._scheduler = scheduler
+        self.host_time = HostTime()
+        """What was not spent in forwards; on a device that runs ahead, in waiting for them."""
         self._begun: Begun | None = None  # the forward of the step under way, where it is begun already
         self._num_failed = self._num_fruitless = 0  # steps in a row, as for MAX_FAILED and MAX_FRUITLESS
 
@@ -46,7 +67,11 @@ class Forwards:
         runner = self._ahead
         following = None if runner is None else self._scheduler.schedule_ahead(runner.can_be_followed)
         try:
-            outputs = self._runner.run(batch) if runner is None else self._wait(runner, batch, following)
+            if runner is None:
+                with self.host_time:
+                    outputs = self._runner.run(batch)
+            else:
+                outputs = self._wait(runner, batch, following)
         except RunnerLost:
             raise
         except Exception as error:
@@ -72,7 +97,8 @@ class Forwards:
             except Exception:
                 logger.exception("a forward of %d sequences can't be begun", len(following.segments))
                 self._scheduler.drop_ahead()  # what can't be run is told once it is scheduled anew
-        return begun.outputs(batch.segments)
+        with self.host_time:
+            return begun.outputs(batch.segments)
 
     def _run_apart(self, batch: ScheduledBatch, error: Exception) -> Seq[SegmentOutput | None]:
         if not self._runs_at_all():

@@ -1,17 +1,11 @@
 """How bench-peer accounts for processes, and what it makes of its turns."""
 
-import threading
-import time
-
 import pytest
 
 from benchmarks.door.accounting import HAPROXY
 from benchmarks.door.windows import CLIENT, ENGINE_PYTHON, FORWARD
 from benchmarks.load import PROMPTS, Level, prompts_of
 from benchmarks.peer import API_SERVER, ENGINE_CORE, WORKER, Turn, per_thousand, row_of, vllm_kind_of
-from benchmarks.replica_alone import TimedRunner
-from replicas.engine.batch import ScheduledBatch
-from tests.replicas.engine.scripted import ScriptedRunner
 
 
 @pytest.mark.parametrize(
@@ -65,34 +59,3 @@ def test_a_row_of_one_server_compares_nothing():
 def test_clients_go_round_the_prompts():
     asked = [prompt for client in range(len(PROMPTS)) for prompt in prompts_of(client, 3)]
     assert asked == [*PROMPTS] * 3
-
-
-class BusyRunner:
-    spec = ScriptedRunner().spec
-
-    def run(self, batch: ScheduledBatch) -> tuple[()]:
-        spend(0.05)
-        return ()
-
-
-def spend(cpu_s: float) -> None:
-    until_s = time.thread_time() + cpu_s
-    while time.thread_time() < until_s:
-        pass
-
-
-def test_what_a_thread_takes_between_its_forwards_is_kept():
-    runner = TimedRunner(BusyRunner())
-
-    def steps() -> None:
-        spend(0.04)  # before its first forward: not between two
-        for _ in range(2):
-            runner.run(ScheduledBatch(()))
-            spend(0.02)
-
-    steps()
-    assert 0.02 <= runner.outside_s < 0.04
-    thread = threading.Thread(target=steps)
-    thread.start()
-    thread.join()
-    assert 0.04 <= runner.outside_s < 0.06

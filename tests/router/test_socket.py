@@ -208,6 +208,16 @@ async def test_calls_are_answered_and_events_arrive():
         await server.drained()
 
 
+async def test_no_frame_waits_until_the_one_before_is_acknowledged():
+    async with listening() as (_, server):
+        client = SocketReplicaClient(INFO, server.address)
+        async with aclosing(channel_of(client, "channel-1")) as items:
+            await anext(items)
+            (connection,) = server._connections
+            peer = connection._transport.get_extra_info("socket")
+            assert peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 async def test_a_call_that_fails_hurts_no_other():
     async with listening() as (service, server):
         client = SocketReplicaClient(INFO, server.address)
