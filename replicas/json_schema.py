@@ -13,10 +13,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
 from replicas.closed_objects import close_objects
+from replicas.property_names import spell_names
 
 MAX_EXACT = 2**53
 """The largest number up to which every integer is a double."""
@@ -103,6 +105,8 @@ def enforceable(text: str, best_effort: bool) -> Enforceable:
         schema = json.loads(text)
         if isinstance(schema, dict):
             schema.pop(OPTIONS, None)  # no keyword of JSON Schema, so it has no meaning
+        for _, found in reversed(tuple(_schemas(schema, ""))):
+            spell_names(found, partial(_referred, schema))
         close_objects(schema)
         _check_references(schema)
         for place, found in _schemas(schema, ""):
