@@ -206,22 +206,22 @@ def _located(tokenizer: LLTokenizer, asked: Asked, refused: SchemaRefused) -> Sc
 
 def compile_order(tokenizer: LLTokenizer, asked: Asked) -> tuple[LLMatcher, str | None]:
     """As compile_schema, with a warning where something had to be left out of what is not strict."""
-    strict, warning = _with_strict_answer(asked), None
+    strict, warning = _strict(asked), None
     if strict != asked:
         try:
             return compile_schema(tokenizer, strict), None
         except SchemaRefused as refused:
-            warning = f"the schema is enforced in part: {refused}"
+            name = asked.tool_at(refused.param) if isinstance(asked, AnswerGrammar) else None
+            whose = "" if name is None else f" of the tool '{name}'"
+            warning = f"the schema{whose} is enforced in part: {refused}"
     return compile_schema(tokenizer, asked), warning
 
 
-def _with_strict_answer(asked: Asked) -> Asked:
-    """The order, whose answer's schema is strict if it has one."""
+def _strict(asked: Asked) -> Asked:
+    """The order, all of whose schemas are strict."""
     if isinstance(asked, JsonFormat):
         return replace(asked, best_effort=False)
-    if isinstance(asked, AnswerGrammar) and isinstance(asked.answer, JsonFormat):
-        return replace(asked, answer=replace(asked.answer, best_effort=False))
-    return asked
+    return asked.with_strict(True) if isinstance(asked, AnswerGrammar) else asked
 
 
 def _try_walks(matcher: LLMatcher, vocab_size: int) -> None:

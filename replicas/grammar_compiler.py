@@ -141,7 +141,7 @@ class GrammarCompiler:
             return ""
         milder: Asked
         if isinstance(asked, AnswerGrammar):
-            is_strict, milder = asked.is_strict, asked.with_best_effort()
+            is_strict, milder = asked.is_strict, asked.with_strict(False)
         else:
             is_strict, milder = not asked.best_effort, replace(asked, best_effort=True)
         if not is_strict or self._prove(process, milder).problem is not None:

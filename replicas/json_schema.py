@@ -2,9 +2,8 @@
 
 llguidance (1.9.1) keeps every number as a double, forms the least common multiple of two `multipleOf` in 32
 bits, and takes options of its own from a schema. It forgets that a whole number is excluded where both bounds
-have the same whole part, and takes quotes and backslashes for a class that has all control characters. Its
-grammars are context-free, so they can't tell that a key has come before; and the keys beside the declared
-ones may be spelled with escapes.
+have the same whole part. Its grammars are context-free, so they can't tell that a key has come before; and
+the keys beside the declared ones may be spelled with escapes. Of patterns replicas.schema_patterns tells.
 """
 
 import json
@@ -13,10 +12,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
 from replicas.closed_objects import close_objects
+from replicas.property_names import spell_names
+from replicas.schema_patterns import narrowed, problem_of
 
 MAX_EXACT = 2**53
 """The largest number up to which every integer is a double."""
@@ -28,6 +30,14 @@ _OF_NAMES = frozenset({"properties", "patternProperties", "$defs", "definitions"
 """Keywords whose value has names for keys, and schemas for values."""
 _DATA = frozenset({"const", "enum", "default", "examples", "title", "description", "$comment"})
 """Keywords whose value has no schemas in it."""
+_FORMATS = frozenset(
+    {
+        *("date-time", "date", "time", "duration", "email", "idn-email", "hostname", "idn-hostname", "ipv4"),
+        *("ipv6", "uri", "uri-reference", "iri", "iri-reference", "uuid", "uri-template", "json-pointer"),
+        *("relative-json-pointer", "regex"),
+    }
+)
+"""Formats that JSON Schema has; any other is a note of the schema's author."""
 OPTIONS = "x-guidance"
 """The key under which llguidance takes options from a schema."""
 _ESCAPES = 'nrbtf\\"'
@@ -38,10 +48,6 @@ WHITESPACE = r" |\n {0,4}"
 Where it is free a small model may go on with it for ever."""
 _CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 """Characters that JSON has no shorter escape for than \\u and their code."""
-_IN_PATTERN = re.compile(
-    r"(?P<nul>\x00|\\0|\\x00|\\u0000)-(?!\])|\\[pP](?:\{[^}]*\}|[A-Za-z])|\\.|\[\^-?|\[|\]", re.DOTALL
-)
-"""Matches the parts of a pattern that tell its character classes: brackets, escapes, ranges from \\0 on."""
 _CONTROL_IN_PATTERN = re.compile(
     _CONTROL.pattern + r"|\\[acev0]|\\[xu]\{?0*(0[0-7b]|0?[ef]|1[0-9a-f]|7f|[0-7b])(?![0-9a-f])",
     re.IGNORECASE,
@@ -103,6 +109,8 @@ def enforceable(text: str, best_effort: bool) -> Enforceable:
         schema = json.loads(text)
         if isinstance(schema, dict):
             schema.pop(OPTIONS, None)  # no keyword of JSON Schema, so it has no meaning
+        for _, found in reversed(tuple(_schemas(schema, ""))):
+            spell_names(found, partial(_referred, schema))
         close_objects(schema)
         _check_references(schema)
         for place, found in _schemas(schema, ""):
@@ -141,17 +149,25 @@ def _schemas(value: Any, place: str, has_names: bool = False) -> Iterator[tuple[
 
 
 def _problem(schema: dict[str, Any], keyword: str) -> str | None:
-    """Why a keyword can't be enforced, None where it can. Rounds bounds."""
+    """Why a keyword can't be enforced, None where it can. Rounds bounds, and drops notes."""
     value = schema[keyword]
     if keyword in ("const", "enum"):
         for number in filter(_is_number, _leaves(value)):
             if not _comes_out_exact(number):
                 return f"{number} would come out rounded; numbers are kept as doubles"
     elif keyword in _BOUNDS and _is_number(value):
-        if not math.isfinite(value) or not -(2**63) <= value < 2**63:
-            return f"{value} is beyond 64 bits"
-        if abs(value) >= MAX_EXACT:
+        if not -(2**63) <= value < 2**63:
+            if value * _BOUNDS[keyword] > 0:
+                return f"{value} is beyond 64 bits"
+            schema[keyword] = MAX_BOUND if value > 0 else -MAX_BOUND
+        elif abs(value) >= MAX_EXACT:
             schema[keyword] = _rounded(int(value), _BOUNDS[keyword], keyword.startswith("exclusive"))
+    elif keyword == "pattern" and isinstance(value, str):
+        return problem_of(narrowed(value))
+    elif keyword == "patternProperties" and isinstance(value, dict):
+        return next(filter(None, map(problem_of, map(narrowed, value))), None)
+    elif keyword == "format" and isinstance(value, str) and value not in _FORMATS and _has_pattern(schema):
+        del schema[keyword]
     elif keyword == "minProperties" and isinstance(value, int):
         required = schema.get("required")
         num_required = len(set(map(str, required))) if isinstance(required, list) else 0
@@ -161,6 +177,13 @@ def _problem(schema: dict[str, Any], keyword: str) -> str | None:
                 "one that comes several times; require more, or lower it"
             )
     return None
+
+
+def _has_pattern(schema: dict[str, Any]) -> bool:
+    """True if a pattern says of a string what a format of its author's own names."""
+    parts = schema.get("allOf")
+    together = [schema, *parts] if isinstance(parts, list) else [schema]
+    return any("pattern" in part for part in together if isinstance(part, dict))
 
 
 def _is_number(value: Any) -> bool:
@@ -304,30 +327,10 @@ def _narrow_patterns(schema: Any) -> None:
     """Takes one control character, \\x01, out of the classes in patterns that may have all of them."""
     for _, found in _schemas(schema, ""):
         if isinstance(found.get("pattern"), str):
-            found["pattern"] = _narrowed(found["pattern"])
+            found["pattern"] = narrowed(found["pattern"])
         if isinstance(found.get("patternProperties"), dict):
             keyed = found["patternProperties"].items()
-            found["patternProperties"] = {_narrowed(pattern): part for pattern, part in keyed}
-
-
-def _narrowed(pattern: str) -> str:
-    depth = 0  # of classes
-
-    def narrow(found: re.Match[str]) -> str:
-        nonlocal depth
-        text = found[0]
-        if text.startswith("["):
-            depth += 1
-            return text.replace("-", r"\-").replace("^", r"^\x01")
-        if text == "]":
-            depth = max(0, depth - 1)
-        elif text.startswith(r"\P"):
-            return rf"[^\x01\p{text[2:]}]"
-        elif depth and found["nul"]:
-            return rf"{found['nul']}\x02-"
-        return text
-
-    return _IN_PATTERN.sub(narrow, pattern)
+            found["patternProperties"] = {narrowed(pattern): part for pattern, part in keyed}
 
 
 def _check_keys(schema: Any) -> None:

@@ -12,12 +12,8 @@ from dataclasses import replace
 from policies.modes import DecodePlan, Mode
 from replicas.engine.batch import ModelSpec, Segment, SegmentOutput
 from replicas.engine.decoders.round import SegmentRequest
-from replicas.engine.decoders.self_speculation import (
-    masks_behind,
-    num_worth_verifying,
-    verify,
-    with_draft,
-)
+from replicas.engine.decoders.self_speculation import masks_behind, num_worth_verifying, with_draft
+from replicas.engine.decoders.verify import verify
 
 UNKNOWN = 0
 """Stands for a token that the device is still to say."""

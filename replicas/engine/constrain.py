@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
-from replicas.engine.decoders.round import SegmentRequest
+from replicas.engine.decoders.round import NO_DRAFT, Draft, SegmentRequest
 from replicas.engine.grammar import Grammar, GrammarFailed
 from replicas.engine.sequence import Sequence
 
@@ -35,6 +35,29 @@ def constrained(sequence: Sequence, request: SegmentRequest) -> tuple[SegmentReq
     if all(mask is None for mask in allowed):
         return request, ()
     return request.cut(first + len(allowed)), allowed
+
+
+def with_forced(sequence: Sequence, draft: Draft, most: int) -> Draft:
+    """The draft of what follows a sequence's seed, in which what its grammar forces takes the place of what
+    that refuses, and follows the rest; of `most` tokens at most."""
+    if sequence.grammar is None:
+        return draft
+    tokens: tuple[int, ...] = ()
+    probs: tuple[float, ...] = ()
+    try:
+        while len(tokens) < most:
+            left = draft.token_ids[len(tokens) : most]
+            count = sequence.grammar.num_allowed((*tokens, *left)) if left else len(tokens)
+            probs += draft.probs[len(tokens) : count]
+            tokens += left[: count - len(tokens)]
+            forced = sequence.grammar.forced(tokens)[: most - len(tokens)]
+            if not forced:
+                break
+            tokens += forced
+            probs += (1.0,) * len(forced)
+    except Exception:  # of which the masks, asked for next, tell
+        return NO_DRAFT
+    return Draft(tokens, probs)
 
 
 def _telling(sequence: Sequence, following: Seq[int], num_rows: int, untold: Seq[int]) -> Masks:

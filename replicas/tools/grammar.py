@@ -47,12 +47,12 @@ class AnswerGrammar:
             isinstance(self.answer, JsonFormat) and not self.answer.best_effort
         )
 
-    def with_best_effort(self) -> "AnswerGrammar":
-        """The same order, in which nothing that can't be enforced is an error."""
-        milder = replace(self, tools=tuple(replace(tool, strict=False) for tool in self.tools))
+    def with_strict(self, is_strict: bool) -> "AnswerGrammar":
+        """The same order, in which what can't be enforced of any schema is an error, or of none."""
+        changed = replace(self, tools=tuple(replace(tool, strict=is_strict) for tool in self.tools))
         if isinstance(self.answer, JsonFormat):
-            milder = replace(milder, answer=replace(self.answer, best_effort=True))
-        return milder
+            changed = replace(changed, answer=replace(self.answer, best_effort=not is_strict))
+        return changed
 
     def apart(self) -> tuple["AnswerGrammar", ...]:
         """The orders for one tool each and for the answer, to find the one at fault; none where it is one."""
@@ -66,8 +66,13 @@ class AnswerGrammar:
     def param(self) -> str:
         """The field of which a fault is told, where this is an order for one tool or for none."""
         if len(self.tools) == 1:
-            return f"tools[{self.places[0]}].function.parameters"
+            return _param_of(self.places[0])
         return "tools" if self.tools or self.answer is None else self.answer.param
+
+    def tool_at(self, param: str | None) -> str | None:
+        """The name of the tool whose schema is in this field of the request; None where none's is."""
+        pairs = zip(self.tools, self.places, strict=True)
+        return next((tool.name for tool, place in pairs if _param_of(place) == param), None)
 
     def lark(self) -> str:
         """The grammar's text. SchemaRefused for a schema that can't be enforced."""
@@ -90,7 +95,7 @@ class AnswerGrammar:
         try:
             checked = enforceable(_of_object(tool.parameters), not tool.strict)
         except SchemaRefused as refused:
-            raise SchemaRefused(str(refused), f"tools[{place}].function.parameters") from None
+            raise SchemaRefused(str(refused), _param_of(place)) from None
         return CallSchema(tool.name, checked.embedded(CALL_WHITESPACE, not tool.strict))
 
     def _reasoning(self) -> list[str]:
@@ -122,6 +127,10 @@ class AnswerGrammar:
         if format_.opening is None:
             refused.append(format_.not_text([tool.name for tool in self.tools]))
         return f"TEXT: {_ANY}" + (f" & ~/({'|'.join(refused)})(?s:.*)/" if refused else "")
+
+
+def _param_of(place: int) -> str:
+    return f"tools[{place}].function.parameters"
 
 
 def _of_object(parameters: str) -> str:

@@ -1,6 +1,7 @@
 """What is put right of a schema before llguidance sees it, and what is refused."""
 
 import json
+import math
 
 import pytest
 
@@ -8,6 +9,7 @@ from replicas.answer_forms import JsonFormat
 from replicas.errors import TriadError
 from replicas.grammar import JsonGrammar
 from replicas.json_schema import MAX_BOUND, SchemaRefused, enforceable
+from replicas.schema_patterns import narrowed
 from tests.replicas.test_grammar import CODEC, EOS, VOCAB_SIZE, compiler, grammar_of, tokens_in
 
 SINGLE_BYTES = {CODEC.token_bytes(token): token for token in range(VOCAB_SIZE - 1, -1, -1)}
@@ -137,9 +139,7 @@ def test_a_class_has_no_quote_or_backslash_unless_it_says_so(pattern: str, outsi
 
 def test_what_is_no_class_of_a_pattern_stays_as_it_is() -> None:
     for pattern in (r"^\[^a-z]$", r"\x00-\x1f", r"[a-z]-[0-9]", r"\\[^]", "^a$"):
-        schema = json.dumps({"type": "string", "pattern": pattern})
-        narrowed = json.loads(enforceable(schema, best_effort=False).schema)["pattern"]
-        assert narrowed == (pattern if pattern != r"\\[^]" else r"\\[^\x01]")
+        assert narrowed(pattern) == (pattern if pattern != r"\\[^]" else r"\\[^\x01]")
 
 
 def test_bounds_of_numbers_are_kept_to_by_their_digits() -> None:
@@ -149,12 +149,44 @@ def test_bounds_of_numbers_are_kept_to_by_their_digits() -> None:
         assert not allows(grammar_of(schema), str(number))
 
 
-@pytest.mark.parametrize("bound", [2**63, 2**64 - 1, -(2**63) - 1, 1e30])
-def test_bounds_beyond_64_bits_are_refused_by_name_and_left_out_at_best(bound: float) -> None:
-    schema = json.dumps({"properties": {"id": {"type": "integer", "maximum": bound}}})
-    with pytest.raises(SchemaRefused, match=r"properties\.id\.maximum"):
+@pytest.mark.parametrize("keyword", ["minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"])
+@pytest.mark.parametrize("size", [2**63 + 1, 2**64 - 1, 1e30, 3.4028234663852886e38, math.inf])
+def test_bounds_beyond_64_bits_move_inward_or_are_refused_by_name(keyword: str, size: float) -> None:
+    outward = 1 if keyword.endswith("aximum") else -1
+    schema = json.dumps({"properties": {"id": {"type": "integer", keyword: size * outward}}})
+    kept = json.loads(enforceable(schema, best_effort=False).schema)["properties"]["id"]
+    assert kept[keyword] == outward * (2**63 - 1024)
+    schema = json.dumps({"properties": {"id": {"type": "integer", keyword: -size * outward}}})
+    with pytest.raises(SchemaRefused, match=rf"properties\.id\.{keyword}"):
         enforceable(schema, best_effort=False)
-    assert "maximum" not in enforceable(schema, best_effort=True).schema
+    assert keyword not in enforceable(schema, best_effort=True).schema
+
+
+@pytest.mark.parametrize("pattern", ["^(?!x)[a-z]+$", "^(?=.{1,9}$)a", r"\bword\b", r"(a|b)\1", "("])
+def test_a_pattern_that_cannot_be_compiled_is_refused_by_name_and_left_out_at_best(pattern: str) -> None:
+    text = {"type": "string", "format": "hostname", "pattern": pattern}
+    keyed = {"type": "object", "patternProperties": {pattern: {"type": "null"}}}
+    for name, schema in (("pattern", text), ("patternProperties", keyed)):
+        asked = json.dumps({"type": "object", "properties": {"host": schema}, "required": ["host"]})
+        with pytest.raises(SchemaRefused, match=rf"properties\.host\.{name}: \w+"):
+            enforceable(asked, best_effort=False)
+        kept = json.loads(enforceable(asked, best_effort=True).schema)["properties"]["host"]
+        assert kept == {key: value for key, value in schema.items() if key != name}
+        assert grammar_of(json.loads(asked), best_effort=True)
+
+
+@pytest.mark.parametrize("name", ["starts_with", "cuid2", "base64"])
+def test_a_format_of_the_authors_own_is_a_note_beside_the_pattern_that_says_it(name: str) -> None:
+    for more in ({"pattern": "^a"}, {"allOf": [{"pattern": "^a"}, {"pattern": "z$"}]}):
+        schema = {"type": "string", "format": name} | more
+        assert (
+            json.loads(enforceable(json.dumps(schema), best_effort=False).schema) == {"type": "string"} | more
+        )
+        assert grammar_of(schema)
+    alone = json.dumps({"type": "string", "format": name})
+    assert name in enforceable(alone, best_effort=False).schema
+    standard = {"type": "string", "format": "uuid", "pattern": "^0"}
+    assert json.loads(enforceable(json.dumps(standard), best_effort=False).schema) == standard
 
 
 def test_a_property_named_as_a_keyword_is_a_property() -> None:
@@ -245,7 +277,7 @@ def test_control_characters_of_a_value_are_written_as_escapes(text: str) -> None
         grammar_of(OPEN | {"properties": {"name": {"const": text}}})
 
 
-@pytest.mark.parametrize("pattern", ["\\x1b", "^\\u0001", "\\cA", "[\\0-\\x05]", "\\u{1f}", "\x02"])
+@pytest.mark.parametrize("pattern", ["\\x1b", "^\\u0001", "[\\x00-\\x05]", "\\u{1f}", "\x02"])
 def test_patterns_with_control_characters_are_found(pattern: str) -> None:
     assert enforceable(json.dumps({"type": "string", "pattern": pattern}), best_effort=False).has_controls
 

@@ -64,6 +64,13 @@ leaves = st.one_of(
 )
 
 
+key_names = st.one_of(
+    leaves,
+    st.builds(lambda several: {"enum": several}, st.lists(names, max_size=3)),
+    some(pattern=st.sampled_from(["^[a-z]+$", "ab", "^é?[0-9]*$"]), minLength=lengths, maxLength=lengths),
+)
+
+
 def composed(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
     several = st.lists(inner, min_size=1, max_size=2)
     return st.one_of(
@@ -74,6 +81,7 @@ def composed(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict
             required=st.lists(names, max_size=2, unique=True),
             additionalProperties=st.one_of(st.booleans(), inner),
             patternProperties=st.dictionaries(st.sampled_from(["^x_", "e$"]), inner, max_size=1),
+            propertyNames=key_names,
             minProperties=lengths,
             maxProperties=lengths,
         ),

@@ -9,7 +9,6 @@ import openai
 import pytest
 
 import replicas
-from policies.modes import DecodePlan, Mode
 from replicas.model.runner import TorchRunner
 from replicas.text import TextCodec
 from router.api import create_app
@@ -155,25 +154,6 @@ async def test_choices_and_logprobs_go_with_calls(runner: TorchRunner, codec: Te
             assert text.startswith('<tool_call>\n{"name": "get_weather", "arguments": {')
             calls = checked(choice.message.tool_calls)
             assert calls == [(name, json.loads(given)) for name, given in again["calls"]]
-
-
-async def test_every_lossless_mode_gives_the_same_calls(runner: TorchRunner, codec: TextCodec) -> None:
-    async with a_stack([runner], codec=codec) as stack, in_process(create_app(stack.door)) as client:
-        stack.replicas[0].service.set_plan(DecodePlan(Mode.DIFFUSION, 8), "test")
-        for choice in ("required", "auto"):
-            answers = []
-            for mode in ("ar", "self_speculation", "auto"):
-                body = {
-                    "model": MODEL, "messages": ASKED, "tools": TOOLS, "tool_choice": choice,
-                    "temperature": 0, "max_tokens": 60, "decoding": {"mode": mode},
-                }  # fmt: skip
-                response = await client.post("/v1/chat/completions", json=body)
-                assert response.status_code == 200, response.text
-                (made,) = response.json()["choices"]
-                for call in made["message"].get("tool_calls", ()):
-                    del call["id"]
-                answers.append(made)
-            assert answers[0] == answers[1] == answers[2]
 
 
 async def test_calls_in_diffusion_are_what_the_schema_allows(runner: TorchRunner, codec: TextCodec) -> None:

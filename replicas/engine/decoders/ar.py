@@ -1,19 +1,17 @@
-"""Autoregressive decoding: one causal forward of the seed gives the next seed."""
+"""Autoregressive decoding: one causal forward of the seed gives the next seed.
+
+What a grammar forces behind the seed goes with it, so that it takes no forward of its own. It is verified,
+since a text that is forced may be cut into tokens in several ways, of which the model has its own.
+"""
 
 from policies.modes import Mode
-from replicas.engine.batch import SegmentOutput
-from replicas.engine.decoders.round import Round, RoundProgress, SegmentRequest
+from replicas.engine.decoders.verify import VerifyRound, verify
 
 
-class ArRound(Round):
+class ArRound(VerifyRound):
+    """forced: the tokens that are to come behind the seed, as far as can be told"""
+
     mode = Mode.AR
 
-    def __init__(self, start: int, seed: int):
-        self.start = start
-        self._seed = seed
-
-    def next_segment(self, following: int = 0) -> SegmentRequest:
-        return SegmentRequest((self._seed,), num_causal=1, adapter=False, wanted=(0,))
-
-    def apply_output(self, request: SegmentRequest, output: SegmentOutput) -> RoundProgress:
-        return RoundProgress(output.token_ids, output.logprobs(1), num_cached=1, done=True)
+    def __init__(self, start: int, seed: int, forced: tuple[int, ...] = ()):
+        super().__init__(start, verify((seed, *forced)))

@@ -3,9 +3,10 @@
 from policies.modes import DecodePlan, Mode, available_plan, default_plan, lossless_plan
 from policies.quality import bounded_plan
 from replicas.engine.batch import ModelSpec
+from replicas.engine.constrain import with_forced
 from replicas.engine.decoders.ar import ArRound
 from replicas.engine.decoders.diffusion import Denoising, DiffusionRound
-from replicas.engine.decoders.round import Round, SegmentRequest
+from replicas.engine.decoders.round import NO_DRAFT, Round, SegmentRequest
 from replicas.engine.decoders.self_speculation import (
     SelfSpeculationRound,
     masks_behind,
@@ -15,6 +16,8 @@ from replicas.engine.decoders.self_speculation import (
 from replicas.engine.sequence import ActivePlan, Sequence
 
 PINNED_RULE = "request"
+MAX_FORCED = 16
+"""Forced tokens that a step of AR takes at most."""
 
 
 def plan_for(sequence: Sequence, active: ActivePlan, spec: ModelSpec) -> ActivePlan:
@@ -60,13 +63,13 @@ def begin_round(sequence: Sequence, plan: DecodePlan, spec: ModelSpec, overlaps_
     seed = sequence.tokens[start]
     block_length = min(plan.block_length, spec.max_context - start)
     if plan.mode is Mode.AR:
-        return ArRound(start, seed)
+        most = min(MAX_FORCED, sequence.num_remaining - 1, spec.max_context - start - 1)
+        return ArRound(start, seed, with_forced(sequence, NO_DRAFT, most).token_ids)
     assert spec.mask_token_id is not None, "a model without a mask token has only the mode ar"
     if plan.mode is Mode.SELF_SPECULATION:
         eos = frozenset() if sequence.sampling.ignore_eos else spec.eos_token_ids
-        request = verify_and_draft(
-            seed, sequence.draft, block_length, sequence.num_remaining, spec.mask_token_id, eos
-        )
+        draft = with_forced(sequence, sequence.draft, min(block_length, sequence.num_remaining) - 1)
+        request = verify_and_draft(seed, draft, block_length, sequence.num_remaining, spec.mask_token_id, eos)
         return SelfSpeculationRound(start, request)
     return _diffusion_round(sequence, plan, spec, start, seed, overlaps_blocks)
 

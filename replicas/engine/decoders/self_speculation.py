@@ -19,38 +19,20 @@ from collections.abc import Set
 from dataclasses import replace
 
 from policies.modes import Mode
-from replicas.engine.batch import SegmentOutput
-from replicas.engine.decoders.round import NO_DRAFT, Draft, Round, RoundProgress, SegmentRequest
+from replicas.engine.decoders.round import Draft, SegmentRequest
+from replicas.engine.decoders.verify import VerifyRound, verify
 
 PROB_ONE = 1 << 20
 """A probability of 1 where probabilities are reckoned with in whole numbers."""
 
 
-class SelfSpeculationRound(Round):
+class SelfSpeculationRound(VerifyRound):
     """A round of one forward.
 
     request: as verify_and_draft makes it
     """
 
     mode = Mode.SELF_SPECULATION
-
-    def __init__(self, start: int, request: SegmentRequest):
-        self.start = start
-        self._request = request
-
-    def next_segment(self, following: int = 0) -> SegmentRequest:
-        return self._request
-
-    def apply_output(self, request: SegmentRequest, output: SegmentOutput) -> RoundProgress:
-        drafted = request.token_ids[1 : request.num_causal]
-        chosen = output.token_ids[: request.num_causal]  # fewer where nothing can be sampled from a row
-        pairs = zip(drafted, chosen, strict=False)
-        num_accepted = next((at for at, (token, own) in enumerate(pairs) if token != own), len(chosen) - 1)
-        num_accepted = min(num_accepted, len(drafted))
-        # The seed and the accepted drafts are cached; the token after them, AR's own, is the next seed.
-        count = num_accepted + 1
-        draft = Draft.behind(request, output) if count == request.num_causal else NO_DRAFT
-        return RoundProgress(chosen[:count], output.logprobs(count), num_cached=count, done=True, draft=draft)
 
 
 def verify_and_draft(
@@ -75,11 +57,6 @@ def verify_and_draft(
     tokens = (seed, *draft.token_ids[: num_worth_verifying(draft.probs[:most])])
     num_left = 0 if tokens[-1] in eos_token_ids else num_remaining - len(tokens)
     return with_draft(verify(tokens), masks_behind(block_length, num_left, mask_token_id))
-
-
-def verify(token_ids: tuple[int, ...]) -> SegmentRequest:
-    """The segment that verifies a seed and what is drafted after it."""
-    return SegmentRequest(token_ids, len(token_ids), adapter=False, wanted=tuple(range(len(token_ids))))
 
 
 def with_draft(request: SegmentRequest, masks: tuple[int, ...]) -> SegmentRequest:

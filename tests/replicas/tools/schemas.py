@@ -43,6 +43,8 @@ def _annotation(rng: Random, depth: int) -> Any:
         choices += [
             list[inner],  # type: ignore[valid-type]
             dict[str, inner],  # type: ignore[valid-type]
+            dict[Literal[tuple(rng.sample(WORDS, 2))], inner],  # type: ignore[misc,valid-type]
+            dict[Annotated[str, Field(min_length=1, max_length=4)], inner],  # type: ignore[valid-type]
             Annotated[list[inner], Field(min_length=1, max_length=3)],  # type: ignore[valid-type]
             tuple[inner, int],  # type: ignore[valid-type]
             inner | int,
@@ -86,7 +88,13 @@ def _zod(rng: Random, depth: int) -> dict[str, Any]:
             {"type": "array", "items": inner},
             {"type": "array", "items": inner, "minItems": 1, "maxItems": 2},
             {"anyOf": [inner, {"type": "string"}]},
-            {"type": "object", "additionalProperties": inner},
+            {"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": inner},
+            {
+                "type": "object",
+                "propertyNames": {"type": "string", "enum": ["x", "y"]},
+                "additionalProperties": inner,
+                "required": ["x", "y"],
+            },
             {"type": "array", "minItems": 2, "maxItems": 2, "items": [inner, {"type": "integer"}]},
             zod_schema(rng, depth - 1),
             zod_schema(rng, depth - 1),

@@ -198,9 +198,14 @@ def test_the_tool_whose_schema_cannot_be_enforced_is_named(schema: dict, strict:
     assert ('"strict": false' in fault.message) == strict
 
 
-def test_without_strict_what_cannot_be_enforced_is_left_out() -> None:
+def test_without_strict_what_cannot_be_enforced_is_left_out_and_the_tool_is_named() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
-    compile_schema(TOKENIZER, order(tools=(Tool("f", json.dumps(schema)),), places=(0,)))
+    asked = order(tools=(TOOLS[0], Tool("bad", json.dumps(schema))), places=(0, 1))
+    warning = compiler().compile(asked).warning
+    assert warning is not None
+    assert "'bad'" in warning
+    assert "uniqueItems" in warning
+    assert compiler().compile(order(tools=TOOLS[:1], places=(0,))).warning is None
 
 
 def test_python_names_arguments_or_the_schema_is_refused() -> None:
