@@ -15,6 +15,7 @@ from replicas.model.checkpoint import LayerWeights, ModelWeights, weights_to
 from replicas.model.config import ModelConfig
 from replicas.model.cuda.inputs import HostStep, StepInputs
 from replicas.model.cuda.runner import CudaRunner, Options
+from replicas.model.parallel import Parallel, VocabPart, shard_config
 
 _ROPE = {
     "rope_type": "yarn",
@@ -54,6 +55,8 @@ class Work:
     """The kind of codes that weights are (replicas.kernels.normed_product.CODES), if any."""
     num_layers: int | None = None
     """None for all the model has."""
+    num_processes: int = 1
+    """The number among which the model is split; this one is the first."""
 
 
 def published_config(name: str, num_layers: int | None = None) -> ModelConfig:
@@ -117,15 +120,20 @@ def random_weights(
 
 def make_runner(work: Work, device: torch.device, options: Options) -> CudaRunner:
     """A runner with pages for max_concurrency sequences of num_cached tokens and a block each."""
-    config = published_config(work.name, work.num_layers)
+    whole = published_config(work.name, work.num_layers)
+    parallel = Parallel(0, work.num_processes)
+    config = shard_config(whole, parallel)
+    weights = random_weights(config, work.dtype, device, work.codes)
+    weights.head = weights.head[: VocabPart.of(whole.vocab_size, parallel).width]
     per_sequence = -(-(work.num_cached + 4 * work.max_queries) // work.page_size)
     return CudaRunner(
         config,
-        random_weights(config, work.dtype, device, work.codes),
+        weights,
         num_pages=work.max_concurrency * per_sequence,
         page_size=work.page_size,
         max_context=work.num_cached + 4 * work.max_queries,
         kv_dtype=work.kv_dtype,
+        parallel=parallel,
         options=options,
     )
 

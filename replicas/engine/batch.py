@@ -209,6 +209,11 @@ class AheadRunner(Runner, Protocol):
         """True if a segment may follow this one before the host has seen this one's tokens."""
         ...
 
+    def following_pairs(self) -> Iterable[tuple[ScheduledBatch, ScheduledBatch]]:
+        """Batches to begin one behind the other while warming up, after which none that follows another waits
+        for a compiler. Of several processes all are to begin them."""
+        ...
+
 
 class ServingRunner(Runner, Protocol):
     """A runner that a replica serves with."""

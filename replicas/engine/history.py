@@ -78,8 +78,9 @@ class History:
         """The first tokens, so many of them; all there are at most."""
         return Prefix(self, min(length, len(self)))
 
-    def token_ids(self, length: int) -> "array[int]":
-        return self._token_ids[:length]
+    def token_ids(self, length: int, start: int = 0) -> "array[int]":
+        """The first tokens, so many of them, from `start` on."""
+        return self._token_ids[start:length]
 
     def counts(self, length: int) -> Counts:
         """The counts of the first tokens, so many of them."""

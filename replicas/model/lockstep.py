@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -21,13 +21,15 @@ from replicas.engine.batch import (
     SegmentOutput,
     ServingRunner,
 )
+from replicas.model.step_changes import Step, StepDecoder, StepEncoder
+from replicas.model.step_channel import open_receiver, open_sender, own_place
 
 JOIN_TIMEOUT = timedelta(seconds=120)
 """The first of the processes waits this long for the last one."""
 STEP_TIMEOUT = timedelta(seconds=100)
 """A process waits this long in a step for another that lives but does not come; compiling kernels counts."""
-IDLE_TIMEOUT = timedelta(days=365)
-"""Followers wait this long for a batch: a replica may idle. A dead leader's connection closes at once."""
+_END = b""
+"""The message that ends the followers; a step's is never empty."""
 
 
 class Meeting:
@@ -56,7 +58,7 @@ def join(meeting: Meeting | int, rank: int, size: int, device: str) -> None:
 
     meeting: rank 0's own for itself, its port for the others
 
-    Steps are computed over NCCL on 'cuda'; batches go by gloo.
+    Steps are computed over NCCL on 'cuda'; what they are goes by replicas.model.step_channel.
     """
     if isinstance(meeting, Meeting):
         store = meeting.store
@@ -64,21 +66,6 @@ def join(meeting: Meeting | int, rank: int, size: int, device: str) -> None:
         store = TCPStore("127.0.0.1", meeting, size, timeout=JOIN_TIMEOUT, use_libuv=False)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=STEP_TIMEOUT)
-
-
-def batch_group() -> dist.ProcessGroup:
-    """The group in which batches travel; made by all of the processes at once."""
-    group = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
-    assert isinstance(group, dist.ProcessGroup)
-    return group
-
-
-class Step(NamedTuple):
-    """What goes to the followers."""
-
-    batch: ScheduledBatch
-    follows: bool
-    """True if it is begun behind the step before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +81,7 @@ class LeadersStep:
 
 
 class Leader:
-    """Rank 0's runner. Every batch goes to the followers before it runs; `close` lets them end.
+    """Rank 0's runner. Every step goes to the followers before it runs; `close` lets them end.
 
     After a step that failed on any process nobody knows what the others have done, so it is the last one:
     RunnerLost, and all of the processes are to be started again.
@@ -102,7 +89,8 @@ class Leader:
 
     def __init__(self, runner: ServingRunner):
         self._runner = runner
-        self._batches = batch_group()
+        self._sender = open_sender(STEP_TIMEOUT, own_place())
+        self._encoder = StepEncoder()
         self._is_lost = False
 
     @property
@@ -110,7 +98,10 @@ class Leader:
         return self._runner.spec
 
     def warm_up_batches(self, max_running: int, max_step_tokens: int) -> Iterable[ScheduledBatch]:
-        return self._runner.warm_up_batches(max_running, max_step_tokens)
+        yield from self._runner.warm_up_batches(max_running, max_step_tokens)
+        if self.spec.runs_ahead:
+            for first, then in cast("AheadRunner", self._runner).following_pairs():
+                self.begin(then, self.begin(first, None))
 
     def settle(self) -> None:
         """Gives back this process's memory; the followers keep theirs."""
@@ -131,7 +122,7 @@ class Leader:
         return cast("AheadRunner", self._runner).can_be_followed(segment)
 
     def _send(self, batch: ScheduledBatch, before: "LeadersStep | None") -> None:
-        dist.broadcast_object_list([Step(batch, before is not None)], src=0, group=self._batches)
+        self._sender.send(self._encoder.encode(Step(batch, before is not None)))
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
@@ -144,20 +135,16 @@ class Leader:
     def close(self) -> None:
         """Ends the followers. Does nothing after RunnerLost, when they may never come for it."""
         if not self._is_lost:
-            dist.broadcast_object_list([None], src=0, group=self._batches)
+            self._sender.send(_END)
 
 
 def follow(runner: Runner) -> None:
     """Runs on every other rank what the leader runs, until it closes. Raises what a step raises."""
-    batches = batch_group()
+    receiver, decoder = open_receiver(own_place()), StepDecoder()
     ahead = cast("AheadRunner", runner) if runner.spec.runs_ahead else None
     begun: Begun | None = None
-    while True:
-        received: list[Step | None] = [None]
-        dist.broadcast_object_list(received, src=0, group=batches)
-        step = received[0]
-        if step is None:
-            return
+    while message := receiver.receive():
+        step = decoder.decode(message)
         if ahead is None:
             runner.run(step.batch)
         else:

@@ -11,6 +11,7 @@ from itertools import chain
 import numpy as np
 import torch
 
+from replicas.engine.batch import Segment
 from replicas.engine.history import NO_TOKENS, Prefix
 from replicas.messages import SamplingParams
 from replicas.model.penalties import Overwritten, Penalise, Penalty, as_line, penalise
@@ -62,6 +63,20 @@ class Row:
             and self.prompt_len == other.prompt_len
             and self.then == other.then[: len(self.then)]
         )
+
+
+def may_have_rules(segment: Segment) -> bool:
+    """True if rows of the segment may have rules."""
+    sampling = segment.sampling
+    return bool(
+        segment.allowed or sampling.has_penalties or sampling.logit_bias or sampling.min_tokens
+    )  # fmt: skip
+
+
+def takes_most_probable(segment: Segment) -> bool:
+    """True if all that is asked of the segment's rows is the most probable token and its probability."""
+    sampling = segment.sampling
+    return not (sampling.temperature > 0 or sampling.logprobs is not None or may_have_rules(segment))
 
 
 def apply_rules(

@@ -2,12 +2,12 @@
 
 Query, key, value, gate and up matrices are split by rows, so each process has some K/V heads with their
 queries and some of the MLP; output and down matrices by columns, so their products are sums to which each
-process adds its part (Megatron-LM, arXiv 1909.08053). The head is split by tokens of the vocabulary and its
-logits are gathered, the last part padded where they do not divide. One process is the same code with
-nothing to add or gather.
+process adds its part (Megatron-LM, arXiv 1909.08053). The head is split by tokens of the vocabulary, the last
+part padded where they do not divide: of rows whose most probable token is all that is asked each process
+tells its own, the logits of others are gathered. One process is the same code with nothing to add or gather.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,7 @@ class Parallel:
 
     def add(self, partial: torch.Tensor) -> torch.Tensor:
         """Adds up the processes' tensors `partial`, all of one shape, in place."""
-        if self.size > 1:
+        if self.size > 1 and partial.numel():
             dist.all_reduce(partial)
         return partial
 
@@ -47,12 +47,68 @@ class Parallel:
         """Joins the processes' parts [W, n] -> [W, width] by rank; what is past width is padding."""
         if self.size == 1:
             return part
-        parts = [torch.empty_like(part) for _ in range(self.size)]
-        dist.all_gather(parts, part.contiguous())
-        return torch.cat(parts, -1)[:, :width]
+        return torch.cat(self._gathered(part).unbind(), -1)[:, :width]
+
+    def best(
+        self, largest: torch.Tensor, tokens: torch.Tensor, log_sums: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of each process's most probable tokens of W rows, [W] each, those of whole rows.
+
+        largest: their logits; tokens: ids of the whole vocabulary; log_sums: of the process's own part.
+
+        Of equal logits the lowest id is the most probable, as lower ranks have lower ids. A row that is not
+        finite in any part has a log-sum that is not finite.
+        """
+        if self.size == 1:
+            return largest, tokens, log_sums
+        # float64 holds any token id exactly, so all travel in one.
+        own = torch.stack((largest.double(), tokens.double(), log_sums.double()))
+        all_largest, all_tokens, all_log_sums = self._gathered(own).unbind(1)
+        rank = all_largest.argmax(0, keepdim=True)
+        return (
+            all_largest.gather(0, rank)[0].float(),
+            all_tokens.gather(0, rank)[0].long(),
+            all_log_sums.logsumexp(0).float(),
+        )
+
+    def _gathered(self, part: torch.Tensor) -> torch.Tensor:
+        """The processes' tensors, all of one shape, as [size, ...]."""
+        parts = part.new_empty(self.size, *part.shape)
+        if part.numel():
+            dist.all_gather(list(parts.unbind()), part.contiguous())
+        return parts
 
 
 ALONE = Parallel()
+
+
+@dataclass(frozen=True, slots=True)
+class VocabPart:
+    """The tokens whose logits a process has, as `shard` cuts the head."""
+
+    first: int
+    width: int
+    """The number of columns of its logits."""
+    num_tokens: int
+    """The number of these that are tokens; the rest is padding."""
+
+    @classmethod
+    def of(cls, vocab_size: int, parallel: Parallel) -> "VocabPart":
+        width = -(-vocab_size // parallel.size)
+        first = parallel.rank * width
+        return cls(first, width, max(0, min(width, vocab_size - first)))
+
+    def column(self, token_id: int | None) -> int | None:
+        """The token's column; None where it is in another's part."""
+        if token_id is None or not self.first <= token_id < self.first + self.num_tokens:
+            return None
+        return token_id - self.first
+
+    def without_padding(self, logits: torch.Tensor) -> torch.Tensor:
+        """The process's logits [W, width], with padding made impossible, in place."""
+        if self.num_tokens < self.width:
+            logits[:, self.num_tokens :] = float("-inf")
+        return logits
 
 
 def shard_config(config: ModelConfig, parallel: Parallel) -> ModelConfig:

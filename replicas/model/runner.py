@@ -22,12 +22,13 @@ from replicas.model.checkpoint import (
 from replicas.model.config import ModelConfig
 from replicas.model.kv_budget import cpu_budget_bytes
 from replicas.model.kv_cache import KvCache
-from replicas.model.logit_rules import Row
+from replicas.model.logit_rules import Row, takes_most_probable
 from replicas.model.native.build import NativeUnavailable
 from replicas.model.native.model import NativeModel, native_page_bytes, require_native
 from replicas.model.parallel import ALONE, Parallel, shard, shard_config
 from replicas.model.penalties import Penalise, penalise
-from replicas.model.sampler import Choose, choose, sample
+from replicas.model.sampler import Choose, Sampled, choose, sample
+from replicas.model.split_sampler import SplitSampler
 from replicas.model.transformer import Batch, Transformer
 from replicas.resident import forget, forget_code, trim_heap
 
@@ -60,7 +61,7 @@ class TorchModel:
 
     def forward(self, segments: Sequence[Segment]) -> tuple[tuple[int, ...], torch.Tensor]:
         """Runs the segments -> the order in which they were packed, and the logits [W, vocab] of their wanted
-        rows."""
+        rows; of several processes each has its part of them."""
         attention = self._attention.plan(segments)
         ordered = [segments[index] for index in attention.order]
         return attention.order, self._transformer.forward(_batch(ordered, attention))
@@ -88,7 +89,6 @@ class TorchRunner:
         parallel: this process's place among those that share the model, for torch's forward alone; weights
         and config are then its own part (replicas.model.parallel.shard).
         """
-        self._leads = parallel.rank == 0
         self._model: TorchModel | NativeModel
         if native_threads is None:
             self._model = TorchModel(config, weights, num_pages, page_size, max_context, parallel)
@@ -102,7 +102,12 @@ class TorchRunner:
                 num_threads=native_threads,
                 quantization=quantization,
             )
-        self._spec = spec_of(config, num_pages=num_pages, page_size=page_size, max_context=max_context)
+        self._spec = spec = spec_of(
+            config, num_pages=num_pages, page_size=page_size, max_context=max_context
+        )  # fmt: skip
+        self._split: SplitSampler | None = None
+        if parallel.size > 1:
+            self._split = SplitSampler(spec.vocab_size, spec.mask_token_id, spec.eos_token_ids, parallel)
 
     @classmethod
     def load(
@@ -200,14 +205,28 @@ class TorchRunner:
         segments = [batch.segments[index] for index in order]
         rows = list(chain.from_iterable(rows_of(segment) for segment in segments))
         outputs = [SegmentOutput((), ())] * len(segments)
-        if not rows or not self._leads:  # nobody asks the others for their tokens
+        if not rows:
             return outputs
-        spec = self._spec
-        model = self._model
-        sampled = sample(logits, rows, spec.mask_token_id, spec.eos_token_ids, model.choose, model.penalise)
+        sampled = self._sample(segments, rows, logits)
+        if sampled is None:  # nobody asks the others for their tokens
+            return outputs
         for index, output in zip(order, outputs_of(segments, *sampled), strict=True):
             outputs[index] = output
         return outputs
+
+    def _sample(
+        self, segments: Sequence[Segment], rows: Sequence[Row], logits: torch.Tensor
+    ) -> Sampled | None:
+        """The choice for the segments' rows; None on all but the first of several processes."""
+        if self._split is not None:
+            takes = chain.from_iterable(
+                repeat(takes_most_probable(segment), len(segment.wanted)) for segment in segments
+            )
+            return self._split.sample(
+                logits, rows, [index for index, takes_it in enumerate(takes) if takes_it]
+            )
+        spec, model = self._spec, self._model
+        return sample(logits, rows, spec.mask_token_id, spec.eos_token_ids, model.choose, model.penalise)
 
 
 def _has_native(config: ModelConfig, required: bool, quantization: str | None) -> bool:

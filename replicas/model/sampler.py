@@ -131,6 +131,10 @@ def _argmax(logits: torch.Tensor) -> torch.Tensor:
     return logits.argmax(-1)
 
 
+Sampled = tuple[list[int], list[float], dict[int, tuple[TokenProb, ...]]]
+"""Token ids, probabilities, and by row the most probable tokens."""
+
+
 @torch.inference_mode()
 def sample(
     logits: torch.Tensor,
@@ -139,7 +143,7 @@ def sample(
     eos_token_ids: Set[int] = frozenset(),
     choose: Choose = choose,
     penalise: Penalise = penalise,
-) -> tuple[list[int], list[float], dict[int, tuple[TokenProb, ...]]]:
+) -> Sampled:
     """logits [W, vocab] -> W token ids, W probabilities, and by row the most probable tokens asked for.
 
     The mask token is never chosen. Probabilities are those of the softmax of the raw logits without it:
@@ -154,14 +158,14 @@ def sample(
     overwritten = apply_rules(logits, rows, ruled, eos_token_ids, penalise) if ruled else []
     greedy = [index for index in ruled if not rows[index].sampling.temperature > 0]
     if greedy:
-        changed = _lines(logits, greedy)
+        changed = lines_of(logits, greedy)
         found = _argmax(changed)
         at = torch.tensor(greedy, device=logits.device)
         tokens[at] = found
         normalisers[at] = _nan_unless_finite(normalisers[at], changed.gather(1, found[:, None]))
     sampled = SampledRows.build(rows, logits.device)
     if sampled is not None:
-        tokens[sampled.rows], largest = _pick(_lines(logits, sampled.rows.tolist()), sampled)
+        tokens[sampled.rows], largest = _pick(lines_of(logits, sampled.rows.tolist()), sampled)
         normalisers[sampled.rows] = _nan_unless_finite(normalisers[sampled.rows], largest)
     for part in overwritten:
         part.restore(tokens)
@@ -179,7 +183,7 @@ def _nan_unless_finite(normalisers: torch.Tensor, largest: torch.Tensor) -> torc
     return normalisers.masked_fill(~largest.squeeze(1).isfinite(), math.nan)
 
 
-def _lines(logits: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
+def lines_of(logits: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
     """The rows at ascending indices: a view where they are neighbours, else a copy."""
     runs = runs_of(indices)
     return logits[runs[0]] if len(runs) == 1 else torch.cat([logits[run] for run in runs])
@@ -195,7 +199,7 @@ def _most_probable(
     asking = [index for index, row in enumerate(rows) if row.sampling.logprobs is not None]
     if not asking:
         return {}
-    lines = _lines(logits, asking)
+    lines = lines_of(logits, asking)
     num_ranked = min(max(rows[index].sampling.logprobs or 0 for index in asking), logits.shape[1])
     # One more than asked for shows whether others equal the last, of which topk may have taken any.
     values, ids = lines.topk(min(num_ranked + 1, logits.shape[1]))

@@ -44,7 +44,6 @@ class Transformer:
         parallel: Parallel = ALONE,
     ):
         self._eps = config.rms_norm_eps
-        self._parallel = parallel
         self._heads = (config.num_heads, config.num_kv_heads)
         self._rotary = RotaryTable(config, num_positions)
         self._attention = attention
@@ -54,11 +53,13 @@ class Transformer:
         while weights.layers:
             self._layers.append(_Layer(config, weights.layers.pop(), len(self._layers), parallel))
         self._norm = weights.norm
+        self._width = len(weights.head)
         self._head = make_linear(weights.head)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Runs the batch -> logits [W, vocab] of the wanted rows, in the model's dtype."""
+        """Runs the batch -> logits [W, vocab] of the wanted rows, in the model's dtype; of several processes
+        each has its part of them (replicas.model.parallel.VocabPart)."""
         factors = self._rotary.factors(batch.attention.positions, *self._heads)
         hidden = F.embedding(batch.token_ids, self._embedding)
         for layer in self._layers[:-1]:
@@ -69,10 +70,9 @@ class Transformer:
         if batch.wanted is not None:
             hidden, attended = hidden[batch.wanted], attended[batch.wanted]
         if not len(hidden):
-            return hidden.new_empty(0, self._embedding.shape[0])
+            return hidden.new_empty(0, self._width)
         hidden = last.finish(hidden, attended, batch.wanted_adapter)
-        logits = self._head(rms_norm(hidden, self._norm, self._eps))
-        return self._parallel.gather(logits, self._embedding.shape[0])
+        return self._head(rms_norm(hidden, self._norm, self._eps))
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -50,8 +50,9 @@ _WAITING_CALLS = frozenset(
 )
 _LAUNCHING_CALLS = frozenset(
     f"aten::{name}" for name in ("mm", "addmm", "addmm_", "linear", "embedding", "index_select", "copy_")
-)
-"""What else a step launches: products, each by a kernel or two of the vendor's library, and copies."""
+) | {"c10d::allreduce_", "c10d::allgather_"}
+"""What else a step launches: products, each by a kernel or two of the vendor's library, copies, and what
+processes that share a model tell each other."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from replicas.engine.batch import Segment
 from replicas.kernels.rules import ROW_FIELDS, RULE_FIELDS
-from replicas.model.logit_rules import Row
+from replicas.model.logit_rules import Row, may_have_rules
 from replicas.model.penalties import Penalty
 from replicas.model.runner import rows_of
 from replicas.model.sampler import Parameters, uniforms
@@ -53,7 +53,7 @@ class Choices:
         slots: list[int] = []
         ruled: list[list[int]] = []
         for segment in segments:
-            if not _may_have_rules(segment):
+            if not may_have_rules(segment):
                 slots.extend([-1] * len(segment.wanted))
                 continue
             rows = rows_of(segment)
@@ -82,13 +82,6 @@ def _draws_of(segments: Sequence[Segment]) -> np.ndarray:
     draws[1] = uniforms(seeds.tolist(), positions).astype(np.float32).view(np.int32)
     draws[2] = np.repeat([each.top_k for each in parameters], counts)
     return draws
-
-
-def _may_have_rules(segment: Segment) -> bool:
-    sampling = segment.sampling
-    return bool(
-        segment.allowed or sampling.has_penalties or sampling.logit_bias or sampling.min_tokens
-    )  # fmt: skip
 
 
 class _Words:

@@ -34,12 +34,14 @@ from replicas.model.cuda.staging import Staging
 from replicas.model.cuda.transformer import CudaTransformer
 from replicas.model.kv_budget import check_pool, device_budget_bytes
 from replicas.model.kv_cache import KvCache
-from replicas.model.parallel import ALONE, Parallel, shard, shard_config
+from replicas.model.logit_rules import takes_most_probable
+from replicas.model.parallel import ALONE, Parallel, VocabPart, shard, shard_config
 from replicas.model.runner import spec_of
 from replicas.resident import trim_heap
 
 KV_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 _GRAPH_PAGE_ENTRIES = 1 << 20
+_SAMPLED = SamplingParams(temperature=1.0)
 _FP8_SINCE = (8, 9)
 """The first compute capability that converts fp8 in hardware, as Triton asks for."""
 
@@ -85,6 +87,8 @@ class CudaRunner:
         pages = PagedKv(config, num_pages, page_size, kv_dtype or weights.embedding.dtype, self.device)
         attention = TritonAttention(config, pages, max_context)
         self.model = CudaTransformer(config, weights, attention, parallel)
+        self._parallel = parallel
+        self._part = VocabPart.of(config.vocab_size, parallel)
         self._staging = Staging(self.device)
         self._num_places = attention.num_places
         self._sizes = GraphSizes(config, attention.num_places, weights.embedding.dtype)
@@ -181,6 +185,9 @@ class CudaRunner:
         else:
             graphs.run(size)
             logits, drawn = self._outputs(size.num_wanted)
+        if self._parallel.size > 1 and not all(takes_most_probable(part) for part in segments if part.wanted):
+            logits = self._parallel.gather(logits, self.config.vocab_size)
+            drawn = self._sample(StepInputs.view(buffer, size), logits)
         logits = logits[: host.size.num_wanted]
         return Sampled.of(segments, logits, drawn, spec.mask_token_id, self._staging)
 
@@ -199,8 +206,12 @@ class CudaRunner:
         spec, sizes = self._spec, self._sizes.up_to(max_running, max_step_tokens)
         if max_step_tokens > sizes[-1].num_rows:
             sizes = (*sizes, eager(replace(sizes[-1], num_rows=max_step_tokens)))
-        yield from batches(sizes, spec.page_size, spec.num_pages, spec.max_context)
-        self.warm_up_following()
+        for batch in batches(sizes, spec.page_size, spec.num_pages, spec.max_context):
+            yield batch
+            if self._parallel.size > 1:  # whole rows are sampled beside graphs
+                yield ScheduledBatch(tuple(replace(segment, sampling=_SAMPLED) for segment in batch.segments))
+        if self._parallel.size == 1:
+            self.warm_up_following()
 
     def settle(self) -> None:
         trim_heap()  # pages are the device's, and taken for good
@@ -209,34 +220,59 @@ class CudaRunner:
         """Logits [W, vocab] of the segments' wanted rows, without graphs; for tests and measurements."""
         host = HostStep.pack(segments, self.config, self._page_size, self._num_places)
         buffer = self._staging.send_step(host, host.size, None)
-        return self.model.forward(StepInputs.view(buffer, host.size))
+        logits = self.model.forward(StepInputs.view(buffer, host.size))
+        return self._parallel.gather(logits, self.config.vocab_size)
 
     def _compute(
         self, inputs: StepInputs, logits: torch.Tensor | None = None, drawn: Drawn | None = None
     ) -> tuple[torch.Tensor, Drawn]:
-        """The logits [W, vocab] of a step and its tokens, into the tensors given if any."""
-        mask_token_id = self._spec.mask_token_id
+        """The logits [W, vocab] of a step and its tokens, into the tensors given if any.
+
+        Of several processes each has its part of the logits, and the tokens are the most probable ones.
+        """
         logits = self.model.forward(inputs, logits)
+        if self._parallel.size > 1:
+            return logits, self._most_probable(logits, drawn)
+        return logits, self._sample(inputs, logits, drawn)
+
+    def _sample(self, inputs: StepInputs, logits: torch.Tensor, drawn: Drawn | None = None) -> Drawn:
+        """The tokens of whole rows of logits."""
+        mask_token_id = self._spec.mask_token_id
         best = confidence(logits, mask_token_id)
         ruled = None
         if len(inputs.ruled):
             lines = apply_rules(logits, inputs.ruled, inputs.page_table, mask_token_id)
             ruled = Ruled(inputs.slots_ruled, lines)
-        return logits, sample_rows(logits, best, inputs.draws, mask_token_id, ruled, drawn)
+        return sample_rows(logits, best, inputs.draws, mask_token_id, ruled, drawn)
+
+    def _most_probable(self, logits: torch.Tensor, drawn: Drawn | None) -> Drawn:
+        """The most probable tokens of rows of which each process has its part, alike in all of them."""
+        part, drawn = self._part, drawn or Drawn.empty(len(logits), logits.device)
+        best = confidence(part.without_padding(logits), part.column(self._spec.mask_token_id))
+        largest = logits.gather(1, best.tokens[:, None]).squeeze(1).float()
+        largest, tokens, log_sums = self._parallel.best(largest, best.tokens + part.first, best.log_sums)
+        drawn.tokens.copy_(tokens)
+        torch.stack(
+            (tokens.double(), (largest - log_sums).double().exp(), log_sums.double()), out=drawn.report
+        )
+        return drawn
 
     def _outputs(self, num_wanted: int) -> tuple[torch.Tensor, Drawn]:
         """Where graphs of steps with so many wanted rows leave what `_compute` gives."""
         report = self._report[: 3 * num_wanted].view(3, num_wanted)
         return self._logits[:num_wanted], Drawn(self._tokens[:num_wanted], report)
 
-    def warm_up_following(self) -> None:
-        """Has the kernel compiled that completes steps begun ahead, with the adapter and without."""
+    def following_pairs(self) -> Iterator[tuple[ScheduledBatch, ScheduledBatch]]:
         for adapts in {False, self._spec.mask_token_id is not None}:
             first = Segment(0, 0, (1,), (0,) * 4, 1, False, (0,), SamplingParams())
             tokens = (0, 1) if adapts else (0,)
             then = replace(first, start=1, token_ids=tokens, adapter=adapts, follows=first)
-            before = self.begin(ScheduledBatch((first,)), None)
-            self.begin(ScheduledBatch((then,)), before)
+            yield ScheduledBatch((first,)), ScheduledBatch((then,))
+
+    def warm_up_following(self) -> None:
+        """Has the kernel compiled that completes steps begun ahead, with the adapter and without."""
+        for first, then in self.following_pairs():
+            self.begin(then, self.begin(first, None))
 
     def _follow(
         self,
@@ -267,7 +303,7 @@ class CudaRunner:
         num_ints = max(size.num_ints for size in self._sizes.sizes) + _GRAPH_PAGE_ENTRIES
         self._buffer = torch.zeros(num_ints, dtype=torch.int32, device=device)
         num_wanted = self._sizes.max_wanted
-        self._logits = torch.empty(num_wanted, self.config.vocab_size, dtype=dtype, device=device)
+        self._logits = torch.empty(num_wanted, self._part.width, dtype=dtype, device=device)
         self._tokens = torch.empty(num_wanted, dtype=torch.int64, device=device)
         self._report = torch.empty(3 * num_wanted, dtype=torch.float64, device=device)
         recorder = GraphRecorder(device)

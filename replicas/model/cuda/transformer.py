@@ -2,8 +2,11 @@
 
 A layer of few rows is one of five launches: the norms are in the products that follow them, the rotation, the
 write to pages and the gate in those before, and the products of the outputs add to the residual. An adapter
-adds its own two to the product it is on. With more rows, head norms or several processes, and where the
-adapter is on the product itself, these are kernels of their own.
+adds its own two to the product it is on. With more rows or head norms, and where the adapter is on the
+product itself, these are kernels of their own.
+
+Of several processes the first one adds its products to the residual and the others have the product alone, so
+what is summed over them is the next residual, and few rows need no kernel between the sum and the next norm.
 """
 
 import torch
@@ -37,7 +40,6 @@ class CudaTransformer:
         parallel: Parallel,
     ):
         self._eps = config.rms_norm_eps
-        self._vocab_size = config.vocab_size
         self._parallel = parallel
         self._weights = weights
         self._layers = [
@@ -46,16 +48,15 @@ class CudaTransformer:
 
     @torch.inference_mode()
     def forward(self, inputs: StepInputs, logits: torch.Tensor | None = None) -> torch.Tensor:
-        """Computes logits [W, vocab] of the wanted rows in the model's dtype, into `logits` if given."""
+        """Computes logits [W, vocab] of the wanted rows in the model's dtype, into `logits` if given; of
+        several processes each has its part of them (replicas.model.parallel.VocabPart)."""
         residual = F.embedding(inputs.token_ids, self._weights.embedding)
-        if self._parallel.size == 1 and len(residual) <= MAX_ROWS:
+        if len(residual) <= MAX_ROWS:
             hidden = self._finish_few(residual, inputs)
         else:
             hidden = self._finish_many(residual, inputs)
-        if logits is None or self._parallel.size > 1:
-            found = _product(hidden, self._weights.head, self._weights.head_scales)
-            found = self._parallel.gather(found, self._vocab_size)
-            return found if logits is None else logits.copy_(found)
+        if logits is None:
+            return _product(hidden, self._weights.head, self._weights.head_scales)
         if self._weights.head_scales is not None:
             return project(hidden, self._weights.head, self._weights.head_scales, out=logits)
         return torch.mm(hidden, self._weights.head.t(), out=logits)
@@ -133,8 +134,7 @@ class _Layer:
         attended: [N, heads * head_dim]
         """
         weights = self._weights
-        _add_product(residual, attended, weights.o, self._o_scales)
-        self._adapted("o", residual, attended, adapter)
+        self._add_product("o", residual, attended, weights.o, self._o_scales, adapter)
         if not len(residual):
             return
         if self._adapts("gate_up", adapter):
@@ -142,8 +142,27 @@ class _Layer:
         else:
             norm = Norm(weights.post_norm, self._eps)
             gated = project_gated(residual, norm, weights.gate_up, self._gate_up_scales)
-        _add_product(residual, gated, weights.down, self._down_scales)
-        self._adapted("down", residual, gated, adapter)
+        self._add_product("down", residual, gated, weights.down, self._down_scales, adapter)
+
+    def _add_product(
+        self,
+        name: str,
+        residual: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scales: torch.Tensor | None,
+        adapter: torch.Tensor | None,
+    ) -> None:
+        """Adds the product with the adapter's, of all processes, to the residual [T, out] in place."""
+        has_residual = self._parallel.rank == 0
+        if scales is None and len(x) > LEAST_ROWS:
+            residual.addmm_(x, weight.t(), beta=int(has_residual))
+        elif has_residual:
+            project(x, weight, scales, add_to=residual)
+        else:
+            project(x, weight, scales, out=residual)
+        self._adapted(name, residual, x, adapter)
+        self._parallel.add(residual)
 
     def attend(self, update: torch.Tensor | None, residual: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
         """Norm, projection and attention -> [T, heads * head_dim].
@@ -196,13 +215,3 @@ def _product(
 ) -> torch.Tensor:
     """The product of x [T, in] with a matrix [out, in], or with the codes of one."""
     return F.linear(x, weight, bias) if scales is None else project(x, weight, scales, bias)
-
-
-def _add_product(
-    residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None
-) -> None:
-    """Adds the product to the residual [T, out] in place."""
-    if scales is None and len(x) > LEAST_ROWS:
-        residual.addmm_(x, weight.t())
-    else:
-        project(x, weight, scales, add_to=residual)

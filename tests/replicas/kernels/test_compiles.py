@@ -140,6 +140,14 @@ def test_a_layer_of_few_rows_is_of_five_launches_and_the_adapters() -> None:
     assert [each["layer"] for each in counted] == [5, 5, 5, 7]
 
 
+def test_several_processes_add_their_sums_and_launch_nothing_else() -> None:
+    found = run("benchmarks.gpu.offline.launches", "--steps", "ar 1", "draft 1x32", "--processes", "2")
+    assert found.returncode == 0, found.stderr
+    counted = [json.loads(line) for line in found.stdout.splitlines()]
+    assert [each["layer"] for each in counted] == [7, 9]
+    assert all(each["of"]["c10d::allreduce_"] == 2 for each in counted)
+
+
 def test_the_documents_table_is_the_budget() -> None:
     made = table(json.loads(BUDGET.read_text()))
     assert f"{MARKS[0]}\n{made}\n{MARKS[1]}" in (ROOT / "docs" / "gpu.md").read_text()

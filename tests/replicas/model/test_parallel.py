@@ -25,52 +25,89 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 @contextmanager
 def two_processes(kind: str, folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
     """Ranks 0 and 1 of a runner's kind; rank 0 has told rank 1 where to meet."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-
-    pipe = subprocess.PIPE
-
-    def start(*arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, str(WORKER), kind, str(folder), *arguments]
-        return subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
-
     with ExitStack() as stack:
-        leader = start()
-        stack.callback(leader.kill)
+        leader = start(stack, kind, folder)
         assert leader.stdout is not None
-        follower = start(leader.stdout.readline().strip())
-        stack.callback(follower.kill)
-        yield [leader, follower]
+        yield [leader, start(stack, kind, folder, leader.stdout.readline().strip())]
 
 
+def start(stack: ExitStack, kind: str, folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(WORKER), kind, str(folder), *arguments]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    stack.callback(process.wait)
+    stack.callback(process.kill)
+    return process
+
+
+def begin(leader: subprocess.Popen[str], requests: str) -> None:
+    """Has the leader begin requests; returns after the first step."""
+    assert leader.stdin is not None
+    assert leader.stdout is not None
+    assert leader.stdout.readline() == "ready\n"
+    leader.stdin.write(requests + "\n")
+    leader.stdin.flush()
+    assert leader.stdout.readline() == "begun\n"
+
+
+def shared_memory() -> set[str]:
+    folder = Path("/dev/shm")
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("kind", "num_layers"), [("cuda", 1), ("torch", 3)])
 def test_two_processes_equal_one(tmp_path: Path, kind: str, num_layers: int) -> None:
-    """An odd vocabulary and an adapter everywhere."""
+    """An odd vocabulary and an adapter everywhere; every mode, greedy, sampled and with rules, side by
+    side."""
     folder = make_tiny_checkpoint(tmp_path, seed=3, num_hidden_layers=num_layers, adapter_targets=TARGETS)
-    with two_processes(kind, folder) as processes:
-        results = [process.communicate(timeout=200) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], results
+    with ExitStack() as stack:
+        apart = start(stack, kind, folder, "alone", "mixed")
+        processes = [*stack.enter_context(two_processes(kind, folder)), apart]
+        results = [process.communicate("mixed\n", timeout=500) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], results
+    split, _, alone = (printed.splitlines() for printed, _ in results)
+    assert split[1:] == alone
+    assert len(alone) == 1 + 3 * 4
     reference, asked = Reference(folder), prompt(9, seed=1)
     expected = [
-        reference.ar(asked, 4, ignore_eos=True).token_ids,
-        reference.self_speculation(asked, 4, 3, ignore_eos=True).token_ids,
-        reference.diffusion(asked, 4, 3, 0.9, ignore_eos=True).token_ids,
+        reference.ar(asked, 3, ignore_eos=True).token_ids,
+        reference.self_speculation(asked, 3, 3, ignore_eos=True).token_ids,
+        reference.diffusion(asked, 3, 3, 0.9, ignore_eos=True).token_ids,
     ]
-    assert [line.split() for line in results[0][0].splitlines()[1:]] == [
-        [str(token) for token in tokens] for tokens in expected
-    ]
+    assert [line.split() for line in alone[1:4]] == [[str(token) for token in tokens] for tokens in expected]
 
 
-def test_a_dead_process_ends_the_other_with_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_a_dead_process_ends_the_other_with_an_error(tmp_path: Path, is_begun: bool) -> None:
     folder = make_tiny_checkpoint(tmp_path, num_hidden_layers=1)
+    before = shared_memory()
     with two_processes("torch", folder) as (leader, follower):
-        assert leader.stdin is not None
         assert leader.stdout is not None
-        assert leader.stdout.readline() == "ready\n"
+        if is_begun:
+            begin(leader, "long")
+        else:
+            assert leader.stdout.readline() == "ready\n"
         follower.kill()
         follower.wait()
-        _, errors = leader.communicate("go\n", timeout=60)
+        _, errors = leader.communicate("greedy\n", timeout=60)
     assert leader.returncode == 1
     assert "RunnerLost: a step failed on a part of the model" in errors
+    assert shared_memory() <= before
+
+
+def test_a_dead_leader_ends_the_others_with_an_error(tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path, num_hidden_layers=1)
+    before = shared_memory()
+    with two_processes("torch", folder) as (leader, follower):
+        begin(leader, "long")
+        leader.kill()
+        leader.wait()
+        _, errors = follower.communicate(timeout=60)
+    assert follower.returncode == 1
+    assert "Error" in errors
+    assert shared_memory() <= before
 
 
 def test_shards_put_together_are_the_whole(tmp_path: Path) -> None:
