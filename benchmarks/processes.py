@@ -167,7 +167,7 @@ def short_folder() -> Path:
 
 
 def free_port() -> int:
-    return free_ports(1)[0]
+    return free_ports(1, to_listen_on=True)[0]
 
 
 def descendants(root: int) -> dict[int, str]:

@@ -25,6 +25,9 @@ MIN_DRAIN_S = 1
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 NUM_BELOW = 8192
 """The number of ports below those of outgoing connections that are looked through."""
+NUM_SERVED = 1024
+"""The number next to them that is left to those who choose a port for a server to listen on. Between both lie
+those of Serve's ingresses, from 30000 on by default."""
 
 OWN_PORTS = (
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
@@ -63,15 +66,18 @@ def serving_environment(folder: Path) -> dict[str, str]:
     return {name: os.environ.get(name, value) for name, value in wanted.items()}
 
 
-def free_ports(count: int) -> list[int]:
+def free_ports(count: int, to_listen_on: bool = False) -> list[int]:
     """Finds ports that are all different: each stays taken until the last is found.
 
     They lie below those that the system gives to outgoing connections, where there are any: Ray makes
     hundreds of these while it starts, and one of them would take a port before its server does.
+    to_listen_on: of those that no cluster takes for itself; a cluster's own are drawn before it listens.
     """
     with ExitStack() as stack:
         probes: list[socket.socket] = []
-        below = range(max(1024, _first_ephemeral() - NUM_BELOW), _first_ephemeral())
+        first = _first_ephemeral()
+        most, least = (NUM_SERVED, 0) if to_listen_on else (NUM_BELOW, NUM_BELOW // 2)
+        below = range(max(1024, first - most), max(1024, first - least))
         for port in chain(random.sample(below, len(below)), repeat(0)):  # 0 is any
             if len(probes) == count:
                 break

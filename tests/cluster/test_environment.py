@@ -23,9 +23,10 @@ def test_two_clusters_on_a_machine_share_no_port_and_no_file(tmp_path: Path) -> 
 
 def test_no_outgoing_connection_can_take_a_port_before_its_server_does() -> None:
     first = int(EPHEMERAL.read_text().split()[0])
-    ports = free_ports(50)
-    assert len(set(ports)) == 50
-    assert all(1024 <= port < first for port in ports)
+    own, served = free_ports(50), free_ports(50, to_listen_on=True)
+    assert len({*own, *served}) == 100, "nor can a cluster take one that a server was told to listen on"
+    assert all(1024 <= port < first for port in (*own, *served))
+    assert not {*own, *served} & set(range(30_000, 31_001)) or first < 31_768, "those of Serve's ingresses"
 
 
 def test_where_outgoing_connections_may_have_every_port_any_free_one_is_taken(
