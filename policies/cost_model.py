@@ -24,7 +24,7 @@ OPTIMISM = 2.0
 WORTH_TRYING = 0.05
 """The gain on the best plan that must be possible for a trial."""
 MIN_LOSS = 0.1
-"""The share of a trial's tokens that is lost at the least: sequences change to its plan and back."""
+"""The share of a trial's tokens that is lost at the least, as far as is known beforehand."""
 
 
 _OF_DIFFUSION = frozenset({"threshold", "factor", "diffusion_gain", "diffusion_blocks"})
@@ -154,7 +154,9 @@ class CostModelPolicy(Policy[tuple[float, ...]]):
         tried = max(others, key=self._hope, default=None)
         if tried is None or self._hope(tried) < best * (1.0 + WORTH_TRYING):
             return None
-        return Trial(tried.plan, max(MIN_LOSS, 1.0 - self._worth(tried) / best), self._bounds.explore)
+        loss = max(MIN_LOSS, 1.0 - self._worth(tried) / best)
+        now = forecast(load, running)
+        return Trial(tried.plan, loss, self._bounds.explore, max(_first_round_s(tried), _first_round_s(now)))
 
     def _hope(self, expected: Forecast) -> float:
         return self._worth(expected) * math.exp(OPTIMISM * expected.spread)
@@ -168,6 +170,12 @@ class CostModelPolicy(Policy[tuple[float, ...]]):
         if expected.plan.mode in LOSSLESS_MODES:
             return expected.awaited_tokens_per_s
         return expected.awaited_tokens_per_s / (1.0 + self._bounds.diffusion_gain)
+
+
+def _first_round_s(expected: Forecast) -> float:
+    """Returns the time in which a plan's first rounds bring next to nothing: self-speculation has no draft yet,
+    and diffusion a block to begin. So it is lost once a trial, before it or behind it."""
+    return 0.0 if expected.plan.mode is Mode.AR else expected.round_s
 
 
 def _smoothed(looks: Sequence[float]) -> float:

@@ -48,6 +48,14 @@ class DriftingFactors(Generic[Term]):
     def __contains__(self, term: Term) -> bool:
         return term in self._index
 
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @property
+    def shared(self) -> float:
+        """The term that all observations share."""
+        return float(self._mean[self._index[self._shared]])
+
     def add(self, term: Term, prior: Prior) -> None:
         """Adds a term unless it is there, known as well as its prior."""
         if term in self._index:
@@ -111,7 +119,14 @@ class DriftingFactors(Generic[Term]):
 
         Terms that were never added count as 0, known exactly.
         """
-        rows = np.array([self._row(weights) for weights in sums])
+        return self.estimates_of(self.rows(sums), reference)
+
+    def rows(self, sums: Iterable[Mapping[Term, float]]) -> Vector:
+        """Returns weighted sums as estimates_of takes them, until a term is added."""
+        return np.array([self._row(weights) for weights in sums])
+
+    def estimates_of(self, rows: Vector, reference: Mapping[Term, float]) -> tuple[Vector, Vector]:
+        """Does what `estimates` does, for sums that are asked for again and again."""
         apart = rows - self._row(reference)
         variances = ((apart @ self._covariance) * apart).sum(axis=1)
         return rows @ self._mean, np.sqrt(np.maximum(variances, 0.0))

@@ -38,6 +38,8 @@ class Forecast:
     compared by, since none shortens that time and all shorten the wait."""
     step_ms: float
     """The latency of a forward."""
+    round_s: float
+    """The time in which every request that follows the plan has a forward."""
     num_prefill: float
     """Prompt tokens in a forward."""
     spread: float
@@ -111,7 +113,8 @@ def _served(
     tpots = tuple((count, step_ms / (turns * group.pace) / 1000.0) for count, group in each)
     tokens_per_s = 1000.0 * made / step_ms
     spread = math.hypot(spread, most.spread)
-    return Forecast(plan, tokens_per_s, tokens_per_s, step_ms, num_prefill, spread, tpots)
+    round_s = step_ms / (1000.0 * max(turns * places, 1e-9))
+    return Forecast(plan, tokens_per_s, tokens_per_s, step_ms, round_s, num_prefill, spread, tpots)
 
 
 def _turns(load: ReplicaLoad, num_tokens: float, made: float) -> float:

@@ -4,6 +4,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import TypeAlias
 
+import numpy as np
+
 from policies.cost import ModeFactors, octave_weights
 from policies.factors import DriftingFactors, Prior, Vector
 from policies.modes import Mode
@@ -45,14 +47,14 @@ class ModeFactorsEstimator:
         self._num_octaves = num_octaves
         self._factors: DriftingFactors[Term] = DriftingFactors(_COMMON, common, now_s)
         self._reference: dict[Term, float] = {}
+        self._num_terms, self._sums = 0, np.zeros((0, 0))  # those of `factors`, and of how many terms
         for mode, factors in (known or {}).items():
             self._remember(mode, factors)
 
     @property
     def common(self) -> float:
         """The logarithm of the common factor."""
-        (common,), _ = self._factors.estimates([{_COMMON: 1.0}], {})
-        return float(common)
+        return self._factors.shared
 
     @property
     def factors(self) -> dict[Mode, ModeFactors]:
@@ -60,8 +62,12 @@ class ModeFactorsEstimator:
         modes = [mode for mode in Mode if (mode, None) in self._factors]
         if not modes:
             return {}
-        sums = [_terms(mode, {octave: 1.0}) for mode in modes for octave in range(self._num_octaves)]
-        logs, spreads = self._factors.estimates(sums, self._reference)
+        if len(self._factors) != self._num_terms:
+            self._num_terms = len(self._factors)
+            self._sums = self._factors.rows(
+                _terms(mode, {octave: 1.0}) for mode in modes for octave in range(self._num_octaves)
+            )
+        logs, spreads = self._factors.estimates_of(self._sums, self._reference)
         found = {}
         for number, mode in enumerate(modes):
             own = slice(number * self._num_octaves, (number + 1) * self._num_octaves)

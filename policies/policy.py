@@ -43,6 +43,8 @@ class Trial:
     """The share of the tokens that is expected to be lost while it runs, above 0."""
     share: float
     """The largest share of a replica's tokens that all trials may lose."""
+    change_s: float = 0.0
+    """The time that is expected to be lost by changing to the plan and back."""
 
 
 class PolicyParameters(BaseModel):

@@ -20,8 +20,9 @@ SILENCE_S = 1.0
 class Trials:
     """The trial under way, and the time that trials may lose.
 
-    A trial costs the share of its time that its plan is expected to lose. Time that passes earns Trial.share
-    of itself; so trials lose that share of all tokens, as far as the expectation is right.
+    A trial costs the time in which sequences change to its plan and back, and the share of its own that its
+    plan is expected to lose. Time that passes earns Trial.share of itself; so trials lose that share of all
+    tokens, as far as the expectation is right.
     """
 
     def __init__(self, overlaps_blocks: bool):
@@ -49,13 +50,13 @@ class Trials:
             self.num_forwards += 1
             if now_s - self._began_s >= TRIAL_S and self._num_steps >= TRIAL_STEPS:
                 self.stop()
-        elif self._can_begin():
+        elif self.wanted is not None and self._can_begin(self.wanted):
             self._running, self._num_steps, self._began_s = self.wanted, 0, now_s
+            self._saved_s -= self.wanted.change_s
 
-    def _can_begin(self) -> bool:
-        if self.wanted is None or self._now_s - self._ended_s < PAUSE_S:
-            return False
-        return self._saved_s >= min(self.wanted.loss * TRIAL_S, MAX_SAVED_S)
+    def _can_begin(self, wanted: Trial) -> bool:
+        cost_s = wanted.loss * TRIAL_S + wanted.change_s
+        return self._now_s - self._ended_s >= PAUSE_S and self._saved_s >= min(cost_s, MAX_SAVED_S)
 
     def stop(self) -> None:
         """Ends the trial under way: sequences leave its plan at their next safe points."""

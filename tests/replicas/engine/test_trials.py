@@ -73,11 +73,13 @@ def serve(
     return engine, runner, ended
 
 
+@pytest.mark.parametrize("change_s", [0.0, 0.05, 0.2])
 @pytest.mark.parametrize(("share", "loss"), [(0.02, 0.5), (0.02, 0.1), (0.1, 1.0)])
-def test_what_trials_may_lose_is_kept_to(share: float, loss: float) -> None:
-    _, runner, _ = serve(Trial(SPECULATION, loss, share), AR, [DecodingOptions()] * 4, seconds=120.0)
+def test_what_trials_may_lose_is_kept_to(share: float, loss: float, change_s: float) -> None:
+    trial = Trial(SPECULATION, loss, share, change_s)
+    _, runner, _ = serve(trial, AR, [DecodingOptions()] * 4, seconds=120.0)
     spans = runner.spans(Mode.SELF_SPECULATION)
-    lost_s = loss * sum(end_s - began_s for began_s, end_s in spans)
+    lost_s = sum(change_s + loss * (end_s - began_s) for began_s, end_s in spans)
     # Rounds that a trial's end finds begun are run to theirs: a tenth more.
     assert 0.5 * share <= lost_s / runner.now_s <= 1.1 * share + MAX_SAVED_S / runner.now_s
 
