@@ -173,8 +173,8 @@ class CostModelPolicy(Policy[tuple[float, ...]]):
 
 
 def _first_round_s(expected: Forecast) -> float:
-    """Returns the time in which a plan's first rounds bring next to nothing: self-speculation has no draft yet,
-    and diffusion a block to begin. So it is lost once a trial, before it or behind it."""
+    """Returns the time in which a plan's first rounds bring next to nothing: self-speculation has no draft
+    yet, and diffusion a block to begin. So it is lost once a trial, before it or behind it."""
     return 0.0 if expected.plan.mode is Mode.AR else expected.round_s
 
 
