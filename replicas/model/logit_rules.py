@@ -192,5 +192,5 @@ def _bounds_by_octet() -> torch.Tensor:
 _BOUNDS_BY_OCTET = _bounds_by_octet()
 """The upper bounds that masks set on logits, by octet; the choice by each bit costs ten times as much."""
 _MASKED_AT_ONCE = 1 << 15
-"""The number of logits masked at once: their bounds stay in the processor's cache, and torch takes one thread,
-where a second one would wait for a core that the forward's threads or others have."""
+"""The number of logits masked at once: their bounds stay in the processor's cache, and torch takes one
+thread, where a second one would wait for a core that the forward's threads or others have."""
