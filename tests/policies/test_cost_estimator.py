@@ -137,3 +137,15 @@ def test_what_was_known_before_a_restart_is_known_after_it():
     assert after.factors[Mode.AR].at(8)[1] < UNKNOWN_SPREAD
     shorter = StepCost(KNOTS[:5], SHAPE.knot_ms[:5])
     assert len(CostEstimator(shorter, 0.0, before.factors).factors[Mode.AR].logs) == 5
+
+
+def test_small_forwards_beside_large_ones_do_not_make_few_rows_dear():
+    """They run where a request has just ended: what works on that slows them, and not their number of rows."""
+    small, large = (32, 2, 200), (128, 8, 800)
+    mode = Mode.SELF_SPECULATION
+    estimator = CostEstimator(SHAPE, 0.0)
+    for period in range(1, 100):
+        batch = forwards_of(mode, 2.0, num=2, shape=small) + forwards_of(mode, num=8, shape=large)
+        estimator.update(batch, 0.2 * period)
+    factors = estimator.factors[mode]
+    assert factors.at(32)[0] / factors.at(128)[0] == pytest.approx(1.0, abs=0.1)

@@ -84,6 +84,47 @@ def test_a_disturbance_that_begins_with_a_trial_is_not_believed(lasting):
     assert abs(dearer) < 0.25
 
 
+def settled(name="a"):
+    """Factors that have seen the machine at its usual pace for a while."""
+    factors = two()
+    for number in range(50):
+        factors.advance(0.2 * number)
+        factors.observe({name: 1.0}, 0.0, NOISE)
+    return factors
+
+
+@pytest.mark.parametrize("surprise", [math.log(3.0), -math.log(3.0)])
+def test_a_surprise_counts_once_a_second_one_agrees_with_it(surprise):
+    factors = settled()
+    factors.observe({"a": 1.0}, surprise, NOISE)
+    assert factors.shared == pytest.approx(0.0, abs=0.05)
+    factors.observe({"a": 1.0}, surprise, NOISE)
+    assert factors.shared == pytest.approx(surprise, rel=0.1)
+
+
+def test_two_surprises_that_differ_are_chance():
+    factors = settled()
+    factors.observe({"a": 1.0}, math.log(3.0), NOISE)
+    factors.observe({"a": 1.0}, -math.log(3.0), NOISE)
+    assert factors.shared == pytest.approx(0.0, abs=0.05)
+
+
+def test_what_is_stray_moves_no_pace_however_often_it_surprises():
+    factors = settled()
+    for _ in range(5):
+        factors.observe({"b": 1.0}, math.log(4.0), NOISE, is_stray=True)
+        ((found,), _) = factors.estimates([{"pace": 1.0, "a": 1.0}], {})
+        assert found == pytest.approx(0.0, abs=0.1)
+    dearer, _ = apart(factors)
+    assert dearer > 0.1, "of b it tells something"
+
+
+def test_the_first_observation_of_all_is_no_surprise():
+    factors = two()
+    factors.observe({"a": 1.0}, math.log(50.0), NOISE)
+    assert factors.shared > 1.0
+
+
 def test_age_leads_back_to_the_prior():
     factors = two()
     for _ in range(10):
