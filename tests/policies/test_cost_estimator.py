@@ -140,7 +140,7 @@ def test_what_was_known_before_a_restart_is_known_after_it():
 
 
 def test_small_forwards_beside_large_ones_do_not_make_few_rows_dear():
-    """They run where a request has just ended: what works on that slows them, and not their number of rows."""
+    """They run where a request has just ended: what works on that slows them, not their number of rows."""
     small, large = (32, 2, 200), (128, 8, 800)
     mode = Mode.SELF_SPECULATION
     estimator = CostEstimator(SHAPE, 0.0)
