@@ -112,7 +112,8 @@ def test_a_server_whose_replica_cannot_start_ends_and_says_why(tmp_path: Path) -
     with ServerProcess(["bash", "cluster/serve.sh"], port, "/readyz", env, folder) as server:
         assert server.process.wait(300) == 1
         said = server.log.read_text()
-    assert said.rstrip().endswith("is missing: not a checkpoint folder")
+    # Ray may have a last word on its own end behind it.
+    assert "is missing: not a checkpoint folder" in "\n".join(said.splitlines()[-5:])
 
 
 async def test_each_request_is_one_connected_trace(client: httpx.AsyncClient, collector: Collector) -> None:
