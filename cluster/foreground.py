@@ -18,14 +18,13 @@ from types import FrameType
 import ray
 import yaml
 from ray import serve
-from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
+from ray.serve.schema import ApplicationStatus
 from ray.serve.scripts import run
 
 from cluster.config import ClusterConfig
 from cluster.drain import drain
 
-POLL_S = 0.5
-_KILLED = "killed by `ray.kill`"
+POLL_S = 1.0
 
 
 class Terminated(BaseException):
@@ -45,15 +44,10 @@ def fail(number: int, frame: FrameType | None) -> None:
     raise Failed
 
 
-def watch(name: str, causes: dict[str, str]) -> None:
-    """Waits until the application runs or has failed to; then interrupts the main thread.
-
-    causes: is told why its deployments fail
-    """
+def watch(name: str) -> None:
+    """Waits until the application runs or has failed to; then interrupts the main thread."""
     while True:
         application = serve.status().applications.get(name)
-        if application is not None:
-            note_causes(application, causes)
         status = application and application.status
         if status == ApplicationStatus.RUNNING:
             return
@@ -63,17 +57,11 @@ def watch(name: str, causes: dict[str, str]) -> None:
         time.sleep(POLL_S)
 
 
-def note_causes(application: ApplicationStatusOverview, causes: dict[str, str]) -> None:
-    """Notes of each deployment that fails why, the last line of what it says, and forgets the others.
-
-    Serve may end a replica before it has heard of its error, and then says that alone.
-    """
-    for name, deployment in application.deployments.items():
-        message = deployment.message.strip()
-        if not message:
-            causes.pop(name, None)
-        elif _KILLED not in message.splitlines()[-1] or name not in causes:
-            causes[name] = message.splitlines()[-1]
+def causes(name: str) -> list[str]:
+    """Why its deployments failed: of each the last line of what it says."""
+    deployments = serve.status().applications[name].deployments.values()
+    messages = [deployment.message.strip() for deployment in deployments]
+    return [message.splitlines()[-1] for message in messages if message]
 
 
 def main() -> None:
@@ -87,13 +75,13 @@ def main() -> None:
     ray.init(namespace="serve", include_dashboard=False)
     signal.signal(signal.SIGTERM, terminate)
     signal.signal(signal.SIGUSR1, fail)
-    causes: dict[str, str] = {}
-    threading.Thread(target=watch, args=(application["name"], causes), daemon=True).start()
+    threading.Thread(target=watch, args=(application["name"],), daemon=True).start()
     try:
         run.main([str(file)], standalone_mode=False)
     except Failed:
+        told = causes(application["name"])
         serve.shutdown()  # type: ignore[no-untyped-call]
-        sys.exit("\n".join(causes.values()) or "no replica could start")
+        sys.exit("\n".join(told) or "no replica could start")
     except Terminated:
         print("== no new requests; those begun are finished ==", flush=True)
         num_left = asyncio.run(drain(application["name"], timeout_s))
