@@ -1,7 +1,8 @@
 """Muon with the matrices of one shape orthogonalised together.
 
 The same update as `torch.optim.Muon` (Newton-Schulz in bfloat16 on the Nesterov momentum), but in a few
-batched products instead of fifteen small ones a matrix.
+batched products instead of fifteen small ones a matrix, and in float32 where a processor has no products of
+bfloat16.
 """
 
 import math
@@ -11,10 +12,15 @@ import torch
 from torch import Tensor
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether products of bfloat16 are fast there; a CPU without them emulates them, 30 times slower."""
+    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def orthogonalise(stack: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Newton-Schulz iteration on each matrix of stack [n, rows, columns], rows <= columns; bfloat16."""
+    """Newton-Schulz iteration on each matrix of stack [n, rows, columns], rows <= columns."""
     a, b, c = coefficients
-    x = stack.bfloat16()
+    x = stack.bfloat16() if multiplies_bfloat16(stack.device) else stack.float()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = torch.bmm(x, x.mT)

@@ -2,7 +2,8 @@
 
 Tokenizer, training and export in one command; run again with the same --out it goes on where it stopped.
 With `--from CHECKPOINT` it goes on from an exported checkpoint's weights and tokenizer instead, with fresh
-optimizers, as for tasks that have been added.
+optimizers, as for tasks that have been added. With `torchrun` several processes learn together
+(training.parallel), each from batches of its own.
 A first phase is AR only (the paper starts from an AR model too), then comes the joint objective. The learning
 rate warms up, stays, and falls linearly to zero over the last part of the steps.
 """
@@ -27,8 +28,9 @@ from tqdm import tqdm
 from training.batches import Batch, DataConfig, encode_chat, make_batch
 from training.export import export
 from training.model import ModelConfig, TriModel
-from training.muon import BatchedMuon
+from training.muon import BatchedMuon, multiplies_bfloat16
 from training.objective import clean_mask
+from training.parallel import Ranks, join, leave
 from training.tasks.family import Chat
 from training.tasks.registry import ALL_FAMILIES, held_out_tasks
 from training.tokenizer import load_tokenizer, train_tokenizer
@@ -80,7 +82,8 @@ def make_optimizers(model: TriModel, config: TrainConfig) -> list[torch.optim.Op
 
 def losses(model: TriModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """The AR loss per answer token and the masked-token loss per noisy position, both scalars."""
-    with torch.autocast(batch.ids.device.type, dtype=torch.bfloat16):
+    device = batch.ids.device
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=multiplies_bfloat16(device)):
         hidden = model(batch.ids, batch.positions, batch.clean_mask, batch.noisy_mask)
         logits = model.logits(hidden).flatten(0, 1)
     num_clean = batch.clean_mask.shape[-1]
@@ -125,12 +128,15 @@ def teacher_forced_exact(
     return scores
 
 
-def prefetched(config: TrainConfig, tokenizer: Tokenizer, first: int, last: int) -> Iterator[Batch]:
-    """The batches of steps first..last, each made while the step before it runs."""
+def prefetched(
+    config: TrainConfig, tokenizer: Tokenizer, first: int, last: int, ranks: Ranks
+) -> Iterator[Batch]:
+    """This rank's batches of steps first..last, each made while the step before it runs."""
     with ThreadPoolExecutor(max_workers=1) as pool:
 
         def make(step: int) -> Batch:
-            return make_batch(config.data, tokenizer, config.seed, step, joint=step >= config.ar_steps)
+            number, joint = ranks.numbered(step), step >= config.ar_steps
+            return make_batch(config.data, tokenizer, config.seed, number, joint)
 
         upcoming = pool.submit(make, first)
         for step in range(first, last):
@@ -159,13 +165,31 @@ def train(
     start: an exported checkpoint whose weights and tokenizer to begin with; None: from nothing
     stop_at: the step before which to stop, its state saved, as if interrupted
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ranks, device = join()
+    try:
+        return _train(config, out, start, compiled, progress and ranks.is_first, stop_at, ranks, device)
+    finally:
+        leave(ranks)
+
+
+def _train(
+    config: TrainConfig,
+    out: Path,
+    start: Path | None,
+    compiled: bool,
+    progress: bool,
+    stop_at: int | None,
+    ranks: Ranks,
+    device: torch.device,
+) -> TriModel:
     out.mkdir(parents=True, exist_ok=True)
     tokenizer_path = out / "tokenizer.json"
-    if start is not None and not tokenizer_path.exists():
-        shutil.copy(start / "tokenizer.json", tokenizer_path)
-    if not tokenizer_path.exists():
-        train_tokenizer(config.tokenizer_chats, config.vocab_size, config.seed).save(str(tokenizer_path))
+    if ranks.is_first and not tokenizer_path.exists():
+        if start is not None:
+            shutil.copy(start / "tokenizer.json", tokenizer_path)
+        else:
+            train_tokenizer(config.tokenizer_chats, config.vocab_size, config.seed).save(str(tokenizer_path))
+    ranks.wait()
     tokenizer = load_tokenizer(tokenizer_path)
     torch.manual_seed(config.seed)
     model = TriModel(replace(config.model, vocab_size=tokenizer.get_vocab_size())).to(device)
@@ -184,25 +208,29 @@ def train(
     step_losses = torch.compile(losses, dynamic=False) if compiled else losses
     bar = tqdm(range(first, last), initial=first, total=config.steps, disable=not progress, mininterval=10)
     log = (out / "log.jsonl").open("a")
-    batches = prefetched(config, tokenizer, first, last)
+    batches = prefetched(config, tokenizer, first, last, ranks)
+    parameters = list(model.parameters())
     started, tokens, recent = time.time(), 0, []
     for step in bar:
         batch = next(batches).to(device)
         ar, noisy = step_losses(model, batch)
         (ar + config.noisy_weight * noisy).backward()
+        ranks.average_gradients(parameters)
         scale = learning_rate_scale(step, config)
         for optimizer, base in zip(optimizers, base_lrs, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = base * scale
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        tokens += batch.num_tokens
+        tokens += batch.num_tokens * ranks.size
         recent.append((ar.item(), noisy.item()))
         if not math.isfinite(recent[-1][0]):
             raise FloatingPointError(f"loss is not finite at step {step}")
         done = step + 1
         if done % 20 == 0:
             bar.set_postfix_str(f"ar {recent[-1][0]:.3f} noisy {recent[-1][1]:.3f}", refresh=False)
+        if not ranks.is_first:
+            continue
         if done % config.save_every == 0 or done == last:
             save_state(out / "state.pt", done, model, optimizers)
         if done % config.eval_every == 0 or done == last:
@@ -222,7 +250,8 @@ def train(
             if progress:
                 tqdm.write(json.dumps(entry))
     log.close()
-    export(model, tokenizer, out / "checkpoint")
+    if ranks.is_first:
+        export(model, tokenizer, out / "checkpoint")
     return model
 
 
@@ -238,6 +267,7 @@ def main() -> None:
     for name in ("muon_lr", "adam_lr"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(default, name))
     parser.add_argument("--stop-at", type=int, metavar="STEP", help="stop there, to go on with other shares")
+    parser.add_argument("--rows", type=int, default=default.data.rows, help="of a batch, for each process")
     parser.add_argument("--drill-share", type=float, default=default.data.drill_share)
     parser.add_argument("--tool-share", type=float, default=default.data.tool_share)
     parser.add_argument("--first-weight", type=float, default=default.data.first_weight)
@@ -246,6 +276,7 @@ def main() -> None:
     out, start, stop_at = (arguments.pop(name) for name in ("out", "start", "stop_at"))
     shares = tuple((s.split("=")[0], float(s.split("=")[1])) for s in arguments.pop("share"))
     data = DataConfig(
+        rows=arguments.pop("rows"),
         shares=shares or default.data.shares,
         drill_share=arguments.pop("drill_share"),
         tool_share=arguments.pop("tool_share"),
