@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError
 
 from replicas.messages import TemplateOptions
 from router.fields import Hint, NoList, PositiveCount, Strict, Text, Unsupported, conflict
-from router.tools import MAX_ID_LEN, FunctionCall, ToolCalls, calls_for_template
+from router.tools import CallId, FunctionCall, ToolCalls, calls_for_template
 
 MAX_MESSAGES = 4096
 MAX_TEMPLATE_KWARGS_LEN = 16 * 1024
@@ -53,7 +53,7 @@ class Message(Strict):
     """vLLM's newer name for reasoning_content."""
     tool_calls: ToolCalls = None
     function_call: FunctionCall | None = None
-    tool_call_id: Annotated[Text, Field(min_length=1, max_length=MAX_ID_LEN)] | None = None
+    tool_call_id: CallId | None = None
     audio: Unsupported = None
     annotations: NoList = None
     cache_control: Hint = None

@@ -16,10 +16,10 @@ MAX_TOOLS_LEN = 256 * 1024
 """Of all tools together, in bytes of JSON."""
 MAX_CALLS = 128
 """Of one message of the history."""
-MAX_ID_LEN = 256
 
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
 """As long as Anthropic's may be; OpenAI's have 64 characters at most."""
+CallId = Annotated[Text, Field(min_length=1, max_length=256)]
 _CHOICE_FORM = (
     'One of \'none\', \'auto\', \'required\', {"type": "function", "function": {"name": ...}}, or '
     '{"type": "allowed_tools", "allowed_tools": {"mode": ..., "tools": [...]}} is wanted'
@@ -120,7 +120,7 @@ class FunctionCall(Strict):
 
 
 class ToolCall(Strict):
-    id: Annotated[Text, Field(min_length=1, max_length=MAX_ID_LEN)]
+    id: CallId
     type: Literal["function"] = "function"
     function: FunctionCall
     index: int | None = None

@@ -22,9 +22,7 @@ from router.fields import (
     Unsupported,
     one_of,
 )
-from router.tools import MAX_ID_LEN, MAX_TOOLS
-
-Id = Annotated[Text, Field(min_length=1, max_length=MAX_ID_LEN)]
+from router.tools import MAX_TOOLS, CallId
 
 
 class TextBlock(Strict):
@@ -57,7 +55,7 @@ class RedactedThinkingBlock(Strict):
 
 class ToolUseBlock(Strict):
     type: Literal["tool_use"]
-    id: Id
+    id: CallId
     name: Text
     input: dict[str, Any]
     cache_control: Hint = None
@@ -66,7 +64,7 @@ class ToolUseBlock(Strict):
 
 class ToolResultBlock(Strict):
     type: Literal["tool_result"]
-    tool_use_id: Id
+    tool_use_id: CallId
     content: TextBlocks | None = None
     is_error: bool | None = None
     cache_control: Hint = None

@@ -21,9 +21,7 @@ from router.fields import (
     conflict,
     one_of,
 )
-from router.tools import MAX_ID_LEN, MAX_TOOLS
-
-Id = Annotated[Text, Field(min_length=1, max_length=MAX_ID_LEN)]
+from router.tools import MAX_TOOLS, CallId
 
 
 class TextPart(Strict):
@@ -81,7 +79,7 @@ Caller = Annotated[Any, Neutral({"type": "direct"})]
 
 class CallItem(Item):
     type: Literal["function_call"]
-    call_id: Id
+    call_id: CallId
     name: Text
     arguments: Text
     caller: Caller = None
@@ -90,7 +88,7 @@ class CallItem(Item):
 
 class CallOutputItem(Item):
     type: Literal["function_call_output"]
-    call_id: Id
+    call_id: CallId
     output: Parts
     name: Text | None = None
     caller: Caller = None
