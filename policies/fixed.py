@@ -26,6 +26,9 @@ class PlanParameters(PolicyParameters):
     @model_validator(mode="after")
     def _can_be_run(self) -> "PlanParameters":
         check_one_bound(self.threshold, self.factor)
+        for bound in ("threshold", "factor"):
+            if getattr(self, bound) is not None and self.mode is not Mode.DIFFUSION:
+                raise ValueError(f"{bound} is diffusion's; leave it out with mode {self.mode}")
         self.decode_plan()
         return self
 

@@ -1,6 +1,7 @@
 """Hysteresis, which keeps any policy from thrashing: dwell, margin and a bound on shifts a minute."""
 
 import logging
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,7 +53,8 @@ class StableState:
 class WithHysteresis(Policy[StableState]):
     """Wraps a policy, which decides; a shift that it wants too soon, too often or for too little waits.
 
-    A policy that raises leaves the replica on the plan it runs: a policy's bug never stops a server.
+    A policy that raises, or gives what is no decision, leaves the replica on the plan it runs: a policy's bug
+    never stops a server.
     """
 
     def __init__(self, inner: Policy[Any], parameters: StabiliseParameters):
@@ -60,17 +62,20 @@ class WithHysteresis(Policy[StableState]):
         self.name = inner.name
         self._inner = inner
         self._bounds = parameters
-        self._failures = Failures(f"policy {inner.name}, asked what to try,")
+        self._trial_failures = Failures(f"policy {inner.name}, asked what to try,")
+        self._resume_failures = Failures(f"policy {inner.name}, asked to go on from a plan,")
 
     def resume(self, current: DecodePlan | None, held_s: float, now_s: float) -> StableState:
-        return StableState(self._inner.resume(current, held_s, now_s), current, now_s - held_s)
+        inner = None
+        with self._resume_failures:
+            inner = self._inner.resume(current, held_s, now_s)
+        return StableState(inner, current, now_s - held_s)
 
     def decide(self, snapshot: Snapshot, state: StableState, now_s: float) -> tuple[Decision, StableState]:
         current = state.current
         try:
             wanted, inner = self._inner.decide(replace(snapshot, current=current), state.inner, now_s)
-            if not isinstance(wanted.decode, DecodePlan):
-                raise TypeError(f"a decision's plan is a DecodePlan, not {wanted.decode!r}")
+            _check_decision(wanted)
         except Exception as error:
             if not state.has_failed:
                 logger.exception("policy %s failed; the replica keeps its mode", self.name)
@@ -92,8 +97,11 @@ class WithHysteresis(Policy[StableState]):
         return wanted, replace(state, current=wanted.decode, since_s=now_s, shifts_s=(*recent, now_s))
 
     def trial(self, load: ReplicaLoad, running: DecodePlan) -> Trial | None:
-        with self._failures:
-            return self._inner.trial(load, running)
+        with self._trial_failures:
+            wanted = self._inner.trial(load, running)
+            if wanted is not None:
+                _check_trial(wanted)
+            return wanted
         return None
 
     def _obstacle(self, wanted: Decision, held_s: float, num_recent: int) -> str | None:
@@ -106,3 +114,21 @@ class WithHysteresis(Policy[StableState]):
         if num_recent >= self._bounds.max_shifts_per_minute:
             return f"{num_recent} shifts in the last minute"
         return None
+
+
+def _check_decision(decision: Decision) -> None:
+    """Raises TypeError for what a policy of somebody's own must not decide."""
+    if not isinstance(decision.decode, DecodePlan):
+        raise TypeError(f"a decision's plan is a DecodePlan, not {decision.decode!r}")
+    if not isinstance(decision.reason, str):
+        raise TypeError(f"a decision's reason is a string, not {decision.reason!r}")
+    if not (decision.gain is None or isinstance(decision.gain, int | float)):
+        raise TypeError(f"a decision's gain is a number or None, not {decision.gain!r}")
+
+
+def _check_trial(trial: Trial) -> None:
+    """Raises TypeError or ValueError for what a policy of somebody's own must not have tried."""
+    if not (isinstance(trial, Trial) and isinstance(trial.plan, DecodePlan)):
+        raise TypeError(f"a trial is a Trial of a DecodePlan, not {trial!r}")
+    if not all(math.isfinite(number) for number in (trial.loss, trial.share, trial.change_s)):
+        raise ValueError(f"a trial's loss, share and change_s are finite numbers: {trial!r}")

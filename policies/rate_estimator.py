@@ -72,7 +72,7 @@ class RateEstimator:
             self._foretold += elapsed_s * self._rate
             self._clients += elapsed_s * self._num_clients
             self._elapsed_s += elapsed_s
-            if self._elapsed_s >= SPAN_S:
+            if self._elapsed_s >= SPAN_S and made > 0:  # a long step's tokens are of all its time
                 self._end(plan, now_s)
         else:
             self._begin()
@@ -86,10 +86,9 @@ class RateEstimator:
 
     def _end(self, plan: DecodePlan, now_s: float) -> None:
         """Learns from a whole span."""
-        if self._made > 0:
-            self._learned.advance(now_s)
-            log = math.log(self._made / self._foretold)
-            self._learned.observe(plan.mode, self._clients / self._elapsed_s, log, NOISE)
+        self._learned.advance(now_s)
+        log = math.log(self._made / self._foretold)
+        self._learned.observe(plan.mode, self._clients / self._elapsed_s, log, NOISE)
         self._begin()
 
     def _begin(self) -> None:

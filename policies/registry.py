@@ -42,7 +42,8 @@ def create_policy(name: str, parameters: Mapping[str, Any] | None = None) -> Pol
     """
     given = dict(parameters or {})
     if name in tuple(Mode):
-        given.setdefault("mode", name)
+        if given.setdefault("mode", name) != name:
+            raise PolicyError(f"policy {name}: mode is {given['mode']!r}; leave it out, or take policy fixed")
         name = FixedPolicy.name
     cls = POLICIES.get(name) or _import(name)
     if cls is FixedPolicy:

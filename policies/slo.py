@@ -7,6 +7,10 @@ from policies.forecast import Forecast
 from policies.replica_load import ReplicaLoad
 
 
+NUM_DIGITS = 6
+"""Of a number of requests: what differs behind them does by rounding, and must not outweigh throughput."""
+
+
 class SloParameters(CostModelParameters):
     """The parameters of SloPolicy besides cost_model's. All requests are of one class of service."""
 
@@ -35,7 +39,7 @@ class SloPolicy(CostModelPolicy):
         # As a share: under a plan that answers sooner fewer are in flight, and that is no fault of it.
         share = paced / sum(count for count, _ in expected.tpots)
         in_time = load.num_waiting if ttft_s(load, expected) <= limit * self._targets.ttft_s else 0
-        return share * load.num_clients + in_time, self._worth(expected)
+        return round(share * load.num_clients + in_time, NUM_DIGITS), self._worth(expected)
 
 
 def ttft_s(load: ReplicaLoad, expected: Forecast) -> float:

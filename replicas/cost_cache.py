@@ -114,9 +114,10 @@ class CostCache:
         try:
             text = self.text(costs).encode()
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self._path.parent, prefix=".costs-", delete=False) as file:
-                file.write(text)
-            os.replace(file.name, self._path)
+            with tempfile.TemporaryDirectory(dir=self._path.parent, prefix=".costs-") as folder:
+                written = Path(folder, self._path.name)
+                written.write_bytes(text)
+                os.replace(written, self._path)
             self._forget_oldest()
         except (OSError, ValueError) as error:
             if not self._has_failed:

@@ -70,7 +70,8 @@ class DecodingStats:
 class CostMeter:
     """Learns the costs of forwards and rounds from an engine's two queues, which another thread fills.
 
-    start: the cost from the sweep (replicas.calibration), with factors and yields known before
+    start: the cost from the sweep (replicas.calibration), with factors and yields known before; what
+      forecasts by it left out is RateEstimator's to learn, and no part of what this gives
     clock: seconds
 
     A reading that the estimators can't take leaves what was learned as it was.
@@ -90,7 +91,7 @@ class CostMeter:
         self._yields = YieldEstimator(clock(), start.yields)
         self._step_failures = Failures("learning what forwards cost")
         self._yield_failures = Failures("learning what rounds bring")
-        self._costs = start
+        self._costs = replace(start, left_out=0.0, rates={})
 
     def update(self) -> ReplicaCosts:
         """Takes what has come since the last call into account. Never raises."""
@@ -201,4 +202,5 @@ class LoadMeter:
         with self._rate_failures:
             self._rates.update(load, snapshot.num_tokens, snapshot.num_tried, self._clock())
             return replace(costs, left_out=self._rates.common, rates=self._rates.factors)
-        return costs
+        last = self._published or costs
+        return replace(costs, left_out=last.left_out, rates=last.rates)

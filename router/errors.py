@@ -32,6 +32,8 @@ _ANTHROPIC_TYPES = {
     504: "timeout_error",
 }
 """Anthropic's names of errors by status."""
+_CODES = {413: "request_entity_too_large"}
+"""The codes that are not the status's name in every version of Python."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +263,8 @@ def add_error_handlers(app: FastAPI) -> None:
         message = f"{status.phrase}: {request.method} {request.url.path}"
         if error.detail != status.phrase:
             message += f" ({error.detail})"
-        body = error_body("invalid_request_error", status.name.lower(), message)
+        code = _CODES.get(status, status.name.lower())
+        body = error_body("invalid_request_error", code, message)
         return error_response(request.url.path, error.status_code, body, error.headers)
 
     @app.exception_handler(Exception)

@@ -43,7 +43,7 @@ _SCHEMAS: Mapping[str, Any] = {
         "required": ["index", "finish_reason"],
         "properties": {
             "index": {"type": "integer"},
-            "finish_reason": {"enum": ["stop", "length"]},
+            "finish_reason": {"enum": ["stop", "length", "tool_calls"]},
             "stop_reason": {"type": ["string", "integer"]},
             "message": _JSON_OBJECT,
             "text": {"type": "string"},
@@ -144,8 +144,11 @@ def add_description(app: FastAPI) -> None:
             components.setdefault("schemas", {}).update(_SCHEMAS)
             for unsent in ("HTTPValidationError", "ValidationError"):
                 components["schemas"].pop(unsent, None)
-            components["securitySchemes"] = {"apiKey": {"type": "http", "scheme": "bearer"}}
-            document["security"] = [{"apiKey": []}, {}]
+            components["securitySchemes"] = {
+                "apiKey": {"type": "http", "scheme": "bearer"},
+                "anthropicKey": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            }
+            document["security"] = [{"apiKey": []}, {"anthropicKey": []}, {}]
             app.openapi_schema = document
         return app.openapi_schema
 

@@ -28,7 +28,8 @@ class PlanFollower:
     While the store is unavailable, or its plan stale, missing or outdated, the replica decides by
     the same policy from its own load, going on from the plan in force; `rule` then says so.
     read_load: returns the load now; `plan_version`, `decode` and `decode_held_s` are filled in here.
-    on_plan: called with each plan that differs from the one before in what to run or by which rule.
+    on_plan: called with each plan that differs from the one before in what to run or by which rule, and with
+      the one in force when the policy changes, which ends a trial.
     on_trial: called with what the policy has the replica try next, when it changes.
     on_policy_entry: awaited with the policy setting that came with each plan (PolicyWatch.apply).
     """
@@ -73,10 +74,18 @@ class PlanFollower:
         return self._policy.decide(Snapshot(load), self._policy.resume(None, 0.0, 0.0), 0.0)[0].decode
 
     def set_policy(self, policy: Policy[Any]) -> None:
-        """Sets the policy by which the replica decides alone, going on from the plan in force."""
+        """Sets the policy by which the replica decides alone, going on from the plan in force.
+
+        What the one before had tried or wanted to try ends: this one may not allow it.
+        """
         now_s = self._clock()
         self._policy = policy
         self._state = policy.resume(self._plan.decode, now_s - self._held_since_s, now_s)
+        if self._on_trial is not None and self._trial is not None:
+            self._trial = None
+            self._on_trial(None)
+        if self._on_plan is not None:
+            self._on_plan(self._plan)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Steps every period until `stop` is set, then takes the replica out of the store.

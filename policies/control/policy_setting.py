@@ -126,6 +126,7 @@ class PolicyWatch:
         self._configured = configured
         self._on_change = on_change
         self._setting: PolicySetting | None = None
+        self._in_force = configured
         self._unread: PolicyEntry | None = None  # what could not be read, and was warned of
 
     @property
@@ -134,12 +135,13 @@ class PolicyWatch:
 
     @property
     def setting(self) -> PolicySetting | None:
-        """The last setting seen."""
+        """The last setting seen, whether or not it can be used here."""
         return self._setting
 
     @property
     def in_force(self) -> PolicyChoice:
-        return (self._setting and self._setting.choice) or self._configured
+        """What is decided by here."""
+        return self._in_force
 
     async def set(self, choice: PolicyChoice | None) -> PolicySetting:
         """Sets the policy for all, None the configured one. Raises StoreUnavailable or PolicyError."""
@@ -185,15 +187,15 @@ class PolicyWatch:
     def _take(self, setting: PolicySetting) -> None:
         if self._setting is not None and setting.version <= self._setting.version:
             return
-        before = self.in_force
         self._setting = setting
-        if self.in_force == before:
+        choice = setting.choice or self._configured
+        if choice == self._in_force:
             return
-        choice = self.in_force
         try:
             policy = create_policy(choice.policy, choice.policy_params)
         except Exception as error:  # a dotted name imports what may raise anything
             logger.error("the policy that was set can't be used here, the one before goes on: %s", error)
             return
+        self._in_force = choice
         logger.info("policy now %s, set at run time", choice.policy)
         self._on_change(policy)

@@ -9,6 +9,7 @@ a script may touch several of its keys.
     triad:{app}:leader           the lease, "<owner>:<fencing>"
     triad:{app}:decisions        stream, capped
     triad:{app}:policy           hash: body (JSON), version (policies/control/policy_setting.py)
+    triad:{app}:learned:<kind>   string: what replicas of a kind have learned, for 30 days
     triad:{app}:limit:<...>      what an API key has used (router/limits.py)
 
 Every time is the server's own `TIME`, in microseconds; clients' clocks are never compared. Each

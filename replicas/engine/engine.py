@@ -157,6 +157,7 @@ class Engine:
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
             self._scheduler.remove(sequence)
+            self._note_silence()
         return sequence
 
     def step(self) -> list[Progress]:
@@ -184,8 +185,7 @@ class Engine:
                 self._turnarounds.ended(self._clock())
             if made.reason is not None and made.sequence.num_completion_tokens:
                 self._lengths.note(made.sequence.num_completion_tokens, made.reason is FinishReason.STOP)
-        if not self.has_work:
-            self._note_cycle(self._clock())  # what follows is silence
+        self._note_silence()
         return ended + progress
 
     def _check(
@@ -269,6 +269,13 @@ class Engine:
             num_cached = sum(segment.start for segment in batch.segments)
             shape = (batch.num_tokens, len(batch.segments), num_cached)
             self.forwards.append(ForwardStats(*shape, 1000.0 * (now_s - began_s), batch.mode))
+
+    def _note_silence(self) -> None:
+        """Ends the cycle of the last forward where no other follows: silence is no part of its cost."""
+        if not self.has_work:
+            now_s = self._clock()
+            self._note_cycle(now_s)
+            self._scheduler.trials.fell_silent(now_s)
 
     def _mean_remaining(self) -> float | None:
         """The mean of what running sequences are still expected to generate, REMEMBERED_S old at most.

@@ -1,5 +1,7 @@
 """Trials: short spans in which all `auto` sequences run a plan that is not in force, so that it is known."""
 
+import math
+
 from policies.cost import RoundStats
 from policies.modes import Mode
 from policies.policy import Trial
@@ -14,7 +16,8 @@ PAUSE_S = 0.5
 MAX_SAVED_S = 0.1
 """The most time that may be lost at once: after a change of load some trials follow each other, but few."""
 SILENCE_S = 1.0
-"""The longest time between two forwards that earns a trial anything."""
+"""The longest time between two forwards that earns a trial anything, and the longest without any request that
+it outlives."""
 
 
 class Trials:
@@ -35,11 +38,15 @@ class Trials:
         self._tried: ActivePlan | None = None
         self._num_steps = 0
         self._began_s = self._ended_s = self._now_s = -PAUSE_S
+        self._silent_s = math.inf  # the time at which the last request ended
         self._saved_s = MAX_SAVED_S
         self._unlinked: set[Sequence] = set()  # in a round that the one before would have begun, in force
 
     def step(self, now_s: float) -> None:
         """Called before each forward; ends a trial that has lasted, and begins one that can be paid for."""
+        if now_s - self._silent_s > SILENCE_S:
+            self.stop()
+        self._silent_s = math.inf
         elapsed_s = min(max(0.0, now_s - self._now_s), SILENCE_S)
         self._now_s = now_s
         if self.wanted is not None:
@@ -57,6 +64,10 @@ class Trials:
     def _can_begin(self, wanted: Trial) -> bool:
         cost_s = wanted.loss * TRIAL_S + wanted.change_s
         return self._now_s - self._ended_s >= PAUSE_S and self._saved_s >= min(cost_s, MAX_SAVED_S)
+
+    def fell_silent(self, now_s: float) -> None:
+        """Called where no request is left."""
+        self._silent_s = now_s
 
     def stop(self) -> None:
         """Ends the trial under way: sequences leave its plan at their next safe points."""

@@ -158,6 +158,9 @@ def test_the_rayservice_is_as_it_should_be(values: str | None, sets: tuple[str, 
     (container,) = group["template"]["spec"]["containers"]
     config = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"][0]["args"]
     gpus = int(container["resources"].get("limits", {}).get("nvidia.com/gpu", 0))
+    assert (gpus > 0) == (config.get("num_gpus", 0) > 0)
+    assert ("max_replicas" in config) == cluster["enableInTreeAutoscaling"]
+    assert ClusterConfig(**config).policy == ClusterConfig().policy
     assert (
         gpus * group["replicas"]
         >= config.get("num_gpus", 0) * config.get("tensor_parallel", 1) * config["num_replicas"]
@@ -235,6 +238,8 @@ def test_an_external_redis_is_used_and_then_no_valkey_runs() -> None:
         ("weights.source=s3", "source"),
         ("weights.source=pvc", "claimName"),
         ("serve.num_gpus=2", "num_gpus"),
+        ("serve.num_gpus=0", "workers.gpus"),
+        ("autoscaling.enabled=true", "serve.max_replicas"),
         ("serve.max_replicas=0", "max_replicas"),
         ("serve.quantization=int4", "quantization"),
         ("serve.num_gpus=1,serve.tensor_parallel=2", "tensor_parallel"),

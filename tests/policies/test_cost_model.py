@@ -397,3 +397,15 @@ def test_the_time_to_the_first_token_grows_with_prompts_and_requests_ahead():
     assert prompts == pytest.approx(alone * 11, rel=0.01)
     blocked = a_replica(10, max_running=8, mean_remaining=50.0)
     assert ttft_s(blocked, expected) == pytest.approx(alone + 2 * 50.0 / expected.tokens_per_s)
+
+
+def test_slo_is_not_moved_by_a_rounding():
+    """Shares of requests that are in time differ by a plan's numbers in flight in their last digit."""
+    step = StepCost((1, 32, 512), (10.0, 12.0, 60.0))
+    waiting = {"turnaround_s": 0.1, "num_between": 4, "mean_completion": 30.0, "mean_context": 100.0}
+    load = a_load(14, max_running=64, num_pages=4000, num_auto=5, pinned_by_mode={Mode.AR: 9}, **waiting)
+    load = replace(load, costs=ReplicaCosts(step), num_running=14, num_waiting=0)
+    chosen = slo(load, quality="lossless", tpot_s=0.01).decode
+    plans = [DecodePlan(Mode.SELF_SPECULATION, block) for block in (4, 8, 16, 32)]
+    fastest = max(plans, key=lambda plan: forecast(load, plan).tokens_per_s)
+    assert chosen == fastest

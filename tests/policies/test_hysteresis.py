@@ -1,11 +1,12 @@
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.hysteresis import StabiliseParameters, WithHysteresis
 from policies.modes import DecodePlan, Mode
-from policies.policy import Decision, Policy, PolicyParameters, Snapshot
+from policies.policy import Decision, Policy, PolicyParameters, Snapshot, Trial
 from policies.registry import create_policy
 from tests.policies.helpers import a_load, drive
 
@@ -145,3 +146,57 @@ def test_a_policy_that_fails_leaves_the_replica_as_it_is(caplog):
         assert "no load, no answer" in decision.reason
     assert len(caplog.records) == 1
     assert drive(policy, [(0.0, a_load())])[0][1].decode == AR
+
+
+class Careless(Policy[None]):
+    """Gives what it is told to, whether or not that is a decision or a trial."""
+
+    name = "careless"
+
+    def __init__(self, decision=None, trial=None, state_fails=False):
+        super().__init__(PolicyParameters())
+        self._decision = decision
+        self._trial = trial
+        self._state_fails = state_fails
+
+    def resume(self, current, held_s, now_s):
+        if self._state_fails:
+            raise KeyError("no state")
+
+    def decide(self, snapshot, state, now_s):
+        return self._decision, state
+
+    def trial(self, load, running):
+        return self._trial
+
+
+@pytest.mark.parametrize(
+    "decision",
+    [None, Decision("ar", "a name"), Decision(AR, None), Decision(AR, 3), Decision(AR, "", "10 %")],
+)
+def test_what_is_no_decision_leaves_the_replica_as_it_is(decision):
+    policy = WithHysteresis(Careless(decision), StabiliseParameters())
+    state = policy.resume(DIFFUSION, 0.0, 0.0)
+    for now_s in (1.0, 2.0):
+        kept, state = policy.decide(Snapshot(a_load(), DIFFUSION), state, now_s)
+        assert kept.decode == DIFFUSION
+        assert "policy failed" in kept.reason
+
+
+@pytest.mark.parametrize(
+    "trial",
+    [AR, "ar", Trial("ar", 0.1, 0.02), Trial(AR, float("nan"), 0.02), Trial(AR, 0.1, float("inf"))],
+)
+def test_what_is_no_trial_is_none(trial, caplog):
+    policy = WithHysteresis(Careless(Decision(AR, ""), trial), StabiliseParameters())
+    assert policy.trial(a_load(1), AR) is None
+    assert len(caplog.records) == 1
+    right = Trial(DIFFUSION, 0.1, 0.02)
+    assert WithHysteresis(Careless(trial=right), StabiliseParameters()).trial(a_load(1), AR) == right
+
+
+def test_a_policy_that_can_not_go_on_from_a_plan_begins_without_a_state(caplog):
+    policy = WithHysteresis(Careless(Decision(AR, "ok"), state_fails=True), StabiliseParameters())
+    decision, _ = policy.decide(Snapshot(a_load()), policy.resume(None, 0.0, 0.0), 0.0)
+    assert decision.decode == AR
+    assert len(caplog.records) == 1

@@ -124,3 +124,16 @@ def test_no_token_at_all_is_no_rate():
     assert served.estimator.factors == {}
     served.serve(SPECULATION, 4, 5.0)
     assert math.isfinite(served.estimator.common)
+
+
+@pytest.mark.parametrize("step_s", [0.05, 0.3, 0.5, 0.7, 1.0, 2.0])
+def test_a_forecast_that_is_right_stays_so_however_long_a_step_takes(step_s):
+    """In most looks nothing was made, and then all of a step at once."""
+    costs = ReplicaCosts(StepCost((1, 512), (1000.0 * step_s, 1000.0 * step_s)))
+    load = a_load(4, costs=costs, decode=AR, max_running=64, num_pages=9999)
+    estimator = RateEstimator(0.0)
+    rate = forecast(load, AR).tokens_per_s * step_s
+    for look in range(1, 3001):
+        estimator.update(load, round(rate * int(0.2 * look / step_s + 1e-9)), 0, 0.2 * look)
+    learned = math.exp(estimator.common) * estimator.factors[Mode.AR].at(4)[0]
+    assert learned == pytest.approx(1.0, rel=0.1)

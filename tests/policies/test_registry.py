@@ -76,6 +76,10 @@ def test_any_importable_policy():
         ("fixed", {"mode": "turbo"}, r"mode: .*'ar', 'diffusion' or 'self_speculation'"),
         ("fixed", {"mode": "ar", "block_length": 8}, r"block_length for ar must be 1 to 1, got 8"),
         ("fixed", {"stabilise": {}}, r"stabilise: Extra"),
+        ("ar", {"mode": "diffusion"}, r"mode is 'diffusion'; leave it out, or take policy fixed"),
+        ("ar", {"threshold": 0.5}, r"threshold is diffusion's; leave it out with mode ar"),
+        ("self_speculation", {"factor": 0.5}, r"factor is diffusion's; leave it out with mode self_spec"),
+        ("threshold", {"levels": [{"max_in_flight": 2, "mode": "ar", "factor": 0.5}]}, r"factor is diffusion's"),
     ],
 )
 def test_errors_list_the_choices(name, parameters, message):

@@ -121,6 +121,14 @@ def test_a_folder_that_can_not_be_written_costs_nothing(tmp_path: Path, caplog) 
     assert len(caplog.records) == 1
 
 
+def test_a_save_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    cache = CostCache(tmp_path, "a")
+    (tmp_path / "costs-a.json" / "taken").mkdir(parents=True)  # nothing can be moved there
+    for _ in range(3):
+        cache.save(COSTS)
+    assert [path.name for path in tmp_path.iterdir()] == ["costs-a.json"]
+
+
 def test_files_are_few(tmp_path: Path) -> None:
     for number in range(MAX_FILES + 5):
         CostCache(tmp_path, str(number)).save(COSTS)

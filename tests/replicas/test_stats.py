@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from policies.cost import ReplicaCosts, StepCost
@@ -73,3 +75,15 @@ def test_a_trial_teaches_of_its_mode() -> None:
     assert costs is not None
     assert set(costs.factors) == {Mode.AR, Mode.SELF_SPECULATION}
     assert any(entry.plan == trial.plan and entry.num_rounds > 1 for entry in costs.yields)
+
+
+def test_what_was_learned_lasts_over_any_number_of_starts() -> None:
+    """What is published is known at the next start; forecasts by it must not be compared with it again."""
+    costs = ReplicaCosts(StepCost((1, 512), (10.0, 20.0)))
+    factors = []
+    for _ in range(4):
+        learned = serve(costs, None, 1600).costs
+        assert learned is not None
+        factors.append(learned.rate_factor(Mode.AR, 1))
+        costs = replace(costs, factors=learned.factors, rates=learned.rates)
+    assert factors == pytest.approx([factors[0]] * 4, rel=0.05)

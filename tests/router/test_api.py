@@ -266,7 +266,7 @@ async def test_a_body_too_large_is_a_413(make_door, declared):
         response = await client.post(
             "/v1/chat/completions", content=content, headers={"content-type": "application/json"}
         )
-    error_of(response, 413)
+    assert error_of(response, 413)["code"] == "request_entity_too_large"
 
 
 async def test_unknown_paths_and_methods_answer_in_the_same_form(make_door):

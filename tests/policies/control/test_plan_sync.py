@@ -11,6 +11,7 @@ from policies.control.plan_sync import MAX_FAILED_STEPS, PlanFollower
 from policies.control.policy_setting import PolicyChoice, PolicyWatch, read_setting, write_setting
 from policies.control.store import LoadStore, PlanWrite
 from policies.modes import DecodePlan, Mode
+from policies.policy import Trial
 from policies.registry import create_policy
 from tests.policies.helpers import FakeClock, a_load, eventually
 from tests.redis_commands import commands_while
@@ -83,6 +84,25 @@ async def test_on_plan_hears_of_changes_only(replica, write):
     await replica.follower.step()
     assert [plan.version for plan in replica.plans] == [1]
     assert replica.follower.plan.version == 2
+
+
+async def test_a_new_policy_ends_what_the_one_before_tried(store, clock):
+    class Trying(type(create_policy("threshold"))):
+        def trial(self, load, running):
+            return Trial(DIFFUSION, 0.1, 0.02)
+
+    threshold = create_policy("threshold")
+    trying = Trying(threshold._inner, threshold.parameters)
+    plans, trials = [], []
+    follower = PlanFollower(
+        store, trying, lambda: a_load(1), plans.append, trials.append, clock=clock, sleep=clock.sleep
+    )
+    plan = await follower.step()
+    assert trials == [Trial(DIFFUSION, 0.1, 0.02)]
+    plans.clear()
+    follower.set_policy(create_policy("threshold"))
+    assert trials[1:] == [None]
+    assert plans == [plan]
 
 
 async def test_without_a_plan_it_decides_alone(replica, clock):

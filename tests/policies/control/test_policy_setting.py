@@ -59,10 +59,19 @@ async def test_a_wrong_policy_is_refused_and_not_stored(store):
 
 
 async def test_a_setting_that_can_not_be_used_here_is_passed_over(store):
+    """What is decided by is told, and another setting of the same kind is tried again."""
     watch, changes = watch_of(store)
     await write_setting(store, PolicyChoice("a.newer.Policy"))
     await watch.step()
     assert changes == []
+    assert watch.in_force == watch.configured
+    await watch.set(AR)
+    await write_setting(store, PolicyChoice("a.newer.Policy"))
+    await watch.step()
+    assert watch.in_force == AR
+    await watch.set(None)
+    assert watch.in_force == watch.configured
+    assert [policy.name for policy in changes] == ["fixed", "threshold"]
 
 
 async def test_garbage_in_the_store_is_no_setting(store, raw, app):

@@ -173,6 +173,42 @@ def test_silence_earns_little() -> None:
     assert len(runner.spans(Mode.SELF_SPECULATION)) <= 2
 
 
+@pytest.mark.parametrize("silence_s", [0.01, 0.5, 2.0, 3600.0])
+def test_a_trial_does_not_outlive_a_silence(silence_s: float) -> None:
+    runner = Timed()
+    engine = Engine(runner, clock=runner.clock)
+    engine.set_plan(AR, "rule")
+    engine.set_trial(Trial(SPECULATION, 0.1, 0.1))
+    sampling = SamplingParams(max_tokens=60, ignore_eos=True)
+    begun = engine.submit("r", [5, 6, 7], sampling)
+    while begun.round_plan != SPECULATION:
+        engine.step()
+    engine.cancel("r")
+    engine.set_trial(None)
+    runner.now_s += silence_s
+    following = engine.submit("s", [5, 6, 7], sampling)
+    while engine.has_work:
+        engine.step()
+    modes = {Mode.AR, Mode.SELF_SPECULATION} if silence_s < 1.0 else {Mode.AR}
+    assert set(following.tokens_by_mode) == modes
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_no_silence_is_a_forwards(cancelled: bool) -> None:
+    runner = Timed()
+    engine = Engine(runner, clock=runner.clock)
+    for number in range(3):
+        max_tokens = 100 if cancelled else 5
+        engine.submit(str(number), [5, 6], SamplingParams(max_tokens=max_tokens, ignore_eos=True))
+        for _ in range(5):
+            engine.step()
+        engine.cancel(str(number))
+        assert not engine.has_work
+        runner.now_s += 60.0
+    assert len(engine.forwards) == 15
+    assert max(forward.ms for forward in engine.forwards) == pytest.approx(1000.0 * STEP_S)
+
+
 def test_what_a_forward_costs_lasts_to_the_next_one_but_not_through_silence() -> None:
     runner = Timed()
     engine = Engine(runner, clock=runner.clock)
