@@ -55,14 +55,19 @@ class JsonGrammar:
         try:
             began_s = time.thread_time()
             masks = [self._mask()]
+            num_taken = 0
             for token in draft:
                 if time.thread_time() - began_s > MAX_DRAFT_MASKS_S:
                     break
                 if matcher.is_stopped() or not matcher.try_consume_tokens([token]):
                     break
-                masks.append(self._mask())
-            if len(masks) > 1:
-                matcher.rollback(len(masks) - 1)
+                num_taken += 1
+                try:
+                    masks.append(self._mask())
+                except GrammarFailed:  # behind a draft alone, which may never come
+                    break
+            if num_taken:
+                matcher.rollback(num_taken)
         except GrammarFailed:
             raise
         except BaseException as error:
@@ -103,7 +108,12 @@ class JsonGrammar:
         return seen
 
     def _forced(self) -> tuple[int, ...]:
-        return () if self._matcher.is_stopped() else tuple(self._matcher.compute_ff_tokens())
+        if self._matcher.is_stopped():
+            return ()
+        tokens = self._matcher.compute_ff_tokens()
+        return tuple(
+            tokens[: self._matcher.validate_tokens(tokens)]
+        )  # an end of text that is named may not come
 
     def accept(self, token_id: int) -> None:
         began_s = time.thread_time()

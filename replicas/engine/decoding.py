@@ -102,7 +102,7 @@ class Decoding:
             try:
                 return self._apply(sequence, request, output)
             except GrammarFailed as error:
-                failure = failure_of(sequence, error)
+                failure = sequence.failure = failure_of(sequence, error)
             except Exception as error:
                 logger.exception("what a step made of request %s can't be applied", sequence.request_id)
                 failure = f"the request's tokens can't be taken ({type(error).__name__})"

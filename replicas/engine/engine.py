@@ -175,7 +175,6 @@ class Engine:
         if not batch.segments:
             return ended
         outputs, is_one_forward = self._forwards.run(batch)
-        ended += self._end_failed()
         progress = self._scheduler.commit(outputs)
         if is_one_forward:
             self._cycle = (began_s, batch)
@@ -185,6 +184,7 @@ class Engine:
                 self._turnarounds.ended(self._clock())
             if made.reason is not None and made.sequence.num_completion_tokens:
                 self._lengths.note(made.sequence.num_completion_tokens, made.reason is FinishReason.STOP)
+        progress += self._end_failed()  # in the step begun ahead: what was under way of them is committed
         self._note_silence()
         return ended + progress
 

@@ -151,7 +151,7 @@ class Scheduler:
             if output is None:
                 continue
             made = self.decoding.apply(row.sequence, row.request, output)
-            if made.error is not None:
+            if output.failure is not None or (made.error is not None and row.sequence.failure is None):
                 self._pool.forget(row.sequence.pages)  # it may be their content that is at fault
             else:
                 self._pages.keep(row.sequence)

@@ -17,7 +17,7 @@ class SequencePages:
         sequence.pages, sequence.key_number = self._pool.find(prefix, sequence.cache_salt)
         sequence.num_kept = len(sequence.pages)
         sequence.num_cached = sequence.num_kept * self._pool.page_size
-        if sequence.num_completion_tokens == 0:
+        if sequence.began_s is None:  # what it finds later may be its own
             sequence.num_reused = sequence.num_cached
 
     def can_extend(self, sequence: Sequence, num_tokens: int) -> bool:

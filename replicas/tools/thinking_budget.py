@@ -91,7 +91,12 @@ class BudgetedGrammar:
         allowed: list[bytes | None] = []
         place = self._place
         for mask, token in zip(inner, (*draft, None), strict=False):
-            mask = _both(mask, self._bound(place))
+            try:
+                mask = _both(mask, self._bound(place))
+            except GrammarFailed:
+                if not allowed:
+                    raise
+                break  # behind a draft alone, which may never come
             allowed.append(mask)
             if token is None or not allows(mask, token):
                 break

@@ -11,7 +11,7 @@ import pytest
 
 import replicas
 from policies.modes import DecodePlan, Mode
-from replicas.answer_forms import JsonFormat
+from replicas.answer_forms import GrammarFormat, GrammarKind, JsonFormat
 from replicas.config import EngineConfig
 from replicas.engine.engine import Engine
 from replicas.engine.grammar import Grammar, GrammarFailed
@@ -28,6 +28,7 @@ FOLDER = str(Path(replicas.__path__[0]) / "checkpoints" / "triad-5m")
 CODEC = TextCodec.load(FOLDER)
 VOCAB_SIZE = 1664
 EOS = 2
+MASK = 3
 
 PERSON = {
     "type": "object",
@@ -339,3 +340,50 @@ def test_a_grammar_whose_masks_have_come_to_take_long_ends_its_answer(
     monkeypatch.undo()
     with pytest.raises(GrammarFailed, match="ms a token by now"):
         grammar.masks(())
+
+
+@pytest.mark.parametrize("num_logprobs", [None, 0])
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize(
+    ("lark", "error"),
+    [
+        (f'start: "ab" <[{EOS}]>', None),
+        (f'start: "ab" <[{EOS}]> "cd"', None),
+        ('start: "ab" <|eos|>', None),
+        (f'start: "ab" <[{MASK}]> "cd"', ErrorCode.INTERNAL),
+    ],
+)
+def test_a_grammar_that_names_an_end_of_text_or_the_mask_ends_alike_in_every_mode(
+    runner: TorchRunner, lark: str, error: ErrorCode | None, mode: Mode, num_logprobs: int | None
+) -> None:
+    """An end of text ends the answer where it is named; the mask is in no answer."""
+    form = GrammarFormat(GrammarKind.LARK, lark)
+    sampling = SamplingParams(max_tokens=20, response_format=form, logprobs=num_logprobs)
+    engine = Engine(runner, EngineConfig())
+    engine.submit("a", CODEC.encode("Say"), sampling, DecodingOptions(mode), grammar=compiler().compile(form))
+    made = finish(engine)["a"]
+    tokens = [token for progress in made for token in progress.token_ids]
+    assert made[-1].error is error
+    assert text_of(tokens) == "ab"
+    assert (tokens[-1] == EOS) == (error is None)
+
+
+def test_a_failure_behind_a_draft_is_no_failure_of_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    grammar, single = grammar_of(PERSON), grammar_of(PERSON)
+    draft: list[int] = []
+    for _ in range(4):
+        draft.append(tokens_in(single.masks(())[0])[0])
+        single.accept(draft[-1])
+    whole, of_one = grammar.masks(draft), JsonGrammar._mask
+    seen = []
+
+    def failing(self: JsonGrammar) -> bytes:
+        seen.append(len(seen))
+        if len(seen) > 3:
+            raise GrammarFailed("it takes too long")
+        return of_one(self)
+
+    monkeypatch.setattr(JsonGrammar, "_mask", failing)
+    assert grammar.masks(draft) == whole[:3]
+    monkeypatch.undo()
+    assert grammar.masks(draft) == whole

@@ -219,8 +219,9 @@ class DiffusionRound(Round):
         num_before: tokens that were final before.
         """
         first = 1 if self._how.tells_logprobs else num_before
-        forced = None
-        while forced != ():
+        forced, last = None, -1
+        while forced != () and self._num_final != last:
+            last = self._num_final
             run = (*untold, *self._tokens[first : self._num_final])
             coming = guesses.get(self._num_final) if self._num_final < self._end else None
             tokens = run if coming is None else (*run, coming)
@@ -230,8 +231,13 @@ class DiffusionRound(Round):
                 self._num_final = self._end = first + len(run) - len(untold)
                 self._block[self._end :] = [None] * (len(self._block) - self._end)
             at = self._num_final
-            forced = grammar.forced(run)[: len(self._block) - at]
+            forced = before_mask(grammar.forced(run), self._how.mask_token_id)[: len(self._block) - at]
             if forced:
                 self._end = len(self._block)
                 self._block[at : at + len(forced)] = forced
                 self._take_final()
+
+
+def before_mask(tokens: tuple[int, ...], mask_token_id: int) -> tuple[int, ...]:
+    """The tokens up to the mask of diffusion, which no text has, whatever a grammar names."""
+    return tokens[: tokens.index(mask_token_id)] if mask_token_id in tokens else tokens

@@ -14,6 +14,8 @@ from replicas.engine.ahead import Worth
 from replicas.engine.batch import ScheduledBatch, Segment, SegmentOutput
 from replicas.engine.decoders.self_speculation import num_worth_verifying
 from replicas.engine.engine import Engine
+from replicas.engine.grammar import GrammarFailed
+from replicas.engine.sequence import Progress
 from replicas.errors import ErrorCode
 from replicas.messages import FinishReason, SamplingParams
 from tests.replicas.engine.scripted import (
@@ -289,3 +291,30 @@ def test_a_chunk_of_a_prompt_is_computed_once_whatever_fails() -> None:
     seen = drain(engine)
     assert tokens_of(seen["b"]) == naive_ar([7 + k % 9 for k in range(60)], 5)
     assert first.tokens[2:] == naive_ar([5, 6], 60, ignore_eos=True)
+
+
+@pytest.mark.parametrize("on_a_device", [False, True])
+def test_a_grammar_that_fails_while_its_prompt_is_under_way_ends_its_request_alone(on_a_device: bool) -> None:
+    """The chunk before the one that the grammar fails for is committed first."""
+
+    class Failing(ScriptedGrammar):
+        def masks(self, draft):
+            raise GrammarFailed("too complex")
+
+    runner = ScriptedRunner(num_pages=400)
+    engine = Engine(Device(runner) if on_a_device else runner, EngineConfig(max_prefill_tokens=8))
+    engine.submit("good", [5, 6], ENDLESS, PINNED["ar"])
+    engine.step()
+    prompt = [7 + k % 9 for k in range(21)]
+    form = SamplingParams(max_tokens=9, response_format=JSON)
+    engine.submit("bad", prompt, form, PINNED["ar"], grammar=Failing(9))
+    seen: dict[str, list[Progress]] = {"good": [], "bad": []}
+    while engine.has_work:
+        for made in engine.step():
+            seen[made.sequence.request_id].append(made)
+        engine.check_integrity()
+    assert [made.error for made in seen["bad"]] == [ErrorCode.INTERNAL]
+    assert seen["good"][-1].error is None
+    again = engine.submit("again", prompt, SamplingParams(max_tokens=5), PINNED["ar"])
+    assert tokens_of(drain(engine)["again"]) == naive_ar(prompt, 5)
+    assert again.num_reused >= 8

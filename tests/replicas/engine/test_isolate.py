@@ -1,13 +1,14 @@
 """A forward that fails is blamed on whom it is to be blamed on: the others never notice."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 
 from policies.modes import DecodePlan, Mode
 from policies.policy import Trial
+from replicas.answer_forms import JsonFormat
 from replicas.config import EngineConfig
 from replicas.engine.batch import RunnerLost, ScheduledBatch, Segment, SegmentOutput
 from replicas.engine.engine import Engine
@@ -377,3 +378,22 @@ def test_a_trials_round_fails_alone_too() -> None:
 
 def test_what_is_said_of_a_failure_names_its_kind() -> None:
     assert failed(IndexError("x")).failure == "the model's forward failed (IndexError)"
+
+
+def test_a_rule_that_fails_leaves_the_pages_that_others_share() -> None:
+    """It is the request's own, and says nothing of their content."""
+
+    class Failing(ScriptedGrammar):
+        def num_allowed(self, tokens: Sequence[int]) -> int:
+            raise GrammarFailed("too complex")
+
+    engine = Engine(ScriptedRunner())
+    prompt, sampling = [5] * 16, SamplingParams(max_tokens=9, ignore_eos=True)
+    engine.submit("one", prompt, sampling, PINNED["ar"])
+    drain(engine)
+    form = SamplingParams(max_tokens=9, response_format=JsonFormat("{}"))
+    engine.submit("bad", prompt, form, PINNED["diffusion"], grammar=Failing(30))
+    assert drain(engine)["bad"][-1].error is ErrorCode.INTERNAL
+    again = engine.submit("again", prompt, sampling, PINNED["ar"])
+    drain(engine)
+    assert again.num_reused >= 12

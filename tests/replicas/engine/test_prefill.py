@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.cost import ForwardStats, StepCost
+from policies.modes import Mode
 from replicas.config import EngineConfig
 from replicas.engine.batch import ScheduledBatch
 from replicas.engine.decoders.round import SegmentRequest
@@ -123,3 +124,18 @@ def test_a_prompt_alone_delays_nobody() -> None:
     while engine.has_work:
         engine.step()
     assert [forward.num_tokens for forward in runner.forwards] == [512, 188]
+
+
+def test_a_prompt_that_was_preempted_did_not_find_anothers_pages() -> None:
+    """Its own it finds again, which is no reuse to tell a client of."""
+    limits = EngineConfig(max_step_tokens=192, max_prefill_tokens=1, max_running=4)
+    engine = Engine(ScriptedRunner(num_pages=130, page_size=4, max_context=512), limits)
+    engine.submit("a", [5, 6, 7], SamplingParams(max_tokens=440, ignore_eos=True), DecodingOptions(Mode.AR))
+    for _ in range(340):
+        engine.step()
+    prompt = [9 + place % 40 for place in range(170)]
+    late = engine.submit("b", prompt, SamplingParams(max_tokens=3, ignore_eos=True), DecodingOptions(Mode.AR))
+    while engine.has_work:
+        engine.step()
+    assert late.num_preemptions == 1
+    assert late.num_reused == 0

@@ -255,3 +255,24 @@ def test_what_blocks_ask_of_it_is_what_the_masks_say(seed: int, is_control: bool
             assert tokens_in(mask) == [token]
         for token in (*allowed, *forced)[: rng.randint(0, 8)]:
             grammar.accept(token)
+
+
+def test_a_dead_end_behind_a_mere_draft_is_not_the_answers() -> None:
+    """The form lets no reasoning end, and the answer has none; but a draft of it has."""
+
+    class Stubborn(Grammar):
+        is_complete = False
+
+        def masks(self, draft: Sequence[int]) -> tuple[bytes, ...]:
+            return (b"\xff" * 32,) * (len(draft) + 1)
+
+        def accept(self, token_id: int) -> None: ...
+
+    class OnceOnly(Stubborn):
+        def masks(self, draft: Sequence[int]) -> tuple[bytes, ...]:
+            return (b"\xff" * 64, *(b"\x08",) * len(draft))
+
+    of = codec(True)
+    [begin] = ids_of(of, "<think>")
+    assert len(budgeted(of, 0, False, OnceOnly()).masks((begin,))) == 1
+    assert len(budgeted(of, 9, False, Stubborn()).masks((begin,))) == 2
