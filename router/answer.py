@@ -89,6 +89,10 @@ class Answer(ABC):
     def whole(self, choices: Sequence[Delta], finished: Finished) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
 
+    def whole_json(self, choices: Sequence[Delta], finished: Finished) -> bytes:
+        """whole() as JSON."""
+        return encode(self.whole(choices, finished))
+
     @abstractmethod
     def end(self, last: Delta, so_far: Counts) -> bytes:
         """The last chunk of a choice that others outlast."""
@@ -126,7 +130,7 @@ async def delta_event(answer: Answer, delta: Delta, so_far: Counts) -> bytes:
 async def whole_body(answer: Answer, choices: Sequence[Delta], finished: Finished) -> list[bytes]:
     """answer.whole(...) as JSON, in pieces."""
     if _num_logprobs(answer, choices) <= NUM_AT_ONCE:
-        return [encode(answer.whole(choices, finished))]
+        return [answer.whole_json(choices, finished)]
     bare = encode(replace(answer, num_logprobs=None).whole(choices, finished))
     before, *after = bare.split(_NO_LOGPROBS)
     pieces = [before]

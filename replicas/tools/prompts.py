@@ -66,20 +66,20 @@ def spelled_out(messages: Sequence[Message], tools: ToolUse | None) -> list[dict
     """Messages for a template that knows neither tools nor what has to do with them.
 
     The functions are described in the system message, calls are written in Hermes' form, and results come
-    from the user in tags.
+    from the user in tags, in one message with what the user says before or behind them.
     """
     found: list[dict[str, Any]] = []
     for message in messages:
         role, content = message["role"], message["content"]
-        if role == "tool":
-            result = f"<tool_response>\n{content}\n</tool_response>"
-            if found and found[-1].get("is_result"):
-                found[-1]["content"] += f"\n{result}"
-            else:
-                found.append({"role": "user", "content": result, "is_result": True})
+        is_result = role == "tool"
+        if is_result:
+            message, role, content = {}, "user", f"<tool_response>\n{content}\n</tool_response>"
+        if role == "user" and found and found[-1]["role"] == "user" and (is_result or found[-1]["is_result"]):
+            found[-1] |= {"content": f"{found[-1]['content']}\n{content}", "is_result": is_result}
             continue
         calls = map(_written, message.get("tool_calls", ()))
-        found.append({**message, "content": "\n".join(filter(None, (content, *calls)))})
+        text = "\n".join(filter(None, (content, *calls)))
+        found.append({**message, "role": role, "content": text, "is_result": is_result})
     unknown = ("is_result", "tool_calls", "tool_call_id")
     plain = [{key: value for key, value in message.items() if key not in unknown} for message in found]
     return plain if tools is None else _instructed(plain, tools)

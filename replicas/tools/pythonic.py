@@ -8,12 +8,28 @@ from typing import Any
 
 from replicas.json_schema import OPTIONS, SchemaRefused
 from replicas.tools.formats import CallSchema, Tag, ToolFormat, any_call, begins_with, literal, several
-from replicas.tools.readers import CallReader, CallSink
+from replicas.tools.readers import OF_PYTHON, CallReader, CallSink, ObjectScanner
 
-_NAMES = {"true": True, "false": False, "null": None}
-"""JSON's own words, which a grammar of JSON values writes."""
+_WORDS = {"True": "true", "False": "false", "None": "null"}
+"""Python's words with JSON's, which a grammar of JSON values writes."""
 _BEGIN = re.compile(r"[\s,\[]*(?P<name>[a-zA-Z0-9_.-]+)\(")
-_PART = re.compile(r"""[\[\](){}]|"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|["']""", re.DOTALL)
+_STRING = r"""(?:"(?:[^"\\]++|\\.)*+"|'(?:[^'\\]++|\\.)*+')"""
+_JSON_STRING = re.compile(r'"(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+"')
+_VALUE = (
+    rf"\s*(?:(?P<string>{_STRING})"
+    r"|(?P<number>-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)(?![\w.])"
+    r"|(?P<word>True|False|None|true|false|null)(?!\w)"
+    r"|(?P<empty>\[\s*\]|\{\s*\})"
+    r"|(?P<open>[\[{]))"
+)
+_ITEMS = {
+    ")": re.compile(rf"\s*(?P<name>[^\s=]++)\s*={_VALUE}", re.DOTALL),
+    "}": re.compile(rf"\s*(?P<key>{_STRING})\s*:{_VALUE}", re.DOTALL),
+    "]": re.compile(_VALUE, re.DOTALL),
+}
+"""What may stand between the bracket that ends so and the one before it."""
+_CLOSE = re.compile(r"\s*+(?:,\s*+)?+([)\]}])")
+_COMMA = re.compile(r"\s*,")
 
 
 class Pythonic(ToolFormat):
@@ -92,6 +108,9 @@ class PythonicReader(CallReader):
 
     def __init__(self) -> None:
         self._text = ""
+        self._name = ""
+        self._arguments: list[str] = []
+        self._scanner: ObjectScanner | None = None
 
     def push(self, text: str, sink: CallSink) -> None:
         self._text += text
@@ -99,6 +118,9 @@ class PythonicReader(CallReader):
             pass
 
     def _goes_on(self, sink: CallSink) -> bool:
+        """Takes the next part of a call off the text; False where it is not all there."""
+        if self._scanner is not None:
+            return self._read_arguments(self._scanner, sink)
         ahead = self._text.lstrip()
         if self.is_whole and ahead.startswith("]"):
             self.rest = ahead[1:]
@@ -106,53 +128,79 @@ class PythonicReader(CallReader):
         begin = _BEGIN.match(self._text)
         if begin is None:
             return False
-        self.is_whole = False
-        end = _end_of_brackets(self._text, begin.end() - 1)
+        self._name, self._text = begin["name"], self._text[begin.end() - 1 :]
+        self._scanner, self.is_whole = ObjectScanner(OF_PYTHON), False
+        return True
+
+    def _read_arguments(self, scanner: ObjectScanner, sink: CallSink) -> bool:
+        end = scanner.scan(self._text)
+        self._arguments.append(self._text[:end])
+        self._text = "" if end is None else self._text[end:]
         if end is None:
             return False
-        arguments = _as_json(self._text[begin.end() - 1 : end])
-        sink.begin(begin["name"], arguments)
-        self._text = self._text[end:]
-        self.is_whole = True
+        sink.begin(self._name, _as_json("".join(self._arguments)))
+        self._arguments, self._scanner, self.is_whole = [], None, True
         return True
 
 
-def _end_of_brackets(text: str, start: int) -> int | None:
-    """The index behind the bracket that closes the one at start; None where it is not there yet."""
-    depth = 0
-    for part in _PART.finditer(text, start):
-        if part[0] in ('"', "'"):
-            return None  # a string that has not ended
-        if part[0] in "([{":
-            depth += 1
-        elif part[0] in ")]}":
-            depth -= 1
-            if not depth:
-                return part.end()
-    return None
-
-
 def _as_json(arguments: str) -> str:
-    """The JSON object of a call's arguments in brackets; of what is no Python an object without any."""
+    """The JSON object of a call's arguments in brackets; of what are no literals an object without any."""
     try:
-        call = ast.parse(f"f{arguments}", mode="eval").body
-        assert isinstance(call, ast.Call)
-        return json.dumps({word.arg: _python(word.value) for word in call.keywords}, ensure_ascii=False)
-    except (SyntaxError, ValueError, RecursionError, AssertionError):
+        return _object_of(arguments)
+    except (SyntaxError, ValueError):
         return "{}"
 
 
-def _python(node: ast.expr) -> Any:
-    match node:
-        case ast.Constant(value=str() | int() | float() | None as value):
-            return value
-        case ast.Name(id=name) if name in _NAMES:
-            return _NAMES[name]
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
-            return -value
-        case ast.List(elts=items) | ast.Tuple(elts=items):
-            return [_python(item) for item in items]
-        case ast.Dict(keys=keys, values=values):
-            names = [_python(key) if key is not None else None for key in keys]
-            return {str(name): _python(value) for name, value in zip(names, values, strict=True)}
-    raise ValueError("no literal")
+def _object_of(arguments: str) -> str:
+    """As _as_json; SyntaxError or ValueError for what are no literals.
+
+    It is not read by Python's own parser, which takes no keyword for a name, writes some names in other
+    letters, and has bounds on numbers and depths. Numbers stay as they are written.
+    """
+    if re.fullmatch(r"\(\s*\)", arguments):
+        return "{}"
+    parts, closers = ["{"], [")"]
+    at = 1
+    while True:
+        item = _ITEMS[closers[-1]].match(arguments, at)
+        if item is None:
+            raise ValueError("no literal")
+        at = item.end()
+        found = item.groupdict()
+        if name := found.get("name"):
+            if not name.isidentifier():
+                raise ValueError("no name")
+            parts.append(f'"{name}": ')
+        elif key := found.get("key"):
+            parts.append(f"{_string(key)}: ")
+        if found["open"]:
+            parts.append(found["open"])
+            closers.append("]" if found["open"] == "[" else "}")
+            continue
+        parts.append(_literal(found))
+        while end := _CLOSE.match(arguments, at):
+            if end[1] != closers.pop():
+                raise ValueError("another bracket is open")
+            parts.append(end[1] if closers else "}")
+            if not closers:
+                return "".join(parts)
+            at = end.end()
+        comma = _COMMA.match(arguments, at)
+        if comma is None:
+            raise ValueError("no comma")
+        at = comma.end()
+        parts.append(", ")
+
+
+def _literal(found: Mapping[str, str | None]) -> str:
+    if found["string"] is not None:
+        return _string(found["string"])
+    if found["empty"] is not None:
+        return found["empty"][0] + found["empty"][-1]
+    word = found["word"] or ""
+    return found["number"] or _WORDS.get(word, word)
+
+
+def _string(text: str) -> str:
+    """A string as JSON writes it, in which a grammar's own stay as they are."""
+    return text if _JSON_STRING.fullmatch(text) else json.dumps(ast.literal_eval(text))

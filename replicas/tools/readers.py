@@ -6,8 +6,9 @@ from abc import ABC, abstractmethod
 
 from replicas.messages import ToolCallDelta
 
-_STRUCTURE = re.compile(r'["{}\[\]]')
-_STRING_PART = re.compile(r'["\\]')
+_OF_JSON = re.compile(r'["{}\[\]]')
+OF_PYTHON = re.compile(r"""["'(){}\[\]]""")
+_STRING_PARTS = {quote: re.compile(rf"[{quote}\\]") for quote in "\"'"}
 
 
 class CallSink:
@@ -47,11 +48,16 @@ class CallReader(ABC):
 
 
 class ObjectScanner:
-    """Finds the end of a JSON object that comes in parts, whatever stands in its strings."""
+    """Finds the end of an object that comes in parts, whatever stands in its strings.
 
-    def __init__(self) -> None:
+    marks: what its brackets and quotes are, JSON's or Python's
+    """
+
+    def __init__(self, marks: re.Pattern[str] = _OF_JSON) -> None:
+        self._marks = marks
         self._depth = 0
-        self._is_string = False
+        self._quote = ""
+        """The one that ends the string; empty outside of strings."""
         self._is_escaped = False
 
     def scan(self, text: str) -> int | None:
@@ -62,16 +68,16 @@ class ObjectScanner:
                 self._is_escaped = False
                 at += 1
                 continue
-            found = (_STRING_PART if self._is_string else _STRUCTURE).search(text, at)
+            found = (_STRING_PARTS[self._quote] if self._quote else self._marks).search(text, at)
             if found is None:
                 return None
             at = found.end()
             match found[0]:
                 case "\\":
                     self._is_escaped = True
-                case '"':
-                    self._is_string = not self._is_string
-                case "{" | "[":
+                case '"' | "'" as quote:
+                    self._quote = "" if self._quote else quote
+                case "{" | "[" | "(":
                     self._depth += 1
                 case _:
                     self._depth -= 1

@@ -1,6 +1,7 @@
 """What an answer consists of in APIs that have its reasoning, its text and its calls as blocks in a row."""
 
 import json
+import re
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from typing import Any
 from replicas.messages import Delta, Finished, TextLogprob
 from router.answer import Answer, Counts
 from router.errors import encode
+
+_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 
 
 class Kind(Enum):
@@ -38,13 +41,20 @@ class Block:
     def text(self) -> str:
         return "".join(self.parts)
 
-    def arguments(self) -> dict[str, Any]:
-        """A call's arguments; none where it was cut before they were whole."""
+    def arguments(self) -> str:
+        """A call's arguments, as the model wrote them; none where it was cut before they were whole.
+
+        Their JSON may have numbers that Python can't write, and depths that it can't read.
+        """
+        text = self.text
         try:
-            found = json.loads(self.text)
+            is_whole = isinstance(json.loads(text, parse_int=str, parse_float=str), dict)
+        except RecursionError:
+            bare = _STRING.sub("", text)
+            is_whole = '"' not in bare and all(bare.count(b) == bare.count(e) for b, e in ("[]", "{}"))
         except ValueError:
-            return {}
-        return found if isinstance(found, dict) else {}
+            is_whole = False
+        return text if is_whole else "{}"
 
 
 Change = tuple[Step, Block, str]

@@ -1,5 +1,6 @@
 """Anthropic's Messages: the routes, and the answers as its clients read them, streamed or whole."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from router.answering import generate
 from router.apis.blocks import Block, BlockAnswer, Kind, Step, named_event
 from router.apis.messages_schema import CountTokensRequest, MessagesRequest
 from router.app_state import AppState
-from router.errors import HTTP_ERRORS, anthropic_error_body, json_response, triad_error_body
+from router.errors import HTTP_ERRORS, anthropic_error_body, encode, json_response, triad_error_body
 from router.openapi import MESSAGES_RESPONSES, TOKENS_RESPONSES
 
 _STOP_REASONS = {
@@ -22,6 +23,8 @@ _STOP_REASONS = {
     FinishReason.LENGTH: "max_tokens",
     FinishReason.TOOL_CALLS: "tool_use",
 }
+_NO_INPUT = b'"input":null'
+"""A mark to split at, which stands in no text, where JSON escapes the quotes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ class MessageAnswer(BlockAnswer):
     def change(self, step: Step, block: Block, text: str) -> bytes:
         match step:
             case Step.OPENED:
-                return _event("content_block_start", block, content_block=_content(block, {}))
+                return _event("content_block_start", block, content_block=_content(block, arguments={}))
             case Step.GREW if self._hides(block):
                 return b""
             case Step.GREW:
@@ -62,16 +65,17 @@ class MessageAnswer(BlockAnswer):
 
     def body(self, last: Delta, finished: Finished) -> dict[str, Any]:
         reason, sequence = _stop(last)
-        content = [
-            _content(
-                block,
-                block.arguments() if block.kind is Kind.CALL else {},
-                "" if self._hides(block) else block.text,
-            )
-            for block in self.blocks.all
-        ]
+        content = [_content(block, "" if self._hides(block) else block.text) for block in self.blocks.all]
         message = self._message(content, reason, sequence, _usage_of(finished))
         return message | {"decoding": decoding_report(finished.report)}
+
+    def whole_json(self, choices: Sequence[Delta], finished: Finished) -> bytes:
+        before, *after = encode(self.whole(choices, finished)).split(_NO_INPUT)
+        calls = [block for block in self.blocks.all if block.kind is Kind.CALL]
+        pairs = zip(calls, after, strict=True)
+        return before + b"".join(
+            b'"input":%b%b' % (call.arguments().encode(errors="replace"), rest) for call, rest in pairs
+        )
 
     def _hides(self, block: Block) -> bool:
         return self.omits_thinking and block.kind is Kind.REASONING
@@ -99,7 +103,8 @@ def _event(name: str, block: Block, **more: Any) -> bytes:
     return named_event(name, {"type": name, "index": block.index} | more)
 
 
-def _content(block: Block, arguments: dict[str, Any], text: str = "") -> dict[str, Any]:
+def _content(block: Block, text: str = "", arguments: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The block. Arguments that are None are JSON already, and put in later."""
     match block.kind:
         case Kind.REASONING:
             return {"type": "thinking", "thinking": text, "signature": ""}
@@ -140,7 +145,10 @@ def _usage(num_prompt: int, num_reused: int, num_completion: int) -> dict[str, A
 
 
 def _usage_of(finished: Finished) -> dict[str, Any]:
-    return _usage(finished.num_prompt_tokens, finished.num_reused_tokens, finished.num_completion_tokens)
+    found = _usage(finished.num_prompt_tokens, finished.num_reused_tokens, finished.num_completion_tokens)
+    if finished.num_reasoning_tokens is not None:
+        found["output_tokens_details"] = {"thinking_tokens": finished.num_reasoning_tokens}
+    return found
 
 
 def add_message_routes(app: FastAPI, app_state: AppState) -> None:

@@ -1,28 +1,29 @@
 """Anthropic's Messages: the bodies that a client may send, and the chat requests that they amount to."""
 
 import json
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
-from router.apis.translated import TranslatedRequest
+from router.apis.translated import AllowedCallers, TranslatedRequest, text_as
 from router.chat import MAX_MESSAGES, Thinking
 from router.completion import Stops
 from router.fields import (
     INTEGRAL,
     MAX_INT32,
     Hint,
-    Neutral,
     NoList,
     Off,
     PositiveCount,
     Strict,
     Text,
     Unsupported,
+    conflict,
     one_of,
 )
-from router.tools import MAX_TOOLS, CallId
+from router.tools import MAX_TOOLS, CallId, Name
 
 
 class TextBlock(Strict):
@@ -32,13 +33,9 @@ class TextBlock(Strict):
     citations: NoList = None
 
 
-def _blocks(value: Any) -> Any:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-
 TextBlocks = Annotated[
     list[Annotated[TextBlock, one_of({"text": TextBlock})]],
-    BeforeValidator(_blocks, json_schema_input_type=str | list[TextBlock]),
+    text_as("text", list[TextBlock]),
 ]
 
 
@@ -56,7 +53,7 @@ class RedactedThinkingBlock(Strict):
 class ToolUseBlock(Strict):
     type: Literal["tool_use"]
     id: CallId
-    name: Text
+    name: Name
     input: dict[str, Any]
     cache_control: Hint = None
     caller: Hint = None
@@ -78,14 +75,18 @@ _KINDS = {
     "tool_use": ToolUseBlock,
     "tool_result": ToolResultBlock,
 }
+_TEXTS = ("content", "reasoning_content")
 
 
 class MessageParam(Strict):
     role: Literal["user", "assistant", "system"]
-    content: Annotated[
-        list[Annotated[Block, one_of(_KINDS)]],
-        BeforeValidator(_blocks, json_schema_input_type=str | list[Block]),
-    ]
+    content: Annotated[list[Annotated[Block, one_of(_KINDS)]], text_as("text", list[Block])]
+
+    @model_validator(mode="after")
+    def _calls_by_its_role(self) -> Self:
+        if self.role != "assistant" and any(isinstance(block, ToolUseBlock) for block in self.content):
+            raise conflict("content", "only messages of the assistant have calls")
+        return self
 
     def chat_messages(self) -> list[dict[str, Any]]:
         """The chat messages that it amounts to: each tool's result is one of its own."""
@@ -94,22 +95,43 @@ class MessageParam(Strict):
         for block in self.content:
             match block:
                 case TextBlock():
-                    said["content"] = said.get("content", "") + block.text
+                    said.setdefault("content", []).append(block.text)
                 case ThinkingBlock():
-                    said["reasoning_content"] = said.get("reasoning_content", "") + block.thinking
+                    said.setdefault("reasoning_content", []).append(block.thinking)
                 case ToolUseBlock():
                     function = {"name": block.name, "arguments": json.dumps(block.input)}
                     said.setdefault("tool_calls", []).append({"id": block.id, "function": function})
                 case ToolResultBlock():
                     if said:
-                        found.append({"role": self.role} | said)
+                        found.append({"role": self.role} | _joined(said, ""))
                         said = {}
                     text = "".join(part.text for part in block.content or ())
                     content = f"Error: {text}" if block.is_error else text
                     found.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": content})
         if said or not found:
-            found.append({"role": self.role, "content": ""} | said)
+            found.append({"role": self.role} | _joined(said, ""))
         return found
+
+
+def _joined(said: Mapping[str, list[Any]], separator: str) -> dict[str, Any]:
+    """What one message says, its texts in lists joined; it has a content, if an empty one."""
+    texts = {"content": ""} | {key: separator.join(said[key]) for key in _TEXTS if said.get(key)}
+    return texts | {key: parts for key, parts in said.items() if key not in _TEXTS}
+
+
+def _one_turn(messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Messages of one role that follow one another as the one that they are to a model.
+
+    Their texts are paragraphs.
+    """
+    said: dict[str, list[Any]] = {}
+    for message in messages:
+        for key in _TEXTS:
+            if message.get(key):
+                said.setdefault(key, []).append(message[key])
+        if "tool_calls" in message:
+            said.setdefault("tool_calls", []).extend(message["tool_calls"])
+    return {"role": messages[0]["role"]} | _joined(said, "\n\n")
 
 
 class ToolParam(Strict):
@@ -120,7 +142,7 @@ class ToolParam(Strict):
     strict: bool | None = None
     cache_control: Hint = None
     eager_input_streaming: Hint = None
-    allowed_callers: Annotated[Any, Neutral(["direct"])] = None
+    allowed_callers: AllowedCallers = None
     defer_loading: Off = None
     input_examples: NoList = None
 
@@ -211,7 +233,11 @@ class Conversation(TranslatedRequest):
     container: Unsupported = None
 
     def fields_of_chat(self) -> Mapping[str, Any]:
-        found: dict[str, Any] = {"messages": [message for message, _ in self._messages()]}
+        messages = [message for message, _ in self._messages()]
+        found: dict[str, Any] = {"messages": messages}
+        last = messages[-1]
+        if last["role"] == "assistant" and "tool_calls" not in last and last["content"].strip():
+            found["continue_final_message"] = True
         if self.tools:
             found["tools"] = [tool.for_chat() for tool in self.tools]
         if self.tool_choice is not None:
@@ -232,13 +258,21 @@ class Conversation(TranslatedRequest):
         return self.thinking is not None and self.thinking.display == "omitted"
 
     def _messages(self) -> list[tuple[dict[str, Any], str]]:
-        """The chat's messages, each with the name of what it is made of."""
+        """The chat's messages, each with the name of what it is made of, or of the first that it is."""
         found: list[tuple[dict[str, Any], str]] = []
         if self.system is not None:
             text = "".join(block.text for block in self.system)
             found.append(({"role": "system", "content": text}, "system"))
-        for index, message in enumerate(self.messages):
-            found += [(each, f"messages[{index}].content") for each in message.chat_messages()]
+        each = (
+            (message, f"messages[{index}].content")
+            for index, sent in enumerate(self.messages)
+            for message in sent.chat_messages()
+        )
+        for role, group in groupby(each, key=lambda pair: pair[0]["role"]):
+            pairs = list(group)
+            if role in ("user", "assistant") and len(pairs) > 1:
+                pairs = [(_one_turn([message for message, _ in pairs]), pairs[0][1])]
+            found += pairs
         return found
 
 

@@ -154,7 +154,7 @@ def _usage(finished: Finished) -> dict[str, Any]:
     num_input, num_output = finished.num_prompt_tokens, finished.num_completion_tokens
     return {
         "input_tokens": num_input,
-        "input_tokens_details": {"cached_tokens": finished.num_reused_tokens},
+        "input_tokens_details": {"cached_tokens": finished.num_reused_tokens, "cache_write_tokens": 0},
         "output_tokens": num_output,
         "output_tokens_details": {"reasoning_tokens": finished.num_reasoning_tokens or 0},
         "total_tokens": num_input + num_output,

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-from router.apis.translated import TranslatedRequest
+from router.apis.translated import AllowedCallers, TranslatedRequest, text_as
 from router.chat import MAX_MESSAGES, ReasoningEffort
 from router.completion import Metadata
 from router.fields import (
@@ -20,6 +20,7 @@ from router.fields import (
     Unsupported,
     conflict,
     one_of,
+    unicode,
 )
 from router.tools import MAX_TOOLS, CallId
 
@@ -49,13 +50,9 @@ _PARTS: dict[str, Any] = {
 }
 
 
-def _parts(value: Any) -> Any:
-    return [{"type": "input_text", "text": value}] if isinstance(value, str) else value
-
-
 Parts = Annotated[
     list[Annotated[TextPart | RefusalPart, one_of(_PARTS)]],
-    BeforeValidator(_parts, json_schema_input_type=str | list[TextPart | RefusalPart]),
+    text_as("input_text", list[TextPart | RefusalPart]),
 ]
 
 
@@ -116,7 +113,7 @@ _ITEMS: dict[str, Any] = {
 
 
 def _items(value: Any) -> Any:
-    return [{"role": "user", "content": value}] if isinstance(value, str) else value
+    return [{"role": "user", "content": unicode(value)}] if isinstance(value, str) else value
 
 
 def _no_reference(value: Any) -> Any:
@@ -133,7 +130,7 @@ class FunctionParam(Strict):
     description: Text | None = None
     strict: bool | None = None
     output_schema: Hint = None
-    allowed_callers: Annotated[Any, Neutral(["direct"])] = None
+    allowed_callers: AllowedCallers = None
     defer_loading: Off = None
     is_async: Annotated[Off, Field(alias="async")] = None
 
@@ -221,6 +218,7 @@ class Reasoning(Strict):
 Included = Literal[
     "reasoning.encrypted_content",
     "file_search_call.results",
+    "web_search_call.results",
     "web_search_call.action.sources",
     "code_interpreter_call.outputs",
     "computer_call_output.output.image_url",

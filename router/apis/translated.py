@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
 from replicas.errors import TriadError
 from replicas.messages import NUM_SEEDS
@@ -13,8 +13,23 @@ from router.chat import TemplateKwargs
 from router.completion import MAX_CACHE_SALT_LEN, MAX_PRIORITY, MAX_TIMEOUT_S, TokenBudget
 from router.decoding import Decoding
 from router.errors import param_name
-from router.fields import INTEGRAL, Prompted, Text, conflict
+from router.fields import INTEGRAL, Neutral, Prompted, Text, conflict, unicode
 from router.schema import ChatCompletionRequest
+
+AllowedCallers = Annotated[Any, Neutral(["direct"])]
+"""What may call a function: the model, and no program of its, which nothing here runs."""
+
+
+def text_as(type_: str, parts: Any) -> BeforeValidator:
+    """Takes a text in the place of a list of parts, as one part of this type.
+
+    parts: the list's type. The text is checked here, where a fault is named as the field that was sent.
+    """
+
+    def check(value: Any) -> Any:
+        return [{"type": type_, "text": unicode(value)}] if isinstance(value, str) else value
+
+    return BeforeValidator(check, json_schema_input_type=str | parts)
 
 
 class TranslatedRequest(Prompted):

@@ -2,8 +2,11 @@
 
 import itertools
 import json
+from dataclasses import replace
 from typing import Any
 
+import anthropic
+import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -60,7 +63,7 @@ def test_a_streamed_response_is_the_whole_one(parts: list[Delta], cuts: list[int
 
 @given(deltas(), st.lists(st.integers(0, 50), max_size=5))
 def test_a_streamed_message_is_the_whole_one(parts: list[Delta], cuts: list[int]) -> None:
-    whole = MessageAnswer("msg_1", MODEL, 1).whole([joined(parts)], FINISHED)
+    whole = json.loads(MessageAnswer("msg_1", MODEL, 1).whole_json([joined(parts)], FINISHED))
     text = streamed(MessageAnswer("msg_1", MODEL, 1), parts, cuts)
     events = [json.loads(line[6:]) for line in text.split("\n") if line.startswith("data: ")]
     content: list[dict[str, Any]] = []
@@ -78,6 +81,46 @@ def test_a_streamed_message_is_the_whole_one(parts: list[Delta], cuts: list[int]
         assert block | {key: json.loads(grown) if key == "input" else grown} == expected
     assert events[-2]["delta"]["stop_reason"] == whole["stop_reason"]
     assert events[-2]["usage"] == whole["usage"]
+
+
+@pytest.mark.parametrize("second", ["{}", '{"b":'])
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ('{"x":1e999}', '{"x":1e999}'),
+        ('{"x":-1E+400,"y":0.10}', '{"x":-1E+400,"y":0.10}'),
+        ('{"x":' + "9" * 5000 + "}", '{"x":' + "9" * 5000 + "}"),
+        ('{"x":' + "[" * 5000 + "]" * 5000 + "}", '{"x":' + "[" * 5000 + "]" * 5000 + "}"),
+        ('{"x":' + "[" * 5000 + "]" * 5000, "{}"),
+        ('{"x":' + "[" * 5000 + "]" * 5000 + ',"y":"}', "{}"),
+        ('{"x":' + "[" * 5000, "{}"),
+        ('{"x":1e9', "{}"),
+        ('{"input":null,"x":"\\"input\\":null"}', '{"input":null,"x":"\\"input\\":null"}'),
+        ("", "{}"),
+    ],
+)
+def test_a_messages_input_is_what_the_model_wrote(arguments: str, told: str, second: str) -> None:
+    calls = ToolCallDelta(0, arguments, "call_a", "f"), ToolCallDelta(1, second, "call_b", "g")
+    end = Delta("x", "", 1, reason=FinishReason.LENGTH, tool_calls=calls)
+    body = MessageAnswer("msg_1", MODEL, 1).whole_json([end], FINISHED).decode()
+    first = f'{{"type":"tool_use","id":"toolu_a","name":"f","input":{told}}}'
+    last = '{"type":"tool_use","id":"toolu_b","name":"g","input":{}}'
+    assert f'"content":[{first},{last}],' in body
+
+
+def test_usage_has_what_the_sdks_read() -> None:
+    end = Delta("x", "a", 1, reason=FinishReason.STOP)
+    usage = MessageAnswer("msg_1", MODEL, 1).whole([end], FINISHED)["usage"]
+    told = anthropic.types.Usage.model_validate(usage, strict=True)
+    assert told.output_tokens_details is not None
+    assert (told.output_tokens, told.output_tokens_details.thinking_tokens) == (10, 2)
+    unmarked = MessageAnswer("msg_1", MODEL, 1).whole([end], replace(FINISHED, num_reasoning_tokens=None))
+    assert "output_tokens_details" not in unmarked["usage"]
+    usage = ResponseAnswer("resp_1", MODEL, 1).whole([end], FINISHED)["usage"]
+    response = openai.types.responses.ResponseUsage.model_validate(usage, strict=True)
+    details = response.input_tokens_details
+    assert (details.cached_tokens, details.cache_write_tokens) == (3, 0)
+    assert response.output_tokens_details.reasoning_tokens == 2
 
 
 @given(deltas(), st.lists(st.integers(0, 50), max_size=5))

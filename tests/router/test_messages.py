@@ -9,10 +9,13 @@ import pytest
 
 from replicas.answer_forms import ThinkingBudget
 from replicas.errors import ErrorCode
+from replicas.messages import TemplateOptions
 from replicas.text import TextCodec
 from router.api import create_app
+from router.apis.messages_schema import CountTokensRequest, MessageParam, MessagesRequest
 from router.auth import ApiKey, KeyRing, digest_of
 from tests.eventually import eventually
+from tests.replicas.codec import byte_codec
 from tests.router.conftest import in_process, over_http, running
 from tests.router.fakes import MODEL, TEXT, WORDS, ScriptedReplica
 from tests.router.stack import a_stack
@@ -175,6 +178,82 @@ async def test_what_is_asked_reaches_the_replica(make_door) -> None:
     assert json.loads(sent.template.kwargs) == {"enable_thinking": True}
 
 
+def messages_of(*turns: tuple[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+ANSWER = [
+    {"type": "thinking", "thinking": "Hm.", "signature": ""},
+    {"type": "text", "text": "It is ("},
+]
+
+
+@pytest.mark.parametrize(
+    ("messages", "continues"),
+    [
+        (messages_of(("user", "a"), ("assistant", "It is (")), True),
+        (messages_of(("user", "a"), ("assistant", ANSWER)), True),
+        (messages_of(("user", "a"), ("assistant", ANSWER[:1]), ("assistant", ANSWER[1:])), True),
+        (messages_of(("user", "a"), ("assistant", ANSWER[:1])), False),
+        (messages_of(("user", "a"), ("assistant", " \n")), False),
+        (messages_of(("user", "a"), ("assistant", [])), False),
+        ([ASKED, CALLED], False),
+        ([ASKED, CALLED, {"role": "assistant", "content": "It is ("}], False),
+        ([ASKED, {"role": "assistant", "content": "It is ("}, {"role": "system", "content": "b"}], False),
+        ([ASKED, {"role": "assistant", "content": "It is ("}, ASKED], False),
+    ],
+)
+def test_an_answer_goes_on_with_an_assistants_last_text(messages: list[Any], continues: bool) -> None:
+    expected = TemplateOptions(add_generation_prompt=not continues, continue_final_message=continues)
+    assert MessagesRequest.model_validate(BODY | {"messages": messages}).chat.template == expected
+    assert CountTokensRequest.model_validate({"messages": messages}).chat.template == expected
+
+
+ALTERNATING = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "[{{ m.role }}]{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}{{ m.content }}"
+    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+WRITTEN = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("messages", "prompt"),
+    [
+        (messages_of(("user", "a"), ("user", ""), ("user", "b")), "[user]a\n\nb[assistant]"),
+        (messages_of(("user", "a"), ("assistant", ANSWER)), "[user]a[assistant](Hm.)It is ("),
+        (
+            messages_of(("user", "a"), ("assistant", ANSWER), ("assistant", ANSWER), ("user", "b")),
+            "[user]a[assistant](Hm.\n\nHm.)It is (\n\nIt is ([user]b[assistant]",
+        ),
+        (
+            [*messages_of(("user", "a"), ("assistant", "Well.")), CALLED, RESULTS],
+            f"[user]a[assistant](Hm.)Well.\n\nLet me see.\n{WRITTEN}[user]<tool_response>\nSunny.\n"
+            "</tool_response>\n<tool_response>\nError: no\n</tool_response>\n<tool_response>\n\n"
+            "</tool_response>\nSo?[assistant]",
+        ),
+        (
+            [ASKED, CALLED, CALLED | {"content": CALLED["content"][-1:]}, *messages_of(("user", "b"))],
+            f"[user]{ASKED['content']}[assistant](Hm.)Let me see.\n{WRITTEN}\n{WRITTEN}[user]b[assistant]",
+        ),
+    ],
+)
+def test_messages_of_one_role_in_a_row_are_one_turn(messages: list[Any], prompt: str) -> None:
+    codec = byte_codec(ALTERNATING)
+    chat = MessagesRequest.model_validate(BODY | {"messages": messages}).chat
+    (told,) = chat.prompts_for_replica()
+    assert codec.decode(codec.encode(told, template=chat.template)) == prompt
+
+
+def test_blocks_by_the_thousand_are_joined() -> None:
+    for block in ({"type": "text", "text": "ab"}, {"type": "thinking", "thinking": "ab"}):
+        message = MessageParam(role="assistant", content=[block] * 20_000)
+        (found,) = message.chat_messages()
+        key = "content" if "text" in block else "reasoning_content"
+        assert found == {"role": "assistant", "content": "", key: "ab" * 20_000}
+
+
 CLEARED = {"type": "clear_thinking_20251015"}
 
 
@@ -211,6 +290,32 @@ async def test_what_asks_for_nothing_is_taken(make_door, more: dict[str, Any]) -
             "'messages[2].content'",
         ),
         ({"system": 3}, "'system'"),
+        ({"system": "\ud800"}, "'system'"),
+        ({"system": [{"type": "text", "text": "\ud800"}]}, "'system[0].text'"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "'messages[0].content'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]},
+            "'messages[0].content[0].text'",
+        ),
+        (
+            {
+                "messages": [
+                    ASKED,
+                    {"role": "user", "content": [{**RESULTS["content"][1], "content": "\ud800"}]},
+                ]
+            },
+            "'messages[1].content[0].content'",
+        ),
+        ({"messages": [ASKED, CALLED | {"role": "user"}]}, "'messages[1].content'"),
+        (
+            {
+                "messages": [
+                    {"role": "assistant", "content": "x"},
+                    CALLED | {"content": [CALLED["content"][-1] | {"name": "f g"}]},
+                ]
+            },
+            "'messages[1].content[0].name'",
+        ),
         ({"tools": [{"name": "two words", "input_schema": {}}]}, "'tools[0].name'"),
         ({"tools": [{"name": "f", "input_schema": {"type": "array"}}]}, "'tools[0].input_schema'"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "'tools[0]'"),
@@ -249,7 +354,9 @@ async def test_what_asks_for_nothing_is_taken(make_door, more: dict[str, Any]) -
 async def test_what_is_wrong_is_named(make_door, more: dict[str, Any], says: str) -> None:
     async with in_process(create_app(await make_door(ScriptedReplica("a")))) as client:
         body = {name: value for name, value in (BODY | more).items() if value is not None}
-        error = error_of(await client.post("/v1/messages", json=body), 400)
+        # Not by httpx's own encoder, which writes no lone surrogate.
+        sent = {"content": json.dumps(body), "headers": {"content-type": "application/json"}}
+        error = error_of(await client.post("/v1/messages", **sent), 400)
         assert error["type"] == "invalid_request_error"
         assert says in error["message"]
 

@@ -8,7 +8,7 @@ from replicas.answer_forms import Tool, ToolUse
 from replicas.errors import TriadError
 from replicas.messages import SamplingParams
 from replicas.text import TextCodec
-from replicas.tools.prompts import knows_tools
+from replicas.tools.prompts import knows_tools, spelled_out
 from tests.replicas.codec import byte_codec, tiny_tokenizer
 from tests.replicas.test_prompts import added_tokens_tokenizer
 
@@ -74,6 +74,23 @@ def test_a_template_that_knows_none_has_them_spelled_out(has_system: bool) -> No
     assert f"[assistant]<tool_call>\n{call}\n</tool_call>[user]" in text
     results = "<tool_response>\nSunny.\n</tool_response>\n<tool_response>\nAnd warm.\n</tool_response>"
     assert text.endswith(f"[user]{results}[assistant]")
+
+
+@pytest.mark.parametrize("is_before", [True, False])
+def test_what_a_user_says_beside_results_is_one_message_with_them(is_before: bool) -> None:
+    """Templates that know no tools refuse two messages of the user in a row."""
+    said = {"role": "user", "content": "So?"}
+    result, other = CHAT[-1], {"role": "tool", "content": "", "tool_call_id": "c2", "name": "f"}
+    told = "<tool_response>\nSunny.\n</tool_response>\n<tool_response>\n\n</tool_response>"
+    more, turn = (result, other, said), f"{told}\nSo?"
+    if is_before:
+        more, turn = (said, result, other), f"So?\n{told}"
+    assert all(message.keys() == {"role", "content"} for message in spelled_out(more, None))
+    codec = byte_codec()
+    text = text_of(codec, codec.encode((*CHAT[:-1], *more)))
+    assert text.endswith(f"</tool_call>[user]{turn}[assistant]")
+    apart = text_of(codec, codec.encode((*CHAT[:-1], result, said, said)))
+    assert apart.endswith("</tool_response>\nSo?[user]So?[assistant]")
 
 
 def test_a_chat_without_tools_is_rendered_as_ever() -> None:

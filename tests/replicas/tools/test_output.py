@@ -1,6 +1,7 @@
 """The reader of what a model writes: the same however the text is cut, and never half a tag."""
 
 import json
+import keyword
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -13,6 +14,7 @@ from replicas.model.config import CheckpointError
 from replicas.text_stream import FIRST_MARK
 from replicas.tools.families import FORMATS, format_of
 from replicas.tools.output import OutputParser
+from replicas.tools.readers import CallSink
 from replicas.tools.reasoning import MARKS
 from router.deltas import joined
 
@@ -119,6 +121,41 @@ def test_any_cut_gives_what_the_whole_gives(
 def test_any_text_at_all_is_read_alike_however_it_is_cut(name: str, text: str, places: list[int]) -> None:
     whole = told(read(parser_of(name, "think"), [text]))
     assert told(read(parser_of(name, "think"), list(cuts(text, places)))) == whole
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_no_push_looks_again_at_the_arguments_so_far(name: str) -> None:
+    before, _, behind = call_text(name, [("f", {"x": "|"})]).partition("|")
+    reader, sink = FORMATS[name].reader(lambda tag: tag), CallSink()
+    reader.push(before.removeprefix(FORMATS[name].opening or ""), sink)
+    for _ in range(1000):
+        reader.push("word ", sink)
+        assert len(reader._text) <= len(before)
+    reader.push(behind, sink)
+    (call,) = joined([Delta("r", "", 0, tool_calls=sink.take())]).tool_calls
+    assert json.loads(call.arguments) == {"x": "word " * 1000}
+
+
+@pytest.mark.parametrize(
+    ("written", "arguments"),
+    [
+        *((f'to="b", {name}="a"', f'{{"to": "b", "{name}": "a"}}') for name in keyword.kwlist),
+        ("µ=1, ﬁ=2, नाम=3", '{"µ": 1, "ﬁ": 2, "नाम": 3}'),
+        ("x=1e999, y=-0, z=1.50", '{"x": 1e999, "y": -0, "z": 1.50}'),
+        (f"x={'9' * 5000}", f'{{"x": {"9" * 5000}}}'),
+        ("x=" + "[" * 5000 + "]" * 5000, '{"x": ' + "[" * 5000 + "]" * 5000 + "}"),
+        ("x=" + '{"a":' * 999 + "1" + "}" * 999, '{"x": ' + '{"a": ' * 999 + "1" + "}" * 1000),
+        (r'x="a\/b\ud83d\ude00)]"', r'{"x": "a\/b\ud83d\ude00)]"}'),
+        (r"""x='a\'\x41\ud83d', y="\101",""", r"""{"x": "a'A\ud83d", "y": "A"}"""),
+        ('x=[True,None, false ,{"a":null,}], y={ }', '{"x": [true, null, false, {"a": null}], "y": {}}'),
+        ("x=[[],],", '{"x": [[]]}'),
+        (" ", "{}"),
+        *((fault, "{}") for fault in ("1", "1, x=1", "x=y", "x=[,]", "x=[1,,]", "x={1: 2}", "x=[1}", "x=01")),
+    ],
+)
+def test_named_arguments_are_told_in_json_as_they_are_written(written: str, arguments: str) -> None:
+    found = read(parser_of("pythonic"), [f"[f({written})]"])
+    assert [(call.name, call.arguments) for call in found.tool_calls] == [("f", arguments)]
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))

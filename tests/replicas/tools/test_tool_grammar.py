@@ -208,6 +208,17 @@ def test_without_strict_what_cannot_be_enforced_is_left_out_and_the_tool_is_name
     assert compiler().compile(order(tools=TOOLS[:1], places=(0,))).warning is None
 
 
+@pytest.mark.parametrize("name", ["from", "class", "in", "import", "with", "is", "µ"])
+def test_arguments_of_any_name_are_read_as_they_are_forced(name: str) -> None:
+    schema = {"properties": {name: {"enum": ["a"]}}, "required": [name], "additionalProperties": False}
+    tools = (Tool("f", json.dumps(schema)),)
+    asked = order("pythonic", tools=tools, places=(0,), is_required=True, is_parallel=False)
+    text, is_whole = walk(asked, Random(1))
+    assert is_whole
+    (call,) = read(asked, text, Random(1)).tool_calls
+    assert json.loads(call.arguments) == {name: "a"}
+
+
 def test_python_names_arguments_or_the_schema_is_refused() -> None:
     for schema in ({"anyOf": [WEATHER]}, {"properties": {"two words": {}}}):
         with pytest.raises(SchemaRefused):
