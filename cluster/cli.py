@@ -31,7 +31,7 @@ def parser(*, in_full: bool = False) -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="triad", description="An adaptive serving cluster.")
     commands = found.add_subparsers(dest="command", required=True, metavar="COMMAND")
     serve = commands.add_parser("serve", help="serve a model on this machine until Ctrl-C")
-    serve.add_argument("--model", help="triad-5m, a folder or a hub name")
+    serve.add_argument("--model", help="triad-5m, triad-5m-tools, a folder or a hub name")
     serve.add_argument("--dtype", help="of the weights; default: float32 on CPUs, bfloat16 on GPUs")
     serve.add_argument("--replicas", type=int, help="default: 1")
     serve.add_argument("--port", type=int, default=8000, help="default: %(default)s")

@@ -56,7 +56,9 @@ ServedName = Annotated[str, Field(min_length=1, max_length=256)]
 class SharedConfig(Capacity):
     """The settings of both replicas and ingresses."""
 
-    model: str = Field(default=EMBEDDED_MODEL, description="A folder, a hub name, triad-5m or smollm2.")
+    model: str = Field(
+        default=EMBEDDED_MODEL, description="A folder, a hub name, triad-5m, triad-5m-tools or smollm2."
+    )
     served_model_name: Annotated[tuple[ServedName, ...], Field(max_length=16), BeforeValidator(listed)] = (
         Field(
             default=(),

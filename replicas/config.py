@@ -10,7 +10,7 @@ from policies.config import EMBEDDED_MODEL, Capacity, Settings, SharedConfig
 from policies.modes import MAX_BLOCK_LENGTH
 from policies.scaling import Targets
 
-CHECKPOINTS = {EMBEDDED_MODEL: "triad-5m", "smollm2": "smollm2-135m"}
+CHECKPOINTS = {EMBEDDED_MODEL: "triad-5m", "triad-5m-tools": "triad-5m-tools", "smollm2": "smollm2-135m"}
 """Models with a name of their own, and their folders under replicas/checkpoints."""
 
 MIN_STEP_TOKENS = 3 * MAX_BLOCK_LENGTH

@@ -264,7 +264,7 @@ def test_a_dead_end_behind_a_mere_draft_is_not_the_answers() -> None:
         is_complete = False
 
         def masks(self, draft: Sequence[int]) -> tuple[bytes, ...]:
-            return (b"\xff" * 32,) * (len(draft) + 1)
+            return (b"\xff" * 64,) * (len(draft) + 1)
 
         def accept(self, token_id: int) -> None: ...
 
