@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 from pydantic_core import PydanticCustomError
 
 from replicas.answer_forms import GrammarFormat, GrammarKind, JsonFormat
-from router.fields import Strict, Text, at_most, conflict, json_len
+from router.fields import Strict, Text, at_most, conflict, json_len, read_json
 
 MAX_SCHEMA_LEN = 64 * 1024
 MAX_REGEX_LEN = 16 * 1024
@@ -85,9 +85,10 @@ def _loaded(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise PydanticCustomError("json", "It is not valid JSON: {error}", {"error": str(error)}) from None
+        return read_json(value)
+    except ValueError as error:
+        message = "It can't be read as JSON: {error}"
+        raise PydanticCustomError("json", message, {"error": str(error)}) from None
 
 
 LOADED = BeforeValidator(_loaded)
