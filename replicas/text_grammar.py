@@ -21,7 +21,7 @@ def grammar_text(asked: GrammarFormat) -> str:
         case GrammarKind.STRUCTURAL_TAG:
             return _lark(_tagged(json.loads(asked.text)))
         case GrammarKind.WITHOUT_WORDS:
-            words = "|".join(re.escape(word).replace("/", "\\/") for word in json.loads(asked.text))
+            words = "|".join(map(_literal, json.loads(asked.text)))
             return _lark(f"{_TEXT}/(?s:.*)/ & ~/(?s:.*)({words})(?s:.*)/")
         case GrammarKind.LARK:
             return _lark(asked.text)
@@ -33,6 +33,11 @@ def lark_text(asked: GrammarFormat) -> str:
     if asked.kind is GrammarKind.REGEX:
         grammar = json.loads(grammar)["grammars"][0]["lark_grammar"]
     return grammar
+
+
+def _literal(word: str) -> str:
+    """A pattern of the word alone, as it stands between slashes, where no line ends."""
+    return re.escape(word).replace("\\\n", "\\n").replace("/", "\\/")
 
 
 def _lark(text: str) -> str:
