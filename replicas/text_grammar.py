@@ -49,7 +49,7 @@ def _tagged(tag: dict[str, list[dict[str, str]]]) -> str:
     tags = []
     for structure in tag["structures"]:
         schema = enforceable(json.dumps(structure["schema"]), best_effort=True).schema
-        begin, end = structure["begin"], structure.get("end", "")
+        begin, end = structure["begin"], structure.get("end") or ""
         found = [trigger for trigger in tag["triggers"] if begin.startswith(str(trigger))]
         if not found:
             raise SchemaRefused(f"no trigger is a beginning of the structure {begin!r}")

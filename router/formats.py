@@ -65,7 +65,7 @@ class ResponseFormat(Strict):
 class Structure(Strict):
     begin: Annotated[Text, Field(min_length=1, max_length=256)]
     schema_: Annotated[dict[str, Any], Field(alias="schema"), AfterValidator(sendable)]
-    end: Annotated[Text, Field(max_length=256)] = ""
+    end: Annotated[Text, Field(max_length=256)] | None = None
 
 
 class StructuralTag(Strict):

@@ -124,7 +124,7 @@ class FunctionCall(Strict):
 
 class ToolCall(Strict):
     id: CallId
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = None
     function: FunctionCall
     index: int | None = None
     """As deltas have it, which some clients keep."""
