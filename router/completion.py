@@ -69,6 +69,8 @@ BadWords = Annotated[
     Field(max_length=MAX_BAD_WORDS),
     at_most(MAX_BAD_WORDS),
 ]
+Temperature = Annotated[float, Field(ge=0.0, le=2.0)]
+TopP = Annotated[float, Field(gt=0.0, le=1.0)]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 TokenId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$"), AfterValidator(_token_id)]
 LogitBias = Annotated[
@@ -86,8 +88,8 @@ class Completion(Prompted):
     model: str | None = None
     """None for the one served."""
     max_tokens: PositiveCount | None = None
-    temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
     top_k: Annotated[int, Field(ge=-1, le=MAX_INT32), INTEGRAL] | None = None
     """-1 and 0 filter nothing."""
     seed: Annotated[int, Field(ge=-NUM_SEEDS, lt=NUM_SEEDS), INTEGRAL] | None = None
