@@ -114,7 +114,8 @@ IN_STRINGS = [
 
 @pytest.mark.parametrize("num_blanks", [0, INLINE_BYTES], ids=["short", "long"])
 async def test_json_in_a_string_nested_too_deep_is_the_requests_fault(num_blanks):
-    async with a_stack([ScriptedRunner(max_context=4096)] * 2) as stack:
+    runners = [ScriptedRunner(num_pages=512, max_context=1024) for _ in range(2)]
+    async with a_stack(runners) as stack:
         async with in_process(create_app(stack.door)) as client:
             for path, body, param in IN_STRINGS:
                 for depth in (MAX_JSON_DEPTH + 1, 600, 100_000):
@@ -326,3 +327,32 @@ def test_other_encodings_are_refused_whatever_they_hide(encoding, depth):
     with pytest.raises(ApiError, match="UTF-8" if depth < 600 else "UTF-8|nested") as error:
         read(ChatCompletionRequest, body, Bounds())
     assert (error.value.status, error.value.code) == (400, "invalid_json")
+
+
+SENT_ON = [
+    (PolicyBody, '{"policy": "ar", "policy_params": %s}', "policy_params"),
+    (ChatCompletionRequest, '{"messages": [], "chat_template_kwargs": %s}', "chat_template_kwargs"),
+    (
+        ChatCompletionRequest,
+        '{"messages": [], "tools": [{"type": "function", "function": {"name": "f", "parameters": %s}}]}',
+        "tools[0].function.parameters",
+    ),
+    (CompletionRequest, '{"prompt": "x", "structured_outputs": {"json": %s}}', "structured_outputs.json"),
+]
+
+
+@pytest.mark.parametrize(("model", "body", "param"), SENT_ON, ids=[param for *_, param in SENT_ON])
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ('{"a": "\\ud800"}', "lone surrogate"),
+        ('{"a": NaN}', "JSON|number"),
+        ('{"a": "%s"}' % ("x" * 2**16), "at most"),
+    ],
+    ids=["surrogate", "no number", "long"],
+)
+def test_an_object_that_is_sent_on_is_json_of_bounded_length(model, body, param, value, words):
+    sent = (body % value).replace("[]", '[{"role": "user", "content": "x"}]')
+    with pytest.raises(ApiError, match=words) as error:
+        read(model, sent.encode(), Bounds())
+    assert error.value.param == param
