@@ -10,12 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from replicas.answer_forms import ToolUse
 from replicas.engine.grammar import Grammar
 from replicas.errors import ErrorCode, TriadError
 from replicas.grammar import Asked, JsonGrammar
 from replicas.grammar_compiler import GrammarCompiler
-from replicas.messages import GenerateRequest, Message, Prompt
-from replicas.request_state import is_chat
+from replicas.messages import GenerateRequest, Message, Prompt, TemplateOptions
+from replicas.request_state import Echo, is_chat
 from replicas.text import TextCodec
 from replicas.token_messages import (
     DescribeTokenizer,
@@ -48,7 +49,8 @@ class Prepared:
     """One for each choice of each prompt, by index."""
     parsers: Sequence[OutputParser | None]
     """What tells apart the text of each; None for one that is all answer."""
-
+    echoes: Sequence[Echo] = ()
+    """Each prompt as its choices' texts begin with it; empty where they don't."""
     warning: str | None = None
     """What of the request's form is not kept to."""
 
@@ -95,11 +97,11 @@ class Preparation:
         """Prepares a request. TriadError says what is wrong with it, or that it was dropped meanwhile."""
         if self._is_closed:
             raise TriadError(ErrorCode.UNAVAILABLE, "the replica is shutting down")
-        num_chars = sum(map(_num_chars, request.prompts))
-        if request.sampling.tools is not None:
-            num_chars += request.sampling.tools.num_chars
+        num_chars = _num_chars(request.prompts, request.template, request.sampling.tools)
         if num_chars <= MAX_INLINE_CHARS and not request.sampling.needs_grammar:
-            return self._prepared(request, self._encode(request), (None,) * request.num_indices)
+            prompts = self._encode(request)
+            grammars = (None,) * request.num_indices
+            return self._prepared(request, prompts, self._echoes(request, prompts), grammars)
         request_id = request.request_id
         if request_id in self._under_way:
             message = f"a request {request_id!r} is running already"
@@ -129,7 +131,7 @@ class Preparation:
             case DetokenizeRequest():
                 num_chars = len(request.token_ids)
             case TokenizeRequest():
-                num_chars = _num_chars(request.prompt)
+                num_chars = _num_chars((request.prompt,), request.template, request.tools)
         if num_chars <= MAX_INLINE_CHARS:
             return answer(self._codec, request)
         if self._num_tokenizing >= self._max_requests:
@@ -166,7 +168,7 @@ class Preparation:
     async def _prepare(self, request: GenerateRequest, num_chars: int) -> Prepared:
         self._codec.chats.check(request.sampling)
 
-        def work() -> tuple[list[list[int]], Asked | None, Sequence[Grammar | None] | None]:
+        def work() -> tuple[list[list[int]], list[Echo], Asked | None, Sequence[Grammar | None] | None]:
             # A schema that is known to be refused spares the prompts' encoding.
             asked = self._asked(request)
             grammars = self._known(asked, request.num_indices)
@@ -174,17 +176,21 @@ class Preparation:
             if self._begins_in_reasoning(request, prompts):
                 asked = self._asked(request, begins_in_reasoning=True)
                 grammars = self._known(asked, request.num_indices)
-            return prompts, asked, grammars
+            return prompts, self._echoes(request, prompts), asked, grammars
 
         threads = self._short if num_chars <= MAX_SHORT_CHARS else self._long
-        prompts, asked, grammars = await threads.run(work)
+        prompts, echoes, asked, grammars = await threads.run(work)
         if grammars is None:
             assert asked is not None
             grammars = await self._compiling.run(lambda: self._compile(asked, request.num_indices))
-        return self._prepared(request, prompts, grammars)
+        return self._prepared(request, prompts, echoes, grammars)
 
     def _prepared(
-        self, request: GenerateRequest, prompts: list[list[int]], grammars: Sequence[Grammar | None]
+        self,
+        request: GenerateRequest,
+        prompts: list[list[int]],
+        echoes: list[Echo],
+        grammars: Sequence[Grammar | None],
     ) -> Prepared:
         first, budget = grammars[0], request.sampling.thinking_token_budget
         if budget is not None:
@@ -194,7 +200,7 @@ class Preparation:
                 for grammar, prompt in zip(grammars, ids, strict=True)
             ]
         warning = first.warning if isinstance(first, JsonGrammar) else None
-        return Prepared(prompts, grammars, self._parsers(request, prompts), warning)
+        return Prepared(prompts, grammars, self._parsers(request, prompts), echoes, warning)
 
     def _encode(self, request: GenerateRequest) -> list[list[int]]:
         tools, most = request.sampling.tools, request.truncate_prompt_tokens
@@ -216,6 +222,12 @@ class Preparation:
         if most < 0:
             most = max(1, self._max_context - (request.sampling.max_tokens or 1))
         return [prompt[-most:] for prompt in prompts]
+
+    def _echoes(self, request: GenerateRequest, prompts: list[list[int]]) -> list[Echo]:
+        if not request.echo:
+            return []
+        pairs = zip(request.prompts, prompts, strict=True)
+        return [Echo.of(prompt, ids, self._codec) for prompt, ids in pairs]
 
     def _asked(self, request: GenerateRequest, begins_in_reasoning: bool = False) -> Asked | None:
         if is_chat(request.prompts[0]):
@@ -288,7 +300,13 @@ class _Threads:
             future.exception()  # its caller may be gone
 
 
-def _num_chars(prompt: Prompt) -> int:
+def _num_chars(prompts: Iterable[Prompt], template: TemplateOptions, tools: ToolUse | None) -> int:
+    """The weight of prompts with all that their template renders."""
+    num_chars = sum(map(_num_chars_of, prompts)) + len(template.kwargs)
+    return num_chars if tools is None else num_chars + tools.num_chars
+
+
+def _num_chars_of(prompt: Prompt) -> int:
     """The weight of a prompt: a token id is one character, and a message 50 more than it has, for the
     template."""
     if isinstance(prompt, str):

@@ -104,9 +104,9 @@ class ChoiceState:
             raise self.text.failure
         self._note(made, codec, now_s)
         self.unsent_text += self.text.take()
-        reason = FinishReason.STOP if self.text.stopped else made.reason
         if made.reason is not None:
-            self.unsent_text += self.text.finish()
+            self.unsent_text += self.text.finish()  # which may complete a stop string
+        reason = FinishReason.STOP if self.text.stopped else made.reason
         deltas = self._echo(codec)
         for num_tokens in self._intervals():
             deltas.append(self._delta(num_tokens, self.text.releases[self.num_sent + num_tokens - 1]))

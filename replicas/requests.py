@@ -13,7 +13,7 @@ from replicas.engine.sequence import Progress
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import NUM_SEEDS, Event, GenerateRequest
 from replicas.preparation import Prepared
-from replicas.request_state import ChoiceState, Echo, Outbox, RequestState, choice_name, is_chat
+from replicas.request_state import ChoiceState, Outbox, RequestState, choice_name, is_chat
 from replicas.text import TextCodec
 from replicas.timeline import Timeline
 
@@ -129,11 +129,12 @@ class RequestTable:
 
     def _submit_choice(self, state: RequestState, index: int, prepared: Prepared) -> None:
         request = state.request
-        prompt_ids, parser = prepared.prompts[index // request.num_choices], prepared.parsers[index]
+        place = index // request.num_choices
+        prompt_ids, parser = prepared.prompts[place], prepared.parsers[index]
         seed = (request.sampling.seed + index % request.num_choices) % NUM_SEEDS
         name = choice_name(state, index)
-        prompt, sampling = request.prompts[index // request.num_choices], request.sampling
-        continues_text = not is_chat(prompt) or request.template.continue_final_message
+        sampling = request.sampling
+        continues_text = not is_chat(request.prompts[place]) or request.template.continue_final_message
         text = self._codec.completion(
             sampling, self._engine.spec.eos_token_ids, continues_text, parser is not None
         )
@@ -150,7 +151,7 @@ class RequestTable:
         )
         choice = ChoiceState(state, index, sequence, text, parser)
         if request.echo:
-            choice.echoed = Echo.of(prompt, prompt_ids, self._codec)
+            choice.echoed = prepared.echoes[place]
         if self._on_timeline is not None:
             choice.timeline = Timeline(request.request_id, request.trace_carrier, self._clock(), index)
         self._choices[name] = state.choices[index] = choice

@@ -21,7 +21,7 @@ def grammar_text(asked: GrammarFormat) -> str:
         case GrammarKind.STRUCTURAL_TAG:
             return _lark(_tagged(json.loads(asked.text)))
         case GrammarKind.WITHOUT_WORDS:
-            words = "|".join(re.escape(word).replace("/", "\\/") for word in json.loads(asked.text))
+            words = "|".join(map(_literal, json.loads(asked.text)))
             return _lark(f"{_TEXT}/(?s:.*)/ & ~/(?s:.*)({words})(?s:.*)/")
         case GrammarKind.LARK:
             return _lark(asked.text)
@@ -35,6 +35,11 @@ def lark_text(asked: GrammarFormat) -> str:
     return grammar
 
 
+def _literal(word: str) -> str:
+    """A pattern of the word alone, as it stands between slashes, where no line ends."""
+    return re.escape(word).replace("\\\n", "\\n").replace("/", "\\/")
+
+
 def _lark(text: str) -> str:
     return str(LLMatcher.grammar_from_lark(text))
 
@@ -44,7 +49,7 @@ def _tagged(tag: dict[str, list[dict[str, str]]]) -> str:
     tags = []
     for structure in tag["structures"]:
         schema = enforceable(json.dumps(structure["schema"]), best_effort=True).schema
-        begin, end = structure["begin"], structure.get("end", "")
+        begin, end = structure["begin"], structure.get("end") or ""
         found = [trigger for trigger in tag["triggers"] if begin.startswith(str(trigger))]
         if not found:
             raise SchemaRefused(f"no trigger is a beginning of the structure {begin!r}")

@@ -32,6 +32,10 @@ class FrameError(Exception):
     """The bytes that came are no frames of this protocol."""
 
 
+class CallError(Exception):
+    """A call can't be written as a frame, so no replica can be asked."""
+
+
 @dataclass(frozen=True, slots=True)
 class SocketAddress:
     """The place where a replica listens, and what a peer must know to be heard there."""
@@ -99,7 +103,12 @@ def read_hello(frame: bytes, secret: bytes) -> str | None:
 
 
 def call_frame(call: Call) -> bytes:
-    return _frame(pickle.dumps((call.number, call.method, call.argument), pickle.HIGHEST_PROTOCOL))
+    """Raises CallError."""
+    try:
+        payload = pickle.dumps((call.number, call.method, call.argument), pickle.HIGHEST_PROTOCOL)
+    except Exception as error:  # pickle raises whatever the values' classes do, and RecursionError
+        raise CallError(f"a call of {call.method} can't be written: {error!r}") from error
+    return _frame(payload)
 
 
 def read_call(frame: bytes) -> Call:

@@ -7,7 +7,6 @@ to the last fault, so in a thread they would stop the loop that carries the stre
 import asyncio
 import json
 import os
-import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,6 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
-import numpy as np
 from fastapi import Request
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
@@ -23,24 +21,13 @@ from pydantic import BaseModel, ValidationError
 from replicas.errors import ErrorCode
 from router.config import Bounds
 from router.errors import ApiError, bad_request, bad_value
-from router.fields import Prompted
+from router.fields import Prompted, is_deeper
 
 INLINE_BYTES = 32 * 2**10
 """A body up to this long is read at once, which takes some milliseconds at worst."""
 MAX_READ_S = 30.0
 MAX_OTHER_ITEMS = 2**16
 """The most commas in a body beyond those that a prompt may have, as text or between token ids."""
-
-# Possessive, and it takes an unterminated string to the end, so that no input makes it go back.
-_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
-
-
-def json_depth(body: bytes) -> int:
-    """The depth to which arrays and objects are nested in JSON; for anything else, some number."""
-    brackets = np.frombuffer(_STRING.sub(b"", body), np.uint8) | 0x20
-    # With bit 5 set '[' is '{' and ']' is '}'; no other byte of JSON outside strings is either.
-    steps = (brackets == ord("{")).astype(np.int32) - (brackets == ord("}"))
-    return int(np.max(np.cumsum(steps), initial=0))
 
 
 def read(model: type[BaseModel], body: bytes, bounds: Bounds) -> BaseModel:
@@ -49,19 +36,31 @@ def read(model: type[BaseModel], body: bytes, bounds: Bounds) -> BaseModel:
     if body.count(b",") > max_items:
         raise bad_request("invalid_value", f"The body has more than {max_items} items.")
     max_depth = bounds.max_json_depth
-    if body.count(b"[") + body.count(b"{") > max_depth and json_depth(body) > max_depth:
+    if is_deeper(body, max_depth):
         raise bad_request("invalid_json", f"The JSON is nested deeper than {max_depth}.")
     try:
-        request = model.model_validate(json.loads(body))
+        request = model.model_validate(json.loads(_text(body)))
     except ValidationError as error:
         raise bad_value(error.errors(include_url=False, include_input=False)[0]) from None
     except json.JSONDecodeError as error:
         raise bad_request("invalid_json", f"The body is not valid JSON: {error}.") from None
-    except (ValueError, RecursionError) as error:  # bytes that are no text; a number of 4,300 digits
+    except (ValueError, RecursionError) as error:  # a number of 4,300 digits
         raise bad_request("invalid_json", f"The body can't be read as JSON: {error}.") from None
     if isinstance(request, Prompted):
         _check_length(request, bounds.max_prompt_chars)
     return request
+
+
+def _text(body: bytes) -> str:
+    """The body's text. Given bytes json.loads would guess at their encoding, and take UTF-16, whose brackets
+    nobody has counted; in JSON as UTF-8 no byte is zero."""
+    try:
+        if b"\0" not in body:
+            return body.decode("utf-8-sig")
+        why = "it has a zero byte"
+    except UnicodeDecodeError as error:
+        why = str(error)
+    raise bad_request("invalid_json", f"The body is not JSON in UTF-8: {why}.")
 
 
 def _check_length(request: Prompted, max_chars: int) -> None:

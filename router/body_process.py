@@ -1,5 +1,6 @@
 """The process in which router.body reads long bodies: one after another, until its pipe closes."""
 
+import pickle
 import sys
 from multiprocessing.connection import Connection
 
@@ -7,7 +8,7 @@ from pydantic import BaseModel
 
 from router.body import read
 from router.config import Bounds
-from router.errors import ApiError
+from router.errors import ApiError, bad_request
 
 
 def serve(pipe: Connection) -> None:
@@ -17,7 +18,7 @@ def serve(pipe: Connection) -> None:
             body = pipe.recv_bytes()
         except EOFError:
             return
-        pipe.send(_answer(model, body, bounds))
+        pipe.send_bytes(_pickled(_answer(model, body, bounds)))
 
 
 def _answer(model: type[BaseModel], body: bytes, bounds: Bounds) -> BaseModel | ApiError:
@@ -25,6 +26,14 @@ def _answer(model: type[BaseModel], body: bytes, bounds: Bounds) -> BaseModel | 
         return read(model, body, bounds)
     except ApiError as error:
         return error
+
+
+def _pickled(answer: BaseModel | ApiError) -> bytes:
+    """What can't be sent back is its body's fault, and costs no other one's reading."""
+    try:
+        return pickle.dumps(answer, pickle.HIGHEST_PROTOCOL)
+    except Exception as error:  # pickle raises whatever the values' classes do, and RecursionError
+        return pickle.dumps(bad_request("invalid_json", f"The body can't be read: {error}."))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from replicas.messages import TemplateOptions
-from router.fields import Hint, NoList, PositiveCount, Strict, Text, Unsupported, conflict
+from router.fields import Hint, NoList, PositiveCount, Strict, Text, Unsupported, conflict, json_len
 from router.tools import CallId, FunctionCall, ToolCalls, calls_for_template
 
 MAX_MESSAGES = 4096
@@ -102,21 +102,15 @@ class Message(Strict):
         return 1 + sum(map(len, texts)) + calls
 
 
-def _as_json(kwargs: dict[str, Any]) -> dict[str, Any]:
+def _sendable(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The variables, if they can be sent on: Python takes more for JSON than JSON is."""
-    try:
-        length = len(json.dumps(kwargs, allow_nan=False, ensure_ascii=False).encode())
-    except UnicodeEncodeError:
-        raise PydanticCustomError("unicode", "A text has a lone surrogate") from None
-    except (ValueError, RecursionError):
-        raise PydanticCustomError("template", "The values can't be written as JSON") from None
-    if length > MAX_TEMPLATE_KWARGS_LEN:
+    if json_len(kwargs, "The object") > MAX_TEMPLATE_KWARGS_LEN:
         message = "They have at most {most} bytes"
         raise PydanticCustomError("too_long", message, {"most": MAX_TEMPLATE_KWARGS_LEN})
     return kwargs
 
 
-TemplateKwargs = Annotated[dict[str, Any], AfterValidator(_as_json)]
+TemplateKwargs = Annotated[dict[str, Any], AfterValidator(_sendable)]
 ReasoningEffort = Annotated[Text, Field(min_length=1, max_length=32)]
 
 

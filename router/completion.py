@@ -43,9 +43,9 @@ FORM_FIELDS = ("response_format", "structured_outputs", "bad_words")
 
 
 class StreamOptions(Strict):
-    include_usage: bool = False
+    include_usage: bool | None = None
     include_obfuscation: Off = None
-    continuous_usage_stats: bool = False
+    continuous_usage_stats: bool | None = None
 
 
 def _token_id(text: str) -> str:
@@ -69,6 +69,8 @@ BadWords = Annotated[
     Field(max_length=MAX_BAD_WORDS),
     at_most(MAX_BAD_WORDS),
 ]
+Temperature = Annotated[float, Field(ge=0.0, le=2.0)]
+TopP = Annotated[float, Field(gt=0.0, le=1.0)]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 TokenId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$"), AfterValidator(_token_id)]
 LogitBias = Annotated[
@@ -86,8 +88,8 @@ class Completion(Prompted):
     model: str | None = None
     """None for the one served."""
     max_tokens: PositiveCount | None = None
-    temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
     top_k: Annotated[int, Field(ge=-1, le=MAX_INT32), INTEGRAL] | None = None
     """-1 and 0 filter nothing."""
     seed: Annotated[int, Field(ge=-NUM_SEEDS, lt=NUM_SEEDS), INTEGRAL] | None = None
@@ -99,7 +101,7 @@ class Completion(Prompted):
     stream_options: StreamOptions | None = None
     stream_interval: PositiveCount | None = None
     """Tokens between two chunks of a choice, after the first, which has one token."""
-    ignore_eos: bool = False
+    ignore_eos: bool | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100.0)] | None = None
@@ -196,11 +198,11 @@ class Completion(Prompted):
 
     @property
     def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
     def continuous_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
     @property
     def template(self) -> TemplateOptions:
@@ -244,7 +246,7 @@ class Completion(Prompted):
             stop_token_ids=tuple(dict.fromkeys(self.stop_token_ids or ())),
             includes_stop=bool(self.include_stop_str_in_output),
             shows_special_tokens=self.skip_special_tokens is False,
-            ignore_eos=self.ignore_eos,
+            ignore_eos=bool(self.ignore_eos),
             min_p=self.min_p or 0.0,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,

@@ -7,6 +7,8 @@ from pydantic import BeforeValidator, Field
 from policies.config import Capacity, Settings, SharedConfig, listed
 
 MAX_HEADERS = 100
+MAX_JSON_DEPTH = 200
+"""The most that max_json_depth may be, and the bound on JSON that stands in a string of a body."""
 
 
 class AdmissionConfig(Capacity):
@@ -33,7 +35,9 @@ class Bounds(Settings):
     max_header_bytes: int = Field(
         default=32 * 2**10, ge=1024, description="Of all of a request's headers together."
     )
-    max_json_depth: int = Field(default=32, ge=8, le=200, description="How deep a body's JSON may be nested.")
+    max_json_depth: int = Field(
+        default=32, ge=8, le=MAX_JSON_DEPTH, description="How deep a body's JSON may be nested."
+    )
     max_prompt_chars: int = Field(
         default=1_000_000,
         ge=1,

@@ -29,15 +29,16 @@ def read_quality(value: Any) -> Any:
 class Decoding(Strict):
     """The way to decode; `auto` leaves it to the cluster's policy."""
 
-    mode: Literal["auto", "ar", "diffusion", "self_speculation"] = "auto"
+    mode: Literal["auto", "ar", "diffusion", "self_speculation"] | None = None
+    """None is auto."""
     block_length: Annotated[int, Field(ge=2, le=MAX_BLOCK_LENGTH), INTEGRAL] | None = None
     threshold: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     factor: Annotated[float, Field(gt=0.0, le=MAX_FACTOR)] | None = None
     risk: Annotated[float, Field(gt=0.0, le=MAX_RISK)] | None = None
-    lossless: bool = False
+    lossless: bool | None = None
     quality: Annotated[Quality, PlainValidator(read_quality, json_schema_input_type=Quality)] | None = None
     max_steps: Annotated[int, Field(ge=1, le=MAX_BLOCK_LENGTH), INTEGRAL] | None = None
-    trace: bool = False
+    trace: bool | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -63,11 +64,11 @@ class Decoding(Strict):
 
     @property
     def pinned_mode(self) -> Mode | None:
-        return None if self.mode == "auto" else Mode(self.mode)
+        return None if self.mode in (None, "auto") else Mode(self.mode)
 
     @property
     def is_lossless(self) -> bool:
-        return self.lossless or self.quality == "lossless"
+        return bool(self.lossless) or self.quality == "lossless"
 
     @property
     def max_differing(self) -> float | None:
@@ -83,5 +84,5 @@ class Decoding(Strict):
             factor=self.factor,
             risk=self.risk,
             max_differing=self.max_differing,
-            trace=self.trace,
+            trace=bool(self.trace),
         )

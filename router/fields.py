@@ -1,10 +1,12 @@
 """Parts of fields: their kinds, their ranges, and how a fault in one is told."""
 
 import json
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, ClassVar, Union
 
+import numpy as np
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -20,9 +22,14 @@ from pydantic import (
 from pydantic_core import CoreSchema, PydanticCustomError
 from pydantic_core.core_schema import no_info_after_validator_function
 
+from router.config import MAX_JSON_DEPTH
+
 MAX_PROMPTS = 128
 MAX_INT32 = 2**31 - 1
 """The most for token ids and counts of tokens, which tensors and records of other processes hold."""
+
+# Possessive, and it takes an unterminated string to the end, so that no input makes it go back.
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 
 
 class Neutral:
@@ -94,6 +101,27 @@ def integral(value: Any) -> Any:
 INTEGRAL = BeforeValidator(integral)
 Count = Annotated[int, Field(ge=0, le=MAX_INT32), INTEGRAL]
 PositiveCount = Annotated[int, Field(ge=1, le=MAX_INT32), INTEGRAL]
+
+
+def json_depth(text: bytes) -> int:
+    """The depth to which arrays and objects are nested in JSON; for anything else, some number."""
+    brackets = np.frombuffer(_STRING.sub(b"", text), np.uint8) | 0x20
+    # With bit 5 set '[' is '{' and ']' is '}'; no other byte of JSON outside strings is either.
+    steps = (brackets == ord("{")).astype(np.int32) - (brackets == ord("}"))
+    return int(np.max(np.cumsum(steps), initial=0))
+
+
+def is_deeper(text: bytes, depth: int) -> bool:
+    """True if JSON is nested deeper than that."""
+    return text.count(b"[") + text.count(b"{") > depth and json_depth(text) > depth
+
+
+def read_json(text: str) -> Any:
+    """The value of JSON that stands in a string. ValueError for what is none, or nested too deep for those
+    that send it on."""
+    if is_deeper(text.encode(errors="surrogatepass"), MAX_JSON_DEPTH):
+        raise ValueError(f"it is nested deeper than {MAX_JSON_DEPTH}")
+    return json.loads(text)
 
 
 def json_len(value: Any, what: str) -> int:

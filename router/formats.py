@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 from pydantic_core import PydanticCustomError
 
 from replicas.answer_forms import GrammarFormat, GrammarKind, JsonFormat
-from router.fields import Strict, Text, at_most, conflict, json_len
+from router.fields import Strict, Text, at_most, conflict, json_len, read_json
 
 MAX_SCHEMA_LEN = 64 * 1024
 MAX_REGEX_LEN = 16 * 1024
@@ -65,7 +65,7 @@ class ResponseFormat(Strict):
 class Structure(Strict):
     begin: Annotated[Text, Field(min_length=1, max_length=256)]
     schema_: Annotated[dict[str, Any], Field(alias="schema"), AfterValidator(sendable)]
-    end: Annotated[Text, Field(max_length=256)] = ""
+    end: Annotated[Text, Field(max_length=256)] | None = None
 
 
 class StructuralTag(Strict):
@@ -85,9 +85,10 @@ def _loaded(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise PydanticCustomError("json", "It is not valid JSON: {error}", {"error": str(error)}) from None
+        return read_json(value)
+    except ValueError as error:
+        message = "It can't be read as JSON: {error}"
+        raise PydanticCustomError("json", message, {"error": str(error)}) from None
 
 
 LOADED = BeforeValidator(_loaded)

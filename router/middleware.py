@@ -125,7 +125,7 @@ class AccessLog:
         state = scope.setdefault("state", {})
         fields: dict[str, Any] = {}
         state[LOG_FIELDS] = fields
-        name = shortened(f"{scope['method']} {scope['path']}", MAX_PARAM_LEN)
+        name = _plain(shortened(f"{scope['method']} {scope['path']}", MAX_PARAM_LEN))
         span = None
         if self._tracer is not None and scope["path"] not in OPEN_PATHS:
             attributes = {"http.request.method": scope["method"], "triad.request.id": request_id}
@@ -163,6 +163,11 @@ class AccessLog:
                 line = {"status": status, "duration_s": round(duration_s, 6)} | fields
                 logger.info("%s %d %.1fms", name, status, 1e3 * duration_s, extra={FIELDS: line})
             log_context.reset(token)
+
+
+def _plain(text: str) -> str:
+    """The text without what would end a line of the log: a path may have any character."""
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def _route(scope: Scope) -> str:

@@ -1,7 +1,6 @@
 """The operators' routes: Prometheus's figures, and the policy at run time."""
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -20,6 +19,7 @@ from policies.failures import Failures
 from policies.registry import PolicyError, policy_names
 from replicas.errors import ErrorCode, TriadError
 from router.errors import json_response
+from router.fields import json_len
 from router.metrics import CONTENT_TYPE, OPEN_METRICS, Metrics
 from router.openapi import OTHER_RESPONSES, POLICY_RESPONSES
 from router.state import plain
@@ -45,11 +45,7 @@ def _readable(params: dict[str, Any]) -> dict[str, Any]:
             raise PydanticCustomError(
                 "parameter", "A number is from -{most} to {most}", {"most": f"{MAX_PARAMETER:g}"}
             )
-    try:
-        length = len(json.dumps(params, ensure_ascii=False).encode())
-    except UnicodeEncodeError:
-        raise PydanticCustomError("unicode", "A text has a lone surrogate") from None
-    if length > MAX_PARAMS_LEN:
+    if json_len(params, "The object") > MAX_PARAMS_LEN:
         raise PydanticCustomError("too_long", "They have at most {most} bytes", {"most": MAX_PARAMS_LEN})
     return params
 

@@ -11,6 +11,7 @@ from policies.control.loop import Clock
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import Accepted, Delta, Event, Failed, Finished, GenerateRequest, ModelInfo, Rejected
 from replicas.token_messages import Refused, TokenAnswer, Tokenized, TokenRequest
+from replicas.wire import CallError
 from router.ejection import FailureWatch
 from router.inbox import Inbox
 from router.placement import OwnTraffic, Sent
@@ -28,7 +29,8 @@ FAULTS = frozenset({ErrorCode.UNAVAILABLE, ErrorCode.INTERNAL})
 
 
 class ReplicaClient(Protocol):
-    """One replica. Any call may raise whatever the transport raises when the replica is gone."""
+    """One replica. Any call may raise whatever the transport raises when the replica is gone, and CallError,
+    having sent nothing, for what can't be sent to any."""
 
     @property
     def info(self) -> ModelInfo: ...
@@ -150,8 +152,8 @@ class ReplicaConnection:
         num_prompt_tokens: an estimate
         is_sure: by it the prompt fits; one that may not takes no place from others before it is accepted
 
-        Raises TriadError with the replica's reason when it refuses, ReplicaLost when that can't be known;
-        then there are no events.
+        Raises TriadError with the replica's reason when it refuses, or for what can't be sent to any,
+        ReplicaLost when that can't be known; then there are no events.
         """
         if self._channel_id is None:
             raise TriadError(ErrorCode.UNAVAILABLE, f"Replica {self.replica_id} can't be reached.")
@@ -164,6 +166,9 @@ class ReplicaConnection:
         try:
             async with asyncio.timeout(self._times.call_s):
                 reply = await self._client.submit(request)
+        except CallError as error:
+            self._forget(request.request_id)
+            raise _unsendable(error) from error
         except BaseException as error:
             # The replica may have taken the request all the same.
             self.abandon(request.request_id)
@@ -185,6 +190,8 @@ class ReplicaConnection:
         try:
             async with asyncio.timeout(self._times.call_s):
                 reply = await self._client.tokens(request)
+        except CallError as error:
+            raise _unsendable(error) from error
         except Exception as error:
             logger.warning("replica %s: tokens failed: %r", self.replica_id, error)
             raise ReplicaLost(self.replica_id) from error
@@ -313,3 +320,9 @@ class ReplicaConnection:
                     await self._client.cancel(request_ids)
             except Exception as error:
                 logger.warning("replica %s: cancel failed: %r", self.replica_id, error)
+
+
+def _unsendable(error: CallError) -> TriadError:
+    """What no replica can be sent is the request's fault alone, to be neither retried nor counted."""
+    logger.warning("%s", error)
+    return TriadError(ErrorCode.INVALID_REQUEST, "The request can't be sent to a replica.")

@@ -8,7 +8,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, Val
 from pydantic_core import PydanticCustomError
 
 from replicas.answer_forms import Tool, ToolUse
-from router.fields import Hint, Strict, Text, at_most, conflict, json_len, nested
+from router.config import MAX_JSON_DEPTH
+from router.fields import Hint, Strict, Text, at_most, conflict, json_len, nested, read_json
 from router.formats import sendable
 
 MAX_TOOLS = 128
@@ -24,6 +25,8 @@ _CHOICE_FORM = (
     'One of \'none\', \'auto\', \'required\', {"type": "function", "function": {"name": ...}}, or '
     '{"type": "allowed_tools", "allowed_tools": {"mode": ..., "tools": [...]}} is wanted'
 )
+
+_ARGUMENTS_FORM = f"it is to be the text of a JSON object, nested {MAX_JSON_DEPTH} deep at most"
 
 
 def _parameters(schema: dict[str, Any]) -> dict[str, Any]:
@@ -111,17 +114,17 @@ class FunctionCall(Strict):
     def for_template(self, field: str) -> dict[str, Any]:
         """The call as templates take it, with its arguments as an object."""
         try:
-            arguments = json.loads(self.arguments or "{}")
-        except (ValueError, RecursionError):
+            arguments = read_json(self.arguments or "{}")
+        except ValueError:
             arguments = None
         if not isinstance(arguments, dict):
-            raise conflict(f"{field}.arguments", "it is to be the text of a JSON object")
+            raise conflict(f"{field}.arguments", _ARGUMENTS_FORM)
         return {"name": self.name, "arguments": arguments}
 
 
 class ToolCall(Strict):
     id: CallId
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = None
     function: FunctionCall
     index: int | None = None
     """As deltas have it, which some clients keep."""

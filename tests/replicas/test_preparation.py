@@ -1,6 +1,7 @@
 """Requests on their way to the engine: off the event loop, bounded, and gone when nobody waits for them."""
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import AsyncIterator, Set
@@ -10,15 +11,17 @@ from typing import Any
 
 import pytest
 
-from replicas.answer_forms import JsonFormat
+from replicas.answer_forms import JsonFormat, Tool, ToolUse
 from replicas.bounded_process import CallLimits
 from replicas.engine.engine import Engine
 from replicas.errors import ErrorCode, TriadError
 from replicas.grammar_compiler import GrammarCompiler
-from replicas.messages import Accepted, GenerateRequest, Prompt, Rejected, SamplingParams
+from replicas.messages import Accepted, GenerateRequest, Prompt, Rejected, SamplingParams, TemplateOptions
 from replicas.preparation import MAX_INLINE_CHARS, MAX_SHORT_CHARS, Preparation
 from replicas.service import ReplicaService
 from replicas.text import TextCodec
+from replicas.text_stream import TextStream
+from replicas.token_messages import Tokenized, TokenizeRequest
 from tests.replicas.channel import channel_of
 from tests.replicas.codec import byte_codec, tiny_tokenizer
 from tests.replicas.engine.scripted import ScriptedRunner
@@ -34,13 +37,18 @@ class GatedCodec(TextCodec):
         super().__init__(tiny_tokenizer())
         self.began, self.gate = threading.Semaphore(0), threading.Semaphore(0)
         self.threads: list[int] = []
+        self.streaming: list[int] = []
 
-    def encode(self, prompt: Prompt, max_tokens: int | None = None, *more: Any) -> list[int]:
+    def encode(self, prompt: Prompt, max_tokens: int | None = None, *more: Any, **named: Any) -> list[int]:
         self.threads.append(threading.get_ident())
         if prompt == LONG:
             self.began.release()
             assert self.gate.acquire(timeout=30)
-        return super().encode(prompt, max_tokens, *more)
+        return super().encode(prompt, max_tokens, *more, **named)
+
+    def stream(self, *more: Any, **named: Any) -> TextStream:
+        self.streaming.append(threading.get_ident())
+        return super().stream(*more, **named)
 
     def grammars(self, vocab_size: int, eos_token_ids: Set[int]) -> GrammarCompiler:
         backend = tiny_tokenizer().backend_tokenizer
@@ -110,6 +118,51 @@ async def test_a_prompt_of_a_million_characters_leaves_the_loop_free() -> None:
     codec.encode(text)
     assert taken_s < (time.thread_time() - began_s) / 10
     preparation.close()
+
+
+TOOLS = tuple(Tool(f"f{k}", '{"type": "object"}', "Reads a file. " * 10) for k in range(30))
+ODD = TemplateOptions(kwargs=json.dumps({"odd": "x" * MAX_INLINE_CHARS}))
+
+
+@pytest.mark.parametrize(
+    ("tools", "template", "is_elsewhere"),
+    [
+        ((), TemplateOptions(), False),
+        (TOOLS[:1], TemplateOptions(kwargs='{"odd": 1}'), False),
+        (TOOLS, TemplateOptions(), True),
+        ((), ODD, True),
+    ],
+)
+async def test_all_that_a_template_renders_counts(
+    tools: tuple[Tool, ...], template: TemplateOptions, is_elsewhere: bool
+) -> None:
+    prompt = ({"role": "user", "content": "hi"},)
+    async with preparing() as (preparation, codec):
+        use = ToolUse(tools, frozenset()) if tools else None
+        told = await preparation.tokens(TokenizeRequest(prompt, False, template, use))
+        assert isinstance(told, Tokenized)
+        if use is None:
+            prepared = await preparation.prepare(
+                replace(request("r", ""), prompts=(prompt,), template=template)
+            )
+            assert prepared.prompts == [list(told.token_ids)]
+        assert {thread == threading.get_ident() for thread in codec.threads} == {not is_elsewhere}
+
+
+@pytest.mark.parametrize("length", [5, MAX_INLINE_CHARS, MAX_SHORT_CHARS])
+async def test_a_prompt_is_made_an_echo_once_for_all_its_choices(length: int) -> None:
+    async with preparing() as (preparation, codec):
+        texts = ("née" * length, "b" * length)
+        ids = tuple(codec.encode(texts[0]))
+        asked = replace(request("r", ""), prompts=(*texts, ids), num_choices=40, echo=True)
+        prepared = await preparation.prepare(asked)
+        assert [echo.text for echo in prepared.echoes] == [*texts, texts[0]]
+        assert [echo.ids for echo in prepared.echoes] == prepared.prompts
+        assert prepared.echoes[0].starts[:6] == [0, 1, 1, 2, 3, 4]
+        assert len(codec.streaming) == 3
+        assert (threading.get_ident() in codec.streaming) == (length == 5)
+        assert (await preparation.prepare(replace(asked, echo=False))).echoes == []
+        assert len(codec.streaming) == 3
 
 
 async def test_what_can_never_fit_is_refused_by_its_length() -> None:

@@ -11,6 +11,7 @@ from policies.modes import Mode
 from replicas.engine.batch import ModelSpec, ScheduledBatch, SegmentOutput, TokenLogprob
 from replicas.engine.engine import Engine
 from replicas.engine.lengths import CompletionLengths
+from replicas.engine.sequence import Progress, Sequence
 from replicas.errors import ErrorCode
 from replicas.messages import (
     DecodingOptions,
@@ -25,6 +26,7 @@ from replicas.messages import (
     TextLogprob,
 )
 from replicas.model.runner import TorchRunner
+from replicas.request_state import ChoiceState, RequestState
 from replicas.service import ReplicaService
 from replicas.text import TextCodec
 from replicas.text_stream import TextStream
@@ -146,6 +148,24 @@ async def test_broken_characters_hurt_nobody() -> None:
     assert text_of(seen["broken"]) == " aé\ufffdb aé\ufffdb"
     assert isinstance(seen["broken"][-1], Finished)
     await service.stop()
+
+
+@pytest.mark.parametrize("reason", [FinishReason.LENGTH, FinishReason.STOP])
+@pytest.mark.parametrize("includes_stop", [False, True])
+@pytest.mark.parametrize("tokens_per_delta", [None, 1])
+def test_a_stop_string_that_the_texts_end_completes_is_the_reason(
+    reason: FinishReason, includes_stop: bool, tokens_per_delta: int | None
+) -> None:
+    sampling = SamplingParams(max_tokens=2, stop=("\ufffd",), includes_stop=includes_stop)
+    text = CODEC.completion(sampling, frozenset({EOS}), continues_text=True)
+    sequence = Sequence(0, "r#0", [5], 2, sampling, DecodingOptions(), text=text)
+    taken, _ = sequence.append((CODEC.encode("a")[0], CODEC.encode("é")[0]), Mode.AR, frozenset({EOS}))
+    asked = GenerateRequest("r", "c", ((5,),), sampling, tokens_per_delta=tokens_per_delta)
+    choice = ChoiceState(RequestState(asked), 0, sequence, text)
+    deltas = choice.take(Progress(sequence, taken, (), reason, mode=Mode.AR), CODEC, 0.0)
+    assert "".join(delta.text for delta in deltas) == ("a\ufffd" if includes_stop else "a")
+    assert (deltas[-1].reason, deltas[-1].stop_reason) == (FinishReason.STOP, "\ufffd")
+    assert sum(delta.num_tokens for delta in deltas) == 2
 
 
 def whole_text(kind: str, text: str, max_tokens: int) -> tuple[list[int], str]:

@@ -81,6 +81,17 @@ def test_bad_words_never_come(seed):
     assert not allows(grammar_of("bad_words", ["bad"]), "so bad")
 
 
+@pytest.mark.parametrize(
+    "word", ["\n", "a\nb", "\r\n", "\\\n", "\\n", "\t", "/\n/", " ", "#", "\x0b", '"', "\\"]
+)
+def test_any_word_may_be_a_bad_one(word):
+    grammar = grammar_of("bad_words", [word, "zz"])
+    assert allows(grammar, "fine")
+    assert not allows(grammar_of("bad_words", [word, "zz"]), f"x{word}y")
+    assert not allows(grammar_of("bad_words", [word, "zz"]), "xzzy")
+    assert len(word) == 1 or allows(grammar_of("bad_words", [word, "zz"]), f"x{word[:-1]}y{word[1:]}")
+
+
 def test_a_structural_tag_holds_within_free_text():
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
     tag = {

@@ -10,14 +10,17 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import BaseModel, PrivateAttr
 
 from router.api import create_app
-from router.body import INLINE_BYTES, BodyReader, json_depth, read
+from router.body import INLINE_BYTES, BodyReader, read
 from router.completion import Completion
-from router.config import Bounds
+from router.config import MAX_JSON_DEPTH, Bounds
 from router.errors import ApiError
+from router.fields import json_depth
 from router.operate import PolicyBody
 from router.schema import ChatCompletionRequest, CompletionRequest
+from tests.replicas.engine.scripted import ScriptedRunner
 from tests.router.conftest import in_process, running
 from tests.router.fakes import MODEL, TEXT, ScriptedReplica
 from tests.router.stack import a_stack
@@ -73,6 +76,58 @@ async def test_json_nested_too_deep_is_a_400(make_door):
                 await client.post(PATH, content=body, headers={"Content-Type": "application/json"}), 400
             )
             assert error["param"] == "tools[0]"
+
+
+def nested(depth: int) -> str:
+    """The text of a JSON object nested so deep."""
+    return '{"a":' + "[" * (depth - 1) + "]" * (depth - 1) + "}"
+
+
+def calling(arguments: str) -> dict[str, Any]:
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"messages": [{"role": "assistant", "tool_calls": [call]}]}
+
+
+def once_calling(arguments: str) -> dict[str, Any]:
+    return {
+        "messages": [{"role": "assistant", "function_call": {"name": "f", "arguments": arguments}}],
+    }
+
+
+IN_STRINGS = [
+    (PATH, calling, "messages[0].tool_calls[0].function.arguments"),
+    (PATH, once_calling, "messages[0].function_call.arguments"),
+    ("/tokenize", calling, "messages[0].tool_calls[0].function.arguments"),
+    (
+        "/v1/responses",
+        lambda text: {"input": [{"type": "function_call", "call_id": "a", "name": "f", "arguments": text}]},
+        "input[0]",
+    ),
+    (PATH, lambda text: CHAT | {"structured_outputs": {"json": text}}, "structured_outputs.json"),
+    (
+        "/v1/completions",
+        lambda text: {"prompt": "x", "structured_outputs": {"structural_tag": text}},
+        "structured_outputs.structural_tag",
+    ),
+]
+
+
+@pytest.mark.parametrize("num_blanks", [0, INLINE_BYTES], ids=["short", "long"])
+async def test_json_in_a_string_nested_too_deep_is_the_requests_fault(num_blanks):
+    runners = [ScriptedRunner(num_pages=512, max_context=1024) for _ in range(2)]
+    async with a_stack(runners) as stack:
+        async with in_process(create_app(stack.door)) as client:
+            for path, body, param in IN_STRINGS:
+                for depth in (MAX_JSON_DEPTH + 1, 600, 100_000):
+                    content = json.dumps(body(nested(depth))) + " " * num_blanks
+                    error = error_of(await client.post(path, content=content, headers=JSON), 400)
+                    assert (error["param"] or "").startswith(param), error
+                    assert str(MAX_JSON_DEPTH) in error["message"]
+            for path, body, _ in IN_STRINGS[:4]:
+                content = json.dumps(body(nested(MAX_JSON_DEPTH)) | {"model": MODEL}) + " " * num_blanks
+                assert (await client.post(path, content=content, headers=JSON)).status_code == 200
+        assert not stack.dispatcher._connections._watch._failing
+        await stack.settled()
 
 
 def repeated(item: bytes, before: bytes, after: bytes) -> bytes:
@@ -197,6 +252,24 @@ async def test_a_reading_process_that_is_lost_costs_one_body(reader):
     assert reader._process.pid != lost
 
 
+class Unsendable(BaseModel):
+    """What pickle does not take."""
+
+    user: str
+    _made: Any = PrivateAttr(default_factory=lambda: lambda: None)
+
+
+async def test_a_body_that_can_not_be_sent_back_costs_no_other(reader):
+    body = json.dumps(CHAT | {"user": "x" * INLINE_BYTES}).encode()
+    await reader.read(ChatCompletionRequest, body)
+    process = reader._process
+    with pytest.raises(ApiError, match="can't be read") as error:
+        await reader.read(Unsendable, body)
+    assert (error.value.status, error.value.code) == (400, "invalid_json")
+    assert (await reader.read(ChatCompletionRequest, body)).model == MODEL
+    assert reader._process is process
+
+
 async def test_a_body_that_takes_too_long_is_refused_and_the_next_one_read():
     reader = BodyReader(Bounds(), max_read_s=0.0)
     body = json.dumps(CHAT | {"user": "x" * INLINE_BYTES}).encode()
@@ -229,9 +302,57 @@ def children() -> set[str]:
 def test_what_is_no_json_says_why():
     for body, word in [
         (b'{"model": ' + b"9" * 5000 + b"}", "digits"),
-        (b"\xff\xfe\x00", "decode"),
+        (b"\xff\xfe\x00", "UTF-8"),
         (b"{", "line 1"),
         (b"[" * 20, "valid JSON"),
     ]:
         with pytest.raises(ApiError, match=word):
             read(PolicyBody, body, Bounds())
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_json_is_read_as_utf_8(encoding):
+    body = json.dumps(CHAT | {"user": "é∁"}, ensure_ascii=False).encode(encoding)
+    assert read(ChatCompletionRequest, body, Bounds()).user == "é∁"
+
+
+@pytest.mark.parametrize(
+    "encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be", "latin-1"]
+)
+@pytest.mark.parametrize("depth", [1, 31, 600])
+def test_other_encodings_are_refused_whatever_they_hide(encoding, depth):
+    # In UTF-16 a '∁' has the byte of a quotation mark, behind which no bracket counts.
+    odd = "é" if encoding == "latin-1" else "∁"
+    body = f'{{"user": "{odd}", "tools": {"[" * depth}{"]" * depth}}}'.encode(encoding)
+    with pytest.raises(ApiError, match="UTF-8" if depth < 600 else "UTF-8|nested") as error:
+        read(ChatCompletionRequest, body, Bounds())
+    assert (error.value.status, error.value.code) == (400, "invalid_json")
+
+
+SENT_ON = [
+    (PolicyBody, '{"policy": "ar", "policy_params": %s}', "policy_params"),
+    (ChatCompletionRequest, '{"messages": [], "chat_template_kwargs": %s}', "chat_template_kwargs"),
+    (
+        ChatCompletionRequest,
+        '{"messages": [], "tools": [{"type": "function", "function": {"name": "f", "parameters": %s}}]}',
+        "tools[0].function.parameters",
+    ),
+    (CompletionRequest, '{"prompt": "x", "structured_outputs": {"json": %s}}', "structured_outputs.json"),
+]
+
+
+@pytest.mark.parametrize(("model", "body", "param"), SENT_ON, ids=[param for *_, param in SENT_ON])
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ('{"a": "\\ud800"}', "lone surrogate"),
+        ('{"a": NaN}', "JSON|number"),
+        ('{"a": "%s"}' % ("x" * 2**16), "at most"),
+    ],
+    ids=["surrogate", "no number", "long"],
+)
+def test_an_object_that_is_sent_on_is_json_of_bounded_length(model, body, param, value, words):
+    sent = (body % value).replace("[]", '[{"role": "user", "content": "x"}]')
+    with pytest.raises(ApiError, match=words) as error:
+        read(model, sent.encode(), Bounds())
+    assert error.value.param == param

@@ -9,6 +9,7 @@ from policies.control.store import ClusterView
 from policies.replica_load import ClusterLoad, ObservedLoad
 from replicas.errors import ErrorCode, TriadError
 from replicas.messages import Accepted, GenerateRequest, ModelInfo, Rejected, SamplingParams
+from replicas.token_messages import TokenizeRequest
 from router.dispatch import MAX_UNSURE
 from router.ejection import MAX_FAILURES
 from router.errors import Overloaded
@@ -65,6 +66,21 @@ async def test_one_that_fails_each_stream_after_its_first_words_is_left_out_too(
             except TriadError:
                 num_failed += 1
     assert num_failed == MAX_FAILURES, "what has begun to be told can't be told anew"
+
+
+async def test_what_no_replica_can_be_sent_is_told_of_its_request_alone():
+    message = {"role": "user", "content": "x", "odd": lambda: None}
+    odd = replace(a_request(), prompts=((message,),))
+    asked = TokenizeRequest((message,), False, odd.template, None, False)
+    async with a_stack([ScriptedRunner(), ScriptedRunner()]) as stack:
+        dispatcher = stack.dispatcher
+        for attempt in (lambda: whole(dispatcher, odd), lambda: dispatcher.tokens(asked)):
+            for _ in range(2 * MAX_FAILURES):
+                with pytest.raises(TriadError, match="can't be sent") as caught:
+                    await attempt()
+                assert caught.value.code is ErrorCode.INVALID_REQUEST
+        assert not dispatcher._connections._watch._failing
+        await stack.settled()
 
 
 async def test_a_lone_replica_that_fails_goes_on_being_asked_and_its_own_error_is_told(start):

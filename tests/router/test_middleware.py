@@ -1,10 +1,19 @@
 """Header and prompt bounds, and CORS."""
 
+import logging
+
+import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
 from router.api import create_app
 from router.config import IngressConfig
+from telemetry.logs import ACCESS
 from tests.router.conftest import in_process, running
 from tests.router.fakes import ScriptedReplica
 from tests.router.test_api import CHAT, error_of
+from tests.router.test_auth import RING
 
 PATH = "/v1/chat/completions"
 
@@ -53,3 +62,20 @@ async def test_other_sites_pages_may_not_call_unless_they_are_listed(make_door):
         assert answer.headers["access-control-allow-origin"] == site
         refused = await client.options(PATH, headers={"Origin": other} | ask)
         assert "access-control-allow-origin" not in refused.headers
+
+
+@pytest.mark.parametrize(
+    "path", ["/x%0aINFO forged", "/x%0d%0ay", "/x%1b[2Jy", "/x%e2%80%a8y", "/v1/models/x%0ay"]
+)
+async def test_no_path_ends_a_line_of_the_log_or_names_a_span_so(make_door, caplog, path):
+    caplog.set_level(logging.INFO, ACCESS)
+    spans, provider = InMemorySpanExporter(), TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+    door = await make_door(ScriptedReplica("a"), keys=RING, tracer=provider.get_tracer("test"))
+    async with in_process(create_app(door)) as client:
+        error_of(await client.get(path), 401)
+    (line,) = [record.getMessage() for record in caplog.records if record.name == ACCESS]
+    (name,) = [span.name for span in spans.get_finished_spans()]
+    assert line.startswith(f"{name} 401 ")
+    assert line.isprintable()
+    assert "?" in name

@@ -197,7 +197,6 @@ BAD = [
     ("stream", "yes"),
     ("stream_options", {"include_usage": True}),
     ("ignore_eos", 1),
-    ("ignore_eos", None),
     ("timeout_s", 0),
     ("timeout_s", 1e9),
     ("metadata", "a"),
