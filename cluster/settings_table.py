@@ -12,8 +12,8 @@ from router.config import IngressConfig
 HEAD = """# Settings
 
 The keys of `serve run cluster.app:deploy key=value ...`, of `args:` in a Serve file and of `serve:` in the
-chart's values, which fills in `redis_url`, `api_keys_file` and `app` itself. The page is made by `python -m cluster.settings_table`; [operate](operate.md) and
-[policies](policies.md) say more.
+chart's values, which fills in `redis_url`, `api_keys_file` and `app` itself. The page is made by
+`python -m cluster.settings_table`; [operate](operate.md) and [policies](policies.md) say more.
 """
 
 SECTIONS = (

@@ -6,7 +6,6 @@ from policies.cost_model import CostModelParameters, CostModelPolicy
 from policies.forecast import Forecast
 from policies.replica_load import ReplicaLoad
 
-
 NUM_DIGITS = 6
 """Of a number of requests: what differs behind them does by rounding, and must not outweigh throughput."""
 

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from router.apis.translated import AllowedCallers, TranslatedRequest, text_as
 from router.chat import MAX_MESSAGES, Thinking
-from router.completion import Stops
+from router.completion import Stops, Temperature, TopP
 from router.fields import (
     INTEGRAL,
     MAX_INT32,
@@ -286,8 +286,8 @@ class MessagesRequest(Conversation):
     max_tokens: PositiveCount
     stop_sequences: Stops | None = None
     stream: bool | None = None
-    temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
     top_k: Annotated[int, Field(ge=0, le=MAX_INT32), INTEGRAL] | None = None
     metadata: Hint = None
     service_tier: Hint = None

@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError
 
 from router.apis.translated import AllowedCallers, TranslatedRequest, text_as
 from router.chat import MAX_MESSAGES, ReasoningEffort
-from router.completion import Metadata
+from router.completion import Metadata, Temperature, TopP
 from router.fields import (
     Hint,
     Neutral,
@@ -263,8 +263,8 @@ class ResponsesRequest(TranslatedRequest):
     ]
     instructions: Text | None = None
     max_output_tokens: PositiveCount | None = None
-    temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
     text: TextConfig | None = None
     tools: Annotated[
         list[Annotated[FunctionParam, one_of({"function": FunctionParam})]] | None,

@@ -79,7 +79,11 @@ def test_any_importable_policy():
         ("ar", {"mode": "diffusion"}, r"mode is 'diffusion'; leave it out, or take policy fixed"),
         ("ar", {"threshold": 0.5}, r"threshold is diffusion's; leave it out with mode ar"),
         ("self_speculation", {"factor": 0.5}, r"factor is diffusion's; leave it out with mode self_spec"),
-        ("threshold", {"levels": [{"max_in_flight": 2, "mode": "ar", "factor": 0.5}]}, r"factor is diffusion's"),
+        (
+            "threshold",
+            {"levels": [{"max_in_flight": 2, "mode": "ar", "factor": 0.5}]},
+            r"factor is diffusion's",
+        ),
     ],
 )
 def test_errors_list_the_choices(name, parameters, message):
