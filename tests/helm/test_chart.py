@@ -137,7 +137,8 @@ def test_the_serve_config_is_serves_and_ours(
     schema = ServeDeploySchema.model_validate(yaml.safe_load(text))
     (application,) = schema.applications
     config = ClusterConfig.model_validate(application.args)
-    assert (config.max_replicas, config.target_ttft_s) == ((3, 2.0) if ALL_ON in sets else (None, 1.0))
+    most = 4 if values == "gpu-14b-multi.yaml" else None
+    assert (config.max_replicas, config.target_ttft_s) == ((3, 2.0) if ALL_ON in sets else (most, 1.0))
     assert config.redis_url is not None
     assert ":p%40ss%2Fword@" in config.redis_url
     for pod in pods([service]):
@@ -160,7 +161,7 @@ def test_the_rayservice_is_as_it_should_be(values: str | None, sets: tuple[str, 
     gpus = int(container["resources"].get("limits", {}).get("nvidia.com/gpu", 0))
     assert (gpus > 0) == (config.get("num_gpus", 0) > 0)
     assert ("max_replicas" in config) == cluster["enableInTreeAutoscaling"]
-    assert ClusterConfig(**config).policy == ClusterConfig().policy
+    assert config["policy"] == ClusterConfig().policy
     assert (
         gpus * group["replicas"]
         >= config.get("num_gpus", 0) * config.get("tensor_parallel", 1) * config["num_replicas"]

@@ -219,9 +219,10 @@ class DiffusionRound(Round):
         num_before: tokens that were final before.
         """
         first = 1 if self._how.tells_logprobs else num_before
-        forced, last = None, -1
-        while forced != () and self._num_final != last:
-            last = self._num_final
+        forced: tuple[int, ...] | None = None
+        before: list[int | None] | None = None
+        while forced != () and before != self._block:  # what is forced and refused at once changes nothing
+            before = list(self._block)
             run = (*untold, *self._tokens[first : self._num_final])
             coming = guesses.get(self._num_final) if self._num_final < self._end else None
             tokens = run if coming is None else (*run, coming)
