@@ -141,8 +141,13 @@ class Contender:
 
 def fixed(plan: DecodePlan) -> Contender:
     label = plan.mode.value if plan.block_length == 1 else f"{plan.mode.value}/{plan.block_length}"
-    parameters = {"block_length": plan.block_length, "threshold": plan.threshold}
+    parameters = {"block_length": plan.block_length, **_bound(plan.mode)}
     return Contender(plan.mode.value, parameters, label, plan)
+
+
+def _bound(mode: Mode) -> dict[str, float]:
+    """The parameters by which a mode has the published threshold, where it has one."""
+    return {"threshold": PUBLISHED_THRESHOLD} if mode is Mode.DIFFUSION else {}
 
 
 def contenders(slo: Slo) -> tuple[Contender, ...]:
@@ -161,7 +166,7 @@ def contenders(slo: Slo) -> tuple[Contender, ...]:
     parameters: dict[str, dict[str, Any]] = {
         "cost_model": published,
         "slo": {**published, "ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s},
-        "threshold": {"levels": [{**dict(level), "threshold": PUBLISHED_THRESHOLD} for level in levels]},
+        "threshold": {"levels": [dict(level) | _bound(level.mode) for level in levels]},
     }
     adaptive = [Contender(name, parameters.get(name, {})) for name in POLICIES if name != "fixed"]
     return (*(fixed(plan) for plan in PLANS), *adaptive, Contender(ORACLE))
