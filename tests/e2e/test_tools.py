@@ -8,6 +8,8 @@ import pytest
 
 from tests.e2e.host import Host
 
+pytestmark = pytest.mark.e2e
+
 MODEL = "triad-5m-tools"
 
 
