@@ -8,7 +8,7 @@ import pytest
 
 from tests.e2e.host import Host
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 MODEL = "triad-5m-tools"
 
