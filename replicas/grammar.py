@@ -111,9 +111,8 @@ class JsonGrammar:
         if self._matcher.is_stopped():
             return ()
         tokens = self._matcher.compute_ff_tokens()
-        return tuple(
-            tokens[: self._matcher.validate_tokens(tokens)]
-        )  # an end of text that is named may not come
+        num_allowed = self._matcher.validate_tokens(tokens)  # an end of text that is named may not come
+        return tuple(tokens[:num_allowed])
 
     def accept(self, token_id: int) -> None:
         began_s = time.thread_time()

@@ -57,7 +57,7 @@ def join() -> tuple[Ranks, torch.device]:
     return Ranks(dist.get_rank(), dist.get_world_size()), device
 
 
-def leave(ranks: Ranks) -> None:
+def leave() -> None:
     """Ends what `join` began."""
-    if ranks.size > 1 or dist.is_initialized():
+    if dist.is_initialized():
         dist.destroy_process_group()

@@ -169,7 +169,7 @@ def train(
     try:
         return _train(config, out, start, compiled, progress and ranks.is_first, stop_at, ranks, device)
     finally:
-        leave(ranks)
+        leave()
 
 
 def _train(
