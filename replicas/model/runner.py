@@ -1,7 +1,8 @@
 """The implementation of replicas.engine.batch.Runner: a model on this machine, native or in torch."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import chain, repeat
 from math import isfinite
 from pathlib import Path
@@ -34,6 +35,10 @@ from replicas.resident import forget, forget_code, trim_heap
 
 FORWARDS = ("auto", "native", "torch")
 QUANTIZATIONS = (None, "int8")
+_WORTH_THREADS = 1 << 20
+"""The logits to draw from for which torch's threads beside the native forward's save more time than they
+cost; of a row that is sorted each counts _SORTED times."""
+_SORTED = 8
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +95,7 @@ class TorchRunner:
         and config are then its own part (replicas.model.parallel.shard).
         """
         self._model: TorchModel | NativeModel
+        self._is_native = native_threads is not None
         if native_threads is None:
             self._model = TorchModel(config, weights, num_pages, page_size, max_context, parallel)
         else:
@@ -226,7 +232,9 @@ class TorchRunner:
                 logits, rows, [index for index, takes_it in enumerate(takes) if takes_it]
             )
         spec, model = self._spec, self._model
-        return sample(logits, rows, spec.mask_token_id, spec.eos_token_ids, model.choose, model.penalise)
+        is_alone = self._is_native and _num_drawn_from(rows, spec.vocab_size) < _WORTH_THREADS
+        with _one_thread() if is_alone else nullcontext():
+            return sample(logits, rows, spec.mask_token_id, spec.eos_token_ids, model.choose, model.penalise)
 
 
 def _has_native(config: ModelConfig, required: bool, quantization: str | None) -> bool:
@@ -244,6 +252,27 @@ def _has_native(config: ModelConfig, required: bool, quantization: str | None) -
         logger.warning("the forward is torch's, several times slower than the native one: %s", error)
         return False
     return True
+
+
+def _num_drawn_from(rows: Sequence[Row], vocab_size: int) -> int:
+    """The logits that the rows' draws read, those of sorted rows as many times as that takes longer."""
+    drawn = (row.sampling for row in rows if row.sampling.temperature > 0)
+    return vocab_size * sum(_SORTED if each.top_k > 0 or each.top_p < 1 else 1 for each in drawn)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keeps torch's operations to the calling thread.
+
+    OpenMP's other threads spin for some 5 ms behind an operation that they took part in, on the cores of the
+    native forward's.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def spec_of(config: ModelConfig, *, num_pages: int, page_size: int, max_context: int) -> ModelSpec:

@@ -51,6 +51,7 @@ struct Step {
   const int32_t* pages;                                         // segment s: from page_offsets[s]
   const int64_t* token_ids;                                     // [num_rows]
   const int64_t* wanted;                                        // [num_wanted], ascending rows
+  const int64_t* places;                                        // [num_wanted]: each one's row of logits
   float* logits;                                                // [num_wanted, vocab padded to 32]
 };
 }
@@ -180,14 +181,16 @@ class Forward {
         finish(layer, wanted_hidden_, wanted_attended_, step_.num_wanted, step_.num_wanted_adapter);
       }
     }
-    normalise(wanted_hidden_, model_.norm, step_.num_wanted);
+    normalise(wanted_hidden_, model_.norm, step_.num_wanted, step_.places);
     linear_to(model_.head, x_, ld_x_, step_.num_wanted, step_.logits, round_up(model_.head.n, BLOCK),
               zero);
   }
 
-  void normalise(const float* hidden, const float* weight, int64_t rows) {
-    pool_.each(rows, [&, hidden, weight](int64_t row) {
-      rms_norm(hidden + row * ld_hidden_, weight, model_.hidden, (Element*)(x_ + row * ld_x_));
+  // into x_, row i at places[i], or at i.
+  void normalise(const float* hidden, const float* weight, int64_t rows, const int64_t* places = nullptr) {
+    pool_.each(rows, [&, hidden, weight, places](int64_t row) {
+      const int64_t to = places ? places[row] : row;
+      rms_norm(hidden + row * ld_hidden_, weight, model_.hidden, (Element*)(x_ + to * ld_x_));
     });
   }
 
@@ -393,11 +396,8 @@ void triad_forward(void* context, const Model* model, const Step* step) {
 // The normaliser of a row with a NaN or +inf, or of nothing but -inf, is not finite, and its token is some id.
 void triad_choose(void* context, float* logits, int64_t rows, int64_t ld, int64_t vocab, int64_t forbidden,
                   int64_t* tokens, float* normalisers) {
-  auto& pool = static_cast<Context*>(context)->pool;
-  pool.run(rows, [&] {
-    pool.each(rows, [&](int64_t row) {
-      choose_row(logits + row * ld, vocab, forbidden, tokens + row, normalisers + row);
-    });
+  static_cast<Context*>(context)->pool.run_each(rows, rows * vocab, [&](int64_t row) {
+    choose_row(logits + row * ld, vocab, forbidden, tokens + row, normalisers + row);
   });
 }
 

@@ -112,11 +112,11 @@ class NativeModel:
             self._library.triad_close(ctypes.c_void_p(self._context))
 
     def forward(self, segments: Sequence[Segment]) -> tuple[tuple[int, ...], torch.Tensor]:
-        """Runs a step -> the order in which segments were packed, and the wanted rows' logits [W, vocab].
+        """Runs a step -> the segments' order, and in it their wanted rows' logits [W, vocab].
 
-        Segments with the adapter come first. The logits, float32, are valid until the next forward.
+        The logits, float32, are valid until the next forward.
         """
-        parts, order = _parts(segments)
+        parts, indices = _parts(segments)
         lengths = [len(part.token_ids) for part in parts]
         ends = list(accumulate(lengths))
         firsts = [end - length for end, length in zip(ends, lengths, strict=True)]
@@ -124,13 +124,14 @@ class NativeModel:
         offsets = [end - count for end, count in zip(accumulate(num_pages), num_pages, strict=True)]
         num_causal = [part.num_causal for part in parts]
         starts = [part.start for part in parts]
-        stored = [segments[index].start + len(segments[index].token_ids) for index in order]
+        stored = [segments[index].start + len(segments[index].token_ids) for index in indices]
         rows = np.array([starts, lengths, stored, num_causal, offsets])
         pages = np.fromiter(chain.from_iterable(part.pages for part in parts), np.int32, sum(num_pages))
         tokens = np.fromiter(chain.from_iterable(part.token_ids for part in parts), np.int64, ends[-1])
         wanted = np.array(
             [first + at for first, part in zip(firsts, parts, strict=True) for at in part.wanted], np.int64
         )
+        places = _places(parts, indices)
         logits = self._logits_for(len(wanted))
         step = c.Step(
             num_segments=len(parts),
@@ -146,13 +147,11 @@ class NativeModel:
             pages=pages.ctypes.data,
             token_ids=tokens.ctypes.data,
             wanted=wanted.ctypes.data,
+            places=places.ctypes.data,
             logits=logits.data_ptr(),
         )
         self._run(step)
-        logits = logits[:, : self._vocab_size]
-        if len(parts) == len(segments):
-            return order, logits
-        return tuple(range(len(segments))), logits[_rows_in_order(parts, order)]
+        return tuple(range(len(segments))), logits[:, : self._vocab_size]
 
     def _run(self, step: c.Step) -> None:
         """Calls the library. Every array that the step points to must outlive the call."""
@@ -221,8 +220,8 @@ class NativeModel:
 
 
 def _parts(segments: Sequence[Segment]) -> tuple[list[Segment], tuple[int, ...]]:
-    """The segments with those cut in two of which some rows alone have the adapter, rows with it first; and
-    for each part its segment's index."""
+    """The segments with those cut in two of which some rows alone have the adapter, and for each part its
+    segment's index. Rows with the adapter come first."""
     adapted, plain = [], []
     for index, segment in enumerate(segments):
         if not segment.num_adapted:
@@ -250,11 +249,14 @@ def _parts(segments: Sequence[Segment]) -> tuple[list[Segment], tuple[int, ...]]
     return list(parts), indices
 
 
-def _rows_in_order(parts: Sequence[Segment], indices: Sequence[int]) -> torch.Tensor:
-    """The wanted rows of parts in the order of their segments and, within one, of positions."""
-    firsts = [0, *accumulate(len(part.wanted) for part in parts)]
+def _places(parts: Sequence[Segment], indices: Sequence[int]) -> np.ndarray:
+    """For each wanted row of the parts its place, [W] int64, in the order of their segments and, within one,
+    of positions."""
     order = sorted(range(len(parts)), key=lambda at: (indices[at], parts[at].start))
-    return torch.tensor(list(chain.from_iterable(range(firsts[at], firsts[at + 1]) for at in order)))
+    counts = [len(part.wanted) for part in parts]
+    firsts = dict(zip(order, accumulate((counts[at] for at in order), initial=0), strict=False))
+    ranges = (range(firsts[at], firsts[at] + count) for at, count in enumerate(counts))
+    return np.fromiter(chain.from_iterable(ranges), np.int64, sum(counts))
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:

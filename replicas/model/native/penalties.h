@@ -53,16 +53,18 @@ void penalise_row(float* logits, const Penalty& p, int64_t row) {
 // logits: [W, ld]; no two of the penalties are of the same rows
 inline void penalise(Pool& pool, float* logits, int64_t ld, const Penalty* penalties, int64_t count) {
   std::vector<const Penalty*> of_row;
-  for (int64_t i = 0; i < count; i++) of_row.insert(of_row.end(), penalties[i].num_rows, penalties + i);
+  int64_t numbers = 0;
+  for (int64_t i = 0; i < count; i++) {
+    of_row.insert(of_row.end(), penalties[i].num_rows, penalties + i);
+    numbers += penalties[i].num_rows * penalties[i].num_shared;
+  }
   std::vector<int64_t> firsts;  // of each row's penalty, as an index of of_row
   for (int64_t i = 0; i < count; i++) firsts.insert(firsts.end(), penalties[i].num_rows, (int64_t)firsts.size());
-  pool.run((int64_t)of_row.size(), [&] {
-    pool.each((int64_t)of_row.size(), [&](int64_t i) {
-      const Penalty& p = *of_row[i];
-      const int64_t row = i - firsts[i];
-      float* line = logits + (p.first_row + row) * ld;
-      p.scale >= 1 ? penalise_row<true>(line, p, row) : penalise_row<false>(line, p, row);
-    });
+  pool.run_each((int64_t)of_row.size(), numbers, [&](int64_t i) {
+    const Penalty& p = *of_row[i];
+    const int64_t row = i - firsts[i];
+    float* line = logits + (p.first_row + row) * ld;
+    p.scale >= 1 ? penalise_row<true>(line, p, row) : penalise_row<false>(line, p, row);
   });
 }
 

@@ -68,6 +68,14 @@ class Pool {
     team.note(seconds(Clock::now() - began), cpu_s, seconds(waited_), num_own_, num_tasks_);
   }
 
+  // task(0) to task(count - 1), which take some nanoseconds for each of so many numbers: by the caller alone where
+  // that is soon done, and where waking others would take longer.
+  template <class Task>
+  void run_each(int64_t count, int64_t numbers, const Task& task) {
+    if (numbers >= WORTH_WAKING) return run(count, [&] { each(count, task); });
+    for (int64_t i = 0; i < count; i++) task(i);
+  }
+
   // Inside run, by every thread alike: task(0) to task(count - 1), each by whoever comes first, and
   // then a barrier. So a thread that lost its core for a while has less to do.
   template <class Task>
@@ -85,6 +93,7 @@ class Pool {
 
  private:
   static constexpr int SPINS = 1000;  // some 20 microseconds
+  static constexpr int64_t WORTH_WAKING = 1 << 17;  // numbers: some 0.1 ms
   static constexpr int NUM_TEAMS = 12;
   static constexpr int ANY = -1;
 

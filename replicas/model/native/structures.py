@@ -66,6 +66,7 @@ class Step(Structure):
         ("pages", c_void_p),
         ("token_ids", c_void_p),
         ("wanted", c_void_p),
+        ("places", c_void_p),
         ("logits", c_void_p),
     )
 
