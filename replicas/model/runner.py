@@ -95,7 +95,6 @@ class TorchRunner:
         and config are then its own part (replicas.model.parallel.shard).
         """
         self._model: TorchModel | NativeModel
-        self._is_native = native_threads is not None
         if native_threads is None:
             self._model = TorchModel(config, weights, num_pages, page_size, max_context, parallel)
         else:
@@ -209,21 +208,24 @@ class TorchRunner:
             return ()
         order, logits = self._model.forward(batch.segments)
         segments = [batch.segments[index] for index in order]
-        rows = list(chain.from_iterable(rows_of(segment) for segment in segments))
         outputs = [SegmentOutput((), ())] * len(segments)
-        if not rows:
+        if not len(logits):
             return outputs
-        sampled = self._sample(segments, rows, logits)
+        sampled = self._sample(segments, logits)
         if sampled is None:  # nobody asks the others for their tokens
             return outputs
         for index, output in zip(order, outputs_of(segments, *sampled), strict=True):
             outputs[index] = output
         return outputs
 
-    def _sample(
-        self, segments: Sequence[Segment], rows: Sequence[Row], logits: torch.Tensor
-    ) -> Sampled | None:
-        """The choice for the segments' rows; None on all but the first of several processes."""
+    def _sample(self, segments: Sequence[Segment], logits: torch.Tensor) -> Sampled | None:
+        """The choice for the segments' wanted rows; None on all but the first of several processes."""
+        spec, model = self._spec, self._model
+        if isinstance(model, NativeModel) and all(
+            takes_most_probable(segment) for segment in segments if segment.wanted
+        ):
+            return *model.most_probable(logits, spec.mask_token_id), {}
+        rows = list(chain.from_iterable(rows_of(segment) for segment in segments))
         if self._split is not None:
             takes = chain.from_iterable(
                 repeat(takes_most_probable(segment), len(segment.wanted)) for segment in segments
@@ -231,8 +233,7 @@ class TorchRunner:
             return self._split.sample(
                 logits, rows, [index for index, takes_it in enumerate(takes) if takes_it]
             )
-        spec, model = self._spec, self._model
-        is_alone = self._is_native and _num_drawn_from(rows, spec.vocab_size) < _WORTH_THREADS
+        is_alone = isinstance(model, NativeModel) and _num_drawn_from(rows, spec.vocab_size) < _WORTH_THREADS
         with _one_thread() if is_alone else nullcontext():
             return sample(logits, rows, spec.mask_token_id, spec.eos_token_ids, model.choose, model.penalise)
 

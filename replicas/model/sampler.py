@@ -169,12 +169,22 @@ def sample(
         normalisers[sampled.rows] = _nan_unless_finite(normalisers[sampled.rows], largest)
     for part in overwritten:
         part.restore(tokens)
-    chosen = logits.gather(1, tokens[:, None]).squeeze(1)
-    # In float64, as improbable tokens have a probability too, and its logarithm is the one listed.
-    probs = (chosen - normalisers).double().exp_()
+    logs = logits.gather(1, tokens[:, None]).squeeze(1) - normalisers
+    if logits.device.type == "cpu":
+        return tokens.tolist(), probabilities(logs.numpy()).tolist(), most_probable
+    probs = logs.double().exp_()
     # float64 holds any token id exactly, so ids and probabilities leave the device in one copy.
     ids, values = torch.stack((tokens.double(), probs)).tolist()
     return [int(token) for token in ids], values, most_probable
+
+
+def probabilities(logs: np.ndarray) -> np.ndarray:
+    """The probabilities [W] float64 of logarithms [W] float32.
+
+    In float64, as improbable tokens have a probability too, and its logarithm is the one listed.
+    """
+    probs: np.ndarray = np.exp(logs, dtype=np.float64)
+    return probs
 
 
 def _nan_unless_finite(normalisers: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:

@@ -35,6 +35,8 @@ PORTABLE = {
 Linux names them. The levels are those of the x86-64 psABI; the sources use no further extension."""
 _COMPILERS = ("c++", "g++", "clang++")
 _TIMEOUT_S = 300.0
+CHOOSE_ARGUMENTS = (*(ctypes.c_void_p,) * 2, *(ctypes.c_int64,) * 4, *(ctypes.c_void_p,) * 3)
+"""The types of triad_choose's arguments."""
 
 
 class NativeUnavailable(Exception):
@@ -45,7 +47,7 @@ class NativeUnavailable(Exception):
 def load_library() -> ctypes.CDLL:
     """The native library: compiled if this machine has not got it yet, without a compiler the portable one.
 
-    Raises NativeUnavailable.
+    Calls let other threads run Python meanwhile. Raises NativeUnavailable.
     """
     try:
         compiler = _compiler()
@@ -65,6 +67,8 @@ def load_library() -> ctypes.CDLL:
     library.triad_open.restype = ctypes.c_void_p
     library.triad_page_bytes.restype = ctypes.c_int64
     library.triad_team_size.restype = ctypes.c_int64
+    library.triad_forward.argtypes = (ctypes.c_void_p,) * 5
+    library.triad_choose.argtypes = CHOOSE_ARGUMENTS
     return library
 
 

@@ -45,14 +45,28 @@ struct Model {
 // Rows of the adapter come first among the segments, and so among the wanted rows. A segment whose last tokens
 // alone have it comes in two parts, which share pages and end: the first of them ends before the second starts.
 struct Step {
+  // numbers: those of num_segments to num_wanted_adapter, and then the arrays one after the other, as they are
+  // listed but for pages (NativeModel.forward).
+  Step(const int64_t* numbers, const int32_t* pages, float* logits) : pages(pages), logits(logits) {
+    for (int64_t* to : {&num_segments, &num_rows, &num_wanted, &num_adapter_rows, &num_wanted_adapter}) {
+      *to = *numbers++;
+    }
+    for (const int64_t** to : {&starts, &lengths, &ends, &num_causal, &page_offsets}) {
+      *to = numbers, numbers += num_segments;
+    }
+    token_ids = numbers;
+    wanted = token_ids + num_rows;
+    places = wanted + num_wanted;
+  }
+
   int64_t num_segments, num_rows, num_wanted, num_adapter_rows, num_wanted_adapter;
   // [num_segments]; ends: positions up to which tokens are stored, what bidirectional queries see
   const int64_t *starts, *lengths, *ends, *num_causal, *page_offsets;
-  const int32_t* pages;                                         // segment s: from page_offsets[s]
-  const int64_t* token_ids;                                     // [num_rows]
-  const int64_t* wanted;                                        // [num_wanted], ascending rows
-  const int64_t* places;                                        // [num_wanted]: each one's row of logits
-  float* logits;                                                // [num_wanted, vocab padded to 32]
+  const int32_t* pages;      // segment s: from page_offsets[s]
+  const int64_t* token_ids;  // [num_rows]
+  const int64_t* wanted;     // [num_wanted], ascending rows
+  const int64_t* places;     // [num_wanted]: each one's row of logits
+  float* logits;             // [num_wanted, vocab padded to 32]
 };
 }
 
@@ -337,8 +351,8 @@ class Forward {
   std::vector<bool> is_last_;  // of the tokens that this step stores in the row's page
 };
 
-// The most probable token of a row, and log(sum(exp(logits))).
-void choose_row(float* logits, int64_t vocab, int64_t forbidden, int64_t* token, float* normaliser) {
+// The most probable token of a row, its logit, and log(sum(exp(logits))).
+void choose_row(float* logits, int64_t vocab, int64_t forbidden, int64_t* token, float* largest, float* normaliser) {
   if (forbidden >= 0) logits[forbidden] = -INFINITY;
   const Ints lane = lane_numbers();
   Floats best = splat(-INFINITY);
@@ -367,6 +381,7 @@ void choose_row(float* logits, int64_t vocab, int64_t forbidden, int64_t* token,
     if (is_nan[l]) sum = NAN;
   }
   *token = found;
+  *largest = top;
   *normaliser = top + std::log(sum);
 }
 
@@ -383,21 +398,22 @@ int64_t triad_team_size(void* context, int64_t rows) {
   return static_cast<Context*>(context)->pool.team_of(rows).size();
 }
 
-void triad_forward(void* context, const Model* model, const Step* step) {
+void triad_forward(void* context, const Model* model, const int64_t* numbers, const int32_t* pages, float* logits) {
   auto& c = *static_cast<Context*>(context);
+  const Step step(numbers, pages, logits);
   if (model->is_bfloat16) {
-    Forward<BFloat16>(c, *model, *step).run();
+    Forward<BFloat16>(c, *model, step).run();
   } else {
-    Forward<Float32>(c, *model, *step).run();
+    Forward<Float32>(c, *model, step).run();
   }
 }
 
-// logits: [rows, ld]; the forbidden token's, if not negative, becomes -inf. tokens, normalisers: [rows]
+// logits: [rows, ld]; the forbidden token's, if not negative, becomes -inf. tokens, largest, normalisers: [rows]
 // The normaliser of a row with a NaN or +inf, or of nothing but -inf, is not finite, and its token is some id.
 void triad_choose(void* context, float* logits, int64_t rows, int64_t ld, int64_t vocab, int64_t forbidden,
-                  int64_t* tokens, float* normalisers) {
+                  int64_t* tokens, float* largest, float* normalisers) {
   static_cast<Context*>(context)->pool.run_each(rows, rows * vocab, [&](int64_t row) {
-    choose_row(logits + row * ld, vocab, forbidden, tokens + row, normalisers + row);
+    choose_row(logits + row * ld, vocab, forbidden, tokens + row, largest + row, normalisers + row);
   });
 }
 

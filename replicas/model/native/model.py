@@ -2,9 +2,8 @@
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import accumulate, chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,15 +15,18 @@ from replicas.model.checkpoint import LayerWeights, ModelWeights
 from replicas.model.config import ModelConfig
 from replicas.model.kv_cache import zeroed_when_touched
 from replicas.model.native import structures as c
-from replicas.model.native.build import NativeUnavailable, load_library
+from replicas.model.native.build import CHOOSE_ARGUMENTS, NativeUnavailable, load_library
 from replicas.model.native.penalties import NativePenalties
 from replicas.model.rotary import RotaryTable
+from replicas.model.sampler import probabilities
 
 BLOCK = 32
 """Rows of a weight matrix that are packed, and summed, together."""
 LANES = 16
 MAX_QUERIES_PER_KV = 32
 MAX_HEAD_DIM = 256
+_SOON_DONE = 1 << 17
+"""The logits of which the most probable are chosen sooner than the interpreter's lock may come back."""
 
 
 def require_native(config: ModelConfig) -> None:
@@ -72,6 +74,8 @@ class NativeModel:
         """quantization: 'int8' or None, as in TorchRunner.load."""
         self._quantizes = quantization == "int8"
         self._library = load_library()
+        self._keeping_lock = ctypes.PyDLL(self._library._name)
+        self._keeping_lock.triad_choose.argtypes = CHOOSE_ARGUMENTS
         self._vocab_size = config.vocab_size
         self._dtype = weights.embedding.dtype
         self._kept: list[torch.Tensor] = []
@@ -103,8 +107,10 @@ class NativeModel:
             head=self._linear(weights.head),
             layers=layers,
         )
+        self._model_at = ctypes.addressof(self._model)
         self._context = self._library.triad_open(ctypes.c_int64(num_threads))
         self._logits = torch.empty(0)
+        self._logits_views: dict[int, tuple[torch.Tensor, int]] = {}
         self.penalise = NativePenalties(self._library, ctypes.c_void_p(self._context)).penalise
 
     def __del__(self) -> None:
@@ -116,72 +122,87 @@ class NativeModel:
 
         The logits, float32, are valid until the next forward.
         """
-        parts, indices = _parts(segments)
+        adapted, plain = _parts(segments)
+        parts = adapted + plain
         lengths = [len(part.token_ids) for part in parts]
-        ends = list(accumulate(lengths))
-        firsts = [end - length for end, length in zip(ends, lengths, strict=True)]
+        firsts = list(accumulate(lengths, initial=0))
         num_pages = [len(part.pages) for part in parts]
-        offsets = [end - count for end, count in zip(accumulate(num_pages), num_pages, strict=True)]
-        num_causal = [part.num_causal for part in parts]
-        starts = [part.start for part in parts]
-        stored = [segments[index].start + len(segments[index].token_ids) for index in indices]
-        rows = np.array([starts, lengths, stored, num_causal, offsets])
-        pages = np.fromiter(chain.from_iterable(part.pages for part in parts), np.int32, sum(num_pages))
-        tokens = np.fromiter(chain.from_iterable(part.token_ids for part in parts), np.int64, ends[-1])
-        wanted = np.array(
-            [first + at for first, part in zip(firsts, parts, strict=True) for at in part.wanted], np.int64
+        num_wanted = [len(part.wanted) for part in parts]
+        numbers = (
+            (len(parts), firsts[-1], sum(num_wanted)),
+            (firsts[len(adapted)], sum(num_wanted[: len(adapted)])),
+            [part.start for part in parts],
+            lengths,
+            [part.end for part in parts],
+            [part.num_causal for part in parts],
+            accumulate(num_pages[:-1], initial=0),
+            *[part.token_ids for part in parts],
+            *[[first + at for at in part.wanted] for first, part in zip(firsts, parts, strict=False)],
+            *[range(part.place, part.place + count) for part, count in zip(parts, num_wanted, strict=True)],
         )
-        places = _places(parts, indices)
-        logits = self._logits_for(len(wanted))
-        step = c.Step(
-            num_segments=len(parts),
-            num_rows=ends[-1],
-            num_wanted=len(wanted),
-            num_adapter_rows=sum(part.num_adapted for part in parts),
-            num_wanted_adapter=sum(len(part.wanted) for part in parts if part.adapter),
-            starts=rows[0].ctypes.data,
-            lengths=rows[1].ctypes.data,
-            ends=rows[2].ctypes.data,
-            num_causal=rows[3].ctypes.data,
-            page_offsets=rows[4].ctypes.data,
-            pages=pages.ctypes.data,
-            token_ids=tokens.ctypes.data,
-            wanted=wanted.ctypes.data,
-            places=places.ctypes.data,
-            logits=logits.data_ptr(),
-        )
-        self._run(step)
-        return tuple(range(len(segments))), logits[:, : self._vocab_size]
+        count = 5 + 5 * len(parts) + firsts[-1] + 2 * sum(num_wanted)
+        given = np.fromiter(chain.from_iterable(numbers), np.int64, count)
+        pages = np.fromiter(chain.from_iterable([part.pages for part in parts]), np.int32, sum(num_pages))
+        logits, logits_at = self._logits_for(sum(num_wanted))
+        self._run(given.ctypes.data, pages.ctypes.data, logits_at)
+        return tuple(range(len(segments))), logits
 
-    def _run(self, step: c.Step) -> None:
-        """Calls the library. Every array that the step points to must outlive the call."""
-        self._library.triad_forward(
-            ctypes.c_void_p(self._context), ctypes.byref(self._model), ctypes.byref(step)
-        )
+    def _run(self, *arrays: int) -> None:
+        """Calls the library. The arrays at these addresses must outlive the call."""
+        self._library.triad_forward(self._context, self._model_at, *arrays)
 
     def choose(self, logits: torch.Tensor, forbidden: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The argmax [W] int64 and logsumexp [W] float32 of the last forward's logits [W, vocab].
 
         The forbidden token's logits become -inf.
         """
-        tokens = torch.empty(len(logits), dtype=torch.int64)
-        normalisers = torch.empty(len(logits))
-        self._library.triad_choose(
-            ctypes.c_void_p(self._context),
-            ctypes.c_void_p(logits.data_ptr()),
-            *map(ctypes.c_int64, (len(logits), logits.stride(0), logits.shape[1])),
-            ctypes.c_int64(-1 if forbidden is None else forbidden),
-            ctypes.c_void_p(tokens.data_ptr()),
-            ctypes.c_void_p(normalisers.data_ptr()),
-        )
-        return tokens, normalisers
+        tokens, _, normalisers = self._choose(logits, forbidden)
+        return torch.from_numpy(tokens), torch.from_numpy(normalisers)
 
-    def _logits_for(self, num_rows: int) -> torch.Tensor:
-        """The logits' tensor, kept between steps: fresh memory of this size costs more than writing it."""
-        width = -(-self._vocab_size // BLOCK) * BLOCK
-        if num_rows * width > len(self._logits):
-            self._logits = torch.empty(2 * num_rows * width)
-        return self._logits[: num_rows * width].view(num_rows, width)
+    def most_probable(self, logits: torch.Tensor, forbidden: int | None) -> tuple[list[int], list[float]]:
+        """The argmax [W] of the last forward's logits [W, vocab] and its probability.
+
+        The forbidden token's logits become -inf. Without torch, each of whose operations lets another thread
+        have the interpreter's lock, and waits for it again.
+        """
+        tokens, largest, normalisers = self._choose(logits, forbidden)
+        return tokens.tolist(), probabilities(largest - normalisers).tolist()
+
+    def _choose(
+        self, logits: torch.Tensor, forbidden: int | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The argmax [W] int64, its logit [W] float32, and the logsumexp [W] float32."""
+        num_rows, vocab_size = logits.shape
+        found = np.empty((2, num_rows), np.int64)
+        largest, normalisers = found[1].view(np.float32).reshape(2, num_rows)
+        at = found.ctypes.data
+        is_soon_done = num_rows * vocab_size < _SOON_DONE
+        choose = (self._keeping_lock if is_soon_done else self._library).triad_choose
+        choose(
+            self._context,
+            logits.data_ptr(),
+            num_rows,
+            logits.stride(0),
+            vocab_size,
+            -1 if forbidden is None else forbidden,
+            at,
+            at + 8 * num_rows,
+            at + 12 * num_rows,
+        )
+        return found[0], largest, normalisers
+
+    def _logits_for(self, num_rows: int) -> tuple[torch.Tensor, int]:
+        """The logits' tensor [W, vocab] and its address. Both are kept between steps: fresh memory of this
+        size costs more than writing it, and a view as much as a choice."""
+        found = self._logits_views.get(num_rows)
+        if found is None:
+            width = -(-self._vocab_size // BLOCK) * BLOCK
+            if num_rows * width > len(self._logits):
+                self._logits = torch.empty(2 * num_rows * width)
+                self._logits_views.clear()
+            view = self._logits[: num_rows * width].view(num_rows, width)[:, : self._vocab_size]
+            found = self._logits_views[num_rows] = view, view.data_ptr()
+        return found
 
     def _fill(self, layer: Any, weights: LayerWeights) -> None:
         layer.input_norm, layer.post_norm = self._floats(weights.input_norm), self._floats(weights.post_norm)
@@ -219,44 +240,38 @@ class NativeModel:
         return tensor.data_ptr()
 
 
-def _parts(segments: Sequence[Segment]) -> tuple[list[Segment], tuple[int, ...]]:
-    """The segments with those cut in two of which some rows alone have the adapter, and for each part its
-    segment's index. Rows with the adapter come first."""
+class _Part(NamedTuple):
+    """Rows of a segment that all have the adapter, or none of which has."""
+
+    start: int
+    token_ids: Sequence[int]
+    pages: Sequence[int]
+    end: int
+    """The position behind the segment."""
+    num_causal: int
+    wanted: Sequence[int]
+    place: int
+    """That of its first wanted row among those of all segments."""
+
+
+def _parts(segments: Sequence[Segment]) -> tuple[list[_Part], list[_Part]]:
+    """The parts with the adapter, and those without it: a segment of both kinds of rows is cut in two."""
     adapted, plain = [], []
-    for index, segment in enumerate(segments):
+    place = 0
+    for segment in segments:
+        start, token_ids, pages, wanted = segment.start, segment.token_ids, segment.pages, segment.wanted
+        end, border = start + len(token_ids), segment.num_causal
         if not segment.num_adapted:
-            plain.append((segment, index))
-        elif not segment.num_causal:
-            adapted.append((segment, index))
+            plain.append(_Part(start, token_ids, pages, end, border, wanted, place))
+        elif not border:
+            adapted.append(_Part(start, token_ids, pages, end, 0, wanted, place))
         else:
-            border, wanted = segment.num_causal, segment.wanted
-            first = replace(
-                segment,
-                token_ids=segment.token_ids[:border],
-                adapter=False,
-                wanted=tuple(at for at in wanted if at < border),
-            )
-            behind = replace(
-                segment,
-                start=segment.start + border,
-                token_ids=segment.token_ids[border:],
-                num_causal=0,
-                wanted=tuple(at - border for at in wanted if at >= border),
-            )
-            plain.append((first, index))
-            adapted.append((behind, index))
-    parts, indices = zip(*adapted, *plain, strict=True)
-    return list(parts), indices
-
-
-def _places(parts: Sequence[Segment], indices: Sequence[int]) -> np.ndarray:
-    """For each wanted row of the parts its place, [W] int64, in the order of their segments and, within one,
-    of positions."""
-    order = sorted(range(len(parts)), key=lambda at: (indices[at], parts[at].start))
-    counts = [len(part.wanted) for part in parts]
-    firsts = dict(zip(order, accumulate((counts[at] for at in order), initial=0), strict=False))
-    ranges = (range(firsts[at], firsts[at] + count) for at, count in enumerate(counts))
-    return np.fromiter(chain.from_iterable(ranges), np.int64, sum(counts))
+            count = segment.num_checked
+            behind = [at - border for at in wanted[count:]]
+            plain.append(_Part(start, token_ids[:border], pages, end, border, wanted[:count], place))
+            adapted.append(_Part(start + border, token_ids[border:], pages, end, 0, behind, place + count))
+        place += len(wanted)
+    return adapted, plain
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:

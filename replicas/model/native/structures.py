@@ -51,26 +51,6 @@ class Model(Structure):
     )
 
 
-class Step(Structure):
-    _fields_ = (
-        ("num_segments", c_int64),
-        ("num_rows", c_int64),
-        ("num_wanted", c_int64),
-        ("num_adapter_rows", c_int64),
-        ("num_wanted_adapter", c_int64),
-        ("starts", c_void_p),
-        ("lengths", c_void_p),
-        ("ends", c_void_p),
-        ("num_causal", c_void_p),
-        ("page_offsets", c_void_p),
-        ("pages", c_void_p),
-        ("token_ids", c_void_p),
-        ("wanted", c_void_p),
-        ("places", c_void_p),
-        ("logits", c_void_p),
-    )
-
-
 class Penalty(Structure):
     _fields_ = (
         ("first_row", c_int64),
