@@ -209,7 +209,7 @@ class TorchRunner:
         order, logits = self._model.forward(batch.segments)
         segments = [batch.segments[index] for index in order]
         outputs = [SegmentOutput((), ())] * len(segments)
-        if not len(logits):
+        if not any(segment.wanted for segment in segments):
             return outputs
         sampled = self._sample(segments, logits)
         if sampled is None:  # nobody asks the others for their tokens
@@ -224,7 +224,7 @@ class TorchRunner:
         if isinstance(model, NativeModel) and all(
             takes_most_probable(segment) for segment in segments if segment.wanted
         ):
-            return *model.most_probable(logits, spec.mask_token_id), {}
+            return *model.most_probable(logits.shape[0], spec.mask_token_id), {}
         rows = list(chain.from_iterable(rows_of(segment) for segment in segments))
         if self._split is not None:
             takes = chain.from_iterable(

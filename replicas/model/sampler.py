@@ -171,20 +171,19 @@ def sample(
         part.restore(tokens)
     logs = logits.gather(1, tokens[:, None]).squeeze(1) - normalisers
     if logits.device.type == "cpu":
-        return tokens.tolist(), probabilities(logs.numpy()).tolist(), most_probable
+        return tokens.tolist(), probabilities(logs.tolist()), most_probable
     probs = logs.double().exp_()
     # float64 holds any token id exactly, so ids and probabilities leave the device in one copy.
     ids, values = torch.stack((tokens.double(), probs)).tolist()
     return [int(token) for token in ids], values, most_probable
 
 
-def probabilities(logs: np.ndarray) -> np.ndarray:
-    """The probabilities [W] float64 of logarithms [W] float32.
+def probabilities(logs: Sequence[float]) -> list[float]:
+    """The probabilities of logarithms that are at most 0, or NaN.
 
     In float64, as improbable tokens have a probability too, and its logarithm is the one listed.
     """
-    probs: np.ndarray = np.exp(logs, dtype=np.float64)
-    return probs
+    return list(map(math.exp, logs))
 
 
 def _nan_unless_finite(normalisers: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:

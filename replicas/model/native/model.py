@@ -77,6 +77,7 @@ class NativeModel:
         self._keeping_lock = ctypes.PyDLL(self._library._name)
         self._keeping_lock.triad_choose.argtypes = CHOOSE_ARGUMENTS
         self._vocab_size = config.vocab_size
+        self._width = -(-config.vocab_size // BLOCK) * BLOCK
         self._dtype = weights.embedding.dtype
         self._kept: list[torch.Tensor] = []
         page_bytes = _page_bytes(config, page_size, self._dtype)
@@ -110,7 +111,7 @@ class NativeModel:
         self._model_at = ctypes.addressof(self._model)
         self._context = self._library.triad_open(ctypes.c_int64(num_threads))
         self._logits = torch.empty(0)
-        self._logits_views: dict[int, tuple[torch.Tensor, int]] = {}
+        self._rooms: dict[int, _Logits] = {}
         self.penalise = NativePenalties(self._library, ctypes.c_void_p(self._context)).penalise
 
     def __del__(self) -> None:
@@ -143,65 +144,67 @@ class NativeModel:
         count = 5 + 5 * len(parts) + firsts[-1] + 2 * sum(num_wanted)
         given = np.fromiter(chain.from_iterable(numbers), np.int64, count)
         pages = np.fromiter(chain.from_iterable([part.pages for part in parts]), np.int32, sum(num_pages))
-        logits, logits_at = self._logits_for(sum(num_wanted))
-        self._run(given.ctypes.data, pages.ctypes.data, logits_at)
-        return tuple(range(len(segments))), logits
+        logits = self._logits_for(sum(num_wanted))
+        self._run(given.ctypes.data, pages.ctypes.data, logits.address)
+        return tuple(range(len(segments))), logits.view
 
     def _run(self, *arrays: int) -> None:
         """Calls the library. The arrays at these addresses must outlive the call."""
         self._library.triad_forward(self._context, self._model_at, *arrays)
 
     def choose(self, logits: torch.Tensor, forbidden: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The argmax [W] int64 and logsumexp [W] float32 of the last forward's logits [W, vocab].
+        """The argmax [W] int64 and logsumexp [W] float32 of logits [W, vocab] float32.
 
         The forbidden token's logits become -inf.
         """
-        tokens, _, normalisers = self._choose(logits, forbidden)
-        return torch.from_numpy(tokens), torch.from_numpy(normalisers)
+        num_rows, vocab_size = logits.shape
+        found = _Choice.room(num_rows)
+        self._choose(logits.data_ptr(), num_rows, vocab_size, logits.stride(0), forbidden, found)
+        return torch.from_numpy(found.tokens), torch.from_numpy(found.normalisers)
 
-    def most_probable(self, logits: torch.Tensor, forbidden: int | None) -> tuple[list[int], list[float]]:
+    def most_probable(self, num_rows: int, forbidden: int | None) -> tuple[list[int], list[float]]:
         """The argmax [W] of the last forward's logits [W, vocab] and its probability.
 
         The forbidden token's logits become -inf. Without torch, each of whose operations lets another thread
         have the interpreter's lock, and waits for it again.
         """
-        tokens, largest, normalisers = self._choose(logits, forbidden)
-        return tokens.tolist(), probabilities(largest - normalisers).tolist()
+        logits = self._logits_for(num_rows)
+        found = logits.choice
+        self._choose(logits.address, num_rows, self._vocab_size, self._width, forbidden, found)
+        return found.tokens.tolist(), probabilities((found.largest - found.normalisers).tolist())
 
     def _choose(
-        self, logits: torch.Tensor, forbidden: int | None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The argmax [W] int64, its logit [W] float32, and the logsumexp [W] float32."""
-        num_rows, vocab_size = logits.shape
-        found = np.empty((2, num_rows), np.int64)
-        largest, normalisers = found[1].view(np.float32).reshape(2, num_rows)
-        at = found.ctypes.data
+        self,
+        address: int,
+        num_rows: int,
+        vocab_size: int,
+        row_stride: int,
+        forbidden: int | None,
+        found: "_Choice",
+    ) -> None:
         is_soon_done = num_rows * vocab_size < _SOON_DONE
         choose = (self._keeping_lock if is_soon_done else self._library).triad_choose
         choose(
             self._context,
-            logits.data_ptr(),
+            address,
             num_rows,
-            logits.stride(0),
+            row_stride,
             vocab_size,
             -1 if forbidden is None else forbidden,
-            at,
-            at + 8 * num_rows,
-            at + 12 * num_rows,
+            *found.addresses,
         )
-        return found[0], largest, normalisers
 
-    def _logits_for(self, num_rows: int) -> tuple[torch.Tensor, int]:
-        """The logits' tensor [W, vocab] and its address. Both are kept between steps: fresh memory of this
-        size costs more than writing it, and a view as much as a choice."""
-        found = self._logits_views.get(num_rows)
+    def _logits_for(self, num_rows: int) -> "_Logits":
+        """Room for the logits of so many rows, kept between steps: fresh memory of this size costs more than
+        writing it, and a view as much as a choice."""
+        found = self._rooms.get(num_rows)
         if found is None:
-            width = -(-self._vocab_size // BLOCK) * BLOCK
-            if num_rows * width > len(self._logits):
-                self._logits = torch.empty(2 * num_rows * width)
-                self._logits_views.clear()
-            view = self._logits[: num_rows * width].view(num_rows, width)[:, : self._vocab_size]
-            found = self._logits_views[num_rows] = view, view.data_ptr()
+            if num_rows * self._width > len(self._logits):
+                self._logits = torch.empty(2 * num_rows * self._width)
+                self._rooms.clear()
+            rows = self._logits[: num_rows * self._width].view(num_rows, self._width)
+            view = rows[:, : self._vocab_size]
+            found = self._rooms[num_rows] = _Logits(view, view.data_ptr(), _Choice.room(num_rows))
         return found
 
     def _fill(self, layer: Any, weights: LayerWeights) -> None:
@@ -238,6 +241,34 @@ class NativeModel:
     def _keep(self, tensor: torch.Tensor) -> int:
         self._kept.append(tensor)
         return tensor.data_ptr()
+
+
+class _Choice(NamedTuple):
+    """Room for what triad_choose finds of W rows."""
+
+    tokens: np.ndarray
+    """[W] int64"""
+    largest: np.ndarray
+    """[W] float32"""
+    normalisers: np.ndarray
+    """[W] float32"""
+    addresses: tuple[int, int, int]
+
+    @classmethod
+    def room(cls, num_rows: int) -> "_Choice":
+        tokens = np.empty(num_rows, np.int64)
+        largest, normalisers = np.empty((2, num_rows), np.float32)
+        addresses = tokens.ctypes.data, largest.ctypes.data, normalisers.ctypes.data
+        return cls(tokens, largest, normalisers, addresses)
+
+
+class _Logits(NamedTuple):
+    """Room for the logits of a step, and for what is chosen by them."""
+
+    view: torch.Tensor
+    """[W, vocab] float32, rows padded to BLOCK"""
+    address: int
+    choice: _Choice
 
 
 class _Part(NamedTuple):
