@@ -36,7 +36,7 @@ from replicas.resident import forget, forget_code, trim_heap
 FORWARDS = ("auto", "native", "torch")
 QUANTIZATIONS = (None, "int8")
 _WORTH_THREADS = 1 << 20
-"""The logits to draw from for which torch's threads beside the native forward's save more time than they
+"""The logits that torch reads from where its threads beside the native forward's save more time than they
 cost; of a row that is sorted each counts _SORTED times."""
 _SORTED = 8
 
@@ -233,7 +233,7 @@ class TorchRunner:
             return self._split.sample(
                 logits, rows, [index for index, takes_it in enumerate(takes) if takes_it]
             )
-        is_alone = isinstance(model, NativeModel) and _num_drawn_from(rows, spec.vocab_size) < _WORTH_THREADS
+        is_alone = isinstance(model, NativeModel) and _num_read(rows, spec.vocab_size) < _WORTH_THREADS
         with _one_thread() if is_alone else nullcontext():
             return sample(logits, rows, spec.mask_token_id, spec.eos_token_ids, model.choose, model.penalise)
 
@@ -255,10 +255,16 @@ def _has_native(config: ModelConfig, required: bool, quantization: str | None) -
     return True
 
 
-def _num_drawn_from(rows: Sequence[Row], vocab_size: int) -> int:
-    """The logits that the rows' draws read, those of sorted rows as many times as that takes longer."""
-    drawn = (row.sampling for row in rows if row.sampling.temperature > 0)
-    return vocab_size * sum(_SORTED if each.top_k > 0 or each.top_p < 1 else 1 for each in drawn)
+def _num_read(rows: Sequence[Row], vocab_size: int) -> int:
+    """The logits that torch reads for draws and log-probabilities, those of sorted rows as many times as that
+    takes longer."""
+    num_read = 0
+    for row in rows:
+        sampling = row.sampling
+        if sampling.temperature > 0:
+            num_read += _SORTED if sampling.top_k > 0 or sampling.top_p < 1 else 1
+        num_read += sampling.logprobs is not None
+    return vocab_size * num_read
 
 
 @contextmanager

@@ -165,8 +165,8 @@ class NativeModel:
     def most_probable(self, num_rows: int, forbidden: int | None) -> tuple[list[int], list[float]]:
         """The argmax [W] of the last forward's logits [W, vocab] and its probability.
 
-        The forbidden token's logits become -inf. Without torch, each of whose operations lets another thread
-        have the interpreter's lock, and waits for it again.
+        The forbidden token's logits become -inf. Without torch, each of whose operations gives the
+        interpreter's lock away and may wait milliseconds for it.
         """
         logits = self._logits_for(num_rows)
         found = logits.choice
