@@ -77,7 +77,6 @@ class NativeModel:
         self._keeping_lock = ctypes.PyDLL(self._library._name)
         self._keeping_lock.triad_choose.argtypes = CHOOSE_ARGUMENTS
         self._vocab_size = config.vocab_size
-        self._width = -(-config.vocab_size // BLOCK) * BLOCK
         self._dtype = weights.embedding.dtype
         self._kept: list[torch.Tensor] = []
         page_bytes = _page_bytes(config, page_size, self._dtype)
@@ -110,8 +109,10 @@ class NativeModel:
         )
         self._model_at = ctypes.addressof(self._model)
         self._context = self._library.triad_open(ctypes.c_int64(num_threads))
-        self._logits = torch.empty(0)
-        self._rooms: dict[int, _Logits] = {}
+        self._logits = torch.empty(0, 0)
+        self._logits_at = 0
+        self._views: dict[int, torch.Tensor] = {}
+        self._found = _Choice.room(0)
         self.penalise = NativePenalties(self._library, ctypes.c_void_p(self._context)).penalise
 
     def __del__(self) -> None:
@@ -144,9 +145,9 @@ class NativeModel:
         count = 5 + 5 * len(parts) + firsts[-1] + 2 * sum(num_wanted)
         given = np.fromiter(chain.from_iterable(numbers), np.int64, count)
         pages = np.fromiter(chain.from_iterable([part.pages for part in parts]), np.int32, sum(num_pages))
-        logits = self._logits_for(sum(num_wanted))
-        self._run(given.ctypes.data, pages.ctypes.data, logits.address)
-        return tuple(range(len(segments))), logits.view
+        logits = self._logits_of(sum(num_wanted))
+        self._run(given.ctypes.data, pages.ctypes.data, self._logits_at)
+        return tuple(range(len(segments))), logits
 
     def _run(self, *arrays: int) -> None:
         """Calls the library. The arrays at these addresses must outlive the call."""
@@ -168,10 +169,10 @@ class NativeModel:
         The forbidden token's logits become -inf. Without torch, each of whose operations gives the
         interpreter's lock away and may wait milliseconds for it.
         """
-        logits = self._logits_for(num_rows)
-        found = logits.choice
-        self._choose(logits.address, num_rows, self._vocab_size, self._width, forbidden, found)
-        return found.tokens.tolist(), probabilities((found.largest - found.normalisers).tolist())
+        found = self._found
+        self._choose(self._logits_at, num_rows, self._vocab_size, self._logits.stride(0), forbidden, found)
+        logs = found.largest[:num_rows] - found.normalisers[:num_rows]
+        return found.tokens[:num_rows].tolist(), probabilities(logs.tolist())
 
     def _choose(
         self,
@@ -194,18 +195,18 @@ class NativeModel:
             *found.addresses,
         )
 
-    def _logits_for(self, num_rows: int) -> "_Logits":
-        """Room for the logits of so many rows, kept between steps: fresh memory of this size costs more than
-        writing it, and a view as much as a choice."""
-        found = self._rooms.get(num_rows)
-        if found is None:
-            if num_rows * self._width > len(self._logits):
-                self._logits = torch.empty(2 * num_rows * self._width)
-                self._rooms.clear()
-            rows = self._logits[: num_rows * self._width].view(num_rows, self._width)
-            view = rows[:, : self._vocab_size]
-            found = self._rooms[num_rows] = _Logits(view, view.data_ptr(), _Choice.room(num_rows))
-        return found
+    def _logits_of(self, num_rows: int) -> torch.Tensor:
+        """Room for the logits [W, vocab] of so many rows, kept between steps, and for what is chosen by them:
+        fresh memory of this size costs more than writing it, and a view as much as a choice."""
+        if num_rows > len(self._found.tokens):
+            self._logits = torch.empty(2 * num_rows, -(-self._vocab_size // BLOCK) * BLOCK)
+            self._logits_at = self._logits.data_ptr()
+            self._found = _Choice.room(2 * num_rows)
+            self._views.clear()
+        view = self._views.get(num_rows)
+        if view is None:
+            view = self._views[num_rows] = self._logits[:num_rows, : self._vocab_size]
+        return view
 
     def _fill(self, layer: Any, weights: LayerWeights) -> None:
         layer.input_norm, layer.post_norm = self._floats(weights.input_norm), self._floats(weights.post_norm)
@@ -260,15 +261,6 @@ class _Choice(NamedTuple):
         largest, normalisers = np.empty((2, num_rows), np.float32)
         addresses = tokens.ctypes.data, largest.ctypes.data, normalisers.ctypes.data
         return cls(tokens, largest, normalisers, addresses)
-
-
-class _Logits(NamedTuple):
-    """Room for the logits of a step, and for what is chosen by them."""
-
-    view: torch.Tensor
-    """[W, vocab] float32, rows padded to BLOCK"""
-    address: int
-    choice: _Choice
 
 
 class _Part(NamedTuple):
