@@ -10,8 +10,6 @@ import json
 import time
 from pathlib import Path
 
-import torch
-
 from benchmarks.modes import CHECKPOINT
 from policies.modes import Mode
 from replicas.config import EngineConfig
@@ -36,11 +34,11 @@ OPTIONS = (
 class IdleModel(NativeModel):
     """A native model whose forward computes nothing and whose every token is the same."""
 
-    def _run(self, step: object) -> None:
+    def _run(self, *arrays: int) -> None:
         pass
 
-    def choose(self, logits: torch.Tensor, forbidden: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.full((len(logits),), 77), torch.full((len(logits),), 1.0)
+    def most_probable(self, num_rows: int, forbidden: int | None) -> tuple[list[int], list[float]]:
+        return [77] * num_rows, [0.37] * num_rows
 
 
 def engine_ms(engine: Engine, options: DecodingOptions, concurrency: int) -> float:
