@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import random
-import time
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -140,19 +140,29 @@ def test_a_thousand_plans_are_counted_as_few_and_cost_a_publication_little():
     assert len(LOADS.encode(a_load(1, costs=ReplicaCosts(START, estimator.yields())))) < 250 * most
 
 
-def least_cpu_ms(action: Callable[[], object]) -> float:
-    """Milliseconds of CPU that it takes at the least."""
-    took_s = []
-    for _ in range(50):
-        began_s = time.thread_time()
+MOST_CALLS = 3500
+
+
+def calls_of(action: Callable[[], object]) -> int:
+    """The calls of functions, Python's and built-in ones, that it takes: the same on any machine."""
+    count = 0
+
+    def note(_frame: object, event: str, _what: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
         action()
-        took_s.append(time.thread_time() - began_s)
-    return 1000.0 * min(took_s)
+    finally:
+        sys.setprofile(None)
+    return count
 
 
 @pytest.mark.parametrize("is_clients", [False, True])
-def test_a_decision_and_a_publication_take_a_millisecond_whatever_clients_send(is_clients):
-    """1,000 thresholds; all modes known at all octaves."""
+def test_a_decision_and_a_publication_take_few_calls_whatever_clients_send(is_clients):
+    """1,000 thresholds; all modes known at all octaves. At most 2,400 calls each, which took 0.67 and 0.46 ms
+    on 2 cores of an Ice Lake."""
     yields, step, rates = flood(is_clients), CostEstimator(START, 0.0), RateEstimator(0.0)
     batch = [ForwardStats(64, 8, 800, 5.0 + 0.01 * n, mode) for mode in Mode for n in range(20)]
     now_s = 20.0
@@ -176,10 +186,12 @@ def test_a_decision_and_a_publication_take_a_millisecond_whatever_clients_send(i
         policy.decide(Snapshot(seen), state, now_s)
         policy.trial(seen, DecodePlan(Mode.AR))
 
-    assert least_cpu_ms(publish) < 1.0
+    for _ in range(50):
+        publish()
+    assert calls_of(publish) < MOST_CALLS
     seen = load()
     assert set(seen.costs.rates) == {Mode.AR}
-    assert least_cpu_ms(decide) < 1.0
+    assert calls_of(decide) < MOST_CALLS
 
 
 def test_the_plan_that_runs_stays_known_in_a_flood_of_others():
