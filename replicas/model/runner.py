@@ -271,7 +271,7 @@ def _num_read(rows: Sequence[Row], vocab_size: int) -> int:
 def _one_thread() -> Iterator[None]:
     """Keeps torch's operations to the calling thread.
 
-    OpenMP's other threads spin for some 5 ms behind an operation that they took part in, on the cores of the
+    OpenMP's other threads spin for some 8 ms behind an operation that they took part in, on the cores of the
     native forward's.
     """
     before = torch.get_num_threads()
